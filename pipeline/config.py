@@ -1,0 +1,350 @@
+"""Every knob there is, as frozen dataclasses: defaults < YAML file < `key=value` on the command line.
+
+A config file holds only what differs from the defaults below; the resolved whole is written beside the
+results (`runs/<name>/config.yaml`) and reproduces the run when loaded. How many processes take part, and
+under which strategy and precision, is deliberately not here: that is read from the launcher, so the two
+cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class UserError(ValueError):
+    """What the user can mend: shown as one message without a traceback, exit status 2."""
+
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Norm = Literal["batch", "group", "instance", "none"]
+
+
+def _plain_name(name: str | None) -> str | None:
+    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
+        raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+    return name
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Run:
+    """What a run is called, how long it lasts and how often it reports. Every kimg may be fractional."""
+
+    name: Annotated[str | None, AfterValidator(_plain_name)] = None  # None: the config file's stem
+    out: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    total_kimg: Positive = 1000.0  # thousands of real images shown to D
+    tick_kimg: Positive = 4.0  # a line in metrics.jsonl and a point in every chart
+    snapshot_kimg: Positive = 50.0  # a grid of generated images
+    checkpoint_kimg: Positive = 50.0
+    eval_kimg: Positive = 100.0  # scores on held-out images
+    resume: bool = True  # False: start over under a new name, never over old files
+    timeout_s: Positive = 600.0  # a rank that does not answer for so long ends the job
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """Which images, at what size, and which of them are never trained on."""
+
+    train: str | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
+    size: Count = 32  # pixels, height = width
+    channels: Literal[1, 3] = 3
+    conditional: bool = False  # train on the shards' .cls labels
+    batch_size: Count = 64  # global, per D update: divided over ranks and rounds
+    batch_gpu: Count | None = None  # at most so many images at once on one device; rounds follow
+    workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0: in the training process
+    window: Count = 16  # shards shuffled together; more: better shuffled, more open shards
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the samples held out, if folds is not set
+    folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of so many parts …
+    fold: Annotated[int, Field(ge=0)] = 0  # … namely this one
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Generator:
+    """G: z (and a label) → image."""
+
+    kind: str = "dcgan"  # or package.module:Class
+    z_dim: Count = 128
+    width: Count = 64  # channels of the layer next to the image; each layer further in doubles it
+    norm: Norm = "batch"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spectral_norm: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Discriminator:
+    """D: image (and a label) → logit."""
+
+    kind: str = "dcgan"
+    width: Count = 64
+    norm: Norm = "batch"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    spectral_norm: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    """The adversarial part. `minimax` is the article's, `nonsaturating` Goodfellow's practical form of it."""
+
+    kind: Literal["minimax", "nonsaturating", "hinge", "least_squares"] = "nonsaturating"
+    D_steps: Count = 1  # D updates per G update, each on fresh reals and latents
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WeightPenalty:
+    """λ of λ‖W‖² (l2) and of λ‖W‖₁ (l1): plain sums, neither means nor halved."""
+
+    l2: NonNegative = 0.0
+    l1: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class R1:
+    """(γ/2) E‖∇D(x)‖² on real images (Mescheder et al. 2018, eq. 9), every `interval` D updates."""
+
+    gamma: NonNegative = 0.0
+    interval: Count = 16  # lazy regularisation: applied every so often, times so much (Karras et al. 2020)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Penalty:
+    """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
+
+    on: Literal["weights", "all"] = "weights"  # kernels of convolutions and linear layers, or everything
+    G: WeightPenalty = WeightPenalty()
+    D: WeightPenalty = WeightPenalty()
+    r1: R1 = R1()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """One player's optimizer."""
+
+    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Positive = 2e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.5, 0.999)
+    eps: Positive = 1e-8
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
+    decoupled_decay: NonNegative = 0.0  # adamw: Loshchilov & Hutter's, which is not the L2 penalty
+    clip: Positive | None = None  # largest gradient norm, weight penalties included
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizers:
+    G: Optimizer = Optimizer()
+    D: Optimizer = Optimizer()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ema:
+    """G_ema, the moving average of G that is sampled, scored and exported."""
+
+    kimg: NonNegative = 10.0  # half-life; 0: G itself
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Score:
+    """What is measured on held-out images, with which features, on how many images."""
+
+    metrics: tuple[Literal["kid"], ...] = ("kid",)
+    features: str = "efflite0"
+    images: Annotated[int, Field(ge=2)] = 1000  # generated and real alike; fewer if fewer are held out
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Track:
+    """Weights & Biases. Online or offline is found out; the usual WANDB_* variables force it."""
+
+    wandb: bool = True
+    project: str = "shardgan"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    run: Run = Run()
+    data: Data = Data()
+    G: Generator = Generator()
+    D: Discriminator = Discriminator()
+    loss: Loss = Loss()
+    penalty: Penalty = Penalty()
+    optim: Optimizers = Optimizers()
+    ema: Ema = Ema()
+    score: Score = Score()
+    track: Track = Track()
+
+    @property
+    def images_per_update(self) -> int:
+        """Real images shown to D in one alternating update: what cur_nimg advances by."""
+        return self.data.batch_size * self.loss.D_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """How one global batch lies over ranks and rounds: batch_size = world × rounds × images."""
+
+    world: int
+    rounds: int
+    images: int  # per rank and round
+
+    @property
+    def local(self) -> int:
+        return self.rounds * self.images
+
+
+def batch_shape(data: Data, world: int) -> BatchShape:
+    """Divide the global batch: equal parts per rank, then as few equal rounds as batch_gpu allows.
+
+    Raises UserError, naming sizes that would do, when it cannot be divided.
+    """
+    size = data.batch_size
+    if world > size:
+        raise UserError(
+            f"{world} processes cannot share a batch of {size} images. Use at most {size} processes "
+            f"(--procs), or raise data.batch_size to a multiple of {world}."
+        )
+    if size % world:
+        below, above = size - size % world, size - size % world + world
+        raise UserError(
+            f"data.batch_size={size} cannot be divided equally over {world} processes. "
+            f"Set it to {below} or {above}, or start another number of processes."
+        )
+    local = size // world
+    ceiling = data.batch_gpu or local
+    rounds = next(r for r in range(1, local + 1) if local % r == 0 and local // r <= ceiling)
+    return BatchShape(world, rounds, local // rounds)
+
+
+def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Defaults < the YAML file (None: none) < overrides of the form `section.key=value`.
+
+    Raises UserError listing every problem at once, each with its path.
+    """
+    layers = [] if path is None else [_read(Path(path))]
+    layers += [_parse_override(text) for text in overrides]
+    try:
+        merged = OmegaConf.merge(*(OmegaConf.create(_expand_shorthands(layer)) for layer in layers))
+        values = OmegaConf.to_container(merged, resolve=True)
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        source = str(path) if path is not None else "the given settings"
+        raise UserError("\n".join([f"{source} is not a valid config:", *_explain(error)])) from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    if config.run.name is None:
+        name = Path(path).stem if path is not None else "run"
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    _check(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; loading it gives the same config."""
+    values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _check(config: Config) -> None:
+    """What no single key can know."""
+    problems = []
+    if config.data.train is None:
+        problems.append(
+            "data.train: where are the images? A folder of tar shards, made by `shardgan prepare`."
+        )
+    if config.data.folds is not None and config.data.fold >= config.data.folds:
+        problems.append(f"data.fold: {config.data.fold} is not one of the folds 0 to {config.data.folds - 1}")
+    for name in ("G", "D"):
+        optimizer: Optimizer = getattr(config.optim, name)
+        penalty: WeightPenalty = getattr(config.penalty, name)
+        if optimizer.decoupled_decay and optimizer.kind != "adamw":
+            problems.append(f"optim.{name}.decoupled_decay: only adamw has it, not {optimizer.kind}")
+        if optimizer.decoupled_decay and (penalty.l2 or penalty.l1):
+            problems.append(
+                f"optim.{name}.decoupled_decay together with penalty.{name}: two different regularisers of "
+                "the same weights (decoupled decay is not an L2 penalty). Set one of them to 0."
+            )
+        if optimizer.momentum and optimizer.kind != "sgd":
+            problems.append(f"optim.{name}.momentum: only sgd has it; for {optimizer.kind} set betas")
+    if problems:
+        raise UserError("\n".join(["The settings do not fit together:", *(f"  {p}" for p in problems)]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        raise UserError(f"There is no config file {path}.") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold `section: {{key: value}}`, as a config does.")
+    return _string_keys(values)
+
+
+def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
+    """Keys as written: YAML 1.1 reads the key `on` of `penalty: {on: all}` as True."""
+    return {
+        "on" if key is True else str(key): _string_keys(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+    }
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, _ = text.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"`{text}` is not a setting of the form section.key=value.")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"`{text}` cannot be read: {' '.join(str(error).split())}") from None
+    assert isinstance(values, dict)
+    return _string_keys(values)
+
+
+def _expand_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """penalty.l2 → penalty.G.l2 and penalty.D.l2, in each layer, so that a later layer still wins."""
+    penalty = layer.get("penalty")
+    if not isinstance(penalty, dict):
+        return dict(layer)
+    both = {key: penalty[key] for key in ("l2", "l1") if key in penalty}
+    rest = {key: value for key, value in penalty.items() if key not in both}
+    for player in ("G", "D") if both else ():
+        rest[player] = both | (rest.get(player) or {})
+    return {**layer, "penalty": rest}
+
+
+def _explain(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        where = ".".join(path)
+        if problem["type"] == "unexpected_keyword_argument":
+            near = difflib.get_close_matches(path[-1], _keys_of(path[:-1]), n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_keys_of(path[:-1]))}"
+            yield f"  {where}: no such key{hint}"
+        else:
+            yield f"  {where}: {problem['msg']} (found {problem['input']!r})"
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    """The keys of the section at `path`."""
+    section: Any = Config()
+    for part in path:
+        section = getattr(section, part, None)
+    return [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
