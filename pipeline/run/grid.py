@@ -1,0 +1,61 @@
+"""Sheets of images: what a run saves as samples and `shardgan sample` writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+_GAP = 2  # white pixels between images and around the sheet
+_PLEASANT = 56  # smaller images are enlarged until their sides are at least so long
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Generated images, float in [-1, 1], as they would be stored: uint8 in [0, 255], the same shape.
+
+    The one place where this happens: a picture that is looked at and one that is scored are the same.
+    Rounds to the nearest level; what lies outside the range is clamped, NaN becomes 0.
+    """
+    return (images.float() * 127.5 + 127.5).nan_to_num(nan=0.0).round().clamp(0, 255).to(torch.uint8)
+
+
+def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[np.uint8]:
+    """One picture, uint8 [H', W'] or [H', W', 3], of images uint8 [N, 1 or 3, H, W], row by row.
+
+    Args:
+        images: N ≥ 1 images on any device.
+        columns: images in a row; a last row may be shorter and ends in white.
+        scale: each pixel becomes scale x scale pixels. None: 1 for images of some 56 pixels and more, and
+            for smaller ones whatever makes them so large.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    count, height, width, channels = pixels.shape
+    scale = scale or -(-_PLEASANT // min(height, width, _PLEASANT))
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    step_y, step_x = height * scale + _GAP, width * scale + _GAP
+    sheet = np.full((rows * step_y + _GAP, columns * step_x + _GAP, channels), 255, np.uint8)
+    for place, image in enumerate(pixels):
+        y, x = _GAP + place // columns * step_y, _GAP + place % columns * step_x
+        sheet[y : y + height * scale, x : x + width * scale] = image
+    return sheet[:, :, 0] if channels == 1 else sheet
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int, scale: int | None = None) -> None:
+    """Write `tile(images, columns, scale)` as a PNG. The file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        Image.fromarray(tile(images, columns, scale)).save(partial, format="PNG", optimize=True)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

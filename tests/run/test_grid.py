@@ -1,0 +1,43 @@
+"""Sheets of images, read back from the file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.run.grid import save_grid, tile, to_uint8
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_image_is_found_at_its_place(tmp_path, channels):
+    images = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
+    save_grid(images, tmp_path / "deep" / "grid.png", columns=3)
+    sheet = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))
+    if channels == 1:
+        sheet = sheet[..., None]
+    assert sheet.shape == (2 * 58 + 2, 3 * 58 + 2, channels)  # 28 px are doubled
+    for place, image in enumerate(images):
+        y, x = 2 + place // 3 * 58, 2 + place % 3 * 58
+        found = sheet[y : y + 56 : 2, x : x + 56 : 2].transpose(2, 0, 1)
+        assert np.array_equal(found, image.numpy())
+    assert (sheet[:2] == 255).all() and (sheet[60:, 2 * 58 + 2 :] == 255).all()  # gaps, the empty place
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["grid.png"]
+
+
+def test_large_images_and_a_given_scale_are_taken_as_they_are():
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert tile(images, columns=8).shape == (68, 68, 3)
+    assert tile(images, columns=8, scale=2).shape == (132, 132, 3)
+
+
+def test_what_is_not_uint8_images_is_refused():
+    for wrong in (torch.zeros(4, 3, 8, 8), torch.zeros(0, 3, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            tile(wrong, columns=2)
+
+
+def test_quantisation_rounds_clamps_and_inverts_the_reading_of_stored_images():
+    stored = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(stored.float() / 127.5 - 1), stored)
+    outside = torch.tensor([-2.0, 2.0, torch.nan, torch.inf, -torch.inf])
+    assert to_uint8(outside).tolist() == [0, 255, 0, 255, 0]
