@@ -1,0 +1,194 @@
+"""DCGAN (Radford, Metz & Chintala 2016): 4×4 convolutions at stride 2 between 4×4 (28 px: 7×7) and the image.
+
+At 64 px, width 64 and batch norm these are the networks everyone trains under that name: 3,576,704
+parameters in G (z_dim 100, three channels) and 2,765,568 in D. Each is a sequence of blocks that can be
+sharded one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
+
+from pipeline.config import Norm, UserError
+from pipeline.gan.penalised import KERNEL_LAYERS
+
+SIZES = (28, 32, 64, 128)
+_SLOPE = 0.2  # of D's leaky ReLUs (Radford et al. 2016, section 3)
+
+
+class Generator(nn.Module):
+    """G: z float [N, z_dim] and labels c int64 [N] (None if num_classes is 0) → images [N,C,H,W] in [−1, 1].
+
+    A conditional G sees an embedding of the class beside z. Raises UserError for a size it does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        z_dim: int,
+        size: int,
+        channels: int,
+        num_classes: int = 0,
+        width: int = 64,
+        norm: Norm = "batch",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.start, hidden = _start_and_hidden(size, width)
+        outwards = [*reversed(hidden), channels]
+        self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None  # N(0, 1), as z is
+        inputs = 2 * z_dim if num_classes else z_dim
+        self.project = nn.Linear(inputs, outwards[0] * self.start**2, bias=norm == "none")
+        blocks = [Up(a, b, norm, dropout) for a, b in pairwise(outwards[:-1])]
+        self.blocks = nn.Sequential(*blocks, Up(outwards[-2], channels, norm))
+        _initialise(self, norm, gain=math.sqrt(2))
+        if spectral_norm:
+            _normalise_kernels(self)
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        if self.embed is not None:
+            z = torch.cat([z, self.embed(c)], dim=1)
+        x = self.project(z)
+        # Channels last in memory: the reshape is then a view in the layout that convolutions prefer.
+        x = x.view(len(z), self.start, self.start, -1).permute(0, 3, 1, 2)
+        return torch.tanh(self.blocks(x))
+
+
+class Discriminator(nn.Module):
+    """D: images float [N,C,H,W] and labels c int64 [N] (None if num_classes is 0) → logits [N].
+
+    A conditional D is a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner
+    product of the class's embedding with the features summed over positions. Raises UserError for a size it
+    does not have.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        channels: int,
+        num_classes: int = 0,
+        width: int = 64,
+        norm: Norm = "batch",
+        dropout: float = 0.0,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        start, hidden = _start_and_hidden(size, width)
+        blocks = [Down(a, b, norm, dropout) for a, b in pairwise(hidden)]
+        self.blocks = nn.Sequential(Down(channels, hidden[0], "none", dropout, bias=norm == "none"), *blocks)
+        self.to_logit = nn.Conv2d(hidden[-1], 1, start, bias=norm == "none")
+        self.embed = nn.Embedding(num_classes, hidden[-1]) if num_classes else None
+        _initialise(self, norm, gain=math.sqrt(2 / (1 + _SLOPE**2)))
+        if self.embed is not None:
+            nn.init.normal_(self.embed.weight, std=_std(self.to_logit, norm, 1.0))
+        if spectral_norm:
+            _normalise_kernels(self)
+            if self.embed is not None:
+                add_spectral_norm(self.embed)  # as Miyato & Koyama: all of D is Lipschitz, or none of it is
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        features = self.blocks(x)
+        logits: Tensor = self.to_logit(features).flatten()
+        if self.embed is not None:
+            logits = logits + (features.sum((2, 3)) * self.embed(c)).sum(1)
+        return logits
+
+
+class Up(nn.Module):
+    """Norm, ReLU, dropout, and a transposed convolution to twice the size: [N, a, H, W] → [N, b, 2H, 2W]."""
+
+    def __init__(self, inputs: int, outputs: int, norm: Norm, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm = _norm(norm, inputs)
+        self.activation = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=norm == "none")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(self.dropout(self.activation(self.norm(x))))
+        return out
+
+
+class Down(nn.Module):
+    """A convolution to half the size, norm, leaky ReLU, dropout: [N, a, 2H, 2W] → [N, b, H, W]."""
+
+    def __init__(
+        self, inputs: int, outputs: int, norm: Norm, dropout: float, bias: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 4, 2, 1, bias=norm == "none" if bias is None else bias)
+        self.norm = _norm(norm, outputs)
+        self.activation = nn.LeakyReLU(_SLOPE)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.activation(self.norm(self.conv(x))))
+        return out
+
+
+def _start_and_hidden(size: int, width: int) -> tuple[int, list[int]]:
+    """Pixels of the smallest feature map, and the channels of every one from the image inwards."""
+    if size not in SIZES:
+        raise UserError(
+            f"data.size={size}: dcgan has no network for {size} px images, only for "
+            f"{', '.join(map(str, SIZES))}. Set data.size to one of them (`shardgan prepare --size` resizes "
+            "images), or bring a network of your own: G.kind and D.kind take package.module:Class."
+        )
+    start = 7 if size == 28 else 4
+    levels = int(math.log2(size // start))
+    return start, [width * min(2**level, 8) for level in range(levels)]
+
+
+def _norm(kind: Norm, channels: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    if kind == "group":
+        return nn.GroupNorm(_groups(channels), channels)
+    return nn.Identity()
+
+
+def _groups(channels: int) -> int:
+    """As many equal groups as possible, 32 at most (Wu & He 2018), of four channels at least."""
+    return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
+
+
+def _initialise(module: nn.Module, norm: Norm, gain: float) -> None:
+    """Kernels normal, biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, KERNEL_LAYERS):
+            nn.init.normal_(layer.weight, std=_std(layer, norm, gain))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
+    """0.02 as in the paper, under batch norm; else He et al. 2015's gain / √fan_in.
+
+    At 0.02 the signal shrinks from layer to layer, the more the narrower the network. Batch norm restores it
+    everywhere; without a norm images start out all but grey and logits all but constant, and learning takes
+    long to begin. He's keeps the scale at any width, and group and instance norm are indifferent to it.
+    """
+    if norm == "batch":
+        return 0.02
+    if isinstance(layer, _ConvTransposeNd):  # with stride s, an output pixel sees k²/s² inputs per channel
+        return gain / math.sqrt(layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride))
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return gain / math.sqrt(weight[0].numel())
+
+
+def _normalise_kernels(module: nn.Module) -> None:
+    """Spectral norm (Miyato et al. 2018) on every convolution and linear layer."""
+    for layer in list(module.modules()):
+        if isinstance(layer, KERNEL_LAYERS):
+            add_spectral_norm(layer)

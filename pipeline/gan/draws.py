@@ -1,0 +1,78 @@
+"""All randomness of training, as a function of (seed, purpose, cur_nimg): there is no state to save.
+
+Drawn on the CPU for the whole global batch, of which each rank takes its slice, so that the draws depend
+neither on the number of ranks nor on their devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MOST_COLUMNS = 16  # a grid with a column per class is readable up to about here
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2⁶³) from any parts: equal for equal parts, unrelated for others (1 and "1" differ)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Draws:
+    """Latents and fake labels.
+
+    label_frequencies: how often each class occurs in the training set (counts or shares), which the fake
+    labels follow; None: unconditional, labels are None.
+    """
+
+    def __init__(self, seed: int, z_dim: int, label_frequencies: Sequence[float] | None) -> None:
+        self._seed = seed
+        self._z_dim = z_dim
+        self._frequencies: Tensor | None = None
+        if label_frequencies is not None:
+            self._frequencies = torch.tensor(label_frequencies, dtype=torch.float64)
+            if not (self._frequencies >= 0).all() or not self._frequencies.sum() > 0:
+                raise ValueError(f"label frequencies must be ≥ 0 and not all 0: {list(label_frequencies)}")
+
+    def latents(self, purpose: str, cur_nimg: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """z, standard normal float32 [count, z_dim], and labels int64 [count] or None, on the CPU.
+
+        `count` is the whole global batch: slices of one draw belong together, draws of other counts do not.
+        """
+        z = torch.randn(count, self._z_dim, generator=self._generator("latents", purpose, cur_nimg))
+        if self._frequencies is None:
+            return z, None
+        u = torch.rand(count, dtype=torch.float64, generator=self._generator("labels", purpose, cur_nimg))
+        return z, self._inverse_cdf(u)
+
+    def grid(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The fixed latents of sample grids, as `latents` gives them; labels run through the classes in turn.
+
+        Laid out row by row in `grid_columns(count)` columns, a column holds one class.
+        """
+        z, _ = self.latents("grid", 0, count)
+        if self._frequencies is None:
+            return z, None
+        classes = self._frequencies.nonzero().flatten()
+        return z, classes[torch.arange(count) % len(classes)]
+
+    def grid_columns(self, count: int) -> int:
+        """How many columns a grid of `count` images has: one per class if they are few, else a square."""
+        if self._frequencies is not None:
+            classes = int(self._frequencies.count_nonzero())
+            if 1 < classes <= min(_MOST_COLUMNS, count):
+                return classes
+        return math.ceil(math.sqrt(count))
+
+    def _inverse_cdf(self, u: Tensor) -> Tensor:
+        """Classes for u uniform in [0, 1); one that never occurs has an empty interval and is never drawn."""
+        assert self._frequencies is not None
+        cdf = self._frequencies.cumsum(0)
+        return torch.searchsorted(cdf / cdf[-1], u, right=True)
+
+    def _generator(self, *parts: int | str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, *parts))

@@ -1,0 +1,153 @@
+"""From the config to the two networks, ours by name or the user's own as `package.module:Class`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config, Discriminator, Generator, UserError
+from pipeline.gan import dcgan
+from pipeline.gan.draws import derive_seed
+
+Player = Literal["G", "D"]
+
+FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
+    {"dcgan": {"G": dcgan.Generator, "D": dcgan.Discriminator}}
+)
+
+
+def build_G(config: Config, num_classes: int) -> nn.Module:
+    """G on the CPU, its weights a function of (run.seed, "G") alone; global random state is left alone.
+
+    num_classes: 0 for an unconditional run. A user's class is called with z_dim, size, channels, num_classes
+    and G.options. Raises UserError if there is no such network or it cannot be built.
+    """
+    return _build(config, "G", num_classes)
+
+
+def build_D(config: Config, num_classes: int) -> nn.Module:
+    """D, as `build_G` builds G; a user's class is called with size, channels, num_classes and D.options."""
+    return _build(config, "D", num_classes)
+
+
+def check_networks(config: Config, num_classes: int) -> None:
+    """Refuse, cheaply and before any process is spawned, networks that do not exist or do not fit the data.
+
+    Builds G and D and sends a batch of two through each, without memory or arithmetic (meta device); a
+    network that cannot do without is tried on the CPU. Raises UserError if one cannot be built or run, if
+    G's images are not [N, channels, size, size], or if D's logits are not [N].
+    """
+    data = config.data
+    image = (2, data.channels, data.size, data.size)
+    _check_shape(config, "G", num_classes, given=(2, config.G.z_dim), due=image)
+    _check_shape(config, "D", num_classes, given=image, due=(2,))
+
+
+def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
+    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would reseed the accelerators as well.
+        torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
+        try:
+            return network(**arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{_title(config, player)} cannot be built: {_reason(error)}") from error
+
+
+def _class_of(config: Config, player: Player) -> type[nn.Module]:
+    kind = _section(config, player).kind
+    if kind in FAMILIES:
+        return FAMILIES[kind][player]
+    module_name, colon, class_name = kind.partition(":")
+    if not (module_name and colon and class_name):
+        near = difflib.get_close_matches(kind, FAMILIES, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"There is {', '.join(FAMILIES)}"
+        raise UserError(
+            f"{player}.kind={kind}: no such network; {hint} Or your own, as package.module:Class."
+        )
+    if str(Path.cwd()) not in sys.path:  # there already under `python -m`, not under the shardgan command
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        network = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:
+        raise UserError(f"{_title(config, player)} cannot be imported: {_reason(error)}") from error
+    if not (isinstance(network, type) and issubclass(network, nn.Module)):
+        raise UserError(f"{_title(config, player)} is not a class derived from torch.nn.Module.")
+    return network
+
+
+def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, Any]:
+    """The keyword arguments a network is made with."""
+    section = _section(config, player)
+    given: dict[str, Any] = {
+        "size": config.data.size,
+        "channels": config.data.channels,
+        "num_classes": num_classes,
+    }
+    if player == "G":
+        given["z_dim"] = config.G.z_dim
+    if section.kind in FAMILIES:
+        if section.options:
+            raise UserError(
+                f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set "
+                f"by the other keys of {player}."
+            )
+        keys = ("width", "norm", "dropout", "spectral_norm")
+        return given | {key: getattr(section, key) for key in keys}
+    if clash := given.keys() & section.options.keys():
+        raise UserError(f"{player}.options: {', '.join(sorted(clash))} are set by the rest of the config.")
+    return given | section.options
+
+
+def _check_shape(
+    config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
+) -> None:
+    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    try:
+        out = _forward(network, arguments, given, "meta")
+    except UserError:
+        raise
+    except Exception:  # perhaps only because there is no arithmetic on meta
+        try:
+            out = _forward(network, arguments, given, "cpu")
+        except Exception as error:
+            reason = _reason(error)
+            raise UserError(f"{_title(config, player)} cannot be built and run: {reason}") from error
+    found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if found != list(due):
+        what = "images" if player == "G" else "logits"
+        raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
+
+
+def _forward(network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str) -> Any:
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+        labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
+        return network(**arguments)(torch.zeros(given), labels)
+
+
+def _section(config: Config, player: Player) -> Generator | Discriminator:
+    return config.G if player == "G" else config.D
+
+
+def _title(config: Config, player: Player) -> str:
+    return f"{player}.kind={_section(config, player).kind}"
+
+
+def _reason(error: Exception) -> str:
+    """One line: what went wrong, and in which line of whose file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).resolve())
+    last = next((f for f in reversed(frames) if Path(f.filename).resolve() != Path(here)), None)
+    where = f" ({last.filename}, line {last.lineno})" if last and last.lineno else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"

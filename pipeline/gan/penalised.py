@@ -1,0 +1,47 @@
+"""Which parameters a weight penalty λ‖W‖² covers, decided by name on the whole, unsharded module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
+
+KERNEL_LAYERS = (_ConvNd, nn.Linear)  # _ConvNd: transposed convolutions too
+
+# A kernel as a layer of its own holds it, plain or under the older hooks for spectral and weight norm.
+_KERNEL_NAMES = ("weight", "weight_orig", "weight_g", "weight_v")
+_ATTENTION_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def penalised_names(module: nn.Module, on: Literal["weights", "all"]) -> frozenset[str]:
+    """Names, as in `module.named_parameters()`, of the parameters that a weight penalty covers.
+
+    "weights": the kernels of convolutions and linear layers (attention's projections among them), also
+    under a parametrization such as spectral norm, where what is stored and learnt is penalised; no biases,
+    norms or embeddings. "all": every parameter. A tied parameter appears once, under its first name; tied
+    to a kernel it is a kernel, whatever else it serves as.
+    """
+    if on == "all":
+        return frozenset(name for name, _ in module.named_parameters())
+    kernels = {id(parameter) for layer in module.modules() for parameter in _kernels(layer)}
+    return frozenset(name for name, parameter in module.named_parameters() if id(parameter) in kernels)
+
+
+def _kernels(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """The kernels that `layer` itself holds. Never reads `layer.weight`: computing it may change u and v."""
+    if isinstance(layer, nn.MultiheadAttention):
+        names = _ATTENTION_NAMES
+    elif isinstance(layer, KERNEL_LAYERS):
+        names = _KERNEL_NAMES
+    else:
+        return
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in names:
+            yield parameter
+    if is_parametrized(layer):
+        assert isinstance(layer.parametrizations, nn.ModuleDict)
+        for name in layer.parametrizations.keys() & set(names):
+            yield from layer.parametrizations[name].parameters(recurse=False)
