@@ -1,0 +1,148 @@
+"""The arrows between the packages run one way: read from the imports, wherever in a file they stand."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (ROOT / top).rglob("*.py"))
+
+# What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
+ARROWS = {
+    "pipeline.config": (),
+    "pipeline.gan": ("pipeline.config",),
+    "pipeline.data": ("pipeline.config",),
+    "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),
+    "pipeline.run": ("pipeline.config", "pipeline.gan", "pipeline.data", "pipeline.parallel"),
+    "pipeline.step": ("pipeline.config", "pipeline.gan", "pipeline.parallel.engine"),
+    "pipeline.loop": ("pipeline",),
+    "pipeline.train": ("pipeline",),
+    "launch": ("launch", "pipeline"),
+}
+TYPES = {  # and what more under `if TYPE_CHECKING:`, to name in a signature what it is only handed
+    "pipeline.run": ("pipeline",),
+    "pipeline.step": ("pipeline.parallel", "pipeline.run"),
+}
+OWNERS = {  # who may import what is not ours
+    "torch.distributed": ("pipeline.parallel",),
+    "accelerate": ("pipeline.parallel",),
+    "deepspeed": ("pipeline.parallel",),
+    "wandb": ("pipeline.run.tracker",),
+}
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.with_suffix("").parts).removesuffix(".__init__")
+
+
+def type_checking_only(tree: ast.AST) -> set[ast.AST]:
+    """Every node below an `if TYPE_CHECKING:`."""
+    guards = (n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test))
+    return {node for guard in guards for statement in guard.body for node in ast.walk(statement)}
+
+
+def imports(file: Path, tree: ast.AST) -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
+    """Modules, with the names taken from them appended: `from pipeline import x` imports pipeline.x."""
+    package = name_of(file).split(".") if file.name == "__init__.py" else name_of(file).split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((f"{module}.{alias.name}", node) for alias in node.names)
+
+
+def wrong_arrows(file: Path, source: str) -> list[str]:
+    """Imports of `file` that the tables above do not allow, as readable lines."""
+    tree, me = ast.parse(source), name_of(file)
+    # A package's own __init__ lies above all its parts, and imports none of them.
+    layer = max((p for p in ARROWS if within(me, p)), key=len, default=me)
+    allowed, for_types = (layer, *ARROWS.get(layer, ())), TYPES.get(layer, ())
+    typing_only = type_checking_only(tree)
+    wrong = []
+    for module, node in imports(file, tree):
+        reach = (*allowed, *for_types) if node in typing_only else allowed
+        ours = within(module, "pipeline") or within(module, "launch")
+        if ours and not any(within(module, p) for p in reach):
+            wrong.append(f"{file}:{node.lineno} {me} may not import {module}")
+        for owned, owners in OWNERS.items():
+            if within(module, owned) and not any(within(me, owner) for owner in owners):
+                wrong.append(f"{file}:{node.lineno} only {', '.join(owners)} may import {owned}")
+    return wrong
+
+
+def long_functions(file: Path, source: str, most: int) -> list[str]:
+    found = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    sized = ((n, (n.end_lineno or n.lineno) - n.lineno + 1) for n in found)
+    return [f"{file}:{n.lineno} {n.name} has {lines} lines" for n, lines in sized if lines > most]
+
+
+def test_every_file_is_looked_at():
+    assert Path("pipeline/config.py") in FILES and Path("launch/__init__.py") in FILES
+
+
+def test_arrows_run_one_way():
+    assert not [line for file in FILES for line in wrong_arrows(file, (ROOT / file).read_text())]
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("pipeline/config.py", "import pipeline.gan"),
+        ("pipeline/config.py", "from pipeline import gan"),
+        ("pipeline/gan/losses.py", "from ..data import index"),
+        ("pipeline/gan/losses.py", "def f():\n    from pipeline.parallel.ranks import Ranks"),
+        ("pipeline/data/stream.py", "import torch.distributed as dist"),
+        ("pipeline/data/stream.py", "from torch import distributed"),
+        ("pipeline/parallel/ddp.py", "from pipeline.gan.losses import d"),
+        ("pipeline/parallel/ddp.py", "from pipeline.run.checkpoint import save"),
+        ("pipeline/run/evaluate.py", "from accelerate import PartialState"),
+        ("pipeline/run/evaluate.py", "import pipeline.step"),
+        ("pipeline/run/grid.py", "import wandb"),
+        ("pipeline/step.py", "from pipeline.loop import train"),
+        ("pipeline/step.py", "from pipeline.data.stream import batches"),
+        ("pipeline/step.py", "from pipeline.run.stats import Stats"),
+        ("pipeline/train.py", "from launch import cli"),
+        ("pipeline/train.py", "import deepspeed.ops"),
+        ("pipeline/gan/losses.py", "if TYPE_CHECKING:\n    from pipeline.step import train_step"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(file, source):
+    assert wrong_arrows(Path(file), source)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("pipeline/gan/dcgan.py", "from pipeline.config import UserError\nfrom . import losses"),
+        ("pipeline/parallel/ddp.py", "import torch.distributed, accelerate, pipeline.config"),
+        ("pipeline/run/tracker.py", "import wandb"),
+        ("pipeline/step.py", "if TYPE_CHECKING:\n    from pipeline.run.stats import Stats"),
+        ("pipeline/run/state.py", "if TYPE_CHECKING:\n    from pipeline.step import Gan"),
+        ("pipeline/loop.py", "from pipeline.step import train_step\nfrom pipeline.run.stats import Stats"),
+        ("launch/train.py", "from pipeline.config import load\nfrom launch import doctor"),
+    ],
+)
+def test_a_right_arrow_is_not(file, source):
+    assert not wrong_arrows(Path(file), source)
+
+
+def test_files_are_named_after_what_they_do():
+    vague = {"util", "utils", "common", "misc", "helper", "helpers"}
+    assert not [file for file in FILES if vague & set(file.with_suffix("").parts)]
+
+
+def test_files_and_functions_are_short_enough_to_read():
+    too_long = [str(f) for f in FILES if len((ROOT / f).read_text().splitlines()) > 350]
+    too_long += [line for f in FILES for line in long_functions(f, (ROOT / f).read_text(), most=60)]
+    assert not too_long
+    assert long_functions(Path("x.py"), "def f():\n" + "    pass\n" * 60, most=60)
