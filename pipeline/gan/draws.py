@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2⁶³) from any parts: equal for equal parts, unrelated for others (1 and "1" differ)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+class Drawn(NamedTuple):
+    """What one player's turn needs at random, for the whole global batch, on the CPU."""
+
+    z: Tensor  # float32 [count, z_dim]
+    c: Tensor | None  # int64 [count]
+    seed: int  # of what the networks draw themselves (dropout); callers add their rank and round
 
 
 class Draws:
@@ -38,23 +47,24 @@ class Draws:
             if not (self._frequencies >= 0).all() or not self._frequencies.sum() > 0:
                 raise ValueError(f"label frequencies must be ≥ 0 and not all 0: {list(label_frequencies)}")
 
-    def latents(self, purpose: str, cur_nimg: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """z, standard normal float32 [count, z_dim], and labels int64 [count] or None, on the CPU.
+    def latents(self, purpose: str, cur_nimg: int, count: int) -> Drawn:
+        """z, standard normal float32 [count, z_dim], labels int64 [count] or None, and a seed, on the CPU.
 
         `count` is the whole global batch: slices of one draw belong together, draws of other counts do not.
         """
         z = torch.randn(count, self._z_dim, generator=self._generator("latents", purpose, cur_nimg))
+        seed = derive_seed(self._seed, "networks", purpose, cur_nimg)
         if self._frequencies is None:
-            return z, None
+            return Drawn(z, None, seed)
         u = torch.rand(count, dtype=torch.float64, generator=self._generator("labels", purpose, cur_nimg))
-        return z, self._inverse_cdf(u)
+        return Drawn(z, self._inverse_cdf(u), seed)
 
     def grid(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The fixed latents of sample grids, as `latents` gives them; labels run through the classes in turn.
 
         Laid out row by row in `grid_columns(count)` columns, a column holds one class.
         """
-        z, _ = self.latents("grid", 0, count)
+        z = self.latents("grid", 0, count).z
         if self._frequencies is None:
             return z, None
         classes = self._frequencies.nonzero().flatten()

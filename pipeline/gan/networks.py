@@ -72,7 +72,7 @@ def _class_of(config: Config, player: Player) -> type[nn.Module]:
     module_name, colon, class_name = kind.partition(":")
     if not (module_name and colon and class_name):
         near = difflib.get_close_matches(kind, FAMILIES, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"There is {', '.join(FAMILIES)}"
+        hint = f"did you mean `{near[0]}`?" if near else f"there is {', '.join(FAMILIES)}."
         raise UserError(
             f"{player}.kind={kind}: no such network; {hint} Or your own, as package.module:Class."
         )
@@ -145,9 +145,12 @@ def _title(config: Config, player: Player) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """One line: what went wrong, and in which line of whose file."""
+    """One line: what went wrong, and in which line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).resolve())
-    last = next((f for f in reversed(frames) if Path(f.filename).resolve() != Path(here)), None)
-    where = f" ({last.filename}, line {last.lineno})" if last and last.lineno else ""
+    theirs = [f for f in frames if f.filename != __file__ and not _is_installed(f.filename)]
+    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith("<") or "site-packages" in filename or filename == importlib.__file__

@@ -1,0 +1,175 @@
+"""From config to networks: seeds, a user's own classes, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import Config, UserError, load
+from pipeline.gan.networks import build_D, build_G, check_networks
+
+
+def config(*settings: str) -> Config:
+    small = ["G.width=4", "D.width=4", "G.z_dim=8"]
+    return load(None, ["data.train=x", *small, *settings])
+
+
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["G.norm=none", "G.spectral_norm=true"]])
+def test_weights_depend_on_seed_and_player_alone(options):
+    first = build_G(config("run.seed=1", *options), 3)
+    torch.manual_seed(99)
+    assert same(first, build_G(config("run.seed=1", *options), 3))
+    assert not same(first, build_G(config("run.seed=2", *options), 3))
+    assert not torch.equal(
+        next(build_D(config(), 0).parameters()).flatten()[:8], next(first.parameters()).flatten()[:8]
+    )
+
+
+def test_building_leaves_global_randomness_alone():
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    build_G(config(), 0), build_D(config(), 0), check_networks(config(), 0)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@pytest.mark.parametrize("num_classes", [0, 4])
+@pytest.mark.parametrize("options", [[], ["G.spectral_norm=true", "D.spectral_norm=true", "D.dropout=0.2"]])
+def test_ours_pass_the_check(num_classes, options):
+    check_networks(config("data.size=28", "data.channels=1", *options), num_classes)
+
+
+def test_wrong_size_names_the_right_ones():
+    with pytest.raises(UserError, match=r"data\.size=48.*28, 32, 64, 128"):
+        check_networks(config("data.size=48"), 0)
+
+
+@pytest.mark.parametrize("kind", ["dcgna", "mypackage.module", ":Class", "unknown"])
+def test_unknown_kind(kind):
+    with pytest.raises(UserError, match="no such network"):
+        check_networks(config(f"G.kind={kind}"), 0)
+
+
+def test_near_miss_gets_a_hint():
+    with pytest.raises(UserError, match="did you mean `dcgan`"):
+        check_networks(config("D.kind=dcgna"), 0)
+
+
+def test_options_belong_to_a_users_class():
+    with pytest.raises(UserError, match=r"G\.options"):
+        check_networks(config("G.options.depth=3"), 0)
+
+
+USERS = """
+import torch
+from torch import nn
+
+class G(nn.Module):
+    def __init__(self, z_dim, size, channels, num_classes, depth=1):
+        super().__init__()
+        self.shape = (channels, size, size)
+        self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None
+        self.layers = nn.Sequential(*[nn.Linear(z_dim, z_dim) for _ in range(depth)])
+        self.out = nn.Linear(z_dim, channels * size * size)
+    def forward(self, z, c):
+        z = z if c is None else z + self.embed(c)
+        return self.out(self.layers(z)).tanh().view(-1, *self.shape)
+
+class D(nn.Module):
+    def __init__(self, size, channels, num_classes):
+        super().__init__()
+        self.out = nn.Linear(channels * size * size, 1)
+    def forward(self, x, c):
+        return self.out(x.flatten(1)).flatten()
+
+class NotOnMeta(D):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.scale = float(self.out.weight.abs().max())
+
+class TwoAxes(D):
+    def forward(self, x, c):
+        return self.out(x.flatten(1))
+
+class Tuple(D):
+    def forward(self, x, c):
+        return super().forward(x, c), None
+
+class Fails(D):
+    def forward(self, x, c):
+        return self.out(x)
+
+class Raises(nn.Module):
+    def __init__(self, **arguments):
+        super().__init__()
+        raise RuntimeError("out of\\nluck")
+
+def function(**arguments):
+    return None
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mynets").mkdir()
+    (tmp_path / "mynets" / "nets.py").write_text(USERS)
+    (tmp_path / "mynets" / "broken.py").write_text("def f(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "mynets"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("num_classes", [0, 4])
+def test_a_users_class_is_found_beside_the_command(users, num_classes):
+    settings = config("G.kind=mynets.nets:G", "G.options.depth=3", "D.kind=mynets.nets:D", "data.size=12")
+    check_networks(settings, num_classes)
+    G, D = build_G(settings, num_classes), build_D(settings, num_classes)
+    assert len(G.layers) == 3 and same(G, build_G(settings, num_classes))
+    c = torch.tensor([0, 1]) if num_classes else None
+    assert D(G(torch.randn(2, 8), c), c).shape == (2,)
+
+
+def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
+    check_networks(config("D.kind=mynets.nets:NotOnMeta"), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mynets.nets:TwoAxes", r"gives \[2, 1\] .* logits are \[2\]"),
+        ("mynets.nets:Tuple", r"gives tuple .* logits are \[2\]"),
+        ("mynets.nets:Fails", r"RuntimeError: .*nets\.py, line 38"),
+        ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 43"),
+        ("mynets.nets:G", r"TypeError: .*z_dim"),
+        ("mynets.nets:Missing", r"AttributeError: .*Missing"),
+        ("mynets.missing:D", r"cannot be imported: ModuleNotFoundError: .*mynets\.missing"),
+        ("mynets.broken:D", r"cannot be imported: SyntaxError: .*broken\.py, line 1"),
+        ("mynets.nets:function", r"not a class derived from torch\.nn\.Module"),
+    ],
+)
+def test_a_users_mistake_is_told_in_one_line(users, kind, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_networks(config(f"D.kind={kind}"), 0)
+    assert f"D.kind={kind}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_cannot_contradict_the_config(users):
+    with pytest.raises(UserError, match=r"G\.options: size"):
+        check_networks(config("G.kind=mynets.nets:G", "G.options.size=64"), 0)
+
+
+def test_images_of_the_wrong_size(users):
+    (Path("mynets") / "wrong.py").write_text(
+        USERS.replace("(channels, size, size)", "(channels, size * size, 1)")
+    )
+    with pytest.raises(UserError, match=r"gives \[2, 3, 1024, 1\] for \[2, 8\]; images are \[2, 3, 32, 32\]"):
+        check_networks(config("G.kind=mynets.wrong:G"), 0)
