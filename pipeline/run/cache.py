@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -45,7 +46,8 @@ def write_tensor(kind: str, key: Mapping[str, object], tensor: Tensor) -> None:
         partial.replace(file)  # several processes may write the same: the last one wins, none sees a part
     except OSError as error:
         _log.warning("%s could not be kept for the next run: %s", file, error)
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _file(kind: str, key: Mapping[str, object]) -> Path:

@@ -36,8 +36,10 @@ class Extractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
+        if not len(images):
+            return torch.empty(0, self.dim, device=images.device)
         # Some dozens at a time: on a CPU the activations of more fall out of its caches, at half the speed.
-        parts = images.split(32 if images.device.type == "cpu" else 512)
+        parts = torch.split(images, 32 if images.device.type == "cpu" else 512)
         # TF32 keeps 10 bits of the mantissa, and a step that trains in bf16 must not turn scores into bf16.
         with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
             return torch.cat([self.extract(part.float().expand(-1, 3, -1, -1)) for part in parts])
