@@ -1,0 +1,96 @@
+"""`shardgan sample`: a sheet of images from a run's G_ema."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pipeline.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.gan.draws import Draws
+    from pipeline.run.state import State
+
+_STEPS = 8  # images from one end of an interpolation to the other
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The PNG to write."
+)
+@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Other seeds, others.")
+@click.option("--interpolate", is_flag=True, help=f"Rows of {_STEPS} images from one latent to another.")
+@click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
+def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None) -> None:
+    """Images from the moving average of G in the run folder RUN, as one picture."""
+    import torch
+
+    from pipeline.gan.draws import Draws
+    from pipeline.run.evaluate import from_latents
+    from pipeline.run.export import load_generator, load_run
+    from pipeline.run.grid import save_grid
+
+    settings, _, state = load_run(run)
+    G, _ = load_generator(run)
+    draws = Draws(seed, settings.G.z_dim, _frequencies(state, classes))
+    z, c, columns = (
+        _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generate = from_latents(G.to(device), z, c, device)
+    parts = [generate(start, min(64, len(z) - start)).cpu() for start in range(0, len(z), 64)]
+    try:
+        save_grid(torch.cat(parts), out, columns)
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {error}") from None
+    click.echo(f"{len(z)} images after {state.cur_nimg / 1000:g} kimg: {out}")
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation (White 2016): a, b [n, d] and t [k] → [n, k, d], from a at t = 0 to b at t = 1.
+
+    Between normal latents a straight line passes closer to 0 than any latent G was trained on.
+    """
+    import torch
+
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
+    angle = cosine.acos()[:, None, None]
+    a, b, t = a[:, None], b[:, None], t[None, :, None]
+    arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
+    return torch.where(angle.sin() > 1e-4, arc, (1 - t) * a + t * b)  # (anti)parallel: there is no one arc
+
+
+def _interpolation(draws: Draws, count: int) -> tuple[Tensor, Tensor | None, int]:
+    """Latents and labels of rows that lead from one latent to another within one class, and the columns."""
+    import torch
+
+    columns = max(2, min(_STEPS, count))
+    rows = math.ceil(count / columns)
+    ends = draws.latents("interpolate", 0, 2 * rows).z
+    z = slerp(ends[0::2], ends[1::2], torch.linspace(0, 1, columns)).flatten(0, 1)
+    _, c = draws.grid(rows)
+    return z, None if c is None else c.repeat_interleave(columns), columns
+
+
+def _frequencies(state: State, classes: str | None) -> list[float] | None:
+    """The training set's label frequencies, all but the wanted classes at 0; None if unconditional."""
+    if classes is None:
+        return state.label_frequencies
+    if state.label_frequencies is None:
+        raise UserError(
+            "--classes: this run is unconditional (data.conditional=false), its G knows no classes."
+        )
+    try:
+        wanted = {int(text) for text in classes.split(",")}
+    except ValueError:
+        raise UserError(f"--classes {classes}: not numbers with commas between, as in 0,3,7.") from None
+    if unknown := sorted(wanted - set(range(state.num_classes))):
+        raise UserError(f"--classes: no class {unknown[0]}; this run has 0 to {state.num_classes - 1}.")
+    return [float(label in wanted) for label in range(state.num_classes)]
