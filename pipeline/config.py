@@ -51,6 +51,7 @@ class Run:
     snapshot_kimg: Positive = 50.0  # a grid of generated images
     checkpoint_kimg: Positive = 50.0
     eval_kimg: Positive = 100.0  # scores on held-out images
+    keep: Count = 2  # newest checkpoints kept
     resume: bool = True  # False: start over under a new name, never over old files
     timeout_s: Positive = 600.0  # a rank that does not answer for so long ends the job
 

@@ -1,0 +1,38 @@
+"""G_ema: the moving average of G's weights, kept where G's fragments are."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.parallel.batch_norm import pooled_buffers
+from pipeline.parallel.engine import Engine
+
+
+class Ema:
+    """θ_ema ← β·θ_ema + (1−β)·θ after every update, over the fp32 master fragments of one player."""
+
+    def __init__(self, engine: Engine, unsharded: nn.Module) -> None:
+        """unsharded: a module of G's class, on the device; it becomes the whole G_ema when asked for."""
+        self.engine = engine
+        self.averages = [f.data.clone() for f in engine.fragments]
+        self._module = unsharded.requires_grad_(False).eval()
+
+    def update(self, beta: float) -> None:
+        """Follow the player. beta: how much of the average stays."""
+        torch._foreach_lerp_(self.averages, [f.data for f in self.engine.fragments], 1 - beta)
+
+    def module(self) -> nn.Module:
+        """The whole G_ema in eval mode, on every rank; collective.
+
+        Its BatchNorm statistics are G's, pooled over all ranks. The same module each time: valid until the
+        next call.
+        """
+        named = dict(self._module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.engine.whole(self.averages):
+                named[name].copy_(tensor.view_as(named[name]))
+            buffers = dict(self._module.named_buffers())
+            for name, value in pooled_buffers(self.engine.module, self.engine.ranks).items():
+                buffers[name].copy_(value)
+        return self._module

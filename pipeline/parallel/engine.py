@@ -1,0 +1,171 @@
+"""One player: a network, its optimizer and its weight penalties, behind one interface for every strategy.
+
+The training step is written against `Engine` and knows neither ranks nor strategies. A strategy overrides
+where gradients are averaged, where the fragments are and how a step is taken; everything that must be equal
+under all of them (rounds, randomness, freezing, precision, what is reported) is written once, here.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pipeline.config import BatchShape, Optimizer, WeightPenalty
+from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Share:
+    """A statistic's part on one rank: all ranks' totals over all ranks' weights is its value."""
+
+    total: torch.Tensor
+    weight: float
+
+
+class Drawn(Protocol):
+    """What is drawn at random for one global batch, the same on every rank."""
+
+    @property
+    def z(self) -> torch.Tensor: ...  # [batch_size, z_dim] fp32, CPU
+
+    @property
+    def c(self) -> torch.Tensor | None: ...  # [batch_size] int64, CPU
+
+    @property
+    def seed(self) -> int: ...  # of randomness inside the networks (dropout)
+
+
+@dataclass(frozen=True)
+class PlayerSettings:
+    """What an engine needs to know besides its network."""
+
+    name: str  # "G" or "D": its part in chart names and files
+    optimizer: Optimizer
+    penalty: WeightPenalty
+    penalised: frozenset[str]  # names of the parameters the penalty covers
+
+
+class Engine(abc.ABC):
+    """One player under some strategy."""
+
+    def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
+        self.module = module
+        self.player = player
+        self.ranks = ranks
+        self.batch = batch
+        self.frozen = False
+        # Which parameters train is the user's choice at construction: freezing for the other player's
+        # turn must not wake up one that was never meant to move.
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+
+    # What a strategy says
+
+    @property
+    @abc.abstractmethod
+    def fragments(self) -> list[Fragment]:
+        """This rank's fp32 master elements of every trainable parameter, in the module's order."""
+
+    @property
+    @abc.abstractmethod
+    def replicated(self) -> bool:
+        """Whether every rank holds all elements (else each element is on exactly one rank)."""
+
+    @abc.abstractmethod
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        """The forward pass whose gradients will be averaged over ranks."""
+
+    @abc.abstractmethod
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward of one round; gradients are averaged over ranks on the last."""
+
+    @abc.abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of one round's loss; the rounds of an update are averaged."""
+
+    @abc.abstractmethod
+    def step(self) -> dict[str, Share]:
+        """Add the weight penalties, clip, update. Returns what is to be charted: the penalties at the
+        weights before the update, and the squared gradient norm (penalties included, before clipping)."""
+
+    @abc.abstractmethod
+    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank."""
+
+    @abc.abstractmethod
+    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """For each fragment, the optimizer's tensors: fragment-shaped ones and scalars (`step`)."""
+
+    @abc.abstractmethod
+    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """Put back what `optimizer_state` gave."""
+
+    @abc.abstractmethod
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+    # What is the same under all of them
+
+    def __call__(self, *inputs: Any) -> torch.Tensor:
+        """The network's output; inside the other player's turn, through the bare and frozen network.
+
+        Frozen, the wrapper that averages gradients must not see the pass: it would wait for gradients
+        that never come (DDP), or is silently wrong (ZeRO stage 3).
+        """
+        with self.autocast():
+            return self.module(*inputs) if self.frozen else self.forward(*inputs)
+
+    @contextmanager
+    def updating(self, frozen: Engine) -> Iterator[None]:
+        """This player's turn: the other one is frozen, and gradients start and end empty."""
+        for parameter in frozen._trainable:
+            parameter.requires_grad_(False)
+        frozen.frozen = True
+        try:
+            yield
+        finally:
+            self.zero_grad()
+            frozen.frozen = False
+            for parameter in frozen._trainable:
+                parameter.requires_grad_(True)
+
+    def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.
+
+        drawn: for the global batch; this rank takes its part. local: this rank's tensors [batch.local, …],
+        None stays None. Gradients are averaged over ranks in the last round.
+        """
+        mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
+        tensors = [drawn.z[mine], None if drawn.c is None else drawn.c[mine], *local]
+        for number in range(self.batch.rounds):
+            torch.manual_seed(drawn.seed + self.ranks.rank * self.batch.rounds + number)
+            part = slice(number * self.batch.images, (number + 1) * self.batch.images)
+            with self.accumulating(last=number == self.batch.rounds - 1):
+                yield tuple(
+                    None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
+                )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 arithmetic over fp32 masters when the launcher says so."""
+        if self.ranks.precision == "bf16":
+            return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What this rank's network holds besides its fragments: buffers and parameters that do not train."""
+        fixed = {name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad}
+        return fixed | {name: buffer.detach() for name, buffer in self.module.named_buffers()}
+
+    def share(self, local: torch.Tensor) -> Share:
+        """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
+        return Share(local, 1.0 if self.replicated else 1.0 / self.ranks.world)
+
+    def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
+        """{part: sum over local fragments} → {"section/player/part": its share}."""
+        return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}

@@ -1,0 +1,74 @@
+"""The local fp32 master fragment: the one abstraction that exactness stands on.
+
+However a strategy lays out a player's parameters, each rank owns some fp32 elements of each of them. A
+fragment says which: `data` holds elements `start … start + data.numel()` of the flattened whole parameter.
+Penalty values and gradients, norms, the moving average and checkpoints are all written over fragments, so a
+strategy only has to say where its fragments are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_ROW = 1024  # elements summed in fp32 before fp64 takes over: error 1e-9 relative, at memory speed
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """This rank's part of one parameter."""
+
+    name: str  # as in the unsharded module's named_parameters()
+    start: int  # index of its first element in the flattened whole
+    shape: torch.Size  # of the whole
+    data: torch.Tensor  # fp32 master elements, aliasing what the optimizer updates; any shape
+    penalised: bool  # covered by the player's weight penalties
+
+    @property
+    def whole(self) -> bool:
+        return self.data.numel() == self.shape.numel()
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Σ t² over all elements of all tensors → fp64 scalar on their device; no host sync.
+
+    Plain fp32 norms of large tensors are off by 1e-3 and depend on how a tensor is cut, so rows are summed
+    in fp32 and the rows' sums in fp64 (8x faster than converting every element on a CPU).
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    if tensors[0].is_cuda:  # one fused launch for all tensors, accumulating in fp64
+        norms = torch._foreach_norm(list(tensors), 2.0, torch.float64)
+        return torch.stack(norms).square().sum()
+    return torch.stack([_square_sum(_flat(t)) for t in tensors]).sum()
+
+
+def sum_of_magnitudes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Σ |t| over all elements of all tensors → fp64 scalar on their device; no host sync."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(list(tensors), 1.0, torch.float64)).sum()
+    return torch.stack([_row_norms(_flat(t), 1.0).sum() for t in tensors]).sum()
+
+
+def _square_sum(flat: torch.Tensor) -> torch.Tensor:
+    return _row_norms(flat, 2.0).square().sum()
+
+
+def _row_norms(flat: torch.Tensor, order: float) -> torch.Tensor:
+    body = flat.numel() - flat.numel() % _ROW
+    rows = torch.linalg.vector_norm(flat[:body].view(-1, _ROW), ord=order, dim=1)
+    tail = torch.linalg.vector_norm(flat[body:], ord=order)
+    return torch.cat([rows, tail[None]]).double()
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of all elements in memory order (which is all a sum needs; channels_last has no other view)."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.detach().permute(0, 2, 3, 1).reshape(-1)
+    return tensor.detach().reshape(-1)

@@ -1,0 +1,204 @@
+"""Who am I, how many are we, on which device, under which strategy: read from what the launcher set up."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from pipeline.config import UserError
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Precision = Literal["no", "bf16", "fp16"]
+T = TypeVar("T")
+
+# What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
+# plain Accelerate state would act on these on its own (one DeepSpeed engine for two players, say).
+_PLUGIN_VARIABLES = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_DEEPSPEED_",
+    "ACCELERATE_CONFIG_DS_FIELDS",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_GRADIENT_",
+    "FSDP_",
+)
+
+
+class CommonError(UserError):
+    """A UserError that every rank knows of: the main rank tells."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for, before anything is joined."""
+
+    strategy: Strategy
+    precision: Precision
+    rank: int
+    world: int
+
+
+def read_launch(environ: dict[str, str] | None = None) -> Launch:
+    """Strategy, precision, rank and world size from the environment `accelerate launch` made.
+
+    Raises UserError for a launcher set-up that would quietly train something else.
+    """
+    env = dict(os.environ) if environ is None else environ
+    rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
+    if "WORLD_SIZE" not in env and env.get("MASTER_PORT"):
+        raise UserError(
+            "The launcher was told to start several processes but its file says distributed_type: NO, so "
+            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy)."
+        )
+    return Launch(_strategy(env), precision, rank, world)  # type: ignore[arg-type]
+
+
+def _strategy(env: dict[str, str]) -> Strategy:
+    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")) or _is_true(env.get("ACCELERATE_USE_FSDP")):
+        raise UserError(
+            "This version trains with one process or DistributedDataParallel: "
+            "use --config_file launch/accelerate/single.yaml or ddp.yaml."
+        )
+    return "ddp" if "WORLD_SIZE" in env else "single"
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").lower() in ("1", "true", "yes")
+
+
+class Ranks:
+    """The processes training together, seen from one of them.
+
+    Every method is a no-op or the identity in a world of one, so that callers never ask which rank they are.
+    """
+
+    def __init__(self, launch: Launch, timeout: timedelta) -> None:
+        """Join the others. Raises UserError when the launcher's world and ours disagree."""
+        for name in list(os.environ):
+            if name.startswith(_PLUGIN_VARIABLES):
+                del os.environ[name]
+        cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
+        state = PartialState(cpu=cpu, timeout=timeout)
+        if (state.num_processes, state.process_index) != (launch.world, launch.rank):
+            raise UserError(
+                f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
+                "each would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=1."
+            )
+        self.rank, self.world = launch.rank, launch.world
+        self.strategy, self.precision = launch.strategy, launch.precision
+        self.device: torch.device = state.device
+        # Control flags must not queue behind gradients: they travel on a group of their own.
+        self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+
+    @property
+    def main(self) -> bool:
+        """The one rank that writes files and talks to people."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over ranks of a tensor of equal shape on each; in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Tensors of equal shape [n, …] from every rank → [world·n, …], in the order of the ranks."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One small picklable value from each rank, in the order of the ranks."""
+        if self._control is None:
+            return [value]
+        values: list[T | None] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._control)
+        return values  # type: ignore[return-value]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the main rank, given to all; its UserError is raised on all."""
+        value: T | None = None
+        failure: str | None = None
+        if self.main:
+            try:
+                value = make()
+            except UserError as error:
+                failure = str(error)
+        value, failure = self.gather_objects((value, failure))[0]
+        if failure is not None:
+            raise CommonError(failure)
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise on every rank the UserError that any rank met inside, named by rank unless all met it."""
+        failure: str | None = None
+        try:
+            yield
+        except UserError as error:
+            failure = str(error)
+        failures = self.gather_objects(failure)
+        distinct = {text for text in failures if text is not None}
+        if len(distinct) == 1 and None not in failures:
+            raise CommonError(distinct.pop())
+        if distinct:
+            raise CommonError("\n".join(f"rank {r}: {text}" for r, text in enumerate(failures) if text))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self._control is not None:
+            dist.barrier(group=self._control)
+
+    def any(self, flag: bool) -> Callable[[], bool]:
+        """Ask whether any rank raised its flag. The answer comes when called, so that work fits between."""
+        if self._control is None:
+            return lambda: flag
+        seen = torch.tensor([int(flag)], dtype=torch.int32)
+        pending = dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+
+        def answer() -> bool:
+            pending.wait()
+            return bool(seen.item())
+
+        return answer
+
+    def leave(self) -> None:
+        """Part in good order, so that no peer reports a broken connection."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class StopSignals:
+    """Asks for a clean stop on SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+        # A launcher that dies without a word (SIGKILL, or `accelerate launch` of one process, which
+        # forwards nothing) must not leave this process training: the kernel tells us instead.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+    def _note(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

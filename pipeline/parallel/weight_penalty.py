@@ -1,0 +1,47 @@
+"""λ‖W‖² and λ‖W‖₁ over fragments: exact under every strategy, without gathering a parameter.
+
+The sums run over elements, and every element is on exactly one rank (or, replicated, on every rank), so
+both the value and the gradient split over fragments: the gradient of λ‖W‖² at an element is 2λ times that
+element, wherever it lives. The gradient is added on the local shards after the players' gradients have been
+averaged over ranks, once, and before clipping: what autograd gives for the penalty inside the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config import WeightPenalty
+from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sum_of_squares
+
+
+@dataclass(frozen=True)
+class LocalPenalty:
+    """One player's weight penalties on one rank's fragments."""
+
+    coefficients: WeightPenalty
+    weights: list[torch.Tensor]  # the penalised fragments' data
+
+    @classmethod
+    def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> LocalPenalty:
+        return cls(coefficients, [f.data for f in fragments if f.penalised])
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used."""
+        values = {"l2_penalty": self.coefficients.l2 * sum_of_squares(self.weights)}
+        if self.coefficients.l1:
+            values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
+        return values
+
+    def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
+        """Add ∂penalty/∂W to the gradients of the penalised fragments, in place.
+
+        gradients: one for each of `weights`, equal in shape; `scale` is the loss scale they carry, if any.
+        """
+        if self.coefficients.l2:
+            torch._foreach_add_(gradients, self.weights, alpha=2 * self.coefficients.l2 * scale)
+        if self.coefficients.l1:
+            signs = torch._foreach_sign(self.weights)  # 0 at 0, as autograd's subgradient
+            torch._foreach_add_(gradients, signs, alpha=self.coefficients.l1 * scale)

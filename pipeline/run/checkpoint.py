@@ -1,0 +1,281 @@
+"""Checkpoints: one portable format, written from fragments, that exists whole or not at all.
+
+    checkpoints/<cur_nimg>/
+        G-00000.safetensors …  per writing rank: this rank's fragments of G, its optimizer and G_ema
+        D-00000.safetensors …  likewise
+        buffers-00000.safetensors …  per rank: BatchNorm statistics and the like
+        state.json             the rest (State)
+        manifest.json          bytes and SHA-256 of every file; written last
+
+A tensor is stored as flat pieces named `kind/parameter@first element`, so that any strategy and world can
+read what any other has written: each rank picks the elements it owns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from pipeline.config import UserError
+from pipeline.parallel.batch_norm import pooled
+from pipeline.parallel.ema import Ema
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.state import State
+
+FORMAT = 1
+
+
+def save(folder: Path, players: list[Engine], G_ema: Ema, state: State, ranks: Ranks, keep: int) -> None:
+    """Write checkpoints/<cur_nimg> under `folder`, then forget all but the `keep` newest. Collective.
+
+    Raises UserError on every rank if any could not write; the earlier checkpoints stand.
+    """
+    final = folder / str(state.cur_nimg)
+    partial = folder / f".partial-{state.cur_nimg}"
+    with ranks.agreeing():
+        if ranks.main:
+            with _explaining(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+    files: dict[str, Any] = {}
+    with ranks.agreeing(), _explaining(partial):
+        for engine in players:
+            if ranks.main or not engine.replicated:
+                averages = G_ema.averages if engine is G_ema.engine else None
+                files |= _write(partial, f"{engine.player.name}-{ranks.rank:05d}", _pieces(engine, averages))
+        buffers = {f"{e.player.name}/{name}": b for e in players for name, b in e.buffers().items()}
+        files |= _write(partial, f"buffers-{ranks.rank:05d}", buffers)
+    written = ranks.gather_objects(files)
+    with ranks.agreeing():
+        if ranks.main:
+            with _explaining(partial):
+                _finish(partial, final, written, state, ranks)
+                for old in find(folder)[keep:]:
+                    shutil.rmtree(folder / str(old), ignore_errors=True)
+
+
+def find(folder: Path) -> list[int]:
+    """cur_nimg of every checkpoint in a run's checkpoint folder, the newest first."""
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there and intact, and a complaint about each newer one."""
+    complaints: list[str] = []
+    for nimg in find(folder):
+        problem = _problem(folder / str(nimg))
+        if problem is None:
+            return folder / str(nimg), complaints
+        complaints.append(f"checkpoint {folder / str(nimg)} is damaged ({problem})")
+    return None, complaints
+
+
+def read_state(checkpoint: Path) -> State:
+    """The part of a checkpoint that is not tensors."""
+    values = json.loads((checkpoint / "state.json").read_text())
+    values["stats"] = [{k: (float(t), float(w)) for k, (t, w) in sums.items()} for sums in values["stats"]]
+    return State(**values)
+
+
+def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> None:
+    """Fill both players, their optimizers and G_ema from a checkpoint of any strategy and world.
+
+    Raises UserError, before anything is overwritten, when it is of other networks or optimizers.
+    """
+    readers = {engine.player.name: Pieces(checkpoint, engine.player.name) for engine in players}
+    buffers = {engine.player.name: _read_buffers(checkpoint, engine, ranks) for engine in players}
+    for engine in players:
+        readers[engine.player.name].check(engine)
+    with torch.no_grad():
+        for engine in players:
+            read = readers[engine.player.name]
+            for fragment in engine.fragments:
+                piece = read("weights", fragment.name, fragment.start, fragment.data.numel())
+                fragment.data.copy_(piece.view(fragment.data.shape))
+            engine.load_optimizer_state(
+                [read.optimizer(f.name, f.start, f.data.numel()) for f in engine.fragments]
+            )
+            live = engine.buffers()
+            for name, value in buffers[engine.player.name].items():
+                live[name].copy_(value)
+            if engine is G_ema.engine:
+                for fragment, average in zip(engine.fragments, G_ema.averages, strict=True):
+                    piece = read("ema", fragment.name, fragment.start, average.numel())
+                    average.copy_(piece.view(average.shape))
+
+
+class Pieces:
+    """Reads one player's flat pieces out of however many files hold them."""
+
+    def __init__(self, checkpoint: Path, player: str) -> None:
+        self._files = [
+            safe_open(path, framework="pt") for path in sorted(checkpoint.glob(f"{player}-*.safetensors"))
+        ]
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
+        self._scalars: dict[tuple[str, str], Any] = {}
+        for file in self._files:
+            for key in file.keys():  # noqa: SIM118
+                kind, _, rest = key.partition("/")
+                name, at, start = rest.rpartition("@")
+                view = file.get_slice(key)
+                if at:
+                    count = view.get_shape()[0]
+                    self._pieces.setdefault((kind, name), []).append((int(start), count, view))
+                else:
+                    self._scalars[kind, rest] = file.get_tensor(key)
+        self.kinds = {kind for kind, _ in [*self._pieces, *self._scalars]}
+
+    def size(self, name: str) -> int:
+        """How many elements of a parameter are stored."""
+        return sum(count for _, count, _ in self._pieces.get(("weights", name), ()))
+
+    def names(self) -> set[str]:
+        return {name for kind, name in self._pieces if kind == "weights"}
+
+    def __call__(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
+        """Elements start … start + count of a flattened whole tensor → fp32 [count]."""
+        flat = torch.empty(count)
+        for first, size, view in self._pieces[kind, name]:
+            low, high = max(start, first), min(start + count, first + size)
+            if low < high:
+                flat[low - start : high - start] = view[low - first : high - first]
+        return flat
+
+    def optimizer(self, name: str, start: int, count: int) -> dict[str, torch.Tensor]:
+        """A fragment's optimizer state: everything stored for it that is neither weights nor average."""
+        kinds = self.kinds - {"weights", "ema"}
+        state = {k: self(k, name, start, count) for k in sorted(kinds) if (k, name) in self._pieces}
+        return state | {k: self._scalars[k, name] for k in sorted(kinds) if (k, name) in self._scalars}
+
+    def check(self, engine: Engine) -> None:
+        """Refuse what was written for another network."""
+        wrong = [f.name for f in engine.fragments if self.size(f.name) != f.shape.numel()]
+        missing = self.names() ^ {f.name for f in engine.fragments}
+        if wrong or missing:
+            raise UserError(
+                f"The checkpoint holds another {engine.player.name} than the config describes "
+                f"(at {', '.join(sorted({*wrong, *missing})[:3])}). Resume with the config it was made with, "
+                "or start over with run.resume=false."
+            )
+
+
+def read_buffers(checkpoint: Path, player: str) -> list[dict[str, torch.Tensor]]:
+    """A player's buffers as each rank saved them, in the order of the ranks."""
+    everyone = []
+    for path in sorted(checkpoint.glob("buffers-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if key.startswith(f"{player}/")]  # noqa: SIM118
+            everyone.append({key.removeprefix(f"{player}/"): file.get_tensor(key) for key in keys})
+    return everyone
+
+
+def _read_buffers(checkpoint: Path, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """This rank's own buffers, or in another world than the one that saved them, all ranks' pooled."""
+    everyone = read_buffers(checkpoint, engine.player.name)
+    return everyone[ranks.rank] if len(everyone) == ranks.world else pooled(engine.module, everyone)
+
+
+def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """One rank's part of a player as flat named pieces."""
+    tensors: dict[str, torch.Tensor] = {}
+    states = engine.optimizer_state()
+    for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
+        where = f"{fragment.name}@{fragment.start}"
+        tensors[f"weights/{where}"] = fragment.data.reshape(-1)
+        if averages is not None:
+            tensors[f"ema/{where}"] = averages[place].reshape(-1)
+        for kind, value in state.items():
+            if value.ndim == 0:  # Adam's step
+                tensors[f"{kind}/{fragment.name}"] = value
+            else:
+                tensors[f"{kind}/{where}"] = value.reshape(-1)
+    return tensors
+
+
+def _write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write and fsync one safetensors file; returns its line of the manifest."""
+    path = folder / f"{name}.safetensors"
+    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
+    return {path.name: _seal(path)}
+
+
+def _finish(partial: Path, final: Path, written: list[dict[str, Any]], state: State, ranks: Ranks) -> None:
+    """Add state and manifest, then make the checkpoint exist by renaming its folder."""
+    files = {name: line for files in written for name, line in files.items()}
+    (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
+    files["state.json"] = _seal(partial / "state.json")
+    manifest = {
+        "format": FORMAT,
+        "cur_nimg": state.cur_nimg,
+        "world": ranks.world,
+        "strategy": ranks.strategy,
+        "torch": torch.__version__,
+        "files": files,
+    }
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    _seal(partial / "manifest.json")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Turn a full or failing disk into one clear message, leaving nothing half-written behind."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"The checkpoint {folder.parent} could not be written: {error}. Earlier checkpoints are intact: "
+            "make room and run the same command again to continue from the newest."
+        ) from None
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Make a file durable; returns its line of the manifest."""
+    _sync(path)
+    return _describe(path)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint on disk, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            return f"format {manifest['format']}, not {FORMAT}"
+        for name, line in manifest["files"].items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                return f"file name {name!r}"
+            if _describe(checkpoint / name) != line:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,115 @@
+"""Whole networks out of a run's newest checkpoint, on one process, whatever world and strategy wrote it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pipeline import config
+from pipeline.config import Config, UserError
+from pipeline.gan.networks import build_D, build_G
+from pipeline.parallel.batch_norm import pooled
+from pipeline.run import checkpoint
+from pipeline.run.state import State
+
+
+def load_run(run: Path) -> tuple[Config, Path, State]:
+    """A run folder's config, its newest intact checkpoint, and that checkpoint's state.
+
+    Raises UserError when it is not a run folder or holds no intact checkpoint.
+    """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
+    found, complaints = checkpoint.newest_sound(run / "checkpoints")
+    if found is None:
+        raise UserError("\n".join([f"{run} holds no intact checkpoint yet.", *complaints]))
+    return config.load(run / "config.yaml"), found, checkpoint.read_state(found)
+
+
+def load_generator(run: Path) -> tuple[nn.Module, Config]:
+    """G_ema of a run folder, on the CPU in eval mode, with pooled BatchNorm statistics; and the config.
+
+    Raises UserError as `load_run`.
+    """
+    settings, found, state = load_run(run)
+    return _fill(build_G(settings, state.num_classes), found, "G", "ema"), settings
+
+
+def export(run: Path, out: Path) -> list[Path]:
+    """Write G_ema, G and D (whole, fp32, keys as in the module), the config and a model card to `out`.
+
+    Returns the files. Raises UserError as `load_run`, or when `out` cannot be written.
+    """
+    settings, found, state = load_run(run)
+    networks = {
+        "G_ema": _fill(build_G(settings, state.num_classes), found, "G", "ema"),
+        "G": _fill(build_G(settings, state.num_classes), found, "G", "weights"),
+        "D": _fill(build_D(settings, state.num_classes), found, "D", "weights"),
+    }
+    files = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, network in networks.items():
+            tensors = {key: t.clone().contiguous() for key, t in network.state_dict().items()}
+            save_file(tensors, out / f".{name}.partial", {"format": "pt", "cur_nimg": str(state.cur_nimg)})
+            os.replace(out / f".{name}.partial", out / f"{name}.safetensors")  # noqa: PTH105
+            files.append(out / f"{name}.safetensors")
+        (out / "config.yaml").write_text(config.dump(settings))
+        (out / "README.md").write_text(_model_card(settings, state))
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {error}") from None
+    return [*files, out / "config.yaml", out / "README.md"]
+
+
+def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
+    """Put a player's stored weights (or averages) and pooled buffers into a network built anew."""
+    pieces = checkpoint.Pieces(found, player)
+    named = dict(network.named_parameters())
+    buffers = pooled(network, checkpoint.read_buffers(found, player))
+    if pieces.names() | buffers.keys() < named.keys():
+        raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
+    with torch.no_grad():
+        for name in pieces.names():
+            whole = pieces(kind, name, 0, named[name].numel())
+            named[name].copy_(whole.view_as(named[name]))
+        live = named | dict(network.named_buffers())
+        for name, value in buffers.items():
+            live[name].copy_(value)
+    return network.requires_grad_(False).eval()
+
+
+def _model_card(settings: Config, state: State) -> str:
+    """What a stranger needs to use the files."""
+    data, G = settings.data, settings.G
+    label = "a class label c (int64 [N]), " if state.num_classes else ""
+    labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
+    return f"""# {settings.run.name}
+
+A generator G and a discriminator D trained by ShardGAN on {state.cur_nimg / 1000:g} thousand images of
+`{data.train}` ({data.size}x{data.size}, {data.channels} channel{"s" if data.channels > 1 else ""}), loss
+`{settings.loss.kind}`, L2 penalties λ_G = {settings.penalty.G.l2:g}, λ_D = {settings.penalty.D.l2:g} on
+`{settings.penalty.on}`.
+
+| file | what |
+|---|---|
+| `G_ema.safetensors` | the moving average of G: the one to sample from |
+| `G.safetensors`, `D.safetensors` | the players as they ended |
+| `config.yaml` | the resolved config; `shardgan train` reproduces the run from it |
+
+All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1) (float32
+[N, {G.z_dim}]), {label}and gives images in [-1, 1].
+
+```python
+from safetensors.torch import load_file
+from pipeline import config
+from pipeline.gan.networks import build_G
+
+G = build_G(config.load("config.yaml"), num_classes={state.num_classes})
+G.load_state_dict(load_file("G_ema.safetensors"))
+images = G.eval()(torch.randn(16, {G.z_dim}){labels})
+```
+"""

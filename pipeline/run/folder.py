@@ -1,0 +1,84 @@
+"""The run folder: made once, found again by the same command, never written over."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from pipeline import config
+from pipeline.config import Config, UserError
+
+DONE, STOPPED = "DONE", "STOPPED"
+
+# What may change between a run and its continuation: how long, how often, where and how fast, not what.
+_FREE = {
+    "run": None,
+    "track": None,
+    "score": None,
+    "data": {"train", "workers", "batch_gpu"},
+}
+
+
+def open_folder(settings: Config) -> tuple[Config, Path]:
+    """The folder of this run, made or found; and the config, under a new name with run.resume=false.
+
+    Raises UserError when the folder holds a run of other settings, or cannot be written.
+    """
+    assert settings.run.name is not None
+    out, name = Path(settings.run.out), settings.run.name
+    if not settings.run.resume:
+        number = 2
+        while (out / name).exists():
+            name, number = f"{settings.run.name}-{number}", number + 1
+    run = dataclasses.replace(settings.run, name=name, resume=True)
+    settings, folder = dataclasses.replace(settings, run=run), out / name
+    check_same(settings, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STOPPED).unlink(missing_ok=True)
+        partial = folder / ".config.partial"
+        partial.write_text(config.dump(settings))
+        partial.replace(folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"The run folder {folder} cannot be written: {error}") from None
+    return settings, folder
+
+
+def check_same(settings: Config, folder: Path) -> None:
+    """Refuse to continue a run with settings that would make it another run."""
+    if not (folder / "config.yaml").exists():
+        return
+    before = _settings(config.load(folder / "config.yaml"))
+    now = _settings(settings)
+    changed = [f"  {key}: {before[key]!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            "\n".join(
+                [
+                    f"{folder} holds a run with other settings:",
+                    *changed,
+                    "Give it another run.name, or set run.resume=false to start over under a new name.",
+                ]
+            )
+        )
+
+
+def finished(folder: Path, settings: Config) -> bool:
+    """Whether the run in this folder got as far as the settings ask (which may be further than before)."""
+    try:
+        return float((folder / DONE).read_text().split()[0]) >= 1000 * settings.run.total_kimg
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _settings(settings: Config) -> dict[str, Any]:
+    """Dotted key → value of everything that must not change between a run and its continuation."""
+    flat: dict[str, Any] = {}
+    for section, values in TypeAdapter(Config).dump_python(settings).items():
+        free = _FREE.get(section, set())
+        if free is not None:
+            flat |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+    return flat

@@ -1,0 +1,150 @@
+"""What a run says: metrics.jsonl first, then W&B, then the terminal or log. Silent on all ranks but one."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pipeline.config import UserError
+from pipeline.run.tracker import Tracker
+
+
+def say(text: str) -> None:
+    """One line for the person or the log, at once."""
+    print(text, flush=True)
+
+
+class Report:
+    """Does nothing: what ranks other than the main one hold."""
+
+    def say(self, text: str) -> None:
+        """Tell the person."""
+
+    def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and a point in every chart."""
+
+    def advance(self, cur_nimg: int) -> None:
+        """Move the progress bar."""
+
+    def image(self, key: str, path: Path, cur_nimg: int, caption: str) -> None:
+        """Show a picture that has been written."""
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """How the run ended, beside its charts."""
+
+    def close(self) -> None:
+        """Send what is left and free the terminal; on every way out."""
+
+
+class MainReport(Report):
+    """Writes metrics.jsonl, forwards to the tracker, and keeps a progress bar (or plain lines in a log)."""
+
+    def __init__(self, folder: Path, tracker: Tracker, total_nimg: int, cur_nimg: int) -> None:
+        self._tracker = tracker
+        self._total = total_nimg
+        self._last = (time.monotonic(), cur_nimg)
+        self._metrics = folder / "metrics.jsonl"
+        _forget_after(self._metrics, cur_nimg)
+        self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
+
+    def say(self, text: str) -> None:
+        if self._bar is None:
+            say(text)
+        else:
+            self._bar[0].console.print(text, highlight=False, markup=False)
+
+    def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
+        line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
+        try:
+            with self._metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._metrics} cannot be written: {error}") from None
+        self._tracker.log(values, cur_nimg)
+        if self._bar is None:
+            self.say(self._plain(cur_nimg, values))
+        else:
+            progress, task = self._bar
+            progress.update(task, completed=cur_nimg / 1000, status=_status(values))
+
+    def advance(self, cur_nimg: int) -> None:
+        if self._bar is not None:
+            self._bar[0].update(self._bar[1], completed=cur_nimg / 1000)
+
+    def image(self, key: str, path: Path, cur_nimg: int, caption: str) -> None:
+        self._tracker.image(key, path, cur_nimg, caption)
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        self._tracker.summary(values)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+        self._tracker.finish()
+
+    def _plain(self, cur_nimg: int, values: Mapping[str, float]) -> str:
+        now, (then, before) = time.monotonic(), self._last
+        self._last = now, cur_nimg
+        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {_status(values)}"
+        if cur_nimg > before:
+            left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
+            text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        return text
+
+
+def _bar(total_nimg: int, cur_nimg: int) -> tuple[Progress, TaskID]:
+    progress = Progress(
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.1f}/{task.total:g} kimg"),
+        TextColumn("{task.fields[status]}"),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stdout),
+    )
+    progress.start()
+    task = progress.add_task("", total=total_nimg / 1000, status="")
+    progress.update(task, completed=cur_nimg / 1000)
+    return progress, task
+
+
+def _status(values: Mapping[str, float]) -> str:
+    """The few numbers a person watches."""
+    shown = {
+        "img/s": ("Timing/img_per_sec", "{:.0f}"),
+        "L_D": ("Loss/D/loss", "{:.3f}"),
+        "L_G": ("Loss/G/loss", "{:.3f}"),
+        **{key.removeprefix("Metrics/"): (key, "{:.4f}") for key in values if _is_score(key)},
+    }
+    return "  ".join(
+        f"{label} {form.format(values[key])}" for label, (key, form) in shown.items() if key in values
+    )
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("Metrics/") and not key.endswith("_images")
+
+
+def _forget_after(metrics: Path, cur_nimg: int) -> None:
+    """Drop rows that the checkpoint being resumed from does not know: the run will write them again."""
+    if not metrics.exists():
+        return
+    rows = metrics.read_text().splitlines()
+    kept = [row for row in rows if _nimg(row) <= (cur_nimg if cur_nimg else -1)]
+    if kept != rows:
+        partial = metrics.with_name(".metrics.partial")
+        partial.write_text("".join(f"{row}\n" for row in kept))
+        partial.replace(metrics)
+
+
+def _nimg(row: str) -> float:
+    try:
+        return float(json.loads(row)["cur_nimg"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the line a kill cut short

@@ -1,0 +1,23 @@
+"""All mutable state of a run besides the players': small, JSON, the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+PartialSums = dict[str, tuple[float, float]]
+
+
+@dataclass
+class State:
+    """Where a run stands. Random state is not here: every draw is a function of cur_nimg."""
+
+    cur_nimg: int = 0  # real images shown to D; also the position in the data
+    plan: str = ""  # fingerprint of which sample comes when
+    label_frequencies: list[float] | None = None  # of the training images, which fake labels follow
+    wandb_id: str | None = None
+    stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional run."""
+        return len(self.label_frequencies or ())

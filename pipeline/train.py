@@ -1,0 +1,224 @@
+"""Train a GAN, as one of the processes that `accelerate launch` started:
+
+    accelerate launch --config_file launch/accelerate/ddp.yaml -m pipeline.train CONFIG [key=value …]
+
+A table of contents: load the config, meet the other ranks, build the parts, run the loop.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from pipeline import config, loop
+from pipeline.config import BatchShape, Config, UserError, batch_shape
+from pipeline.data.index import Index, load_index
+from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
+from pipeline.data.stream import check_images, label_frequencies, training_batches
+from pipeline.gan.draws import Draws
+from pipeline.gan.losses import adversarial
+from pipeline.gan.networks import build_D, build_G, check_networks
+from pipeline.gan.penalised import penalised_names
+from pipeline.gan.schedules import ema_beta
+from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.parallel.build import build_players
+from pipeline.parallel.engine import PlayerSettings
+from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, read_launch
+from pipeline.run import checkpoint
+from pipeline.run.export import export
+from pipeline.run.folder import DONE, STOPPED, finished, open_folder
+from pipeline.run.report import MainReport, Report, say
+from pipeline.run.session import Session
+from pipeline.run.state import State
+from pipeline.run.stats import Stats
+from pipeline.run.tracker import open_tracker
+from pipeline.step import Gan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        launch = read_launch()
+        path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
+        settings = config.load(path, overrides)
+        batch = batch_shape(settings.data, launch.world)
+    except (UserError, ValueError) as error:
+        return _refuse(error, tell=rank == 0)
+    try:
+        _train(settings, launch, batch)
+    except CommonError as error:
+        return _refuse(error, tell=rank == 0)
+    except UserError as error:
+        return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
+    return 0
+
+
+def prepare_data(settings: Config, announce: bool) -> Index:
+    """The index of the training data, checked against the config. Raises UserError."""
+    assert settings.data.train is not None
+    index = load_index(settings.data.train, say if announce else lambda _: None)
+    check_images(index, settings.data)
+    check_networks(settings, index.num_classes if settings.data.conditional else 0)
+    return index
+
+
+def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
+    signals = StopSignals()
+    ranks = Ranks(launch, timedelta(seconds=settings.run.timeout_s))
+    with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
+        if ranks.main:
+            prepare_data(settings, announce=True)
+    with ranks.agreeing():
+        index = prepare_data(settings, announce=False)
+    settings, folder = ranks.from_main(lambda: open_folder(settings))
+    if finished(folder, settings):
+        ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
+        return
+    plan, heldout = _plans(settings, index)
+    state = State(plan=plan.fingerprint)
+    if settings.data.conditional:
+        state.label_frequencies = label_frequencies(index, plan).tolist()
+    gan = _build(settings, state, ranks, batch)
+    stats = Stats(ranks.device)
+    state = _resume(folder, gan, state, stats, ranks)
+    report = _open_report(settings, folder, state, ranks)
+    try:
+        report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
+        session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals)
+        reals = training_batches(
+            index,
+            plan,
+            start=state.cur_nimg,
+            batch_size=settings.data.batch_size,
+            rank=ranks.rank,
+            world=ranks.world,
+            size=settings.data.size,
+            channels=settings.data.channels,
+            conditional=settings.data.conditional,
+            workers=settings.data.workers,
+        )
+        completed = loop.train(gan, reals, state, stats, settings.run, session)
+        ranks.from_main(lambda: _conclude(folder, state, report, completed))
+    finally:
+        report.close()
+    ranks.leave()
+
+
+def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
+    """Which sample is trained on when, and which are never trained on."""
+    data, seed = settings.data, settings.run.seed
+    part = (index.sizes, seed, data.window, data.holdout, data.folds, data.fold)
+    return training_plan(*part), heldout_plan(*part)
+
+
+def _build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:
+    """The two players, G_ema, and what they play for."""
+    networks = (build_G(settings, state.num_classes), build_D(settings, state.num_classes))
+    players = tuple(
+        PlayerSettings(name, optimizer, penalty, penalised_names(network, settings.penalty.on))
+        for name, optimizer, penalty, network in (
+            ("G", settings.optim.G, settings.penalty.G, networks[0]),
+            ("D", settings.optim.D, settings.penalty.D, networks[1]),
+        )
+    )
+    data = settings.data
+    draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
+    c = torch.zeros(2, dtype=torch.int64, device=ranks.device) if state.num_classes else None
+    z = torch.zeros(2, settings.G.z_dim, device=ranks.device)
+    images = torch.zeros(2, data.channels, data.size, data.size, device=ranks.device)
+    G, D, G_ema = build_players(networks, (players[0], players[1]), ranks, batch, ((z, c), (images, c)))
+    return Gan(
+        G=G,
+        D=D,
+        G_ema=G_ema,
+        losses=adversarial(settings.loss.kind),
+        draws=draws,
+        r1=settings.penalty.r1,
+        batch_size=data.batch_size,
+        D_steps=settings.loss.D_steps,
+        ema_beta=ema_beta(settings.images_per_update, settings.ema.kimg),
+    )
+
+
+def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks) -> State:
+    """Continue from the newest intact checkpoint, if there is one; returns where the run stands."""
+    found, complaints = ranks.from_main(lambda: checkpoint.newest_sound(folder / "checkpoints"))
+    for complaint in complaints if ranks.main else ():
+        say(f"warning: {complaint}; falling back")
+    if found is None:
+        return state
+    saved = checkpoint.read_state(found)
+    if saved.plan != state.plan:
+        raise CommonError(
+            f"{folder} was trained on other data, or on another split of them: resuming would mix the two. "
+            "Point data.train at the same shards, or start over with run.resume=false."
+        )
+    checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
+    stats.load(ranks, saved.stats)
+    return saved
+
+
+def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> Report:
+    """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
+    if not ranks.main:
+        state.wandb_id = ranks.from_main(lambda: state.wandb_id)
+        return Report()
+    tracker = open_tracker(settings, folder, True, state.wandb_id, say)
+    state.wandb_id = ranks.from_main(lambda: tracker.run_id)
+    total = round(settings.run.total_kimg * 1000)
+    return MainReport(folder, tracker, total, state.cur_nimg)
+
+
+def _introduce(
+    settings: Config,
+    index: Index,
+    plan: Plan,
+    heldout: HeldOutPlan,
+    gan: Gan,
+    ranks: Ranks,
+    batch: BatchShape,
+) -> str:
+    """What is about to happen, in a few lines."""
+    size = {e.player.name: sum(f.shape.numel() for f in e.fragments) / 1e6 for e in (gan.G, gan.D)}
+    penalty = settings.penalty
+    lines = [
+        f"{settings.run.name}: {plan.size:,} training images in {len(index.shards)} shards, "
+        f"{heldout.size:,} held out; {settings.data.channels}x{settings.data.size}x{settings.data.size}",
+        f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
+        f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
+        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; a batch of "
+        f"{settings.data.batch_size} = {ranks.world} ranks x {batch.rounds} rounds x {batch.images} images",
+    ]
+    if has_batch_norm(gan.G.module) or has_batch_norm(gan.D.module):
+        lines.append(
+            "  note: BatchNorm sees one rank's images of a round, so results depend (a little) on the number "
+            "of ranks and rounds"
+        )
+    return "\n".join(lines)
+
+
+def _conclude(folder: Path, state: State, report: Report, completed: bool) -> None:
+    """Leave the marker that says how the run ended, and the exported networks if it is done."""
+    if not completed:
+        (folder / STOPPED).write_text(f"{state.cur_nimg}\n")
+        report.say(f"Stopped at kimg {state.cur_nimg / 1000:g}; the same command continues from there.")
+        return
+    export(folder, folder / "export")
+    (folder / DONE).write_text(f"{state.cur_nimg}\n")
+    report.say(f"Finished at kimg {state.cur_nimg / 1000:g}: {folder}")
+
+
+def _refuse(error: Exception, tell: bool) -> int:
+    if tell:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
