@@ -1,0 +1,229 @@
+"""The tracker against the real client: what an offline run holds, and that nothing stops training."""
+
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.config import Config, load
+from pipeline.run import tracker as tracker_module
+from pipeline.run.tracker import NullTracker, WandbTracker, open_tracker
+from tests.wandb_offline import offline_runs
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = ("run.name=demo", "track.project=proj", "track.group=grp", "track.tags=[a,b]", "penalty.l2=0.25")
+
+
+def config(*settings: str) -> Config:
+    return load(None, ["data.train=shards", *SETTINGS, *settings])
+
+
+@pytest.fixture(autouse=True)
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine on which nobody has logged in, whatever this one is."""
+    import wandb
+
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home / "data"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("NETRC", str(home / "none"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def picture(path: Path) -> Path:
+    Image.new("RGB", (8, 4), (255, 0, 0)).save(path)
+    return path
+
+
+def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, capfd):
+    said: list[str] = []
+    first = open_tracker(config(), tmp_path, True, None, said.append)
+    first.log({"Loss/G/loss": 1.5, "Progress/kimg": 0.064}, 64)
+    first.log({"Loss/G/loss": 1.25, "Progress/kimg": 0.128}, 128)
+    grid = picture(tmp_path / "fakes000000.png")
+    first.image("Samples/fakes", grid, 128, "kimg 0.1")
+    grid.unlink()
+    first.summary({"Metrics/kid_efflite0": 0.5})
+    first.finish()
+    first.finish()
+    time.sleep(1.1)  # W&B names folders by the second
+    resumed = open_tracker(config(), tmp_path, True, first.run_id, said.append)
+    resumed.log({"Loss/G/loss": 1.0, "Progress/kimg": 0.192}, 192)
+    resumed.finish()
+
+    before, after = offline_runs(tmp_path)
+    assert before.run_id == after.run_id == first.run_id == resumed.run_id
+    assert (before.project, before.name, before.group, before.tags) == ("proj", "demo", "grp", ["a", "b"])
+    assert before.config["penalty"]["G"]["l2"] == 0.25 and before.config["data"]["train"] == "shards"
+    assert before.metrics["*"] == "Progress/kimg"
+    assert [row["_step"] for row in before.history] == [64, 128]
+    assert [row["Loss/G/loss"] for row in before.history] == [1.5, 1.25]
+    image = before.history[1]["Samples/fakes"]
+    assert (image["caption"], image["width"], image["height"]) == ("kimg 0.1", 8, 4)
+    with Image.open(before.files / image["path"]) as stored:
+        assert stored.getpixel((0, 0)) == (255, 0, 0)
+    assert before.summary["Metrics/kid_efflite0"] == 0.5
+    assert [row["_step"] for row in after.history] == [192]
+    assert before.finished and after.finished
+
+    assert len(said) == 2 and "offline" in said[0] and "API key" in said[0]
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in said[0]
+    assert capfd.readouterr() == ("", ""), "W&B must not write to the terminal itself"
+
+
+def test_nothing_but_a_file_is_needed_where_tracking_is_not_wanted(tmp_path, monkeypatch):
+    said: list[str] = []
+    trackers = [
+        open_tracker(config("track.wandb=false"), tmp_path, True, "id", said.append),
+        open_tracker(config(), tmp_path, False, "id", said.append),  # another rank
+    ]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    trackers.append(open_tracker(config(), tmp_path, True, "id", said.append))
+    for tracker in trackers:
+        assert isinstance(tracker, NullTracker) and tracker.run_id == "id"
+        tracker.log({"a": 1.0}, 1)
+        tracker.image("i", tmp_path / "missing.png", 1, "")
+        tracker.summary({"a": 1.0})
+        tracker.finish()
+    assert not said and not (tmp_path / "wandb").exists()
+
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_a_key_and_no_network_is_offline_within_seconds(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    said: list[str] = []
+    started = time.monotonic()
+    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    assert time.monotonic() - started < 15
+    tracker.finish()
+    assert len(said) == 1 and "offline" in said[0] and "does not answer" in said[0]
+
+
+def test_a_key_is_found_in_netrc(tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracker_module._mode() == ("offline", "http://127.0.0.1:9 does not answer")
+
+
+@pytest.fixture
+def refusing_server(monkeypatch):
+    """A server that answers, and refuses everything."""
+
+    class Refuse(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(403)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refusing_server):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(tracker_module, "_INIT_S", 5.0)
+    said: list[str] = []
+    assert tracker_module._mode()[0] == "online"
+    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    tracker.log({"a": 1.0}, 64)
+    tracker.finish()
+    assert len(said) == 1 and said[0].startswith("W&B: offline (") and KEY not in said[0]
+    (run,) = offline_runs(tmp_path)
+    assert run.finished and run.history[0]["a"] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_mode_decides_if_set(mode, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert tracker_module._mode()[0] == mode
+
+
+def test_any_failure_of_init_is_one_line(tmp_path, monkeypatch):
+    import wandb
+
+    def broken(**_: object) -> None:
+        raise OSError(f"no space left, key {KEY}")
+
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(wandb, "init", broken)
+    said: list[str] = []
+    tracker = open_tracker(config(), tmp_path, True, "id", said.append)
+    assert isinstance(tracker, NullTracker) and tracker.run_id == "id"
+    assert said == ["W&B is off: OSError: no space left, key …"]
+
+
+def test_a_failure_later_on_is_one_line_and_then_silence(tmp_path):
+    said: list[str] = []
+    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    assert isinstance(tracker, WandbTracker)
+    tracker.image("i", tmp_path / "missing.png", 1, "")
+    tracker.log({"a": 1.0}, 2)
+    tracker.finish()
+    assert len(said) == 2 and said[1].startswith("W&B has stopped, training goes on without it: ")
+
+
+def test_passwords_in_urls_stay_here(tmp_path):
+    urls = "data.train=https://user:pass@host/{0..9}.tar?X-Amz-Signature=abc"
+    values = tracker_module._public(config(urls))
+    assert values["data"]["train"] == "https://host/{0..9}.tar"
+    assert tracker_module._public(config("data.train=a?b@c"))["data"]["train"] == "a?b@c"
+
+
+def test_rows_survive_sigterm_to_the_whole_process_group(tmp_path):
+    """As Slurm and a terminal send it: to the W&B service too, while the loop's handler calls finish()."""
+    script = f"""
+        import os, signal, sys, time
+        from pathlib import Path
+        from pipeline.config import load
+        from pipeline.run.tracker import open_tracker
+        config = load(None, ["data.train=x", "run.name=demo"])
+        tracker = open_tracker(config, Path({str(tmp_path)!r}), True, None, print)
+        def stop(*_):
+            tracker.finish()
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, stop)
+        for step in range(50):
+            tracker.log({{"a": step}}, step)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while process.stdout.readline() != "ready\n":
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0
+    (run,) = offline_runs(tmp_path)
+    assert len(run.history) == 50 and run.finished

@@ -1,0 +1,97 @@
+"""Reads a W&B run back from the `.wandb` file that an offline run leaves, to see what would be uploaded.
+
+The file is a 7-byte header, then LevelDB's log format: blocks of 32 KiB with records cut into fragments
+(checksum, length, kind), each whole record a `wandb_internal_pb2.Record`.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import Record
+
+_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
+_BLOCK = 32 * 1024
+_FRAGMENT = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+@dataclass
+class OfflineRun:
+    run_id: str = ""
+    project: str = ""
+    name: str = ""
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # rows, pictures as W&B's dictionaries
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)  # chart or glob → what its x axis is
+    finished: bool = False
+    files: Path = Path()  # what pictures' paths are relative to
+
+
+def offline_runs(folder: Path) -> list[OfflineRun]:
+    """Every offline run below `folder`/wandb, oldest first."""
+    return [read_offline_run(path) for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))]
+
+
+def read_offline_run(path: Path) -> OfflineRun:
+    run = OfflineRun(files=path.parent / "files")
+    for data in _records(path.read_bytes()):
+        _apply(run, Record.FromString(data))
+    return run
+
+
+def _apply(run: OfflineRun, record: Record) -> None:
+    match record.WhichOneof("record_type"):
+        case "run":
+            run.run_id, run.project, run.name = record.run.run_id, record.run.project, record.run.display_name
+            run.group, run.tags = record.run.run_group, list(record.run.tags)
+            run.config |= _items(record.run.config.update)
+        case "config":
+            run.config |= _items(record.config.update)
+        case "history":
+            run.history.append(_items(record.history.item))
+        case "summary":
+            run.summary |= _items(record.summary.update)
+        case "metric":
+            run.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
+        case "exit":
+            run.finished = True
+
+
+def _items(items: Any) -> dict[str, Any]:
+    """A row; a dictionary in it (a picture) comes as one item per entry."""
+    row: dict[str, Any] = {}
+    for item in items:
+        *outer, last = item.nested_key or [item.key]
+        inner = row
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = json.loads(item.value_json)
+    return row
+
+
+def _records(data: bytes) -> Iterator[bytes]:
+    assert data.startswith(_HEADER), "not a .wandb file"
+    at, parts = len(_HEADER), b""
+    while at < len(data):
+        left = _BLOCK - at % _BLOCK
+        if left < _FRAGMENT.size:  # too little for a fragment: padding
+            at += left
+            continue
+        checksum, length, kind = _FRAGMENT.unpack_from(data, at)
+        at += _FRAGMENT.size
+        fragment = data[at : at + length]
+        at += length
+        assert zlib.crc32(bytes([kind]) + fragment) == checksum, "a damaged record"
+        parts = fragment if kind in (_FULL, _FIRST) else parts + fragment
+        if kind in (_FULL, _LAST):
+            yield parts
