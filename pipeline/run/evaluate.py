@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import poly_kernel
 
-from pipeline.config import Data, UserError
+from pipeline.config import Data
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
-from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
 from pipeline.run.grid import to_uint8
@@ -100,6 +100,12 @@ def heldout_features(
 
     Raises UserError if fewer than two images are held out, or if a shard cannot be read.
     """
+    images = min(images, plan.size)
+    if images < 2:
+        raise CommonError(
+            f"{plan.size} images are held out, too few to compare with. Raise data.holdout (now "
+            f"{data.holdout:g}) or use more images."
+        )
     key = {
         "index": index.fingerprint,
         "plan": plan.fingerprint,
@@ -113,11 +119,6 @@ def heldout_features(
     if not ranks.any(kept is None)() and kept is not None:
         return kept.to(ranks.device)
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
-    if len(features) < 2:
-        raise UserError(
-            f"{len(features)} images are held out, too few to compare with. Raise data.holdout "
-            f"(now {data.holdout:g}) or use more images."
-        )
     write_tensor("features", key, features)
     return features
 
@@ -135,14 +136,14 @@ def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device
 
 def fixed_images(G: nn.Module, draws: Draws, images: int, device: torch.device) -> Generate:
     """The images that scores are taken of: the same latents and labels at every evaluation of a run."""
-    drawn = draws.latents("evaluate", 0, images)
+    drawn = draws.latents("score", 0, images)
     return from_latents(G, drawn.z, drawn.c, device)
 
 
 def _real_features(
     extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int, batch: int
 ) -> Tensor:
-    """Features [n ≤ images, d] of every held-out image once, rank by rank."""
+    """Features [images, d] of the first held-out images, each once, rank by rank."""
     parts, valid = [], []
     batch = min(batch, -(-images // ranks.world))
     with ranks.agreeing():  # a shard that one rank cannot read ends all of them, before they wait for it
@@ -161,8 +162,6 @@ def _real_features(
             features[:count] = extractor(reals.images[:count].to(ranks.device))
             parts.append(features)
             valid.append(torch.arange(batch, device=ranks.device) < count)
-    if not parts:  # nothing is held out
-        return torch.empty(0, extractor.dim)
     return ranks.gather(torch.cat(parts))[ranks.gather(torch.cat(valid))]
 
 

@@ -8,7 +8,8 @@ training uses.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,8 +41,7 @@ class Extractor(nn.Module):
             return torch.empty(0, self.dim, device=images.device)
         # Some dozens at a time: on a CPU the activations of more fall out of its caches, at half the speed.
         parts = torch.split(images, 32 if images.device.type == "cpu" else 512)
-        # TF32 keeps 10 bits of the mantissa, and a step that trains in bf16 must not turn scores into bf16.
-        with torch.autocast(images.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.autocast(images.device.type, enabled=False), _ieee_convolutions():
             return torch.cat([self.extract(part.float().expand(-1, 3, -1, -1)) for part in parts])
 
     def extract(self, pixels: Tensor) -> Tensor:
@@ -77,6 +77,18 @@ class EfficientNetLite0(Extractor):
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
         maps: Tensor = self.net.extract_features((pixels.clamp(0, 255) - 127) / 128)
         return maps.mean(dim=(2, 3))
+
+
+@contextmanager
+def _ieee_convolutions() -> Iterator[None]:
+    """No TF32 inside, cuDNN's default for float32: it keeps 10 bits of the mantissa."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 _KNOWN: dict[str, Callable[[], Extractor]] = {"efflite0": EfficientNetLite0}
