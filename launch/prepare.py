@@ -1,0 +1,81 @@
+"""`shardgan prepare`: images in, tar shards and their index out."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("source")
+@click.argument("out", required=False)
+@click.option("--size", type=click.IntRange(1), help="Pixels, height = width. Default: as the images are.")
+@click.option(
+    "--fit",
+    type=click.Choice(["crop", "pad", "stretch"]),
+    help="How an image gets to --size: cut to a square and scaled, shrunk if need be and set on black, or "
+    "distorted. Default: crop for files, pad for known data sets.",
+)
+@click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. Default: as each image is.")
+@click.option(
+    "--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Images per shard."
+)
+@click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
+@click.option(
+    "--index-only", is_flag=True, help="SOURCE is a folder of shards: check them, write their index."
+)
+def prepare(
+    source: str,
+    out: str | None,
+    size: int | None,
+    fit: str | None,
+    channels: str | None,
+    per_shard: int,
+    workers: int | None,
+    index_only: bool,
+) -> None:
+    """Make a folder OUT of tar shards from SOURCE.
+
+    SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder, or one of
+    the known data sets fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same
+    command writes the same bytes. With --index-only SOURCE is a folder that holds shards already.
+    """
+    if index_only:
+        _index_only(source, out)
+        return
+    if out is None:
+        raise click.UsageError("Where to? Give a folder OUT for the shards of SOURCE.")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pipeline.data import prepare as data
+    from pipeline.data.sources import Fit
+
+    chosen: dict[str | None, Fit | None] = {"crop": "crop", "pad": "pad", "stretch": "stretch", None: None}
+    options = data.Options(size, chosen[fit], None if channels is None else int(channels), per_shard)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        index = data.prepare(
+            source,
+            out,
+            options,
+            workers=workers,
+            announce=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _say(index.num_samples, len(index.shards), index.num_classes, str(index.root))
+
+
+def _index_only(source: str, out: str | None) -> None:
+    if out is not None:
+        raise click.UsageError("With --index-only give one folder: the index is written beside its shards.")
+    from pipeline.data.index import build_index
+
+    index = build_index(source, lambda text: click.echo(text, err=True))
+    _say(index.num_samples, len(index.shards), index.num_classes, str(index.root))
+
+
+def _say(samples: int, shards: int, classes: int, where: str) -> None:
+    labels = f"of {classes} classes " if classes else ""
+    click.echo(f"{samples:,} images {labels}in {shards} shard{'s' * (shards != 1)}: {where}")

@@ -1,0 +1,240 @@
+"""Which sample when: pure integers, no files, no processes.
+
+The order of an epoch is a function of (seed, epoch, shard sizes): the shards are permuted, cut into windows
+of a few shards, and the samples of each window permuted. The only state of a training's data is therefore
+one integer, the number of images consumed since its start; epoch, shard and row follow from it, for any
+number of ranks and workers. Memory is that of a few windows, and seeking is a bisection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import UserError
+
+Ints = NDArray[np.int64]
+_P = TypeVar("_P", bound="Plan")
+
+_VERSION = 1  # of the order itself: part of the fingerprint, raised when the same seed gives another order
+_SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS = range(4)  # what a permutation is for
+_TOLERANCE = 0.05  # whole shards are held out if that meets the wished share to within so much of it
+_TRAINING, _HELD_OUT = 0, 1
+
+
+def permutation(n: int, *purpose: int) -> Ints:
+    """A permutation of range(n) [n] fixed by `purpose` for all versions of numpy.
+
+    Generator.permutation may change between versions; the raw output of PCG64 and SeedSequence may not.
+    """
+    raw = np.random.PCG64(np.random.SeedSequence(purpose)).random_raw(n)
+    return np.argsort(raw, kind="stable").astype(np.int64)
+
+
+class Split:
+    """Which rows of which shard are trained on and which are held out, fixed by the seed.
+
+    Whole shards are held out where that meets the wished share; else every shard gives some of its rows.
+    `folds` cuts the data into so many disjoint parts that together are all of it and holds out number
+    `fold`; without it the share `holdout` is held out (0: nothing).
+    """
+
+    def __init__(self, sizes: Ints, seed: int, holdout: float, folds: int | None, fold: int) -> None:
+        self._sizes, self._seed, self._folds, self._fold = sizes, seed, folds, fold
+        self._starts: Ints = np.cumsum(sizes) - sizes
+        total = int(sizes.sum())
+        if folds is not None and total < folds:
+            raise UserError(f"{total} samples cannot be cut into {folds} folds (data.folds).")
+        self._wanted = 0 if folds is not None else _wanted(total, holdout)
+        order = permutation(len(sizes), seed, _SPLIT_SHARDS)
+        shards = _fold_shards(sizes, order, folds, fold) if folds else _some(sizes, order, self._wanted)
+        self.by_shard = shards is not None
+        if shards is not None:
+            self.held: Ints = np.where(np.isin(np.arange(len(sizes)), shards), sizes, 0)
+        else:
+            self.held = self._before(self._starts + sizes) - self._before(self._starts)
+
+    def counts(self, part: int) -> Ints:
+        """Samples of each shard in a part [shards]."""
+        return self.held if part == _HELD_OUT else self._sizes - self.held
+
+    def rows(self, shard: int, part: int) -> Ints:
+        """The rows of one shard that belong to a part, ascending."""
+        n = int(self._sizes[shard])
+        if self.by_shard or not self.held[shard]:
+            everything = bool(self.held[shard]) == (part == _HELD_OUT)
+            return np.arange(n if everything else 0, dtype=np.int64)
+        slots = self._starts[shard] + np.arange(n, dtype=np.int64)
+        held = self._before(slots + 1) > self._before(slots)
+        rows = permutation(n, self._seed, _SPLIT_ROWS, shard)[held == (part == _HELD_OUT)]
+        return np.sort(rows)
+
+    def _before(self, slot: Ints) -> Ints:
+        """How many of the first `slot` samples are held out: evenly spread, exact in the sum."""
+        if self._folds is not None:
+            return (slot + self._folds - 1 - self._fold) // self._folds
+        total = int(self._sizes.sum())
+        # Python integers where the product would not fit: 10^8 samples do, 10^10 need not.
+        if total < 2**31:
+            return slot * self._wanted // max(total, 1)
+        return np.array([int(s) * self._wanted // total for s in np.atleast_1d(slot)], np.int64)
+
+
+def _wanted(total: int, holdout: float) -> int:
+    if not holdout:
+        return 0
+    wanted = min(max(round(total * holdout), 1), total - 1)
+    if wanted < 1:
+        raise UserError(f"Nothing can be held out of {total} samples; set data.holdout=0.")
+    return wanted
+
+
+def _some(sizes: Ints, order: Ints, wanted: int) -> Ints | None:
+    """The first shards of `order` that together have about `wanted` samples; None if no number does."""
+    sums = np.concatenate([[0], np.cumsum(sizes[order])])
+    cut = int(np.argmin(np.abs(sums - wanted)))
+    return order[:cut] if abs(int(sums[cut]) - wanted) <= _TOLERANCE * wanted else None
+
+
+def _fold_shards(sizes: Ints, order: Ints, folds: int, fold: int) -> Ints | None:
+    """The shards of one of `folds` parts of about equal size; None if the shards are too few or uneven."""
+    if len(sizes) < folds:
+        return None
+    largest_first = order[np.argsort(-sizes[order], kind="stable")]
+    sums = [0] * folds
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    for shard in largest_first.tolist():
+        lightest = sums.index(min(sums))
+        sums[lightest] += int(sizes[shard])
+        parts[lightest].append(shard)
+    share = sum(sums) / folds
+    if any(abs(s - share) > _TOLERANCE * share for s in sums):
+        return None
+    return np.sort(np.array(parts[fold], np.int64))
+
+
+class Plan:
+    """Order of one part of the data, epoch after epoch without end. `size` is the samples of an epoch."""
+
+    def __init__(self, split: Split, part: int, seed: int, window: int, fingerprint: str) -> None:
+        self._split, self._part, self._seed, self._window = split, part, seed, window
+        self._counts = split.counts(part)
+        self._present = np.flatnonzero(self._counts)
+        self.size = int(self._counts.sum())
+        self.fingerprint = fingerprint
+        # Caches, not state: two epochs meet in a batch that wraps, and two windows in any batch.
+        self._epoch_order: Callable[[int], tuple[Ints, Ints]] = lru_cache(2)(self._order)
+        self._window_samples: Callable[[int, int], Ints] = lru_cache(2)(self._shuffle)
+
+    def __reduce__(self) -> tuple[type[Plan], tuple[Split, int, int, int, str]]:
+        return type(self), (self._split, self._part, self._seed, self._window, self.fingerprint)
+
+    def epoch(self, position: int) -> float:
+        """How many times the data have been gone through after `position` images."""
+        return position / self.size
+
+    def samples(self, position: int, count: int) -> Ints:
+        """The (shard, row) pairs [count, 2] at global positions position … position + count - 1."""
+        parts: list[Ints] = []
+        while count > 0:
+            epoch, place = divmod(position, self.size)
+            _, ends = self._epoch_order(epoch)
+            window = int(np.searchsorted(ends, place, side="right"))
+            samples = self._window_samples(epoch, window)
+            first = place - (int(ends[window - 1]) if window else 0)
+            taken = samples[first : first + count]
+            parts.append(taken)
+            position, count = position + len(taken), count - len(taken)
+        return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
+
+    def rows(self, shard: int) -> Ints:
+        """The rows of a shard that this plan comes to, ascending."""
+        return self._split.rows(shard, self._part)
+
+    @property
+    def counts(self) -> Ints:
+        """Samples of each shard that this plan comes to [shards]."""
+        return self._counts
+
+    @property
+    def whole_shards(self) -> bool:
+        """Whether each shard is in this plan with all of its samples or none."""
+        return bool(self._split.by_shard or not self._split.held.any())
+
+    def _order(self, epoch: int) -> tuple[Ints, Ints]:
+        """Shards in the order of an epoch, and the place in the epoch at which each window ends."""
+        order = self._present[permutation(len(self._present), self._seed, _SHARDS, self._part, epoch)]
+        ends = np.cumsum(self._counts[order])
+        last = np.arange(self._window - 1, len(order) + self._window - 1, self._window)
+        return order, ends[np.minimum(last, len(order) - 1)]
+
+    def _shuffle(self, epoch: int, window: int) -> Ints:
+        """The (shard, row) pairs of one window in their order [samples of the window, 2]."""
+        order, _ = self._epoch_order(epoch)
+        shards = order[window * self._window : (window + 1) * self._window].tolist()
+        rows = [self._split.rows(shard, self._part) for shard in shards]
+        pairs = np.empty((sum(map(len, rows)), 2), np.int64)
+        pairs[:, 0] = np.repeat(shards, [len(r) for r in rows])
+        pairs[:, 1] = np.concatenate(rows)
+        return pairs[permutation(len(pairs), self._seed, _WINDOW, self._part, epoch, window)]
+
+
+class HeldOutPlan(Plan):
+    """The held-out samples, each once, in one fixed (shuffled) order, so that the first n are a fair n."""
+
+    def chunks(
+        self, rank: int, world: int, batch: int, limit: int | None = None
+    ) -> Iterator[tuple[Ints, int]]:
+        """This rank's share of the first `limit` samples: (pairs [n, 2], n), n ≤ batch.
+
+        Every rank gets the same number of chunks, so that all make the same number of forwards; the last
+        ones may hold fewer samples than `batch`, or none.
+        """
+        total = self.size if limit is None else min(limit, self.size)
+        for start in range(0, total, world * batch):
+            share = min(batch, -(-(total - start) // world))
+            mine = min(start + rank * share, total)
+            count = min(share, total - mine)
+            yield self.samples(mine, count), count
+
+
+def training_plan(
+    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
+) -> Plan:
+    """The plan of what is trained on: shards of `sizes` samples, less what is held out.
+
+    Raises UserError if nothing is left to train on.
+    """
+    plan = _plan(Plan, _TRAINING, sizes, seed, window, holdout, folds, fold)
+    if not plan.size:
+        raise UserError("There is nothing to train on: no samples, or all of them are held out.")
+    return plan
+
+
+def heldout_plan(
+    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
+) -> HeldOutPlan:
+    """The plan of what training_plan(the same arguments) leaves out. Its size may be 0."""
+    return _plan(HeldOutPlan, _HELD_OUT, sizes, seed, window, holdout, folds, fold)
+
+
+def _plan(
+    kind: type[_P],
+    part: int,
+    sizes: Sequence[int],
+    seed: int,
+    window: int,
+    holdout: float,
+    folds: int | None,
+    fold: int,
+) -> _P:
+    array = np.asarray(sizes, np.int64)
+    share = None if folds is not None else holdout
+    text = repr((_VERSION, part, seed, window, share, folds, fold if folds else 0)).encode() + array.tobytes()
+    split = Split(array, seed, holdout, folds, fold)
+    return kind(split, part, seed, window, hashlib.sha256(text).hexdigest()[:32])

@@ -1,0 +1,273 @@
+"""Images → tar shards, byte for byte the same each time, and their index.
+
+Shards are written by webdataset's own TarWriter into a folder beside OUT, which takes OUT's name only when
+everything is there: nothing half-written ever looks finished. Images are shuffled once, by a fixed seed, so
+that every shard is a fair sample of the whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pickles, no shell
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.config import UserError
+from pipeline.data.decode import BadImageError, to_channels
+from pipeline.data.index import Index, Shard, load_index, scan_shard
+from pipeline.data.known import KNOWN
+from pipeline.data.plan import permutation
+from pipeline.data.record import INDEX, read_record, shard_of, write_record
+from pipeline.data.sources import Fit, Source, open_source
+
+_SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are written. None: as the source suggests (size, fit) or as each image is (channels)."""
+
+    size: int | None = None
+    fit: Fit | None = None
+    channels: int | None = None
+    per_shard: int = 1000
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished shard, and the images that could not be read for it, with the reason."""
+
+    shard: Shard
+    skipped: tuple[str, ...]
+
+
+def prepare(
+    source: str,
+    out: str,
+    options: Options,
+    *,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Index:
+    """Write the images of `source`, a folder, a zip or a known data set, as shards into the new folder `out`.
+
+    `progress(done, total)` is called in images. Files that cannot be read are skipped, and said so by
+    `announce`. If `out` was made by the same call before, nothing is done. Raises UserError, leaving nothing
+    behind, if there are no images, they do not fit the options, `out` is in use, or the disk is full.
+    """
+    target = Path(out).expanduser().absolute()
+    recipe = {"source": Path(source).name, **asdict(options)}
+    if _is_done(target, recipe):
+        announce(f"{target} is there already, made by the same command; remove it to make it anew.")
+        return load_index(str(target), announce)
+    images = KNOWN[source](announce) if source in KNOWN else open_source(source)
+    resolved = _resolve(images, options)
+    with _staging(target) as folder:
+        jobs = _jobs(images, resolved.per_shard)
+        written = _write_all(images, resolved, folder, jobs, workers or _cores(), progress)
+        _report_skipped(written, announce)
+        shards = [result.shard for result in written if result.shard.nsamples]
+        if not shards:
+            raise UserError(f"None of the {len(images.labels)} images of {source} can be read.")
+        extra: dict[str, Any] = {"prepared": recipe}
+        if images.classes:
+            extra["classes"] = list(images.classes)
+        write_record(folder, images.name, shards, extra)
+        folder.replace(target)
+    return load_index(str(target), announce)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _is_done(target: Path, recipe: dict[str, Any]) -> bool:
+    """Whether `target` is there, made by the same recipe. Raises UserError if it holds something else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if target.is_dir() and (target / INDEX).exists() and read_record(target).get("prepared") == recipe:
+        return True
+    raise UserError(f"{target} is there already. Give the name of a new folder, or remove that one.")
+
+
+def _resolve(images: Source, options: Options) -> Options:
+    """Fill in size and fit from the first image that can be read."""
+    size = options.size
+    for number in range(len(images.labels)) if size is None else ():
+        try:
+            width, height = images.image(number).size
+        except (BadImageError, OSError):
+            continue
+        if width != height:
+            raise UserError(
+                f"{images.describe(number)} is {width}x{height}, not square. Give --size N (and --fit crop, "
+                "pad or stretch)."
+            )
+        size = width
+        break
+    if size is None:
+        raise UserError(f"None of the {len(images.labels)} images of {images.name} can be read.")
+    resizes = options.size is not None
+    # Without --size nothing may change an image: another size than the first one's is then an error.
+    return Options(
+        size, (options.fit or images.fit) if resizes else None, options.channels, options.per_shard
+    )
+
+
+def _jobs(images: Source, per_shard: int) -> list[tuple[int, NDArray[np.int64]]]:
+    order = permutation(len(images.labels), _SHUFFLE_SEED)
+    starts = range(0, len(order), per_shard)
+    return [(number, order[start : start + per_shard]) for number, start in enumerate(starts)]
+
+
+@contextmanager
+def _staging(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, ours alone, that is gone afterwards unless it was renamed."""
+    folder = target.with_name(f".{target.name}.partial")
+    lock = -1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"Another `shardgan prepare` is writing {target} at this moment.") from None
+    except OSError as error:
+        raise UserError(f"{target.parent} cannot be written to: {error.strerror}.") from None
+    try:
+        for left in folder.iterdir():  # of a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield folder
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"No space left for {target} ({error.strerror}). Nothing was kept of it; make room or choose "
+            "another place, and run the command again."
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _write_all(
+    images: Source,
+    options: Options,
+    folder: Path,
+    jobs: list[tuple[int, NDArray[np.int64]]],
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Written]:
+    done, total = 0, len(images.labels)
+    results: dict[int, Written] = {}
+    progress(done, total)
+    # Forked, so that the workers have the source's arrays without a copy.
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)), multiprocessing.get_context("fork"), _adopt, (images, options, folder)
+    )
+    try:
+        futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
+        for future in as_completed(futures):
+            number, count = futures[future]
+            results[number] = future.result()
+            done += count
+            progress(done, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[number] for number in sorted(results)]
+
+
+_job: tuple[Source, Options, Path]  # of a worker process
+
+
+def _adopt(images: Source, options: Options, folder: Path) -> None:
+    global _job
+    _job = (images, options, folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the pool
+
+
+def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
+    images, options, folder = _job
+    url = f"shard-{number:06d}.tar"
+    skipped: list[str] = []
+    with (folder / url).open("wb") as file, tar_writer(file) as tar:
+        for place, row in enumerate(rows.tolist()):
+            try:
+                image = _fit(images.image(row), options, images.describe(row))
+            except (BadImageError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in _FULL:
+                    raise
+                skipped.append(f"{images.describe(row)}: {error}")
+                continue
+            sample = {"__key__": f"{number:06d}-{place:06d}", "png": _png(image)}
+            if images.labels[row] >= 0:
+                sample["cls"] = b"%d" % images.labels[row]
+            tar.write(sample)
+    if len(skipped) == len(rows):
+        (folder / url).unlink()
+        return Written(Shard(url, 0, 0, "", {}), tuple(skipped))
+    return Written(
+        shard_of(url, scan_shard(folder, url, (folder / url).stat().st_size, None)), tuple(skipped)
+    )
+
+
+def tar_writer(file: BinaryIO) -> Any:
+    """webdataset's writer, told to write the same bytes for the same samples: no times, no names."""
+    return webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
+
+
+def _fit(image: Image.Image, options: Options, name: str) -> Image.Image:
+    """The image at the size and in the channels wanted."""
+    grey = options.channels == 1 or (options.channels is None and image.mode in ("L", "1", "I", "I;16", "LA"))
+    image = to_channels(image, 1 if grey else 3)
+    assert options.size is not None
+    size = (options.size, options.size)
+    if image.size == size:
+        return image
+    if options.fit == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if options.fit == "stretch":
+        return image.resize(size, Image.Resampling.LANCZOS)
+    if options.fit == "pad":  # smaller images keep their pixels
+        image.thumbnail(size, Image.Resampling.LANCZOS)
+        padded = Image.new(image.mode, size)
+        padded.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        return padded
+    raise UserError(
+        f"{name} is {image.width}x{image.height}, the first image {size[0]}x{size[0]}. Give --size N (and "
+        "--fit crop, pad or stretch)."
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG", compress_level=6)
+    return data.getvalue()
+
+
+def _report_skipped(written: list[Written], announce: Callable[[str], None]) -> None:
+    skipped = [reason for result in written for reason in result.skipped]
+    if skipped:
+        announce(f"{len(skipped)} images could not be read and are left out:")
+        for reason in skipped[:10]:
+            announce(f"  {reason}")
+        if len(skipped) > 10:
+            announce(f"  … and {len(skipped) - 10} more")

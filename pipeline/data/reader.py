@@ -1,0 +1,72 @@
+"""Reads single samples out of shards, as the index has them. Streams open shards nowhere else."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from typing import Any
+
+from pipeline.config import UserError
+from pipeline.data.index import Index
+from pipeline.data.sidecar import IMAGE_EXTENSIONS, Table
+
+Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
+
+_OPEN_SHARDS = 64  # per worker: file descriptors, and sidecars in memory
+
+
+class Reader:
+    """Reads samples by position, a bounded number of shards open at a time. One per process."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._open: OrderedDict[int, tuple[int, Table]] = OrderedDict()
+
+    def read(self, shard: int, row: int) -> Sample:
+        """The sample as webdataset would give it: `__key__`, `__url__`, the image's bytes, `cls` if there.
+
+        Raises UserError if the bytes are not those that were indexed.
+        """
+        file, table = self._shard(shard)
+        offset, size = int(table.offset[row]), int(table.size[row])
+        url = self._index.shards[shard].url
+        data = _pread(file, size, offset)
+        if zlib.crc32(data) != table.crc[row]:
+            raise UserError(
+                f"shard {url}, byte {offset}: sample {table.key(row)!r} is not what was indexed (wrong CRC). "
+                f"The file in {self._index.root} is damaged: fetch it again. If the shards were replaced on "
+                "purpose, run `shardgan prepare --index-only` on the folder."
+            )
+        sample: Sample = {"__key__": table.key(row), "__url__": url}
+        sample[IMAGE_EXTENSIONS[table.extension[row]]] = data
+        if table.label[row] >= 0:
+            sample["cls"] = b"%d" % table.label[row]
+        return sample
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def _shard(self, shard: int) -> tuple[int, Table]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= _OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1][0])
+        table = self._index.table(shard)
+        try:
+            file = os.open(self._index.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            url = self._index.shards[shard].url
+            raise UserError(f"shard {url} in {self._index.root} cannot be read: {error.strerror}.") from None
+        self._open[shard] = (file, table)
+        return file, table
+
+
+def _pread(file: int, size: int, offset: int) -> bytes:
+    """All `size` bytes, or fewer at the end of the file (the CRC then tells)."""
+    data = os.pread(file, size, offset)
+    while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
+        data += more
+    return data

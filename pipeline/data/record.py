@@ -1,0 +1,120 @@
+"""index.json and the sidecars as files: where they lie, how they are read and written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.config import UserError
+from pipeline.data.locate import cache_folder
+from pipeline.data.sidecar import Table
+
+INDEX = "index.json"
+REBUILD = "run `shardgan prepare --index-only` on the folder"
+_SIDECARS = ".shardgan"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar. `url` is its name relative to the index's root; `labels` counts samples per class."""
+
+    url: str
+    nsamples: int
+    filesize: int
+    sha256: str
+    labels: Mapping[int, int]
+
+
+def shard_of(url: str, table: Table) -> Shard:
+    return Shard(url, len(table), table.filesize, table.sha256, table.label_counts())
+
+
+def places(root: Path) -> tuple[Path, Path]:
+    """Where indices and sidecars may be: with the data, or, if that is read-only, in the user's cache."""
+    return root, cache_folder() / "index" / hashlib.sha256(str(root).encode()).hexdigest()[:24]
+
+
+def sidecar_path(place: Path, url: str) -> Path:
+    return place / _SIDECARS / f"{url}.npz"
+
+
+def write_somewhere(root: Path, write: Callable[[Path], None]) -> None:
+    beside, cache = places(root)
+    try:
+        write(beside)
+    except OSError as first:
+        try:
+            write(cache)
+        except OSError as second:
+            raise UserError(
+                f"The index of {root} can be written neither there ({first.strerror}) nor in {cache} "
+                f"({second.strerror}). Set SHARDGAN_CACHE to a folder with space."
+            ) from None
+
+
+def write_record(root: Path, name: str, shards: Sequence[Shard], extra: Mapping[str, Any]) -> None:
+    """Write index.json; `extra` goes into it as it is."""
+    record = {"wids_version": 1, "name": name, **extra, "shardlist": [_entry(shard) for shard in shards]}
+    text = json.dumps(record, indent=1) + "\n"
+
+    def write(place: Path) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = place / f".{INDEX}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(text)
+            temporary.replace(place / INDEX)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    write_somewhere(root, write)
+
+
+def _entry(shard: Shard) -> dict[str, Any]:
+    labels = {str(label): count for label, count in sorted(shard.labels.items())}
+    return {
+        "url": shard.url,
+        "nsamples": shard.nsamples,
+        "filesize": shard.filesize,
+        "sha256": shard.sha256,
+        "labels": labels,
+    }
+
+
+def read_record(root: Path) -> dict[str, Any]:
+    """index.json as a dict, its shard list checked; {} if there is none."""
+    for place in places(root):
+        path = place / INDEX
+        try:
+            record = json.loads(path.read_text())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}). Remove it, or {REBUILD}.") from None
+        if not isinstance(record, dict) or not isinstance(record.get("shardlist"), list):
+            raise UserError(f"{path} has no `shardlist`. Remove it, or {REBUILD}.")
+        for entry in record["shardlist"]:
+            _check_entry(path, entry)
+        return record
+    return {}
+
+
+def _check_entry(path: Path, entry: object) -> None:
+    kinds: Iterable[tuple[str, type]] = (
+        ("nsamples", int),
+        ("filesize", int),
+        ("sha256", str),
+        ("labels", dict),
+    )
+    if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
+        raise UserError(f"{path}: an entry of `shardlist` has no `url`.")
+    url = PurePosixPath(entry["url"])
+    if url.is_absolute() or ".." in url.parts or "\0" in entry["url"] or "://" in entry["url"]:
+        raise UserError(f"{path}: {entry['url']!r} is not the name of a shard inside the folder.")
+    for key, kind in kinds:
+        if key in entry and not isinstance(entry[key], kind):
+            raise UserError(f"{path}: `{key}` of {url} is not {kind.__name__}.")

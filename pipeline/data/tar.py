@@ -1,0 +1,170 @@
+"""A strict walk over the members of a tar file.
+
+Python's `tarfile`, and with it the usual loaders, takes a file cut at a member boundary or inside a header
+for the end of the archive, and loses the rest without a word. Here every byte is accounted for: header
+checksums, sizes, the end-of-archive mark, and nothing but zeros after it. The file is read once, from front
+to back, and hashed on the way, so a stream from elsewhere would do as well as a local file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from pipeline.config import UserError
+
+BLOCK = 512
+LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped over, images refused
+_LARGEST_EXTENSION = 1 << 20  # of a member whose data describe the next one (long names)
+_REGULAR = (b"0", b"\0", b"7")
+_FOLDER, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"5", b"x", b"g", b"L", b"K"
+
+
+class Member(NamedTuple):
+    """A regular file in a tar. `name` is whatever the archive says: never use it as a path."""
+
+    name: str
+    header: int  # byte offset of its header
+    offset: int  # byte offset of its data
+    size: int
+    data: bytes | None  # None if larger than LARGEST_MEMBER
+
+
+class TarReader:
+    """Walks one tar file from front to back. `shard` is what to call it in messages.
+
+    After the walk `size` and `sha256` are those of the whole file. Raises UserError, naming the shard and
+    the byte offset, on anything that is not exactly a complete, plain tar.
+    """
+
+    def __init__(self, file: BinaryIO, shard: str) -> None:
+        self._file = file
+        self._shard = shard
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def error(self, offset: int, problem: str) -> UserError:
+        return UserError(f"shard {self._shard}, byte {offset}: {problem}")
+
+    def __iter__(self) -> Iterator[Member]:
+        name: str | None = None  # set by a long-name entry for the member that follows
+        size: int | None = None
+        while True:
+            start = self.size
+            header = self._read(BLOCK, "a member header")
+            if not any(header):
+                self._finish()
+                return
+            self._check(header, start)
+            kind = header[156:157]
+            if kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
+                values = self._extension(header, start)
+                if kind != _PAX_GLOBAL:
+                    name, size = values.get("path", name), _decimal(values.get("size"), size)
+                continue
+            member_size = self._number(header[124:136], start) if size is None else size
+            member_name = _name(header) if name is None else name
+            name = size = None
+            if kind in _REGULAR:
+                yield self._member(member_name, start, member_size)
+            elif kind != _FOLDER:
+                raise self.error(start, f"{member_name!r} is a link or a device; shards hold plain files.")
+
+    def _member(self, name: str, start: int, size: int) -> Member:
+        offset = self.size
+        what = f"the data of {name!r}"
+        data: bytes | None = None
+        if size <= LARGEST_MEMBER:
+            data = self._read(size, what)
+        else:
+            for at in range(0, size, LARGEST_MEMBER):
+                self._read(min(LARGEST_MEMBER, size - at), what)
+        self._read(-size % BLOCK, f"the padding after {name!r}")
+        return Member(name, start, offset, size, data)
+
+    def _read(self, count: int, what: str) -> bytes:
+        data = self._file.read(count)
+        start = self.size
+        self.size += len(data)
+        self._hash.update(data)
+        if len(data) < count:
+            if self.size == 0:
+                raise self.error(0, "an empty file, not a tar.")
+            raise self.error(self.size, f"truncated: the file ends in {what}, which begins at byte {start}.")
+        return data
+
+    def _check(self, header: bytes, start: int) -> None:
+        """The header's own checksum: the sum of its bytes, the checksum field read as blanks."""
+        try:
+            stated = int(header[148:156].strip(b" \0") or b"x", 8)
+        except ValueError:
+            stated = -1
+        if sum(header) - sum(header[148:156]) + 8 * ord(" ") == stated:
+            return
+        if start:
+            raise self.error(start, "damaged: the checksum of this member header is wrong.")
+        if header[:2] == b"\x1f\x8b":
+            raise self.error(0, "compressed with gzip; shards are plain .tar files. Unpack it with gunzip.")
+        raise self.error(0, "not a tar file.")
+
+    def _number(self, field: bytes, start: int) -> int:
+        """A size: octal digits, or big-endian binary marked by the first bit (GNU, for 8 GiB and more)."""
+        if field[0] & 0x80:
+            return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        try:
+            return int(field.strip(b" \0") or b"0", 8)
+        except ValueError:
+            raise self.error(start, "damaged: the member's size is not a number.") from None
+
+    def _extension(self, header: bytes, start: int) -> dict[str, str]:
+        """What a pax or GNU entry says about the member after it: path and size, if given."""
+        size = self._number(header[124:136], start)
+        if size > _LARGEST_EXTENSION:
+            raise self.error(start, f"a member name of {size} bytes.")
+        data = self._member("a long name", start, size).data or b""
+        if header[156:157] == _GNU_NAME:
+            return {"path": _text(data.rstrip(b"\0"))}
+        if header[156:157] == _GNU_LINK:
+            return {}
+        values = {}
+        while data:
+            length, _, _ = data.partition(b" ")
+            record = data[: int(length)] if length.isdigit() and len(length) < 9 else b""
+            if not record.endswith(b"\n") or b"=" not in record:
+                raise self.error(start, "damaged: an extended header that cannot be read.")
+            key, _, value = record[len(length) + 1 : -1].partition(b"=")
+            values[_text(key)] = _text(value)
+            data = data[len(record) :]
+        return values
+
+    def _finish(self) -> None:
+        """After the first block of zeros: one more, then zeros to the end."""
+        start = self.size
+        if any(self._read(BLOCK, "the end-of-archive mark")):
+            raise self.error(start, "damaged: one block of zeros, where the end-of-archive mark has two.")
+        while chunk := self._file.read(1 << 20):
+            if any(chunk):
+                raise self.error(self.size, "there is something after the end of the archive.")
+            self.size += len(chunk)
+            self._hash.update(chunk)
+        if self.size % BLOCK:
+            raise self.error(self.size, "truncated: the size is not a multiple of 512 bytes.")
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return _text(prefix + b"/" + name if prefix else name)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
+
+
+def _decimal(text: str | None, default: int | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 20 else default
