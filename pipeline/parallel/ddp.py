@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,11 +36,13 @@ class ReplicatedEngine(Engine):
         module.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._ddp: DistributedDataParallel | None = None
         if ranks.world > 1:
-            self._ddp = DistributedDataParallel(
-                module,
-                broadcast_buffers=False,  # BatchNorm's statistics are each rank's own, saved per rank
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():  # its successor is not in all versions of torch we support
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+                self._ddp = DistributedDataParallel(
+                    module,
+                    broadcast_buffers=False,  # BatchNorm's statistics are each rank's own, saved per rank
+                    gradient_as_bucket_view=True,
+                )
         self._named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._fragments = [
             Fragment(name, 0, p.shape, p.detach(), name in player.penalised)

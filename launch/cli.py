@@ -1,0 +1,65 @@
+"""The `shardgan` command. Each subcommand is a file of its own, imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+# Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
+os.environ.setdefault("WDS_SECURE", "1")
+
+COMMANDS = {
+    "prepare": "Turn images into tar shards with an index.",
+    "train": "Train, on this machine, under any strategy.",
+    "sample": "Write a sheet of generated images.",
+    "evaluate": "Score a run on held-out images.",
+    "export": "Write whole networks as safetensors.",
+    "bench": "Measure ratios, side by side in one run.",
+}
+
+
+class _Lazy(click.Group):
+    """Knows its commands' names and one-line helps without importing torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"launch.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="shardgan", prog_name="shardgan")
+def cli() -> None:
+    """Train GANs on many GPUs, with exact L2 penalties on sharded weights."""
+
+
+def main() -> None:
+    """Exit status: 0 done or cleanly stopped, 2 bad input (one message), 1 anything else."""
+    from pipeline.config import UserError
+
+    try:
+        cli.main(standalone_mode=False)
+    except UserError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""`shardgan export`: whole networks out of a run, for use without ShardGAN's launcher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+def export(run: Path, out: Path) -> None:
+    """Write G_ema, G and D of RUN's newest checkpoint: whole, fp32, safetensors, with a model card."""
+    from pipeline.run.export import export as write
+
+    for file in write(run, out):
+        click.echo(f"{file}  {file.stat().st_size:,} bytes")

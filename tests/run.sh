@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up and runs the tests. Usage: bash tests/run.sh [pytest arguments], as in `bash tests/run.sh -m long`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh fast,test
+export SHARDGAN_CACHE=${SHARDGAN_CACHE:-$(mktemp -d)} WANDB_MODE=${WANDB_MODE:-offline}
+python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
+case " $* " in
+    *" -m "*) exec "$python" -m pytest "$@" ;;
+    *) exec "$python" -m pytest -m "not long" "$@" ;;
+esac
