@@ -84,7 +84,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
     state = State(plan=plan.fingerprint)
     if settings.data.conditional:
         state.label_frequencies = label_frequencies(index, plan).tolist()
-    gan = _build(settings, state, ranks, batch)
+    gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device)
     state = _resume(folder, gan, state, stats, ranks)
     report = _open_report(settings, folder, state, ranks)
@@ -117,7 +117,7 @@ def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
     return training_plan(*part), heldout_plan(*part)
 
 
-def _build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:
+def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:
     """The two players, G_ema, and what they play for."""
     networks = (build_G(settings, state.num_classes), build_D(settings, state.num_classes))
     players = tuple(
