@@ -75,11 +75,16 @@ class Index:
     def table(self, shard: int) -> sidecar.Table:
         """Where the samples of a shard lie. Read from its sidecar; load_index has seen that there is one."""
         entry = self.shards[shard]
-        for place in places(self.root):
-            table = sidecar.load(sidecar_path(place, entry.url))
-            if table is not None and table.sha256 == entry.sha256:
-                return table
-        return scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
+        found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
+        table = next((t for t in found if t is not None and t.sha256 == entry.sha256), None)
+        if table is None:
+            table = scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
+        if len(table) != entry.nsamples:
+            raise UserError(
+                f"shard {entry.url} in {self.root} has {len(table)} samples, {INDEX} says {entry.nsamples}: "
+                f"{REBUILD}."
+            )
+        return table
 
 
 def load_index(train: str, announce: Callable[[str], None] = lambda _: None) -> Index:

@@ -162,6 +162,11 @@ class Plan:
         return self._counts
 
     @property
+    def window(self) -> int:
+        """Shards that are read from at a time."""
+        return self._window
+
+    @property
     def whole_shards(self) -> bool:
         """Whether each shard is in this plan with all of its samples or none."""
         return bool(self._split.by_shard or not self._split.held.any())

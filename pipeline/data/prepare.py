@@ -74,7 +74,7 @@ def prepare(
     behind, if there are no images, they do not fit the options, `out` is in use, or the disk is full.
     """
     target = Path(out).expanduser().absolute()
-    recipe = {"source": Path(source).name, **asdict(options)}
+    recipe = {"source": Path(source).resolve().name, **asdict(options)}
     if _is_done(target, recipe):
         announce(f"{target} is there already, made by the same command; remove it to make it anew.")
         return load_index(str(target), announce)

@@ -13,14 +13,18 @@ from pipeline.data.sidecar import IMAGE_EXTENSIONS, Table
 
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
-_OPEN_SHARDS = 64  # per worker: file descriptors, and sidecars in memory
+_MOST_OPEN = 256  # shards: file descriptors, and sidecars in memory
 
 
 class Reader:
-    """Reads samples by position, a bounded number of shards open at a time. One per process."""
+    """Reads samples by shard and row. One per process.
 
-    def __init__(self, index: Index) -> None:
+    Two windows of shards stay open, so that no shard is opened twice while the plan goes through a window.
+    """
+
+    def __init__(self, index: Index, window: int) -> None:
         self._index = index
+        self._limit = min(2 * window, _MOST_OPEN)
         self._open: OrderedDict[int, tuple[int, Table]] = OrderedDict()
 
     def read(self, shard: int, row: int) -> Sample:
@@ -52,7 +56,7 @@ class Reader:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
-        while len(self._open) >= _OPEN_SHARDS:
+        while len(self._open) >= self._limit:
             os.close(self._open.popitem(last=False)[1][0])
         table = self._index.table(shard)
         try:

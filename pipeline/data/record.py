@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import UserError
 from pipeline.data.locate import cache_folder
-from pipeline.data.sidecar import Table
+from pipeline.data.sidecar import LARGEST_LABEL, Table
 
 INDEX = "index.json"
 REBUILD = "run `shardgan prepare --index-only` on the folder"
@@ -86,35 +86,42 @@ def _entry(shard: Shard) -> dict[str, Any]:
 
 
 def read_record(root: Path) -> dict[str, Any]:
-    """index.json as a dict, its shard list checked; {} if there is none."""
-    for place in places(root):
-        path = place / INDEX
-        try:
-            record = json.loads(path.read_text())
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}). Remove it, or {REBUILD}.") from None
-        if not isinstance(record, dict) or not isinstance(record.get("shardlist"), list):
-            raise UserError(f"{path} has no `shardlist`. Remove it, or {REBUILD}.")
-        for entry in record["shardlist"]:
-            _check_entry(path, entry)
-        return record
-    return {}
+    """index.json as a dict, its shard list checked; {} if there is none. Raises UserError if it is unfit."""
+    paths = [path for place in places(root) if (path := place / INDEX).exists()]
+    if not paths:
+        return {}
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns)  # read-only data may have been indexed anew
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}). Remove it, or {REBUILD}.") from None
+    if not isinstance(record, dict) or not isinstance(record.get("shardlist"), list):
+        raise UserError(f"{path} has no `shardlist`. Remove it, or {REBUILD}.")
+    if not isinstance(record.get("classes", []), list):
+        raise UserError(f"{path}: `classes` is not a list of names.")
+    for entry in record["shardlist"]:
+        _check_entry(path, entry)
+    return record
 
 
 def _check_entry(path: Path, entry: object) -> None:
-    kinds: Iterable[tuple[str, type]] = (
-        ("nsamples", int),
-        ("filesize", int),
-        ("sha256", str),
-        ("labels", dict),
-    )
     if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
         raise UserError(f"{path}: an entry of `shardlist` has no `url`.")
     url = PurePosixPath(entry["url"])
     if url.is_absolute() or ".." in url.parts or "\0" in entry["url"] or "://" in entry["url"]:
         raise UserError(f"{path}: {entry['url']!r} is not the name of a shard inside the folder.")
-    for key, kind in kinds:
-        if key in entry and not isinstance(entry[key], kind):
-            raise UserError(f"{path}: `{key}` of {url} is not {kind.__name__}.")
+    for key in ("nsamples", "filesize"):
+        if key in entry and not _is_count(entry[key]):
+            raise UserError(f"{path}: `{key}` of {url} is not a whole number.")
+    if not isinstance(entry.get("sha256", ""), str):
+        raise UserError(f"{path}: `sha256` of {url} is not a text.")
+    labels = entry.get("labels", {})
+    if not isinstance(labels, dict) or not all(
+        label.isdecimal() and len(label) < 8 and int(label) <= LARGEST_LABEL and _is_count(count)
+        for label, count in labels.items()
+    ):
+        raise UserError(f"{path}: `labels` of {url} does not map classes to counts.")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -96,7 +97,7 @@ class Zip:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     fit: Fit = "crop"
-    _file: zipfile.ZipFile | None = field(default=None, repr=False)
+    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -106,10 +107,10 @@ class Zip:
         return f"{self.files[number]} in {self.path}"
 
     def image(self, number: int) -> Image.Image:
-        if self._file is None:  # opened where it is read: processes must not share a file position
-            self._file = zipfile.ZipFile(self.path)
+        if self._opened is None or self._opened[0] != os.getpid():  # processes must not share a file position
+            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
         try:
-            with self._file.open(self.files[number]) as file:
+            with self._opened[1].open(self.files[number]) as file:
                 data = file.read(LARGEST_MEMBER + 1)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
             raise BadImageError(str(error)) from None
@@ -171,6 +172,7 @@ def _open(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=(*FORMATS, "BMP"))
         if image.width * image.height > LARGEST:
             raise BadImageError(f"{image.width}x{image.height} pixels are too many")
+        image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImageError(str(error)) from None
+    except Exception as error:  # damaged or hostile bytes make Pillow raise nearly anything
+        raise BadImageError(str(error) or type(error).__name__) from None

@@ -58,7 +58,7 @@ class PlannedSamples:
     def __call__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         step, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = Reader(self._index)
+        reader = Reader(self._index, self._plan.window)
         try:
             while True:
                 position = self._start + step * self._batch_size
@@ -207,7 +207,7 @@ def heldout_batches(
     last ones only the first `valid` (perhaps 0) images count, the others are black. Raises UserError as
     training_batches does.
     """
-    reader, decoder = Reader(index), Decode(size, channels)
+    reader, decoder = Reader(index, plan.window), Decode(size, channels)
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
             images = np.zeros((batch, channels, size, size), np.uint8)
@@ -244,7 +244,7 @@ def check_images(index: Index, data: Data) -> None:
     if data.conditional and not index.num_classes:
         raise UserError(f"data.conditional=true, but the shards in {index.root} have no labels (.cls).")
     filled = [i for i, shard in enumerate(index.shards) if shard.nsamples]
-    reader, decoder = Reader(index), Decode(data.size, data.channels)
+    reader, decoder = Reader(index, data.window), Decode(data.size, data.channels)
     try:
         for i in filled[:: max(1, len(filled) // _CHECKED_SHARDS)]:
             decoder.one(reader.read(i, 0))

@@ -50,6 +50,8 @@ class Loader(Iterator[Any]):
         atexit.register(self._finalizer)
 
     def __next__(self) -> Any:
+        if not self._finalizer.alive:
+            raise StopIteration  # closed: waiting for workers that are gone would take until the timeout
         return next(self._items)
 
     def close(self) -> None:
