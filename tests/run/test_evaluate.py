@@ -33,6 +33,15 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Several threads that share busy cores wait for each other far longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def extractor():
     return load_features("efflite0")
@@ -59,7 +68,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def features(real, extractor):
-    return extractor(real[0][:200])
+    return extractor(real[0][:160])
 
 
 # The estimator
@@ -81,9 +90,9 @@ def test_kid_equals_torchmetrics_and_the_double_loop():
 
 
 def test_kid_block_by_block_is_kid(monkeypatch, features):
-    real, fake = features[:100], features[100:] + 0.05
+    real, fake = features[:80], features[80:] + 0.05
     whole = evaluate.kid(real, fake)
-    monkeypatch.setattr(evaluate, "_BLOCK", 7)  # does not divide 100
+    monkeypatch.setattr(evaluate, "_BLOCK", 7)  # does not divide 80
     assert evaluate.kid(real, fake) == pytest.approx(whole, abs=1e-11)
     assert whole == pytest.approx(float(poly_mmd(real.double(), fake.double())), abs=1e-11)
 
@@ -109,10 +118,10 @@ def test_kid_refuses_what_it_cannot_compare():
 
 def test_halves_of_one_set_are_near_and_damaged_images_are_far(real, features, extractor):
     images, labels = real
-    halves = features[:100], features[100:]
+    halves = features[:80], features[80:]
     null = evaluate.kid(*halves)
     generator = torch.Generator().manual_seed(0)
-    half = images[100:200].float()
+    half = images[80:160].float()
     damaged = {
         "blurred": F.avg_pool2d(half, 5, 1, 2),
         "noisy": half + 40 * torch.randn(half.shape, generator=generator),
@@ -126,7 +135,7 @@ def test_halves_of_one_set_are_near_and_damaged_images_are_far(real, features, e
     one_class = images[labels == 3][:40]
     found["one class"] = evaluate.kid(halves[0][:40], extractor(one_class))
     print(f"null {null:.4f}", {name: round(value, 3) for name, value in found.items()})
-    assert abs(null) < 0.15  # three standard deviations for 100 against 100
+    assert abs(null) < 0.15  # some three standard deviations for 80 against 80
     assert min(found.values()) > 0.5
 
 
@@ -158,7 +167,7 @@ def test_unknown_features_are_refused_with_the_known_ones():
 # Over ranks, and from the cache
 
 
-def score(ranks: Ranks, limit: int = 45) -> dict[str, float]:
+def score(ranks: Ranks, limit: int = 12) -> dict[str, float]:
     """Images of the shards, brightened, against held-out ones: sizes that neither 3 ranks nor 8 divide."""
     images = stored_images()[0]
     data = Data(train=str(SHARDS), size=28, channels=1, holdout=0.1)
@@ -183,7 +192,7 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     ranks = Ranks(read_launch(), timedelta(seconds=60))
-    scores = ranks.gather_objects([score(ranks, 45), score(ranks, 2)])
+    scores = ranks.gather_objects([score(ranks, 26), score(ranks, 2)])
     if ranks.main:
         Path(folder, "scores.json").write_text(json.dumps(scores))
     ranks.leave()
@@ -205,7 +214,7 @@ def test_three_ranks_give_the_score_of_one(tmp_path, alone):
     assert len(list(cache_folder.rglob("*.safetensors"))) == 2
     for file in cache_folder.rglob("*.safetensors"):
         file.unlink()
-    for limit, found in zip((45, 2), of_ranks[0], strict=True):
+    for limit, found in zip((26, 2), of_ranks[0], strict=True):
         expected = score(alone, limit)
         assert expected["Metrics/kid_efflite0_real_images"] == limit
         assert expected["Metrics/kid_efflite0_fake_images"] == limit
@@ -230,7 +239,7 @@ def test_the_cache_gives_the_same_number_and_a_damaged_one_is_not_believed(alone
     monkeypatch.setattr(evaluate, "heldout_batches", unexpected)
     assert score(alone) == first
     with pytest.raises(AssertionError, match="again"):
-        score(alone, limit=44)
+        score(alone, limit=11)
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, alone, monkeypatch, caplog):
