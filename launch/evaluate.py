@@ -42,7 +42,7 @@ def evaluate(run: Path, metrics: str, features: str | None, images: int | None, 
     )
     settings = replace(settings, score=score, data=replace(settings.data, train=data or settings.data.train))
     scores = _scores(run, settings, state)
-    _show(run, state, scores)
+    _show(f"{settings.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
     entry = {"cur_nimg": state.cur_nimg, "time": datetime.now(UTC).isoformat(timespec="seconds"), **scores}
     _append(run / "scores.json", entry)
 
@@ -76,11 +76,11 @@ def _scores(run: Path, settings: Config, state: State) -> dict[str, float]:
     return evaluate(fakes, real, extractor, ranks)
 
 
-def _show(run: Path, state: State, scores: dict[str, float]) -> None:
+def _show(title: str, scores: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{run} after {state.cur_nimg / 1000:g} kimg")
+    table = Table(title=title)
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in scores.items():

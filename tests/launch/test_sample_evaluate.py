@@ -1,0 +1,119 @@
+"""`shardgan sample` and `shardgan evaluate` on a class-conditional run that was really trained, briefly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from launch.evaluate import evaluate
+from launch.sample import sample, slerp
+from pipeline.config import UserError
+
+ROOT = Path(__file__).parents[2]
+SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
+SETTINGS = (
+    "run.total_kimg=0.064 run.tick_kimg=0.032 run.eval_kimg=0.064 data.size=28 data.channels=1 "
+    "data.workers=0 data.batch_size=32 data.conditional=true G.width=8 D.width=8 score.images=20 ema.kimg=0.02 "
+    "track.wandb=false run.name=brief"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "config.yaml"
+    config.write_text(f"run: {{out: {folder}}}\ndata: {{train: {SHARDS}}}\n")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SHARDGAN_CACHE": str(folder / "cache")}
+    environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline.train", str(config), *SETTINGS.split()]
+    subprocess.run(command, env=environment, cwd=folder, check=True, timeout=120)
+    return folder / "brief"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
+
+
+def call(command, *arguments) -> str:
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def test_evaluate_gives_the_number_of_training_and_keeps_it(run):
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    shown = call(evaluate, run)
+    assert "brief after 0.064 kimg" in shown and "kid_efflite0" in shown
+    call(evaluate, run, "--images", 10)
+    first, second = json.loads((run / "scores.json").read_text())
+    assert first["cur_nimg"] == last["cur_nimg"] == 64
+    assert first["Metrics/kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], abs=1e-5)
+    assert second["Metrics/kid_efflite0_real_images"] == second["Metrics/kid_efflite0_fake_images"] == 10
+
+
+def test_evaluate_refuses_other_data_unknown_metrics_and_features(run, tmp_path):
+    for shard in sorted(SHARDS.glob("*.tar"))[1:]:
+        (tmp_path / shard.name).symlink_to(shard)
+    for wrong, message in [
+        (("--data", tmp_path), "--data"),
+        (("--metrics", "kid,fid"), "'fid'. Known: kid"),
+        (("--features", "inception"), "Known: efflite0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            call(evaluate, run, *wrong)
+
+
+def test_sample_writes_the_same_sheet_for_the_same_seed(run, tmp_path):
+    sheets = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        call(sample, run, "--out", tmp_path / f"{name}.png", "--count", 20, "--seed", seed)
+        sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert sheets[0].shape == (2 * 58 + 2, 10 * 58 + 2)  # a column for each of the ten classes
+    assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
+
+
+def test_sample_of_chosen_classes_and_interpolations(run, tmp_path):
+    call(sample, run, "--out", tmp_path / "two.png", "--count", 6, "--classes", "3,7")
+    assert Image.open(tmp_path / "two.png").size == (2 * 58 + 2, 3 * 58 + 2)
+    call(sample, run, "--out", tmp_path / "rows.png", "--count", 24, "--classes", "3", "--interpolate")
+    rows = np.asarray(Image.open(tmp_path / "rows.png"), np.float64)
+    assert rows.shape == (3 * 58 + 2, 8 * 58 + 2)
+    tiles = rows[2:, 2:].reshape(3, 58, 8, 58).swapaxes(1, 2)[:, :, :56, :56]
+    steps = np.abs(np.diff(tiles, axis=1)).mean(axis=(2, 3))
+    assert (steps < np.abs(tiles[:, 0] - tiles[:, -1]).mean(axis=(1, 2))[:, None]).all()
+
+
+@pytest.mark.parametrize(("classes", "message"), [("3,11", "no class 11"), ("shirt", "not numbers")])
+def test_sample_refuses_classes_there_are_not(run, tmp_path, classes, message):
+    with pytest.raises(UserError, match=message):
+        call(sample, run, "--out", tmp_path / "x.png", "--classes", classes)
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    for command, arguments in ((sample, ("--out", tmp_path / "x.png")), (evaluate, ())):
+        with pytest.raises(UserError, match="not a run folder"):
+            call(command, tmp_path, *arguments)
+
+
+def test_slerp_keeps_its_ends_and_its_length():
+    a, b = torch.nn.functional.normalize(
+        torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)), dim=2
+    )
+    path = slerp(a, b, torch.linspace(0, 1, 9))
+    assert torch.allclose(path[:, 0], a, atol=1e-6) and torch.allclose(path[:, -1], b, atol=1e-6)
+    assert torch.allclose(path.norm(dim=2), torch.ones(5, 9), atol=1e-5)
+    angles = (path[:, 1:] * path[:, :-1]).sum(dim=2).acos()
+    assert torch.allclose(angles, angles[:, :1].expand_as(angles), atol=1e-3)
+    opposite = slerp(torch.ones(1, 1), -torch.ones(1, 1), torch.linspace(0, 1, 3))
+    assert opposite.flatten().tolist() == [1.0, 0.0, -1.0]
