@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
 SETTINGS = (
     "run.total_kimg=0.064 run.tick_kimg=0.032 run.eval_kimg=0.064 data.size=28 data.channels=1 "
-    "data.workers=0 data.batch_size=32 data.conditional=true G.width=8 D.width=8 score.images=20 ema.kimg=0.02 "
-    "track.wandb=false run.name=brief"
+    "data.workers=0 data.batch_size=32 data.conditional=true G.width=8 D.width=8 score.images=20 "
+    "ema.kimg=0.02 track.wandb=false run.name=brief"
 )
 
 
