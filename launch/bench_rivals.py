@@ -40,6 +40,9 @@ class BareMaths:
         real = torch.rand(config.data.batch_size, channels, size, size, device=device) * 2 - 1
         self._real = real.to(memory_format=torch.channels_last)
 
+    def ready(self) -> None:
+        """Nothing is done ahead of time."""
+
     def run(self, updates: int) -> None:
         for _ in range(updates):
             z = [torch.randn(self._z, device=self._device) for _ in range(2)]
@@ -91,6 +94,9 @@ class TutorialLoop:
             persistent_workers=workers > 0,
         )
         self._batches = self._endless()
+
+    def ready(self) -> None:
+        """What its loader has ready when its turn comes is a present."""
 
     def run(self, updates: int) -> None:
         for _ in range(updates):

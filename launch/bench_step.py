@@ -1,7 +1,8 @@
 """`shardgan bench step`: the whole training step beside its bare maths and the tutorials' loop.
 
 All run by turns in one process, a few updates each, so that whatever else the machine does slows all of them
-alike; ratios are taken within a turn and then their median. Images are real images shown to D.
+alike; ratios are of the same turn, then their median, and of everyone's fastest turn, which other processes
+disturb least. Images are real images shown to D.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.bench_rivals import BareMaths, TutorialLoop
-from pipeline.config import Config, UserError, batch_shape, load
+from pipeline.config import Config, UserError, load
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import Batch, training_batches
+from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Launch, Ranks, StopSignals
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
@@ -38,7 +40,8 @@ from pipeline.step import train_step
 from pipeline.train import build, prepare_data
 
 _SUBSET = Path(__file__).parent.parent / "tests" / "assets" / "fashion-mnist-500"
-_TURN = 4  # updates of one contestant before the next one's turn
+_TURN = 8  # updates of one contestant before the next one's turn
+_AHEAD = 4  # batches that a decoding process has ready when its turn comes
 _WARM_UP = 2
 _ARITHMETIC: dict[str, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
 
@@ -46,14 +49,18 @@ Seconds = dict[str, list[float]]  # contestant → seconds of each of its turns
 
 
 class Contestant(Protocol):
-    def run(self, updates: int) -> None: ...
+    def ready(self) -> None:
+        """Its turn begins now: what was done ahead of time does not count."""
+
+    def run(self, updates: int) -> None:
+        """Train."""
 
 
 @click.command("step")
 @click.option("--size", type=click.Choice(["28", "32", "64", "128"]), default="64", show_default=True)
 @click.option("--width", type=click.IntRange(1), default=64, show_default=True, help="Of G and D.")
 @click.option("--batch", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=24, show_default=True, help="Updates of each.")
+@click.option("--steps", type=click.IntRange(1), default=40, show_default=True, help="Updates of each.")
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Decoding processes.")
 @click.option("--threads", type=click.IntRange(1), help="Of torch; default: its own choice.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "both"]), default="both", show_default=True)
@@ -100,6 +107,7 @@ def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates:
     seconds: Seconds = {name: [] for name in contestants}
     for _ in _turns(updates, signals):
         for name, contestant in contestants.items():
+            contestant.ready()
             _synchronise(device)
             start = time.perf_counter()
             contestant.run(_TURN)
@@ -140,6 +148,10 @@ class Ours:
     @property
     def device(self) -> torch.device:
         return self._ranks.device
+
+    def ready(self) -> None:
+        for _ in range(_AHEAD * self._settings.data.workers):
+            next(self._reals)
 
     def run(self, updates: int) -> None:
         """As in pipeline/loop.py, ticks apart."""
@@ -225,29 +237,31 @@ def _upscaled(folder: Path, size: int) -> str:
 
 
 def _report(settings: Config, seconds: Mapping[str, Sequence[float]], console: Console) -> None:
-    data = settings.data
-    images = _TURN * settings.images_per_update
+    data, images = settings.data, _TURN * settings.images_per_update
     table = Table(
         title=f"{settings.G.kind}, {data.channels}x{data.size}x{data.size}, batch {data.batch_size}"
     )
-    for heading in ("", "images/s", "beside its bare maths", "beside the tutorial"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_column()
+    for heading in ("images/s", "time beyond its bare maths", "times the tutorial"):
+        table.add_column(heading, justify="right")
     for name, taken in seconds.items():
-        arithmetic = name.split()[-1]
-        slower = _ratio(taken, seconds.get(f"bare maths {arithmetic}", taken)) - 1
+        bare = seconds[f"bare maths {name.split()[-1]}"] if name.startswith("shardgan") else None
+        tutorial = seconds["tutorial fp32"] if not name.startswith("tutorial") else None
         table.add_row(
             name,
             f"{images / statistics.median(taken):.1f}",
-            f"{slower:+.1%} time" if name.startswith("shardgan") else "",
-            "" if name.startswith("tutorial") else f"{_ratio(seconds['tutorial fp32'], taken):.2f}x",
+            "" if bare is None else "{:+.1%} ({:+.1%})".format(*(r - 1 for r in _ratios(taken, bare))),
+            "" if tutorial is None else "{:.2f} ({:.2f})".format(*_ratios(tutorial, taken)),
         )
     console.print(table)
-    turns = len(seconds["tutorial fp32"])
+    turns, threads = len(seconds["tutorial fp32"]), torch.get_num_threads()
     console.print(
-        f"{turns} turns of {_TURN} updates each, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"Medians (in brackets: fastest) of {turns} turns of {_TURN} updates; "
+        f"{threads} threads, torch {torch.__version__}"
     )
 
 
-def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
-    """Median of the turns' ratios."""
-    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:
+    """Median of the turns' ratios, and ratio of the fastest turns."""
+    of_turns = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    return statistics.median(of_turns), min(numerators) / min(denominators)

@@ -1,0 +1,68 @@
+"""`shardgan bench step`: the bare maths are the step's maths, and the table has everyone in it."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from launch.bench import bench
+from launch.bench_rivals import BareMaths
+from launch.bench_step import Ours, _ratios
+from pipeline.config import load
+from pipeline.gan.images import to_float
+from pipeline.parallel.ranks import StopSignals
+
+SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
+
+
+@pytest.fixture(autouse=True)
+def untracked_and_interruptible(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_the_bare_maths_are_those_of_the_step(tmp_path):
+    """Without penalties and on the same images and latents, both end at the same parameters."""
+    keys = ["data.size=28", "data.channels=1", "data.batch_size=8", "data.workers=0", "run.name=bench"]
+    settings = load(None, [f"data.train={SHARDS}", *keys, "G.width=4", "D.width=4", "G.z_dim=8"])
+    ours = Ours(settings, tmp_path / "ours", "no", StopSignals())
+    bare = BareMaths(settings, torch.device("cpu"), bf16=False)
+    reals = ours.some_images(5 * 8).split(8)
+    gan = ours._gan
+    for number, real in enumerate(reals):
+        before = number * 8
+        z = gan.latents("D", before).z, gan.latents("G", before + 8).z
+        bare.update(to_float(real), *z)
+    ours.run(len(reals))
+    ours.close()
+    start = BareMaths(settings, torch.device("cpu"), bf16=False)
+    for engine, module, untrained in ((gan.G, bare.G, start.G), (gan.D, bare.D, start.D)):
+        for (name, p), q, r in zip(
+            engine.module.named_parameters(), module.parameters(), untrained.parameters(), strict=True
+        ):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+            assert (q - r).abs().max() > 1e-4, name
+    for average, q in zip(gan.G_ema.averages, bare.G_ema.parameters(), strict=True):
+        torch.testing.assert_close(average, q, rtol=0, atol=1e-6)
+
+
+def test_the_command_prints_everyone():
+    options = ["--size", "28", "--width", "4", "--batch", "8", "--steps", "1", "--workers", "0"]
+    result = CliRunner().invoke(bench, ["step", *options], catch_exceptions=False)
+    assert result.exit_code == 0
+    for name in ("shardgan", "bare maths", "tutorial"):
+        assert f"{name} fp32" in result.output
+    assert "shardgan bf16" in result.output and "bare maths bf16" in result.output
+    assert "1 turns of 8 updates" in result.output
+
+
+def test_ratios_of_turns_ignore_what_slows_a_whole_turn():
+    ours, theirs = [1.1, 11.0, 1.1], [1.0, 10.0, 1.0]
+    assert _ratios(ours, theirs) == (pytest.approx(1.1), pytest.approx(1.1))
