@@ -1,4 +1,4 @@
-"""`shardgan train`: check everything that can be checked, then assemble and run the `accelerate launch` line."""
+"""`shardgan train`: check what can be checked, then assemble and run the `accelerate launch` line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STRATEGIES = ("single", "ddp")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command()
 @click.argument("config", type=click.Path())
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp, or single with one process.")
-@click.option("--procs", type=click.IntRange(min=1), help="Processes. Default: one per GPU; on a CPU up to 4.")
+@click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
+@click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU up to 4.")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Print the command and the resolved config; start nothing.")
 def train(
@@ -40,6 +40,7 @@ def train(
     import torch
 
     from pipeline import config as configs
+    from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.train import prepare_data
 
@@ -52,7 +53,7 @@ def train(
     if gpus and procs > gpus:
         raise configs.UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
     resolved = configs.load(config, settings)
-    configs.batch_shape(resolved.data, procs)
+    batch_shape(resolved.data, procs)
     command = _command(strategy, procs, mixed_precision, [config, *settings])
     if dry_run:
         click.echo(("" if gpus else "ACCELERATE_USE_CPU=1 ") + shlex.join(["accelerate", "launch", *command]))
@@ -83,7 +84,8 @@ def check_space(out: Path, needed_mb: int = 64) -> None:
     free = shutil.disk_usage(place).free // 2**20
     if free < needed_mb:
         raise UserError(
-            f"No space left for the run: {place} has {free} MiB free. Make room or set run.out to another disk."
+            f"No space left for the run: {place} has {free} MiB free. Make room, or set run.out to another "
+            "disk."
         )
 
 
@@ -108,7 +110,10 @@ def _environment(procs: int, on_cpu: bool) -> dict[str, str]:
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run the launcher; a signal here asks the workers, who agree, save and leave in good order."""
     launcher = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=_die_with_parent
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509
     )
     asked = False
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from pipeline import config, loop
-from pipeline.config import BatchShape, Config, UserError, batch_shape
+from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
 from pipeline.data.stream import check_images, label_frequencies, training_batches
@@ -25,6 +25,7 @@ from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import ema_beta
+from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
 from pipeline.parallel.engine import PlayerSettings

@@ -9,3 +9,12 @@ from torch import Tensor
 def to_float(images: Tensor) -> Tensor:
     """uint8 [N, C, H, W] → float32 in [-1, 1], the same shape, channels last in memory."""
     return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Generated images, float in [-1, 1], as they would be stored: uint8 in [0, 255], the same shape.
+
+    The one place where this happens: a picture that is looked at and one that is scored are the same.
+    Rounds to the nearest level; what lies outside the range is clamped, NaN becomes 0.
+    """
+    return (images.float() * 127.5 + 127.5).nan_to_num(nan=0.0).round().clamp(0, 255).to(torch.uint8)

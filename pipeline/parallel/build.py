@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from pipeline.config import BatchShape
+from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine, PlayerSettings

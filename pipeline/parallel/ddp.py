@@ -11,11 +11,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import BatchShape, Optimizer
+from pipeline.config import Optimizer
+from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Engine, PlayerSettings, Share
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
+
+# The kernel of a convolution with one input channel is in both memory layouts at once, and its gradient may
+# come in the other one: DDP warns that it copies these few bytes.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 class ReplicatedEngine(Engine):

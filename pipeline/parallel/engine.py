@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pipeline.config import BatchShape, Optimizer, WeightPenalty
+from pipeline.config import Optimizer, WeightPenalty
+from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.ranks import Ranks
 

@@ -13,10 +13,10 @@ from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
+from pipeline.gan.images import to_uint8
 from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
-from pipeline.run.grid import to_uint8
 
 Generate = Callable[[int, int], Tensor]
 """(start, count) → images uint8 [count, C, H, W] of the latents start … start + count - 1 of a fixed list."""

@@ -15,15 +15,6 @@ _GAP = 2  # white pixels between images and around the sheet
 _PLEASANT = 56  # smaller images are enlarged until their sides are at least so long
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Generated images, float in [-1, 1], as they would be stored: uint8 in [0, 255], the same shape.
-
-    The one place where this happens: a picture that is looked at and one that is scored are the same.
-    Rounds to the nearest level; what lies outside the range is clamped, NaN becomes 0.
-    """
-    return (images.float() * 127.5 + 127.5).nan_to_num(nan=0.0).round().clamp(0, 255).to(torch.uint8)
-
-
 def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[np.uint8]:
     """One picture, uint8 [H', W'] or [H', W', 3], of images uint8 [N, 1 or 3, H, W], row by row.
 

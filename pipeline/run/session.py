@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,13 +26,15 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import sum_of_squares
 from pipeline.parallel.ranks import Ranks, StopSignals
 from pipeline.run import checkpoint
-from pipeline.run.evaluate import evaluate, from_latents, heldout_features
+from pipeline.run.evaluate import evaluate, fixed_images, from_latents, heldout_features
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.grid import save_grid
 from pipeline.run.report import Report
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
-from pipeline.step import Gan
+
+if TYPE_CHECKING:
+    from pipeline.step import Gan
 
 GRID = 64  # images on a sample sheet
 
@@ -134,9 +137,8 @@ class Session:
             real = heldout_features(
                 self._extractor, self.index, self.heldout, self.ranks, self.config.data, images
             )
-            drawn = gan.draws.latents("score", 0, len(real))
-            generate = from_latents(gan.G_ema.module(), drawn.z, drawn.c, self.ranks.device)
-            return evaluate(generate, real, self._extractor, self.ranks)
+            fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real), self.ranks.device)
+            return evaluate(fakes, real, self._extractor, self.ranks)
 
     def save(self, gan: Gan, state: State, stats: Stats) -> None:
         """A checkpoint that this or any other world can go on from."""

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.run.grid import save_grid, tile, to_uint8
+from pipeline.gan.images import to_uint8
+from pipeline.run.grid import save_grid, tile
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,0 +1,188 @@
+"""The parity matrix: the same small training under a strategy, and in plain single-process torch.
+
+`accelerate launch … -m launch.parity OUT` trains every case below under the strategy of the launcher and
+writes what came out; `launch.plain` trains them as a textbook would, with autograd on λ·Σp². What differs
+is an error of the strategy. `shardgan selfcheck` and the tests compare the two.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline import config
+from pipeline.config import Config
+from pipeline.data.stream import Batch
+from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.run import checkpoint
+from pipeline.run.state import State
+from pipeline.run.stats import Stats
+from pipeline.step import Gan, train_step
+from pipeline.train import build
+
+UPDATES = 5
+BATCH = 12  # over 1, 2 or 3 ranks, in one round or two
+RESUMED_AFTER = 3
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix: what differs from the base config, and how many rounds an update has."""
+
+    name: str
+    settings: tuple[str, ...]
+    rounds: int = 1
+
+    def config(self, world: int) -> Config:
+        """A norm-free DCGAN of awkward sizes: few tensors divide equally over 2 or 3 ranks."""
+        return config.load(
+            None,
+            [
+                "data.train=none",
+                "data.size=28",
+                "data.channels=1",
+                f"data.batch_size={BATCH}",
+                f"data.batch_gpu={BATCH // world // self.rounds}",
+                "G.z_dim=7",
+                "G.width=5",
+                "D.width=5",
+                "G.norm=none",
+                "D.norm=none",
+                "ema.kimg=0.02",
+                *self.settings,
+            ],
+        )
+
+
+def cases() -> list[Case]:
+    """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
+    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice."""
+    penalties = {
+        "none": (),
+        "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
+        "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
+    }
+    clips = {"free": (), "clipped": ("optim.G.clip=0.5", "optim.D.clip=0.3")}
+    sgd = _optimizers("sgd", "lr=0.02", "momentum=0.5")
+    adam = _optimizers("adam", "lr=1e-3")
+    found = []
+    for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
+        (1, 2), clips.items(), penalties.items()
+    ):
+        found.append(Case(f"sgd-{penalty}-{clip}-{rounds}", (*sgd, *lambdas, *clipping), rounds))
+        if penalty == "l2":
+            found.append(Case(f"adam-{penalty}-{clip}-{rounds}", (*adam, *lambdas, *clipping), rounds))
+    special = {
+        "on-all": ("penalty.on=all",),
+        "r1": ("penalty.r1.gamma=1.0", "penalty.r1.interval=2"),
+        "r1-clipped": ("penalty.r1.gamma=1.0", "penalty.r1.interval=2", *clips["clipped"]),
+        "spectral": ("G.spectral_norm=true", "D.spectral_norm=true"),
+        "spectral-r1": ("D.spectral_norm=true", "penalty.r1.gamma=1.0", "penalty.r1.interval=2"),
+        "group": ("G.norm=group", "D.norm=group", "G.width=8", "D.width=8"),
+        "instance": ("G.norm=instance", "D.norm=instance"),
+        "labels": ("data.conditional=true", "loss.kind=hinge"),
+        "twice": ("loss.D_steps=2", "loss.kind=least_squares", "run.seed=1"),
+    }
+    for name, settings in special.items():
+        # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
+        found.append(Case(name, (*sgd, *penalties["l2"], *settings), rounds=1 if "spectral" in name else 2))
+    return found
+
+
+def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"optim.{player}.{key}" for player in "GD" for key in (f"kind={kind}", *keys))
+
+
+def reals(case: Case, count: int) -> list[Batch]:
+    """Made-up global batches of images and labels, the same for everyone."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(BATCH) % 3
+    return [
+        Batch(
+            torch.randint(0, 256, (BATCH, 1, 28, 28), generator=generator, dtype=torch.uint8),
+            labels if "data.conditional=true" in case.settings else None,
+        )
+        for _ in range(count)
+    ]
+
+
+def initial_state(case: Case) -> State:
+    labelled = "data.conditional=true" in case.settings
+    return State(label_frequencies=[0.5, 0.25, 0.25] if labelled else None)
+
+
+def main(out: Path) -> None:
+    """Train every case under the launcher's strategy; the main rank writes OUT/CASE.safetensors and .json."""
+    ranks = Ranks(read_launch(), timedelta(seconds=120))
+    for case in cases():
+        settings = case.config(ranks.world)
+        tensors, rows = _train(case, settings, ranks, out / "checkpoints" / case.name)
+        if ranks.main:
+            save_file(tensors, out / f"{case.name}.safetensors")
+            (out / f"{case.name}.json").write_text(json.dumps(rows))
+    ranks.leave()
+
+
+def _train(
+    case: Case, settings: Config, ranks: Ranks, folder: Path
+) -> tuple[Tensors, list[dict[str, float]]]:
+    """Train unbroken, then again from a checkpoint in the middle: weights, averages and charts of both."""
+    state, rows = initial_state(case), []
+    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
+    stats, batches = Stats(ranks.device), _local(case, settings, ranks)
+    for update in range(UPDATES):
+        state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+        rows.append(stats.reduce(ranks, {})[0])
+        if update + 1 == RESUMED_AFTER:
+            checkpoint.save(folder, [gan.G, gan.D], gan.G_ema, state, ranks, keep=1)
+    tensors = whole(gan)
+    tensors |= {f"resumed/{name}": t for name, t in _resumed(case, settings, ranks, folder).items()}
+    return tensors, rows
+
+
+def _resumed(case: Case, settings: Config, ranks: Ranks, folder: Path) -> Tensors:
+    """The end of the same training by engines built anew from the checkpoint in `folder`."""
+    found, _ = ranks.from_main(lambda: checkpoint.newest_sound(folder))
+    assert found is not None
+    state = checkpoint.read_state(found)
+    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
+    checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
+    stats, batches = Stats(ranks.device), _local(case, settings, ranks)
+    for _ in range(state.cur_nimg // BATCH):
+        next(batches)
+    for _ in range(UPDATES - RESUMED_AFTER):
+        state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+    return whole(gan)
+
+
+def _local(case: Case, settings: Config, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's part of each global batch."""
+    share = BATCH // ranks.world
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    for batch in reals(case, UPDATES * settings.loss.D_steps):
+        yield Batch(batch.images[mine], None if batch.labels is None else batch.labels[mine])
+
+
+def whole(gan: Gan) -> Tensors:
+    """Whole weights of G, D and G_ema, on the CPU; collective."""
+    tensors: Tensors = {}
+    for engine in (gan.G, gan.D):
+        weights = engine.whole([f.data for f in engine.fragments])
+        tensors |= {f"{engine.player.name}/{name}": t.cpu().clone() for name, t in weights}
+    averages = gan.G_ema.engine.whole(gan.G_ema.averages)
+    tensors |= {f"G_ema/{name}": t.cpu().clone() for name, t in averages}
+    return {name: t.contiguous() for name, t in tensors.items()}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,123 @@
+"""The reference of the parity matrix: a GAN trained as a textbook would, in one process, by autograd.
+
+Nothing of pipeline/parallel or pipeline/step.py is used here: the penalty is λ·Σp² inside the loss, the
+whole batch goes through at once, the optimizers are torch's own for-loop ones, and the average is a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from launch.parity import BATCH, UPDATES, Case, Tensors, initial_state, reals
+from pipeline.config import Config, Optimizer, WeightPenalty
+from pipeline.gan.draws import Draws
+from pipeline.gan.networks import build_D, build_G
+
+
+def train(case: Case) -> tuple[Tensors, list[dict[str, float]]]:
+    """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
+    settings, state, rows = case.config(world=1), initial_state(case), []
+    G, D = build_G(settings, state.num_classes), build_D(settings, state.num_classes)
+    G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
+    G_optimizer, D_optimizer = _optimizer(G, settings.optim.G), _optimizer(D, settings.optim.D)
+    draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
+    batches = iter(reals(case, UPDATES * settings.loss.D_steps))
+    nimg = 0
+    for _ in range(UPDATES):
+        start, D_rows = nimg, []
+        for _ in range(settings.loss.D_steps):
+            images, c = next(batches)
+            z, fake_c, _ = draws.latents("D", nimg, BATCH)
+            x = (images.float() / 127.5 - 1).requires_grad_()
+            parts = _d_parts(settings, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
+            parts |= _penalties(D, settings.penalty.D, settings.penalty.on)
+            D_rows.append(_update("D", D, D_optimizer, parts, settings.optim.D.clip))
+            nimg += BATCH
+        z, fake_c, _ = draws.latents("G", nimg, BATCH)
+        parts = {"adversarial": _g_loss(settings.loss.kind, D(G(z, fake_c), fake_c))}
+        parts |= _penalties(G, settings.penalty.G, settings.penalty.on)
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, settings.optim.G.clip))
+        beta = 0.5 ** ((nimg - start) / (1000 * settings.ema.kimg))
+        for name, p in G.named_parameters():
+            G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
+    tensors = {f"G/{name}": p.detach() for name, p in G.named_parameters()}
+    tensors |= {f"D/{name}": p.detach() for name, p in D.named_parameters()}
+    return tensors | {f"G_ema/{name}": p for name, p in G_ema.items()}, rows
+
+
+def _update(
+    player: str, module: nn.Module, optimizer: torch.optim.Optimizer, parts: Tensors, clip: float | None
+) -> dict[str, float]:
+    """One step on the sum of the parts of a player's loss."""
+    optimizer.zero_grad()
+    sum(parts.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    squares = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
+    if clip is not None:
+        nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    row = {f"Loss/{player}/{part}": float(value.detach()) for part, value in parts.items()}
+    row[f"Loss/{player}/loss"] = sum(row.values())
+    return row | {f"Gradients/{player}/norm": squares**0.5}
+
+
+def _d_parts(settings: Config, real_logits: Tensor, fake_logits: Tensor, x: Tensor, nimg: int) -> Tensors:
+    """The adversarial loss of D and, when its turn has come, R1."""
+    parts = {"adversarial": _d_loss(settings.loss.kind, real_logits, fake_logits)}
+    r1 = settings.penalty.r1
+    if r1.gamma:
+        parts["r1_penalty"] = torch.zeros(())
+        if (nimg // BATCH) % r1.interval == 0:
+            (gradient,) = torch.autograd.grad(real_logits.sum(), x, create_graph=True)
+            parts["r1_penalty"] = r1.interval * r1.gamma / 2 * gradient.square().sum() / BATCH
+    return parts
+
+
+def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    if kind == "hinge":
+        return (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    if kind == "least_squares":
+        return 0.5 * ((real - 1) ** 2).mean() + 0.5 * (fake**2).mean()
+    ones, zeros = torch.ones_like(real), torch.zeros_like(fake)
+    return F.binary_cross_entropy_with_logits(real, ones) + F.binary_cross_entropy_with_logits(fake, zeros)
+
+
+def _g_loss(kind: str, fake: Tensor) -> Tensor:
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "least_squares":
+        return 0.5 * ((fake - 1) ** 2).mean()
+    return F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
+
+
+def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
+    """λ₂ Σ w² and λ₁ Σ |w|, over all parameters or over the kernels: here, what has two axes or more."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    chosen = [p for p in module.parameters() if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
+    parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
+    if penalty.l1:
+        parts["l1_penalty"] = penalty.l1 * _total(p.abs().sum() for p in chosen)
+    return parts
+
+
+def _total(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum()
+
+
+def _optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+    if settings.kind == "sgd":
+        return torch.optim.SGD(module.parameters(), settings.lr, momentum=settings.momentum, foreach=False)
+    return torch.optim.Adam(
+        module.parameters(), settings.lr, betas=settings.betas, eps=settings.eps, foreach=False
+    )
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Over several D updates; norms as the root of the mean square."""
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    norm = "Gradients/D/norm"
+    return mean | {norm: (sum(row[norm] ** 2 for row in rows) / len(rows)) ** 0.5}

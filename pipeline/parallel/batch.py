@@ -1,0 +1,43 @@
+"""How a global batch lies over ranks and rounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Data, UserError
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How one global batch lies over ranks and rounds: batch_size = world × rounds × images."""
+
+    world: int
+    rounds: int
+    images: int  # per rank and round
+
+    @property
+    def local(self) -> int:
+        return self.rounds * self.images
+
+
+def batch_shape(data: Data, world: int) -> BatchShape:
+    """Divide the global batch: equal parts per rank, then as few equal rounds as batch_gpu allows.
+
+    Raises UserError, naming sizes that would do, when it cannot be divided.
+    """
+    size = data.batch_size
+    if world > size:
+        raise UserError(
+            f"{world} processes cannot share a batch of {size} images. Use at most {size} processes "
+            f"(--procs), or raise data.batch_size to a multiple of {world}."
+        )
+    if size % world:
+        below, above = size - size % world, size - size % world + world
+        raise UserError(
+            f"data.batch_size={size} cannot be divided equally over {world} processes. "
+            f"Set it to {below} or {above}, or start another number of processes."
+        )
+    local = size // world
+    ceiling = data.batch_gpu or local
+    rounds = next(r for r in range(1, local + 1) if local % r == 0 and local // r <= ceiling)
+    return BatchShape(world, rounds, local // rounds)
