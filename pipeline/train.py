@@ -212,7 +212,7 @@ def _conclude(folder: Path, state: State, report: Report, completed: bool) -> No
         return
     export(folder, folder / "export")
     (folder / DONE).write_text(f"{state.cur_nimg}\n")
-    report.say(f"Finished at kimg {state.cur_nimg / 1000:g}: {folder}")
+    report.conclude(state.cur_nimg)
 
 
 def _refuse(error: Exception, tell: bool) -> int:

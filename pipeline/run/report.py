@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,9 @@ class Report:
     def summary(self, values: Mapping[str, float]) -> None:
         """How the run ended, beside its charts."""
 
+    def conclude(self, cur_nimg: int) -> None:
+        """Say that the run is finished, and where everything is."""
+
     def close(self) -> None:
         """Send what is left and free the terminal; on every way out."""
 
@@ -50,7 +54,7 @@ class MainReport(Report):
         self._tracker = tracker
         self._total = total_nimg
         self._last = (time.monotonic(), cur_nimg)
-        self._metrics = folder / "metrics.jsonl"
+        self._folder, self._metrics = folder, folder / "metrics.jsonl"
         _forget_after(self._metrics, cur_nimg)
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 
@@ -83,6 +87,18 @@ class MainReport(Report):
 
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)
+
+    def conclude(self, cur_nimg: int) -> None:
+        sheets = sorted((self._folder / "samples").glob("fakes*.png"))
+        found = {
+            "images": f"{sheets[-1]}   (real ones: {sheets[-1].with_name('reals.png')})" if sheets else "",
+            "metrics": str(self._metrics),
+            "networks": f"{self._folder / 'export'}{os.sep}",
+            "W&B": self._tracker.where,
+            "scores": "; ".join(_score_changes(self._metrics)),
+        }
+        lines = [f"  {label:9} {text}" for label, text in found.items() if text]
+        self.say("\n".join([f"Finished at kimg {cur_nimg / 1000:g}: {self._folder}", *lines]))
 
     def close(self) -> None:
         if self._bar is not None:
@@ -129,6 +145,18 @@ def _status(values: Mapping[str, float]) -> str:
 
 def _is_score(key: str) -> bool:
     return key.startswith("Metrics/") and not key.endswith("_images")
+
+
+def _score_changes(metrics: Path) -> Iterator[str]:
+    """Each score as it was first, and as it is last."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for key in dict.fromkeys(key for row in rows for key in row if _is_score(key)):
+        scored = [row for row in rows if key in row]
+        first, last = scored[0], scored[-1]
+        yield (
+            f"{key.removeprefix('Metrics/')} {first[key]:.3f} at kimg {first['cur_nimg'] / 1000:g}, "
+            f"{last[key]:.3f} at kimg {last['cur_nimg'] / 1000:g}"
+        )
 
 
 def _forget_after(metrics: Path, cur_nimg: int) -> None:

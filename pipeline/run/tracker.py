@@ -41,6 +41,10 @@ class Tracker(Protocol):
     def run_id(self) -> str | None:
         """What to hand to `open_tracker` when the run is resumed, so that it stays one run."""
 
+    @property
+    def where(self) -> str:
+        """Where a person finds the tracked run, in one line; empty if it is not tracked."""
+
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Points in charts. step: cur_nimg, never falling."""
 
@@ -59,6 +63,7 @@ class NullTracker:
 
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id
+        self.where = ""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -90,8 +95,9 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
         except Exception as error:
             reason = _told(error)
             continue
-        announce(_where(run, folder, reason))
-        return WandbTracker(run, announce)
+        where, because = _where(run, folder), f" ({reason})" if reason else ""
+        announce(f"W&B{because}: {where}")
+        return WandbTracker(run, where, announce)
     announce(f"W&B is off: {reason}")
     return NullTracker(run_id)
 
@@ -99,7 +105,8 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
 class WandbTracker:
     """A W&B run. The first thing that goes wrong is announced, and then it is silent."""
 
-    def __init__(self, run: wandb.Run, announce: Announce) -> None:
+    def __init__(self, run: wandb.Run, where: str, announce: Announce) -> None:
+        self.where = where
         self.run_id: str | None = run.id
         self._run: wandb.Run | None = run
         self._announce = announce
@@ -211,11 +218,8 @@ def _answers(url: str) -> bool:
     return bool(answers)
 
 
-def _where(run: wandb.Run, folder: Path, reason: str) -> str:
-    if not run.offline:
-        return f"W&B: {run.url}"
-    because = f" ({reason})" if reason else ""
-    return f"W&B: offline{because}. To upload it: wandb sync {folder}/wandb/offline-run-*"
+def _where(run: wandb.Run, folder: Path) -> str:
+    return f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*" if run.offline else str(run.url)
 
 
 def _public(config: Config) -> dict[str, Any]:
