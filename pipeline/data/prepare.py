@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pickles, no shell
-
 import numpy as np
 import webdataset
 from numpy.typing import NDArray

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +27,7 @@ class Shard:
     nsamples: int
     filesize: int
     sha256: str
-    labels: Mapping[int, int]
+    labels: Mapping[int, int] = field(hash=False)
 
 
 def shard_of(url: str, table: Table) -> Shard:

@@ -8,11 +8,8 @@ same for any number of workers, and neither ranks nor workers need to agree on a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
-
-os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pickles, no shell
 
 import numpy as np
 import torch

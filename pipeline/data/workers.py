@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import multiprocessing.process
+import os
 import signal
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
@@ -19,14 +21,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT = 600  # seconds without a batch: an error rather than a run that waits for ever
-_PR_SET_PDEATHSIG = 1
 
 
 class Loader(Iterator[Any]):
     """Items of `pipeline`, in order, made by `workers` processes (0: in this one). They start at once.
 
-    Closed by `close()`, when collected, or at the end of the process. Start it from the main thread: the
-    workers die with the thread that started them.
+    Closed by `close()`, when collected, or at the end of the process.
     """
 
     def __init__(self, pipeline: IterableDataset[Any], workers: int) -> None:
@@ -38,10 +38,12 @@ class Loader(Iterator[Any]):
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=_PREFETCH if workers else None,
             timeout=_TIMEOUT if workers else 0,
-            worker_init_fn=_die_with_the_parent,
+            worker_init_fn=_die_with_the_rank,
             multiprocessing_context=method,
         )
         before = set(multiprocessing.active_children())
+        if method == "forkserver":
+            _start_fork_server()
         with _signals_blocked(), _no_main_module(method):
             self._items = iter(loader)
         processes = set(multiprocessing.active_children()) - before
@@ -66,13 +68,19 @@ def start_method() -> str:
     a fork server, which imports torch once per rank, costs some seconds and 0.3 GB instead of milliseconds.
     On CPU nothing of the sort is at stake, and short runs and tests start at once.
     """
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return "fork"
-    multiprocessing.get_context("forkserver").set_forkserver_preload([_STREAM])
-    return "forkserver"
+    return "forkserver" if torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
 
 
-_STREAM = "pipeline.data.stream"
+def _start_fork_server() -> None:
+    """With what the workers need imported, once, and deaf to signals like them.
+
+    It brings multiprocessing's resource tracker along, whose start lets SIGINT and SIGTERM through again:
+    so that comes first.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["pipeline.data.stream"])
+    resource_tracker.ensure_running()
+    with _signals_blocked():
+        forkserver.ensure_running()
 
 
 @contextlib.contextmanager
@@ -100,10 +108,20 @@ def _no_main_module(method: str | None) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _die_with_the_parent(_: int) -> None:
-    """Linux ends a worker at once with its rank; elsewhere DataLoader's own watchdog does, in seconds."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with_the_rank(_: int) -> None:
+    """In a worker: end as soon as the training process does, however it ended.
+
+    DataLoader's own watchdog looks for another parent, which a fork server's child never gets, and which,
+    kept alive by that child, never ends: without this, both would outlive a killed rank for good.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def watch() -> None:
+        rank.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-rank", daemon=True).start()
 
 
 def _shut_down(items: Any, processes: set[multiprocessing.process.BaseProcess]) -> None:

@@ -1,0 +1,262 @@
+"""The stream: every planned sample once, in one order, whatever ranks and workers there are."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from conftest import MakeShards
+from tiny_shards import SIZE, image_of, png, sample_of, write_tar
+
+from pipeline.config import Data, UserError
+from pipeline.data import workers as worker_processes
+from pipeline.data.index import Index, load_index
+from pipeline.data.plan import Plan, heldout_plan, training_plan
+from pipeline.data.stream import (
+    Batch,
+    Decode,
+    PlannedSamples,
+    check_images,
+    heldout_batches,
+    label_frequencies,
+    training_batches,
+)
+
+BATCH = 12  # divides over 1, 2, 3 and 4 ranks
+LAYOUTS = {
+    "one shard": [29],
+    "fewer shards than ranks": [11, 7, 13],
+    "uneven": [1, 40, 3, 17, 2, 25],
+    "single samples": [1] * 19,
+}
+
+
+def open_all(root: Path, **split: object) -> tuple[Index, Plan]:
+    index = load_index(str(root))
+    holdout, folds, fold = split.get("holdout", 0.0), split.get("folds"), split.get("fold", 0)
+    return index, training_plan(index.sizes, 1, 2, holdout, folds, fold)  # type: ignore[arg-type]
+
+
+def batches(index: Index, plan: Plan, **changes: object) -> Iterator[Batch]:
+    options: dict = {"start": 0, "batch_size": BATCH, "rank": 0, "world": 1, "workers": 0}
+    options |= {"size": SIZE, "channels": 1, "conditional": False} | changes
+    return training_batches(index, plan, **options)
+
+
+def ids(batch: Batch) -> list[tuple[int, int]]:
+    return [sample_of(image) for image in batch.images.numpy()]
+
+
+def ledger(
+    index: Index, plan: Plan, world: int, workers: int, steps: int, start: int = 0
+) -> list[tuple[int, int]]:
+    """What all ranks together consume, in global order."""
+    ranks = [
+        batches(index, plan, rank=rank, world=world, workers=workers, start=start) for rank in range(world)
+    ]
+    seen = [pair for _ in range(steps) for rank in ranks for pair in ids(next(rank))]
+    for rank in ranks:
+        rank.close()  # type: ignore[attr-defined]
+    return seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("world", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (1, 1), (3, 1), (1, 3), (2, 3), (4, 3)]
+)
+def test_ledger(make_shards: MakeShards, layout: str, world: int, workers: int) -> None:
+    index, plan = open_all(make_shards(LAYOUTS[layout]))
+    steps = -(-3 * plan.size // BATCH)
+    seen = ledger(index, plan, world, workers, steps)
+    assert seen == [tuple(pair) for pair in plan.samples(0, steps * BATCH).tolist()]
+    for epoch in range(3):
+        once = Counter(seen[epoch * plan.size : (epoch + 1) * plan.size])
+        assert once == Counter((s, r) for s, n in enumerate(index.sizes) for r in range(n))
+
+
+def test_stopped_and_resumed_at_other_worlds(make_shards: MakeShards) -> None:
+    """Three times within one epoch, with other ranks and workers: nothing twice, nothing missing."""
+    index, plan = open_all(make_shards([50, 20, 61, 13]), holdout=0.1)
+    position, seen = 0, []
+    for world, workers, steps in [(4, 0, 3), (2, 1, 2), (3, 2, 4), (1, 0, 5)]:
+        seen += ledger(index, plan, world, workers, steps, start=position)
+        position += steps * BATCH
+    assert position > plan.size
+    assert seen == [tuple(pair) for pair in plan.samples(0, position).tolist()]
+    assert len(set(seen[: plan.size])) == plan.size
+
+
+def test_batch_has_what_its_docstring_says(make_shards: MakeShards) -> None:
+    index, plan = open_all(make_shards([20, 20], classes=7))
+    batch = next(batches(index, plan, conditional=True, channels=3, world=2, rank=1))
+    assert batch.images.shape == (BATCH // 2, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
+    assert batch.labels is not None and batch.labels.dtype == torch.int64
+    assert batch.images.is_contiguous()
+    expected = [(shard + row) % 7 for shard, row in plan.samples(BATCH // 2, BATCH // 2).tolist()]
+    assert batch.labels.tolist() == expected
+    assert next(batches(index, plan)).labels is None
+
+
+def test_fork_server_gives_the_same(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way workers start beside CUDA."""
+    index, plan = open_all(make_shards([20, 20]))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert worker_processes.start_method() == "forkserver"
+    stream = batches(index, plan, workers=2)
+    assert [ids(batch) for batch in islice(stream, 5)] == [ids(b) for b in islice(batches(index, plan), 5)]
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_close_ends_the_stream(make_shards: MakeShards) -> None:
+    index, plan = open_all(make_shards([20]))
+    for workers in (0, 2):
+        stream = batches(index, plan, workers=workers)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        stream.close()  # type: ignore[attr-defined]
+        assert list(stream) == []
+
+
+def test_flipped_bits_in_images_are_caught(make_shards: MakeShards) -> None:
+    root = make_shards([30])
+    index, plan = open_all(root)
+    table, path = index.table(0), root / "s-0000.tar"
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(50):
+        row = rng.randrange(30)
+        damaged = bytearray(whole)
+        damaged[int(table.offset[row]) + rng.randrange(int(table.size[row]))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        where = f"shard s-0000.tar, byte {table.offset[row]}: sample '0-{row}' .*CRC"
+        with pytest.raises(UserError, match=where):
+            list(islice(batches(index, plan), 3))
+
+
+def test_a_shard_cut_or_gone_while_training(make_shards: MakeShards) -> None:
+    root = make_shards([30])
+    index, plan = open_all(root)
+    path = root / "s-0000.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="CRC"):
+        list(islice(batches(index, plan), 3))
+    path.unlink()
+    with pytest.raises(UserError, match=r"s-0000.tar .* cannot be read: No such file"):
+        next(batches(index, plan))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_wrong_size_is_one_clear_message(make_shards: MakeShards, workers: int) -> None:
+    index, plan = open_all(make_shards([30]))
+    message = (
+        rf"^shard s-0000.tar sample 0-\d+ is {SIZE}x{SIZE} but data.size=32; "
+        r"run `shardgan prepare … --size 32`\.$"
+    )
+    with pytest.raises(UserError, match=message):
+        next(batches(index, plan, size=32, workers=workers))
+    with pytest.raises(UserError, match=message):
+        check_images(index, Data(size=32, channels=1))
+    check_images(index, Data(size=SIZE, channels=1))
+
+
+def test_an_image_that_is_none(tmp_path: Path) -> None:
+    write_tar(tmp_path / "d" / "x.tar", [("a.png", image_of(0, 0)[:40])])
+    index, plan = open_all(tmp_path / "d")
+    with pytest.raises(UserError, match=r"shard x.tar sample a cannot be decoded"):
+        next(batches(index, plan))
+
+
+def test_labels_that_are_not_there(make_shards: MakeShards, tmp_path: Path) -> None:
+    index, plan = open_all(make_shards([30]))
+    with pytest.raises(UserError, match="have no labels"):
+        check_images(index, Data(size=SIZE, channels=1, conditional=True))
+    with pytest.raises(UserError, match="has no label"):
+        next(batches(index, plan, conditional=True))
+    some = [("a.png", image_of(0, 0)), ("a.cls", b"3"), ("b.png", image_of(0, 1)), ("b.cls", b"cat")]
+    write_tar(tmp_path / "d" / "x.tar", some)
+    with pytest.raises(UserError, match=r"1 of the 2 samples of shard x.tar"):
+        check_images(load_index(str(tmp_path / "d")), Data(size=SIZE, channels=1, conditional=True))
+
+
+def test_a_users_stage_before_decoding(make_shards: MakeShards) -> None:
+    index, plan = open_all(make_shards([20, 20], classes=3))
+    black = png(np.zeros((SIZE, SIZE), np.uint8))
+
+    def blacken(sample: dict) -> dict:
+        assert set(sample) == {"__key__", "__url__", "png", "cls"} and sample["__url__"].startswith("s-000")
+        return sample | {"png": black}
+
+    for workers in (0, 1):
+        stream = batches(index, plan, stages=[webdataset.map(blacken)], workers=workers)
+        assert not next(stream).images.any()
+        stream.close()  # type: ignore[attr-defined]
+
+
+def test_the_plan_in_a_users_own_pipeline(make_shards: MakeShards) -> None:
+    index, plan = open_all(make_shards([20, 20], classes=3))
+    pipeline = webdataset.DataPipeline(
+        PlannedSamples(index, plan, 5, BATCH, 0, 1),
+        webdataset.map(lambda sample: sample),
+        Decode(SIZE, 1),
+        webdataset.batched(6),
+    )
+    images, labels = next(iter(pipeline))
+    expected = [tuple(pair) for pair in plan.samples(5, 6).tolist()]
+    assert [sample_of(image) for image in images] == expected
+    assert list(labels) == [(shard + row) % 3 for shard, row in expected]
+    decoded = webdataset.DataPipeline(PlannedSamples(index, plan, 0, BATCH, 0, 1), webdataset.decode("l8"))
+    assert next(iter(decoded))["png"].shape == (SIZE, SIZE)
+
+
+def test_pickles_and_pipes_are_off() -> None:
+    program = "import pipeline.data.stream, webdataset; assert webdataset.utils.enforce_security"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("sizes", [[10] * 20, [13, 57, 9]])
+def test_label_frequencies_are_those_of_what_is_trained_on(make_shards: MakeShards, sizes: list[int]) -> None:
+    index, plan = open_all(make_shards(sizes, classes=4), holdout=0.2)
+    frequencies = label_frequencies(index, plan)
+    labels = [(shard + row) % 4 for shard, row in plan.samples(0, plan.size).tolist()]
+    assert frequencies.dtype == np.float64
+    assert frequencies == pytest.approx(np.bincount(labels, minlength=4) / plan.size, abs=1e-12)
+    assert label_frequencies(*open_all(make_shards([5], folder="unlabelled"))).shape == (0,)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 10])
+def test_heldout_batches(make_shards: MakeShards, world: int, limit: int | None) -> None:
+    index = load_index(str(make_shards([30, 40, 20], classes=3)))
+    plan = heldout_plan(index.sizes, 1, 2, 0.3, None, 0)
+    ranks = [
+        list(
+            heldout_batches(
+                index,
+                plan,
+                batch=4,
+                rank=rank,
+                world=world,
+                size=SIZE,
+                channels=1,
+                conditional=True,
+                limit=limit,
+            )
+        )
+        for rank in range(world)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert all(batch.images.shape == (4, 1, SIZE, SIZE) for rank in ranks for batch, _ in rank)
+    seen = [pair for rank in ranks for batch, valid in rank for pair in ids(batch)[:valid]]
+    expected = [tuple(pair) for pair in plan.samples(0, plan.size if limit is None else limit).tolist()]
+    assert sorted(seen) == sorted(expected)
+    labels = [int(y) for rank in ranks for b, valid in rank for y in b.labels[:valid]]  # type: ignore[index]
+    assert labels == [(shard + row) % 3 for shard, row in seen]
