@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.kid import poly_kernel
 
 from pipeline.config import Data
 from pipeline.data.index import Index
@@ -42,9 +41,16 @@ def kid(real: Tensor, fake: Tensor) -> float:
     n = len(real)
     within = _sum_of_pairs(real) + _sum_of_pairs(fake)
     across = torch.stack(
-        [poly_kernel(x, y).sum() for x in torch.split(real, _BLOCK) for y in torch.split(fake, _BLOCK)]
+        [_kernel(x, y).sum() for x in torch.split(real, _BLOCK) for y in torch.split(fake, _BLOCK)]
     ).sum()
     return float(within / (n * (n - 1)) - 2 * across / n**2)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x·y/d + 1)³ of all pairs of rows of x [n, d] and y [m, d] → [n, m]."""
+    from torchmetrics.image.kid import poly_kernel  # here, as it takes as long to import as half of torch
+
+    return poly_kernel(x, y)
 
 
 def _sum_of_pairs(features: Tensor) -> Tensor:
@@ -52,10 +58,10 @@ def _sum_of_pairs(features: Tensor) -> Tensor:
     blocks = torch.split(features, _BLOCK)
     total = features.new_zeros(())
     for i, x in enumerate(blocks):
-        own = poly_kernel(x, x)
+        own = _kernel(x, x)
         total += own.sum() - own.diagonal().sum()
         for y in blocks[i + 1 :]:
-            total += 2 * poly_kernel(x, y).sum()
+            total += 2 * _kernel(x, y).sum()
     return total
 
 
