@@ -98,7 +98,9 @@ def _some(sizes: Ints, order: Ints, wanted: int) -> Ints | None:
     """The first shards of `order` that together have about `wanted` samples; None if no number does."""
     sums = np.concatenate([[0], np.cumsum(sizes[order])])
     cut = int(np.argmin(np.abs(sums - wanted)))
-    return order[:cut] if abs(int(sums[cut]) - wanted) <= _TOLERANCE * wanted else None
+    if abs(int(sums[cut]) - wanted) > _TOLERANCE * wanted or sums[cut] == sums[-1] > 0:
+        return None  # the latter: all of them, which leaves nothing to train on
+    return order[:cut]
 
 
 def _fold_shards(sizes: Ints, order: Ints, folds: int, fold: int) -> Ints | None:

@@ -130,40 +130,8 @@ def _unpack(buffer: torch.Tensor, shape: tuple[int, int, int, int]) -> Batch:
     return Batch(buffer[split:].view(shape), buffer[:split].view(torch.int64))
 
 
-def training_batches(
-    index: Index,
-    plan: Plan,
-    *,
-    start: int,
-    batch_size: int,
-    rank: int,
-    world: int,
-    size: int,
-    channels: int,
-    conditional: bool,
-    workers: int,
-    stages: Sequence[Stage] = (),
-) -> Iterator[Batch]:
-    """This rank's batches from global position `start` on, without end: step i covers the positions
-    start + i * batch_size …, of which the rank gets its contiguous batch_size / world.
-
-    Worker processes start at once (0: decode in this process, as asked). `stages` are put between reading and
-    decoding; they get and give raw samples one for one, as webdataset.map does. Iterating raises UserError
-    for a damaged shard or an image that does not fit; `close()` ends the workers, as does the end of the
-    process.
-    """
-    shape = (batch_size // world, channels, size, size)
-    pipeline = webdataset.DataPipeline(
-        PlannedSamples(index, plan, start, batch_size, rank, world),
-        *stages,
-        Decode(size, channels),
-        _Batches(*shape[:1], size, channels),
-    )
-    return TrainingBatches(Loader(pipeline, workers), shape, conditional)
-
-
 class TrainingBatches(Iterator[Batch]):
-    """What training_batches returns."""
+    """What training_batches returns: an iterator that can be closed."""
 
     def __init__(self, loader: Loader, shape: tuple[int, int, int, int], conditional: bool) -> None:
         self._loader, self._shape, self._conditional = loader, shape, conditional
@@ -184,6 +152,38 @@ class TrainingBatches(Iterator[Batch]):
 
     def close(self) -> None:
         self._loader.close()
+
+
+def training_batches(
+    index: Index,
+    plan: Plan,
+    *,
+    start: int,
+    batch_size: int,
+    rank: int,
+    world: int,
+    size: int,
+    channels: int,
+    conditional: bool,
+    workers: int,
+    stages: Sequence[Stage] = (),
+) -> TrainingBatches:
+    """This rank's batches from global position `start` on, without end: step i covers the positions
+    start + i * batch_size …, of which the rank gets its contiguous batch_size / world.
+
+    Worker processes start at once (0: decode in this process, as asked). `stages` are put between reading and
+    decoding; they get and give raw samples one for one, as webdataset.map does. Iterating raises UserError
+    for a damaged shard or an image that does not fit; `close()` ends the workers, as does the end of the
+    process.
+    """
+    shape = (batch_size // world, channels, size, size)
+    pipeline = webdataset.DataPipeline(
+        PlannedSamples(index, plan, start, batch_size, rank, world),
+        *stages,
+        Decode(size, channels),
+        _Batches(*shape[:1], size, channels),
+    )
+    return TrainingBatches(Loader(pipeline, workers), shape, conditional)
 
 
 def heldout_batches(

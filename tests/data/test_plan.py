@@ -126,6 +126,11 @@ def test_chunks_give_every_rank_as_many_forwards(world: int, limit: int | None) 
     assert set(pairs(plan.samples(0, total))) <= set(pairs(plan.samples(0, plan.size)))
 
 
+def test_a_last_chunk_is_shared_out() -> None:
+    plan = heldout_plan([28], 0, 4, 0.999, None, 0)
+    assert [[count for _, count in plan.chunks(rank, 3, 5)] for rank in range(3)] == [[5, 4]] * 3
+
+
 def test_nothing_held_out() -> None:
     held = heldout_plan([10, 10], 0, 4, 0.0, None, 0)
     assert held.size == 0 and list(held.chunks(0, 2, 8)) == []

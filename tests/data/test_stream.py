@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from pipeline.data.stream import (
     Batch,
     Decode,
     PlannedSamples,
+    TrainingBatches,
     check_images,
     heldout_batches,
     label_frequencies,
@@ -46,7 +46,7 @@ def open_all(root: Path, **split: object) -> tuple[Index, Plan]:
     return index, training_plan(index.sizes, 1, 2, holdout, folds, fold)  # type: ignore[arg-type]
 
 
-def batches(index: Index, plan: Plan, **changes: object) -> Iterator[Batch]:
+def batches(index: Index, plan: Plan, **changes: object) -> TrainingBatches:
     options: dict = {"start": 0, "batch_size": BATCH, "rank": 0, "world": 1, "workers": 0}
     options |= {"size": SIZE, "channels": 1, "conditional": False} | changes
     return training_batches(index, plan, **options)
@@ -65,7 +65,7 @@ def ledger(
     ]
     seen = [pair for _ in range(steps) for rank in ranks for pair in ids(next(rank))]
     for rank in ranks:
-        rank.close()  # type: ignore[attr-defined]
+        rank.close()
     return seen
 
 
@@ -113,7 +113,7 @@ def test_fork_server_gives_the_same(make_shards: MakeShards, monkeypatch: pytest
     assert worker_processes.start_method() == "forkserver"
     stream = batches(index, plan, workers=2)
     assert [ids(batch) for batch in islice(stream, 5)] == [ids(b) for b in islice(batches(index, plan), 5)]
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
 
 
 def test_close_ends_the_stream(make_shards: MakeShards) -> None:
@@ -121,8 +121,8 @@ def test_close_ends_the_stream(make_shards: MakeShards) -> None:
     for workers in (0, 2):
         stream = batches(index, plan, workers=workers)
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
+        stream.close()
         assert list(stream) == []
 
 
@@ -198,7 +198,7 @@ def test_a_users_stage_before_decoding(make_shards: MakeShards) -> None:
     for workers in (0, 1):
         stream = batches(index, plan, stages=[webdataset.map(blacken)], workers=workers)
         assert not next(stream).images.any()
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 def test_the_plan_in_a_users_own_pipeline(make_shards: MakeShards) -> None:
