@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-STRATEGIES = ("single", "ddp")
+STRATEGIES = ("single", "ddp", "fsdp2")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 

@@ -11,6 +11,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine, PlayerSettings
+from pipeline.parallel.fsdp2 import Fsdp2Engine
 from pipeline.parallel.ranks import Ranks
 
 
@@ -25,9 +26,21 @@ def build_players(
 
     examples: small inputs of each player, on the device.
     """
-    whole_G = copy.deepcopy(networks[0]).to(ranks.device)
+    whole_G = copy.deepcopy(networks[0]).to(ranks.device)  # before a strategy wraps it
     G, D = (
-        ReplicatedEngine(network, player, ranks, batch, example)
+        _engine(network, player, ranks, batch, example)
         for network, player, example in zip(networks, players, examples, strict=True)
     )
     return G, D, Ema(G, whole_G)
+
+
+def _engine(
+    network: nn.Module,
+    player: PlayerSettings,
+    ranks: Ranks,
+    batch: BatchShape,
+    example: tuple[torch.Tensor | None, ...],
+) -> Engine:
+    if ranks.strategy == "fsdp2":
+        return Fsdp2Engine(network, player, ranks, batch)
+    return ReplicatedEngine(network, player, ranks, batch, example)

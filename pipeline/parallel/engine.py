@@ -111,6 +111,9 @@ class Engine(abc.ABC):
     def zero_grad(self) -> None:
         """Forget the gradients."""
 
+    def settle(self) -> None:  # noqa: B027 (most strategies gather nothing)
+        """After a turn: let go of what its passes left gathered."""
+
     # What is the same under all of them
 
     def __call__(self, *inputs: Any) -> torch.Tensor:
@@ -132,6 +135,8 @@ class Engine(abc.ABC):
             yield
         finally:
             self.zero_grad()
+            self.settle()
+            frozen.settle()
             frozen.frozen = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)

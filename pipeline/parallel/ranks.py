@@ -70,11 +70,17 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
 
 
 def _strategy(env: dict[str, str]) -> Strategy:
-    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")) or _is_true(env.get("ACCELERATE_USE_FSDP")):
+    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
         raise UserError(
-            "This version trains with one process or DistributedDataParallel: "
-            "use --config_file launch/accelerate/single.yaml or ddp.yaml."
+            "This version does not train under DeepSpeed: use --config_file launch/accelerate/fsdp2.yaml, "
+            "which shards as ZeRO stage 3 does, or ddp.yaml."
         )
+    if _is_true(env.get("ACCELERATE_USE_FSDP")):
+        if env.get("FSDP_VERSION") != "2":
+            raise UserError(
+                "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
+            )
+        return "fsdp2"
     return "ddp" if "WORLD_SIZE" in env else "single"
 
 

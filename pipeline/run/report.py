@@ -153,10 +153,8 @@ def _score_changes(metrics: Path) -> Iterator[str]:
     for key in dict.fromkeys(key for row in rows for key in row if _is_score(key)):
         scored = [row for row in rows if key in row]
         first, last = scored[0], scored[-1]
-        yield (
-            f"{key.removeprefix('Metrics/')} {first[key]:.3f} at kimg {first['cur_nimg'] / 1000:g}, "
-            f"{last[key]:.3f} at kimg {last['cur_nimg'] / 1000:g}"
-        )
+        texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
+        yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
 
 
 def _forget_after(metrics: Path, cur_nimg: int) -> None:

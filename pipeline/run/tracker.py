@@ -96,7 +96,7 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
             reason = _told(error)
             continue
         where, because = _where(run, folder), f" ({reason})" if reason else ""
-        announce(f"W&B{because}: {where}")
+        announce(f"W&B: {where}{because}")
         return WandbTracker(run, where, announce)
     announce(f"W&B is off: {reason}")
     return NullTracker(run_id)

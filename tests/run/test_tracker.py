@@ -153,7 +153,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
     tracker = open_tracker(config(), tmp_path, True, None, said.append)
     tracker.log({"a": 1.0}, 64)
     tracker.finish()
-    assert len(said) == 1 and said[0].startswith("W&B: offline (") and KEY not in said[0]
+    assert len(said) == 1 and said[0].startswith("W&B: offline") and KEY not in said[0]
     (run,) = offline_runs(tmp_path)
     assert run.finished and run.history[0]["a"] == 1.0
 

@@ -1,0 +1,130 @@
+"""Players sharded by FSDP2 (`fully_shard`): parameters, gradients, optimizer and average in 1/world each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.engine import PlayerSettings
+from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.masters import MasterEngine
+from pipeline.parallel.ranks import Ranks
+
+# The step does nothing in place to what a network returns.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+
+class Fsdp2Engine(MasterEngine):
+    """Each rank owns rows (first axis) of every parameter; blocks are gathered just for their passes.
+
+    The optimizer works on the local rows as plain tensors: it needs nothing of what DTensor can do, and a
+    parameter with fewer rows than ranks, which leaves some ranks none, is nothing special.
+    """
+
+    replicated = False
+
+    def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
+        module.to(ranks.device)
+        shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
+        self._modules = _shard(module, ranks)
+        # Taken now: on a live module, named_parameters() may give a block's gathered copies instead.
+        self._sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
+        fragments = [
+            Fragment(
+                name, _first_element(shape, ranks), shape, masters[name].detach(), name in player.penalised
+            )
+            for name, shape in shapes.items()
+        ]
+        super().__init__(module, player, ranks, batch, masters, fragments)
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        if inputs[0].requires_grad:
+            # R1 differentiates this pass twice. The first time must leave the blocks gathered for the
+            # second; the end of the turn gathers nothing and lets go of all of them.
+            for module in self._modules:
+                module.set_reshard_after_backward(False, recurse=False)
+        output: torch.Tensor = self.module(*inputs)
+        return output
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # the mixed-precision policy casts, block by block
+
+    def settle(self) -> None:
+        for module in self._modules:  # neither is recursive for sure: the root alone would not do
+            module.set_reshard_after_backward(True, recurse=False)
+            module.reshard()
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        for module in self._modules:
+            module.set_requires_gradient_sync(last, recurse=False)
+        return nullcontext()
+
+    def collect_gradients(self) -> None:
+        for name, parameter in self._sharded.items():
+            gradient = parameter.grad
+            self._masters[name].grad = (
+                torch.zeros_like(self._masters[name]) if gradient is None else _local(gradient)
+            )
+
+    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for fragment, piece in zip(self._fragments, pieces, strict=True):
+            rows, per_row = _rows(fragment.shape, self.ranks.world), _per_row(fragment.shape)
+            padded = piece.new_zeros(rows * per_row)
+            padded[: piece.numel()] = piece.reshape(-1)
+            yield fragment.name, self.ranks.gather(padded)[: fragment.shape.numel()].view(fragment.shape)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for parameter in self._sharded.values():
+            parameter.grad = None
+
+
+def _shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
+    """Shard block by block, then what is left as the root; returns all FSDP modules."""
+    low = torch.bfloat16 if ranks.precision == "bf16" else None
+    inner = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    outer = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    for block in _blocks(module):
+        fully_shard(block, mp_policy=inner, reshard_after_forward=True)
+    # Said explicitly: by default the root stays gathered, and a pass without gradients would leave stale
+    # weights there for the next one.
+    fully_shard(module, mp_policy=outer, reshard_after_forward=True)
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The entries of the outermost sequences and lists of modules, if they hold parameters."""
+    for child in module.children():
+        if isinstance(child, nn.Sequential | nn.ModuleList):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        else:
+            yield from _blocks(child)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a sharded tensor, sharing its memory."""
+    assert isinstance(tensor, DTensor)
+    local: torch.Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return local
+
+
+def _rows(shape: torch.Size, world: int) -> int:
+    """Rows per rank, fewer on the last ones: how torch.chunk, and so FSDP2, divides the first axis."""
+    return -(-shape[0] // world)
+
+
+def _per_row(shape: torch.Size) -> int:
+    return shape.numel() // shape[0]
+
+
+def _first_element(shape: torch.Size, ranks: Ranks) -> int:
+    return min(ranks.rank * _rows(shape, ranks.world), shape[0]) * _per_row(shape)

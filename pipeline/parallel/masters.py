@@ -1,0 +1,101 @@
+"""Players whose fp32 master weights and averaged gradients are plain local tensors: DDP and FSDP2."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from pipeline.config import Optimizer
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.engine import Engine, PlayerSettings, Share
+from pipeline.parallel.fragments import Fragment, sum_of_squares
+from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.weight_penalty import LocalPenalty
+
+
+class MasterEngine(Engine):
+    """Takes the step itself: penalties, norm, clipping, optimizer, all on this rank's elements."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        player: PlayerSettings,
+        ranks: Ranks,
+        batch: BatchShape,
+        masters: Mapping[str, nn.Parameter],
+        fragments: list[Fragment],
+    ) -> None:
+        """masters: this rank's elements of every trainable parameter, as the optimizer updates them.
+        fragments: the same elements, described; both in the module's order."""
+        super().__init__(module, player, ranks, batch)
+        self._masters = masters
+        self._fragments = fragments
+        self._penalised = [masters[f.name] for f in fragments if f.penalised]
+        self.penalty = LocalPenalty.over(fragments, player.penalty)
+        self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        return self._fragments
+
+    @abc.abstractmethod
+    def collect_gradients(self) -> None:
+        """See to it that every master has its gradient, averaged over ranks, in `.grad`."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.batch.rounds).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> dict[str, Share]:
+        self.collect_gradients()
+        penalties = self.penalty.values()
+        self.penalty.add_gradient(_gradients(self._penalised))
+        gradients = _gradients(self._masters.values())
+        squares = sum_of_squares(gradients).to(self.ranks.device)
+        if not self.replicated:  # 8 bytes: clipping and skipping must be decided alike everywhere
+            squares = self.ranks.sum(squares)
+        self._clip(gradients, squares)
+        # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
+        # the update alike, decided on the device.
+        self._optimizer.found_inf = (~squares.isfinite()).float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+        return self.chart("Loss", penalties) | {f"Gradients/{self.player.name}/norm": Share(squares, 1.0)}
+
+    def _clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
+        """Scale down to the largest allowed norm, as torch's clip_grad_norm_ does, on the device."""
+        if self.player.optimizer.clip is not None:
+            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0).float()
+            torch._foreach_mul_(gradients, factor)
+
+    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        return [dict(self._optimizer.state[p]) for p in self._masters.values()]
+
+    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+        for master, state in zip(self._masters.values(), states, strict=True):
+            # Moments take the parameter's memory layout: the fused kernels walk both in memory order.
+            self._optimizer.state[master] = {
+                key: value.to(master.device)
+                if key == "step"
+                else torch.empty_like(master, requires_grad=False).copy_(value.view(master.shape))
+                for key, value in state.items()
+            }
+
+    def zero_grad(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def make_optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    """The player's optimizer. Fused: 5-7x faster on a CPU, one launch on a GPU, and able to skip an update
+    that is not finite without the host knowing."""
+    if settings.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, fused=True)
+    adam = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(parameters, weight_decay=settings.decoupled_decay, **adam)  # type: ignore[arg-type]
+    return torch.optim.Adam(parameters, **adam)  # type: ignore[arg-type]
