@@ -95,7 +95,7 @@ def _complete(values: dict[str, float]) -> dict[str, float]:
         parts = [values[f"Loss/{player}/{part}"] for part in LOSS_PARTS if f"Loss/{player}/{part}" in values]
         if parts:
             values[f"Loss/{player}/loss"] = sum(parts)
-        norm = f"Gradients/{player}/norm"
-        if norm in values:
-            values[norm] = math.sqrt(values[norm])
+        for norm in (f"Gradients/{player}/norm", f"Weights/{player}/norm"):
+            if norm in values:
+                values[norm] = math.sqrt(values[norm])
     return values
