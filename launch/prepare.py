@@ -44,6 +44,18 @@ def prepare(
         return
     if out is None:
         raise click.UsageError("Where to? Give a folder OUT for the shards of SOURCE.")
+    _prepare(source, out, size, fit, None if channels is None else int(channels), per_shard, workers)
+
+
+def _prepare(
+    source: str,
+    out: str,
+    size: int | None,
+    fit: str | None,
+    channels: int | None,
+    per_shard: int,
+    workers: int | None,
+) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -51,7 +63,7 @@ def prepare(
     from pipeline.data.sources import Fit
 
     chosen: dict[str | None, Fit | None] = {"crop": "crop", "pad": "pad", "stretch": "stretch", None: None}
-    options = data.Options(size, chosen[fit], None if channels is None else int(channels), per_shard)
+    options = data.Options(size, chosen[fit], channels, per_shard)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

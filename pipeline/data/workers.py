@@ -40,6 +40,7 @@ class Loader(Iterator[Any]):
             timeout=_TIMEOUT if workers else 0,
             worker_init_fn=_die_with_the_rank,
             multiprocessing_context=method,
+            generator=torch.Generator(),  # or it would draw from, and so change, the global random state
         )
         before = set(multiprocessing.active_children())
         if method == "forkserver":

@@ -116,6 +116,16 @@ def test_fork_server_gives_the_same(make_shards: MakeShards, monkeypatch: pytest
     stream.close()
 
 
+def test_global_random_state_is_left_alone(make_shards: MakeShards) -> None:
+    index, plan = open_all(make_shards([20]))
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        stream = batches(index, plan, workers=workers)
+        next(stream)
+        stream.close()
+    assert (torch.get_rng_state() == before).all()
+
+
 def test_close_ends_the_stream(make_shards: MakeShards) -> None:
     index, plan = open_all(make_shards([20]))
     for workers in (0, 2):
