@@ -58,6 +58,13 @@ def start(folder: Path, root: Path, method: str, then: str) -> tuple[subprocess.
     return rank, [int(pid) for pid in rank.stdout.readline().split()]
 
 
+def end(rank: subprocess.Popen[str], workers: list[int]) -> None:
+    rank.kill()
+    for pid in filter(_alive, workers):
+        os.kill(pid, signal.SIGKILL)
+    rank.communicate(timeout=10)
+
+
 def gone(pids: list[int], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -93,10 +100,7 @@ def test_signals_to_the_group_then_a_killed_rank(
         rank.kill()
         assert gone(workers, 3), "workers die with their rank"
     finally:
-        rank.kill()
-        for pid in filter(_alive, workers):
-            os.kill(pid, signal.SIGKILL)
-        rank.communicate(timeout=10)
+        end(rank, workers)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -104,6 +108,9 @@ def test_signals_to_the_group_then_a_killed_rank(
 def test_exit_without_closing(make_shards: MakeShards, tmp_path: Path, then: str, status: int) -> None:
     rank, workers = start(tmp_path, make_shards([50, 50]), "fork", then)
     started = time.monotonic()
-    assert rank.wait(timeout=30) == status
-    assert time.monotonic() - started < 3
-    assert gone(workers, 1)
+    try:
+        assert rank.wait(timeout=30) == status
+        assert time.monotonic() - started < 3
+        assert gone(workers, 1)
+    finally:
+        end(rank, workers)
