@@ -7,12 +7,14 @@ import importlib
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan
@@ -131,9 +133,17 @@ def _check_shape(
 
 
 def _forward(network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str) -> Any:
-    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+    filling = _Unfilled() if device == "meta" else nullcontext()
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad(), filling:
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
         return network(**arguments)(torch.zeros(given), labels)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Tensors without memory are not filled: torch would load its compiler for it, a second per process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _section(config: Config, player: Player) -> Generator | Discriminator:
