@@ -1,0 +1,60 @@
+"""What metrics.jsonl says adds up, and is what one computes from the weights that were saved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from launching import BATCH, UPDATES
+from safetensors.torch import load_file
+
+from pipeline import config
+from pipeline.gan.networks import build_D, build_G
+
+PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
+
+
+def assert_losses_are_the_sum_of_their_parts(rows) -> None:
+    trained = [row for row in rows if row["cur_nimg"]]
+    assert trained
+    for row in trained:
+        for player in "GD":
+            parts = [row[f"Loss/{player}/{part}"] for part in PARTS if f"Loss/{player}/{part}" in row]
+            assert len(parts) >= 2
+            assert math.isclose(row[f"Loss/{player}/loss"], sum(parts), rel_tol=1e-12)
+
+
+def test_a_logged_loss_is_the_sum_of_its_parts_in_every_row(worlds):
+    for run in worlds.all():
+        assert_losses_are_the_sum_of_their_parts(run.rows)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_logged_penalty_is_that_of_the_weights_before_the_update(worlds, world):
+    """With a row and a checkpoint per update: λ·Σw² in float64 over the kernels in the file before it."""
+    run = worlds.sgd[world]
+    settings = config.load(run.path / "config.yaml")
+    initial = {"G": build_G(settings, 0), "D": build_D(settings, 0)}
+    rows = {round(row["cur_nimg"]): row for row in run.rows}
+    assert sorted(rows) == [BATCH * update for update in range(1, UPDATES + 1)]
+    for player, coefficients in (("G", settings.penalty.G), ("D", settings.penalty.D)):
+        for nimg, row in rows.items():
+            before = nimg - BATCH
+            weights = (
+                load_file(run.path / "checkpoints" / str(before) / f"{player}-00000.safetensors")
+                if before
+                else {f"weights/{name}@0": p.detach() for name, p in initial[player].named_parameters()}
+            )
+            kernels = [t for name, t in weights.items() if name.startswith("weights/") and ".weight@" in name]
+            assert len(kernels) == 3
+            expected = coefficients.l2 * sum(float(t.double().square().sum()) for t in kernels)
+            assert math.isclose(row[f"Loss/{player}/l2_penalty"], expected, rel_tol=1e-6)
+
+
+def test_logged_norms_are_those_of_the_exported_weights(worlds):
+    for run in worlds.all():
+        for player, weights in run.exported().items():
+            if player != "G_ema":
+                whole = torch.cat([t.double().flatten() for t in weights.values()])
+                assert math.isclose(run.rows[-1][f"Weights/{player}/norm"], float(whole.norm()), rel_tol=1e-6)
