@@ -7,7 +7,6 @@ import importlib
 import sys
 import traceback
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -44,8 +43,8 @@ def build_D(config: Config, num_classes: int) -> nn.Module:
 def check_networks(config: Config, num_classes: int) -> None:
     """Refuse, cheaply and before any process is spawned, networks that do not exist or do not fit the data.
 
-    Builds G and D and sends a batch of two through each, without memory or arithmetic (meta device); a
-    network that cannot do without is tried on the CPU. Raises UserError if one cannot be built or run, if
+    Builds G and D without memory or arithmetic (meta device), and sends a batch of two through a user's own
+    network; one that cannot do without is tried on the CPU. Raises UserError if one cannot be built, if
     G's images are not [N, channels, size, size], or if D's logits are not [N].
     """
     data = config.data
@@ -116,6 +115,10 @@ def _check_shape(
     config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
 ) -> None:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    if _section(config, player).kind in FAMILIES:  # ours refuse when made what they cannot do
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
+            network(**arguments)
+        return
     try:
         out = _forward(network, arguments, given, "meta")
     except UserError:
@@ -133,17 +136,20 @@ def _check_shape(
 
 
 def _forward(network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str) -> Any:
-    filling = _Unfilled() if device == "meta" else nullcontext()
-    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad(), filling:
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
         return network(**arguments)(torch.zeros(given), labels)
 
 
 class _Unfilled(TorchFunctionMode):
-    """Tensors without memory are not filled: torch would load its compiler for it, a second per process."""
+    """Skips torch.nn.init: on meta there is nothing to fill, yet torch would load its compiler for any
+    arithmetic there, a second in every process."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def _section(config: Config, player: Player) -> Generator | Discriminator:
