@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import statistics
 import tarfile
 import tempfile
@@ -93,9 +94,9 @@ def command(
 
 
 def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
-    """Let everyone run `updates` updates by turns; a signal ends it after the current round."""
+    """Let everyone run `updates` updates (at least), by turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
-    signals = StopSignals()
+    signals = _unheeded()
     ours = {a: Ours(settings, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     device = next(iter(ours.values())).device
     contestants: dict[str, Contestant] = {f"shardgan {a}": contestant for a, contestant in ours.items()}
@@ -105,7 +106,7 @@ def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates:
     for contestant in contestants.values():
         contestant.run(_WARM_UP)
     seconds: Seconds = {name: [] for name in contestants}
-    for _ in _turns(updates, signals):
+    for _ in range(-(-updates // _TURN)):
         for name, contestant in contestants.items():
             contestant.ready()
             _synchronise(device)
@@ -203,11 +204,15 @@ class Ours:
         )
 
 
-def _turns(updates: int, signals: StopSignals) -> Iterator[int]:
-    for turn in range(-(-updates // _TURN)):
-        if signals.received and turn:
-            return
-        yield turn
+def _unheeded() -> StopSignals:
+    """What the loop asks after every update, while signals go on to end this process at once."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    signals = StopSignals()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return signals
 
 
 def _synchronise(device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """`shardgan bench step`: the bare maths are the step's maths, and the table has everyone in it."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -9,30 +8,23 @@ from click.testing import CliRunner
 
 from launch.bench import bench
 from launch.bench_rivals import BareMaths
-from launch.bench_step import Ours, _ratios
+from launch.bench_step import Ours, _ratios, _unheeded
 from pipeline.config import load
 from pipeline.gan.images import to_float
-from pipeline.parallel.ranks import StopSignals
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 
 
 @pytest.fixture(autouse=True)
-def untracked_and_interruptible(monkeypatch):
+def untracked(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_the_bare_maths_are_those_of_the_step(tmp_path):
     """Without penalties and on the same images and latents, both end at the same parameters."""
     keys = ["data.size=28", "data.channels=1", "data.batch_size=8", "data.workers=0", "run.name=bench"]
     settings = load(None, [f"data.train={SHARDS}", *keys, "G.width=4", "D.width=4", "G.z_dim=8"])
-    ours = Ours(settings, tmp_path / "ours", "no", StopSignals())
+    ours = Ours(settings, tmp_path / "ours", "no", _unheeded())
     bare = BareMaths(settings, torch.device("cpu"), bf16=False)
     reals = ours.some_images(5 * 8).split(8)
     gan = ours._gan
