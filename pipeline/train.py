@@ -64,8 +64,8 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     """The index of the training data, checked against the config. Raises UserError."""
     assert settings.data.train is not None
     index = load_index(settings.data.train, say if announce else lambda _: None)
-    check_images(index, settings.data)
     check_networks(settings, index.num_classes if settings.data.conditional else 0)
+    check_images(index, settings.data)
     return index
 
 
