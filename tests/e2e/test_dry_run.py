@@ -1,0 +1,61 @@
+"""`shardgan train --dry-run` shows what would be done, in full, and does nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from click.testing import CliRunner
+from launching import ADAM, Worlds
+
+from launch.train import train
+from pipeline import config
+
+
+def dry(*arguments: str) -> tuple[str, str]:
+    """The printed line and the printed config."""
+    shown = CliRunner().invoke(train, [*arguments, "--dry-run"], catch_exceptions=False)
+    assert shown.exit_code == 0
+    line, _, text = shown.output.partition("\n\n# the resolved config\n")
+    return line, text
+
+
+def test_it_prints_the_line_and_starts_nothing(tmp_path, monkeypatch):
+    def no_process(*_: object, **__: object) -> None:
+        raise AssertionError("something was started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "execve", no_process)
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    (tmp_path / "adam.yaml").write_text(ADAM)
+    line, _ = dry("adam.yaml", "--procs", "3", "--mixed_precision", "bf16", "G.width=16")
+    assert line.startswith("ACCELERATE_USE_CPU=1 accelerate launch --config_file ")
+    assert "accelerate/ddp.yaml --num_processes 3 --mixed_precision bf16 " in line
+    assert line.endswith(" -m pipeline.train adam.yaml G.width=16")
+    assert "accelerate/single.yaml --num_processes 1 " in dry("adam.yaml", "--procs", "1")[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["adam.yaml"]
+
+
+def test_the_printed_config_is_the_config(tmp_path):
+    (tmp_path / "adam.yaml").write_text(ADAM)
+    changes = [
+        "penalty.l2=0.25",
+        "penalty.G.l1=1e-7",
+        "run.seed=7",
+        "optim.D.betas=[0.0,0.9]",
+        "penalty.on=all",
+    ]
+    _, text = dry(str(tmp_path / "adam.yaml"), "--procs", "2", *changes)
+    (tmp_path / "printed.yaml").write_text(text)
+    resolved = config.load(tmp_path / "adam.yaml", changes)
+    assert config.load(tmp_path / "printed.yaml") == resolved
+    assert resolved.penalty.D.l2 == 0.25 and resolved.optim.D.betas == (0.0, 0.9)
+    assert resolved.penalty.on == "all" and resolved.run.name == "adam"
+
+
+def test_a_runs_own_config_is_the_config(worlds: Worlds):
+    """The file in the run folder, and the one in its export, reproduce the run."""
+    settings = ["run.name=adam-2", f"run.out={worlds.folder}"]
+    resolved = config.load(worlds.folder / "adam.yaml", settings)
+    for place in ("config.yaml", "export/config.yaml"):
+        assert config.load(worlds.adam[2].path / place) == resolved
