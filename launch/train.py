@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-STRATEGIES = ("single", "ddp", "fsdp2")
+STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 
@@ -101,7 +101,7 @@ def _command(strategy: str, procs: int, precision: str, arguments: list[str]) ->
 def _environment(procs: int, on_cpu: bool) -> dict[str, str]:
     environment = dict(os.environ)
     if on_cpu:
-        environment["ACCELERATE_USE_CPU"] = "1"
+        environment |= {"ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
     # Else torchrun gives every process one thread, and says so at length.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // procs)))
     return environment

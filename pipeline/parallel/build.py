@@ -43,4 +43,8 @@ def _engine(
 ) -> Engine:
     if ranks.strategy == "fsdp2":
         return Fsdp2Engine(network, player, ranks, batch)
+    if ranks.strategy.startswith("zero"):
+        from pipeline.parallel.zero import ZeroEngine
+
+        return ZeroEngine(network, player, ranks, batch)
     return ReplicatedEngine(network, player, ranks, batch, example)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,10 +56,6 @@ class ReplicatedEngine(MasterEngine):
         for master in self._masters.values():
             if master.grad is None:  # not reached by the loss, but its penalty still is
                 master.grad = torch.zeros_like(master)
-
-    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        for fragment, piece in zip(self._fragments, pieces, strict=True):
-            yield fragment.name, piece
 
     def _settle_buckets(self, example: tuple[torch.Tensor | None, ...]) -> None:
         """One backward that counts for nothing.

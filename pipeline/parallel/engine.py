@@ -96,10 +96,6 @@ class Engine(abc.ABC):
         weights before the update, and the squared gradient norm (penalties included, before clipping)."""
 
     @abc.abstractmethod
-    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank."""
-
-    @abc.abstractmethod
     def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
         """For each fragment, the optimizer's tensors: fragment-shaped ones and scalars (`step`)."""
 
@@ -110,6 +106,9 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def zero_grad(self) -> None:
         """Forget the gradients."""
+
+    def masters_changed(self) -> None:  # noqa: B027 (masters and parameters are mostly the same memory)
+        """After fragments were written to from outside: bring the network's parameters in line."""
 
     def settle(self) -> None:  # noqa: B027 (most strategies gather nothing)
         """After a turn: let go of what its passes left gathered."""
@@ -156,6 +155,19 @@ class Engine(abc.ABC):
                 yield tuple(
                     None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
                 )
+
+    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank.
+
+        Collective when the player is sharded, one parameter at a time: for pictures, scores and tests, not
+        for the step.
+        """
+        for fragment, piece in zip(self.fragments, pieces, strict=True):
+            if not self.replicated:
+                flat = torch.zeros(fragment.shape.numel(), device=self.ranks.device)
+                flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
+                piece = self.ranks.sum(flat)
+            yield fragment.name, piece.view(fragment.shape)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 arithmetic over fp32 masters when the launcher says so."""

@@ -75,13 +75,6 @@ class Fsdp2Engine(MasterEngine):
                 torch.zeros_like(self._masters[name]) if gradient is None else _local(gradient)
             )
 
-    def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        for fragment, piece in zip(self._fragments, pieces, strict=True):
-            rows, per_row = _rows(fragment.shape, self.ranks.world), _per_row(fragment.shape)
-            padded = piece.new_zeros(rows * per_row)
-            padded[: piece.numel()] = piece.reshape(-1)
-            yield fragment.name, self.ranks.gather(padded)[: fragment.shape.numel()].view(fragment.shape)
-
     def zero_grad(self) -> None:
         super().zero_grad()
         for parameter in self._sharded.values():

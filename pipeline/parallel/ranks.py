@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from pipeline.config import UserError
+from pipeline.parallel.zero_settings import read_settings
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
+_ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 # What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
 # plain Accelerate state would act on these on its own (one DeepSpeed engine for two players, say).
@@ -49,6 +51,7 @@ class Launch:
     precision: Precision
     rank: int
     world: int
+    zero: dict[str, Any] | None = None  # DeepSpeed's settings as the launcher gave them
 
 
 def read_launch(environ: dict[str, str] | None = None) -> Launch:
@@ -66,15 +69,14 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
             "The launcher was told to start several processes but its file says distributed_type: NO, so "
             "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy)."
         )
-    return Launch(_strategy(env), precision, rank, world)  # type: ignore[arg-type]
+    strategy = _strategy(env)
+    zero = read_settings(env) if strategy.startswith("zero") else None
+    return Launch(strategy, precision, rank, world, zero)  # type: ignore[arg-type]
 
 
 def _strategy(env: dict[str, str]) -> Strategy:
     if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
-        raise UserError(
-            "This version does not train under DeepSpeed: use --config_file launch/accelerate/fsdp2.yaml, "
-            "which shards as ZeRO stage 3 does, or ddp.yaml."
-        )
+        return _ZERO[read_settings(env)["zero_optimization"]["stage"]]
     if _is_true(env.get("ACCELERATE_USE_FSDP")):
         if env.get("FSDP_VERSION") != "2":
             raise UserError(
@@ -107,7 +109,7 @@ class Ranks:
                 "each would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=1."
             )
         self.rank, self.world = launch.rank, launch.world
-        self.strategy, self.precision = launch.strategy, launch.precision
+        self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.device: torch.device = state.device
         # Control flags must not queue behind gradients: they travel on a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None

@@ -109,6 +109,7 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
             engine.load_optimizer_state(
                 [read.optimizer(f.name, f.start, f.data.numel()) for f in engine.fragments]
             )
+            engine.masters_changed()
             live = engine.buffers()
             for name, value in buffers[engine.player.name].items():
                 live[name].copy_(value)

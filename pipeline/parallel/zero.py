@@ -1,0 +1,212 @@
+"""Players under DeepSpeed ZeRO 1, 2 and 3: one DeepSpeed engine each.
+
+All parameters are put into one group, so that a rank's fp32 masters are one flat partition and DeepSpeed
+calls the optimizer once per update, with the averaged, unscaled gradient of that partition in place. A hook
+on that call does what the other strategies do in their own step: penalties, norm, clipping, skipping. So
+DeepSpeed's own clipping stays off, and nothing here depends on how it keeps gradients until then.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import UserError
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.engine import Engine, PlayerSettings, Share
+from pipeline.parallel.fragments import Fragment, sum_of_squares
+from pipeline.parallel.masters import make_optimizer
+from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed
+
+
+class ZeroEngine(Engine):
+    """One player's DeepSpeed engine; what differs between the stages is only where its masters are."""
+
+    replicated = False
+
+    def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
+        super().__init__(module, player, ranks, batch)
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        shapes = {name: p.shape for name, p in named.items()}
+        self._twin = copy.deepcopy(module).to("meta")  # without DeepSpeed's hooks: see _through_twin
+        self._optimizer = make_optimizer(list(named.values()), player.optimizer)
+        self._ds, *_ = import_deepspeed(ranks.device).initialize(
+            model=module,
+            optimizer=self._optimizer,
+            config=deepspeed_config(ranks, player.optimizer, batch),
+            dist_init_required=False,
+        )
+        self._flat, places = self._masters(named)
+        self._offsets = [offset for offset, _, _ in places.values()]
+        self._fragments = [
+            Fragment(
+                name,
+                start,
+                shapes[name],
+                self._flat.detach()[offset : offset + count],
+                name in player.penalised,
+            )
+            for name, (offset, start, count) in places.items()
+        ]
+        self.penalty = LocalPenalty.over(self._fragments, player.penalty)
+        self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self._last_round, self._bare = True, False
+        self._r1_round: AbstractContextManager[Any] | None = None
+        self._optimizer.register_step_pre_hook(self._before_optimizer)
+
+    # Where the masters are
+
+    def _masters(
+        self, named: dict[str, nn.Parameter]
+    ) -> tuple[torch.Tensor, dict[str, tuple[int, int, int]]]:
+        """The flat partition, and for each parameter (offset in it, first element, elements) of its part."""
+        zero = self._ds.optimizer
+        groups = (
+            zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        if len(groups) != 1:
+            raise UserError(
+                f"DeepSpeed divided {self.player.name} into {len(groups)} groups where ShardGAN "
+                "needs one: leave sub_group_size out of the DeepSpeed config."
+            )
+        if self._stage < 3:
+            return groups[0], {name: _mapped(p) for name, p in named.items()}
+        places: dict[str, tuple[int, int, int]] = {}
+        names, offset = {id(p): name for name, p in named.items()}, 0
+        for p in zero.fp16_groups[0]:
+            start = min(self.ranks.rank * p.partition_numel(), p.ds_numel)
+            # A partition is padded to equal length with memory that was never written: stop before it.
+            count = min(p.partition_numel(), p.ds_numel - start)
+            places[names[id(p)]] = (offset, start, count)
+            offset += p.partition_numel()
+        return groups[0], {name: places[name] for name in named}
+
+    @property
+    def _stage(self) -> int:
+        return int(self._ds.zero_optimization_stage())
+
+    @property
+    def fragments(self) -> list[Fragment]:
+        return self._fragments
+
+    def masters_changed(self) -> None:
+        zero = self._ds.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+        else:
+            zero._reassign_or_swap_out_partitioned_parameters(0)
+
+    # Forward and backward
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        if inputs[0].requires_grad:  # R1 differentiates this pass twice, which DeepSpeed's wrapper cannot
+            self._bare = True
+            if self._stage == 3:
+                return self._through_twin(*inputs)
+        if self._bare:
+            if self._stage == 3:
+                return self._through_twin(*inputs)
+            output: torch.Tensor = self.module(*inputs)
+        else:
+            output = self._ds(*inputs)
+        return output
+
+    def _through_twin(self, *inputs: Any) -> torch.Tensor:
+        """Stage 3 and R1: gather the whole player until its backward is done, and run it without hooks."""
+        if self._r1_round is None:
+            zero = import_deepspeed(self.ranks.device).zero
+            gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(self.module.parameters()))
+            gathered.__enter__()
+            self._r1_round = gathered
+            self._ds.optimizer.clear_backward_seen_flag()
+        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        self._twin.train(self.module.training)
+        output: torch.Tensor = torch.func.functional_call(self._twin, tensors, inputs)
+        return output
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self._last_round = last
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._ds.backward(loss)  # divides by the rounds itself
+        if self._r1_round is not None:
+            self._r1_round.__exit__(None, None, None)
+            self._r1_round = None
+        if not self._last_round:
+            self._ds.step()  # counts the round, no more
+
+    def settle(self) -> None:
+        self._bare = False
+
+    def zero_grad(self) -> None:
+        """DeepSpeed clears gradients in its step."""
+
+    # The step
+
+    def step(self) -> dict[str, Share]:
+        penalties = self.penalty.values()
+        self._ds.step()
+        norm = {f"Gradients/{self.player.name}/norm": Share(self._squares, 1.0)}
+        return self.chart("Loss", penalties) | norm
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Called by the optimizer's step, with the averaged gradient of the flat partition in place."""
+        gradient = self._flat.grad
+        assert gradient is not None
+        parts = [
+            gradient[offset : offset + f.data.numel()]
+            for offset, f in zip(self._offsets, self._fragments, strict=True)
+        ]
+        self.penalty.add_gradient(
+            [part for part, f in zip(parts, self._fragments, strict=True) if f.penalised]
+        )
+        squares = self.ranks.sum(sum_of_squares(parts).to(self.ranks.device))
+        if self.player.optimizer.clip is not None:
+            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+            gradient.mul_(factor.to(gradient.device, gradient.dtype))
+        optimizer.found_inf = (~squares.isfinite()).float().to(gradient.device)  # type: ignore[attr-defined]
+        self._squares = squares
+
+    # The rest
+
+    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        state = self._optimizer.state[self._flat]
+        return [
+            {
+                key: value.clone() if value.ndim == 0 else value[offset : offset + f.data.numel()]
+                for key, value in state.items()
+            }
+            for offset, f in zip(self._offsets, self._fragments, strict=True)
+        ]
+
+    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+        whole: dict[str, torch.Tensor] = {}
+        for offset, fragment, state in zip(self._offsets, self._fragments, states, strict=True):
+            for key, value in state.items():
+                if key == "step":
+                    whole[key] = value.to(self._flat.device)
+                else:
+                    flat = whole.setdefault(key, torch.zeros_like(self._flat, requires_grad=False))
+                    flat[offset : offset + fragment.data.numel()] = value.to(flat.device).view(-1)
+        self._optimizer.state[self._flat] = whole
+
+
+def _mapped(p: Any) -> tuple[int, int, int]:
+    """Stages 1 and 2: (offset in the flat partition, first element, elements) of a parameter's local part."""
+    mapping = p._hp_mapping
+    if mapping is None:
+        return 0, 0, 0
+    return (
+        mapping.get_hp_fragment_address().start,
+        mapping.lp_fragment_address.start,
+        mapping.lp_fragment_address.numel,
+    )

@@ -1,0 +1,126 @@
+"""DeepSpeed's settings: what the launcher asked for, completed and checked against our own arithmetic."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.config import Optimizer, UserError
+from pipeline.parallel.batch import BatchShape
+
+if TYPE_CHECKING:
+    from pipeline.parallel.ranks import Ranks
+
+Settings = dict[str, Any]
+_ONE_GROUP = 10**15  # elements in a stage-3 sub-group: all of them
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    """What the launcher says of DeepSpeed: its JSON file, or the stage and offload of its YAML.
+
+    Raises UserError for what cannot be trained with: stage 0, NVMe, a file that cannot be read.
+    """
+    file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if file and file.lower() != "none":
+        try:
+            settings: Settings = json.loads(Path(file).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"The DeepSpeed config {file} cannot be read: {error}") from None
+    else:
+        settings = {
+            "zero_optimization": {"stage": int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))},
+            "gradient_clipping": _number(env.get("ACCELERATE_GRADIENT_CLIPPING", "auto")),
+        }
+        device = env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none").lower()
+        if device != "none":
+            settings["zero_optimization"]["offload_optimizer"] = {"device": device}
+    zero = settings.setdefault("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise UserError(
+            "ZeRO stage 0 is plain data parallelism: use --config_file launch/accelerate/ddp.yaml, which is "
+            "that without DeepSpeed's overhead."
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        device = (zero.get(key) or {}).get("device", "none")
+        if device not in (("none", "cpu") if key == "offload_optimizer" else ("none",)):
+            raise UserError(f"{key} to {device} is not supported: only optimizer state can go to the CPU.")
+    if settings.get("optimizer") or settings.get("scheduler") or zero.get("round_robin_gradients"):
+        raise UserError(
+            "Leave optimizer, scheduler and round_robin_gradients out of the DeepSpeed config: the "
+            "optimizers are set by optim.G and optim.D of the run's config."
+        )
+    return settings
+
+
+def _number(text: str) -> float | str:
+    return text if text in ("auto", "none", "None", "") else float(text)
+
+
+def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape) -> Settings:
+    """The whole DeepSpeed config of one player.
+
+    Raises UserError where the launcher's numbers disagree with ours.
+    """
+    given: Settings = json.loads(json.dumps(ranks.zero))
+    zero = given["zero_optimization"]
+    ours: Settings = {
+        "train_batch_size": batch.world * batch.local,
+        "train_micro_batch_size_per_gpu": batch.images,
+        "gradient_accumulation_steps": batch.rounds,
+    }
+    for key, value in ours.items():
+        if given.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"The DeepSpeed config says {key}={given[key]}, but data.batch_size, data.batch_gpu and the "
+                f"number of processes make it {value}. Set it to auto there."
+            )
+    if given.get("gradient_clipping", "auto") not in ("auto", "none", "None", "", optimizer.clip, 0, 0.0):
+        raise UserError(
+            f"The launcher says gradient_clipping={given['gradient_clipping']}, the run's config "
+            f"optim.*.clip={optimizer.clip}. Set it to auto there."
+        )
+    for section in ("bf16", "fp16"):
+        enabled = (given.pop(section, None) or {}).get("enabled", "auto")
+        if enabled not in ("auto", ranks.precision == section):
+            raise UserError(
+                f"The DeepSpeed config says {section}.enabled={enabled}, the launcher mixed_precision="
+                f"{ranks.precision}. Set it to auto there."
+            )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if zero["stage"] == 3:
+        zero["sub_group_size"] = _ONE_GROUP
+    elif not offload:
+        zero["compute_grad_norm"] = False  # ours includes the penalty, and does not stop for the device
+    return (
+        given
+        | ours
+        | {
+            "gradient_clipping": 0.0,  # done by the engine's hook, after the penalty is added
+            "steps_per_print": None,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "torch_autocast": {
+                "enabled": ranks.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # gradients are reduced in fp32
+            },
+        }
+    )
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, kept on a CPU from compiling a kernel of its own (97 s) before it starts."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logger.setLevel("ERROR")  # its warnings are about what is done here on purpose
+    return deepspeed
