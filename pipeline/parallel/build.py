@@ -11,7 +11,6 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine, PlayerSettings
-from pipeline.parallel.fsdp2 import Fsdp2Engine
 from pipeline.parallel.ranks import Ranks
 
 
@@ -41,7 +40,10 @@ def _engine(
     batch: BatchShape,
     example: tuple[torch.Tensor | None, ...],
 ) -> Engine:
+    # Imported where they are needed: FSDP alone takes as long as half of torch, DeepSpeed longer.
     if ranks.strategy == "fsdp2":
+        from pipeline.parallel.fsdp2 import Fsdp2Engine
+
         return Fsdp2Engine(network, player, ranks, batch)
     if ranks.strategy.startswith("zero"):
         from pipeline.parallel.zero import ZeroEngine
