@@ -32,6 +32,7 @@ from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Launch, Ranks, StopSignals
+from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
 from pipeline.run.state import State
@@ -96,6 +97,7 @@ def command(
 def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
     """Let everyone run `updates` updates (at least), by turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
+    keep_freed_memory()  # as training does; it is the whole process's, so the others have the good of it too
     signals = _unheeded()
     ours = {a: Ours(settings, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     device = next(iter(ours.values())).device

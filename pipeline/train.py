@@ -33,6 +33,7 @@ from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, rea
 from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, finished, open_folder
+from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.session import Session
 from pipeline.run.state import State
@@ -72,6 +73,8 @@ def prepare_data(settings: Config, announce: bool) -> Index:
 def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
     signals = StopSignals()
     ranks = Ranks(launch, timedelta(seconds=settings.run.timeout_s))
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
         if ranks.main:
             prepare_data(settings, announce=True)
