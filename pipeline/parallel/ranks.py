@@ -111,6 +111,7 @@ class Ranks:
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.device: torch.device = state.device
+        torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         # Control flags must not queue behind gradients: they travel on a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 

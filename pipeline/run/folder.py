@@ -39,6 +39,8 @@ def open_folder(settings: Config) -> tuple[Config, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOPPED).unlink(missing_ok=True)
+        if not finished(folder, settings):  # it was, of a shorter run that is now gone on with
+            (folder / DONE).unlink(missing_ok=True)
         partial = folder / ".config.partial"
         partial.write_text(config.dump(settings))
         partial.replace(folder / "config.yaml")
