@@ -62,7 +62,7 @@ class MainReport(Report):
         if self._bar is None:
             say(text)
         else:
-            self._bar[0].console.print(text, highlight=False, markup=False)
+            self._bar[0].console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
@@ -97,14 +97,18 @@ class MainReport(Report):
             "W&B": self._tracker.where,
             "scores": "; ".join(_score_changes(self._metrics)),
         }
+        self._end_bar()
         lines = [f"  {label:9} {text}" for label, text in found.items() if text]
         self.say("\n".join([f"Finished at kimg {cur_nimg / 1000:g}: {self._folder}", *lines]))
 
     def close(self) -> None:
+        self._end_bar()
+        self._tracker.finish()
+
+    def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar[0].stop()
             self._bar = None
-        self._tracker.finish()
 
     def _plain(self, cur_nimg: int, values: Mapping[str, float]) -> str:
         now, (then, before) = time.monotonic(), self._last
