@@ -77,9 +77,10 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or package.module:Class
+    kind: str = "dcgan"  # or resnet, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels of the layer next to the image; each layer further in doubles it
+    depth: Count = 1  # resnet: residual blocks per resolution
     norm: Norm = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     spectral_norm: bool = False
@@ -92,6 +93,7 @@ class Discriminator:
 
     kind: str = "dcgan"
     width: Count = 64
+    depth: Count = 1
     norm: Norm = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     spectral_norm: bool = False

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
 from pipeline.config import Norm, UserError
+from pipeline.gan.layers import norm_layer, normalise_kernels
 from pipeline.gan.penalised import KERNEL_LAYERS
 
 SIZES = (28, 32, 64, 128)
@@ -50,7 +51,7 @@ class Generator(nn.Module):
         self.blocks = nn.Sequential(*blocks, Up(outwards[-2], channels, norm))
         _initialise(self, norm, gain=math.sqrt(2))
         if spectral_norm:
-            _normalise_kernels(self)
+            normalise_kernels(self)
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         if self.embed is not None:
@@ -90,7 +91,7 @@ class Discriminator(nn.Module):
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, std=_std(self.to_logit, norm, 1.0))
         if spectral_norm:
-            _normalise_kernels(self)
+            normalise_kernels(self)
             if self.embed is not None:
                 add_spectral_norm(self.embed)  # as Miyato & Koyama: all of D is Lipschitz, or none of it is
 
@@ -107,7 +108,7 @@ class Up(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, norm: Norm, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm = _norm(norm, inputs)
+        self.norm = norm_layer(norm, inputs)
         self.activation = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=norm == "none")
@@ -125,7 +126,7 @@ class Down(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 4, 2, 1, bias=norm == "none" if bias is None else bias)
-        self.norm = _norm(norm, outputs)
+        self.norm = norm_layer(norm, outputs)
         self.activation = nn.LeakyReLU(_SLOPE)
         self.dropout = nn.Dropout(dropout)
 
@@ -145,21 +146,6 @@ def _start_and_hidden(size: int, width: int) -> tuple[int, list[int]]:
     start = 7 if size == 28 else 4
     levels = int(math.log2(size // start))
     return start, [width * min(2**level, 8) for level in range(levels)]
-
-
-def _norm(kind: Norm, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
-    if kind == "group":
-        return nn.GroupNorm(_groups(channels), channels)
-    return nn.Identity()
-
-
-def _groups(channels: int) -> int:
-    """As many equal groups as possible, 32 at most (Wu & He 2018), of four channels at least."""
-    return next(n for n in range(max(1, min(32, channels // 4)), 0, -1) if channels % n == 0)
 
 
 def _initialise(module: nn.Module, norm: Norm, gain: float) -> None:
@@ -185,10 +171,3 @@ def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return gain / math.sqrt(weight[0].numel())
-
-
-def _normalise_kernels(module: nn.Module) -> None:
-    """Spectral norm (Miyato et al. 2018) on every convolution and linear layer."""
-    for layer in list(module.modules()):
-        if isinstance(layer, KERNEL_LAYERS):
-            add_spectral_norm(layer)

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
-from pipeline.gan import dcgan
+from pipeline.gan import dcgan, resnet
 from pipeline.gan.draws import derive_seed
 
 Player = Literal["G", "D"]
 
 FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
-    {"dcgan": {"G": dcgan.Generator, "D": dcgan.Discriminator}}
+    {
+        "dcgan": {"G": dcgan.Generator, "D": dcgan.Discriminator},
+        "resnet": {"G": resnet.Generator, "D": resnet.Discriminator},
+    }
 )
 
 
@@ -104,8 +107,12 @@ def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, An
                 f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set "
                 f"by the other keys of {player}."
             )
-        keys = ("width", "norm", "dropout", "spectral_norm")
-        return given | {key: getattr(section, key) for key in keys}
+        given |= {key: getattr(section, key) for key in ("width", "norm", "dropout", "spectral_norm")}
+        if section.kind == "resnet":
+            return given | {"depth": section.depth}
+        if section.depth != 1:
+            raise UserError(f"{player}.depth={section.depth}: {section.kind} has no such key; resnet has.")
+        return given
     if clash := given.keys() & section.options.keys():
         raise UserError(f"{player}.options: {', '.join(sorted(clash))} are set by the rest of the config.")
     return given | section.options
