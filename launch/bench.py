@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-_COMMANDS = {"step": "launch.bench_step"}
+_COMMANDS = {"penalty": "launch.bench_penalty", "step": "launch.bench_step"}
 
 
 class _Lazy(click.Group):

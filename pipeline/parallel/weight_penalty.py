@@ -30,7 +30,9 @@ class LocalPenalty:
 
     def values(self) -> dict[str, torch.Tensor]:
         """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used."""
-        values = {"l2_penalty": self.coefficients.l2 * sum_of_squares(self.weights)}
+        l2 = self.coefficients.l2
+        none = torch.zeros((), dtype=torch.float64)  # unpenalised: no pass over the weights
+        values = {"l2_penalty": l2 * sum_of_squares(self.weights) if l2 else none}
         if self.coefficients.l1:
             values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
         return values

@@ -1,0 +1,170 @@
+"""One rank of `shardgan bench penalty`: the training step with and without L2, and the ways to its value."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config
+from pipeline.config import WeightPenalty
+from pipeline.data.stream import Batch
+from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.parallel.zero_settings import import_deepspeed
+from pipeline.run.state import State
+from pipeline.run.stats import Stats
+from pipeline.step import Gan, train_step
+from pipeline.train import build
+
+_WARM_UP = 1  # pairs of steps that do not count
+
+
+@dataclass(frozen=True)
+class Clocked(LocalPenalty):
+    """A penalty that keeps the time it takes, within the step that it is part of."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        with self._clock():
+            return super().values()
+
+    def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
+        with self._clock():
+            super().add_gradient(gradients, scale)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        _synchronise()
+        start = time.perf_counter()
+        yield
+        _synchronise()
+        self.seconds.append(time.perf_counter() - start)
+
+
+def main(out: Path, steps: int, settings: list[str]) -> None:
+    """Measure under the strategy of the launcher; the main rank writes OUT."""
+    ranks = Ranks(read_launch(), timedelta(seconds=600))
+    resolved = config.load(None, settings)
+    shape = batch_shape(resolved.data, ranks.world)
+    gan = build(resolved, State(), ranks, shape)
+    found: dict[str, Any] = {"strategy": ranks.strategy, "world": ranks.world, "device": ranks.device.type}
+    found |= {"images_per_rank": shape.local, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    for engine in (gan.G, gan.D):
+        found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)
+    found |= _steps(gan, ranks, _noise(resolved, shape.local), steps)
+    found |= _ways_to_the_value(gan, ranks, repeats=max(3, steps))
+    if ranks.main:
+        out.write_text(json.dumps(found))
+    ranks.leave()
+
+
+def _noise(resolved: config.Config, images: int) -> Iterator[Batch]:
+    """One batch of made-up images for ever."""
+    data = resolved.data
+    return itertools.repeat(
+        Batch(torch.randint(0, 256, (images, data.channels, data.size, data.size), dtype=torch.uint8), None)
+    )
+
+
+def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[str, float]:
+    """Steps without and with L2, by turns, and the time that L2 itself takes within those with it."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    own, stats = [], Stats(ranks.device)
+    for pair in range(steps + _WARM_UP):
+        for on in (False, True) if pair % 2 else (True, False):
+            penalties = _set_penalties(gan, on)
+            step = partial(train_step, gan, reals, pair * gan.batch_size, stats)
+            taken = _time(step, ranks)
+            if pair >= _WARM_UP:
+                seconds[on].append(taken)
+                own += [sum(sum(p.seconds) for p in penalties) / taken] if on else []
+    ratios = [on / off for off, on in zip(seconds[False], seconds[True], strict=True)]
+    return {
+        "step_without_s": statistics.median(seconds[False]),
+        "step_with_s": statistics.median(seconds[True]),
+        "ratio": statistics.median(ratios),
+        "share": statistics.median(own),
+    }
+
+
+def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
+    """Give both players L2 or none."""
+    made = []
+    for engine in (gan.G, gan.D):
+        coefficients = WeightPenalty(l2=1e-6 if on else 0.0)
+        engine.penalty = Clocked.over(engine.fragments, coefficients)  # type: ignore[attr-defined]
+        made.append(engine.penalty)  # type: ignore[attr-defined]
+    return made
+
+
+def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]:
+    """Milliseconds for both ‖W‖² over fragments, and on gathered weights without and with autograd."""
+    ways: dict[str, Callable[[Engine], object]] = {
+        "value_ms": partial(_over_fragments, ranks),
+        "gathered_value_ms": partial(_gathered, ranks, gradient=False),
+        "gathered_autograd_ms": partial(_gathered, ranks, gradient=True),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats + 1):
+        for name, way in ways.items():
+            taken[name].append(1000 * sum(_time(partial(way, e), ranks) for e in (gan.G, gan.D)))
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def _over_fragments(ranks: Ranks, engine: Engine) -> torch.Tensor:
+    """As it is charted: each rank's sum over its own elements, and one all-reduce of a scalar."""
+    local = engine.penalty.values()["l2_penalty"]  # type: ignore[attr-defined]
+    return local if engine.replicated else ranks.sum(local)
+
+
+def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:
+    """λΣp² as autograd has it, on whole parameters gathered by the strategy's own means."""
+    penalised = engine.player.penalised
+    parameters = [p for name, p in engine.module.named_parameters() if name in penalised]
+    gathering: AbstractContextManager[Any] = nullcontext()
+    if ranks.strategy == "zero3":
+        gathering = import_deepspeed(ranks.device).zero.GatheredParameters(parameters)
+    with gathering, torch.set_grad_enabled(gradient):
+        whole = [_full(p) for p in parameters]
+        value = torch.stack([1e-6 * p.pow(2).sum() for p in whole]).sum()
+        if gradient:
+            torch.autograd.grad(value, whole)
+    engine.settle()
+
+
+def _full(p: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
+    return whole.detach().requires_grad_(torch.is_grad_enabled())
+
+
+def _time(work: Callable[[], object], ranks: Ranks) -> float:
+    ranks.barrier()
+    _synchronise()
+    start = time.perf_counter()
+    work()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
