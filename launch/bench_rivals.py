@@ -1,14 +1,16 @@
 """What the training step is measured against: the same maths and nothing else, and the loop of the tutorials.
 
-Both train the same networks on batches of the same size, in one process. They are written for being read
+Both train the same networks on batches of the same size, by turns. They are written for being read
 beside pipeline/step.py; nothing else uses them.
 """
 
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -125,6 +127,43 @@ class TutorialLoop:
     def _endless(self) -> Iterator[Tensor]:
         while True:
             yield from self._loader
+
+
+class TutorialApart:
+    """TutorialLoop in a process of its own, as it is run: what we set for a whole process (how the C library
+    keeps freed memory) is not its. It waits, idle, until it is asked."""
+
+    def __init__(self, config: Config, device: torch.device, images: Tensor) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ask, answer = context.Pipe()
+        threads = torch.get_num_threads()
+        arguments = (answer, config, device, images, threads)
+        self._process = context.Process(target=_tutorial_process, args=arguments)
+        self._process.start()
+        answer.close()
+
+    def ready(self) -> None:
+        """Nothing is decoded ahead for it."""
+
+    def run(self, updates: int) -> None:
+        self._ask.send(updates)
+        self._ask.recv()
+
+    def close(self) -> None:
+        self._ask.send(0)
+        self._process.join()
+
+
+def _tutorial_process(
+    answer: Connection, config: Config, device: torch.device, images: Tensor, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    loop = TutorialLoop(config, device, images)
+    while updates := answer.recv():
+        loop.run(updates)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        answer.send(updates)
 
 
 class _Normalised(Dataset[Tensor]):

@@ -1,6 +1,6 @@
 """`shardgan bench step`: the whole training step beside its bare maths and the tutorials' loop.
 
-All run by turns in one process, a few updates each, so that whatever else the machine does slows all of them
+All run by turns, a few updates each, so that whatever else the machine does slows all of them
 alike; ratios are of the same turn, then their median, and of everyone's fastest turn, which other processes
 disturb least. Images are real images shown to D.
 """
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench_rivals import BareMaths, TutorialLoop
+from launch.bench_rivals import BareMaths, TutorialApart
 from pipeline.config import Config, UserError, load
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.prepare import Options, prepare
@@ -81,7 +81,7 @@ def command(
 ) -> None:
     """The whole step (shards, statistics, reports, L2) beside its bare maths and the tutorials' DCGAN loop.
 
-    Same networks, same batch, by turns in one process, so that ratios hold even while other things run.
+    Same networks, same batch, by turns, so that ratios hold even while other things run.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -97,14 +97,14 @@ def command(
 def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
     """Let everyone run `updates` updates (at least), by turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
-    keep_freed_memory()  # as training does; it is the whole process's, so the others have the good of it too
+    keep_freed_memory()  # as training does; it is the whole process's, so bare maths has the good of it too
     signals = _unheeded()
     ours = {a: Ours(settings, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     device = next(iter(ours.values())).device
     contestants: dict[str, Contestant] = {f"shardgan {a}": contestant for a, contestant in ours.items()}
     contestants |= {f"bare maths {a}": BareMaths(settings, device, a == "bf16") for a in arithmetics}
     images = next(iter(ours.values())).some_images(count=1024)
-    contestants["tutorial fp32"] = TutorialLoop(settings, device, images)
+    tutorial = contestants["tutorial fp32"] = TutorialApart(settings, device, images)
     for contestant in contestants.values():
         contestant.run(_WARM_UP)
     seconds: Seconds = {name: [] for name in contestants}
@@ -120,6 +120,7 @@ def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates:
         share = contestant.seconds_per_tick() * contestant.ticks_per_update() * _TURN
         seconds[f"shardgan {a}"] = [s + share for s in seconds[f"shardgan {a}"]]
         contestant.close()
+    tutorial.close()
     return seconds
 
 
