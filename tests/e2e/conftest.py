@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,9 +56,11 @@ def scratch(tmp_path: Path) -> Callable[[], Path]:
 
 @pytest.fixture
 def signals_kept():
-    """Training takes over the signals of its process, here that of the tests."""
+    """Training takes over the signals of its process, here that of the tests, and ends with its parent."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 0)  # PR_SET_PDEATHSIG

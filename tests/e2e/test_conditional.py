@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from launching import RunFolder, fashion_images, shardgan, train
+from launching import ROOT, RunFolder, fashion_images, shardgan, train
 from PIL import Image
 from safetensors.torch import load_file
 from test_identities import assert_losses_are_the_sum_of_their_parts
 
+import pipeline.train
 from launch.evaluate import evaluate
 from launch.export import export
 from launch.prepare import prepare
@@ -116,3 +117,17 @@ def test_the_commands_work_on_it(there, tmp_path):
     (entry,) = json.loads((there.path / "scores.json").read_text())
     name = "Metrics/kid_efflite0"
     assert entry[name] == pytest.approx(there.rows[-1][name], abs=1e-5)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_published_config_trains(there, tmp_path, file, signals_kept):
+    """Two updates of narrow networks by each file in configs/, on stand-ins for its images."""
+    data = config.load(file).data
+    options = ["--size", data.size, "--channels", data.channels, "--workers", 1]
+    call(prepare, "images", tmp_path / "shards", *options)
+    small = ["G.width=8", "D.width=8", "data.batch_size=8", "data.workers=0", "score.images=8"]
+    small += [f"data.train={tmp_path}/shards", "run.total_kimg=0.016", f"run.out={tmp_path}"]
+    assert pipeline.train.main([str(file), *small, "track.wandb=false"]) == 0
+    run = RunFolder(tmp_path / file.stem)
+    assert run.done and run.rows[-1]["cur_nimg"] == 16
+    assert run.exported().keys() == {"G", "D", "G_ema"}
