@@ -89,7 +89,7 @@ def _model_card(settings: Config, state: State) -> str:
     labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
     return f"""# {settings.run.name}
 
-A generator G and a discriminator D trained by ShardGAN on {state.cur_nimg / 1000:g} thousand images of
+A generator G and a discriminator D trained by ShardGAN on {state.cur_nimg:,} images of
 `{data.train}` ({data.size}x{data.size}, {data.channels} channel{"s" if data.channels > 1 else ""}), loss
 `{settings.loss.kind}`, L2 penalties λ_G = {settings.penalty.G.l2:g}, λ_D = {settings.penalty.D.l2:g} on
 `{settings.penalty.on}`.

@@ -55,7 +55,10 @@ def check_same(settings: Config, folder: Path) -> None:
         return
     before = _settings(config.load(folder / "config.yaml"))
     now = _settings(settings)
-    changed = [f"  {key}: {before[key]!r} → {now[key]!r}" for key in now if before.get(key) != now[key]]
+    keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
+    changed = [
+        f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
+    ]
     if changed:
         raise UserError(
             "\n".join(
@@ -82,5 +85,12 @@ def _settings(settings: Config) -> dict[str, Any]:
     for section, values in TypeAdapter(Config).dump_python(settings).items():
         free = _FREE.get(section, set())
         if free is not None:
-            flat |= {f"{section}.{key}": value for key, value in values.items() if key not in free}
+            flat |= _flat(section, {key: value for key, value in values.items() if key not in free})
+    return flat
+
+
+def _flat(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(f"{path}.{key}", value) if isinstance(value, dict) else {f"{path}.{key}": value}
     return flat
