@@ -17,22 +17,36 @@ class Ema:
         self.engine = engine
         self.averages = [f.data.clone() for f in engine.fragments]
         self._module = unsharded.requires_grad_(False).eval()
+        self._shapes = {f.name: f.shape for f in engine.fragments}
+        self._whole = True
+        self._release()
 
     def update(self, beta: float) -> None:
         """Follow the player. beta: how much of the average stays."""
+        self._release()
         torch._foreach_lerp_(self.averages, [f.data for f in self.engine.fragments], 1 - beta)
 
     def module(self) -> nn.Module:
         """The whole G_ema in eval mode, on every rank; collective.
 
-        Its BatchNorm statistics are G's, pooled over all ranks. The same module each time: valid until the
-        next call.
+        Its BatchNorm statistics are G's, pooled over all ranks. The same module each time: its weights are
+        there until the next update.
         """
+        self._whole = True
         named = dict(self._module.named_parameters())
         with torch.no_grad():
             for name, tensor in self.engine.whole(self.averages):
-                named[name].copy_(tensor.view_as(named[name]))
+                shape = self._shapes[name]
+                named[name].data = tensor.new_empty(shape).copy_(tensor.view(shape))
             buffers = dict(self._module.named_buffers())
             for name, value in pooled_buffers(self.engine.module, self.engine.ranks).items():
                 buffers[name].copy_(value)
         return self._module
+
+    def _release(self) -> None:
+        """Let go of the whole weights, which nobody needs in training, keeping the module around them."""
+        if self._whole:
+            named = dict(self._module.named_parameters())
+            for name in self._shapes:
+                named[name].data = named[name].new_empty(0)
+            self._whole = False

@@ -110,6 +110,9 @@ class Engine(abc.ABC):
     def masters_changed(self) -> None:  # noqa: B027 (masters and parameters are mostly the same memory)
         """After fragments were written to from outside: bring the network's parameters in line."""
 
+    def hold(self) -> None:  # noqa: B027 (most strategies gather nothing)
+        """Before a turn, in which no weight changes until its end: what is gathered in it may be kept."""
+
     def settle(self) -> None:  # noqa: B027 (most strategies gather nothing)
         """After a turn: let go of what its passes left gathered."""
 
@@ -130,6 +133,8 @@ class Engine(abc.ABC):
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
         frozen.frozen = True
+        self.hold()
+        frozen.hold()
         try:
             yield
         finally:

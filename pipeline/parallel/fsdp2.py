@@ -25,6 +25,10 @@ warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a v
 class Fsdp2Engine(MasterEngine):
     """Each rank owns rows (first axis) of every parameter; blocks are gathered just for their passes.
 
+    D makes three passes per update, forward and backward, and gathering it for each sends its size six
+    times. With fsdp_reshard_after_forward: false in the launcher's file, a block once gathered stays until
+    the end of the turn, before which no weight changes: twice.
+
     The optimizer works on the local rows as plain tensors: it needs nothing of what DTensor can do, and a
     parameter with fewer rows than ranks, which leaves some ranks none, is nothing special.
     """
@@ -58,8 +62,14 @@ class Fsdp2Engine(MasterEngine):
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # the mixed-precision policy casts, block by block
 
+    def hold(self) -> None:
+        for module in self._modules if self.ranks.keep_gathered else ():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.set_reshard_after_backward(False, recurse=False)
+
     def settle(self) -> None:
         for module in self._modules:  # neither is recursive for sure: the root alone would not do
+            module.set_reshard_after_forward(True, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
 

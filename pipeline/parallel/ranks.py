@@ -52,6 +52,7 @@ class Launch:
     rank: int
     world: int
     zero: dict[str, Any] | None = None  # DeepSpeed's settings as the launcher gave them
+    keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
 
 
 def read_launch(environ: dict[str, str] | None = None) -> Launch:
@@ -71,7 +72,8 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
         )
     strategy = _strategy(env)
     zero = read_settings(env) if strategy.startswith("zero") else None
-    return Launch(strategy, precision, rank, world, zero)  # type: ignore[arg-type]
+    keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
 
 
 def _strategy(env: dict[str, str]) -> Strategy:
@@ -110,6 +112,7 @@ class Ranks:
             )
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
+        self.keep_gathered = launch.keep_gathered
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         # Control flags must not queue behind gradients: they travel on a group of their own.
