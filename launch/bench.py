@@ -6,7 +6,11 @@ import importlib
 
 import click
 
-_COMMANDS = {"penalty": "launch.bench_penalty", "step": "launch.bench_step"}
+_COMMANDS = {
+    "memory": "launch.bench_memory",
+    "penalty": "launch.bench_penalty",
+    "step": "launch.bench_step",
+}
 
 
 class _Lazy(click.Group):
@@ -24,4 +28,4 @@ class _Lazy(click.Group):
 
 @click.command(cls=_Lazy)
 def bench() -> None:
-    """Measure, in one process and by turns, what this software costs beside something simpler."""
+    """Measure what this software costs: beside something simpler, or beside what theory says."""

@@ -66,14 +66,14 @@ def main(out: Path, steps: int, settings: list[str]) -> None:
     found |= {"images_per_rank": shape.local, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for engine in (gan.G, gan.D):
         found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)
-    found |= _steps(gan, ranks, _noise(resolved, shape.local), steps)
+    found |= _steps(gan, ranks, noise(resolved, shape.local), steps)
     found |= _ways_to_the_value(gan, ranks, repeats=max(3, steps))
     if ranks.main:
         out.write_text(json.dumps(found))
     ranks.leave()
 
 
-def _noise(resolved: config.Config, images: int) -> Iterator[Batch]:
+def noise(resolved: config.Config, images: int) -> Iterator[Batch]:
     """One batch of made-up images for ever."""
     data = resolved.data
     return itertools.repeat(
@@ -119,6 +119,7 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
         "gathered_value_ms": partial(_gathered, ranks, gradient=False),
         "gathered_autograd_ms": partial(_gathered, ranks, gradient=True),
     }
+    _set_penalties(gan, on=True)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():

@@ -1,0 +1,101 @@
+"""What training holds in memory and sends between ranks, seen from inside a rank.
+
+Memory is every living tensor's storage, found by the garbage collector and counted once, so that nothing
+that a library keeps aside is missed. Traffic is what passes PyTorch's dispatcher on its way to the process
+group, from Python or from C++ alike.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.parallel.engine import Engine
+from pipeline.step import Gan
+
+Storages = dict[int, int]  # address → bytes
+
+# What each of N ranks sends in the ring form of a collective, in multiples of B·(N−1)/N; B is the larger of
+# what goes in and what comes out. The first name found in that of the operation counts.
+_SHARES = {
+    "allreduce": 2.0,
+    "allgather": 1.0,
+    "reduce_scatter": 1.0,
+    "broadcast": 1.0,
+    "alltoall": 1.0,
+    "reduce": 1.0,
+}
+
+
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes that this rank sends while it is entered, by kind of collective."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._world = world
+        self.sent: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            kind = next((kind for kind in _SHARES if kind in func._schema.name), None)
+            if kind is not None:
+                whole = max(_bytes(argument) for argument in args[:2])
+                sent = whole * _SHARES[kind] * (self._world - 1) / self._world
+                self.sent[kind] = self.sent.get(kind, 0.0) + sent
+                self.calls[kind] = self.calls.get(kind, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(argument: Any) -> int:
+    """Of a tensor, or of all tensors in a list of them."""
+    if isinstance(argument, torch.Tensor):
+        return argument.numel() * argument.element_size()
+    return sum(_bytes(a) for a in argument) if isinstance(argument, list | tuple) else 0
+
+
+def living() -> Storages:
+    """Storages of all tensors there are, on any device."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    return storages([*tensors, *gradients])
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> Storages:
+    """Storages of tensors; of a sharded one this rank's part."""
+    found: Storages = {}
+    for tensor in tensors:
+        local = getattr(tensor, "_local_tensor", tensor)
+        if local.device.type != "meta" and type(local) in (torch.Tensor, torch.nn.Parameter):
+            storage = local.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    found.pop(0, None)  # freed
+    return found
+
+
+def footprint(gan: Gan) -> dict[str, int]:
+    """Bytes on this rank now: weights (fp32 masters included), optimizer, G_ema, and all other tensors."""
+    weights: Storages = {}
+    optimizer: Storages = {}
+    for engine in (gan.G, gan.D):
+        weights |= storages(_weights(engine))
+        optimizer |= storages(t for state in engine.optimizer_state() for t in state.values() if t.ndim)
+    ema = storages([*gan.G_ema.averages, *gan.G_ema._module.parameters()])
+    rest = living()
+    parts = {"weights": weights, "optimizer": optimizer, "G_ema": ema}
+    found = {name: sum(part.values()) for name, part in parts.items()}
+    known = weights.keys() | optimizer.keys() | ema.keys()
+    return found | {"other": sum(size for address, size in rest.items() if address not in known)}
+
+
+def _weights(engine: Engine) -> Iterable[torch.Tensor]:
+    for p in engine.module.parameters():
+        yield p
+        if hasattr(p, "ds_tensor"):  # ZeRO 3 keeps its part beside an empty parameter
+            yield p.ds_tensor
+    yield from (f.data for f in engine.fragments)

@@ -1,0 +1,85 @@
+"""`shardgan bench memory` and `bench penalty`: what they count, what theory says, and one launch of each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from launch.bench import bench
+from launch.bench_memory import held, held_in_theory, sent_in_theory
+from launch.meter import storages
+from launch.penalty_worker import Clocked
+from launch.workers import launches, resnet_pair
+from pipeline.config import UserError, WeightPenalty, load
+from pipeline.gan.networks import build_D, build_G
+from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.weight_penalty import LocalPenalty
+
+
+def test_a_storage_counts_once_and_a_freed_one_not_at_all():
+    whole = torch.zeros(10, 10)
+    freed = torch.zeros(5)
+    freed.untyped_storage().resize_(0)
+    assert sum(storages([whole, whole[2:], whole.t(), freed]).values()) == 400
+    assert not storages([torch.zeros(3, device="meta")])
+
+
+def test_single_is_launched_once_and_the_others_in_every_world():
+    assert launches("single, ddp", [1, 3]) == [("single", 1), ("ddp", 1), ("ddp", 3)]
+    with pytest.raises(UserError, match=r"zero4.*zero3"):
+        launches("zero4", [2])
+
+
+def test_the_pair_is_as_large_as_asked_for():
+    settings = load(None, resnet_pair(2e5, 32, 3, procs=2))
+    for network in (build_G(settings, 0), build_D(settings, 0)):
+        assert 2e5 <= sum(p.numel() for p in network.parameters()) < 1e6
+    assert settings.data.batch_size == 6
+
+
+def test_theory():
+    """In units of one number per parameter, for players of equal size."""
+    sizes = {"parameters_G": 0.25, "parameters_D": 0.25}  # one byte each
+
+    def per_rank(strategy, world):
+        found = {"strategy": strategy, "world": world, **sizes}
+        return tuple(held_in_theory(found).values()), sent_in_theory(found)
+
+    assert per_rank("single", 1) == ((2, 4, 1, 1), 0)
+    assert per_rank("ddp", 2) == ((2, 4, 1, 2), 2)
+    assert per_rank("zero2", 2) == ((3, 2, 0.5, 0.5), 2)
+    assert per_rank("zero3", 2) == ((2, 2, 0.5, 1), 5.5)
+    assert per_rank("fsdp2", 2) == ((3, 2, 0.5, 0.5), 3)
+
+
+def test_a_clocked_penalty_is_the_penalty():
+    weights = torch.randn(7, 5)
+    fragments = [Fragment("w", 0, weights.shape, weights, penalised=True)]
+    plain, clocked = (c.over(fragments, WeightPenalty(l2=0.1)) for c in (LocalPenalty, Clocked))
+    gradients = [torch.ones(7, 5)], [torch.ones(7, 5)]
+    plain.add_gradient(gradients[0]), clocked.add_gradient(gradients[1])
+    assert torch.equal(gradients[0][0], gradients[1][0]) and plain.values() == clocked.values()
+    assert len(clocked.seconds) == 2 and min(clocked.seconds) > 0
+
+
+def run(*arguments: str) -> dict:
+    ended = CliRunner().invoke(bench, list(arguments), catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    return json.loads(next(line for line in ended.output.splitlines() if line.startswith("{")))
+
+
+def test_fsdp2_holds_and_sends_what_it_should():
+    found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5")
+    measured, theory = held(found), held_in_theory(found)
+    for name in ("weights", "optimizer", "G_ema"):
+        assert measured[name] == pytest.approx(theory[name], rel=0.02), name
+    assert sum(found["sent"].values()) == pytest.approx(sent_in_theory(found), rel=0.02)
+
+
+def test_penalty_measures_a_step_and_the_ways_to_the_value():
+    found = run("penalty", "--strategies", "single", "--params", "1e4", "--steps", "2", "--images", "2")
+    assert found["step_without_s"] > 0 and found["value_ms"] > 0 and found["gathered_autograd_ms"] > 0
+    assert 0 < found["share"] < 1
