@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": "Write a sheet of generated images.",
     "evaluate": "Score a run on held-out images.",
     "export": "Write whole networks as safetensors.",
+    "selfcheck": "Compare every strategy with plain torch, on this machine.",
     "bench": "Measure ratios, side by side in one run.",
 }
 

@@ -7,6 +7,7 @@ is an error of the strategy. `shardgan selfcheck` and the tests compare the two.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +32,6 @@ from pipeline.step import Gan, train_step
 from pipeline.train import build
 
 UPDATES = 5
-BATCH = 12  # over 1, 2 or 3 ranks, in one round or two
 RESUMED_AFTER = 3
 Tensors = dict[str, torch.Tensor]
 
@@ -42,6 +43,8 @@ class Case:
     name: str
     settings: tuple[str, ...]
     rounds: int = 1
+    batch: int = 12
+    resumed: bool = True
 
     def config(self, world: int) -> Config:
         """A norm-free DCGAN of awkward sizes: few tensors divide equally over 2 or 3 ranks."""
@@ -51,8 +54,8 @@ class Case:
                 "data.train=none",
                 "data.size=28",
                 "data.channels=1",
-                f"data.batch_size={BATCH}",
-                f"data.batch_gpu={BATCH // world // self.rounds}",
+                f"data.batch_size={self.batch}",
+                f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
                 "G.kind=launch.smooth:SmoothGenerator",
                 "D.kind=launch.smooth:SmoothDiscriminator",
@@ -63,9 +66,13 @@ class Case:
         )
 
 
-def cases() -> list[Case]:
+def cases(world: int = 1) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
-    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice."""
+    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice.
+
+    The batch is one that `world` ranks can share in two rounds: the same for 1, 2, 3 and 6 ranks.
+    """
+    batch = next(n for n in itertools.count(12) if n % (2 * world) == 0)
     penalties = {
         "none": (),
         "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
@@ -78,9 +85,11 @@ def cases() -> list[Case]:
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
         (1, 2), clips.items(), penalties.items()
     ):
-        found.append(Case(f"sgd-{penalty}-{clip}-{rounds}", (*sgd, *lambdas, *clipping), rounds))
-        if penalty == "l2":
-            found.append(Case(f"adam-{penalty}-{clip}-{rounds}", (*adam, *lambdas, *clipping), rounds))
+        resumed = clip == "clipped" and rounds == 2  # what a checkpoint holds depends on neither
+        for kind, optimizer in {"sgd": sgd, "adam": adam}.items():
+            if kind == "sgd" or penalty == "l2":
+                name, settings = f"{kind}-{penalty}-{clip}-{rounds}", (*optimizer, *lambdas, *clipping)
+                found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
         "r1": ("penalty.r1.gamma=1.0", "penalty.r1.interval=2"),
@@ -94,7 +103,8 @@ def cases() -> list[Case]:
     }
     for name, settings in special.items():
         # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
-        found.append(Case(name, (*sgd, *penalties["l2"], *settings), rounds=1 if "spectral" in name else 2))
+        rounds = 1 if "spectral" in name else 2
+        found.append(Case(name, (*sgd, *penalties["l2"], *settings), rounds, batch))
     return found
 
 
@@ -105,10 +115,10 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 def reals(case: Case, count: int) -> list[Batch]:
     """Made-up global batches of images and labels, the same for everyone."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(BATCH) % 3
+    labels = torch.arange(case.batch) % 3
     return [
         Batch(
-            torch.randint(0, 256, (BATCH, 1, 28, 28), generator=generator, dtype=torch.uint8),
+            torch.randint(0, 256, (case.batch, 1, 28, 28), generator=generator, dtype=torch.uint8),
             labels if "data.conditional=true" in case.settings else None,
         )
         for _ in range(count)
@@ -122,54 +132,87 @@ def initial_state(case: Case) -> State:
 
 def main(out: Path) -> None:
     """Train every case under the launcher's strategy; the main rank writes OUT/CASE.safetensors and .json."""
-    ranks = Ranks(read_launch(), timedelta(seconds=120))
-    for case in cases():
-        settings = case.config(ranks.world)
-        tensors, rows = _train(case, settings, ranks, out / "checkpoints" / case.name)
-        if ranks.main:
-            save_file(tensors, out / f"{case.name}.safetensors")
-            (out / f"{case.name}.json").write_text(json.dumps(rows))
+    ranks = join()
+    train_all(cases(ranks.world), ranks, out)
     ranks.leave()
 
 
-def _train(
-    case: Case, settings: Config, ranks: Ranks, folder: Path
-) -> tuple[Tensors, list[dict[str, float]]]:
-    """Train unbroken, then again from a checkpoint in the middle: weights, averages and charts of both."""
+def ieee() -> None:
+    """Float32 that is float32 on GPUs too: no TF32."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def join() -> Ranks:
+    """Meet the other ranks."""
+    ieee()
+    return Ranks(read_launch(), timedelta(seconds=120))
+
+
+def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
+    """Train each case, unbroken and resumed, and write what came out of it."""
+    for number, case in enumerate(chosen):
+        tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
+        if ranks.main:
+            save_file(tensors, out / f"{case.name}.safetensors")
+            (out / f"{case.name}.json").write_text(json.dumps(rows))
+        if number == 0:
+            # All is imported by now. DeepSpeed collects garbage for every engine that it makes, which takes
+            # longer than all the rest of a case unless what stays for good is out of the way.
+            gc.collect()
+            gc.freeze()
+
+
+def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
+    """Train unbroken, then perhaps again from a checkpoint in the middle: weights and averages of both, and
+    the charts."""
     state, rows = initial_state(case), []
-    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
-    stats, batches = Stats(ranks.device), _local(case, settings, ranks)
+    gan, batches = start(case, state, ranks)
+    stats = Stats(ranks.device)
     for update in range(UPDATES):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
         rows.append(stats.reduce(ranks, {})[0])
-        if update + 1 == RESUMED_AFTER:
+        if case.resumed and update + 1 == RESUMED_AFTER:
             checkpoint.save(folder, [gan.G, gan.D], gan.G_ema, state, ranks, keep=1)
+    _check_partitioned(gan, ranks)
     tensors = whole(gan)
-    tensors |= {f"resumed/{name}": t for name, t in _resumed(case, settings, ranks, folder).items()}
+    if case.resumed:
+        tensors |= {f"resumed/{name}": t for name, t in resume(case, ranks, folder).items()}
     return tensors, rows
 
 
-def _resumed(case: Case, settings: Config, ranks: Ranks, folder: Path) -> Tensors:
+def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     """The end of the same training by engines built anew from the checkpoint in `folder`."""
     found, _ = ranks.from_main(lambda: checkpoint.newest_sound(folder))
     assert found is not None
     state = checkpoint.read_state(found)
-    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
+    gan, batches = start(case, state, ranks)
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
-    stats, batches = Stats(ranks.device), _local(case, settings, ranks)
-    for _ in range(state.cur_nimg // BATCH):
-        next(batches)
+    stats = Stats(ranks.device)
     for _ in range(UPDATES - RESUMED_AFTER):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
     return whole(gan)
 
 
-def _local(case: Case, settings: Config, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's part of each global batch."""
-    share = BATCH // ranks.world
+def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]:
+    """Both players as they begin, and this rank's part of the global batches from state.cur_nimg on."""
+    settings = case.config(ranks.world)
+    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
+    share = case.batch // ranks.world
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    for batch in reals(case, UPDATES * settings.loss.D_steps):
-        yield Batch(batch.images[mine], None if batch.labels is None else batch.labels[mine])
+    due = reals(case, UPDATES * settings.loss.D_steps)[state.cur_nimg // case.batch :]
+    return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
+
+
+def _check_partitioned(gan: Gan, ranks: Ranks) -> None:
+    """Under ZeRO stage 3 no rank may hold more than its part of any parameter between updates: else these
+    small networks would pass without a parameter ever being sharded."""
+    if ranks.strategy == "zero3":
+        for name, p in [*gan.G.module.named_parameters(), *gan.D.module.named_parameters()]:
+            held: Any = p
+            assert not held.ds_persist and held.ds_status.name == "NOT_AVAILABLE", (
+                f"{name} is {held.ds_status.name}: set stage3_param_persistence_threshold to 0"
+            )
 
 
 def whole(gan: Gan) -> Tensors:

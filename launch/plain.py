@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch.parity import BATCH, UPDATES, Case, Tensors, initial_state, reals
+from launch.parity import UPDATES, Case, Tensors, initial_state, reals
 from pipeline.config import Config, Optimizer, WeightPenalty
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
 
-def train(case: Case) -> tuple[Tensors, list[dict[str, float]]]:
+def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
     settings, state, rows = case.config(world=1), initial_state(case), []
-    G, D = build_G(settings, state.num_classes), build_D(settings, state.num_classes)
+    G = build_G(settings, state.num_classes).to(device)
+    D = build_D(settings, state.num_classes).to(device)
     G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
     G_optimizer, D_optimizer = _optimizer(G, settings.optim.G), _optimizer(D, settings.optim.D)
     draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
@@ -30,14 +31,15 @@ def train(case: Case) -> tuple[Tensors, list[dict[str, float]]]:
     for _ in range(UPDATES):
         start, D_rows = nimg, []
         for _ in range(settings.loss.D_steps):
-            images, c = next(batches)
-            z, fake_c, _ = draws.latents("D", nimg, BATCH)
+            images, c = _on(device, *next(batches))
+            z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
+            assert images is not None
             x = (images.float() / 127.5 - 1).requires_grad_()
             parts = _d_parts(settings, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
             parts |= _penalties(D, settings.penalty.D, settings.penalty.on)
             D_rows.append(_update("D", D, D_optimizer, parts, settings.optim.D.clip))
-            nimg += BATCH
-        z, fake_c, _ = draws.latents("G", nimg, BATCH)
+            nimg += case.batch
+        z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
         parts = {"adversarial": _g_loss(settings.loss.kind, D(G(z, fake_c), fake_c))}
         parts |= _penalties(G, settings.penalty.G, settings.penalty.on)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, settings.optim.G.clip))
@@ -46,7 +48,12 @@ def train(case: Case) -> tuple[Tensors, list[dict[str, float]]]:
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
     tensors = {f"G/{name}": p.detach() for name, p in G.named_parameters()}
     tensors |= {f"D/{name}": p.detach() for name, p in D.named_parameters()}
-    return tensors | {f"G_ema/{name}": p for name, p in G_ema.items()}, rows
+    tensors |= {f"G_ema/{name}": p for name, p in G_ema.items()}
+    return {name: p.cpu() for name, p in tensors.items()}, rows
+
+
+def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(device) for t in tensors]
 
 
 def _update(
@@ -54,7 +61,7 @@ def _update(
 ) -> dict[str, float]:
     """One step on the sum of the parts of a player's loss."""
     optimizer.zero_grad()
-    sum(parts.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+    torch.stack(list(parts.values())).sum().backward()  # type: ignore[no-untyped-call]
     parameters = [p for p in module.parameters() if p.grad is not None]
     squares = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None)
     if clip is not None:
@@ -70,10 +77,10 @@ def _d_parts(settings: Config, real_logits: Tensor, fake_logits: Tensor, x: Tens
     parts = {"adversarial": _d_loss(settings.loss.kind, real_logits, fake_logits)}
     r1 = settings.penalty.r1
     if r1.gamma:
-        parts["r1_penalty"] = torch.zeros(())
-        if (nimg // BATCH) % r1.interval == 0:
+        parts["r1_penalty"] = x.new_zeros(())
+        if (nimg // settings.data.batch_size) % r1.interval == 0:
             (gradient,) = torch.autograd.grad(real_logits.sum(), x, create_graph=True)
-            parts["r1_penalty"] = r1.interval * r1.gamma / 2 * gradient.square().sum() / BATCH
+            parts["r1_penalty"] = r1.interval * r1.gamma / 2 * gradient.square().sum() / len(x)
     return parts
 
 

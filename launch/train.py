@@ -46,7 +46,7 @@ def train(
 
     gpus = torch.cuda.device_count()
     if procs is None:
-        procs = 1 if strategy == "single" else gpus or min(_cores(), 4)
+        procs = 1 if strategy == "single" else gpus or min(cores(), 4)
     strategy = strategy or ("single" if procs == 1 else "ddp")
     if strategy == "single" and procs > 1:
         raise configs.UserError(f"--strategy single is one process; for --procs {procs} choose another.")
@@ -64,7 +64,7 @@ def train(
         check_same(resolved, folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
-    environment = _environment(procs, on_cpu=not gpus)
+    environment = environment_of(procs, on_cpu=not gpus)
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
         environment["ACCELERATE_MIXED_PRECISION"] = mixed_precision
         sys.stdout.flush()
@@ -94,16 +94,16 @@ def _command(strategy: str, procs: int, precision: str, arguments: list[str]) ->
     launcher = ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
     launcher += ["--num_processes", str(procs), "--mixed_precision", precision]
     if strategy != "single":
-        launcher += ["--main_process_port", str(_free_port())]
+        launcher += ["--main_process_port", str(free_port())]
     return [*launcher, "-m", "pipeline.train", *arguments]
 
 
-def _environment(procs: int, on_cpu: bool) -> dict[str, str]:
+def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
     environment = dict(os.environ)
     if on_cpu:
         environment |= {"ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
     # Else torchrun gives every process one thread, and says so at length.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // procs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // procs)))
     return environment
 
 
@@ -147,11 +147,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _cores() -> int:
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]

@@ -9,6 +9,7 @@ DeepSpeed's own clipping stays off, and nothing here depends on how it keeps gra
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -25,6 +26,9 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed
 
+# DeepSpeed calls collectives by names that the newest torch has others for.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
 
 class ZeroEngine(Engine):
     """One player's DeepSpeed engine; what differs between the stages is only where its masters are."""
@@ -40,7 +44,9 @@ class ZeroEngine(Engine):
         self._ds, *_ = import_deepspeed(ranks.device).initialize(
             model=module,
             optimizer=self._optimizer,
-            config=deepspeed_config(ranks, player.optimizer, batch),
+            config=deepspeed_config(
+                ranks, player.optimizer, batch, elements=sum(p.numel() for p in named.values())
+            ),
             dist_init_required=False,
         )
         self._flat, places = self._masters(named)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 _ONE_GROUP = 10**15  # elements in a stage-3 sub-group: all of them
+_BUCKET = (
+    2**24
+)  # gradient elements reduced at once; DeepSpeed's 5·10⁸ hold 2 GB per player, however small it is
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -61,8 +64,8 @@ def _number(text: str) -> float | str:
     return text if text in ("auto", "none", "None", "") else float(text)
 
 
-def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape) -> Settings:
-    """The whole DeepSpeed config of one player.
+def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elements: int) -> Settings:
+    """The whole DeepSpeed config of one player, which has so many elements to train.
 
     Raises UserError where the launcher's numbers disagree with ours.
     """
@@ -91,6 +94,9 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape) -> S
                 f"The DeepSpeed config says {section}.enabled={enabled}, the launcher mixed_precision="
                 f"{ranks.precision}. Set it to auto there."
             )
+    zero.setdefault("reduce_bucket_size", min(elements, _BUCKET))
+    # Each rank gets the sum of its own part only, which is half of what an all-reduce sends.
+    zero.setdefault("use_multi_rank_bucket_allreduce", False)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if zero["stage"] == 3:
         zero["sub_group_size"] = _ONE_GROUP
@@ -117,10 +123,13 @@ def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, kept on a CPU from compiling a kernel of its own (97 s) before it starts."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Else it runs `numactl` to count devices, once for every bucket of gradients.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # what could be compiled is found out by trying a compiler
     logger.setLevel("ERROR")  # its warnings are about what is done here on purpose
     return deepspeed

@@ -1,0 +1,75 @@
+"""The Dirac-GAN (Mescheder et al. 2018): G puts all its mass on one point θ, D(x) = ψx, the data is at 0.
+
+Each player is a single number: in any world but one, some ranks own nothing of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from launch import parity
+from pipeline import config
+from pipeline.data.stream import Batch
+from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.state import State
+from pipeline.run.stats import Stats
+from pipeline.step import train_step
+from pipeline.train import build
+
+STEP = 0.5  # h, of both players' SGD
+UPDATES = 20
+LAMBDAS = ((0.0, 0.0), (0.0, 0.1), (0.05, 0.1))  # λ of G and of D
+_START = 1e-3  # so near the origin that the game is linear to 1e-6
+
+
+class Point(nn.Module):
+    """G: every latent becomes the one pixel θ."""
+
+    def __init__(self, *, z_dim: int, size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.tensor([_START]))
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return self.theta.expand(len(z)).view(-1, 1, 1, 1).clone()  # a view would outlive its parameter
+
+
+class Slope(nn.Module):
+    """D: ψ times the pixel."""
+
+    def __init__(self, *, size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.psi = nn.Parameter(torch.zeros(1))
+
+    def forward(self, images: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return images.flatten() * self.psi
+
+
+def train(ranks: Ranks, of_G: float, of_D: float) -> list[tuple[float, float]]:
+    """(θ, ψ) at the start and after each update."""
+    settings = config.load(
+        None,
+        [
+            "data.train=none", "data.size=1", "data.channels=1", "data.batch_size=12",
+            "G.z_dim=1", "G.kind=dirac:Point", "D.kind=dirac:Slope", "loss.kind=minimax",
+            "penalty.on=all", f"penalty.G.l2={of_G}", f"penalty.D.l2={of_D}",
+            *(f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", f"lr={STEP}")),
+        ],
+    )  # fmt: skip
+    batch = batch_shape(settings.data, ranks.world)
+    gan, stats, nimg = build(settings, State(), ranks, batch), Stats(ranks.device), 0
+    grey = Batch(torch.full((batch.local, 1, 1, 1), 127.5), None)  # 0 as the networks see it
+    path = [_point(parity.whole(gan))]
+    for _ in range(UPDATES):
+        nimg = train_step(gan, iter([grey]), nimg, stats)
+        path.append(_point(parity.whole(gan)))
+    return path
+
+
+def _point(weights: parity.Tensors) -> tuple[float, float]:
+    return float(weights["G/theta"]), float(weights["D/psi"])
+
+
+def name(of_G: float, of_D: float) -> str:
+    return f"dirac-{of_G}-{of_D}.json"

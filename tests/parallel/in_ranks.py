@@ -1,0 +1,40 @@
+"""What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT [EARLIER]`.
+
+The parity matrix; two of its cases continued from the checkpoints that the launch before, of another
+strategy or world, left in EARLIER; the Dirac-GAN; and a record of what passes between the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import dirac
+import wire
+from safetensors.torch import save_file
+
+from launch import parity
+
+CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves
+
+
+def main(out: Path, earlier: Path | None) -> None:
+    ranks = parity.join()
+    cases = parity.cases(ranks.world)
+    parity.train_all(cases, ranks, out)
+    for case in cases if earlier else ():
+        if case.name in CONTINUED:
+            tensors = parity.resume(case, ranks, earlier / "checkpoints" / case.name)
+            if ranks.main:
+                save_file(tensors, out / f"continued-{case.name}.safetensors")
+    found = {dirac.name(*lambdas): dirac.train(ranks, *lambdas) for lambdas in dirac.LAMBDAS}
+    found["wire.json"] = wire.record(ranks)
+    if ranks.main:
+        for name, value in found.items():
+            (out / name).write_text(json.dumps(value))
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

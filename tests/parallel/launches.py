@@ -1,0 +1,35 @@
+"""Which strategies and worlds the tests of this folder launch, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import selfcheck
+
+HERE = Path(__file__).parent
+
+# "strategy-world", in the order in which they are launched: each continues checkpoints of the one before.
+LAUNCHES = (
+    "single-1", "fsdp2-2", "ddp-2", "zero2-2", "zero1-2", "zero3-2", "fsdp2-3", "zero2-3", "ddp-3", "zero3-3",
+)  # fmt: skip
+LONG = ("zero1-3", "ddp-1", "fsdp2-1", "zero1-1", "zero2-1", "zero3-1")
+EVERYWHERE = (*LAUNCHES, *(pytest.param(name, marks=pytest.mark.long) for name in LONG))
+
+
+def before(name: str) -> str | None:
+    """The launch whose checkpoints this one continues."""
+    order = (*LAUNCHES, *LONG)
+    return order[order.index(name) - 1] if name != order[0] else None
+
+
+def run(name: str, module: list[str], deepspeed: Path | None = None) -> None:
+    """Run a module of this folder, or one of the package, under "strategy-world"."""
+    strategy, world = name.rsplit("-", 1)
+    path = f"{HERE.parents[1]}:{HERE}"
+    environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ended = selfcheck.launch(
+        strategy, int(world), module, on_cpu=True, deepspeed=deepspeed, environment=environment
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,0 +1,56 @@
+"""What a training step sends: nothing for penalties, one all-reduce per tick, no gathers of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import wire
+from launches import LAUNCHES
+
+SEVERAL = [name for name in LAUNCHES if not name.endswith("-1")]
+
+
+def recorded(launched, name):
+    return json.loads((launched(name) / "wire.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["plain", "clipped"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_penalties_add_no_collective_and_no_byte(launched, name, case):
+    cases = recorded(launched, name)
+    without, penalised = cases[case]["update"], cases[f"{case}-penalised"]["update"]
+    assert penalised == without
+    assert without
+
+
+@pytest.mark.parametrize("case", wire.CASES)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_all_logged_values_together_are_one_all_reduce(launched, name, case):
+    ((operation, size),) = recorded(launched, name)[case]["tick"]
+    assert operation == "allreduce_"
+    assert size < 500
+
+
+@pytest.mark.parametrize("case", wire.CASES)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
+    """DDP never does; ZeRO 1 and 2 each player once, after its step; FSDP2 and ZeRO 3 at most for every
+    pass: D forward and backward on real images, on fakes and in G's turn, G forward twice, backward once."""
+    record, rounds = recorded(launched, name)[case], wire.CASES[case].rounds
+    gathered = sum(size for operation, size in record["update"] if "gather" in operation)
+    sizes, strategy = record["bytes"], name.rsplit("-", 1)[0]
+    if strategy == "ddp":
+        assert gathered == 0
+    elif strategy in ("zero1", "zero2"):
+        whole = sizes["G"] + sizes["D"]
+        assert whole <= gathered <= whole + 500  # DeepSpeed pads each flat partition
+    else:
+        assert 0 < gathered <= rounds * (6 * sizes["D"] + 3 * sizes["G"])
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_sharded_players_agree_on_one_scalar_each(launched, name):
+    """The squared gradient norm, for clipping and skipping alike; DeepSpeed's stage 3 takes its own as well."""
+    calls = [tuple(call) for call in recorded(launched, name)["plain"]["update"]]
+    assert calls.count(("allreduce_", 8)) == {"ddp": 0, "zero3": 4}.get(name.rsplit("-", 1)[0], 2)

@@ -1,0 +1,85 @@
+"""What passes between ranks: every collective that PyTorch's dispatcher hands to a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from launch import parity
+from launch.parity import Case
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.stats import Stats
+from pipeline.step import train_step
+
+# Two cases that differ in their penalties alone, L2 and L1 on all parameters against none; with rounds and
+# clipping, and with neither.
+OPTIMIZER = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+PENALTIES = ("penalty.l2=1e-3", "penalty.l1=1e-4", "penalty.on=all")
+CASES = {
+    "plain": Case("plain", ()),
+    "plain-penalised": Case("plain-penalised", PENALTIES),
+    "clipped": Case("clipped", OPTIMIZER, rounds=2),
+    "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
+}
+Call = tuple[str, int]  # operation, bytes of its largest argument
+
+
+class Wire(TorchDispatchMode):
+    """Notes each collective while it is entered, from Python or from C++."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            size = max((_bytes(argument) for argument in args), default=0)
+            self.calls.append((func._schema.name.partition("::")[2], size))
+        return func(*args, **(kwargs or {}))
+
+
+def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """For each case: the calls of its third update, those of a tick after it, and the players' sizes."""
+    return {name: _record(case, ranks) for name, case in CASES.items()}
+
+
+def _record(case: Case, ranks: Ranks) -> dict[str, Any]:
+    state = parity.initial_state(case)
+    gan, batches = parity.start(case, state, ranks)
+    stats = Stats(ranks.device)
+    for _ in range(2):  # what is settled in the first passes (traces, buckets) has been
+        state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+    with Wire() as update:
+        train_step(gan, batches, state.cur_nimg, stats)
+    with Wire() as tick:
+        stats.reduce(ranks, {"seconds": 1.0, "waited": 0.5})
+    sizes = {engine.player.name: _size(engine) for engine in (gan.G, gan.D)}
+    return {"update": update.calls, "tick": tick.calls, "bytes": sizes}
+
+
+def _size(engine: Engine) -> int:
+    """Bytes of a player's parameters, each padded to what divides equally over the ranks: its first axis
+    under FSDP2, its elements under ZeRO 3."""
+    world, strategy = engine.ranks.world, engine.ranks.strategy
+    size = 0
+    for shape in (fragment.shape for fragment in engine.fragments):
+        units = {"fsdp2": shape[0], "zero3": shape.numel()}.get(strategy)
+        padded = shape.numel() if units is None else -(-units // world) * world * (shape.numel() // units)
+        size += 4 * padded
+    return size
+
+
+def _bytes(argument: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in _tensors(argument))
+
+
+def _tensors(argument: Any) -> Iterator[torch.Tensor]:
+    if isinstance(argument, torch.Tensor):
+        yield argument
+    elif isinstance(argument, list | tuple):
+        for part in argument:
+            yield from _tensors(part)
