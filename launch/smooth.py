@@ -1,4 +1,4 @@
-"""The networks of the parity matrix: DCGAN with SiLU for its kinked activations.
+"""The networks of the parity matrix: ours with SiLU for their kinked activations.
 
 A unit of a ReLU that lies within rounding of its kink is on in one strategy and off in another, and the two
 trainings part by far more than rounding: a true effect, but not one that parity is about.
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.gan import dcgan
+from pipeline.gan import dcgan, resnet
 
 
 class SmoothGenerator(dcgan.Generator):
@@ -20,6 +20,18 @@ class SmoothGenerator(dcgan.Generator):
 
 
 class SmoothDiscriminator(dcgan.Discriminator):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        _smooth(self)
+
+
+class SmoothResidualGenerator(resnet.Generator):
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        _smooth(self)
+
+
+class SmoothResidualDiscriminator(resnet.Discriminator):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         _smooth(self)
