@@ -1,4 +1,4 @@
-"""Runs the parity matrix with one known mistake put into the training: `python -m mutant MISTAKES OUT`.
+"""Runs cases of the parity matrix with a known mistake in the training: `python -m mutant MISTAKES OUT`.
 
 For the tests that show that the comparison sees such mistakes; started by `accelerate launch` like the real
 one. Several mistakes (with commas between) are made one after the other, each into OUT/MISTAKE.
@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from launch import parity
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
+from pipeline.parallel.fragments import sum_of_squares
+from pipeline.parallel.fsdp2 import Fsdp2Engine
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 CASES = ("sgd-l2-free-1", "adam-l2-clipped-2")
+RAISED = "raised.txt"  # a mistake that ended the training tells there how
 
 
 def _penalty_times(factor: Callable[[], float]) -> Any:
@@ -36,11 +42,56 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _never_reduced() -> Any:
-    def accumulating(self: ReplicatedEngine, last: bool) -> Any:
+@contextmanager
+def _gradients_never_reduced() -> Iterator[None]:
+    """DDP and FSDP2, which accumulate without sending until told otherwise."""
+
+    def replicated(self: ReplicatedEngine, last: bool) -> Any:
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
 
-    return patch.object(ReplicatedEngine, "accumulating", accumulating)
+    right = Fsdp2Engine.accumulating
+
+    def sharded(self: Fsdp2Engine, last: bool) -> Any:
+        return right(self, last=False)
+
+    with (
+        patch.object(ReplicatedEngine, "accumulating", replicated),
+        patch.object(Fsdp2Engine, "accumulating", sharded),
+    ):
+        yield
+
+
+def _norm_never_reduced() -> Any:
+    """Sharded players: each rank clips by the norm of its own part."""
+    right = Ranks.sum
+
+    def wrong(self: Ranks, values: torch.Tensor) -> torch.Tensor:
+        return values if values.ndim == 0 else right(self, values)
+
+    return patch.object(Ranks, "sum", wrong)
+
+
+def _padding_counted_in() -> Any:
+    """ZeRO: what fills up a rank's flat partition is taken for weights, as a sum over all of it would."""
+    from pipeline.parallel.zero import ZeroEngine
+
+    right = ZeroEngine.step
+
+    def wrong(self: ZeroEngine) -> Any:
+        flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
+        for offset, fragment in zip(self._offsets, self.fragments, strict=True):
+            known[offset : offset + fragment.data.numel()] = True
+        flat[~known] = 1.0  # memory that nobody wrote to may hold anything
+        true_values = LocalPenalty.values
+        extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])
+
+        def values(penalty: LocalPenalty) -> dict[str, torch.Tensor]:
+            return {k: v + extra * (k == "l2_penalty") for k, v in true_values(penalty).items()}
+
+        with patch.object(LocalPenalty, "values", values):
+            return right(self)
+
+    return patch.object(ZeroEngine, "step", wrong)
 
 
 def _other_player_neither_frozen_nor_cleaned() -> Any:
@@ -51,6 +102,8 @@ def _other_player_neither_frozen_nor_cleaned() -> Any:
             yield
         finally:
             self.zero_grad()
+            self.settle()
+            frozen.settle()
             frozen.frozen = False
 
     return patch.object(Engine, "updating", updating)
@@ -60,21 +113,27 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "none": nullcontext,
     "doubled-penalty": lambda: _penalty_times(lambda: 2.0),
     "penalty-over-world": lambda: _penalty_times(lambda: 1 / _world()),
-    "no-reduction": _never_reduced,
+    "gradients-not-reduced": _gradients_never_reduced,
+    "norm-not-reduced": _norm_never_reduced,
+    "padding-counted": _padding_counted_in,
     "gradients-left-in-D": _other_player_neither_frozen_nor_cleaned,
 }
 
 
 def main(mistakes: list[str], out: Path) -> None:
     """Train the chosen cases once with each mistake."""
-    chosen = [case for case in parity.cases() if case.name in CASES]
+    ranks = parity.join()
+    chosen = [case for case in parity.cases(ranks.world) if case.name in CASES]
     for mistake in mistakes:
-        with ExitStack() as stack:
-            stack.enter_context(patch.object(parity, "cases", lambda: chosen))
-            stack.enter_context(patch.object(parity.Ranks, "leave", lambda self: None))  # more is to come
-            stack.enter_context(MISTAKES[mistake]())
-            (out / mistake).mkdir(parents=True, exist_ok=True)
-            parity.main(out / mistake)
+        folder = out / mistake
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(MISTAKES[mistake]())
+                parity.train_all(chosen, ranks, folder)
+        except Exception as error:
+            (folder / RAISED).write_text(f"{type(error).__name__}: {error}")
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,6 @@ def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_sharded_players_agree_on_one_scalar_each(launched, name):
-    """The squared gradient norm, for clipping and skipping alike; DeepSpeed's stage 3 takes its own as well."""
+    """The squared gradient norm, for clipping and skipping alike; DeepSpeed takes its own at stage 3."""
     calls = [tuple(call) for call in recorded(launched, name)["plain"]["update"]]
     assert calls.count(("allreduce_", 8)) == {"ddp": 0, "zero3": 4}.get(name.rsplit("-", 1)[0], 2)
