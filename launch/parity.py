@@ -68,7 +68,8 @@ class Case:
 
 def cases(world: int = 1) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
-    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice.
+    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice,
+    residual networks.
 
     The batch is one that `world` ranks can share in two rounds: the same for 1, 2, 3 and 6 ranks.
     """
@@ -100,6 +101,11 @@ def cases(world: int = 1) -> list[Case]:
         "instance": ("G.options.norm=instance", "D.options.norm=instance"),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
+        "resnet": (
+            "data.size=32",
+            "G.kind=launch.smooth:SmoothResidualGenerator",
+            "D.kind=launch.smooth:SmoothResidualDiscriminator",
+        ),
     }
     for name, settings in special.items():
         # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
@@ -116,9 +122,10 @@ def reals(case: Case, count: int) -> list[Batch]:
     """Made-up global batches of images and labels, the same for everyone."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(case.batch) % 3
+    size = case.config(world=1).data.size
     return [
         Batch(
-            torch.randint(0, 256, (case.batch, 1, 28, 28), generator=generator, dtype=torch.uint8),
+            torch.randint(0, 256, (case.batch, 1, size, size), generator=generator, dtype=torch.uint8),
             labels if "data.conditional=true" in case.settings else None,
         )
         for _ in range(count)
