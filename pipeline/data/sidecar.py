@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pipeline.config import UserError
 from pipeline.data.tar import LARGEST_MEMBER, Member, TarReader
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
+_ARRAY = "npy"  # an image only where there is no other: beside one it is an embedding or the like
 LARGEST_LABEL = 999_999
 _VERSION = 1
 
@@ -60,6 +61,7 @@ class _Sample:
     extensions: set[str]
     image: Member | None = None
     extension: str = ""
+    crc: int = 0
     label: int = -1
 
 
@@ -71,7 +73,6 @@ def scan(path: Path, shard: str) -> Table:
     """
     samples: list[_Sample] = []
     keys: set[str] = set()
-    crcs: list[int] = []
     with path.open("rb") as file:
         tar = TarReader(file, shard)
         for member in tar:
@@ -86,22 +87,24 @@ def scan(path: Path, shard: str) -> Table:
                     raise tar.error(member.header, f"sample {key!r} is there twice, or in two places.")
                 keys.add(key)
                 samples.append(_Sample(key, member.header, set()))
-            _add(tar, samples[-1], extension, member, crcs)
+            _add(tar, samples[-1], extension, member)
         _complete(tar, samples)
-    return _table(tar, samples, crcs)
+    return _table(tar, samples)
 
 
-def _add(tar: TarReader, sample: _Sample, extension: str, member: Member, crcs: list[int]) -> None:
+def _add(tar: TarReader, sample: _Sample, extension: str, member: Member) -> None:
     if extension in sample.extensions:
         raise tar.error(member.header, f"{member.name!r} is there twice.")
     sample.extensions.add(extension)
     if extension in IMAGE_EXTENSIONS:
-        if sample.image is not None:
+        if sample.image is not None and _ARRAY not in (extension, sample.extension):
             raise tar.error(member.header, f"sample {sample.key!r} has two images.")
+        if sample.image is not None and extension == _ARRAY:
+            return
         if member.data is None:
             raise tar.error(member.header, f"{member.name!r} is larger than {LARGEST_MEMBER >> 20} MiB.")
         sample.image, sample.extension = member._replace(data=None), extension
-        crcs.append(zlib.crc32(member.data))
+        sample.crc = zlib.crc32(member.data)
     elif extension == "cls":
         text = (member.data or b"").strip()
         # Something else than a number is no label; only a conditional run minds (see stream.check_images).
@@ -121,7 +124,7 @@ def _complete(tar: TarReader, samples: list[_Sample]) -> None:
         )
 
 
-def _table(tar: TarReader, samples: list[_Sample], crcs: list[int]) -> Table:
+def _table(tar: TarReader, samples: list[_Sample]) -> Table:
     names = [sample.key.encode() for sample in samples]
     images = [sample.image for sample in samples if sample.image is not None]
     return Table(
@@ -133,7 +136,7 @@ def _table(tar: TarReader, samples: list[_Sample], crcs: list[int]) -> Table:
         size=np.array([image.size for image in images], np.int64),
         extension=np.array([IMAGE_EXTENSIONS.index(sample.extension) for sample in samples], np.uint8),
         label=np.array([sample.label for sample in samples], np.int64),
-        crc=np.array(crcs, np.uint32),
+        crc=np.array([sample.crc for sample in samples], np.uint32),
     )
 
 

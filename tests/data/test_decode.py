@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import decode as decoding
 from pipeline.data.decode import BadImageError, WrongSizeError, decode
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -88,3 +89,127 @@ def test_size_is_known_from_the_header() -> None:
 def test_what_is_no_image(data: bytes) -> None:
     with pytest.raises(BadImageError):
         decode(data, 8, 1)
+
+
+@pytest.fixture(params=["simplejpeg", "pillow"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With simplejpeg, and as if it were not installed."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg")
+    else:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    return str(request.param)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_are_the_same_by_either_decoder(either: str, subsampling: int, progressive: bool) -> None:
+    smooth = Image.fromarray(noise(6, 6, 3)).resize((32, 32), Image.Resampling.BICUBIC)
+    data = encode(smooth, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert(mode), np.int16)
+        decoded = decode(data, 32, channels).astype(np.int16)
+        assert np.abs(decoded.transpose(1, 2, 0) - expected.reshape(32, 32, channels)).max() <= 1
+
+
+def test_jpegs_through_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast route is taken at all: Pillow is not asked for a plain colour or grey JPEG."""
+    pytest.importorskip("simplejpeg")
+    jpegs = [encode(Image.fromarray(pixels), "JPEG") for pixels in (COLOUR, RAMP)]
+    monkeypatch.setattr(decoding, "_pillow", None)
+    assert [decode(data, 8, 3).shape for data in jpegs] == [(3, 8, 8)] * 2
+    assert decode(jpegs[1], 8, 1).shape == (1, 8, 8)
+
+
+def test_damaged_jpegs_are_refused(either: str) -> None:
+    data = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    for cut in (3, 100, len(data) // 2, len(data) - 40):
+        with pytest.raises(BadImageError):
+            decode(data[:cut], 64, 3)
+    with pytest.raises(WrongSizeError):
+        decode(data, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_come_out_upright(either: str, kind: str, orientation: int) -> None:
+    """A camera held sideways: four grey quarters end up where EXIF says (its table, for the value 1 to 8)."""
+    quarters = np.kron(np.array([[10, 90], [170, 250]], np.uint8), np.ones((16, 16), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(quarters).convert("RGB")
+    options = {"lossless": True} if kind == "WEBP" else {}
+    decoded = decode(encode(stored, kind, exif=exif.tobytes(), **options), 32, 3)[:, 8::16, 8::16]
+    upright = {
+        1: [10, 90, 170, 250],
+        2: [90, 10, 250, 170],
+        3: [250, 170, 90, 10],
+        4: [170, 250, 10, 90],
+        5: [10, 170, 90, 250],
+        6: [170, 10, 250, 90],
+        7: [250, 90, 170, 10],
+        8: [90, 250, 10, 170],
+    }[orientation]
+    assert np.abs(decoded.reshape(3, 4).astype(int) - upright).max() <= 3
+
+
+def test_cmyk(either: str) -> None:
+    """Red, green, blue and white ink on paper, as printers' JPEGs have them."""
+    inks = {(0, 255, 255, 0): (255, 0, 0), (255, 0, 255, 0): (0, 255, 0), (255, 255, 0, 0): (0, 0, 255)}
+    for ink, colour in inks.items():
+        data = encode(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
+        decoded = decode(data, 16, 3).astype(int)
+        assert np.abs(decoded - np.reshape(colour, (3, 1, 1))).max() <= 4
+    assert (decode(encode(Image.new("CMYK", (16, 16)), "JPEG"), 16, 1) >= 252).all()
+
+
+def npy(array: np.ndarray, **options: bool) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+def test_arrays() -> None:
+    for array in (RAMP, RAMP[:, :, None], RAMP[None], RAMP / 255, (RAMP / 255).astype(">f4")):
+        assert (decode(npy(array), 8, 1)[0] == RAMP).all()
+        assert (decode(npy(array), 8, 3) == RAMP).all()
+    for array in (COLOUR, COLOUR.transpose(2, 0, 1), np.asfortranarray(COLOUR)):
+        assert (decode(npy(array), 8, 3) == COLOUR.transpose(2, 0, 1)).all()
+    luma = COLOUR @ np.array([0.299, 0.587, 0.114])
+    assert np.abs(decode(npy(COLOUR), 8, 1)[0] - luma).max() <= 1
+    with pytest.raises(WrongSizeError):
+        decode(npy(RAMP), 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (npy(np.array([[print]], object), allow_pickle=True), "of object"),
+        (npy(RAMP.astype(np.int32)), "of int32"),
+        (npy(np.zeros((8, 8), "U4")), "of <U4"),
+        (npy(RAMP.astype(np.float32)), "not 0 to 1"),
+        (npy(np.full((8, 8), np.nan)), "not 0 to 1"),
+        (npy(np.zeros((8, 8, 4), np.uint8)), "shape"),
+        (npy(np.zeros(64, np.uint8)), "shape"),
+        (npy(RAMP)[:-1], "bytes of numbers"),
+        (npy(RAMP) + b"x", "bytes of numbers"),
+        (npy(RAMP)[:20], "EOF"),
+    ],
+)
+def test_arrays_that_are_no_images(data: bytes, problem: str) -> None:
+    with pytest.raises(BadImageError, match=problem):
+        decode(data, 8, 1)
+
+
+def test_an_array_that_claims_to_be_huge() -> None:
+    """Its size is known from the header; nothing of that size is made."""
+    header = repr({"descr": "|u1", "fortran_order": False, "shape": (1 << 20, 1 << 20)}).encode()
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(WrongSizeError):
+        decode(data, 8, 1)
+    with pytest.raises(BadImageError, match="bytes of numbers"):
+        decode(data, 1 << 20, 1)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny_shards import image_of, write_tar
 
 from pipeline.config import UserError
 from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.sidecar import IMAGE_EXTENSIONS
 
 
 def test_index_is_built_once_and_says_so(make_shards: MakeShards) -> None:
@@ -277,3 +279,16 @@ def test_index_only_keeps_what_prepare_recorded(make_shards: MakeShards) -> None
     assert built.classes == ("cat", "dog")
     again = build_index(str(root))
     assert again == built and load_index(str(root)) == built
+
+
+def test_an_array_is_the_image_only_where_there_is_no_other(tmp_path: Path) -> None:
+    """As img2dataset's shards have it: a .npy beside a picture is its embedding."""
+    picture = image_of(0, 0)
+    members = [("a.npy", b"embedding"), ("a.png", picture), ("b.png", picture), ("b.npy", b"embedding")]
+    write_tar(tmp_path / "d" / "x.tar", [*members, ("c.npy", b"picture")])
+    table = load_index(str(tmp_path / "d")).table(0)
+    assert [IMAGE_EXTENSIONS[e] for e in table.extension] == ["png", "png", "npy"]
+    whole = (tmp_path / "d" / "x.tar").read_bytes()
+    for row, data in enumerate([picture, picture, b"picture"]):
+        assert whole[table.offset[row] :][: table.size[row]] == data
+        assert table.crc[row] == zlib.crc32(data)
