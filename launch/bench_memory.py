@@ -48,8 +48,9 @@ def held(found: Found) -> dict[str, float]:
 def held_in_theory(found: Found) -> dict[str, float]:
     """Bytes of fp32 numbers on one rank: Rajbhandari et al. 2020 (ZeRO), section 5, with G_ema beside it.
 
-    Adam's two moments; the gradient of the player that steps; DDP's buckets keep both. ZeRO's masters are a
-    copy of its parameters also where both are fp32. FSDP2 keeps both players gathered in a turn.
+    Adam's two moments; the gradient of the player that steps, but DDP's buckets and ZeRO 3's flat gradients
+    keep both players'. ZeRO's masters are a copy of its parameters also where both are fp32. FSDP2 keeps both
+    players gathered in a turn.
     """
     G, D, n = 4 * found["parameters_G"], 4 * found["parameters_D"], found["world"]
     both, larger, strategy = G + D, max(G, D), found["strategy"]

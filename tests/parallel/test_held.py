@@ -1,0 +1,55 @@
+"""What is held in memory, and how long: whole G_ema, blocks that FSDP2 gathered, DeepSpeed's buckets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import Optimizer
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.ema import Ema
+from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.ranks import read_launch
+from pipeline.parallel.zero_settings import deepspeed_config
+
+
+def test_whole_g_ema_is_there_from_asking_until_the_next_update():
+    network, copy = nn.Linear(3, 2), nn.Linear(3, 2)
+    fragments = [Fragment(n, 0, p.shape, p.detach(), True) for n, p in network.named_parameters()]
+    engine = SimpleNamespace(
+        fragments=fragments,
+        module=network,
+        ranks=SimpleNamespace(world=1),
+        whole=lambda pieces: ((f.name, piece) for f, piece in zip(fragments, pieces, strict=True)),
+    )
+    ema = Ema(engine, copy)
+    assert all(p.numel() == 0 for p in copy.parameters())
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(ema.module()(x), network(x))
+    with torch.no_grad():
+        network.weight.add_(1)
+    ema.update(0.5)
+    assert all(p.numel() == 0 for p in copy.parameters())
+    torch.testing.assert_close(ema.module().weight.data, network.weight.detach() - 0.5)
+
+
+@pytest.mark.parametrize(("said", "kept"), [("true", False), ("false", True), (None, False)])
+def test_the_launcher_says_whether_gathered_blocks_are_kept(said, kept):
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "RANK": "0"}
+    if said is not None:
+        environment["FSDP_RESHARD_AFTER_FORWARD"] = said
+    assert read_launch(environment).keep_gathered is kept
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
+    def config(elements, **zero):
+        ranks = SimpleNamespace(zero={"zero_optimization": {"stage": stage, **zero}}, precision="no")
+        return deepspeed_config(ranks, Optimizer(), BatchShape(2, 1, 2), elements)["zero_optimization"]
+
+    assert config(1000)["reduce_bucket_size"] == 1000
+    assert config(10**9)["reduce_bucket_size"] < 10**8
+    assert config(1000, reduce_bucket_size=5)["reduce_bucket_size"] == 5
