@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from pipeline.parallel.batch import BatchShape
@@ -38,7 +38,7 @@ class Fsdp2Engine(MasterEngine):
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         module.to(ranks.device)
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
-        self._modules = _shard(module, ranks)
+        self._modules = _shard(module)
         # Taken now: on a live module, named_parameters() may give a block's gathered copies instead.
         self._sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
         masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
@@ -58,9 +58,6 @@ class Fsdp2Engine(MasterEngine):
                 module.set_reshard_after_backward(False, recurse=False)
         output: torch.Tensor = self.module(*inputs)
         return output
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # the mixed-precision policy casts, block by block
 
     def hold(self) -> None:
         for module in self._modules if self.ranks.keep_gathered else ():
@@ -91,16 +88,17 @@ class Fsdp2Engine(MasterEngine):
             parameter.grad = None
 
 
-def _shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
-    """Shard block by block, then what is left as the root; returns all FSDP modules."""
-    low = torch.bfloat16 if ranks.precision == "bf16" else None
-    inner = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-    outer = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    for block in _blocks(module):
-        fully_shard(block, mp_policy=inner, reshard_after_forward=True)
+def _shard(module: nn.Module) -> list[FSDPModule]:
+    """Shard block by block, then what is left as the root; returns all FSDP modules.
+
+    Parameters stay fp32, and autocast computes in bf16, as under every other strategy. A policy that casts
+    whole blocks would halve what is gathered, but it also casts norms, and BatchNorm refuses bf16 weights
+    beside its fp32 statistics.
+    """
     # Said explicitly: by default the root stays gathered, and a pass without gradients would leave stale
     # weights there for the next one.
-    fully_shard(module, mp_policy=outer, reshard_after_forward=True)
+    for part in (*_blocks(module), module):
+        fully_shard(part, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
