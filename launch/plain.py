@@ -31,7 +31,8 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     for _ in range(UPDATES):
         start, D_rows = nimg, []
         for _ in range(settings.loss.D_steps):
-            images, c = _on(device, *next(batches))
+            batch = next(batches)
+            images, c = _on(device, batch.images, batch.labels)
             z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
             assert images is not None
             x = (images.float() / 127.5 - 1).requires_grad_()

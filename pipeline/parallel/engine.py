@@ -19,6 +19,7 @@ from torch import nn
 from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.ranks import Ranks
 
 
@@ -62,6 +63,7 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
+        self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         # Which parameters train is the user's choice at construction: freezing for the other player's
         # turn must not wake up one that was never meant to move.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
@@ -96,12 +98,12 @@ class Engine(abc.ABC):
         weights before the update, and the squared gradient norm (penalties included, before clipping)."""
 
     @abc.abstractmethod
-    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+    def moments(self) -> list[dict[str, torch.Tensor]]:
         """For each fragment, the optimizer's tensors: fragment-shaped ones and scalars (`step`)."""
 
     @abc.abstractmethod
-    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
-        """Put back what `optimizer_state` gave."""
+    def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """Put back what `moments` gave."""
 
     @abc.abstractmethod
     def zero_grad(self) -> None:
@@ -175,10 +177,27 @@ class Engine(abc.ABC):
             yield fragment.name, piece.view(fragment.shape)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 arithmetic over fp32 masters when the launcher says so."""
-        if self.ranks.precision == "bf16":
-            return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
-        return nullcontext()
+        """bf16 or fp16 arithmetic over fp32 masters when the launcher says so."""
+        low = self.ranks.low_precision
+        return nullcontext() if low is None else torch.autocast(self.ranks.device.type, dtype=low)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to differentiate: under fp16 times the loss scale."""
+        return loss if self.loss_scale is None else self.loss_scale.up(loss)
+
+    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+        """For each fragment, what the next step depends on besides the weights: moments and scalars."""
+        return [
+            state | ({} if self.loss_scale is None else self.loss_scale.state()) for state in self.moments()
+        ]
+
+    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+        """Put back what `optimizer_state` gave, under this precision or another."""
+        if self.loss_scale is not None and states and "loss_scale" in states[0]:
+            self.loss_scale.load(states[0])
+        self.load_moments(
+            [{k: t for k, t in state.items() if not k.startswith("loss_scale")} for state in states]
+        )
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What this rank's network holds besides its fragments: buffers and parameters that do not train."""

@@ -46,13 +46,15 @@ class MasterEngine(Engine):
         """See to it that every master has its gradient, averaged over ranks, in `.grad`."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.batch.rounds).backward()  # type: ignore[no-untyped-call]
+        (self.scaled(loss) / self.batch.rounds).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> dict[str, Share]:
         self.collect_gradients()
         penalties = self.penalty.values()
-        self.penalty.add_gradient(_gradients(self._penalised))
         gradients = _gradients(self._masters.values())
+        if self.loss_scale is not None:
+            self.loss_scale.down_(gradients)
+        self.penalty.add_gradient(_gradients(self._penalised))
         squares = sum_of_squares(gradients).to(self.ranks.device)
         if not self.replicated:  # 8 bytes: clipping and skipping must be decided alike everywhere
             squares = self.ranks.sum(squares)
@@ -61,6 +63,8 @@ class MasterEngine(Engine):
         # the update alike, decided on the device.
         self._optimizer.found_inf = (~squares.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
+        if self.loss_scale is not None:
+            squares = self.loss_scale.update(squares)
         return self.chart("Loss", penalties) | {f"Gradients/{self.player.name}/norm": Share(squares, 1.0)}
 
     def _clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
@@ -69,10 +73,10 @@ class MasterEngine(Engine):
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0).float()
             torch._foreach_mul_(gradients, factor)
 
-    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+    def moments(self) -> list[dict[str, torch.Tensor]]:
         return [dict(self._optimizer.state[p]) for p in self._masters.values()]
 
-    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+    def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
         for master, state in zip(self._masters.values(), states, strict=True):
             # Moments take the parameter's memory layout: the fused kernels walk both in memory order.
             self._optimizer.state[master] = {

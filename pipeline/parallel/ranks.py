@@ -123,6 +123,11 @@ class Ranks:
         """The one rank that writes files and talks to people."""
         return self.rank == 0
 
+    @property
+    def low_precision(self) -> torch.dtype | None:
+        """What networks compute in, over fp32 masters; None: fp32."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum over ranks of a tensor of equal shape on each; in place."""
         if self.world > 1:

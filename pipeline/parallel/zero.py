@@ -49,6 +49,7 @@ class ZeroEngine(Engine):
             ),
             dist_init_required=False,
         )
+        self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
         self._flat, places = self._masters(named)
         self._offsets = [offset for offset, _, _ in places.values()]
         self._fragments = [
@@ -143,7 +144,7 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._ds.backward(loss)  # divides by the rounds itself
+        self._ds.backward(self.scaled(loss))  # divides by the rounds itself
         if self._r1_round is not None:
             self._r1_round.__exit__(None, None, None)
             self._r1_round = None
@@ -168,6 +169,8 @@ class ZeroEngine(Engine):
         """Called by the optimizer's step, with the averaged gradient of the flat partition in place."""
         gradient = self._flat.grad
         assert gradient is not None
+        if self.loss_scale is not None:
+            self.loss_scale.down_([gradient])
         parts = [
             gradient[offset : offset + f.data.numel()]
             for offset, f in zip(self._offsets, self._fragments, strict=True)
@@ -180,11 +183,11 @@ class ZeroEngine(Engine):
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
         optimizer.found_inf = (~squares.isfinite()).float().to(gradient.device)  # type: ignore[attr-defined]
-        self._squares = squares
+        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
 
     # The rest
 
-    def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
+    def moments(self) -> list[dict[str, torch.Tensor]]:
         state = self._optimizer.state[self._flat]
         return [
             {
@@ -194,7 +197,7 @@ class ZeroEngine(Engine):
             for offset, f in zip(self._offsets, self._fragments, strict=True)
         ]
 
-    def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
+    def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
         whole: dict[str, torch.Tensor] = {}
         for offset, fragment, state in zip(self._offsets, self._fragments, states, strict=True):
             for key, value in state.items():

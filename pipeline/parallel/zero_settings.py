@@ -111,8 +111,8 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elem
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {
-                "enabled": ranks.precision == "bf16",
-                "dtype": "bfloat16",
+                "enabled": ranks.low_precision is not None,
+                "dtype": str(ranks.low_precision or torch.bfloat16).removeprefix("torch."),
                 "lower_precision_safe_modules": [],  # gradients are reduced in fp32
             },
         }

@@ -1,7 +1,7 @@
 """What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT [EARLIER]`.
 
 The parity matrix; two of its cases continued from the checkpoints that the launch before, of another
-strategy or world, left in EARLIER; the Dirac-GAN; and a record of what passes between the ranks.
+strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; and fp16.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import dirac
+import half
 import wire
 from safetensors.torch import save_file
 
@@ -30,6 +31,7 @@ def main(out: Path, earlier: Path | None) -> None:
                 save_file(tensors, out / f"continued-{case.name}.safetensors")
     found = {dirac.name(*lambdas): dirac.train(ranks, *lambdas) for lambdas in dirac.LAMBDAS}
     found["wire.json"] = wire.record(ranks)
+    found["overflow.json"] = half.train(ranks, out)
     if ranks.main:
         for name, value in found.items():
             (out / name).write_text(json.dumps(value))

@@ -1,0 +1,60 @@
+"""fp16 under every strategy: its loss scale changes nothing but what overflows."""
+
+from __future__ import annotations
+
+import json
+
+import half
+import pytest
+import torch
+from launches import EVERYWHERE
+from safetensors.torch import load_file
+
+from launch import parity, selfcheck
+from pipeline.parallel.loss_scale import START, LossScale
+
+CASES = {case.name: case for case in parity.cases()}
+
+
+@pytest.mark.parametrize("case", half.CASES)
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_scaling_changes_nothing(launched, name, case):
+    """Penalties, clipping and norms are in true units: over fp32 networks all is as without a loss scale."""
+    found = selfcheck.differences(
+        selfcheck.read(launched(name) / "scaled", case), selfcheck.expected(CASES[case])
+    )
+    assert [(what, error) for column, what, error in found if error > selfcheck.tolerance(column)] == []
+
+
+@pytest.mark.parametrize("case", half.CASES)
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_fp16_trains_as_fp32_does_to_its_own_rounding(launched, name, case):
+    weights = load_file(launched(name) / "fp16" / f"{case}.safetensors")
+    expected, _ = selfcheck.expected(CASES[case])
+    for key, tensor in expected.items():
+        torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-4)
+        assert torch.equal(weights[f"resumed/{key}"], weights[key]), key
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_an_overflow_on_one_rank_skips_the_update_on_all_and_halves_the_scale(launched, name):
+    first, second, third = json.loads((launched(name) / "overflow.json").read_text())
+    everything = ["D", "G", "G_ema"]
+    assert (first["changed"], first["scale"]) == (everything, START)
+    assert (second["changed"], second["scale"]) == (["G", "G_ema"], START / 2)
+    assert (third["changed"], third["scale"]) == (everything, START / 2)
+    assert second["norm"] == pytest.approx(first["norm"])  # no infinity in the charts
+    assert third["norm"] != first["norm"]
+
+
+def test_the_scale_is_doubled_after_a_long_time_without_overflow_and_survives_a_checkpoint():
+    scale, fine, overflown = LossScale(torch.device("cpu")), torch.tensor(4.0), torch.tensor(torch.inf)
+    for _ in range(1999):
+        scale.update(fine)
+    resumed = LossScale(torch.device("cpu"))
+    resumed.load(scale.state())
+    resumed.update(fine)
+    assert resumed.state()["loss_scale"] == 2 * START
+    assert float(resumed.up(torch.tensor(3.0))) == 6 * START
+    resumed.update(overflown)
+    assert resumed.state() == {"loss_scale": START, "loss_scale_finite": 0}
