@@ -35,6 +35,7 @@ def main(out: Path, earlier: Path | None) -> None:
     if ranks.main:
         for name, value in found.items():
             (out / name).write_text(json.dumps(value))
+    assert "transformers" not in sys.modules  # Accelerate's DeepSpeed plugin would need it; nothing here does
     ranks.leave()
 
 

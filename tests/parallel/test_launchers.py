@@ -1,0 +1,111 @@
+"""What launchers may say: strategies recognised, set-ups refused that would quietly train something else."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import mutant
+import pytest
+from launches import run
+
+from launch import parity, selfcheck
+from pipeline.config import Optimizer, UserError
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.ranks import read_launch
+from pipeline.parallel.zero_settings import deepspeed_config
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "RANK": "0"}
+
+
+def with_file(tmp_path, **settings):
+    """The environment of a launcher with a DeepSpeed JSON config."""
+    settings.setdefault("zero_optimization", {"stage": 2})
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    return DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "deepspeed.json")}
+
+
+@pytest.mark.parametrize(
+    ("environment", "strategy"),
+    [
+        ({}, "single"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "ddp"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero1"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+    ],
+)
+def test_the_strategy_is_the_launchers(environment, strategy):
+    assert read_launch(environment).strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"MASTER_PORT": "29500"}, "distributed_type: NO"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ddp.yaml"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer to nvme"),
+        (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, "/nowhere.json cannot be read"),
+    ],
+)
+def test_what_would_train_something_else_is_refused(environment, told):
+    with pytest.raises(UserError, match=told):
+        read_launch(environment)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "ddp.yaml"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "optimizer to nvme"),
+        ({"optimizer": {"type": "Adam"}}, "optim.G"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, settings, told):
+    with pytest.raises(UserError, match=told):
+        read_launch(with_file(tmp_path, **settings))
+
+
+def completed(tmp_path, **settings):
+    zero = read_launch(with_file(tmp_path, **settings)).zero
+    ranks = SimpleNamespace(zero=zero, precision="no", low_precision=None)
+    return deepspeed_config(ranks, Optimizer(clip=0.5), BatchShape(world=2, rounds=3, images=4), 1000)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("train_batch_size", 12, 24),
+        ("train_micro_batch_size_per_gpu", 6, 4),
+        ("gradient_accumulation_steps", 1, 3),
+        ("gradient_clipping", 1.0, 0.5),
+        ("bf16", {"enabled": True}, {"enabled": False}),
+        ("fp16", {"enabled": True}, {"enabled": False}),
+    ],
+)
+def test_numbers_in_a_deepspeed_file_may_be_ours_or_auto_and_nothing_else(tmp_path, key, wrong, right):
+    auto = {"enabled": "auto"} if isinstance(right, dict) else "auto"
+    assert completed(tmp_path, **{key: right}) == completed(tmp_path, **{key: auto})
+    with pytest.raises(UserError, match=key):
+        completed(tmp_path, **{key: wrong})
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_optimizer_state_on_the_cpu_changes_nothing_and_nothing_is_compiled(tmp_path, monkeypatch, stage):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    file = tmp_path / "offload.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    run(f"zero{stage}-2", ["mutant", "none", str(tmp_path)], deepspeed=file)
+    cases = {case.name: case for case in parity.cases()}
+    for name in mutant.CASES:
+        found = selfcheck.differences(
+            selfcheck.read(tmp_path / "none", name), selfcheck.expected(cases[name])
+        )
+        assert [(what, error) for column, what, error in found if error > selfcheck.tolerance(column)] == []
+    assert not (tmp_path / "extensions").exists()
