@@ -69,6 +69,8 @@ class Data:
     workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0: in the training process
     window: Count = 16  # shards shuffled together; more: better shuffled, more open shards
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the samples held out, if folds is not set
+    xflip: bool = False  # mirror every other image, anew in each epoch
+    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that others stand in for, per rank, each named
     folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of so many parts …
     fold: Annotated[int, Field(ge=0)] = 0  # … namely this one
 

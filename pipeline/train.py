@@ -106,6 +106,8 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
             channels=settings.data.channels,
             conditional=settings.data.conditional,
             workers=settings.data.workers,
+            xflip=settings.data.xflip,
+            max_bad=settings.data.max_bad,
         )
         completed = loop.train(gan, reals, state, stats, settings.run, session)
         ranks.from_main(lambda: _conclude(folder, state, report, completed))

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data import npy
 
@@ -46,6 +46,8 @@ def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
             )
     except WrongSizeError:
         raise
+    except UnidentifiedImageError:  # its own message tells a memory address, another one each time
+        raise BadImageError(f"not a whole {', '.join(FORMATS)} or .npy image") from None
     except Exception as error:  # damaged or hostile bytes make decoders raise nearly anything
         raise BadImageError(str(error) or type(error).__name__) from None
     return pixels.reshape(size, size, channels).transpose(2, 0, 1)

@@ -22,9 +22,10 @@ Ints = NDArray[np.int64]
 _P = TypeVar("_P", bound="Plan")
 
 _VERSION = 1  # of the order itself: part of the fingerprint, raised when the same seed gives another order
-_SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS = range(4)  # what a permutation is for
+_SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS, _SPARE = range(5)  # what a permutation is for
 _TOLERANCE = 0.05  # whole shards are held out if that meets the wished share to within so much of it
 _TRAINING, _HELD_OUT = 0, 1
+_IN_WINDOW = 8  # attempts to replace a sample by one of the same window
 
 
 def permutation(n: int, *purpose: int) -> Ints:
@@ -154,6 +155,22 @@ class Plan:
             position, count = position + len(taken), count - len(taken)
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
+    def spare(self, position: int, attempt: int) -> tuple[int, int]:
+        """The (shard, row) to use in place of the sample at a position; another one for every attempt.
+
+        First from the same window, whose shards are at hand, and after some attempts from the whole epoch.
+        """
+        epoch, place = divmod(position, self.size)
+        _, ends = self._epoch_order(epoch)
+        window = int(np.searchsorted(ends, place, side="right"))
+        first, end = (int(ends[window - 1]) if window else 0), int(ends[window])
+        if attempt >= _IN_WINDOW:
+            first, end = 0, self.size
+        purpose = np.random.SeedSequence((self._seed, _SPARE, self._part, position, attempt))
+        chosen = first + int(np.random.PCG64(purpose).random_raw()) % (end - first)
+        shard, row = self.samples(epoch * self.size + chosen, 1)[0].tolist()
+        return shard, row
+
     def rows(self, shard: int) -> Ints:
         """The rows of a shard that this plan comes to, ascending."""
         return self._split.rows(shard, self._part)
@@ -162,6 +179,11 @@ class Plan:
     def counts(self) -> Ints:
         """Samples of each shard that this plan comes to [shards]."""
         return self._counts
+
+    @property
+    def seed(self) -> int:
+        """What the order, and whatever else is drawn per sample, follows from."""
+        return self._seed
 
     @property
     def window(self) -> int:

@@ -16,6 +16,10 @@ Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by 
 _MOST_OPEN = 256  # shards: file descriptors, and sidecars in memory
 
 
+class BadSampleError(UserError):
+    """One sample that cannot be used, in a shard that can."""
+
+
 class Reader:
     """Reads samples by shard and row. One per process.
 
@@ -30,14 +34,15 @@ class Reader:
     def read(self, shard: int, row: int) -> Sample:
         """The sample as webdataset would give it: `__key__`, `__url__`, the image's bytes, `cls` if there.
 
-        Raises UserError if the bytes are not those that were indexed.
+        Raises BadSampleError if the bytes are not those that were indexed, UserError for a shard that cannot
+        be opened.
         """
         file, table = self._shard(shard)
         offset, size = int(table.offset[row]), int(table.size[row])
         url = self._index.shards[shard].url
         data = _pread(file, size, offset)
         if zlib.crc32(data) != table.crc[row]:
-            raise UserError(
+            raise BadSampleError(
                 f"shard {url}, byte {offset}: sample {table.key(row)!r} is not what was indexed (wrong CRC). "
                 f"The file in {self._index.root} is damaged: fetch it again. If the shards were replaced on "
                 "purpose, run `shardgan prepare --index-only` on the folder."

@@ -8,117 +8,102 @@ same for any number of workers, and neither ranks nor workers need to agree on a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import webdataset
 from numpy.typing import NDArray
-from torch.utils.data import get_worker_info
 
 from pipeline.config import Data, UserError
-from pipeline.data.decode import BadImageError, WrongSizeError, decode
+from pipeline.data.augment import flips
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
-from pipeline.data.reader import Reader, Sample
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
+from pipeline.data.reader import BadSampleError, Reader, Sample
+from pipeline.data.spares import Spares
+from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage
 from pipeline.data.workers import Loader
 
 _CHECKED_SHARDS = 8
 
-Decoded = tuple[NDArray[np.uint8], int]
-Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
+_Item = tuple[torch.Tensor, tuple[str, ...]]
 
 
 class Batch(NamedTuple):
-    """images: uint8 [b, C, H, W], pinned when CUDA is there; labels: int64 [b], or None if unconditional."""
+    """images: uint8 [b, C, H, W], pinned when CUDA is there; labels: int64 [b], or None if unconditional.
+
+    bad: what is wrong with the samples that others stand in for, as far as not said with an earlier batch.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor | None
-
-
-class PlannedSamples:
-    """The source stage: raw samples in the order of the plan, without end.
-
-    Step i stands for the global positions start + i * batch_size …; this rank's equal, contiguous slice of
-    it is read. In a DataLoader worker k of K only steps k, k + K, … are.
-    """
-
-    def __init__(self, index: Index, plan: Plan, start: int, batch_size: int, rank: int, world: int) -> None:
-        if batch_size % world:
-            raise ValueError(f"a batch of {batch_size} cannot be divided equally over {world} ranks")
-        self._index, self._plan, self._batch_size = index, plan, batch_size
-        self._local = batch_size // world
-        self._start = start + rank * self._local
-
-    def __call__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        step, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = Reader(self._index, self._plan.window)
-        try:
-            while True:
-                position = self._start + step * self._batch_size
-                for shard, row in self._plan.samples(position, self._local).tolist():
-                    yield reader.read(shard, row)
-                step += stride
-        finally:
-            reader.close()
-
-
-class Decode:
-    """A stage: raw samples → (image uint8 [C, H, W], label or -1)."""
-
-    def __init__(self, size: int, channels: int) -> None:
-        self._size, self._channels = size, channels
-
-    def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
-        for sample in samples:
-            yield self.one(sample)
-
-    def one(self, sample: Sample) -> Decoded:
-        """Raises UserError, naming shard and sample, for an image that cannot be decoded or does not fit."""
-        where = f"shard {sample.get('__url__')} sample {sample.get('__key__')}"
-        data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        if data is None:
-            raise UserError(f"{where} has no image left after the stages before decoding.")
-        try:
-            image = decode(data, self._size, self._channels)
-        except WrongSizeError as wrong:
-            raise UserError(
-                f"{where} is {wrong.width}x{wrong.height} but data.size={self._size}; "
-                f"run `shardgan prepare … --size {self._size}`."
-            ) from None
-        except BadImageError as error:
-            raise UserError(f"{where} cannot be decoded: {error}.") from None
-        return image, int(sample.get("cls", -1))
+    bad: tuple[str, ...] = ()
 
 
 class _Batches:
-    """The last stage: `count` decoded samples → one flat buffer, so that one tensor crosses to the trainer.
+    """The last stage: raw samples → decoded, one step's in a flat buffer, so that one tensor crosses to the
+    trainer, and beside it what was wrong with replaced samples.
 
     The buffer (uint8) holds the labels as int64, then the images. A UserError is passed on as a value: raised
     in a worker it would reach the user buried in a traceback.
     """
 
-    def __init__(self, count: int, size: int, channels: int) -> None:
-        self._shape = (count, channels, size, size)
+    def __init__(
+        self,
+        source: PlannedSamples,
+        plan: Plan,
+        stages: Sequence[Stage],
+        decoder: Decode,
+        shape: tuple[int, int, int, int],
+        xflip: bool,
+        spares: Spares | None,
+    ) -> None:
+        self._source, self._plan, self._stages, self._decoder = source, plan, stages, decoder
+        self._shape, self._xflip, self._spares = shape, xflip, spares
 
-    def __call__(self, samples: Iterable[Decoded]) -> Iterator[torch.Tensor | UserError]:
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[_Item | UserError]:
         source = iter(samples)
-        while True:
+        for start in self._source.positions():
             buffer = torch.empty(_bytes(self._shape), dtype=torch.uint8)
             batch = _unpack(buffer, self._shape)
-            images, labels = batch.images.numpy(), np.empty(self._shape[0], np.int64)
+            assert batch.labels is not None
             try:
-                for i in range(len(images)):
-                    images[i], labels[i] = next(source)
+                self._fill(batch.images.numpy(), batch.labels.numpy(), source, start)
             except UserError as error:
                 yield error
                 return
-            assert batch.labels is not None
-            batch.labels.numpy()[:] = labels
-            yield buffer
+            yield buffer, self._spares.found() if self._spares else ()
+
+    def _fill(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64], source: Iterator[Sample], start: int
+    ) -> None:
+        mirrored = self._mirrored(start)
+        for i in range(len(images)):
+            image, labels[i] = self._decode(next(source), start + i)
+            images[i] = image[:, :, ::-1] if mirrored[i] else image
+
+    def _decode(self, sample: Sample, position: int) -> Decoded:
+        try:
+            return self._decoder.one(sample)
+        except BadSampleError as error:
+            if self._spares is None:
+                raise
+            return self._spares.replace(position, error, self._staged)
+
+    def _staged(self, sample: Sample) -> Decoded:
+        """A stand-in goes through the user's stages like any other sample."""
+        samples: Iterable[Sample] = [sample]
+        for stage in self._stages:
+            samples = stage(samples)
+        return self._decoder.one(next(iter(samples)))
+
+    def _mirrored(self, start: int) -> NDArray[np.bool_]:
+        images = self._shape[0]
+        if not self._xflip:
+            return np.zeros(images, np.bool_)
+        epochs = (start + np.arange(images, dtype=np.int64)) // self._plan.size
+        return flips(self._plan.seed, epochs, self._plan.samples(start, images))
 
 
 def _bytes(shape: tuple[int, int, int, int]) -> int:
@@ -133,15 +118,20 @@ def _unpack(buffer: torch.Tensor, shape: tuple[int, int, int, int]) -> Batch:
 class TrainingBatches(Iterator[Batch]):
     """What training_batches returns: an iterator that can be closed."""
 
-    def __init__(self, loader: Loader, shape: tuple[int, int, int, int], conditional: bool) -> None:
+    def __init__(
+        self, loader: Loader, shape: tuple[int, int, int, int], conditional: bool, max_bad: int
+    ) -> None:
         self._loader, self._shape, self._conditional = loader, shape, conditional
+        self._bad: set[str] = set()
+        self._max_bad = max_bad
 
     def __next__(self) -> Batch:
         item = next(self._loader)
         if isinstance(item, UserError):
             self.close()
             raise item
-        batch = _unpack(item, self._shape)
+        buffer, found = item
+        batch = _unpack(buffer, self._shape)._replace(bad=self._not_yet_said(found))
         if not self._conditional:
             return batch._replace(labels=None)
         assert batch.labels is not None
@@ -149,6 +139,17 @@ class TrainingBatches(Iterator[Batch]):
             self.close()
             raise _unlabelled()
         return batch
+
+    def _not_yet_said(self, found: Sequence[str]) -> tuple[str, ...]:
+        new = tuple(dict.fromkeys(text for text in found if text not in self._bad))
+        self._bad |= set(new)
+        if len(self._bad) > self._max_bad:
+            self.close()
+            raise UserError(
+                f"{len(self._bad)} images cannot be used, more than data.max_bad={self._max_bad}. "
+                f"The last one: {new[-1]}"
+            )
+        return new
 
     def close(self) -> None:
         self._loader.close()
@@ -166,24 +167,25 @@ def training_batches(
     channels: int,
     conditional: bool,
     workers: int,
+    xflip: bool = False,
+    max_bad: int = 0,
     stages: Sequence[Stage] = (),
 ) -> TrainingBatches:
     """This rank's batches from global position `start` on, without end: step i covers the positions
     start + i * batch_size …, of which the rank gets its contiguous batch_size / world.
 
     Worker processes start at once (0: decode in this process, as asked). `stages` are put between reading and
-    decoding; they get and give raw samples one for one, as webdataset.map does. Iterating raises UserError
-    for a damaged shard or an image that does not fit; `close()` ends the workers, as does the end of the
+    decoding; they get and give raw samples one for one, as webdataset.map does. Up to `max_bad` different
+    damaged images are replaced by others of the plan. Iterating raises UserError for one more, for a shard
+    that cannot be read or an image that does not fit; `close()` ends the workers, as does the end of the
     process.
     """
     shape = (batch_size // world, channels, size, size)
-    pipeline = webdataset.DataPipeline(
-        PlannedSamples(index, plan, start, batch_size, rank, world),
-        *stages,
-        Decode(size, channels),
-        _Batches(*shape[:1], size, channels),
-    )
-    return TrainingBatches(Loader(pipeline, workers), shape, conditional)
+    spares = Spares(index, plan) if max_bad else None
+    source = PlannedSamples(index, plan, start, batch_size, rank, world, spares)
+    batches = _Batches(source, plan, stages, Decode(size, channels), shape, xflip, spares)
+    pipeline = webdataset.DataPipeline(source, *stages, batches)
+    return TrainingBatches(Loader(pipeline, workers), shape, conditional, max_bad)
 
 
 def heldout_batches(
@@ -201,8 +203,9 @@ def heldout_batches(
     """The first `limit` held-out samples (None: all), each once over all ranks, as (batch, valid).
 
     They are decoded in this process. Every rank gets equally many batches, all of `batch` images; of the
-    last ones only the first `valid` (perhaps 0) images count, the others are black. Raises UserError as
-    training_batches does.
+    last ones only the first `valid` (perhaps 0) images count, the others are black. Nothing stands in for a
+    damaged image, since scores on other images would not compare: it raises UserError, as does one that does
+    not fit.
     """
     reader, decoder = Reader(index, plan.window), Decode(size, channels)
     try:
@@ -235,8 +238,8 @@ def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
 def check_images(index: Index, data: Data) -> None:
     """Decode the first image of a few shards, so that what cannot be trained on is said before training.
 
-    Raises UserError for an image of another size than data.size, one that cannot be decoded, and, if
-    data.conditional, shards without labels.
+    Raises UserError for an image of another size than data.size, one that cannot be decoded (unless
+    data.max_bad allows for some), and, if data.conditional, shards without labels.
     """
     if data.conditional and not index.num_classes:
         raise UserError(f"data.conditional=true, but the shards in {index.root} have no labels (.cls).")
@@ -244,7 +247,11 @@ def check_images(index: Index, data: Data) -> None:
     reader, decoder = Reader(index, data.window), Decode(data.size, data.channels)
     try:
         for i in filled[:: max(1, len(filled) // _CHECKED_SHARDS)]:
-            decoder.one(reader.read(i, 0))
+            try:
+                decoder.one(reader.read(i, 0))
+            except BadSampleError:  # one bad image does not speak for the others
+                if not data.max_bad:
+                    raise
     finally:
         reader.close()
     for shard in index.shards if data.conditional else ():

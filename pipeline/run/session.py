@@ -29,7 +29,7 @@ from pipeline.run import checkpoint
 from pipeline.run.evaluate import evaluate, fixed_images, from_latents, heldout_features
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.grid import save_grid
-from pipeline.run.report import Report
+from pipeline.run.report import Report, say
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 
@@ -58,6 +58,7 @@ class Session:
         self._train_size = train_size
         self._extractor: Extractor | None = None
         self._waited = 0.0
+        self._bad_images = 0
         self._clock = (time.perf_counter(), 0)
         self._watched = self._heldout_sample()
 
@@ -76,11 +77,12 @@ class Session:
         self._clock = (time.perf_counter(), cur_nimg)
 
     def timed(self, reals: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, with a note of how long training waited for them."""
+        """The same batches, with a note of how long training waited for them and what was bad in them."""
         while True:
             start = time.perf_counter()
             batch = next(reals)
             self._waited += time.perf_counter() - start
+            self._name_bad(batch.bad)
             yield batch
 
     def stop_requested(self) -> Callable[[], bool]:
@@ -98,13 +100,19 @@ class Session:
         self._score_heldout(gan.D, stats)
         for engine in (gan.D, gan.G):
             stats.add(engine.chart("Weights", {"norm": sum_of_squares([f.data for f in engine.fragments])}))
-        mine = {"seconds": now - then, "waited": self._waited, "memory": _peak_memory_gb(self.ranks.device)}
+        mine = {
+            "seconds": now - then,
+            "waited": self._waited,
+            "memory": _peak_memory_gb(self.ranks.device),
+            "bad": self._bad_images,
+        }
         values, each = stats.reduce(self.ranks, mine)
         seconds, images = max(each["seconds"]), cur_nimg - before
         values |= {
             "Progress/kimg": cur_nimg / 1000,
             "Progress/epoch": cur_nimg / self._train_size,
             "Resources/peak_mem_gb": max(each["memory"]),
+            "Progress/bad_images": sum(each["bad"]),
         }
         if images:
             values |= {
@@ -157,6 +165,13 @@ class Session:
             yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
+
+    def _name_bad(self, bad: tuple[str, ...]) -> None:
+        """Whatever the rank: each finds its own."""
+        self._bad_images += len(bad)
+        for text in bad:
+            line = f"warning: {text} Another image stands in for it (data.max_bad)."
+            self.report.say(line) if self.ranks.main else say(line)
 
     def _score_heldout(self, D: Engine, stats: Stats) -> None:
         """D's mean logit on real images it never trains on: beside Loss/scores/real, its over-fitting.

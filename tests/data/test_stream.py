@@ -20,10 +20,9 @@ from pipeline.config import Data, UserError
 from pipeline.data import workers as worker_processes
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Plan, heldout_plan, training_plan
+from pipeline.data.stages import Decode, PlannedSamples
 from pipeline.data.stream import (
     Batch,
-    Decode,
-    PlannedSamples,
     TrainingBatches,
     check_images,
     heldout_batches,
