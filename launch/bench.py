@@ -7,6 +7,7 @@ import importlib
 import click
 
 _COMMANDS = {
+    "loader": "launch.bench_loader",
     "memory": "launch.bench_memory",
     "penalty": "launch.bench_penalty",
     "step": "launch.bench_step",
