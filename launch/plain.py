@@ -104,7 +104,7 @@ def _g_loss(kind: str, fake: Tensor) -> Tensor:
 
 def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
     """λ₂ Σ w² and λ₁ Σ |w|, over all parameters or over the kernels: here, what has two axes or more."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     chosen = [p for p in module.parameters() if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
     parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
