@@ -31,7 +31,8 @@ _Item = tuple[torch.Tensor, tuple[str, ...]]
 
 
 class Batch(NamedTuple):
-    """images: uint8 [b, C, H, W], pinned when CUDA is there; labels: int64 [b], or None if unconditional.
+    """images: uint8 [b, C, H, W], those of training channels last in memory and pinned when CUDA is there;
+    labels: int64 [b], or None if unconditional.
 
     bad: what is wrong with the samples that others stand in for, as far as not said with an earlier batch.
     """
@@ -112,7 +113,10 @@ def _bytes(shape: tuple[int, int, int, int]) -> int:
 
 def _unpack(buffer: torch.Tensor, shape: tuple[int, int, int, int]) -> Batch:
     split = shape[0] * 8
-    return Batch(buffer[split:].view(shape), buffer[:split].view(torch.int64))
+    count, channels, height, width = shape
+    # Channels last in memory, as decoders write and the networks' convolutions read: no image is transposed.
+    images = buffer[split:].view(count, height, width, channels).permute(0, 3, 1, 2)
+    return Batch(images, buffer[:split].view(torch.int64))
 
 
 class TrainingBatches(Iterator[Batch]):

@@ -99,7 +99,7 @@ def test_batch_has_what_its_docstring_says(make_shards: MakeShards) -> None:
     batch = next(batches(index, plan, conditional=True, channels=3, world=2, rank=1))
     assert batch.images.shape == (BATCH // 2, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     assert batch.labels is not None and batch.labels.dtype == torch.int64
-    assert batch.images.is_contiguous()
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
     expected = [(shard + row) % 7 for shard, row in plan.samples(BATCH // 2, BATCH // 2).tolist()]
     assert batch.labels.tolist() == expected
     assert next(batches(index, plan)).labels is None
