@@ -64,7 +64,7 @@ class ZeroEngine(Engine):
         ]
         self.penalty = LocalPenalty.over(self._fragments, player.penalty)
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self._last_round, self._bare = True, False
+        self._last_round, self._bare, self._asked = True, False, False
         self._r1_round: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
 
@@ -161,9 +161,16 @@ class ZeroEngine(Engine):
 
     def step(self) -> dict[str, Share]:
         penalties = self.penalty.values()
+        self._asked = False
         self._ds.step()
+        if not self._asked:  # not finite: stage 3, and any with offloading, skip that by themselves
+            self._note(torch.full_like(self._squares, torch.inf))
         norm = {f"Gradients/{self.player.name}/norm": Share(self._squares, 1.0)}
         return self.chart("Loss", penalties) | norm
+
+    def _note(self, squares: torch.Tensor) -> None:
+        """Remember an update's squared gradient norm."""
+        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Called by the optimizer's step, with the averaged gradient of the flat partition in place."""
@@ -183,7 +190,8 @@ class ZeroEngine(Engine):
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
         optimizer.found_inf = (~squares.isfinite()).float().to(gradient.device)  # type: ignore[attr-defined]
-        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
+        self._note(squares)
+        self._asked = True
 
     # The rest
 

@@ -47,7 +47,9 @@ def test_the_launcher_says_whether_gathered_blocks_are_kept(said, kept):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
     def config(elements, **zero):
-        ranks = SimpleNamespace(zero={"zero_optimization": {"stage": stage, **zero}}, precision="no")
+        ranks = SimpleNamespace(
+            zero={"zero_optimization": {"stage": stage, **zero}}, precision="no", low_precision=None
+        )
         return deepspeed_config(ranks, Optimizer(), BatchShape(2, 1, 2), elements)["zero_optimization"]
 
     assert config(1000)["reduce_bucket_size"] == 1000
