@@ -24,7 +24,7 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.ranks import Ranks, end_process, read_launch
 from pipeline.run import checkpoint
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
@@ -235,3 +235,4 @@ def whole(gan: Gan) -> Tensors:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

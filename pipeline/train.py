@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
 from pipeline.parallel.engine import PlayerSettings
-from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, read_launch
+from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, end_process, read_launch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, finished, open_folder
@@ -109,7 +110,8 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
             xflip=settings.data.xflip,
             max_bad=settings.data.max_bad,
         )
-        completed = loop.train(gan, reals, state, stats, settings.run, session)
+        with closing(reals):
+            completed = loop.train(gan, reals, state, stats, settings.run, session)
         ranks.from_main(lambda: _conclude(folder, state, report, completed))
     finally:
         report.close()
@@ -227,4 +229,4 @@ def _refuse(error: Exception, tell: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

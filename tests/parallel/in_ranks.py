@@ -16,6 +16,7 @@ import wire
 from safetensors.torch import save_file
 
 from launch import parity
+from pipeline.parallel.ranks import end_process
 
 CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves
 
@@ -41,3 +42,4 @@ def main(out: Path, earlier: Path | None) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    end_process(0)

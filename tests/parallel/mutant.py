@@ -20,7 +20,7 @@ from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import sum_of_squares
 from pipeline.parallel.fsdp2 import Fsdp2Engine
-from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.ranks import Ranks, end_process
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 CASES = ("sgd-l2-free-1", "adam-l2-clipped-2")
@@ -138,3 +138,4 @@ def main(mistakes: list[str], out: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1].split(","), Path(sys.argv[2]))
+    end_process(0)
