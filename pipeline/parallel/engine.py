@@ -200,9 +200,9 @@ class Engine(abc.ABC):
         )
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What this rank's network holds besides its fragments: buffers and parameters that do not train."""
-        fixed = {name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad}
-        return fixed | {name: buffer.detach() for name, buffer in self.module.named_buffers()}
+        """What training changes in this rank's network besides its fragments. (Parameters that do not train
+        are as the network's class makes them, every time.)"""
+        return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
 
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""

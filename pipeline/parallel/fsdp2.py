@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pipeline.config import UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fragments import Fragment
@@ -97,9 +98,22 @@ def _shard(module: nn.Module) -> list[FSDPModule]:
     """
     # Said explicitly: by default the root stays gathered, and a pass without gradients would leave stale
     # weights there for the next one.
+    refuse_ties(module)
     for part in (*_blocks(module), module):
         fully_shard(part, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def refuse_ties(module: nn.Module) -> None:
+    """Raise UserError for a parameter that is used under two names: FSDP2 shards modules, and would have it
+    twice, or gathered in one place and not in the other."""
+    first: dict[int, str] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(p), name) != name:
+            raise UserError(
+                f"{type(module).__name__} ties its parameters {first[id(p)]} and {name}, which FSDP2 cannot "
+                "shard as one. Train it under ddp, or under zero1, zero2 or zero3."
+            )
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

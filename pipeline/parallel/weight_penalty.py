@@ -3,7 +3,8 @@
 The sums run over elements, and every element is on exactly one rank (or, replicated, on every rank), so
 both the value and the gradient split over fragments: the gradient of λ‖W‖² at an element is 2λ times that
 element, wherever it lives. The gradient is added on the local shards after the players' gradients have been
-averaged over ranks, once, and before clipping: what autograd gives for the penalty inside the loss.
+averaged over ranks, once, and before clipping: what autograd gives for the penalty inside the loss. A
+parameter that does not train is a constant in it, and is left out of gradient and value alike.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
     pieces = checkpoint.Pieces(found, player)
     named = dict(network.named_parameters())
     buffers = pooled(network, checkpoint.read_buffers(found, player))
-    if pieces.names() | buffers.keys() < named.keys():
+    if not {name for name, p in named.items() if p.requires_grad} <= pieces.names():
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
     with torch.no_grad():
         for name in pieces.names():

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Optimizer
+from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.fsdp2 import refuse_ties
 from pipeline.parallel.ranks import read_launch
 from pipeline.parallel.zero_settings import deepspeed_config
 
@@ -55,3 +56,12 @@ def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
     assert config(1000)["reduce_bucket_size"] == 1000
     assert config(10**9)["reduce_bucket_size"] < 10**8
     assert config(1000, reduce_bucket_size=5)["reduce_bucket_size"] == 5
+
+
+def test_fsdp2_refuses_tied_parameters():
+    """Sharded twice, one parameter would be trained as two."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    refuse_ties(module)
+    module[1].weight = module[0].weight
+    with pytest.raises(UserError, match=r"0\.weight and 1\.weight"):
+        refuse_ties(module)
