@@ -7,6 +7,7 @@ training uses.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from pipeline.config import UserError
 
 
-class Extractor(nn.Module):
+class Extractor(nn.Module, abc.ABC):
     """A frozen network: uint8 images [N, C, H, W], C = 1 or 3, on its device → float32 [N, dim].
 
     Grey images are repeated to three channels. Any size is taken; each extractor says how it resizes.
@@ -44,9 +45,9 @@ class Extractor(nn.Module):
         with torch.autocast(images.device.type, enabled=False), _ieee_convolutions():
             return torch.cat([self.extract(part.float().expand(-1, 3, -1, -1)) for part in parts])
 
+    @abc.abstractmethod
     def extract(self, pixels: Tensor) -> Tensor:
         """float32 [N, 3, H, W] with values 0 to 255 → float32 [N, dim]."""
-        raise NotImplementedError
 
 
 class EfficientNetLite0(Extractor):
