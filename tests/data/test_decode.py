@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -213,3 +214,96 @@ def test_an_array_that_claims_to_be_huge() -> None:
         decode(data, 8, 1)
     with pytest.raises(BadImageError, match="bytes of numbers"):
         decode(data, 1 << 20, 1)
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def filtered_png(pixels: np.ndarray, filters: list[int], *pieces: int) -> bytes:
+    """A PNG of uint8 [h, w] or [h, w, 3] whose rows have the filters wanted (PNG specification, section 9),
+    its compressed pixels cut at `pieces`."""
+    height, width, channels = np.atleast_3d(pixels).shape
+    rows = pixels.reshape(height, -1).astype(int)
+    left = np.pad(rows, ((0, 0), (channels, 0)))[:, : rows.shape[1]]
+    up = np.pad(rows, ((1, 0), (0, 0)))[:height]
+    corner = np.pad(left, ((1, 0), (0, 0)))[:height]
+    to_left, to_up, to_corner = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
+    nearest = np.where(to_up <= to_corner, up, corner)
+    paeth = np.where((to_left <= to_up) & (to_left <= to_corner), left, nearest)
+    predicted = [np.zeros_like(rows), left, up, (left + up) // 2, paeth]
+    data = zlib.compress(
+        b"".join(bytes([f, *((rows[y] - predicted[f][y]) % 256).tolist()]) for y, f in enumerate(filters))
+    )
+    ends = [0, *pieces, len(data)]
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2 * (channels == 3), 0, 0, 0])
+    parts = [chunk(b"IDAT", data[a:b]) for a, b in pairwise(ends)]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(parts) + chunk(b"IEND", b"")
+
+
+def by_pillow(data: bytes) -> np.ndarray | None:
+    """What Pillow makes of a file on its own; None if it refuses."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return np.asarray(image)
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def test_plain_pngs_come_out_as_pillow_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every filter alone and all of them mixed, at odd sizes, and never through Pillow's own reading."""
+    rng, slow = np.random.default_rng(0), decoding._pillow
+    monkeypatch.setattr(decoding, "_pillow", None)
+    for size in (1, 2, 3, 5, 7, 13, 28, 65):
+        for filters in (*([f] * size for f in range(5)), rng.integers(0, 5, size).tolist()):
+            for pixels in (noise(size, size, 3), noise(size, size), np.zeros((size, size), np.uint8)):
+                data = filtered_png(pixels, filters)
+                assert (by_pillow(data) == pixels).all()
+                for channels in (1, 3):
+                    expected = slow(data, size, channels).reshape(size, size, channels).transpose(2, 0, 1)
+                    assert (decode(data, size, channels) == expected).all()
+                    assert (decode(encode(Image.fromarray(pixels)), size, channels) == expected).all()
+    with pytest.raises(WrongSizeError):
+        decode(data, 64, 1)
+
+
+def test_pngs_with_more_in_them_are_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces of pixels, a transparent colour, a gamma, interlacing: right, by the other way."""
+    pixels, asked = noise(9, 9), []
+    slow = decoding._pillow
+    monkeypatch.setattr(decoding, "_pillow", lambda *a: asked.append(1) or slow(*a))
+    plain = filtered_png(pixels, [1] * 9)
+    gamma = plain[:33] + chunk(b"gAMA", bytes(4)) + plain[33:]
+    behind = plain[:-12] + chunk(b"tEXt", b"a\0b") + plain[-12:]
+    for data in (filtered_png(pixels, [4] * 9, 20, 50), gamma, behind):
+        assert (decode(data, 9, 1)[0] == pixels).all()
+    clear = encode(Image.fromarray(pixels), transparency=int(pixels[0, 0]))
+    assert (decode(clear, 9, 1)[0][pixels == pixels[0, 0]] == 255).all()
+    assert len(asked) == 4
+
+
+def test_damaged_pngs_are_what_pillow_takes_them_for() -> None:
+    """Every cut, and every bit of the file turned over: the same pixels, or refused by both."""
+    pixels = noise(6, 6)
+    whole = filtered_png(pixels, [0, 1, 2, 3, 4, 1])
+    flipped = [bytearray(whole) for _ in range(8 * len(whole))]
+    for bit, data in enumerate(flipped):
+        data[bit // 8] ^= 1 << bit % 8
+    refused = 0
+    for data in (*(whole[:cut] for cut in range(len(whole))), *map(bytes, flipped)):
+        expected = by_pillow(data)
+        if expected is not None and expected.shape == (6, 6):
+            assert (decode(data, 6, 1)[0] == expected).all()
+        else:
+            refused += 1
+            with pytest.raises((BadImageError, WrongSizeError)):
+                decode(data, 6, 1)
+    assert refused > 500
+
+
+def test_a_png_that_holds_more_than_it_says() -> None:
+    """Rows behind the last one, 100 MB of them in 100 kB, are never unpacked."""
+    data = zlib.compress(bytes(100_000_000))
+    header = chunk(b"IHDR", (8).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0]))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    assert not decode(bomb, 8, 1).any()
