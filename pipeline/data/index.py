@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from pipeline.data.record import (
 from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
+
+_TELL_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,22 @@ def _walk(
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(walk, item) for item in missing]
         try:
+            _tell_progress(futures, announce)
             return tuple(future.result() for future in futures)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _tell_progress(futures: Sequence[Future[Shard]], announce: Callable[[str], None]) -> None:
+    """A line now and then while it lasts, and an early end when one fails."""
+    pending: set[Future[Shard]] = set(futures)
+    while pending:
+        done, pending = wait(pending, _TELL_EVERY_S, return_when=FIRST_EXCEPTION)
+        if any(future.exception() for future in done):
+            return
+        if pending:
+            announce(f"  {len(futures) - len(pending)} of {len(futures)} shards indexed")
 
 
 def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> sidecar.Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline.data.sidecar import IMAGE_EXTENSIONS, Table
 
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
-_MOST_OPEN = 256  # shards: file descriptors, and sidecars in memory
+_OTHER_FILES = 256  # descriptors left to everything else in the process: sockets, tensors in transit
 
 
 class BadSampleError(UserError):
@@ -23,12 +24,12 @@ class BadSampleError(UserError):
 class Reader:
     """Reads samples by shard and row. One per process.
 
-    Two windows of shards stay open, so that no shard is opened twice while the plan goes through a window.
+    A window of shards stays open, so that no shard is opened twice while the plan goes through a window.
     """
 
     def __init__(self, index: Index, window: int) -> None:
         self._index = index
-        self._limit = min(2 * window, _MOST_OPEN)
+        self._limit = _may_open(window)
         self._open: OrderedDict[int, tuple[int, Table]] = OrderedDict()
 
     def read(self, shard: int, row: int) -> Sample:
@@ -71,6 +72,18 @@ class Reader:
             raise UserError(f"shard {url} in {self._index.root} cannot be read: {error.strerror}.") from None
         self._open[shard] = (file, table)
         return file, table
+
+
+def _may_open(wanted: int) -> int:
+    """How many of `wanted` shards can be open at once; the process's soft limit is raised if it stands in
+    the way, as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(1, min(wanted, soft - _OTHER_FILES))
+    return wanted
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:

@@ -10,18 +10,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.data.locate import cache_folder
+
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where derived data lies that can be made again: $SHARDGAN_CACHE, else the system's place for it."""
-    chosen = os.environ.get("SHARDGAN_CACHE")
-    return Path(chosen) if chosen else user_cache_path("shardgan")
 
 
 def read_tensor(kind: str, key: Mapping[str, object]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from pipeline.config import Data, UserError
 from pipeline.data import workers as worker_processes
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Plan, heldout_plan, training_plan
+from pipeline.data.reader import Reader
 from pipeline.data.stages import Decode, PlannedSamples
 from pipeline.data.stream import (
     Batch,
@@ -269,3 +271,24 @@ def test_heldout_batches(make_shards: MakeShards, world: int, limit: int | None)
     assert sorted(seen) == sorted(expected)
     labels = [int(y) for rank in ranks for b, valid in rank for y in b.labels[:valid]]  # type: ignore[index]
     assert labels == [(shard + row) % 3 for shard, row in seen]
+
+
+def test_a_window_of_many_shards_opens_each_once(
+    make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process may have fewer files open than that: it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+    try:
+        index = load_index(str(make_shards([2] * 280)))
+        opened: Counter[Path] = Counter()
+        path = Index.path
+        monkeypatch.setattr(Index, "path", lambda self, i: (opened.update([path(self, i)]), path(self, i))[1])
+        reader = Reader(index, window=280)
+        for row in range(2):
+            for shard in range(280):
+                reader.read(shard, row)
+        reader.close()
+        assert len(opened) == 280 and set(opened.values()) == {1}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -19,6 +19,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from pipeline.config import Data, UserError
 from pipeline.data.index import load_index
+from pipeline.data.locate import cache_folder
 from pipeline.data.plan import heldout_plan
 from pipeline.parallel.ranks import Ranks, read_launch
 from pipeline.run import cache, evaluate
@@ -210,9 +211,9 @@ def test_three_ranks_give_the_score_of_one(tmp_path, alone):
     torch.multiprocessing.spawn(run_rank, (3, port, str(tmp_path)), nprocs=3)
     of_ranks = json.loads((tmp_path / "scores.json").read_text())
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]
-    cache_folder = cache.cache_folder()
-    assert len(list(cache_folder.rglob("*.safetensors"))) == 2
-    for file in cache_folder.rglob("*.safetensors"):
+    folder = cache_folder()
+    assert len(list(folder.rglob("*.safetensors"))) == 2
+    for file in folder.rglob("*.safetensors"):
         file.unlink()
     for limit, found in zip((26, 2), of_ranks[0], strict=True):
         expected = score(alone, limit)
