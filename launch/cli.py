@@ -13,6 +13,7 @@ os.environ.setdefault("WDS_SECURE", "1")
 
 COMMANDS = {
     "prepare": "Turn images into tar shards with an index.",
+    "doctor": "Find what would go wrong, before anything is started.",
     "train": "Train, on this machine, under any strategy.",
     "sample": "Write a sheet of generated images.",
     "evaluate": "Score a run on held-out images.",

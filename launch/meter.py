@@ -8,11 +8,13 @@ group, from Python or from C++ alike.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.parallel.engine import Engine
 from pipeline.step import Gan
@@ -49,6 +51,41 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.sent[kind] = self.sent.get(kind, 0.0) + sent
                 self.calls[kind] = self.calls.get(kind, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most bytes of tensors alive at once while it is entered, besides those of `known` ones.
+
+    Works without memory as well (FakeTensors). Every tensor is somebody's output; a storage counts from the
+    operation that makes it until nobody holds it.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._now = 0
+        self._alive: dict[int, object] = {}  # storage → what tells of its end
+        for tensor in known:
+            self._alive[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def ended(_: object) -> None:
+            del self._alive[key]
+            self._now -= size
+
+        self._alive[key] = weakref.ref(storage, ended)
+        self._now += size
+        self.peak = max(self.peak, self._now)
 
 
 def _bytes(argument: Any) -> int:

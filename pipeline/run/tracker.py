@@ -83,7 +83,7 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
     if not (main and config.track.wandb):
         return NullTracker(run_id)
     try:
-        mode, reason = _mode()
+        mode, reason = choose_mode()
     except Exception as error:
         announce(f"W&B is off: {_told(error)}")
         return NullTracker(run_id)
@@ -171,13 +171,13 @@ def _finish(run: wandb.Run) -> None:
         wandb.teardown()
 
 
-def _mode() -> tuple[Mode, str]:
-    """Online or not, and why not, in at most `_ANSWER_S` seconds."""
+def choose_mode() -> tuple[Mode, str]:
+    """Online or not, and why not, in at most `_ANSWER_S` seconds. Sends nothing but a request for a page."""
     import wandb
 
     settings = wandb.setup().settings
     if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or `wandb offline` at some time
-        return ("disabled" if settings.mode == "disabled" else "offline"), f"mode {settings.mode}"
+        return ("disabled" if settings.mode == "disabled" else "offline"), "as configured"
     if os.environ.get("WANDB_MODE"):
         return "online", ""
     if not (settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url)):

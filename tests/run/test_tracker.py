@@ -122,7 +122,7 @@ def test_a_key_and_no_network_is_offline_within_seconds(tmp_path, monkeypatch):
 def test_a_key_is_found_in_netrc(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracker_module._mode() == ("offline", "http://127.0.0.1:9 does not answer")
+    assert tracker_module.choose_mode() == ("offline", "http://127.0.0.1:9 does not answer")
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracker_module, "_INIT_S", 5.0)
     said: list[str] = []
-    assert tracker_module._mode()[0] == "online"
+    assert tracker_module.choose_mode()[0] == "online"
     tracker = open_tracker(config(), tmp_path, True, None, said.append)
     tracker.log({"a": 1.0}, 64)
     tracker.finish()
@@ -161,7 +161,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_mode_decides_if_set(mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracker_module._mode()[0] == mode
+    assert tracker_module.choose_mode()[0] == mode
 
 
 def test_any_failure_of_init_is_one_line(tmp_path, monkeypatch):

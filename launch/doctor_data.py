@@ -1,0 +1,226 @@
+"""The data half of `shardgan doctor`: every byte of the shards, how they are divided, and what is in them."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from launch.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from pipeline.config import UserError
+from pipeline.data.decode import FORMATS
+from pipeline.data.index import Index, load_index
+from pipeline.data.plan import heldout_plan, training_plan
+from pipeline.data.reader import BadSampleError, Reader, Sample
+from pipeline.data.sidecar import IMAGE_EXTENSIONS
+from pipeline.data.stages import Decode
+from pipeline.data.verify import Verified, verify
+
+_DECODED = 256  # images, evenly over all of them
+_COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal
+_MOST_SAMPLES = 50_000_000  # of which duplicates are looked for: 8 bytes each
+_FEW_UPDATES = 20  # per epoch
+
+
+def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | None, list[Finding]]:
+    """The findings, and the index if the data can be trained on."""
+    train = job.settings.data.train
+    assert train is not None
+    try:
+        verified = verify(train, progress)
+        found = list(shards(verified))
+        if any(finding.verdict == "would fail" for finding in found):
+            return None, found
+        index = load_index(train)
+    except UserError as error:
+        return None, [would_fail("shards", str(error))]
+    for check in (labels, split, pictures):
+        found += check(job, index)
+    return index, found + list(duplicates(job, index, verified))
+
+
+def shards(verified: Sequence[Verified]) -> Iterator[Finding]:
+    """Each shard whole, and what index.json and its sidecar say."""
+    problems = [problem for shard in verified for problem in shard.problems]
+    if problems:
+        yield would_fail(
+            "shards",
+            some(problems),
+            "Fetch the named shards again; if they were changed on purpose, run `shardgan prepare "
+            "--index-only` on the folder.",
+        )
+        return
+    size, samples = sum(s.filesize for s in verified), sum(s.nsamples for s in verified)
+    what = sorted({name for shard in verified for name in shard.against})
+    checked = (
+        f"sizes, SHA-256 and every CRC agree with {' and '.join(what)}"
+        if what
+        else "whole tars, no index yet"
+    )
+    yield ok("shards", f"{counted(len(verified), 'shard')}, {samples:,} images, {in_bytes(size)}: {checked}")
+
+
+def labels(job: Job, index: Index) -> Iterator[Finding]:
+    """A label for each image, if they are trained on."""
+    counts = Counter[int]()
+    for shard in index.shards:
+        counts.update(shard.labels)
+    labelled = sum(counts.values())
+    if not job.settings.data.conditional:
+        there = f"{index.num_classes} classes are there, not trained on" if labelled else "none"
+        yield ok("labels", f"{there} (data.conditional=false)")
+        return
+    if labelled < index.num_samples:
+        missing = [s.url for s in index.shards if sum(s.labels.values()) < s.nsamples]
+        yield would_fail(
+            "labels",
+            f"data.conditional=true, but {index.num_samples - labelled:,} of {index.num_samples:,} images "
+            f"have no label (.cls), the first in shard {missing[0]}",
+            "Set data.conditional=false, or prepare the images anew from sub-folders, one per class.",
+        )
+        return
+    empty = [index.classes[label] for label in range(index.num_classes) if not counts[label]]
+    if empty:
+        text = f"{len(empty)} of {index.num_classes} classes have no image: {', '.join(empty[:5])}"
+        yield warning("labels", text, "Nothing is learnt of them; number classes without gaps.")
+        return
+    low, high = min(counts.values()), max(counts.values())
+    yield ok("labels", f"{index.num_classes} classes of {low:,} to {high:,} images")
+
+
+def split(job: Job, index: Index) -> Iterator[Finding]:
+    """How many images are trained on and held out, and whether that is enough."""
+    settings, data = job.settings, job.settings.data
+    part = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
+    try:
+        training, heldout = training_plan(*part).size, heldout_plan(*part).size
+    except UserError as error:
+        yield would_fail("split", str(error))
+        return
+    fold = f"fold {data.fold} of {data.folds}" if data.folds else f"data.holdout={data.holdout:g}"
+    updates = training / settings.images_per_update
+    text = (
+        f"{training:,} images trained on, {heldout:,} held out ({fold}); an epoch is {updates:,.1f} updates"
+    )
+    if training < data.batch_size:
+        cure = "Lower data.batch_size, or use more images."
+        yield warning("split", f"{text}: a batch shows some images more than once", cure)
+    elif updates < _FEW_UPDATES:
+        each = training // job.world
+        cure = "Expect D to learn them by heart: more images, data.xflip, or a larger λ_D."
+        yield warning("split", f"{text}, {each:,} images per rank", cure)
+    else:
+        yield ok("split", text)
+    if settings.score.metrics and heldout < settings.score.images:
+        text = (
+            f"{heldout:,} images are held out, score.images={settings.score.images:,}"
+            if heldout
+            else "nothing is held out: there will be no score"
+        )
+        yield warning("hold-out", text, "Scores of few images are noisy: raise data.holdout.")
+
+
+def pictures(job: Job, index: Index) -> Iterator[Finding]:
+    """Some images decoded: sizes, modes, damage."""
+    data = job.settings.data
+    modes, bad, wrong = Counter[str](), list[str](), list[str]()
+    picked = np.unique(np.linspace(0, index.num_samples - 1, _DECODED).astype(np.int64))
+    decoder = Decode(data.size, data.channels)
+    for sample in _read(job, index, picked):
+        modes[_what(sample)] += 1
+        try:
+            decoder.one(sample)
+        except BadSampleError as error:
+            bad.append(str(error))
+        except UserError as error:
+            wrong.append(str(error))
+    text = f"{len(picked)} decoded: {', '.join(f'{n} {what}' for what, n in modes.most_common(4))}"
+    if wrong:
+        yield would_fail("images", f"{text}\n{len(wrong)} do not fit: {some(wrong, 2)}")
+    elif bad:
+        expected = len(bad) / len(picked) * index.num_samples / job.world
+        judge = would_fail if expected > data.max_bad else warning
+        cure = f"Prepare the images anew, or raise data.max_bad={data.max_bad} (per rank)."
+        yield judge("images", f"{text}\n{len(bad)} damaged: {some(bad, 2)}", cure)
+    elif data.channels == 1 and any("grey" not in what for what in modes):
+        cure = "Set data.channels=3 if colour matters."
+        yield warning("images", f"{text}; trained in grey (data.channels=1)", cure)
+    elif data.channels == 3 and all("grey" in what for what in modes):
+        cure = "Set data.channels=1: three times fewer pixels for the same images."
+        yield warning("images", f"{text}; trained as colour (data.channels=3)", cure)
+    else:
+        yield ok("images", text)
+
+
+def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator[Finding]:
+    """Images that are there more than once, byte for byte, and whether that spoils the held-out ones."""
+    if index.num_samples > _MOST_SAMPLES:
+        yield ok("duplicates", f"not looked for among more than {_MOST_SAMPLES:,} images")
+        return
+    images = np.concatenate([shard.images for shard in verified])
+    order = np.argsort(images, kind="stable")
+    alike = np.flatnonzero(images[order][1:] == images[order][:-1])
+    pairs = np.stack([order[alike], order[alike + 1]], axis=1)
+    pairs_read = pairs[:: max(1, len(pairs) // _COMPARED)]
+    bodies = map(_image, _read(job, index, pairs_read.reshape(-1)))
+    equal = np.array([a == b for a, b in zip(bodies, bodies, strict=True)], np.bool_)
+    twice = round(len(pairs) * equal.mean()) if len(equal) else 0
+    if not twice:
+        yield ok("duplicates", "none: no two images are the same bytes")
+        return
+    held = _held_out(job, index)
+    apart = int((held[pairs_read[equal]].sum(axis=1) == 1).sum())
+    text = f"{twice:,} images are there more than once, byte for byte"
+    if apart:
+        text += f"; {apart:,} of {int(equal.sum()):,} of them are trained on and held out"
+    if max(twice, apart) > index.num_samples / 1000:
+        cure = "Copies count double, and copies of held-out images flatter the score: remove them."
+        yield warning("duplicates", text, cure)
+    else:
+        yield ok("duplicates", text)
+
+
+def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:
+    """Whether a sample is held out, in the order of shards and rows."""
+    settings, data = job.settings, job.settings.data
+    plan = heldout_plan(index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
+    held = np.zeros(index.num_samples, np.bool_)
+    first = 0
+    for shard, size in enumerate(index.sizes):
+        held[first + plan.rows(shard)] = True
+        first += size
+    return held
+
+
+def _read(job: Job, index: Index, samples: NDArray[np.int64]) -> Iterator[Sample]:
+    """Samples by number, in the order of shards and rows."""
+    ends = np.cumsum(index.sizes)
+    reader = Reader(index, job.settings.data.window)
+    try:
+        for number in samples.tolist():
+            shard = int(np.searchsorted(ends, number, side="right"))
+            yield reader.read(shard, number - int(ends[shard]) + index.sizes[shard])
+    finally:
+        reader.close()
+
+
+def _image(sample: Sample) -> bytes:
+    data: bytes = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+    return data
+
+
+def _what(sample: Sample) -> str:
+    """Size, colours and format of an image, without decoding it."""
+    if "npy" in sample:
+        return "npy arrays"
+    try:
+        with Image.open(io.BytesIO(_image(sample)), formats=FORMATS) as image:
+            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
+            colours = "grey" if grey else image.mode
+            return f"{image.width}x{image.height} {colours} {image.format}"
+    except (OSError, ValueError, SyntaxError):
+        return "not images"

@@ -1,0 +1,134 @@
+"""The networks as `shardgan doctor` sees them: do they build, and which traps does training them hold?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from launch.finding import Finding, Job, counted, ok, warning, would_fail
+from pipeline.config import UserError
+from pipeline.data.index import Index
+from pipeline.gan.networks import build_D, build_G, check_networks
+from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.batch_norm import has_batch_norm
+
+Players = tuple[nn.Module, nn.Module]  # G and D
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, _SpectralNorm)
+_SMALL = 16  # images that BatchNorm sees at once
+
+
+def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding]]:
+    """The findings, and G and D without memory if they can be built."""
+    num_classes = index.num_classes if index and job.settings.data.conditional else 0
+    if index is None and job.settings.data.conditional:
+        return None, [
+            would_fail("networks", "not looked at: how many classes there are is not known", "See above.")
+        ]
+    try:
+        check_networks(job.settings, num_classes)
+        G, D = build_players(job, num_classes)
+    except UserError as error:
+        return None, [would_fail("networks", str(error))]
+    sizes = (
+        f"{name} {sum(p.numel() for p in player.parameters()) / 1e6:.2f} M"
+        for name, player in (("G", G), ("D", D))
+    )
+    found = [ok("networks", f"{' and '.join(sizes)} parameters")]
+    for trap in (tied, batch_norm, r1, weight_penalty, cadence):
+        found += trap(job, G, D)
+    return (G, D), found
+
+
+def build_players(job: Job, num_classes: int) -> Players:
+    """G and D as FakeTensors, or with memory if they cannot be built without."""
+    try:
+        with FakeTensorMode():
+            return build_G(job.settings, num_classes), build_D(job.settings, num_classes)
+    except Exception:
+        return build_G(job.settings, num_classes), build_D(job.settings, num_classes)
+
+
+def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """Parameters with two names, which FSDP2 cannot shard."""
+    if job.strategy != "fsdp2":
+        return
+    from pipeline.parallel.fsdp2 import refuse_ties
+
+    try:
+        refuse_ties(G)
+        refuse_ties(D)
+    except UserError as error:
+        yield would_fail("tied weights", str(error))
+
+
+def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """Statistics of one rank's images of one round."""
+    who = [name for name, player in (("G", G), ("D", D)) if has_batch_norm(player)]
+    try:
+        shape = batch_shape(job.settings.data, job.world)
+    except UserError:
+        return
+    if not who or (shape.world, shape.rounds) == (1, 1):
+        return
+    text = (
+        f"{' and '.join(who)} normalise over the {counted(shape.images, 'image')} of a rank and round, not "
+        f"over the {job.settings.data.batch_size} of the batch: results depend on the number of ranks"
+    )
+    if shape.images < _SMALL:
+        text += ", and statistics of so few images are noisy"
+    cure = f"Set {' and '.join(f'{name}.norm' for name in who)} to group or instance for equal results."
+    yield warning("BatchNorm", text, cure)
+
+
+def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """R1 is of single images; and under ZeRO 3 it gathers all of D."""
+    if not job.settings.penalty.r1.gamma:
+        return
+    if has_batch_norm(D):
+        text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
+        yield warning("R1", text, "Set D.norm to none, group or instance.")
+    if job.strategy == "zero3":
+        text = "every R1 update gathers all of D on each rank at once"
+        yield warning("R1", text, "Use fsdp2, or zero2 if D fits, should memory be short.")
+
+
+def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """‖W‖² of kernels whose scale the network undoes."""
+    penalty = job.settings.penalty
+    both = (("G", G, penalty.G), ("D", D, penalty.D))
+    who = [
+        name
+        for name, player, weights in both
+        if (weights.l2 or weights.l1) and any(isinstance(layer, _NORMS) for layer in player.modules())
+    ]
+    if who:
+        text = (
+            f"λ is set for {' and '.join(who)}, whose norms undo the scale of the kernels before them: there "
+            "the penalty acts mostly as a larger learning rate, not as a simpler function"
+        )
+        norms = " and ".join(f"{name}.norm=none" for name in who)
+        cure = f"If it is to regularise, set {norms}, and leave spectral_norm off."
+        yield warning("weight penalty", text, cure)
+
+
+def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """How much a failing node loses, and how much of a run goes into scores."""
+    run, score = job.settings.run, job.settings.score
+    if run.checkpoint_kimg > run.total_kimg / 4:
+        text = (
+            f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg: a node that fails (a "
+            "signal saves first) loses up to so much"
+        )
+        yield warning("checkpoints", text, "Lower run.checkpoint_kimg.")
+    if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
+        share = score.images / (run.eval_kimg * 1000)
+        text = (
+            f"{score.images:,} images are generated and compared after every {run.eval_kimg:g} kimg, "
+            f"{share:.0%} on top of those trained on"
+        )
+        yield warning("scores", text, "Raise run.eval_kimg or lower score.images.")

@@ -1,0 +1,181 @@
+"""Where a job is to run, as `shardgan doctor` sees it: versions, disks, names and ports, and W&B."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from launch.doctor_networks import Players
+from launch.finding import Finding, Job, in_bytes, ok, some, warning, would_fail
+from launch.train import check_space
+from pipeline.config import UserError
+from pipeline.data.index import Index
+from pipeline.data.locate import cache_folder
+from pipeline.run.features import load_features
+from pipeline.run.tracker import choose_mode
+
+_CONSTRAINTS = Path(__file__).parent / "constraints.txt"
+_PORT = 29500  # Accelerate's, if it is told no other
+
+# Packages that a run depends on to the version, and what is known to go wrong outside the supported range.
+_DELICATE = {
+    "torch": "older ones load checkpoints unsafely (CVE-2025-32434, CVE-2026-24747) and lack parts of FSDP2",
+    "accelerate": "older ones start each FSDP or DeepSpeed process alone on a CPU, without a word",
+    "deepspeed": "others keep gradients elsewhere, and some sum them wrongly without an error",
+    "webdataset": "older ones have no WDS_SECURE, and unpickle what is in a shard",
+    "wandb": "older ones take a run up again in another way",
+}
+
+
+def examine(job: Job) -> list[Finding]:
+    """The findings that do not depend on data or networks."""
+    return [*versions(job), *rendezvous(job), *features(job), *tracker(job)]
+
+
+def versions(job: Job) -> Iterator[Finding]:
+    """Supported ones, and whether they are those that are tested together."""
+    required = _requirements(importlib.metadata.requires("shardgan") or ())
+    tested = _requirements(_CONSTRAINTS.read_text().splitlines())
+    here, outside, untested = [], [], []
+    for name, reason in _DELICATE.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            outside.append(f"{name} is not installed")
+            continue
+        here.append(f"{name} {version}")
+        if not required[name].specifier.contains(version, prereleases=True):
+            outside.append(f"{name} {version} is not {required[name].specifier}: {reason}")
+        elif not tested[name].specifier.contains(version.partition("+")[0], prereleases=True):
+            untested.append(f"{name} {version}, tested is {str(tested[name].specifier).removeprefix('==')}")
+    if outside:
+        cure = "`bash launch/setup.sh` installs the versions that are tested together."
+        yield would_fail("versions", some(outside), cure)
+    elif untested:
+        cure = "Compare with plain torch once: `shardgan selfcheck`."
+        yield warning("versions", some(untested), cure)
+    else:
+        yield ok("versions", f"{', '.join(here)}: as tested together")
+
+
+def _requirements(lines: object) -> dict[str, Requirement]:
+    assert isinstance(lines, tuple | list)
+    found = (Requirement(line) for line in lines if line and not line.startswith("#"))
+    return {requirement.name: requirement for requirement in found}
+
+
+def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
+    """Room for checkpoints where the run is written, and for what is kept in the cache."""
+    run, optim = job.settings.run, job.settings.optim
+    sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
+    moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
+    checkpoint = sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
+    needed = checkpoint * (run.keep + 1) + (64 << 20)  # the oldest goes when the newest is whole
+    out = Path(run.out)
+    there = sum(path.stat().st_size for path in (out / str(run.name) / "checkpoints").rglob("*.safetensors"))
+    text = f"a checkpoint is {in_bytes(checkpoint)}, {run.keep} are kept and one more is written"
+    try:
+        check_space(out, max(64, (needed - there) >> 20))
+        yield ok("run folder", f"{text}: {in_bytes(needed)}, room in {out.absolute()}")
+    except UserError as error:
+        yield would_fail("run folder", f"{text}: {in_bytes(needed)} are needed. {error}")
+    yield from _cache(job, index)
+
+
+def _cache(job: Job, index: Index | None) -> Iterator[Finding]:
+    """Only where there is something to say: it is small, and can be made again."""
+    needed = (40 * index.num_samples if index else 0) + 5120 * job.settings.score.images
+    place = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
+    writable, free = os.access(place, os.W_OK), shutil.disk_usage(place).free
+    if not writable or free < needed:
+        state = f"has {in_bytes(free)} free" if writable else "cannot be written to"
+        cure = "Set SHARDGAN_CACHE to a folder with space, or indices and features are made anew by each run."
+        yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", cure)
+
+
+def moments_of(optimizer: object) -> int:
+    """Numbers that an optimizer keeps for each parameter."""
+    kind, momentum = getattr(optimizer, "kind", "adam"), getattr(optimizer, "momentum", 0.0)
+    return 2 if kind != "sgd" else int(momentum > 0)
+
+
+def rendezvous(job: Job) -> Iterator[Finding]:
+    """Names that resolve, and a port that is free here."""
+    nodes = _allocated()
+    hosts = nodes or [socket.gethostname()]
+    lost = [host for host in hosts if not _resolves(host)]
+    if lost:
+        cure = "Add them to DNS or /etc/hosts on every node."
+        yield would_fail("rendezvous", f"no address is known here for {', '.join(lost)}", cure)
+        return
+    if nodes and len(nodes) < job.nodes:
+        text = f"{job.nodes} nodes, but this allocation has {len(nodes)}"
+        yield would_fail("rendezvous", text, "Lower --nodes, or allocate more.")
+        return
+    port = int(os.environ.get("MASTER_PORT") or _PORT)
+    if job.strategy != "single" and not _free(port):
+        text = f"port {port} is in use on {socket.gethostname()}"
+        cure = f"`shardgan train` picks a free one; else give --main_process_port, other than {port}."
+        yield warning("rendezvous", text, cure)
+        return
+    names = hosts[0] if len(hosts) == 1 else f"{hosts[0]} and {len(hosts) - 1} more"
+    yield ok("rendezvous", f"{names}: known by name; port {port} is free here")
+
+
+def _allocated() -> list[str]:
+    """The nodes of the allocation that this is called in, if it is."""
+    if not os.environ.get("SLURM_JOB_NODELIST"):
+        return []
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+def features(job: Job) -> Iterator[Finding]:
+    """What scores are computed from can be loaded."""
+    score = job.settings.score
+    if score.metrics:
+        try:
+            load_features(score.features)
+        except (UserError, OSError, ImportError) as error:
+            yield would_fail("features", str(error), "Set score.features, or score.metrics=[] for no scores.")
+
+
+def tracker(job: Job) -> Iterator[Finding]:
+    """Whether W&B would be online. Neither a key nor a run is sent."""
+    if not job.settings.track.wandb:
+        yield ok("W&B", "off (track.wandb=false)")
+        return
+    mode, reason = choose_mode()
+    if mode == "online":
+        yield ok("W&B", "online: a key is configured and the server answers")
+    elif mode == "disabled":
+        yield ok("W&B", "off (WANDB_MODE)")
+    else:
+        yield ok("W&B", f"offline ({reason}); `wandb sync` uploads the run later")

@@ -1,0 +1,313 @@
+"""`shardgan doctor` as a whole, and its checks of settings, networks and place on what is really wrong."""
+
+from __future__ import annotations
+
+import http.server
+import importlib.metadata
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+from click.testing import CliRunner, Result
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from launch import doctor_memory, doctor_networks, doctor_place
+from launch.cli import cli
+from launch.doctor import examine, fails, job_of
+from launch.finding import Finding, Job
+from pipeline import config
+from pipeline.gan.networks import build_D, build_G
+
+FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
+GOOD = f"""
+data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
+G: {{width: 8, norm: group}}
+D: {{width: 8, norm: none}}
+score: {{images: 50}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def call(*arguments: str) -> Result:
+    result = CliRunner().invoke(cli, ["doctor", *arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def job(*settings: str, procs: int = 2, strategy: str = "ddp", precision: str = "no", nodes: int = 1) -> Job:
+    return Job(config.load("good.yaml", settings), nodes, procs, strategy, precision)
+
+
+def networks(asked: Job) -> dict[str, Finding]:
+    _, found = doctor_networks.examine(asked, None)
+    return {finding.check: finding for finding in found}
+
+
+# The whole command
+
+
+def test_a_sound_job(place: Path) -> None:
+    result = call("good.yaml", "--nodes", "5", "--gpus", "2", "--strategy", "zero2")
+    assert result.exit_code == 0, result.output
+    assert "would fail" not in result.output.replace("Nothing found that would fail.", "")
+    rows = ("launcher", "batch", "shards", "split", "images", "networks", "memory", "run folder", "versions")
+    assert all(any(line.startswith(row) for line in result.output.splitlines()) for row in rows)
+    assert "20 = 10 ranks x 1 round x 2 images" in result.output
+    assert "node 4: ranks 8 to 9" in result.output
+    assert not (place / "runs").exists()
+
+
+def test_what_would_fail_is_listed_at_once_with_status_2() -> None:
+    settings = ["data.batch_size=13", "data.conditional=true", "data.size=48", "score.features=inception"]
+    result = call("good.yaml", "--gpus", "2", *settings)
+    assert result.exit_code == 2
+    for word in (
+        "13 cannot be divided",
+        "12 or 14",
+        "28x28 but data.size=48",
+        "dcgan has no network",
+        "efflite0",
+    ):
+        assert word in result.output, word
+    assert "This would fail." in result.output
+
+
+def test_a_bad_config_is_one_row_with_all_its_errors() -> None:
+    result = call("good.yaml", "G.widht=8", "run.seed=-1")
+    assert result.exit_code == 2 and "did you mean `width`?" in result.output and "run.seed" in result.output
+
+
+def test_the_defaults_are_those_of_train() -> None:
+    settings = config.load("good.yaml")
+    assert (
+        job_of(settings, gpus=1).strategy == "single" and job_of(settings, nodes=2, gpus=1).strategy == "ddp"
+    )
+    assert job_of(settings, strategy="single").world == 1
+
+
+def test_another_run_in_the_folder(place: Path) -> None:
+    folder = place / "runs" / "good"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump(config.load("good.yaml", ["G.width=16"])))
+    found = {f.check: f for f in examine(job())}
+    assert found["config"].verdict == "would fail" and "G.width: 16 → 8" in found["config"].text
+    (folder / "config.yaml").write_text(config.dump(config.load("good.yaml")))
+    (folder / "DONE").write_text("1000000\n")
+    found = {f.check: f for f in examine(job(strategy="single"))}
+    assert found["config"].verdict == "warning" and "finished" in found["config"].text
+    assert found["launcher"].verdict == "would fail" and "one process" in found["launcher"].text
+    assert fails(list(found.values()))
+
+
+# Networks and their traps
+
+
+class Tied(nn.Module):
+    """D with one kernel under two names."""
+
+    def __init__(self, size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(channels * size * size, 1)
+        self.b = nn.Linear(channels * size * size, 1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return (self.a(x.flatten(1)) + self.b(x.flatten(1))).flatten()
+
+
+def test_tied_weights_fail_under_fsdp2_only() -> None:
+    kind = f"D.kind={__name__}:Tied"
+    assert networks(job(kind, strategy="fsdp2"))["tied weights"].verdict == "would fail"
+    assert "tied weights" not in networks(job(kind, strategy="zero2"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "strategy", "check", "words"),
+    [
+        (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
+        (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
+        (["penalty.r1.gamma=1"], "zero3", "R1", ["gathers all of D"]),
+        (["penalty.l2=1e-4"], "ddp", "weight penalty", ["λ is set for G,"]),
+        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ is set for D,"]),
+        (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
+        (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
+    ],
+)  # fmt: skip
+def test_traps(settings: list[str], strategy: str, check: str, words: list[str]) -> None:
+    found = networks(job(*settings, strategy=strategy, procs=1 if strategy == "single" else 2))[check]
+    assert found.verdict == "warning" and found.cure
+    assert all(word in found.text for word in words), found.text
+
+
+def test_no_trap_without_cause() -> None:
+    assert set(networks(job("penalty.D.l2=1e-4"))) == {"networks"}
+    assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        (["G.norm=batch", "G.width=32", "D.width=32"], "no"),
+        (["G.kind=resnet", "D.kind=resnet", "penalty.r1.gamma=1", "data.size=32", "G.width=16"], "no"),
+        (["G.kind=resnet", "D.kind=resnet", "data.size=32", "data.channels=3", "G.width=16"], "bf16"),
+    ],
+)
+def test_activations_are_those_measured(settings: list[str], precision: str) -> None:
+    """PyTorch's allocator is asked what the same turns take on a CPU: up to 1.6 times as much, as said."""
+    asked = job(*settings, precision=precision)
+    traced = doctor_memory.activations(
+        asked.settings, doctor_networks.build_players(asked, 0), 16, precision, 0
+    )
+    real = build_G(asked.settings, 0), build_D(asked.settings, 0)
+    turns, _ = doctor_memory._turns(asked.settings, real, 16, precision, 0)
+    measured = max(allocated(turn) for turn in turns)
+    assert measured / doctor_memory.WORK_SPACE < traced < 1.05 * measured
+
+
+def allocated(turn: doctor_memory.Turn) -> int:
+    """The most bytes that PyTorch's CPU allocator has given out and not got back."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        turn()
+    assert seen.profiler is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(asked: Job) -> Finding:
+        return next(doctor_memory.examine(asked, doctor_networks.build_players(asked, 0), 0))
+
+    whole, parts = (found(job(*extra)).text for extra in ([], ["data.batch_gpu=2"]))
+    assert "activations of 10 images" in whole and "activations of 2 images" in parts
+    players = doctor_networks.build_players(job(), 0)
+    held = {s: doctor_memory.states(job(strategy=s, procs=4), players) for s in ("ddp", "zero2", "fsdp2")}
+    assert held["ddp"]["optimizer"] == 4 * held["zero2"]["optimizer"] == 4 * held["fsdp2"]["optimizer"]
+    sgd = ["optim.G.kind=sgd", "optim.D.kind=sgd", "optim.D.momentum=0.9"]
+    G, D = (4 * sum(p.numel() for p in player.parameters()) for player in players)
+    assert doctor_memory.states(job(*sgd), players)["optimizer"] == D
+    assert doctor_memory.states(job(), players)["weights"] == G + D
+
+    class Small:
+        total_memory = 1 << 16
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Small)
+    too_much = found(job())
+    assert too_much.verdict == "would fail" and "batch_gpu" in too_much.cure
+
+
+# Where it runs
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 70 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=70m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_too_small_for_the_checkpoints(small_disk: Path) -> None:
+    def space(*settings: str) -> Finding:
+        asked = job(f"run.out={small_disk}/runs", *settings)
+        return next(doctor_place.space(asked, doctor_networks.build_players(asked, 0), None))
+
+    assert space().verdict == "ok"
+    found = space("G.width=64", "D.width=64", "run.keep=9")
+    assert found.verdict == "would fail" and str(small_disk) in found.text and "9 are kept" in found.text
+
+
+def test_a_full_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(doctor_place.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    (found,) = doctor_place._cache(job(), None)
+    assert found.verdict == "warning" and "100 B free" in found.text
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, other = importlib.metadata.version, {"deepspeed": "0.17.6"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or real(name))
+    (found,) = doctor_place.versions(job())
+    assert found.verdict == "would fail" and "deepspeed 0.17.6 is not" in found.text
+    other["deepspeed"] = "0.19.99"
+    (found,) = doctor_place.versions(job())
+    assert found.verdict == "warning" and "selfcheck" in found.cure
+    assert "deepspeed 0.19.99, tested is 0.19.8" in found.text
+
+
+def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [f.verdict for f in doctor_place.rendezvous(job())] == ["ok"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        (found,) = doctor_place.rendezvous(job())
+    assert found.verdict == "warning" and f"port {port} is in use" in found.text
+    monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
+    (found,) = doctor_place.rendezvous(job())
+    assert found.verdict == "would fail" and "nowhere.invalid" in found.text
+
+
+def test_the_tracker_is_asked_and_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, str]]] = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.requestline, dict(self.headers)))
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            asked.append((self.requestline, {}))
+
+        def log_message(self, *_: object) -> None: ...
+
+    key = "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    wandb.teardown()  # what it was told before
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        (found,) = doctor_place.tracker(job())
+        server.shutdown()
+    assert found.text.startswith("online") and [line.split()[0] for line, _ in asked] == ["GET"]
+    assert key not in str((found, asked))
+    (found,) = doctor_place.tracker(job())  # the server is gone
+    wandb.teardown()
+    assert found.verdict == "ok" and found.text.startswith("offline") and key not in found.text

@@ -1,0 +1,182 @@
+"""`shardgan doctor` on data that is broken for real: each check says so, naming shard and byte."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import doctor_data
+from launch.finding import Finding, Job
+from pipeline import config
+from pipeline.data.index import build_index, load_index
+
+FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(FASHION, tmp_path / "data", ignore=shutil.ignore_patterns(".shardgan"))
+    load_index(str(tmp_path / "data"))  # with its sidecars
+    return tmp_path / "data"
+
+
+def job(folder: Path, *settings: str, procs: int = 1) -> Job:
+    resolved = config.load(None, [f"data.train={folder}", "data.size=28", "data.channels=1", *settings])
+    return Job(resolved, 1, procs, "ddp", "no")
+
+
+def examine(folder: Path, *settings: str) -> dict[str, Finding]:
+    _, found = doctor_data.examine(job(folder, *settings), lambda done, total: None)
+    return {finding.check: finding for finding in found}
+
+
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 4
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], bytes | None]) -> None:
+    """The same tar with other contents, or without what `change` gives None for."""
+    with tarfile.open(path) as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    with tarfile.open(path, "w") as tar:
+        for name, old in members:
+            new = change(name, old)
+            if new is not None:
+                info = tarfile.TarInfo(name)
+                info.size = len(new)
+                tar.addfile(info, io.BytesIO(new))
+
+
+def test_sound_data(folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    index, found = doctor_data.examine(
+        job(folder, "score.images=50", "data.batch_size=20"), lambda *done: told.append(done)
+    )
+    assert index is not None and {f.verdict for f in found} == {"ok"}
+    texts = {f.check: f.text for f in found}
+    assert "5 shards, 500 images" in texts["shards"] and "index.json and sidecar" in texts["shards"]
+    assert "450 images trained on, 50 held out" in texts["split"]
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert len(told) == 5 and told[-1] == (size, size)
+
+
+def test_a_flipped_bit_in_an_image_is_named_by_byte(folder: Path) -> None:
+    table = load_index(str(folder)).table(3)
+    flip(folder / "shard-000003.tar", int(table.offset[17]) + 30)
+    found = examine(folder)["shards"]
+    assert found.verdict == "would fail"
+    assert f"shard-000003.tar, byte {table.offset[17]}: sample '{table.key(17)}'" in found.text
+    assert "another SHA-256" in found.text and "Fetch" in found.cure
+
+
+def test_flipped_bits_elsewhere_are_found_too(folder: Path) -> None:
+    """In a header, where the tar itself tells; in padding, where only the SHA-256 does."""
+    table = load_index(str(folder)).table(1)
+    flip(folder / "shard-000001.tar", 3)
+    flip(folder / "shard-000002.tar", int(table.offset[0] + table.size[0]) + 1)
+    found = examine(folder)["shards"]
+    assert "shard shard-000001.tar, byte 0" in found.text
+    assert "shard shard-000002.tar" in found.text
+
+
+def test_all_broken_shards_are_named_at_once(folder: Path) -> None:
+    (folder / "shard-000000.tar").write_bytes((folder / "shard-000000.tar").read_bytes()[:100_000])
+    (folder / "shard-000002.tar").unlink()
+    shutil.copy(folder / "shard-000001.tar", folder / "shard-000009.tar")
+    index, (found,) = doctor_data.examine(job(folder), lambda done, total: None)
+    assert index is None and found.verdict == "would fail"
+    assert "shard-000000.tar, byte 100000: truncated" in found.text and "has 100,000 bytes" in found.text
+    assert "shard-000002.tar" in found.text and "missing" in found.text
+    assert "shard-000009.tar" in found.text and "not listed" in found.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [("nsamples", 99, "100 samples, index.json says 99"), ("labels", {"0": 100}, "other labels")],
+)
+def test_an_index_that_lies(folder: Path, key: str, value: object, word: str) -> None:
+    record = json.loads((folder / "index.json").read_text())
+    record["shardlist"][4][key] = value
+    (folder / "index.json").write_text(json.dumps(record))
+    found = examine(folder)["shards"]
+    assert found.verdict == "would fail" and "shard-000004.tar" in found.text and word in found.text
+
+
+def test_a_relabelled_shard_is_found_by_its_sidecar(folder: Path) -> None:
+    """Somebody rewrote labels, and index.json with them, but not the sidecar."""
+    table = load_index(str(folder)).table(0)
+    key, other = table.key(5), (int(table.label[5]) + 1) % 10
+    rewrite(
+        folder / "shard-000000.tar", lambda name, old: str(other).encode() if name == f"{key}.cls" else old
+    )
+    found = examine(folder)["shards"]
+    assert f"sample '{key}' has another label than was indexed" in found.text
+
+
+def test_no_shards(tmp_path: Path) -> None:
+    found = examine(tmp_path)["shards"]
+    assert found.verdict == "would fail" and "shardgan prepare" in found.text
+
+
+def test_a_missing_label(folder: Path) -> None:
+    rewrite(folder / "shard-000002.tar", lambda name, old: None if name.endswith("07.cls") else old)
+    build_index(str(folder))
+    found = examine(folder, "data.conditional=true")["labels"]
+    assert found.verdict == "would fail" and "1 of 500" in found.text and "shard-000002.tar" in found.text
+    assert examine(folder)["labels"].verdict == "ok"
+
+
+def test_a_class_without_images(folder: Path) -> None:
+    for path in folder.glob("*.tar"):
+        rewrite(path, lambda name, old: b"8" if name.endswith(".cls") and old == b"3" else old)
+    build_index(str(folder))
+    found = examine(folder, "data.conditional=true")["labels"]
+    assert found.verdict == "warning" and "1 of 10 classes" in found.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "check", "verdict", "word"),
+    [
+        (["data.size=32"], "images", "would fail", "28x28 but data.size=32"),
+        (["data.channels=3"], "images", "warning", "trained as colour"),
+        ([], "hold-out", "warning", "50 images are held out, score.images=1,000"),
+        (["data.holdout=0"], "hold-out", "warning", "no score"),
+        (["data.folds=501"], "split", "would fail", "500 samples cannot be cut into 501 folds"),
+        (["data.batch_size=460"], "split", "warning", "more than once"),
+        (["data.batch_size=64"], "split", "warning", "7.0 updates"),
+    ],
+)
+def test_settings_that_do_not_suit_the_data(
+    folder: Path, settings: list[str], check: str, verdict: str, word: str
+) -> None:
+    found = examine(folder, *settings)[check]
+    assert found.verdict == verdict and word in found.text
+
+
+def test_images_that_cannot_be_decoded(folder: Path) -> None:
+    """Their CRC is right: they were written so."""
+    rewrite(
+        folder / "shard-000001.tar",
+        lambda name, old: old[:150] if name.endswith(".png") and name[-5] in "02468" else old,
+    )
+    build_index(str(folder))
+    found = examine(folder)["images"]
+    assert found.verdict == "would fail" and "shard-000001.tar" in found.text and "max_bad=10" in found.cure
+    assert examine(folder, "data.max_bad=100")["images"].verdict == "warning"
+
+
+def test_copies(folder: Path) -> None:
+    """A shard under another name: half of the images it doubles are held out in one of the two."""
+    rewrite(folder / "shard-000001.tar", lambda name, old: old)
+    shutil.copy(folder / "shard-000001.tar", folder / "shard-000005.tar")
+    build_index(str(folder))
+    found = examine(folder, "data.holdout=0.3")["duplicates"]
+    assert found.verdict == "warning" and "100 images are there more than once" in found.text
