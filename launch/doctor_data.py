@@ -59,7 +59,7 @@ def shards(verified: Sequence[Verified]) -> Iterator[Finding]:
     checked = (
         f"sizes, SHA-256 and every CRC agree with {' and '.join(what)}"
         if what
-        else "whole tars, no index yet"
+        else "whole; their index was not there yet, and is now"
     )
     yield ok("shards", f"{counted(len(verified), 'shard')}, {samples:,} images, {in_bytes(size)}: {checked}")
 
