@@ -1,0 +1,177 @@
+"""Inside a Slurm allocation, before training: can these nodes train together? Called by slurm/node.sh.
+
+`plan WORLD CONFIG …` runs on the first node: checks what can be checked, describes the node in a file, and
+prints the run folder, that file, the address to meet at and a free port. `check FILE CONFIG …` runs on every
+node and compares it with that description.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.config import Config, UserError
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
+_SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
+
+Description = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit status: 0, or 2 with one message that names the node."""
+    what, where, path, *overrides = arguments
+    node = os.environ.get("SHARDGAN_NODE") or socket.gethostname()
+    try:
+        settings = config.load(path, overrides)
+        if what == "plan":
+            print(*plan(settings, int(where), node), sep="\n")
+        else:
+            check(settings, Path(where), node)
+    except UserError as error:
+        print(f"error: {node}: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int]:
+    """The run folder, this node's description in it, the address and port to meet at."""
+    from launch.train import check_space
+    from pipeline.parallel.batch import batch_shape
+    from pipeline.run.folder import check_same
+
+    if not settings.run.resume:
+        raise UserError(
+            "run.resume=false would start anew at every requeue. Give the run another run.name "
+            "(`shardgan submit` does so by itself)."
+        )
+    batch_shape(settings.data, world)
+    folder = (Path(settings.run.out) / str(settings.run.name)).absolute()
+    if "\n" in str(folder):
+        raise UserError("run.out and run.name must not contain a line break.")
+    check_same(settings, folder)
+    check_space(Path(settings.run.out))
+    description = folder / "slurm" / f"nodes-{os.environ['SLURM_JOB_ID']}.json"
+    try:
+        description.parent.mkdir(parents=True, exist_ok=True)
+        description.write_text(json.dumps(describe(settings, node), indent=1))
+    except OSError as error:
+        raise UserError(f"{description.parent} cannot be written ({error.strerror}). Set run.out.") from None
+    return folder, description, node, _port()
+
+
+def check(settings: Config, first: Path, node: str) -> None:
+    """Raises UserError where this node differs from the first, which described itself in a file."""
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    try:
+        there: Description = json.loads(first.read_text())
+    except OSError:
+        raise UserError(
+            f"the run folder {first.parent.parent} is not the one of the first node: it must lie on a file "
+            "system that all nodes share. Set run.out."
+        ) from None
+    here = describe(settings, node)
+    other = there["node"]
+    differing = [
+        f"  {name}: {version} here, {there['versions'].get(name)} on {other}"
+        for name, version in here["versions"].items()
+        if version != there["versions"].get(name)
+    ]
+    if differing:
+        raise UserError(
+            "\n".join(
+                [
+                    f"other versions than {other}:",
+                    *differing,
+                    "Install the same everywhere (bash launch/setup.sh), or set SHARDGAN_VENV to one "
+                    "environment that all nodes see.",
+                ]
+            )
+        )
+    if here["code"] != there["code"]:
+        raise UserError(
+            f"the code in {Path(__file__).parents[1]} is not that of {other}. Put it where all nodes see it."
+        )
+    if here["shards"] != there["shards"]:
+        raise UserError(f"the shards of data.train={settings.data.train} are not those that {other} sees.")
+
+
+def describe(settings: Config, node: str) -> Description:
+    """What must be the same on every node."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"{name} is not installed for {sys.executable}. Install the project there (bash "
+                "launch/setup.sh), or set SHARDGAN_VENV."
+            ) from None
+    return {"node": node, "versions": versions, "code": _code(), "shards": _shards(settings)}
+
+
+def _code() -> str:
+    root = Path(__file__).parents[1]
+    files = sorted(p for top in ("pipeline", "launch") for p in (root / top).rglob("*.py"))
+    return _digest([[str(p.relative_to(root)), p.read_text()] for p in files])
+
+
+def _shards(settings: Config) -> str:
+    """Names and sizes of the shards this node sees; those behind a URL are the same for all."""
+    from pipeline.data.locate import locate
+
+    train = str(settings.data.train)
+    if "://" in train:
+        return train
+    try:
+        found = locate(train)
+        return _digest([[url, (found.root / url).stat().st_size] for url in found.urls])
+    except (UserError, OSError) as error:
+        raise UserError(f"{error} The data must lie where every node sees it (data.train).") from None
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _port() -> int:
+    """SHARDGAN_PORT, or a port that no other job on this node has; another one after a requeue."""
+    asked = os.environ.get("SHARDGAN_PORT")
+    if asked is not None and not (asked.isdecimal() and 0 < int(asked) < 65536):
+        raise UserError(f"SHARDGAN_PORT={asked} is not a port.")
+    if asked is not None and not _is_free(int(asked)):
+        raise UserError(f"port {asked} is in use. Set SHARDGAN_PORT to another one, or leave it unset.")
+    if asked is not None:
+        return int(asked)
+    job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    start = 12_000 + (job * 16 + restarts) % 20_000  # below the ports that systems hand out by themselves
+    free = next((port for port in range(start, start + 100) if _is_free(port)), None)
+    if free is None:
+        raise UserError(f"ports {start} to {start + 99} are all in use. Set SHARDGAN_PORT.")
+    return free
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# What every node runs, once: makes this node's environment, then becomes its share of the training. Called by
+# train.sbatch, where its settings are documented.   node.sh plan|check|train CONFIG [key=value …]
+set -eo pipefail
+node=${SLURMD_NODENAME:-$(hostname)}
+fail() {
+    echo "error: $node: $*" >&2
+    exit 2
+}
+# A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
+# it or take them down, is deaf to it.
+trap '' USR1 USR2 TERM
+export PET_SIGNALS_TO_HANDLE=SIGINT
+
+if [ -n "$SHARDGAN_MODULES" ]; then
+    for profile in /etc/profile.d/*modules.sh /etc/profile.d/*lmod*.sh; do
+        type module >/dev/null 2>&1 || { [ -f "$profile" ] && source "$profile"; } || true
+    done
+    type module >/dev/null 2>&1 || fail "SHARDGAN_MODULES is set, but there is no \`module\` command"
+    # shellcheck disable=SC2086
+    module load $SHARDGAN_MODULES >&2 || fail "\`module load $SHARDGAN_MODULES\` failed"
+fi
+
+umask_before=$(umask)
+umask 077
+local=${SHARDGAN_LOCAL:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardgan-$(id -u)}
+mkdir -p "$local/tmp" 2>/dev/null && [ -O "$local" ] && [ -w "$local/tmp" ] ||
+    fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
+umask "$umask_before"
+
+venv=${SHARDGAN_VENV-${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}}
+case $venv in
+    *.tar | *.tar.*)
+        [ -f "$venv" ] || fail "there is no $venv (SHARDGAN_VENV)"
+        unpacked=$local/venv-$(stat --format=%s-%Y "$venv" | cksum | cut -d ' ' -f 1)
+        if [ ! -d "$unpacked" ]; then
+            partial=$(mktemp -d "$local/venv.XXXXXX")
+            tar -xf "$venv" -C "$partial" || fail "$venv cannot be unpacked into $local"
+            mv -T "$partial" "$unpacked" 2>/dev/null || rm -rf "$partial" # another job here was first
+        fi
+        python=$(find "$unpacked" -maxdepth 3 -path '*/bin/python' | head -n 1)
+        [ -n "$python" ] || fail "$venv holds no bin/python"
+        ;;
+    ?*) python=$venv/bin/python ;;
+    *) python=python3 ;;
+esac
+if [ -n "$SHARDGAN_CONTAINER" ]; then
+    [ -n "${SHARDGAN_VENV-}" ] || python=python3
+elif ! command -v "$python" >/dev/null; then
+    fail "no virtual environment at $venv. Make it on a file system that all nodes see" \
+        "(bash launch/setup.sh), and set SHARDGAN_VENV to it"
+fi
+
+export TMPDIR=$local/tmp SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local/inductor}
+export WANDB_MODE=${WANDB_MODE:-offline}
+# Our code first, then what lies where the job was submitted (your own networks), and never the folder one is in.
+export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE:$SLURM_SUBMIT_DIR${PYTHONPATH:+:$PYTHONPATH}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+if [ -n "$SHARDGAN_INTERFACE" ]; then
+    export NCCL_SOCKET_IFNAME=$SHARDGAN_INTERFACE GLOO_SOCKET_IFNAME=$SHARDGAN_INTERFACE
+fi
+[ -n "$SLURM_GPUS_ON_NODE" ] || export ACCELERATE_USE_CPU=1
+[ -z "$ACCELERATE_USE_CPU" ] || export DS_ACCELERATOR=cpu
+procs=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
+world=$((SLURM_NNODES * procs))
+cpus=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
+strategy=${SHARDGAN_STRATEGY:-$([ $world = 1 ] && echo single || echo ddp)}
+
+run() {
+    # shellcheck disable=SC2086
+    exec $SHARDGAN_CONTAINER "$python" -m "$@"
+}
+export SHARDGAN_NODE=$node
+if [ "$1" = plan ]; then
+    shift
+    [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
+    [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
+    echo "$strategy on $SLURM_NNODES nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
+    run launch.nodes plan "$world" "$@"
+fi
+if [ "$1" = check ]; then
+    shift
+    run launch.nodes check "$SHARDGAN_NODES" "$@"
+fi
+shift
+export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
+[ "$strategy" != single ] || run pipeline.train "$@"
+run accelerate.commands.launch --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \
+    --num_machines "$SLURM_NNODES" --num_processes "$world" --machine_rank "$SLURM_NODEID" \
+    --main_process_ip "$SHARDGAN_HEAD" --main_process_port "$SHARDGAN_HEAD_PORT" \
+    --mixed_precision "$ACCELERATE_MIXED_PRECISION" -m pipeline.train "$@"
