@@ -66,10 +66,10 @@ class Case:
         )
 
 
-def cases(world: int = 1) -> list[Case]:
+def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
     what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice,
-    residual networks.
+    residual networks, parameters that do not train, tied ones (which FSDP2 does not do).
 
     The batch is one that `world` ranks can share in two rounds: the same for 1, 2, 3 and 6 ranks.
     """
@@ -106,7 +106,11 @@ def cases(world: int = 1) -> list[Case]:
             "G.kind=launch.smooth:SmoothResidualGenerator",
             "D.kind=launch.smooth:SmoothResidualDiscriminator",
         ),
+        "frozen": ("G.kind=launch.smooth:FrozenGenerator", "D.kind=launch.smooth:FrozenDiscriminator"),
+        "tied": ("G.kind=launch.smooth:TiedGenerator", "D.kind=launch.smooth:TiedDiscriminator"),
     }
+    if strategy == "fsdp2":
+        del special["tied"]
     for name, settings in special.items():
         # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
         rounds = 1 if "spectral" in name else 2
@@ -140,7 +144,7 @@ def initial_state(case: Case) -> State:
 def main(out: Path) -> None:
     """Train every case under the launcher's strategy; the main rank writes OUT/CASE.safetensors and .json."""
     ranks = join()
-    train_all(cases(ranks.world), ranks, out)
+    train_all(cases(ranks.world, ranks.strategy), ranks, out)
     ranks.leave()
 
 
@@ -181,7 +185,8 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
         rows.append(stats.reduce(ranks, {})[0])
         if case.resumed and update + 1 == RESUMED_AFTER:
             checkpoint.save(folder, [gan.G, gan.D], gan.G_ema, state, ranks, keep=1)
-    _check_partitioned(gan, ranks)
+    if case.name != "tied":  # which DeepSpeed keeps gathered from the other player's turn to their own
+        _check_partitioned(gan, ranks)
     tensors = whole(gan)
     if case.resumed:
         tensors |= {f"resumed/{name}": t for name, t in resume(case, ranks, folder).items()}

@@ -6,7 +6,7 @@ whole batch goes through at once, the optimizers are torch's own for-loop ones, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,14 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         beta = 0.5 ** ((nimg - start) / (1000 * settings.ema.kimg))
         for name, p in G.named_parameters():
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
-    tensors = {f"G/{name}": p.detach() for name, p in G.named_parameters()}
-    tensors |= {f"D/{name}": p.detach() for name, p in D.named_parameters()}
-    tensors |= {f"G_ema/{name}": p for name, p in G_ema.items()}
+    tensors = {f"G/{name}": p.detach() for name, p in _trained(G)}
+    tensors |= {f"D/{name}": p.detach() for name, p in _trained(D)}
+    tensors |= {f"G_ema/{name}": G_ema[name] for name, _ in _trained(G)}
     return {name: p.cpu() for name, p in tensors.items()}, rows
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -103,9 +107,9 @@ def _g_loss(kind: str, fake: Tensor) -> Tensor:
 
 
 def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
-    """λ₂ Σ w² and λ₁ Σ |w|, over all parameters or over the kernels: here, what has two axes or more."""
+    """λ₂ Σ w² and λ₁ Σ |w|, over all that trains or over kernels: here, what has two axes or more."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    chosen = [p for p in module.parameters() if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
+    chosen = [p for _, p in _trained(module) if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
     parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
         parts["l1_penalty"] = penalty.l1 * _total(p.abs().sum() for p in chosen)

@@ -67,7 +67,9 @@ def selfcheck(strategies: str | None, procs: int | None) -> None:
             out.mkdir()
             with console.status(f"{strategy}, {world} process{'es' * (world > 1)} …"):
                 ended = launch(strategy, world, ["launch.parity", str(out)], on_cpu=not gpus)
-                errors = judge(out, world, "cuda" if gpus else "cpu") if ended.returncode == 0 else {}
+                errors = (
+                    judge(out, strategy, world, "cuda" if gpus else "cpu") if ended.returncode == 0 else {}
+                )
             if ended.returncode:
                 failures.append(f"{strategy} failed:\n{(ended.stdout + ended.stderr)[-3000:]}")
             missed |= any(error > tolerance(column) for column, error in errors.items())
@@ -109,12 +111,12 @@ def launch(
     )
 
 
-def judge(out: Path, world: int, device: str) -> dict[str, float]:
+def judge(out: Path, strategy: str, world: int, device: str) -> dict[str, float]:
     """Column → the worst error over all cases that a launch wrote to `out`."""
     from launch import parity
 
     worst = dict.fromkeys(COLUMNS, 0.0)
-    for case in parity.cases(world):
+    for case in parity.cases(world, strategy):
         for column, _, error in differences(read(out, case.name), expected(case, device)):
             worst[column] = max(worst[column], error)
     return worst

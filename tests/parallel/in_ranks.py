@@ -23,7 +23,7 @@ CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that tr
 
 def main(out: Path, earlier: Path | None) -> None:
     ranks = parity.join()
-    cases = parity.cases(ranks.world)
+    cases = parity.cases(ranks.world, ranks.strategy)
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
         if case.name in CONTINUED:

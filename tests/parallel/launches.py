@@ -15,7 +15,8 @@ LAUNCHES = (
     "single-1", "fsdp2-2", "ddp-2", "zero2-2", "zero1-2", "zero3-2", "fsdp2-3", "zero2-3", "ddp-3", "zero3-3",
 )  # fmt: skip
 LONG = ("zero1-3", "ddp-1", "fsdp2-1", "zero1-1", "zero2-1", "zero3-1")
-EVERYWHERE = (*LAUNCHES, *(pytest.param(name, marks=pytest.mark.long) for name in LONG))
+EVERYWHERE = (*((name, ()) for name in LAUNCHES), *((name, (pytest.mark.long,)) for name in LONG))
+LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 
 def before(name: str) -> str | None:

@@ -7,7 +7,7 @@ import json
 import half
 import pytest
 import torch
-from launches import EVERYWHERE
+from launches import LAUNCHED
 from safetensors.torch import load_file
 
 from launch import parity, selfcheck
@@ -17,7 +17,7 @@ CASES = {case.name: case for case in parity.cases()}
 
 
 @pytest.mark.parametrize("case", half.CASES)
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_scaling_changes_nothing(launched, name, case):
     """Penalties, clipping and norms are in true units: over fp32 networks all is as without a loss scale."""
     found = selfcheck.differences(
@@ -27,7 +27,7 @@ def test_scaling_changes_nothing(launched, name, case):
 
 
 @pytest.mark.parametrize("case", half.CASES)
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_fp16_trains_as_fp32_does_to_its_own_rounding(launched, name, case):
     weights = load_file(launched(name) / "fp16" / f"{case}.safetensors")
     expected, _ = selfcheck.expected(CASES[case])
@@ -36,7 +36,7 @@ def test_fp16_trains_as_fp32_does_to_its_own_rounding(launched, name, case):
         assert torch.equal(weights[f"resumed/{key}"], weights[key]), key
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_an_overflow_on_one_rank_skips_the_update_on_all_and_halves_the_scale(launched, name):
     first, second, third = json.loads((launched(name) / "overflow.json").read_text())
     everything = ["D", "G", "G_ema"]

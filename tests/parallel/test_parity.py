@@ -11,10 +11,15 @@ from safetensors.torch import load_file
 from launch import parity, selfcheck
 
 CASES = {case.name: case for case in parity.cases()}
+CELLS = [
+    pytest.param(launch, case.name, marks=marks)
+    for launch, marks in EVERYWHERE
+    for case in parity.cases(strategy=launch.partition("-")[0])
+]
+RESUMED = [cell for cell in CELLS if CASES[str(cell.values[1])].resumed]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize(("name", "case"), CELLS)
 def test_it_trains_what_plain_torch_trains(launched, name, case):
     trained = selfcheck.read(launched(name), case)
     assert {key.partition("/")[0] for key in trained[0]} - {"resumed"} == {"G", "D", "G_ema"}
@@ -25,8 +30,7 @@ def test_it_trains_what_plain_torch_trains(launched, name, case):
     ] == []
 
 
-@pytest.mark.parametrize("case", [case.name for case in CASES.values() if case.resumed])
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize(("name", "case"), RESUMED)
 def test_it_goes_on_from_a_checkpoint_bit_for_bit(launched, name, case):
     weights, _ = selfcheck.read(launched(name), case)
     unbroken = {key: t for key, t in weights.items() if not key.startswith("resumed/")}
@@ -37,7 +41,7 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(launched, name, case):
 
 @pytest.mark.parametrize("case", CONTINUED)
 @pytest.mark.parametrize(
-    "name", [name for name in EVERYWHERE if not isinstance(name, str) or before(name) is not None]
+    "name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if before(name) is not None]
 )
 def test_it_goes_on_from_a_checkpoint_of_another_strategy_or_world(launched, name, case):
     """The next updates after loading it end where the unbroken training does, to rounding."""
