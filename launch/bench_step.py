@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import signal
 import statistics
@@ -174,7 +175,7 @@ class Ours:
             _synchronise(self.device)
             start = time.perf_counter()
             with _no_output():
-                self._session.tick(self._gan, self._state.cur_nimg, self._stats, {})
+                self._session.tick(self._gan, self._state, self._stats, {})
             taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 
@@ -212,7 +213,7 @@ def _unheeded() -> StopSignals:
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     }
-    signals = StopSignals()
+    signals = StopSignals("USR1", math.inf)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return signals

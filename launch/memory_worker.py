@@ -39,7 +39,7 @@ def main(out: Path, settings: list[str]) -> None:
     with Traffic(ranks.world) as traffic:
         train_step(gan, reals, (_UPDATES - 1) * gan.batch_size, stats)
     hook.remove()
-    losses, _ = stats.reduce(ranks, {})
+    losses = stats.reduce(ranks, {}).values
     found: dict[str, Any] = {"strategy": ranks.strategy, "world": ranks.world, "settings": settings}
     found |= {
         f"parameters_{e.player.name}": sum(f.shape.numel() for f in e.fragments) for e in (gan.G, gan.D)

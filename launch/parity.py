@@ -26,6 +26,7 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, end_process, read_launch
 from pipeline.run import checkpoint
+from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import Gan, train_step
@@ -182,9 +183,11 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
     stats = Stats(ranks.device)
     for update in range(UPDATES):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
-        rows.append(stats.reduce(ranks, {})[0])
+        rows.append(stats.reduce(ranks, {}).values)
         if case.resumed and update + 1 == RESUMED_AFTER:
-            checkpoint.save(folder, [gan.G, gan.D], gan.G_ema, state, ranks, keep=1)
+            saver = Saver(folder, ranks, keep=1)
+            saver.begin([gan.G, gan.D], gan.G_ema, state)
+            assert saver.finish() == []
     if case.name != "tied":  # which DeepSpeed keeps gathered from the other player's turn to their own
         _check_partitioned(gan, ranks)
     tensors = whole(gan)

@@ -69,7 +69,8 @@ def train(
         environment["ACCELERATE_MIXED_PRECISION"] = mixed_precision
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", "pipeline.train", config, *settings], environment)
-    sys.exit(_run([sys.executable, "-m", "accelerate.commands.launch", *command], environment))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *command]
+    sys.exit(_run(launcher, environment, resolved.run.stop_signal))
 
 
 def check_space(out: Path, needed_mb: int = 64) -> None:
@@ -107,7 +108,7 @@ def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
     return environment
 
 
-def _run(command: list[str], environment: dict[str, str]) -> int:
+def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:
     """Run the launcher; a signal here asks the workers, who agree, save and leave in good order."""
     launcher = subprocess.Popen(
         command,
@@ -125,7 +126,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
             asked = True
             _ask_to_stop(launcher)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.Signals[f"SIG{stop_signal}"]):
         signal.signal(number, forward)
     return 0 if launcher.wait() == 0 else 1
 

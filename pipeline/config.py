@@ -30,6 +30,7 @@ class UserError(ValueError):
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Signal = Literal["USR1", "USR2", "HUP", "CONT"]
 Norm = Literal["batch", "group", "instance", "none"]
 
 
@@ -51,7 +52,11 @@ class Run:
     snapshot_kimg: Positive = 50.0  # a grid of generated images
     checkpoint_kimg: Positive = 50.0
     eval_kimg: Positive = 100.0  # scores on held-out images
-    keep: Count = 2  # newest checkpoints kept
+    keep: Count = 2  # newest checkpoints kept, and the one with the best score
+    max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row; training goes on until then
+    max_skipped: Annotated[int, Field(ge=0)] = 10  # updates of a player between ticks, as not finite
+    stop_signal: Signal = "USR1"  # save and stop, as on SIGTERM and Ctrl-C
+    grace: Positive = 90.0  # seconds from being told to stop until all is saved and the processes have ended
     resume: bool = True  # False: start over under a new name, never over old files
     timeout_s: Positive = 600.0  # a rank that does not answer for so long ends the job
 

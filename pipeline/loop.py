@@ -16,29 +16,43 @@ from pipeline.step import Gan, train_step
 def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run, session: Session) -> bool:
     """Train from where `state` stands to run.total_kimg; False if asked to stop before, state saved."""
     total = math.ceil(run.total_kimg * 1000)
-    if state.cur_nimg == 0:
-        session.begin(gan, evaluate=run.eval_kimg <= run.total_kimg)
+    if state.cur_nimg == 0 and not session.begin(gan, evaluate=run.eval_kimg <= run.total_kimg):
+        return False
     session.start_clock(state.cur_nimg)
     reals = session.timed(reals)
-    while state.cur_nimg < total:
+    stopping = False
+    while not stopping and min(state.cur_nimg, state.reported) < total:
         asked_to_stop = session.stop_requested()
         before = state.cur_nimg
-        state.cur_nimg = train_step(gan, reals, before, stats)
-        due = _due(before, state.cur_nimg, finished=state.cur_nimg >= total)
-        if due(run.tick_kimg) or due(run.eval_kimg):
-            scores = session.evaluate(gan) if due(run.eval_kimg) else {}
-            session.tick(gan, state.cur_nimg, stats, scores)
-        if due(run.snapshot_kimg):
-            session.snapshot(gan, state.cur_nimg)
+        if state.reported == before:  # else a stop has put the reports off
+            state.cur_nimg = train_step(gan, reals, before, stats)
+        finished = state.cur_nimg >= total
         stopping = asked_to_stop()
-        if stopping or due(run.checkpoint_kimg):
+        if not stopping:
+            report(gan, state, stats, run, session, _due(state.reported, state.cur_nimg, finished))
+        if stopping or session.new_best or _due(before, state.cur_nimg, finished)(run.checkpoint_kimg):
             session.save(gan, state, stats)
-        if stopping and state.cur_nimg < total:
-            return False
         session.advance(state.cur_nimg)
-    return True
+    session.finish_saves()
+    return not stopping
 
 
-def _due(before: int, now: int, finished: bool) -> Callable[[float], bool]:
-    """Whether something that happens every so many kimg falls on this update; everything does on the last."""
+def report(gan: Gan, state: State, stats: Stats, run: Run, session: Session, due: Due) -> None:
+    """Score, chart and show what is due; or, told to stop meanwhile, leave it to when the run continues."""
+    if due(run.tick_kimg) or due(run.eval_kimg):
+        scores = session.evaluate(gan) if due(run.eval_kimg) else {}
+        if scores is None:
+            return
+        session.tick(gan, state, stats, scores)
+    if due(run.snapshot_kimg):
+        session.snapshot(gan, state.cur_nimg)
+    state.reported = state.cur_nimg
+
+
+Due = Callable[[float], bool]
+
+
+def _due(before: int, now: int, finished: bool) -> Due:
+    """Whether something that happens every so many kimg falls between two updates; everything does on the
+    last."""
     return lambda kimg: finished or now // (1000 * kimg) > before // (1000 * kimg)

@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _train(settings, launch, batch)
     except CommonError as error:
-        return _refuse(error, tell=rank == 0)
+        _refuse(error, tell=rank == 0)
+        return error.status
     except UserError as error:
         return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
     return 0
@@ -72,7 +73,7 @@ def prepare_data(settings: Config, announce: bool) -> Index:
 
 
 def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
-    signals = StopSignals()
+    signals = StopSignals(settings.run.stop_signal, settings.run.grace)
     ranks = Ranks(launch, timedelta(seconds=settings.run.timeout_s))
     if ranks.device.type == "cpu":
         keep_freed_memory()
@@ -115,6 +116,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
         ranks.from_main(lambda: _conclude(folder, state, report, completed))
     finally:
         report.close()
+        signals.heeded()
     ranks.leave()
 
 
@@ -157,9 +159,14 @@ def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Ga
 def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks) -> State:
     """Continue from the newest intact checkpoint, if there is one; returns where the run stands."""
     found, complaints = ranks.from_main(lambda: checkpoint.newest_sound(folder / "checkpoints"))
-    for complaint in complaints if ranks.main else ():
+    for complaint in complaints if found and ranks.main else ():
         say(f"warning: {complaint}; falling back")
     if found is None:
+        if complaints:
+            raise CommonError(
+                "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
+                + "\nBring one back, or start over under a new name with run.resume=false."
+            )
         return state
     saved = checkpoint.read_state(found)
     if saved.plan != state.plan:
@@ -211,14 +218,22 @@ def _introduce(
     return "\n".join(lines)
 
 
+def _leave(folder: Path, name: str, cur_nimg: int) -> None:
+    """A marker that says how the run ended."""
+    try:
+        (folder / name).write_text(f"{cur_nimg}\n")
+    except OSError as error:
+        raise UserError(f"{folder / name} could not be written: {error}") from None
+
+
 def _conclude(folder: Path, state: State, report: Report, completed: bool) -> None:
     """Leave the marker that says how the run ended, and the exported networks if it is done."""
     if not completed:
-        (folder / STOPPED).write_text(f"{state.cur_nimg}\n")
+        _leave(folder, STOPPED, state.cur_nimg)
         report.say(f"Stopped at kimg {state.cur_nimg / 1000:g}; the same command continues from there.")
         return
     export(folder, folder / "export")
-    (folder / DONE).write_text(f"{state.cur_nimg}\n")
+    _leave(folder, DONE, state.cur_nimg)
     report.conclude(state.cur_nimg)
 
 

@@ -20,6 +20,7 @@ from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.loss_scale import LossScale
+from pipeline.parallel.pace import Pace
 from pipeline.parallel.ranks import Ranks
 
 
@@ -63,6 +64,7 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
+        self.pace = Pace(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         # Which parameters train is the user's choice at construction: freezing for the other player's
         # turn must not wake up one that was never meant to move.
@@ -126,7 +128,7 @@ class Engine(abc.ABC):
         Frozen, the wrapper that averages gradients must not see the pass: it would wait for gradients
         that never come (DDP), or is silently wrong (ZeRO stage 3).
         """
-        with self.autocast():
+        with self.autocast(), self.pace.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
     @contextmanager
@@ -207,6 +209,12 @@ class Engine(abc.ABC):
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
         return Share(local, 1.0 if self.replicated else 1.0 / self.ranks.world)
+
+    def outcome(self, squares: torch.Tensor) -> dict[str, Share]:
+        """What is charted of an update whose squared gradient norm was `squares`, the same on all ranks."""
+        section = f"Gradients/{self.player.name}"
+        skipped = (~squares.isfinite()).double()
+        return {f"{section}/norm": Share(squares, 1.0), f"{section}/skipped": Share(skipped, 1.0)}
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""

@@ -45,6 +45,12 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_square_sum(_flat(t)) for t in tensors]).sum()
 
 
+def checksum(tensors: Sequence[torch.Tensor]) -> float:
+    """Changes with any single bit of fp32 tensors; a whole number that float64 holds. Waits for them."""
+    total = sum(int(_flat(t).view(torch.int32).sum(dtype=torch.int64)) for t in tensors)
+    return float(total % 2**52)
+
+
 def sum_of_magnitudes(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Σ |t| over all elements of all tensors → fp64 scalar on their device; no host sync."""
     if not tensors:

@@ -38,15 +38,16 @@ class LossScale:
         """Adapt to an update whose squared gradient norm was `squares`; returns what is to be charted.
 
         For an update that is skipped that is the last one's norm: overflows are how the scale is found, and
-        no error.
+        no error, unless there is no smaller scale to try.
         """
         overflow = ~squares.isfinite()
+        found = overflow & (self._scale > 1.0)
         finite = torch.where(overflow, 0.0, self._finite + 1)
         grow = finite >= _PATIENCE
         scale = torch.where(overflow, self._scale / 2, torch.where(grow, self._scale * 2, self._scale))
         self._scale.copy_(scale.clamp(1.0, _LARGEST))
         self._finite.copy_(torch.where(grow, 0.0, finite))
-        self._squares = torch.where(overflow, self._squares, squares)
+        self._squares = torch.where(found, self._squares, squares)
         return self._squares
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ class MasterEngine(Engine):
         self._optimizer.step()
         if self.loss_scale is not None:
             squares = self.loss_scale.update(squares)
-        return self.chart("Loss", penalties) | {f"Gradients/{self.player.name}/norm": Share(squares, 1.0)}
+        return self.chart("Loss", penalties) | self.outcome(squares)
 
     def _clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
         """Scale down to the largest allowed norm, as torch's clip_grad_norm_ does, on the device."""

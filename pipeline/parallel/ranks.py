@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,14 @@ _PLUGIN_VARIABLES = (
 
 class CommonError(UserError):
     """A UserError that every rank knows of: the main rank tells."""
+
+    status = 2
+
+
+class RunError(CommonError):
+    """What ends a run that began well, whatever the user gave it: exit status 1."""
+
+    status = 1
 
 
 @dataclass(frozen=True)
@@ -184,16 +193,16 @@ class Ranks:
         if self._control is not None:
             dist.barrier(group=self._control)
 
-    def any(self, flag: bool) -> Callable[[], bool]:
-        """Ask whether any rank raised its flag. The answer comes when called, so that work fits between."""
+    def any(self, *flags: bool) -> Callable[[], list[bool]]:
+        """Ask which flags any rank has raised. The answer comes when called, so that work fits between."""
         if self._control is None:
-            return lambda: flag
-        seen = torch.tensor([int(flag)], dtype=torch.int32)
+            return lambda: list(flags)
+        seen = torch.tensor(flags, dtype=torch.int32)
         pending = dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> list[bool]:
             pending.wait()
-            return bool(seen.item())
+            return [bool(flag) for flag in seen.tolist()]
 
         return answer
 
@@ -215,11 +224,15 @@ def end_process(status: int) -> NoReturn:
 
 
 class StopSignals:
-    """Asks for a clean stop on SIGTERM, SIGUSR1 or Ctrl-C; a second Ctrl-C stops at once."""
+    """Asks for a clean stop on SIGTERM, Ctrl-C or a signal of one's choice; a second Ctrl-C stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, chosen: str, grace: float) -> None:
+        """chosen: "USR1", say. grace: seconds after which a stop that is not done is given up."""
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        self._grace = grace
+        self._out_of_time = threading.Timer(min(grace, threading.TIMEOUT_MAX), self._give_up)
+        self._out_of_time.daemon = True
+        for number in (signal.SIGTERM, signal.Signals[f"SIG{chosen}"], signal.SIGINT):
             signal.signal(number, self._note)
         # A launcher that dies without a word (SIGKILL, or `accelerate launch` of one process, which
         # forwards nothing) must not leave this process training: the kernel tells us instead.
@@ -229,4 +242,20 @@ class StopSignals:
     def _note(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":
             raise KeyboardInterrupt
+        if self.received is None:
+            self._out_of_time.start()
         self.received = signal.Signals(number).name
+
+    def heeded(self) -> None:
+        """The run has come to its end."""
+        self._out_of_time.cancel()
+
+    def _give_up(self) -> None:
+        """Whoever sent the signal is about to kill this process: better to end with a word."""
+        print(
+            f"error: told to stop by {self.received}, and not done within run.grace = {self._grace:g} s. "
+            "The same command continues from the newest checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        end_process(1)

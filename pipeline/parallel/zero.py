@@ -165,8 +165,7 @@ class ZeroEngine(Engine):
         self._ds.step()
         if not self._asked:  # not finite: stage 3, and any with offloading, skip that by themselves
             self._note(torch.full_like(self._squares, torch.inf))
-        norm = {f"Gradients/{self.player.name}/norm": Share(self._squares, 1.0)}
-        return self.chart("Loss", penalties) | norm
+        return self.chart("Loss", penalties) | self.outcome(self._squares)
 
     def _note(self, squares: torch.Tensor) -> None:
         """Remember an update's squared gradient norm."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one portable format, written from fragments, that exists whole or not at all.
+"""Checkpoints: one portable format, written from fragments (saving.py), that exists whole or not at all.
 
     checkpoints/<cur_nimg>/
         G-00000.safetensors …  per writing rank: this rank's fragments of G, its optimizer and G_ema
@@ -13,20 +13,14 @@ read what any other has written: each rank picks the elements it owns.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from pipeline.config import UserError
 from pipeline.parallel.batch_norm import pooled
@@ -36,35 +30,6 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import State
 
 FORMAT = 1
-
-
-def save(folder: Path, players: list[Engine], G_ema: Ema, state: State, ranks: Ranks, keep: int) -> None:
-    """Write checkpoints/<cur_nimg> under `folder`, then forget all but the `keep` newest. Collective.
-
-    Raises UserError on every rank if any could not write; the earlier checkpoints stand.
-    """
-    final = folder / str(state.cur_nimg)
-    partial = folder / f".partial-{state.cur_nimg}"
-    with ranks.agreeing():
-        if ranks.main:
-            with _explaining(partial):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-    files: dict[str, Any] = {}
-    with ranks.agreeing(), _explaining(partial):
-        for engine in players:
-            if ranks.main or not engine.replicated:
-                averages = G_ema.averages if engine is G_ema.engine else None
-                files |= _write(partial, f"{engine.player.name}-{ranks.rank:05d}", _pieces(engine, averages))
-        buffers = {f"{e.player.name}/{name}": b for e in players for name, b in e.buffers().items()}
-        files |= _write(partial, f"buffers-{ranks.rank:05d}", buffers)
-    written = ranks.gather_objects(files)
-    with ranks.agreeing():
-        if ranks.main:
-            with _explaining(partial):
-                _finish(partial, final, written, state, ranks)
-                for old in find(folder)[keep:]:
-                    shutil.rmtree(folder / str(old), ignore_errors=True)
 
 
 def find(folder: Path) -> list[int]:
@@ -88,6 +53,7 @@ def read_state(checkpoint: Path) -> State:
     """The part of a checkpoint that is not tensors."""
     values = json.loads((checkpoint / "state.json").read_text())
     values["stats"] = [{k: (float(t), float(w)) for k, (t, w) in sums.items()} for sums in values["stats"]]
+    values["best"] = values["best"] and (values["best"][0], int(values["best"][1]))
     return State(**values)
 
 
@@ -190,80 +156,10 @@ def _read_buffers(checkpoint: Path, engine: Engine, ranks: Ranks) -> dict[str, t
     return everyone[ranks.rank] if len(everyone) == ranks.world else pooled(engine.module, everyone)
 
 
-def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """One rank's part of a player as flat named pieces."""
-    tensors: dict[str, torch.Tensor] = {}
-    states = engine.optimizer_state()
-    for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
-        where = f"{fragment.name}@{fragment.start}"
-        tensors[f"weights/{where}"] = fragment.data.reshape(-1)
-        if averages is not None:
-            tensors[f"ema/{where}"] = averages[place].reshape(-1)
-        for kind, value in state.items():
-            if value.ndim == 0:  # Adam's step
-                tensors[f"{kind}/{fragment.name}"] = value
-            else:
-                tensors[f"{kind}/{where}"] = value.reshape(-1)
-    return tensors
-
-
-def _write(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write and fsync one safetensors file; returns its line of the manifest."""
-    path = folder / f"{name}.safetensors"
-    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
-    return {path.name: _seal(path)}
-
-
-def _finish(partial: Path, final: Path, written: list[dict[str, Any]], state: State, ranks: Ranks) -> None:
-    """Add state and manifest, then make the checkpoint exist by renaming its folder."""
-    files = {name: line for files in written for name, line in files.items()}
-    (partial / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1))
-    files["state.json"] = _seal(partial / "state.json")
-    manifest = {
-        "format": FORMAT,
-        "cur_nimg": state.cur_nimg,
-        "world": ranks.world,
-        "strategy": ranks.strategy,
-        "torch": torch.__version__,
-        "files": files,
-    }
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    _seal(partial / "manifest.json")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _sync(final.parent)
-
-
-@contextmanager
-def _explaining(folder: Path) -> Iterator[None]:
-    """Turn a full or failing disk into one clear message, leaving nothing half-written behind."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(
-            f"The checkpoint {folder.parent} could not be written: {error}. Earlier checkpoints are intact: "
-            "make room and run the same command again to continue from the newest."
-        ) from None
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Make a file durable; returns its line of the manifest."""
-    _sync(path)
-    return _describe(path)
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """A file's line of the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _problem(checkpoint: Path) -> str | None:
@@ -275,7 +171,7 @@ def _problem(checkpoint: Path) -> str | None:
         for name, line in manifest["files"].items():
             if not re.fullmatch(r"[\w.-]+", name):
                 return f"file name {name!r}"
-            if _describe(checkpoint / name) != line:
+            if describe(checkpoint / name) != line:
                 return f"{name} is not what was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

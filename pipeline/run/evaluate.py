@@ -122,7 +122,7 @@ def heldout_features(
     }
     kept = read_tensor("features", key)
     # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
-    if not ranks.any(kept is None)() and kept is not None:
+    if not any(ranks.any(kept is None)()) and kept is not None:
         return kept.to(ranks.device)
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
     write_tensor("features", key, features)

@@ -13,7 +13,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipeline.config import UserError
 from pipeline.run.tracker import Tracker
 
 
@@ -28,8 +27,14 @@ class Report:
     def say(self, text: str) -> None:
         """Tell the person."""
 
+    def warn(self, title: str, text: str) -> None:
+        """Tell the person what is wrong, though training goes on."""
+
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in every chart."""
+
+    def flush(self) -> None:
+        """See to it that metrics.jsonl is on disk."""
 
     def advance(self, cur_nimg: int) -> None:
         """Move the progress bar."""
@@ -56,6 +61,7 @@ class MainReport(Report):
         self._last = (time.monotonic(), cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
         _forget_after(self._metrics, cur_nimg)
+        self._unwritten: list[str] = []  # lines that a full or failing disk has not taken
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 
     def say(self, text: str) -> None:
@@ -64,19 +70,22 @@ class MainReport(Report):
         else:
             self._bar[0].console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def warn(self, title: str, text: str) -> None:
+        self.say(f"warning: {text}")
+
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
-        try:
-            with self._metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._metrics} cannot be written: {error}") from None
+        self._unwritten.append(json.dumps(line) + "\n")
+        self._write()
         self._tracker.log(values, cur_nimg)
         if self._bar is None:
             self.say(self._plain(cur_nimg, values))
         else:
             progress, task = self._bar
             progress.update(task, completed=cur_nimg / 1000, status=_status(values))
+
+    def flush(self) -> None:
+        self._write(durably=True)
 
     def advance(self, cur_nimg: int) -> None:
         if self._bar is not None:
@@ -104,6 +113,28 @@ class MainReport(Report):
     def close(self) -> None:
         self._end_bar()
         self._tracker.finish()
+
+    def _write(self, durably: bool = False) -> None:
+        """Append the lines that are due; what the disk does not take is kept for the next time."""
+        late = len(self._unwritten) > 1
+        try:
+            with self._metrics.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write("".join(self._unwritten).encode())
+                    file.flush()
+                    if durably:
+                        os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)  # no half lines
+                    raise
+        except OSError as error:
+            if not late:
+                self.warn("Metrics not written", f"{self._metrics} cannot be written for now: {error}.")
+            return
+        if late:
+            self.say(f"{self._metrics} can be written again, and is complete.")
+        self._unwritten.clear()
 
     def _end_bar(self) -> None:
         if self._bar is not None:

@@ -15,28 +15,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from pipeline.config import Config, UserError
+from pipeline.config import Config
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
-from pipeline.data.stream import Batch, heldout_batches
-from pipeline.gan.images import to_float
-from pipeline.parallel.engine import Engine
-from pipeline.parallel.fragments import sum_of_squares
-from pipeline.parallel.ranks import Ranks, StopSignals
-from pipeline.run import checkpoint
+from pipeline.data.stream import Batch
+from pipeline.parallel.fragments import checksum, sum_of_squares
+from pipeline.parallel.ranks import Ranks, RunError, StopSignals
 from pipeline.run.evaluate import evaluate, fixed_images, from_latents, heldout_features
 from pipeline.run.features import Extractor, load_features
-from pipeline.run.grid import save_grid
+from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.report import Report, say
+from pipeline.run.saving import Saver
+from pipeline.run.sheets import GRID, Sheets
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.run.unseen import Unseen
 
 if TYPE_CHECKING:
     from pipeline.step import Gan
 
-GRID = 64  # images on a sample sheet
+_LEADING = ("Metrics/kid", "Metrics/fid", "Metrics/fd")  # the score by which checkpoints are compared
+
+
+class _Interrupted(Exception):
+    """Told to stop in the middle of an evaluation."""
 
 
 class Session:
@@ -56,20 +59,28 @@ class Session:
         self.config, self.folder, self.index, self.heldout = config, folder, index, heldout
         self.ranks, self.report, self._signals = ranks, report, signals
         self._train_size = train_size
+        self._saver = Saver(folder / "checkpoints", ranks, config.run.keep)
+        self._sheets = Sheets(folder, ranks, report)
+        self._health = Health(config.run, ranks, report)
+        self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
         self._waited = 0.0
         self._bad_images = 0
         self._clock = (time.perf_counter(), 0)
-        self._watched = self._heldout_sample()
+        self._unseen = Unseen(config.data, index, heldout, ranks)
 
     # Once, and as training goes
 
-    def begin(self, gan: Gan, evaluate: bool) -> None:
-        """Before the first update: what real images look like, and where G starts from."""
-        self._save_reals()
+    def begin(self, gan: Gan, evaluate: bool) -> bool:
+        """Before the first update: what real images look like, and where G starts from. False if told to stop
+        meanwhile."""
+        if self.heldout.size:
+            self._sheets.reals(lambda: self._unseen.some(GRID))
         self.snapshot(gan, 0)
-        if evaluate:
-            self.report.row(0, {"Progress/kimg": 0.0, "Progress/epoch": 0.0, **self.evaluate(gan)})
+        scores = self.evaluate(gan) if evaluate else {}
+        if scores:
+            self.report.row(0, {"Progress/kimg": 0.0, "Progress/epoch": 0.0, **scores})
+        return scores is not None
 
     def start_clock(self, cur_nimg: int) -> None:
         """Count time and images from here: reports and saves are not training."""
@@ -86,18 +97,34 @@ class Session:
             yield batch
 
     def stop_requested(self) -> Callable[[], bool]:
-        """Ask whether any rank was told to stop; the answer, the same on all, comes when called."""
-        return self.ranks.any(self._signals.received is not None)
+        """Ask whether any rank was told to stop; the answer, the same on all, comes when called.
+
+        On the same message travels how a save that is under way gets on, which is then seen to as well.
+        Raises RunError when too many saves have failed.
+        """
+        answer = self.ranks.any(self._signals.received is not None, *self._saver.flags)
+
+        def told() -> bool:
+            stop, busy, failed = answer()
+            complaint = self._saver.advance(busy, failed)
+            self._heed([complaint] if complaint else [])
+            return stop
+
+        return told
 
     def advance(self, cur_nimg: int) -> None:
         self.report.advance(cur_nimg)
 
-    def tick(self, gan: Gan, cur_nimg: int, stats: Stats, scores: Mapping[str, float]) -> None:
-        """Reduce what has been accumulated and report it: one row, one point in every chart."""
+    def tick(self, gan: Gan, state: State, stats: Stats, scores: Mapping[str, float]) -> None:
+        """Reduce what has been accumulated and report it: one row, one point in every chart.
+
+        Raises RunError when the figures say that the run cannot go on.
+        """
+        cur_nimg = state.cur_nimg
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         now, (then, before) = time.perf_counter(), self._clock
-        self._score_heldout(gan.D, stats)
+        self._unseen.score(gan.D, stats)
         for engine in (gan.D, gan.G):
             stats.add(engine.chart("Weights", {"norm": sum_of_squares([f.data for f in engine.fragments])}))
         mine = {
@@ -105,8 +132,10 @@ class Session:
             "waited": self._waited,
             "memory": _peak_memory_gb(self.ranks.device),
             "bad": self._bad_images,
+            **self._of_this_rank(gan),
         }
-        values, each = stats.reduce(self.ranks, mine)
+        reduced = stats.reduce(self.ranks, mine)
+        values, each = reduced.values, reduced.each
         seconds, images = max(each["seconds"]), cur_nimg - before
         values |= {
             "Progress/kimg": cur_nimg / 1000,
@@ -120,42 +149,93 @@ class Session:
                 "Timing/img_per_sec": images / seconds,
                 "Timing/data_wait_frac": sum(each["waited"]) / sum(each["seconds"]),
             }
+        if self.ranks.world > 1:
+            values |= slowest(each[FORWARD])
         self.report.row(cur_nimg, dict(sorted((values | dict(scores)).items())))
         self.start_clock(cur_nimg)
+        self._health.check(reduced)
+        self._compare_score(state, scores)
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
         """A sheet of G_ema's images from the same latents every time."""
         G_ema = gan.G_ema.module()
         z, c = gan.draws.grid(GRID)
         make = from_latents(G_ema, z, c, self.ranks.device)
-        path = self.folder / "samples" / f"fakes{cur_nimg // 1000:06d}.png"
         with self._off_the_clock():
-            self._save_sheet(
-                "Samples/fakes", lambda: make(0, GRID), path, gan.draws.grid_columns(GRID), cur_nimg
-            )
+            self._sheets.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
 
-    def evaluate(self, gan: Gan) -> dict[str, float]:
-        """Scores of G_ema against held-out images; none if nothing is held out."""
+    def evaluate(self, gan: Gan) -> dict[str, float] | None:
+        """Scores of G_ema against held-out images (no scores if nothing is held out); None if told to stop
+        meanwhile, as scoring many images takes longer than whoever tells us waits."""
         if not self.heldout.size or not self.config.score.metrics:
             return {}
-        with self._off_the_clock():
-            if self._extractor is None:
-                self._extractor = load_features(self.config.score.features).to(self.ranks.device)
-            images = min(self.config.score.images, self.heldout.size)
-            real = heldout_features(
-                self._extractor, self.index, self.heldout, self.ranks, self.config.data, images
-            )
-            fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real), self.ranks.device)
-            return evaluate(fakes, real, self._extractor, self.ranks)
+        try:
+            with self._off_the_clock():
+                if self._extractor is None:
+                    self._extractor = load_features(self.config.score.features).to(self.ranks.device)
+                    self._extractor.register_forward_pre_hook(self._interrupt)
+                images = min(self.config.score.images, self.heldout.size)
+                real = heldout_features(
+                    self._extractor, self.index, self.heldout, self.ranks, self.config.data, images
+                )
+                fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real), self.ranks.device)
+                return evaluate(fakes, real, self._extractor, self.ranks)
+        except _Interrupted:
+            return None
 
     def save(self, gan: Gan, state: State, stats: Stats) -> None:
         """A checkpoint that this or any other world can go on from."""
         with self._off_the_clock():
+            self.report.flush()
             state.stats = self.ranks.gather_objects(stats.state())
-            folder, keep = self.folder / "checkpoints", self.config.run.keep
-            checkpoint.save(folder, [gan.G, gan.D], gan.G_ema, state, self.ranks, keep)
+            self._heed(self._saver.begin([gan.G, gan.D], gan.G_ema, state))
+            self.new_best = False
+
+    def finish_saves(self) -> None:
+        """Wait until the last checkpoint is written. Raises RunError if it could not be."""
+        self._heed(self._saver.finish())
+        if self._saver.failures:
+            raise RunError(
+                "The last checkpoint could not be written. Make room, and run the same command again: it "
+                "continues from the newest one that was."
+            )
 
     # Pieces of the above
+
+    def _interrupt(self, *_: object) -> None:
+        """Before each batch of a score: all ranks go through equally many."""
+        if self.ranks.any(self._signals.received is not None)()[0]:
+            raise _Interrupted
+
+    def _of_this_rank(self, gan: Gan) -> dict[str, float]:
+        """What is compared between ranks: how fast they are, and their copies of replicated players."""
+        if self.ranks.world == 1:
+            return {}
+        players = (gan.G, gan.D)
+        copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}
+        bits = {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
+        return bits | {FORWARD: sum(p.pace.take() for p in players)}
+
+    def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
+        """Remember the best score, and warn of one that is far from it. The lower the better."""
+        name = next((key for key in scores if key.startswith(_LEADING)), None)
+        if name is None:
+            return
+        self._health.compare_score(name.removeprefix("Metrics/"), scores[name], state.best)
+        if state.best is None or scores[name] < state.best[0]:
+            state.best = (scores[name], state.cur_nimg)
+            self.new_best = True
+
+    def _heed(self, complaints: list[str]) -> None:
+        """A save that failed is no reason to stop, unless nothing else happens."""
+        for complaint in complaints:
+            self.report.warn("Checkpoint not written", f"{complaint} Training goes on; earlier ones stand.")
+        if self._saver.failures > self.config.run.max_failed_saves:
+            raise RunError(
+                f"{self._saver.failures} checkpoints in a row could not be written (run.max_failed_saves = "
+                f"{self.config.run.max_failed_saves}). Make room, and run the same command again: it "
+                "continues from the newest one that was."
+            )
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -172,69 +252,6 @@ class Session:
         for text in bad:
             line = f"warning: {text} Another image stands in for it (data.max_bad)."
             self.report.say(line) if self.ranks.main else say(line)
-
-    def _score_heldout(self, D: Engine, stats: Stats) -> None:
-        """D's mean logit on real images it never trains on: beside Loss/scores/real, its over-fitting.
-
-        Computed as in training (BatchNorm by batch, so that the two compare), and without a trace: the
-        buffers such a pass moves are put back.
-        """
-        if self._watched is None:
-            return
-        buffers = {name: b.clone() for name, b in D.module.named_buffers()}
-        torch.manual_seed(0)
-        with torch.no_grad(), D.autocast():
-            logits = D.module(to_float(self._watched.images), self._watched.labels)
-        for name, buffer in D.module.named_buffers():
-            buffer.copy_(buffers[name])
-        stats.mean("Loss/scores/heldout", logits.float().mean())
-
-    def _heldout_sample(self) -> Batch | None:
-        """As many held-out images as D sees at once, on the device; None if fewer are held out."""
-        world, data = self.ranks.world, self.config.data
-        count = min(data.batch_size // world, data.batch_gpu or data.batch_size)
-        if self.heldout.size < count * world:
-            return None
-        with self.ranks.agreeing():
-            batch, _ = next(self._heldout_batches(self.ranks.rank, world, count))
-        labels = None if batch.labels is None else batch.labels.to(self.ranks.device)
-        return Batch(batch.images.to(self.ranks.device), labels)
-
-    def _save_reals(self) -> None:
-        """Real held-out images (nothing, if none are held out) on a sheet like those of the fakes."""
-        if self.heldout.size:
-            count = min(GRID, self.heldout.size)
-            path = self.folder / "samples" / "reals.png"
-            self._save_sheet(
-                "Samples/reals", lambda: next(self._heldout_batches(0, 1, count))[0].images, path, 8, 0
-            )
-
-    def _heldout_batches(self, rank: int, world: int, count: int) -> Iterator[tuple[Batch, int]]:
-        """The first `count` held-out images for each of `world` ranks, this rank's part."""
-        data = self.config.data
-        return heldout_batches(
-            self.index,
-            self.heldout,
-            batch=count,
-            rank=rank,
-            world=world,
-            size=data.size,
-            channels=data.channels,
-            conditional=data.conditional,
-            limit=count * world,
-        )
-
-    def _save_sheet(
-        self, key: str, make: Callable[[], Tensor], path: Path, columns: int, cur_nimg: int
-    ) -> None:
-        """Write a sheet of images, made on the one rank that writes."""
-        with self.ranks.agreeing():
-            if self.ranks.main:
-                try:
-                    save_grid(make(), path, columns)
-                except OSError as error:
-                    raise UserError(f"{path} could not be written: {error}") from None
-                self.report.image(key, path, cur_nimg, f"{cur_nimg / 1000:g} kimg")
 
 
 def _peak_memory_gb(device: torch.device) -> float:

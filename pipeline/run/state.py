@@ -15,6 +15,8 @@ class State:
     plan: str = ""  # fingerprint of which sample comes when
     label_frequencies: list[float] | None = None  # of the training images, which fake labels follow
     wandb_id: str | None = None
+    reported: int = 0  # cur_nimg up to which all ticks, scores and sheets that were due are done
+    best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
     stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
 
     @property

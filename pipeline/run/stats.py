@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,16 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
 LOSS_PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A tick's statistics over all ranks, the same on each."""
+
+    values: dict[str, float]  # chart name → value
+    weights: dict[str, float]  # chart name → how many reports it is the mean of
+    each: dict[str, list[float]]  # what was each rank's own → its value on every rank
+    broken: dict[str, list[int]]  # chart name → ranks that reported something not finite
 
 
 class Stats:
@@ -27,11 +38,10 @@ class Stats:
         self.add({name: Share(value.detach(), 1.0)})
 
     def scores(self, of: str, logits: torch.Tensor) -> None:
-        """D's mean logit on some images, and on real ones how often it says real (as the mean sign)."""
+        """D's mean logit on some images, and how often it says real (as the mean sign)."""
         logits = logits.detach().float()
         self.mean(f"Loss/scores/{of}", logits.mean())
-        if of == "real":
-            self.mean("Loss/signs/real", logits.sign().mean())
+        self.mean(f"Loss/signs/{of}", logits.sign().mean())
 
     def add(self, shares: Mapping[str, Share]) -> None:
         """Add each rank's share of some statistics."""
@@ -43,30 +53,37 @@ class Stats:
                 self._totals[name] = share.total.to(self._device, torch.float64, copy=True)
                 self._weights[name] = share.weight
 
-    def reduce(
-        self, ranks: Ranks, mine: Mapping[str, float]
-    ) -> tuple[dict[str, float], dict[str, list[float]]]:
-        """Start afresh; returns chart name → value over all ranks, and for each of `mine` every rank's value.
+    def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
+        """Start afresh; returns what has been reported on all ranks, and every rank's values of `mine`.
 
         Collective, one all-reduce. All ranks must have reported the same names, as they do when all run
         the same updates.
         """
         names, own = sorted(self._totals), sorted(mine)
-        table = torch.zeros(2 * len(names) + len(own) * ranks.world, dtype=torch.float64, device=self._device)
+        count, world = len(names), ranks.world
+        table = torch.zeros(2 * count + (count + len(own)) * world, dtype=torch.float64, device=self._device)
+        per_rank = table[2 * count :].view(count + len(own), world)
         if names:
-            table[: len(names)] = torch.stack([self._totals[name] for name in names])
+            totals = torch.stack([self._totals[name] for name in names])
             weights = [self._weights[name] for name in names]
-            table[len(names) : 2 * len(names)] = torch.tensor(weights, dtype=torch.float64)
-        per_rank = table[2 * len(names) :].view(len(own), ranks.world)
-        per_rank[:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
+            table[:count] = totals
+            table[count : 2 * count] = torch.tensor(weights, dtype=torch.float64)
+            per_rank[:count, ranks.rank] = (~totals.isfinite()).double()
+        per_rank[count:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
         reduced: list[float] = ranks.sum(table).tolist()
         self._totals.clear()
         self._weights.clear()
-        count, world = len(names), ranks.world
-        values = {name: reduced[i] / reduced[count + i] for i, name in enumerate(names)}
-        rest = reduced[2 * count :]
-        everyone = {name: rest[i * world : (i + 1) * world] for i, name in enumerate(own)}
-        return _complete(values), everyone
+        rows = [reduced[start : start + world] for start in range(2 * count, len(reduced), world)]
+        return Reduced(
+            values=_complete({name: reduced[i] / reduced[count + i] for i, name in enumerate(names)}),
+            weights={name: reduced[count + i] for i, name in enumerate(names)},
+            each=dict(zip(own, rows[count:], strict=True)),
+            broken={
+                name: [rank for rank, flag in enumerate(row) if flag]
+                for name, row in zip(names, rows, strict=False)
+                if any(row)
+            },
+        )
 
     def state(self) -> PartialSums:
         """What has been accumulated since the last tick on this rank, for a checkpoint."""

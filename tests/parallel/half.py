@@ -45,6 +45,6 @@ def overflow(case: parity.Case, ranks: Ranks) -> list[dict[str, Any]]:
         after = parity.whole(gan)
         changed = {name.partition("/")[0] for name, t in after.items() if not torch.equal(t, before[name])}
         scale = float(gan.D.optimizer_state()[0]["loss_scale"])
-        norm = stats.reduce(ranks, {})[0]["Gradients/D/norm"]
+        norm = stats.reduce(ranks, {}).values["Gradients/D/norm"]
         rows.append({"changed": sorted(changed), "scale": scale, "norm": norm})
     return rows

@@ -1,0 +1,131 @@
+"""What a tick's figures say about the run: sane or not. The figures are the same on all ranks, and so is
+every decision."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+from pipeline.config import Run
+from pipeline.parallel.ranks import Ranks, RunError
+from pipeline.run.report import Report
+from pipeline.run.stats import Reduced
+
+BITS, FORWARD = "bits/", "forward"  # what each rank tells of itself: see Session.tick
+_PATIENCE = 25  # ticks in a row before a suspicion is told
+_SLOW = 1.5  # times the median rank
+_WON = 0.99  # mean sign of D's logits: 1, it tells every image apart
+_WORSE = 2.0  # times the best score
+
+
+class Health:
+    """Judges every tick: warns of what a person should look at, ends what cannot go on."""
+
+    def __init__(self, run: Run, ranks: Ranks, report: Report) -> None:
+        self._run, self._ranks, self._report = run, ranks, report
+        self._in_a_row: dict[str, int] = {}
+
+    def check(self, tick: Reduced) -> None:
+        """Raises RunError when updates are not finite, or a rank trains something else."""
+        self._count_skips(tick)
+        self._compare_replicas(tick.each)
+        self._suspect(
+            "D has won",
+            tick.values.get("Loss/signs/real", 0) > _WON and tick.values.get("Loss/signs/fake", 0) < -_WON,
+            "D has told every real image from every fake for some time, which leaves G little to learn from. "
+            "A smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger penalty.D.l2 "
+            "gives G a chance.",
+        )
+        self._find_stragglers(tick.each.get(FORWARD, []))
+
+    def compare_score(self, name: str, score: float, best: tuple[float, int] | None) -> None:
+        """Warn when the score has left its best behind."""
+        worse = best is not None and best[0] > 0 and score > _WORSE * best[0]
+        was = f"{best[0]:.4g} at kimg {best[1] / 1000:g}" if best else ""
+        self._suspect(
+            "Training has got worse",
+            worse,
+            f"{name} is {score:.4g}, and was {was}: the players may have collapsed. That checkpoint is kept.",
+            patience=2,
+        )
+
+    def look_at_diversity(self, fakes: float, reals: float) -> None:
+        """Warn when the images of a sheet differ from each other far less than real ones do."""
+        self._suspect(
+            "G has collapsed",
+            fakes < 0.25 * reals,
+            f"Generated images vary {fakes / max(reals, 1e-9):.0%} as much as real ones do: G may show the "
+            "same few images for every z. Look at the newest sheet in samples/.",
+            patience=1,
+        )
+
+    def _count_skips(self, tick: Reduced) -> None:
+        """A few updates may be skipped; a training in which nothing moves has to be told."""
+        for player in "DG":
+            name = f"Gradients/{player}/skipped"
+            if name not in tick.values or not tick.values[name]:
+                continue
+            updates = tick.weights[name] / self._ranks.world
+            skipped = round(tick.values[name] * updates)
+            where = "; ".join(
+                f"{chart} on {_ranks(ranks, self._ranks.world)}" for chart, ranks in tick.broken.items()
+            )
+            text = (
+                f"{skipped} of the {updates:g} updates of {player} since the last tick were not finite, and "
+                f"were skipped on all ranks{f' ({where})' if where else ''}."
+            )
+            if skipped > self._run.max_skipped:
+                raise RunError(
+                    f"{text} More than run.max_skipped = {self._run.max_skipped}: training has diverged. No "
+                    "such update has changed a weight, and the checkpoints are from before. Try a lower "
+                    f"optim.{player}.lr or a limit on gradients (optim.{player}.clip); if it is always the "
+                    "same rank, suspect its device."
+                )
+            self._report.warn("Updates skipped", text)
+
+    def _compare_replicas(self, each: Mapping[str, list[float]]) -> None:
+        """Every rank's copy of a replicated player must have the same bits."""
+        for key in (key for key in each if key.startswith(BITS)):
+            bits = each[key]
+            usual = statistics.mode(bits)
+            if different := [rank for rank, mine in enumerate(bits) if mine != usual]:
+                name = key.removeprefix(BITS)
+                at = _ranks(different, len(bits)) if len(bits) > 2 else "one of the two ranks"
+                raise RunError(
+                    f"The copy of {name} on {at} is no longer that of the others. A device or its memory "
+                    "fails, or ranks run on unlike hardware. The same command goes on from the newest "
+                    "checkpoint, with equal copies; zero1 to zero3 and fsdp2 keep one copy of each weight."
+                )
+
+    def _find_stragglers(self, seconds: list[float]) -> None:
+        """Only where a forward pass waits for nobody, see pipeline/parallel/pace.py."""
+        if self._ranks.strategy in ("ddp", "zero1", "zero2") and len(seconds) > 1 and min(seconds):
+            times = max(seconds) / statistics.median_low(seconds)
+            self._suspect(
+                "A rank is slow",
+                times > _SLOW,
+                f"rank {seconds.index(max(seconds))} takes {times:.1f} times as long as the others over the "
+                "same work, and all wait for it: look at what else runs on its device.",
+            )
+
+    def _suspect(self, title: str, now: bool, text: str, patience: int = _PATIENCE) -> None:
+        """Warn once, when it has been so for some time; again only after it has not been so."""
+        self._in_a_row[title] = self._in_a_row.get(title, 0) + 1 if now else 0
+        if self._in_a_row[title] == patience:
+            self._report.warn(title, text)
+
+
+def slowest(seconds: list[float]) -> dict[str, float]:
+    """Charts of each rank's seconds in forward passes since the last tick."""
+    return {
+        "Timing/forward_sec_fastest": min(seconds),
+        "Timing/forward_sec_median": statistics.median_low(seconds),
+        "Timing/forward_sec_slowest": max(seconds),
+        "Timing/slowest_rank": float(seconds.index(max(seconds))),
+    }
+
+
+def _ranks(ranks: list[int], world: int) -> str:
+    if len(ranks) == world:
+        return "all ranks" if world > 1 else "the only rank"
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

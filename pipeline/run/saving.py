@@ -1,0 +1,200 @@
+"""Writes checkpoints beside training: a save stops it only for the copy.
+
+Each rank copies its part to host memory and writes it in a thread of its own. What the threads have come to
+travels with the control flags that the ranks exchange in every update anyway, so that all ranks take the
+same decision at the same update: once all parts are written, the main rank adds the manifest and renames the
+folder, and only then does the checkpoint exist. A save that fails leaves the earlier ones as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pipeline.parallel.ema import Ema
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.checkpoint import FORMAT, describe, find
+from pipeline.run.state import State
+
+Tensors = dict[str, torch.Tensor]
+Lines = dict[str, Any]  # of the manifest: file name → bytes and SHA-256
+
+
+class Saver:
+    """One rank's part in writing `folder`/<cur_nimg>. All ranks make the same calls."""
+
+    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
+        """keep: how many of the newest checkpoints outlive a new one (and the best, see State.best)."""
+        self._folder, self._ranks, self._keep = folder, ranks, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._job: Future[Any] | None = None
+        self._phase: Literal["idle", "writing", "finishing"] = "idle"
+        self._state = State()
+        self.failures = 0  # saves in a row
+        if ranks.main:
+            for left in folder.glob(".partial-*"):  # by a process that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+        ranks.barrier()
+
+    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> list[str]:
+        """Copy everything and begin to write it; waits for the save before, and returns its complaints."""
+        complaints = self.finish()
+        self._state = dataclasses.replace(state)
+        contents: dict[str, Tensors] = {}
+        for engine in players:
+            if self._ranks.main or not engine.replicated:
+                averages = G_ema.averages if engine is G_ema.engine else None
+                contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = _pieces(engine, averages)
+        buffers = {f"{e.player.name}/{name}": b for e in players for name, b in e.buffers().items()}
+        contents[f"buffers-{self._ranks.rank:05d}"] = buffers
+        copies = {file: {key: _copy(t) for key, t in tensors.items()} for file, tensors in contents.items()}
+        self._start("writing", lambda: _write(self._partial, copies))
+        return complaints
+
+    @property
+    def flags(self) -> tuple[bool, bool]:
+        """This rank's (busy, failed), for all ranks to agree on."""
+        job = self._job
+        return job is not None and not job.done(), job is not None and job.done() and bool(job.exception())
+
+    def advance(self, busy: bool, failed: bool) -> str | None:
+        """Go on to what comes next, given whether any rank is busy or has failed; a complaint if it has."""
+        if self._phase == "idle" or busy:
+            return None
+        job, self._job = self._job, None
+        error = job.exception() if job else None
+        if failed:
+            self._phase = "idle"
+            return self._give_up(error)
+        if self._phase == "finishing":
+            self._phase, self.failures = "idle", 0
+            return None
+        lines = self._ranks.gather_objects(job.result() if job else {})
+        self._phase = "finishing"
+        if self._ranks.main:
+            self._start("finishing", lambda: self._finish({k: v for part in lines for k, v in part.items()}))
+        return None
+
+    def finish(self) -> list[str]:
+        """Wait until what was begun is written, or has failed; the complaints."""
+        complaints = []
+        while self._phase != "idle":
+            if self._job is not None:
+                wait([self._job])
+            complaint = self.advance(*self._ranks.any(*self.flags)())
+            complaints += [complaint] if complaint else []
+        return complaints
+
+    # Pieces of the above
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / f".partial-{self._state.cur_nimg}"
+
+    def _start(self, phase: Literal["writing", "finishing"], work: Callable[[], Any]) -> None:
+        self._phase, self._job = phase, self._thread.submit(work)
+
+    def _finish(self, files: Lines) -> None:
+        """Add state and manifest, then make the checkpoint exist by renaming its folder."""
+        partial, final = self._partial, self._folder / str(self._state.cur_nimg)
+        (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))
+        manifest = {
+            "format": FORMAT,
+            "cur_nimg": self._state.cur_nimg,
+            "world": self._ranks.world,
+            "strategy": self._ranks.strategy,
+            "torch": torch.__version__,
+            "files": files | {"state.json": _seal(partial / "state.json")},
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        _sync(partial / "manifest.json")
+        _sync(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(self._folder)
+        best = self._state.best[1] if self._state.best else None
+        for old in find(self._folder)[self._keep :]:
+            if old != best:
+                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+
+    def _give_up(self, error: BaseException | None) -> str:
+        """Leave nothing half-written; what went wrong on which ranks, the same text on all."""
+        self.failures += 1
+        if error is not None and not isinstance(error, OSError | SafetensorError | NotFiniteError):
+            raise error
+        reasons = self._ranks.gather_objects(str(error) if error else None)
+        if self._ranks.main:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        told = "; ".join(_by_rank(reasons, self._ranks.world))
+        return f"Checkpoint {self._folder / str(self._state.cur_nimg)} could not be written: {told}."
+
+
+class NotFiniteError(Exception):
+    """A checkpoint that nobody should go on from."""
+
+
+def _by_rank(reasons: Sequence[str | None], world: int) -> Iterator[str]:
+    for rank, reason in enumerate(reasons):
+        if reason:
+            yield f"rank {rank}: {reason}" if world > 1 else reason
+
+
+def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
+    """One rank's part of a player as flat named pieces."""
+    tensors: Tensors = {}
+    states = engine.optimizer_state()
+    for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
+        where = f"{fragment.name}@{fragment.start}"
+        tensors[f"weights/{where}"] = fragment.data.reshape(-1)
+        if averages is not None:
+            tensors[f"ema/{where}"] = averages[place].reshape(-1)
+        for kind, value in state.items():
+            if value.ndim == 0:  # Adam's step
+                tensors[f"{kind}/{fragment.name}"] = value
+            else:
+                tensors[f"{kind}/{where}"] = value.reshape(-1)
+    return tensors
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """In host memory, untouched by the updates that follow."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
+    """Write and fsync this rank's files; their lines of the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: Lines = {}
+    for name, tensors in contents.items():
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise NotFiniteError(f"{key.partition('@')[0]} in {name} is not finite")
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path)
+        lines[path.name] = _seal(path)
+    return lines
+
+
+def _seal(path: Path) -> Lines:
+    """Make a file durable; its line of the manifest."""
+    _sync(path)
+    return describe(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

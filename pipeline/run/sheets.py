@@ -1,0 +1,41 @@
+"""Sheets of images, of G_ema's and of real ones: what a person looks at first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.grid import save_grid
+from pipeline.run.report import Report
+
+GRID = 64  # images on a sheet
+
+
+class Sheets:
+    """Writes `samples/` of a run folder. All ranks make the same calls, one makes the images and writes."""
+
+    def __init__(self, folder: Path, ranks: Ranks, report: Report) -> None:
+        self._folder, self._ranks, self._report = folder / "samples", ranks, report
+
+    def fakes(self, make: Callable[[], Tensor], columns: int, cur_nimg: int) -> None:
+        """make: the images, uint8 [GRID, C, H, W], called on the one rank that writes."""
+        self._save("Samples/fakes", make, f"fakes{cur_nimg // 1000:06d}.png", columns, cur_nimg)
+
+    def reals(self, make: Callable[[], Tensor]) -> None:
+        """As `fakes`, once."""
+        self._save("Samples/reals", make, "reals.png", 8, 0)
+
+    def _save(self, key: str, make: Callable[[], Tensor], name: str, columns: int, cur_nimg: int) -> None:
+        path = self._folder / name
+        with self._ranks.agreeing():
+            if self._ranks.main:
+                images = make()
+                try:
+                    save_grid(images, path, columns)
+                except OSError as error:  # a picture less is no reason to stop training
+                    self._report.warn("Sheet not written", f"{path} could not be written: {error}.")
+                    return
+                self._report.image(key, path, cur_nimg, f"{cur_nimg / 1000:g} kimg")
