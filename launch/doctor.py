@@ -34,6 +34,7 @@ _TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}  # distributed_ty
 @click.option("--gpus", type=click.IntRange(1), help="Processes per node. Default: as `shardgan train`.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--live", is_flag=True, help="Start the processes, too: do they meet, and see the same?")
 def doctor(
     config: str,
     settings: tuple[str, ...],
@@ -41,11 +42,13 @@ def doctor(
     gpus: int | None,
     strategy: str | None,
     mixed_precision: str,
+    live: bool,
 ) -> None:
     """Look at everything about a training that can be known before it starts.
 
-    Reads all shards, builds the networks without memory, and starts no training. Exit status 2 if something
-    would fail.
+    Reads all shards, builds the networks without memory, and trains nothing. With --live it also starts the
+    processes, here or on the nodes of the Slurm allocation that it is called in, compares what they see and
+    measures how fast they talk. Exit status 2 if something would fail.
     """
     from rich.console import Console
 
@@ -61,6 +64,10 @@ def doctor(
         job = job_of(resolved, nodes, gpus, strategy, mixed_precision)
         with _bar() as progress:
             found = examine(job, progress)
+        if live:
+            from launch import doctor_live
+
+            found += doctor_live.examine(job, config, settings)
     show(found, console)
     sys.exit(2 if fails(found) else 0)
 

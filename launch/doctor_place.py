@@ -108,7 +108,7 @@ def moments_of(optimizer: object) -> int:
 
 def rendezvous(job: Job) -> Iterator[Finding]:
     """Names that resolve, and a port that is free here."""
-    nodes = _allocated()
+    nodes = allocated()
     hosts = nodes or [socket.gethostname()]
     lost = [host for host in hosts if not _resolves(host)]
     if lost:
@@ -129,7 +129,7 @@ def rendezvous(job: Job) -> Iterator[Finding]:
     yield ok("rendezvous", f"{names}: known by name; port {port} is free here")
 
 
-def _allocated() -> list[str]:
+def allocated() -> list[str]:
     """The nodes of the allocation that this is called in, if it is."""
     if not os.environ.get("SLURM_JOB_NODELIST"):
         return []

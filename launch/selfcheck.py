@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.train import ACCELERATE_FILES, STRATEGIES, cores, environment_of, free_port
+from launch import workers
+from launch.train import STRATEGIES, cores
 
 if TYPE_CHECKING:
     import torch
@@ -95,19 +96,10 @@ def launch(
 
     deepspeed: a JSON config instead of the strategy's own; stage 3 partitions even the smallest parameter.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(world)]
-    command += ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
-    if strategy != "single":
-        command += ["--main_process_port", str(free_port())]
-    if deepspeed or strategy == "zero3":
-        command += ["--deepspeed_config_file", str(deepspeed or _PARTITION_ALL)]
-    return subprocess.run(
-        [*command, "-m", *module],
-        env=environment_of(world, on_cpu) | (environment or {}),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    if strategy == "zero3":
+        deepspeed = deepspeed or _PARTITION_ALL
+    return workers.launch(
+        strategy, world, module, on_cpu, deepspeed=deepspeed, environment=environment, timeout=timeout
     )
 
 

@@ -1,10 +1,10 @@
-"""Run a module of ours under a strategy by `accelerate launch`, and read what its main rank measured."""
+"""Run a module of ours under a strategy by `accelerate launch`, and read what its main rank wrote."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,10 +14,12 @@ from typing import Any
 
 import click
 
-from launch.train import ACCELERATE_FILES, STRATEGIES
+from launch.train import ACCELERATE_FILES, STRATEGIES, environment_of, free_port
 from pipeline.config import UserError
 
 Found = dict[str, Any]
+
+_GRACE_S = 40.0  # in which a launcher ends its workers: it gives them 30
 
 
 def measure(strategy: str, procs: int, module: str, arguments: Sequence[str]) -> Found:
@@ -27,39 +29,66 @@ def measure(strategy: str, procs: int, module: str, arguments: Sequence[str]) ->
     """
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="shardgan-") as folder, socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="shardgan-") as folder:
         out = Path(folder) / "out.json"
-        command = ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml"), "--num_processes", str(procs)]
-        if strategy != "single":
-            command += ["--main_process_port", str(port)]
-        environment = dict(os.environ)
-        if not torch.cuda.is_available():
-            environment |= {"ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // procs)))
-        probe.close()
-        ended = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                *command,
-                "-m",
-                module,
-                str(out),
-                *arguments,
-            ],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        on_cpu = not torch.cuda.is_available()
+        ended = launch(strategy, procs, [module, str(out), *arguments], on_cpu)
         if ended.returncode or not out.exists():
             said = "\n".join((ended.stdout + ended.stderr).splitlines()[-30:])
             raise UserError(f"{strategy} on {procs} processes failed ({ended.returncode}):\n{said}")
         found: Found = json.loads(out.read_text())
         return found
+
+
+def launch(
+    strategy: str,
+    world: int,
+    module: list[str],
+    on_cpu: bool,
+    *,
+    deepspeed: Path | None = None,
+    environment: dict[str, str] | None = None,
+    timeout: float = 1800,
+) -> subprocess.CompletedProcess[str]:
+    """Run `module ARGUMENTS…` under a strategy, as `accelerate launch` does for a user.
+
+    deepspeed: a JSON config instead of the strategy's own. Raises subprocess.TimeoutExpired, with nothing
+    left running.
+    """
+    options = ["--num_processes", str(world)]
+    if strategy != "single":
+        options += ["--main_process_port", str(free_port())]
+    if deepspeed:
+        options += ["--deepspeed_config_file", str(deepspeed)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher_file(strategy), *options]
+    return run([*command, "-m", *module], environment_of(world, on_cpu) | (environment or {}), timeout)
+
+
+def launcher_file(strategy: str) -> list[str]:
+    return ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
+
+
+def run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a launcher, whose workers end with it, whatever ends it."""
+    started = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = started.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(started.pid, signal.SIGTERM)  # a launcher passes it on to workers in sessions of their own
+        try:
+            started.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        raise
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def launches(strategies: str, procs: Sequence[int]) -> list[tuple[str, int]]:

@@ -1,0 +1,141 @@
+"""`shardgan doctor --live`: start the processes, here or on the nodes of the allocation, and ask them.
+
+They meet as a training's would, so that what keeps them apart is found; then every node tells what it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from launch.doctor_place import allocated
+from launch.finding import Finding, Job, in_bytes, ok, warning, would_fail
+from launch.train import cores, environment_of, free_port
+from launch.workers import launch, launcher_file, run
+
+Node = dict[str, Any]  # as doctor_worker.describe tells it
+
+_SAME = ("code", "versions", "config", "data")
+_TIMEOUT_S = 300.0
+_MEET = (
+    "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
+    "GLOO_SOCKET_IFNAME)."
+)
+_CURES = {
+    "code": "Put the project where all nodes see it, or copy it anew.",
+    "config": "Put the config where all nodes see it.",
+    "data": "Put the data where all nodes see it (data.train), or copy it anew and run doctor there.",
+    "versions": "Install the same everywhere: bash launch/setup.sh.",
+    "device": "Ask for nodes of one kind, or expect all to wait for the slowest.",
+}
+
+
+def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
+    """Start as many processes as there are places for, and compare what they tell."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    per_node = min(job.gpus, gpus or cores())
+    nodes = allocated()
+    module = ["launch.doctor_worker", config, *settings]
+    where = f"{max(1, len(nodes))} x {per_node} processes"
+    try:
+        if len(nodes) > 1:
+            ended = _on_nodes(job.strategy, nodes, per_node, module, on_cpu=not gpus)
+        else:
+            strategy = "single" if per_node == 1 else job.strategy if job.strategy != "single" else "ddp"
+            ended = launch(strategy, per_node, module, on_cpu=not gpus, timeout=_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)]
+    found = told(ended)
+    if found is None:
+        lines = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()]
+        return [would_fail("live", "\n".join([f"{where} failed:", *lines[-8:]]), "Mend what is said there.")]
+    return [*compare(found["nodes"]), *speed(found)]
+
+
+def told(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
+    """What the main rank printed; None if the processes failed."""
+    lines = [line for line in ended.stdout.splitlines() if line.startswith('{"world"')]
+    found: dict[str, Any] | None = json.loads(lines[-1]) if lines and not ended.returncode else None
+    return found
+
+
+def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Each thing that must be the same on all nodes, and where it is not."""
+    hosts = Counter(node["node"] for node in nodes)
+    names = [f"{n['node']} (machine {i})" if hosts[n["node"]] > 1 else n["node"] for i, n in enumerate(nodes)]
+    same = 0
+    for what in _SAME:
+        values = [json.dumps(node.get(what), sort_keys=True) for node in nodes]
+        usual = Counter(values).most_common(1)[0][0]
+        like = names[values.index(usual)]
+        differing = [i for i, value in enumerate(values) if value != usual]
+        broken = [i for i, node in enumerate(nodes) if "config" not in node] if what == "data" else []
+        if broken:
+            text = "\n".join(f"{names[i]}: data.train {nodes[i]['data']}" for i in broken)
+            yield would_fail(f"live: {what}", text, _CURES[what])
+        elif differing and (what != "config" or all("config" in node for node in nodes)):
+            text = "\n".join(
+                f"{names[i]} {_told_apart(what, nodes[i], nodes[values.index(usual)])} {like}"
+                for i in differing
+            )
+            yield would_fail(f"live: {what}", text, _CURES[what])
+        else:
+            same += 1
+    devices = Counter(node["device"] for node in nodes)
+    if len(devices) > 1:
+        text = "; ".join(f"{names[i]} {node['device']}" for i, node in enumerate(nodes))
+        yield warning("live: devices", text, _CURES["device"])
+    if same == len(_SAME):
+        alike = "code, versions, config and data are the same on all"
+        text = f"{names[0]}: the processes meet" if len(nodes) == 1 else f"{', '.join(names)}: {alike}"
+        yield ok("live", text)
+
+
+def _told_apart(what: str, node: Node, other: Node) -> str:
+    if what != "versions":
+        return f"has other {what} than"
+    apart = [
+        f"{name} {version} (not {other[what].get(name)})"
+        for name, version in node[what].items()
+        if other[what].get(name) != version
+    ]
+    return f"has {', '.join(apart)}, unlike"
+
+
+def speed(found: dict[str, Any]) -> Iterator[Finding]:
+    """What the ranks send each other per second."""
+    world = found["world"]
+    if world == 1:
+        yield ok("live: speed", "one process: nothing is sent")
+        return
+    (_, latency), (size, seconds) = sorted((int(size), s) for size, s in found["seconds"].items())
+    rate = 2 * (world - 1) / world * size / seconds
+    sent = f"{in_bytes(size)} in {1000 * seconds:.3g} ms ({in_bytes(rate)}/s sent by each)"
+    yield ok("live: speed", f"{world} ranks add up {sent}, a single number in {1000 * latency:.2g} ms")
+
+
+def _on_nodes(
+    strategy: str, nodes: list[str], per_node: int, module: list[str], on_cpu: bool
+) -> subprocess.CompletedProcess[str]:
+    """One launcher on each node of this Slurm allocation."""
+    world, count = len(nodes) * per_node, str(len(nodes))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher_file(strategy)]
+    accelerate += ["--num_machines", count, "--num_processes", str(world)]
+    accelerate += ["--main_process_ip", nodes[0], "--main_process_port", str(free_port())]
+    srun = ["srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
+    # Each task must expand its own node's number: hence a shell, and single quotes.
+    command = f'{shlex.join(accelerate)} --machine_rank "$SLURM_NODEID" -m {shlex.join(module)}'
+    shell = ["bash", "-c", f"exec {command}"]
+    environment = environment_of(per_node, on_cpu)
+    environment["SRUN_CPUS_PER_TASK"] = (
+        os.environ.get("SLURM_CPUS_PER_TASK") or os.environ["SLURM_CPUS_ON_NODE"]
+    )
+    return run([*srun, *shell], environment, _TIMEOUT_S)

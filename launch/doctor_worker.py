@@ -1,0 +1,87 @@
+"""One rank of `shardgan doctor --live`: where it is, what it sees there, and how fast the ranks talk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import config
+from pipeline.config import UserError
+from pipeline.data.index import load_index
+from pipeline.parallel.ranks import Ranks, end_process, read_launch
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
+_SMALL, _LARGE = 1, 2**24  # fp32 numbers in an all-reduce
+_TIMEOUT_S = 120
+
+
+def main(path: str, settings: list[str]) -> None:
+    """Meet the others, compare and measure; the main rank prints what was found as one line of JSON."""
+    ranks = Ranks(read_launch(), timedelta(seconds=_TIMEOUT_S))
+    first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    seen = ranks.gather_objects(describe(path, settings, str(ranks.device)) if first_here else None)
+    seconds = {count * 4: all_reduce(ranks, count) for count in (_SMALL, _LARGE)}
+    found = {"world": ranks.world, "nodes": [node for node in seen if node], "seconds": seconds}
+    if ranks.main:
+        print(json.dumps(found), flush=True)
+    ranks.leave()
+
+
+def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
+    """What must be the same on every node, or why it cannot be told."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    seen: dict[str, Any] = {"node": node, "device": _name(device), "code": code(), "versions": versions}
+    try:
+        resolved = config.load(path, settings)
+        assert resolved.data.train is not None
+        index = load_index(resolved.data.train)
+    except UserError as error:
+        return seen | {"data": f"cannot be used there: {error}"}
+    return seen | {"config": _digest(config.dump(resolved)), "data": index.fingerprint}
+
+
+def code() -> str:
+    """A hash of the project's own files."""
+    root = Path(__file__).parents[1]
+    files = sorted(p for top in ("pipeline", "launch") for p in (root / top).rglob("*.py"))
+    return _digest(json.dumps([[p.relative_to(root).as_posix(), p.read_text()] for p in files]))
+
+
+def all_reduce(ranks: Ranks, count: int) -> float:
+    """Seconds that the ranks take to add up so many numbers: the median of a few times."""
+    numbers, times = torch.ones(count, device=ranks.device), []
+    for _ in range(6):
+        ranks.barrier()
+        start = time.perf_counter()
+        ranks.sum(numbers)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one connects
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
+    end_process(0)
