@@ -59,11 +59,11 @@ def _scores(run: Path, settings: Config, state: State) -> dict[str, float]:
     extractor = load_features(settings.score.features)
     data = settings.data
     assert data.train is not None
-    index = load_index(data.train, announce=click.echo)
+    index = load_index(data.train, click.echo, data.remote)
     split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
     if training_plan(*split).fingerprint != state.plan:
         raise UserError(
-            f"{data.train} does not hold what this run was trained on, so images held out now may have been "
+            f"{index.where} does not hold what this run was trained on, so images held out now may have been "
             "trained on then. Give the place of the original shards with --data."
         )
     ranks = Ranks(read_launch(), timedelta(seconds=settings.run.timeout_s))

@@ -21,7 +21,9 @@ import click
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
 @click.option(
-    "--index-only", is_flag=True, help="SOURCE is a folder of shards: check them, write their index."
+    "--index-only",
+    is_flag=True,
+    help="SOURCE is a folder of shards, here or at a URL: check them, write their index.",
 )
 def prepare(
     source: str,
@@ -37,7 +39,8 @@ def prepare(
 
     SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder, or one of
     the known data sets fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same
-    command writes the same bytes. With --index-only SOURCE is a folder that holds shards already.
+    command writes the same bytes. With --index-only SOURCE is a folder that holds shards already;
+    at an https://, s3:// or gs:// URL they are fetched once, and the index is kept on this machine.
     """
     if index_only:
         _index_only(source, out)
@@ -76,7 +79,7 @@ def _prepare(
             announce=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    _say(index.num_samples, len(index.shards), index.num_classes, str(index.root))
+    _say(index.num_samples, len(index.shards), index.num_classes, index.where)
 
 
 def _index_only(source: str, out: str | None) -> None:
@@ -85,7 +88,7 @@ def _index_only(source: str, out: str | None) -> None:
     from pipeline.data.index import build_index
 
     index = build_index(source, lambda text: click.echo(text, err=True))
-    _say(index.num_samples, len(index.shards), index.num_classes, str(index.root))
+    _say(index.num_samples, len(index.shards), index.num_classes, index.where)
 
 
 def _say(samples: int, shards: int, classes: int, where: str) -> None:

@@ -40,6 +40,7 @@ def train(
     import torch
 
     from pipeline import config as configs
+    from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.train import prepare_data
@@ -56,7 +57,10 @@ def train(
     batch_shape(resolved.data, procs)
     command = _command(strategy, procs, mixed_precision, [config, *settings])
     if dry_run:
-        click.echo(("" if gpus else "ACCELERATE_USE_CPU=1 ") + shlex.join(["accelerate", "launch", *command]))
+        click.echo(
+            ("" if gpus else "ACCELERATE_USE_CPU=1 ")
+            + shlex.join(["accelerate", "launch", *map(redacted, command)])
+        )
         click.echo(f"\n# the resolved config\n{configs.dump(resolved)}", nl=False)
         return
     folder = Path(resolved.run.out) / str(resolved.run.name)

@@ -20,6 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from pipeline.credentials import redacted, scrubbed
+
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -62,6 +64,20 @@ class Run:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class Remote:
+    """Shards that are not on this machine: whole ones are kept on its disk, shared by all ranks and runs."""
+
+    folder: str | None = (
+        None  # on a disk of the node's own; None: shards/ in $SHARDGAN_CACHE or ~/.cache/shardgan
+    )
+    gb: Positive = 50.0  # at most so much there; what has not been read for longest goes first
+    stall_s: Positive = 30.0  # a transfer that brings nothing for so long is begun again
+    timeout_s: Annotated[float, Field(gt=0, le=500)] = (
+        300.0  # not here after so long: the run ends, saying why
+    )
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Data:
     """Which images, at what size, and which of them are never trained on."""
 
@@ -75,6 +91,7 @@ class Data:
     window: Count = 16  # shards shuffled together; more: better shuffled, more open shards
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the samples held out, if folds is not set
     xflip: bool = False  # mirror every other image, anew in each epoch
+    remote: Remote = Remote()
     max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that others stand in for, per rank, each named
     folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of so many parts …
     fold: Annotated[int, Field(ge=0)] = 0  # … namely this one
@@ -230,8 +247,10 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; loading it gives the same config."""
+    """The resolved config as YAML; loading it gives the same config, less the credentials in URLs."""
     values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
+    if config.data.train is not None:
+        values["data"]["train"] = redacted(config.data.train)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -241,6 +260,11 @@ def _check(config: Config) -> None:
     if config.data.train is None:
         problems.append(
             "data.train: where are the images? A folder of tar shards, made by `shardgan prepare`."
+        )
+    elif "://" in config.data.train and config.data.remote.timeout_s >= config.run.timeout_s:
+        problems.append(
+            "data.remote.timeout_s must be less than run.timeout_s, or other ranks give up before one can "
+            "say which shard it waits for"
         )
     if config.data.folds is not None and config.data.fold >= config.data.folds:
         problems.append(f"data.fold: {config.data.fold} is not one of the folds 0 to {config.data.folds - 1}")
@@ -313,7 +337,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_keys_of(path[:-1]))}"
             yield f"  {where}: no such key{hint}"
         else:
-            yield f"  {where}: {problem['msg']} (found {problem['input']!r})"
+            yield scrubbed(f"  {where}: {problem['msg']} (found {problem['input']!r})")
 
 
 def _keys_of(path: list[str]) -> list[str]:

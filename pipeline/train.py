@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def prepare_data(settings: Config, announce: bool) -> Index:
     """The index of the training data, checked against the config. Raises UserError."""
     assert settings.data.train is not None
-    index = load_index(settings.data.train, say if announce else lambda _: None)
+    index = load_index(settings.data.train, say if announce else lambda _: None, settings.data.remote)
     check_networks(settings, index.num_classes if settings.data.conditional else 0)
     check_images(index, settings.data)
     return index
@@ -82,6 +82,10 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
             prepare_data(settings, announce=True)
     with ranks.agreeing():
         index = prepare_data(settings, announce=False)
+    if len(set(ranks.gather_objects(index.fingerprint))) > 1:
+        raise CommonError(
+            f"{index.where} is not the same data on all machines of this run: their indices differ."
+        )
     settings, folder = ranks.from_main(lambda: open_folder(settings))
     if finished(folder, settings):
         ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))

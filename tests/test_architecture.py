@@ -13,11 +13,18 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
-    "pipeline.config": (),
+    "pipeline.credentials": (),
+    "pipeline.config": ("pipeline.credentials",),
     "pipeline.gan": ("pipeline.config",),
-    "pipeline.data": ("pipeline.config",),
+    "pipeline.data": ("pipeline.config", "pipeline.credentials"),
     "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),
-    "pipeline.run": ("pipeline.config", "pipeline.gan", "pipeline.data", "pipeline.parallel"),
+    "pipeline.run": (
+        "pipeline.config",
+        "pipeline.credentials",
+        "pipeline.gan",
+        "pipeline.data",
+        "pipeline.parallel",
+    ),
     "pipeline.step": (  # the maths, and the types of what it is handed
         "pipeline.config",
         "pipeline.gan",

@@ -10,30 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import UserError
+from pipeline.config import Remote, UserError
+from pipeline.credentials import redacted
 from pipeline.data import sidecar
 from pipeline.data.locate import Location, locate
 from pipeline.data.record import (
     INDEX,
     REBUILD,
+    entry_shard,
     places,
     read_record,
     shard_of,
     sidecar_path,
     write_record,
-    write_somewhere,
 )
 from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
-
-_TELL_EVERY_S = 10.0
+from pipeline.data.remote import RemoteShards, is_complete
+from pipeline.data.urls import is_url, locate_url
+from pipeline.data.walk import file_size, in_threads, scan_shard
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Index:
     """The shards under `root`, sorted by name. Small, immutable and cheap to send to worker processes."""
 
     name: str
-    root: Path
+    root: Path  # of shards elsewhere: where their index and sidecars are here
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...] = ()
+    remote: RemoteShards | None = None
 
     @property
     def num_samples(self) -> int:
@@ -71,31 +74,59 @@ class Index:
         text = json.dumps([[shard.url, shard.nsamples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def where(self) -> str:
+        """Where the shards are, for people."""
+        return str(self.remote.folder if self.remote else self.root)
+
     def path(self, shard: int) -> Path:
+        """Of a shard on this machine."""
         return self.root / self.shards[shard].url
+
+    def open(self, shard: int) -> int:
+        """A file descriptor of a shard, fetched first if it is elsewhere. Raises UserError."""
+        if self.remote:
+            return self.remote.open(self.shards[shard])
+        try:
+            return os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            url = self.shards[shard].url
+            raise UserError(f"shard {url} in {self.root} cannot be read: {error.strerror}.") from None
+
+    def fetch_ahead(self, shard: int, keep: Collection[str], stop: threading.Event) -> None:
+        """Fetch a shard of elsewhere for later; those of `keep` (SHA-256) do not go for it."""
+        if self.remote:
+            self.remote.ahead(self.shards[shard], keep, stop)
 
     def table(self, shard: int) -> sidecar.Table:
         """Where the samples of a shard lie. Read from its sidecar; load_index has seen that there is one."""
         entry = self.shards[shard]
-        found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
-        table = next((t for t in found if t is not None and t.sha256 == entry.sha256), None)
-        if table is None:
-            table = scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
+        table = self.remote.table(entry) if self.remote else self._local_table(entry)
         if len(table) != entry.nsamples:
             raise UserError(
-                f"shard {entry.url} in {self.root} has {len(table)} samples, {INDEX} says {entry.nsamples}: "
+                f"shard {entry.url} in {self.where} has {len(table)} samples, {INDEX} says {entry.nsamples}: "
                 f"{REBUILD}."
             )
         return table
 
+    def _local_table(self, entry: Shard) -> sidecar.Table:
+        found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
+        table = next((t for t in found if t is not None and t.sha256 == entry.sha256), None)
+        return table or scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
 
-def load_index(train: str, announce: Callable[[str], None] = lambda _: None) -> Index:
-    """The index of `train`: a folder of tar shards, a glob, or a brace list ({000000..000099}).
 
-    Reads index.json and the sidecars, and builds what is missing, saying so by `announce`. Safe when several
-    processes do it at once. Raises UserError, naming the shard and what to do, when there are no shards, one
-    is missing, has another size than recorded, or is not a complete tar.
+def load_index(
+    train: str, announce: Callable[[str], None] = lambda _: None, remote: Remote | None = None
+) -> Index:
+    """The index of `train`: a folder of tar shards, a glob, a brace list ({000000..000099}), or a URL.
+
+    Reads index.json and the sidecars, and, for shards on this machine, builds what is missing, saying so by
+    `announce`. Safe when several processes do it at once. Raises UserError, naming the shard and what to do,
+    when there are no shards, one is missing, has another size than recorded, or is not a complete tar; for a
+    URL, when there is no index.json that describes all of them. `remote` is how they are then kept here.
     """
+    if is_url(train):
+        return _load_remote(train, announce, remote or Remote())
     location = locate(train)
     record = read_record(location.root)
     entries = record.get("shardlist", [])
@@ -120,12 +151,16 @@ def build_index(
     *,
     name: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    remote: Remote | None = None,
 ) -> Index:
     """Walk every shard anew and write index.json and sidecars, whatever was there before.
 
     `extra` goes into index.json as it is; its `classes` are the class names. Class names of an index.json
-    that is being replaced are kept. `train` must be a folder. Raises UserError as load_index does.
+    that is being replaced are kept. `train` must be a folder, or a URL, whose shards are all fetched once and
+    whose index is kept on this machine. Raises UserError as load_index does.
     """
+    if is_url(train):
+        return _build_remote(train, announce, remote or Remote())
     location = locate(train)
     if not location.whole:
         raise UserError(f"An index describes a whole folder of shards; {train} is not a folder.")
@@ -145,8 +180,52 @@ def build_index(
 
 def _not_empty(index: Index) -> Index:
     if not index.num_samples:
-        raise UserError(f"There are no samples in the shards of {index.root}.")
+        raise UserError(f"There are no samples in the shards of {index.where}.")
     return index
+
+
+def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
+    folder, names = locate_url(train)
+    shards = RemoteShards(folder, settings)
+    record = shards.record(announce)
+    entries = {entry["url"]: entry for entry in record.get("shardlist", [])}
+    build = (
+        f"`shardgan prepare --index-only '{redacted(train)}'` fetches them once and builds it on this machine"
+    )
+    if not entries:
+        raise UserError(f"There is no {INDEX} that lists shards in {folder}; {build}.")
+    wanted = sorted(entries) if names is None else names
+    if lacking := [name for name in wanted if not is_complete(entries.get(name, {}))]:
+        raise UserError(
+            f"The {INDEX} of {folder} does not give count, size, SHA-256 and labels of "
+            f"{lacking[0]}{f' and {len(lacking) - 1} other shards' * (len(lacking) > 1)}; {build}."
+        )
+    return _not_empty(_remote_index(shards, record, tuple(entry_shard(entries[name]) for name in wanted)))
+
+
+def _build_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
+    folder, names = locate_url(train)
+    shards = RemoteShards(folder, settings)
+    names = names or shards.list()
+    if not names:
+        raise UserError(
+            f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
+        )
+    announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
+    found = in_threads(shards.index, names, announce)
+    index = _not_empty(_remote_index(shards, {}, found))
+    write_record(index.root, index.name, found, {})
+    return index
+
+
+def _remote_index(shards: RemoteShards, record: Mapping[str, Any], found: tuple[Shard, ...]) -> Index:
+    return Index(
+        name=str(record.get("name") or Path(shards.folder.path).name),
+        root=shards.home,
+        shards=found,
+        class_names=tuple(str(name) for name in record.get("classes", ())),
+        remote=shards,
+    )
 
 
 def _shards(
@@ -157,7 +236,7 @@ def _shards(
     missing: list[tuple[str, Mapping[str, Any]]] = []
     for url in location.urls:
         entry = known.get(url, {})
-        size = _file_size(location.root, url)
+        size = file_size(location.root, url)
         if "filesize" in entry and entry["filesize"] != size:
             raise UserError(
                 f"shard {url} in {location.root} has {size} bytes, not the {entry['filesize']} that {INDEX} "
@@ -177,8 +256,7 @@ def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any]) -> Shard
     """The shard as known from index.json and its sidecar; None if it must be walked."""
     sidecars = [path for place in places(root) if (path := sidecar_path(place, url)).exists()]
     if sidecars and {"nsamples", "filesize", "sha256", "labels"} <= entry.keys():
-        labels = {int(label): int(count) for label, count in entry["labels"].items()}
-        return Shard(url, entry["nsamples"], entry["filesize"], entry["sha256"], labels)
+        return entry_shard(entry)
     for path in sidecars:
         table = sidecar.load(path)
         if table is not None and table.filesize == size and table.sha256 == entry.get("sha256", table.sha256):
@@ -196,58 +274,15 @@ def _walk(
 
     def walk(item: tuple[str, Mapping[str, Any]]) -> Shard:
         url, entry = item
-        table = scan_shard(location.root, url, _file_size(location.root, url), entry.get("sha256"))
+        table = scan_shard(location.root, url, file_size(location.root, url), entry.get("sha256"))
         return shard_of(url, table)
 
-    # Threads: hashing and reading, where the time goes for all but tiny images, let go of the interpreter,
-    # and threads are safe to start whatever else (CUDA, a process group) the process has begun.
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        futures = [pool.submit(walk, item) for item in missing]
-        try:
-            _tell_progress(futures, announce)
-            return tuple(future.result() for future in futures)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _tell_progress(futures: Sequence[Future[Shard]], announce: Callable[[str], None]) -> None:
-    """A line now and then while it lasts, and an early end when one fails."""
-    pending: set[Future[Shard]] = set(futures)
-    while pending:
-        done, pending = wait(pending, _TELL_EVERY_S, return_when=FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
-            return
-        if pending:
-            announce(f"  {len(futures) - len(pending)} of {len(futures)} shards indexed")
-
-
-def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> sidecar.Table:
-    """Walk one shard and write its sidecar. Raises UserError if it is not whole, or not the one expected."""
-    try:
-        table = sidecar.scan(root / url, url)
-    except OSError as error:
-        raise UserError(f"shard {url} in {root} cannot be read: {error.strerror or error}.") from None
-    sidecar.check(table, url, filesize, sha256)
-    write_somewhere(root, lambda place: sidecar.save(table, sidecar_path(place, url)))
-    return table
-
-
-def _file_size(root: Path, url: str) -> int:
-    try:
-        return (root / url).stat().st_size
-    except FileNotFoundError:
-        raise UserError(
-            f"shard {url} is missing from {root}, although {INDEX} lists it. Fetch it again, or, if it was "
-            f"removed on purpose, {REBUILD}."
-        ) from None
-    except OSError as error:
-        raise UserError(f"shard {url} in {root} cannot be read: {error.strerror or error}.") from None
+    return in_threads(walk, missing, announce)
 
 
 def _compare_names(location: Location, listed: list[str]) -> None:
     for url in sorted(set(listed) - set(location.urls)):
-        _file_size(location.root, url)  # says that it is missing
+        file_size(location.root, url)  # says that it is missing
     if extra := sorted(set(location.urls) - set(listed)):
         raise UserError(
             f"{location.root} holds {extra[0]}"

@@ -1,4 +1,4 @@
-"""`data.train` → a folder and the shards in it: a folder, a glob, a brace list, or one tar."""
+"""`data.train` on this machine → a folder and shards in it: a folder, a glob, a brace list, or one tar."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Location:
 
 
 def locate(train: str) -> Location:
-    """Find the shards. Raises UserError, saying what was looked for, if there are none."""
-    if "://" in train or train.startswith("pipe:"):
-        raise UserError(f"{train} is not on this machine; copy the shards into a local folder.")
+    """Find the shards on this machine (urls.py: elsewhere). Raises UserError if there are none, and says
+    what was looked for."""
+    if train.startswith("pipe:"):
+        raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
     root = Path(train).expanduser().absolute()
     if root.is_dir():
         urls = tuple(sorted(entry.name for entry in root.iterdir() if _is_shard(entry)))
@@ -49,18 +50,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SHARDGAN_CACHE") or platformdirs.user_cache_dir("shardgan")).absolute()
 
 
-def _is_shard(path: Path) -> bool:
-    return path.name.endswith(".tar") and not path.name.startswith(".") and path.is_file()
-
-
-def _expand(pattern: str) -> list[Path]:
-    """A brace list names files that must be there; a glob stands for those that are."""
+def expand_braces(pattern: str) -> list[str]:
+    """What a brace list stands for; the pattern itself if it is none."""
     try:
         names = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError:
         raise UserError(f"{pattern} is not a brace list: a brace is not closed.") from None
     if len(names) > _MOST_SHARDS:
         raise UserError(f"{pattern} stands for more than {_MOST_SHARDS} shards.")
+    return names
+
+
+def _is_shard(path: Path) -> bool:
+    return path.name.endswith(".tar") and not path.name.startswith(".") and path.is_file()
+
+
+def _expand(pattern: str) -> list[Path]:
+    """A brace list names files that must be there; a glob stands for those that are."""
+    names = expand_braces(pattern)
     paths: list[Path] = []
     for name in names:
         path = Path(name).expanduser().absolute()

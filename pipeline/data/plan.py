@@ -155,6 +155,17 @@ class Plan:
             position, count = position + len(taken), count - len(taken)
         return np.concatenate(parts) if parts else np.empty((0, 2), np.int64)
 
+    def shards_from(self, position: int, windows: int) -> list[int]:
+        """The shards of the window at a position and of those after it, `windows` in all, in that order."""
+        epoch, place = divmod(position, self.size)
+        order, ends = self._epoch_order(epoch)
+        first = int(np.searchsorted(ends, place, side="right")) * self._window
+        shards: list[int] = order[first : first + windows * self._window].tolist()
+        missing = windows - -(-len(shards) // self._window)
+        if missing > 0:
+            shards += self._epoch_order(epoch + 1)[0][: missing * self._window].tolist()
+        return list(dict.fromkeys(shards))
+
     def spare(self, position: int, attempt: int) -> tuple[int, int]:
         """The (shard, row) to use in place of the sample at a position; another one for every attempt.
 

@@ -28,11 +28,12 @@ from PIL import Image, ImageOps
 
 from pipeline.config import UserError
 from pipeline.data.decode import BadImageError, to_channels
-from pipeline.data.index import Index, Shard, load_index, scan_shard
+from pipeline.data.index import Index, Shard, load_index
 from pipeline.data.known import KNOWN
 from pipeline.data.plan import permutation
 from pipeline.data.record import INDEX, read_record, shard_of, write_record
 from pipeline.data.sources import Fit, Source, open_source
+from pipeline.data.walk import scan_shard
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

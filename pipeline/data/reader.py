@@ -45,7 +45,7 @@ class Reader:
         if zlib.crc32(data) != table.crc[row]:
             raise BadSampleError(
                 f"shard {url}, byte {offset}: sample {table.key(row)!r} is not what was indexed (wrong CRC). "
-                f"The file in {self._index.root} is damaged: fetch it again. If the shards were replaced on "
+                f"The file in {self._index.where} is damaged: fetch it again. If the shards were replaced on "
                 "purpose, run `shardgan prepare --index-only` on the folder."
             )
         sample: Sample = {"__key__": table.key(row), "__url__": url}
@@ -64,12 +64,12 @@ class Reader:
             return self._open[shard]
         while len(self._open) >= self._limit:
             os.close(self._open.popitem(last=False)[1][0])
-        table = self._index.table(shard)
+        file = self._index.open(shard)
         try:
-            file = os.open(self._index.path(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            url = self._index.shards[shard].url
-            raise UserError(f"shard {url} in {self._index.root} cannot be read: {error.strerror}.") from None
+            table = self._index.table(shard)
+        except BaseException:
+            os.close(file)
+            raise
         self._open[shard] = (file, table)
         return file, table
 

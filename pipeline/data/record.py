@@ -34,6 +34,12 @@ def shard_of(url: str, table: Table) -> Shard:
     return Shard(url, len(table), table.filesize, table.sha256, table.label_counts())
 
 
+def entry_shard(entry: Mapping[str, Any]) -> Shard:
+    """A shard from a complete entry of index.json."""
+    labels = {int(label): int(count) for label, count in entry["labels"].items()}
+    return Shard(entry["url"], entry["nsamples"], entry["filesize"], entry["sha256"], labels)
+
+
 def places(root: Path) -> tuple[Path, Path]:
     """Where indices and sidecars may be: with the data, or, if that is read-only, in the user's cache."""
     return root, cache_folder() / "index" / hashlib.sha256(str(root).encode()).hexdigest()[:24]
@@ -92,8 +98,16 @@ def read_record(root: Path) -> dict[str, Any]:
         return {}
     path = max(paths, key=lambda path: path.stat().st_mtime_ns)  # read-only data may have been indexed anew
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_record(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}). Remove it, or {REBUILD}.") from None
+
+
+def parse_record(data: bytes, path: str) -> dict[str, Any]:
+    """index.json as a dict, its shard list checked. Raises UserError, calling it `path`, if it is unfit."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}). Remove it, or {REBUILD}.") from None
     if not isinstance(record, dict) or not isinstance(record.get("shardlist"), list):
         raise UserError(f"{path} has no `shardlist`. Remove it, or {REBUILD}.")
@@ -104,7 +118,7 @@ def read_record(root: Path) -> dict[str, Any]:
     return record
 
 
-def _check_entry(path: Path, entry: object) -> None:
+def _check_entry(path: str, entry: object) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
         raise UserError(f"{path}: an entry of `shardlist` has no `url`.")
     url = PurePosixPath(entry["url"])

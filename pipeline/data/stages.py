@@ -16,6 +16,7 @@ from pipeline.config import UserError
 from pipeline.data.decode import BadImageError, WrongSizeError, decode
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
+from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.spares import Spares
@@ -56,12 +57,14 @@ class PlannedSamples:
         return count(self._start + first * self._batch_size, stride * self._batch_size)
 
     def __call__(self) -> Iterator[Sample]:
-        reader = Reader(self._index, self._plan.window)
+        reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
         try:
             for start in self.positions():
+                ahead.want(self._plan.shards_from(start, windows=2))
                 for i, (shard, row) in enumerate(self._plan.samples(start, self._local).tolist()):
                     yield self._read(reader, shard, row, start + i)
         finally:
+            ahead.close()
             reader.close()
 
     def _read(self, reader: Reader, shard: int, row: int, position: int) -> Sample:

@@ -20,6 +20,7 @@ from pipeline.config import Data, UserError
 from pipeline.data.augment import flips
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
+from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.spares import Spares
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage
@@ -211,9 +212,10 @@ def heldout_batches(
     damaged image, since scores on other images would not compare: it raises UserError, as does one that does
     not fit.
     """
-    reader, decoder = Reader(index, plan.window), Decode(size, channels)
+    reader, decoder, ahead = Reader(index, plan.window), Decode(size, channels), Prefetch(index)
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
+            ahead.want(pairs[:, 0].tolist())
             images = np.zeros((batch, channels, size, size), np.uint8)
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
@@ -222,6 +224,7 @@ def heldout_batches(
                 raise _unlabelled()
             yield Batch(torch.from_numpy(images), torch.from_numpy(labels) if conditional else None), valid
     finally:
+        ahead.close()
         reader.close()
 
 
@@ -243,14 +246,17 @@ def check_images(index: Index, data: Data) -> None:
     """Decode the first image of a few shards, so that what cannot be trained on is said before training.
 
     Raises UserError for an image of another size than data.size, one that cannot be decoded (unless
-    data.max_bad allows for some), and, if data.conditional, shards without labels.
+    data.max_bad allows for some), if data.conditional, shards without labels, and too little room for
+    shards of elsewhere, of which only one is fetched for this.
     """
+    if index.remote:
+        index.remote.check_room([shard.filesize for shard in index.shards], data.window)
     if data.conditional and not index.num_classes:
-        raise UserError(f"data.conditional=true, but the shards in {index.root} have no labels (.cls).")
+        raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
     filled = [i for i, shard in enumerate(index.shards) if shard.nsamples]
     reader, decoder = Reader(index, data.window), Decode(data.size, data.channels)
     try:
-        for i in filled[:: max(1, len(filled) // _CHECKED_SHARDS)]:
+        for i in filled[:1] if index.remote else filled[:: max(1, len(filled) // _CHECKED_SHARDS)]:
             try:
                 decoder.one(reader.read(i, 0))
             except BadSampleError:  # one bad image does not speak for the others

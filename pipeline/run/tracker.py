@@ -9,7 +9,6 @@ from __future__ import annotations
 import http.client
 import netrc
 import os
-import re
 import threading
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipeline.config import Config, dump
+from pipeline.credentials import redacted
 
 if TYPE_CHECKING:
     import wandb
@@ -230,9 +230,7 @@ def _public(config: Config) -> dict[str, Any]:
             return {key: clean(entry) for key, entry in value.items()}
         if isinstance(value, list):
             return [clean(entry) for entry in value]
-        if isinstance(value, str) and "://" in value:
-            return re.sub(r"(?<=://)[^/@\s]*@|\?\S*", "", value)
-        return value
+        return redacted(value) if isinstance(value, str) else value
 
     values: dict[str, Any] = clean(yaml.safe_load(dump(config)))
     return values

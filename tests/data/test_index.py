@@ -111,8 +111,9 @@ def test_shards_in_several_folders(tmp_path: Path) -> None:
         ("{root}/s-{{0000..0007}}.tar", "s-0003.tar is missing"),
         ("{root}/s-{{0000", "not a brace list"),
         ("{root}/empty", r"no shards \(\*.tar\) in .*/empty"),
-        ("https://example.org/x.tar", "not on this machine"),
-        ("pipe:cat x.tar", "not on this machine"),
+        ("ftp://example.org/x.tar", "not on this machine"),
+        ("pipe:cat x.tar", "is a command, not a place"),
+        ("pipe:curl https://example.org/x.tar", "not on this machine"),
     ],
 )
 def test_no_shards(make_shards: MakeShards, train: str, message: str) -> None:

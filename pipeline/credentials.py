@@ -1,0 +1,22 @@
+"""URLs as they may be shown: what lets someone in is in no message, log, file or chart of a run."""
+
+from __future__ import annotations
+
+import re
+
+
+def redacted(url: str) -> str:
+    """A URL less what it may hold of users, passwords, tokens and signatures; other texts as they are."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" not in host and "@" in rest and re.search(r"^[^[].*:(?!\d*$)", host):
+        return redacted(f"{scheme}://{rest.rpartition('@')[2]}")  # what follows : is a password with a slash
+    path = re.split("[?#]", rest, maxsplit=1)[0][len(host) :]
+    return f"{scheme}://{host.rpartition('@')[2]}{path}"
+
+
+def scrubbed(text: str) -> str:
+    """A message with every URL in it redacted."""
+    return re.sub(r"\w+://[^\s'\"<>]+", lambda url: redacted(url[0]), text)
