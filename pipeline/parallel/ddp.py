@@ -41,6 +41,7 @@ class ReplicatedEngine(MasterEngine):
             Fragment(name, 0, p.shape, p.detach(), name in player.penalised) for name, p in masters.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
+        self._penalties = self.penalty.values()
         self._ddp = _wrap(module) if ranks.world > 1 else None
         self._settle_buckets(example)
 
@@ -48,6 +49,20 @@ class ReplicatedEngine(MasterEngine):
         wrapped: nn.Module = self._ddp or self.module
         output: torch.Tensor = wrapped(*inputs)
         return output
+
+    def hold(self) -> None:
+        if not self.frozen:
+            self._penalties = self.penalty.values()
+
+    def penalties(self) -> dict[str, torch.Tensor]:
+        return self._penalties
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """A penalty that is not finite on one rank alone makes the gradient so, which all ranks average: else
+        the others would update without it. (Sharded players agree on their gradients' norm, penalties
+        included.)"""
+        total = torch.stack(list(self._penalties.values())).sum().to(loss.device, torch.float32)
+        super().backward(loss * (1 + 0 * total))
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -45,12 +45,16 @@ class MasterEngine(Engine):
     def collect_gradients(self) -> None:
         """See to it that every master has its gradient, averaged over ranks, in `.grad`."""
 
+    def penalties(self) -> dict[str, torch.Tensor]:
+        """Chart part → this rank's share of each weight penalty, at the weights before the update."""
+        return self.penalty.values()
+
     def backward(self, loss: torch.Tensor) -> None:
         (self.scaled(loss) / self.batch.rounds).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> dict[str, Share]:
         self.collect_gradients()
-        penalties = self.penalty.values()
+        penalties = self.penalties()
         gradients = _gradients(self._masters.values())
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
