@@ -191,16 +191,21 @@ def _batch(job: Job) -> Iterator[Finding]:
         return
     parts = (counted(job.world, "rank"), counted(shape.rounds, "round"), counted(shape.images, "image"))
     yield ok("batch", f"{data.batch_size} = {' x '.join(parts)}")
-    shown = [n for n in range(job.nodes) if n < 3 or n == job.nodes - 1]
-    lines = [f"node {n}: {_ranks_of(n, job.gpus)}" for n in shown]
-    if job.nodes > 4:
-        lines.insert(3, "…")
-    yield ok("rank map", "\n".join(lines))
+    yield ok("rank map", "\n".join(_rank_map(job)))
 
 
-def _ranks_of(node: int, gpus: int) -> str:
-    first, last = node * gpus, (node + 1) * gpus - 1
-    return f"rank {first}" if first == last else f"ranks {first} to {last}"
+def _rank_map(job: Job) -> Iterator[str]:
+    """Which ranks are on which node: by its name, inside an allocation; of many nodes some."""
+    from launch.doctor_place import allocated
+
+    names = allocated()
+    for node in range(job.nodes):
+        if node < 3 or node == job.nodes - 1:
+            first, last = node * job.gpus, (node + 1) * job.gpus - 1
+            name = names[node] if node < len(names) else f"node {node}"
+            yield f"{name}: {f'rank {first}' if first == last else f'ranks {first} to {last}'}"
+        elif node == 3:
+            yield "…"
 
 
 @contextmanager

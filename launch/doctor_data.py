@@ -38,9 +38,13 @@ def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | Non
         index = load_index(train)
     except UserError as error:
         return None, [would_fail("shards", str(error))]
-    for check in (labels, split, pictures):
-        found += check(job, index)
-    return index, found + list(duplicates(job, index, verified))
+    checks = (labels, split, pictures, lambda job, index: duplicates(job, index, verified))
+    for check in checks:
+        try:
+            found += check(job, index)
+        except UserError as error:
+            found.append(would_fail("data", str(error)))
+    return index, found
 
 
 def shards(verified: Sequence[Verified]) -> Iterator[Finding]:
@@ -140,7 +144,7 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
             wrong.append(str(error))
     text = f"{len(picked)} decoded: {', '.join(f'{n} {what}' for what, n in modes.most_common(4))}"
     if wrong:
-        yield would_fail("images", f"{text}\n{len(wrong)} do not fit: {some(wrong, 2)}")
+        yield would_fail("images", f"{text}\n{len(wrong)} do not fit, the first: {wrong[0]}")
     elif bad:
         expected = len(bad) / len(picked) * index.num_samples / job.world
         judge = would_fail if expected > data.max_bad else warning

@@ -26,9 +26,8 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
     """The findings, and G and D without memory if they can be built."""
     num_classes = index.num_classes if index and job.settings.data.conditional else 0
     if index is None and job.settings.data.conditional:
-        return None, [
-            would_fail("networks", "not looked at: how many classes there are is not known", "See above.")
-        ]
+        text = "not looked at: how many classes there are is not known"
+        return None, [warning("networks", text, "Mend the data first.")]
     try:
         check_networks(job.settings, num_classes)
         G, D = build_players(job, num_classes)
@@ -75,9 +74,10 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
         return
     if not who or (shape.world, shape.rounds) == (1, 1):
         return
+    few, all_of_them = counted(shape.images, "image"), job.settings.data.batch_size
     text = (
-        f"{' and '.join(who)} normalise over the {counted(shape.images, 'image')} of a rank and round, not "
-        f"over the {job.settings.data.batch_size} of the batch: results depend on the number of ranks"
+        f"{' and '.join(who)} normalise{'s' * (len(who) == 1)} over the {few} of a rank and round, not over "
+        f"the {all_of_them} of the batch: results depend on the number of ranks"
     )
     if shape.images < _SMALL:
         text += ", and statistics of so few images are noisy"

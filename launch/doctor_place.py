@@ -83,7 +83,7 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     text = f"a checkpoint is {in_bytes(checkpoint)}, {run.keep} are kept and one more is written"
     try:
         check_space(out, max(64, (needed - there) >> 20))
-        yield ok("run folder", f"{text}: {in_bytes(needed)}, room in {out.absolute()}")
+        yield ok("run folder", f"{text}: {in_bytes(needed)}, room in {out}/")
     except UserError as error:
         yield would_fail("run folder", f"{text}: {in_bytes(needed)} are needed. {error}")
     yield from _cache(job, index)

@@ -12,17 +12,16 @@ import statistics
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.nodes import PACKAGES, code
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.parallel.ranks import Ranks, end_process, read_launch
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
 _SMALL, _LARGE = 1, 2**24  # fp32 numbers in an all-reduce
 _TIMEOUT_S = 120
 
@@ -52,13 +51,6 @@ def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
     except UserError as error:
         return seen | {"data": f"cannot be used there: {error}"}
     return seen | {"config": _digest(config.dump(resolved)), "data": index.fingerprint}
-
-
-def code() -> str:
-    """A hash of the project's own files."""
-    root = Path(__file__).parents[1]
-    files = sorted(p for top in ("pipeline", "launch") for p in (root / top).rglob("*.py"))
-    return _digest(json.dumps([[p.relative_to(root).as_posix(), p.read_text()] for p in files]))
 
 
 def all_reduce(ranks: Ranks, count: int) -> float:

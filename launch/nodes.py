@@ -119,10 +119,11 @@ def describe(settings: Config, node: str) -> Description:
                 f"{name} is not installed for {sys.executable}. Install the project there (bash "
                 "launch/setup.sh), or set SHARDGAN_VENV."
             ) from None
-    return {"node": node, "versions": versions, "code": _code(), "shards": _shards(settings)}
+    return {"node": node, "versions": versions, "code": code(), "shards": _shards(settings)}
 
 
-def _code() -> str:
+def code() -> str:
+    """A hash of the project's own files."""
     root = Path(__file__).parents[1]
     files = sorted(p for top in ("pipeline", "launch") for p in (root / top).rglob("*.py"))
     return _digest([[str(p.relative_to(root)), p.read_text()] for p in files])

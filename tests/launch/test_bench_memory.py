@@ -8,8 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from launch import doctor_memory
 from launch.bench import bench
 from launch.bench_memory import held, held_in_theory, sent_in_theory
+from launch.doctor_networks import build_players
+from launch.finding import Job
 from launch.meter import storages
 from launch.penalty_worker import Clocked
 from launch.workers import launches, resnet_pair
@@ -77,6 +80,9 @@ def test_fsdp2_holds_and_sends_what_it_should():
     for name in ("weights", "optimizer", "G_ema"):
         assert measured[name] == pytest.approx(theory[name], rel=0.02), name
     assert sum(found["sent"].values()) == pytest.approx(sent_in_theory(found), rel=0.02)
+    job = Job(load(None, found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
+    foretold = doctor_memory.states(job, build_players(job, 0))
+    assert foretold == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
 
 
 def test_penalty_measures_a_step_and_the_ways_to_the_value():
