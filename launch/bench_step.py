@@ -146,7 +146,15 @@ class Ours:
             self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
         plan = heldout_plan(*split)
         self._session = Session(
-            settings, folder, self._index, plan, self._plan.size, self._ranks, self._report, signals
+            settings,
+            folder,
+            self._index,
+            plan,
+            self._plan.size,
+            self._ranks,
+            self._report,
+            signals,
+            self._state.bad,
         )
         self._reals = self._session.timed(self._batches(data.workers))
 

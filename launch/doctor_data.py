@@ -17,7 +17,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
-from pipeline.data.stages import Decode
+from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.data.verify import Verified, verify
 
 _DECODED = 256  # images, evenly over all of them
@@ -133,11 +133,11 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     data = job.settings.data
     modes, bad, wrong = Counter[str](), list[str](), list[str]()
     picked = np.unique(np.linspace(0, index.num_samples - 1, _DECODED).astype(np.int64))
-    decoder = Decode(data.size, data.channels)
+    decoder, stages = Decode(data.size, data.channels), load_stages(data.stages)
     for sample in _read(job, index, picked):
         modes[_what(sample)] += 1
         try:
-            decoder.one(sample)
+            decoder.one(apply(stages, sample))
         except BadSampleError as error:
             bad.append(str(error))
         except UserError as error:
@@ -146,9 +146,9 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     if wrong:
         yield would_fail("images", f"{text}\n{len(wrong)} do not fit, the first: {wrong[0]}")
     elif bad:
-        expected = len(bad) / len(picked) * index.num_samples / job.world
+        expected = len(bad) / len(picked) * index.num_samples
         judge = would_fail if expected > data.max_bad else warning
-        cure = f"Prepare the images anew, or raise data.max_bad={data.max_bad} (per rank)."
+        cure = f"Prepare the images anew, or raise data.max_bad={data.max_bad}."
         yield judge("images", f"{text}\n{len(bad)} damaged: {some(bad, 2)}", cure)
     elif data.channels == 1 and any("grey" not in what for what in modes):
         cure = "Set data.channels=3 if colour matters."

@@ -92,7 +92,9 @@ class Data:
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the samples held out, if folds is not set
     xflip: bool = False  # mirror every other image, anew in each epoch
     remote: Remote = Remote()
-    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that others stand in for, per rank, each named
+    stages: tuple[str, ...] = ()  # your own webdataset stages, each package.module:name, before decoding
+    cache: Literal["none", "ram"] = "none"  # ram: an image is decoded once, then kept in memory, if all fit
+    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that others stand in for; more end the run
     folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of so many parts …
     fold: Annotated[int, Field(ge=0)] = 0  # … namely this one
 

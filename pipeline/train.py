@@ -18,8 +18,10 @@ import torch
 
 from pipeline import config, loop
 from pipeline.config import Config, UserError
+from pipeline.data.cache import Cache, reserve
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
+from pipeline.data.stages import load_stages
 from pipeline.data.stream import check_images, label_frequencies, training_batches
 from pipeline.gan.draws import Draws
 from pipeline.gan.losses import adversarial
@@ -100,7 +102,8 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
     report = _open_report(settings, folder, state, ranks)
     try:
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
-        session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals)
+        cache = _open_cache(settings, index, ranks, report)
+        session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals, state.bad)
         reals = training_batches(
             index,
             plan,
@@ -114,6 +117,9 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
             workers=settings.data.workers,
             xflip=settings.data.xflip,
             max_bad=settings.data.max_bad,
+            bad=state.bad,
+            stages=load_stages(settings.data.stages),
+            cache=cache,
         )
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
@@ -129,6 +135,18 @@ def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
     data, seed = settings.data, settings.run.seed
     part = (index.sizes, seed, data.window, data.holdout, data.folds, data.fold)
     return training_plan(*part), heldout_plan(*part)
+
+
+def _open_cache(settings: Config, index: Index, ranks: Ranks, report: Report) -> Cache | None:
+    """Memory for decoded images, which the ranks of a machine share; None if not asked for, or too small."""
+    data = settings.data
+    if data.cache == "none":
+        return None
+    path, line = ranks.from_machine(lambda: reserve(index.sizes, data.size, data.channels))
+    for text in dict.fromkeys(ranks.gather_objects(line)):
+        report.say(f"  {text}")
+    with ranks.agreeing():
+        return None if path is None else Cache(path, index.sizes, data.size, data.channels)
 
 
 def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:

@@ -5,8 +5,11 @@ They work in anyone's `webdataset.DataPipeline`; stream.py makes the one that tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +26,41 @@ from pipeline.data.spares import Spares
 
 Decoded = tuple[NDArray[np.uint8], int]
 Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
+
+
+def load_stages(names: Sequence[str]) -> tuple[Stage, ...]:
+    """A user's own stages, each named as package.module:name, which may lie in the current folder.
+
+    Raises UserError for one that cannot be imported, or called.
+    """
+    if names and str(Path.cwd()) not in sys.path:  # under `python -m` it is, under the shardgan command not
+        sys.path.insert(0, str(Path.cwd()))
+    stages = []
+    for name in names:
+        module, _, attribute = name.partition(":")
+        try:
+            stages.append(getattr(importlib.import_module(module), attribute))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"data.stages: {name} (package.module:name) cannot be imported: {reason}"
+            ) from error
+        if not callable(stages[-1]):
+            raise UserError(
+                f"data.stages: {name} is not a stage, which is called with an iterator of samples."
+            )
+    return tuple(stages)
+
+
+def apply(stages: Sequence[Stage], sample: Sample) -> Sample:
+    """One sample sent through the stages by itself."""
+    samples: Iterable[Sample] = [sample]
+    for stage in stages:
+        samples = stage(samples)
+    changed = next(iter(samples), None)
+    if changed is None:
+        raise UserError(f"data.stages gave nothing for sample {sample['__key__']!r}; one is due for each.")
+    return changed
 
 
 class PlannedSamples:
@@ -50,19 +88,32 @@ class PlannedSamples:
         self._start = start + rank * self._local
         self._spares = spares
 
-    def positions(self) -> Iterator[int]:
+    def steps(self) -> Iterator[int]:
         """The global position of the first sample of each step that this worker reads."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         return count(self._start + first * self._batch_size, stride * self._batch_size)
 
+    def positions(self) -> Iterator[int]:
+        """The global position of each sample that this worker reads."""
+        return (start + i for start in self.steps() for i in range(self._local))
+
+    def planned(self, ahead: Prefetch, epochs: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """(position, shard, row) of each sample that this worker reads.
+
+        Shards are asked for ahead of time, for the first so many `epochs` (None: all).
+        """
+        for start in self.steps():
+            done = epochs is not None and start - self._start >= epochs * self._plan.size
+            ahead.want(() if done else self._plan.shards_from(start, windows=2))
+            for i, (shard, row) in enumerate(self._plan.samples(start, self._local).tolist()):
+                yield start + i, shard, row
+
     def __call__(self) -> Iterator[Sample]:
         reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
         try:
-            for start in self.positions():
-                ahead.want(self._plan.shards_from(start, windows=2))
-                for i, (shard, row) in enumerate(self._plan.samples(start, self._local).tolist()):
-                    yield self._read(reader, shard, row, start + i)
+            for position, shard, row in self.planned(ahead):
+                yield self._read(reader, shard, row, position)
         finally:
             ahead.close()
             reader.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
@@ -173,6 +175,12 @@ class Ranks:
             raise CommonError(failure)
         return value  # type: ignore[return-value]
 
+    def from_machine(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first rank of each machine, given to the others of that machine."""
+        machines = self.gather_objects(_machine())
+        first = machines.index(machines[self.rank])
+        return self.gather_objects(make() if self.rank == first else None)[first]  # type: ignore[return-value]
+
     @contextmanager
     def agreeing(self) -> Iterator[None]:
         """Raise on every rank the UserError that any rank met inside, named by rank unless all met it."""
@@ -210,6 +218,13 @@ class Ranks:
         """Part in good order, so that no peer reports a broken connection."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _machine() -> tuple[str, str]:
+    """Equal for processes that see each other in /proc: those of one kernel and, in it, one container."""
+    if sys.platform != "linux":
+        return platform.node(), ""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
 
 
 def end_process(status: int) -> NoReturn:

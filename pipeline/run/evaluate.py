@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeline.config import Data
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
+from pipeline.data.stages import load_stages
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
@@ -120,12 +121,13 @@ def heldout_features(
         "features": [extractor.name, extractor.version],
         "images": images,
     }
-    kept = read_tensor("features", key)
+    kept = None if data.stages else read_tensor("features", key)  # a user's code may change
     # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
     if not any(ranks.any(kept is None)()) and kept is not None:
         return kept.to(ranks.device)
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
-    write_tensor("features", key, features)
+    if not data.stages:
+        write_tensor("features", key, features)
     return features
 
 
@@ -163,6 +165,7 @@ def _real_features(
             channels=data.channels,
             conditional=False,
             limit=images,
+            stages=load_stages(data.stages),
         ):
             features = torch.zeros(batch, extractor.dim, device=ranks.device)
             features[:count] = extractor(reals.images[:count].to(ranks.device))

@@ -18,7 +18,7 @@ _FREE = {
     "run": None,
     "track": None,
     "score": None,
-    "data": {"train", "workers", "batch_gpu"},
+    "data": {"train", "workers", "batch_gpu", "cache", "max_bad"},
 }
 
 

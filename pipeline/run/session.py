@@ -22,10 +22,11 @@ from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks, RunError, StopSignals
+from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate, fixed_images, from_latents, heldout_features
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.health import BITS, FORWARD, Health, slowest
-from pipeline.run.report import Report, say
+from pipeline.run.report import Report
 from pipeline.run.saving import Saver
 from pipeline.run.sheets import GRID, Sheets
 from pipeline.run.state import State
@@ -55,7 +56,9 @@ class Session:
         ranks: Ranks,
         report: Report,
         signals: StopSignals,
+        bad: list[str],
     ) -> None:
+        """bad: State.bad, which is added to."""
         self.config, self.folder, self.index, self.heldout = config, folder, index, heldout
         self.ranks, self.report, self._signals = ranks, report, signals
         self._train_size = train_size
@@ -65,7 +68,7 @@ class Session:
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
         self._waited = 0.0
-        self._bad_images = 0
+        self._bad = BadImages(config.data.max_bad, bad, ranks, report)
         self._clock = (time.perf_counter(), 0)
         self._unseen = Unseen(config.data, index, heldout, ranks)
 
@@ -93,7 +96,7 @@ class Session:
             start = time.perf_counter()
             batch = next(reals)
             self._waited += time.perf_counter() - start
-            self._name_bad(batch.bad)
+            self._bad.name(batch.bad)
             yield batch
 
     def stop_requested(self) -> Callable[[], bool]:
@@ -131,17 +134,19 @@ class Session:
             "seconds": now - then,
             "waited": self._waited,
             "memory": _peak_memory_gb(self.ranks.device),
-            "bad": self._bad_images,
+            "bad": self._bad.found,
             **self._of_this_rank(gan),
         }
         reduced = stats.reduce(self.ranks, mine)
         values, each = reduced.values, reduced.each
+        if any(each["bad"]):
+            self._bad.exchange()
         seconds, images = max(each["seconds"]), cur_nimg - before
         values |= {
             "Progress/kimg": cur_nimg / 1000,
             "Progress/epoch": cur_nimg / self._train_size,
             "Resources/peak_mem_gb": max(each["memory"]),
-            "Progress/bad_images": sum(each["bad"]),
+            "Progress/bad_images": self._bad.known,
         }
         if images:
             values |= {
@@ -154,6 +159,7 @@ class Session:
         self.report.row(cur_nimg, dict(sorted((values | dict(scores)).items())))
         self.start_clock(cur_nimg)
         self._health.check(reduced)
+        self._bad.check()
         self._compare_score(state, scores)
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
@@ -187,6 +193,7 @@ class Session:
         """A checkpoint that this or any other world can go on from."""
         with self._off_the_clock():
             self.report.flush()
+            self._bad.exchange()
             state.stats = self.ranks.gather_objects(stats.state())
             self._heed(self._saver.begin([gan.G, gan.D], gan.G_ema, state))
             self.new_best = False
@@ -245,13 +252,6 @@ class Session:
             yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
-
-    def _name_bad(self, bad: tuple[str, ...]) -> None:
-        """Whatever the rank: each finds its own."""
-        self._bad_images += len(bad)
-        for text in bad:
-            line = f"warning: {text} Another image stands in for it (data.max_bad)."
-            self.report.say(line) if self.ranks.main else say(line)
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -17,6 +17,7 @@ class State:
     wandb_id: str | None = None
     reported: int = 0  # cur_nimg up to which all ticks, scores and sheets that were due are done
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
+    bad: list[str] = field(default_factory=list)  # what is wrong with which training images, on any rank
     stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
 
     @property

@@ -8,6 +8,7 @@ from torch import Tensor
 from pipeline.config import Data
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
+from pipeline.data.stages import load_stages
 from pipeline.data.stream import Batch, heldout_batches
 from pipeline.gan.images import to_float
 from pipeline.parallel.engine import Engine
@@ -61,5 +62,6 @@ class Unseen:
             channels=self._data.channels,
             conditional=self._data.conditional,
             limit=count * world,
+            stages=load_stages(self._data.stages),
         )
         return next(batches)[0]

@@ -84,7 +84,14 @@ def of_one(worlds, in_pairs) -> dict[str, Interrupted]:
 @pytest.fixture(scope="module")
 def of_two(worlds) -> Interrupted:
     out = worlds.folder / "two"
-    line = [str(worlds.folder / "adam.yaml"), "--procs", "2", f"run.out={out}", "run.name=adam-2"]
+    line = [
+        str(worlds.folder / "adam.yaml"),
+        "--procs",
+        "2",
+        f"run.out={out}",
+        "run.name=adam-2",
+        "data.cache=ram",
+    ]
     return interrupt(shardgan("train", *line), out / "adam-2")
 
 
@@ -124,7 +131,10 @@ def test_one_process(worlds, of_one, signal):
 
 
 def test_two_processes(worlds, of_two):
+    """Here with decoded images kept in memory, which changes nothing but the time it takes."""
     assert_as_if_nothing_had_happened(worlds.adam[2], of_two)
+    line = "data.cache=ram: 500 decoded images, 0.4 MiB, are kept in memory, once per machine"
+    assert of_two.stopped.output.count(line) == of_two.continued.output.count(line) == 1
 
 
 def test_three_processes_with_several_gradient_buckets(of_three):

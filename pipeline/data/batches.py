@@ -1,0 +1,176 @@
+"""Decoded samples → batches, in the process that decodes: the last stages of the stream."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.config import UserError
+from pipeline.data.augment import flips
+from pipeline.data.cache import Cache
+from pipeline.data.index import Index
+from pipeline.data.plan import Plan
+from pipeline.data.prefetch import Prefetch
+from pipeline.data.reader import BadSampleError, Reader, Sample
+from pipeline.data.spares import Spares
+from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
+
+Item = tuple[torch.Tensor, tuple[str, ...]]
+Shape = tuple[int, int, int, int]
+
+
+class Batch(NamedTuple):
+    """images: uint8 [b, C, H, W], those of training channels last in memory and pinned when CUDA is there;
+    labels: int64 [b], or None if unconditional.
+
+    bad: what is wrong with the samples that others stand in for, as far as not said with an earlier batch.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    bad: tuple[str, ...] = ()
+
+
+class PlannedDecode:
+    """The stage after a user's own: raw samples, one per planned position, decoded; a stand-in is for one
+    that cannot be, and goes through the user's stages as well."""
+
+    def __init__(
+        self, source: PlannedSamples, decoder: Decode, stages: Sequence[Stage], spares: Spares | None
+    ) -> None:
+        self._source, self._decoder, self._stages, self._spares = source, decoder, stages, spares
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
+        for position, sample in zip(self._source.positions(), samples, strict=False):
+            try:
+                yield self._decoder.one(sample)
+            except BadSampleError as error:
+                if self._spares is None:
+                    raise
+                yield self._spares.replace(position, error, self._staged)
+
+    def _staged(self, sample: Sample) -> Decoded:
+        return self._decoder.one(apply(self._stages, sample))
+
+
+class CachedDecode:
+    """A source of decoded samples: read and decoded when first met, from memory ever after.
+
+    Only planned samples are kept. A stand-in belongs to a position, and the next epoch has another one.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        plan: Plan,
+        source: PlannedSamples,
+        decoder: Decode,
+        cache: Cache,
+        spares: Spares | None,
+    ) -> None:
+        self._index, self._plan, self._source = index, plan, source
+        self._decoder, self._cache, self._spares = decoder, cache, spares
+
+    def __call__(self) -> Iterator[Decoded]:
+        reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
+        try:
+            for position, shard, row in self._source.planned(ahead, epochs=1):
+                kept = self._cache.get(shard, row)
+                yield self._decode(reader, shard, row, position) if kept is None else kept
+        finally:
+            ahead.close()
+            reader.close()
+
+    def _decode(self, reader: Reader, shard: int, row: int, position: int) -> Decoded:
+        try:
+            decoded = self._decoder.one(reader.read(shard, row))
+        except BadSampleError as error:
+            if self._spares is None:
+                raise
+            return self._spares.replace(position, error, self._decoder.one)
+        self._cache.put(shard, row, *decoded)
+        return decoded
+
+
+class Turns:
+    """Sees to it that a user's stages, put between `note` and `check`, give one sample for each they get, in
+    order: batches are made by position."""
+
+    def __init__(self) -> None:
+        self._noted: deque[str] = deque()
+
+    def note(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self._noted.append(sample["__key__"])
+            yield sample
+
+    def check(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            due = self._noted.popleft() if self._noted else None
+            if sample.get("__key__") != due:
+                raise UserError(
+                    f"data.stages gave sample {sample.get('__key__')!r} where {due!r} is due. A stage must "
+                    "give one sample for each it gets, in order, as webdataset.map does."
+                )
+            yield sample
+        raise UserError("data.stages came to an end. A stage must give one sample for each it gets.")
+
+
+class Batches:
+    """The last stage: decoded samples → one step's in a flat buffer, so that one tensor crosses to the
+    trainer, and beside it what was wrong with replaced samples.
+
+    The buffer (uint8) holds the labels as int64, then the images. A UserError is passed on as a value: raised
+    in a worker it would reach the user buried in a traceback.
+    """
+
+    def __init__(
+        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, spares: Spares | None
+    ) -> None:
+        self._source, self._plan, self._shape = source, plan, shape
+        self._xflip, self._spares = xflip, spares
+
+    def __call__(self, samples: Iterable[Decoded]) -> Iterator[Item | UserError]:
+        decoded = iter(samples)
+        for start in self._source.steps():
+            buffer = torch.empty(_bytes(self._shape), dtype=torch.uint8)
+            batch = unpack(buffer, self._shape)
+            assert batch.labels is not None
+            try:
+                self._fill(batch.images.numpy(), batch.labels.numpy(), decoded, start)
+            except UserError as error:
+                yield error
+                return
+            yield buffer, self._spares.found() if self._spares else ()
+
+    def _fill(
+        self, images: NDArray[np.uint8], labels: NDArray[np.int64], decoded: Iterator[Decoded], start: int
+    ) -> None:
+        for i in range(len(images)):
+            images[i], labels[i] = next(decoded)
+        if self._xflip:
+            turned = self._mirrored(start)
+            images[turned] = images[turned, :, :, ::-1]
+
+    def _mirrored(self, start: int) -> NDArray[np.bool_]:
+        images = self._shape[0]
+        epochs = (start + np.arange(images, dtype=np.int64)) // self._plan.size
+        return flips(self._plan.seed, epochs, self._plan.samples(start, images))
+
+
+def _bytes(shape: Shape) -> int:
+    return shape[0] * 8 + int(np.prod(shape))
+
+
+def unpack(buffer: torch.Tensor, shape: Shape) -> Batch:
+    """Images and labels where they lie in a buffer that Batches filled."""
+    split = shape[0] * 8
+    count, channels, height, width = shape
+    # Channels last in memory, as decoders write and the networks' convolutions read: no image is transposed.
+    images = buffer[split:].view(count, height, width, channels).permute(0, 3, 1, 2)
+    return Batch(images, buffer[:split].view(torch.int64))

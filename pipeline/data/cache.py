@@ -1,0 +1,115 @@
+"""`data.cache=ram`: decoded images, kept in memory that all processes of one machine share.
+
+The memory is an anonymous file (memfd): no size limit but the machine's, nothing left behind however its
+processes end. Others of the same machine open it through /proc. An image takes up memory when first decoded.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import UserError
+
+_LABEL, _FLAG = 8, 1  # bytes per sample besides its pixels
+_SHARE = 0.75  # of the free memory: training needs some as well
+_OWN_GROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+class Cache:
+    """Decoded images and their labels by shard and row; `sizes` are the samples per shard.
+
+    Any number of processes may get and put at once: what two of them put for a sample is the same, and none
+    sees the flag of a sample before its pixels. That is what the fence is for: no thread waits for it, but
+    what stands in two locked sections happens in their order, whatever a processor would like to reorder.
+    """
+
+    def __init__(self, path: str, sizes: Sequence[int], size: int, channels: int) -> None:
+        self._path, self._sizes, self._shape = path, tuple(sizes), (size, channels)
+        self._starts = list(accumulate(self._sizes, initial=0))
+        self._fence = threading.Lock()
+        n, pixels = self._starts[-1], size * size * channels
+        try:
+            with Path(path).open("r+b") as file:
+                memory = mmap.mmap(file.fileno(), n * (_LABEL + _FLAG + pixels))
+        except OSError as error:
+            raise UserError(f"data.cache=ram: shared memory cannot be opened ({error.strerror}).") from None
+        self._labels = np.frombuffer(memory, np.int64, n)
+        self._filled = np.frombuffer(memory, np.bool_, n, offset=n * _LABEL)
+        images = np.frombuffer(memory, np.uint8, n * pixels, offset=n * (_LABEL + _FLAG))
+        self._images = images.reshape(n, size, size, channels).transpose(0, 3, 1, 2)
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[str, Sequence[int], int, int]]:
+        return type(self), (self._path, self._sizes, *self._shape)
+
+    def get(self, shard: int, row: int) -> tuple[NDArray[np.uint8], int] | None:
+        """(uint8 [C, H, W], label), a view not to be written to; None if it has not been put yet."""
+        slot = self._starts[shard] + row
+        with self._fence:
+            filled = self._filled[slot]
+        with self._fence:
+            return (self._images[slot], int(self._labels[slot])) if filled else None
+
+    def put(self, shard: int, row: int, image: NDArray[np.uint8], label: int) -> None:
+        slot = self._starts[shard] + row
+        with self._fence:
+            self._images[slot], self._labels[slot] = image, label
+        with self._fence:
+            self._filled[slot] = True
+
+
+def reserve(sizes: Sequence[int], size: int, channels: int) -> tuple[str | None, str]:
+    """Make room for all samples of a data set: the path for a Cache, and a line about it.
+
+    The path is None if they do not fit. The memory lasts as long as this process.
+    """
+    need = sum(sizes) * (size * size * channels + _LABEL + _FLAG)
+    what = f"data.cache=ram: {sum(sizes):,} decoded images, {_amount(need)}"
+    if not hasattr(os, "memfd_create"):
+        return None, f"{what}, are kept on Linux only; they are decoded anew in each epoch"
+    if need > _SHARE * (free := free_memory()):
+        return None, (
+            f"{what}, do not fit into {_SHARE:.0%} of the free memory ({_amount(free)}); they are decoded "
+            "anew in each epoch"
+        )
+    file = os.memfd_create("shardgan-cache", os.MFD_CLOEXEC)
+    os.ftruncate(file, need)
+    return f"/proc/{os.getpid()}/fd/{file}", f"{what}, are kept in memory, once per machine"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def free_memory() -> int:
+    """Bytes that can still be taken: of the machine, or of a control group (a container, a Slurm job)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return min([machine, *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    for line in _OWN_GROUPS.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, most, used, idle = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        if controllers == "memory":
+            root, most, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            idle = "total_inactive_file"
+        elif controllers:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+            try:
+                limit = int((folder / most).read_text())  # "max" where there is none
+                counts = dict(text.split() for text in (folder / "memory.stat").read_text().splitlines())
+                # Files read earlier count as used, but make room when room is needed.
+                yield limit - int((folder / used).read_text()) + int(counts.get(idle, 0))
+            except (OSError, ValueError):
+                continue
