@@ -19,7 +19,7 @@ from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.data.locate import cache_folder
 from pipeline.run.features import load_features
-from pipeline.run.tracker import choose_mode
+from pipeline.run.wandb_mode import choose_mode
 
 _CONSTRAINTS = Path(__file__).parent / "constraints.txt"
 _PORT = 29500  # Accelerate's, if it is told no other

@@ -38,6 +38,7 @@ from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
+from pipeline.run.resend import catch_up
 from pipeline.run.session import Session
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
@@ -90,6 +91,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
         )
     settings, folder = ranks.from_main(lambda: open_folder(settings))
     if finished(folder, settings):
+        ranks.from_main(lambda: catch_up(settings, folder, say))
         ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
         return
     plan, heldout = _plans(settings, index)

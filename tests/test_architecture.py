@@ -44,7 +44,7 @@ OWNERS = {  # who may import what is not ours
     "torch.distributed": ("pipeline.parallel",),
     "accelerate": ("pipeline.parallel",),
     "deepspeed": ("pipeline.parallel",),
-    "wandb": ("pipeline.run.tracker",),
+    "wandb": ("pipeline.run.tracker", "pipeline.run.wandb_files", "pipeline.run.wandb_mode"),
 }
 
 

@@ -1,25 +1,15 @@
-"""Reads a W&B run back from the `.wandb` file that an offline run leaves, to see what would be uploaded.
-
-The file is a 7-byte header, then LevelDB's log format: blocks of 32 KiB with records cut into fragments
-(checksum, length, kind), each whole record a `wandb_internal_pb2.Record`.
-"""
+"""Reads a W&B run back from the `.wandb` file that an offline run leaves, to see what would be uploaded."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
-_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
-_BLOCK = 32 * 1024
-_FRAGMENT = struct.Struct("<IHB")
-_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+from pipeline.run.wandb_files import records
 
 
 @dataclass
@@ -44,7 +34,7 @@ def offline_runs(folder: Path) -> list[OfflineRun]:
 
 def read_offline_run(path: Path) -> OfflineRun:
     run = OfflineRun(files=path.parent / "files")
-    for data in _records(path.read_bytes()):
+    for data in records(path.read_bytes()):
         _apply(run, Record.FromString(data))
     return run
 
@@ -77,21 +67,3 @@ def _items(items: Any) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = json.loads(item.value_json)
     return row
-
-
-def _records(data: bytes) -> Iterator[bytes]:
-    assert data.startswith(_HEADER), "not a .wandb file"
-    at, parts = len(_HEADER), b""
-    while at < len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _FRAGMENT.size:  # too little for a fragment: padding
-            at += left
-            continue
-        checksum, length, kind = _FRAGMENT.unpack_from(data, at)
-        at += _FRAGMENT.size
-        fragment = data[at : at + length]
-        at += length
-        assert zlib.crc32(bytes([kind]) + fragment) == checksum, "a damaged record"
-        parts = fragment if kind in (_FULL, _FIRST) else parts + fragment
-        if kind in (_FULL, _LAST):
-            yield parts

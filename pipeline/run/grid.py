@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 _GAP = 2  # white pixels between images and around the sheet
@@ -40,13 +42,26 @@ def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[
     return sheet[:, :, 0] if channels == 1 else sheet
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int, scale: int | None = None) -> None:
-    """Write `tile(images, columns, scale)` as a PNG. The file appears whole or not at all."""
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    columns: int,
+    scale: int | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tile(images, columns, scale)` as a PNG, and in it, as text, the notes.
+
+    The file appears whole or not at all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    info = PngInfo()
+    for name, note in (notes or {}).items():
+        info.add_text(name, note)
     try:
-        Image.fromarray(tile(images, columns, scale)).save(partial, format="PNG", optimize=True)
+        sheet = Image.fromarray(tile(images, columns, scale))
+        sheet.save(partial, format="PNG", optimize=True, pnginfo=info)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.run.resend import caption, resend
 from pipeline.run.tracker import Tracker
 
 
@@ -28,7 +29,7 @@ class Report:
         """Tell the person."""
 
     def warn(self, title: str, text: str) -> None:
-        """Tell the person what is wrong, though training goes on."""
+        """Tell the person, also by a W&B alert, of what is going wrong."""
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in every chart."""
@@ -39,7 +40,7 @@ class Report:
     def advance(self, cur_nimg: int) -> None:
         """Move the progress bar."""
 
-    def image(self, key: str, path: Path, cur_nimg: int, caption: str) -> None:
+    def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Show a picture that has been written."""
 
     def summary(self, values: Mapping[str, float]) -> None:
@@ -62,6 +63,7 @@ class MainReport(Report):
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
         _forget_after(self._metrics, cur_nimg)
         self._unwritten: list[str] = []  # lines that a full or failing disk has not taken
+        resend(folder, tracker, cur_nimg)
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 
     def say(self, text: str) -> None:
@@ -72,6 +74,7 @@ class MainReport(Report):
 
     def warn(self, title: str, text: str) -> None:
         self.say(f"warning: {text}")
+        self._tracker.alert(title, text)
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
@@ -91,8 +94,8 @@ class MainReport(Report):
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=cur_nimg / 1000)
 
-    def image(self, key: str, path: Path, cur_nimg: int, caption: str) -> None:
-        self._tracker.image(key, path, cur_nimg, caption)
+    def image(self, key: str, path: Path, cur_nimg: int) -> None:
+        self._tracker.image(key, path, cur_nimg, caption(cur_nimg))
 
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)

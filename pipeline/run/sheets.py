@@ -34,8 +34,9 @@ class Sheets:
             if self._ranks.main:
                 images = make()
                 try:
-                    save_grid(images, path, columns)
+                    notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # for W&B, should it be told later
+                    save_grid(images, path, columns, notes=notes)
                 except OSError as error:  # a picture less is no reason to stop training
                     self._report.warn("Sheet not written", f"{path} could not be written: {error}.")
                     return
-                self._report.image(key, path, cur_nimg, f"{cur_nimg / 1000:g} kimg")
+                self._report.image(key, path, cur_nimg)

@@ -1,41 +1,46 @@
 """Weights & Biases, the only file that knows of it. Tracking may fail in any way: training goes on.
 
-Whether a run is uploaded at once is found out: with a key configured and the server answering it is online,
-otherwise it is kept in the run folder for `wandb sync`. WANDB_MODE decides if it is set.
+metrics.jsonl and samples/ are what a run has written; W&B is told of it, and told again of what it lacks.
+A run that has been online is completed there and nowhere else; one that never was is kept in the run folder
+for `wandb sync`, which must meet each step once: it renumbers a second row of a step.
 """
 
 from __future__ import annotations
 
-import http.client
-import netrc
+import io
 import os
+import queue
+import secrets
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from pipeline.config import Config, dump
 from pipeline.credentials import redacted
+from pipeline.run.wandb_files import Tracked, last_step, leave_to_the_server, recall, remember
+from pipeline.run.wandb_mode import Mode, choose_mode
 
 if TYPE_CHECKING:
     import wandb
 
 Announce = Callable[[str], None]
-Mode = Literal["online", "offline", "disabled"]
+Send = Callable[["wandb.Run"], object]
 
-_ANSWER_S = 4.0  # how long the server may take to show that it is there
-_INIT_S = 45.0  # … and to take up a run, before it is kept offline instead
+_INIT_S = 45.0  # how long the server may take to take up a run, before it is kept offline instead
 _FINISH_S = 60.0  # … and to receive the rest at the end; what is missing then stays on disk for `wandb sync`
+_TEARDOWN_S = 15.0  # … and then to end its processes
+_MOST_PENDING = 20_000  # messages; more means that W&B does not move
+_LATER = "What it lacks is sent when the same command is started again."
 _X_AXIS = "Progress/kimg"
 
 
 class Tracker(Protocol):
-    """Where charts and pictures go. No method raises, waits for the network, or is needed for training."""
+    """Where charts and pictures go. No method raises, waits for W&B, or is needed for training."""
 
     @property
     def run_id(self) -> str | None:
@@ -46,7 +51,7 @@ class Tracker(Protocol):
         """Where a person finds the tracked run, in one line; empty if it is not tracked."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Points in charts. step: cur_nimg, never falling."""
+        """Points in charts. step: cur_nimg, never falling. Nothing, if W&B has that step from before."""
 
     def image(self, key: str, path: Path, step: int, caption: str) -> None:
         """A picture from a file; the file may be moved or changed afterwards."""
@@ -54,8 +59,11 @@ class Tracker(Protocol):
     def summary(self, values: Mapping[str, float]) -> None:
         """Figures that stand for the whole run."""
 
+    def alert(self, title: str, text: str) -> None:
+        """A message that W&B passes on to whoever has asked for it, by mail or chat."""
+
     def finish(self) -> None:
-        """Write out what is buffered: to be called on every way out. Further calls do nothing."""
+        """Hand over what is left, in bounded time: to be called on every way out. Later calls do nothing."""
 
 
 class NullTracker:
@@ -71,6 +79,8 @@ class NullTracker:
 
     def summary(self, values: Mapping[str, float]) -> None: ...
 
+    def alert(self, title: str, text: str) -> None: ...
+
     def finish(self) -> None: ...
 
 
@@ -79,6 +89,10 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
 
     Its files go to `folder`/wandb. `announce` gets the few lines worth showing: where the run is, or why
     there is none. Never raises.
+
+    Steps that W&B has already are left out, so that everything may be told again: what it has of them was
+    logged by a job that was killed after its last checkpoint, or before; training again from there gives the
+    same values bit for bit, clocks and memory apart (in another world, to rounding).
     """
     if not (main and config.track.wandb):
         return NullTracker(run_id)
@@ -89,55 +103,135 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
         return NullTracker(run_id)
     if mode == "disabled":
         return NullTracker(run_id)
+    known = recall(folder)
+    run_id = run_id or (known.run_id if known else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
+    known = known if known and known.run_id == run_id else Tracked(run_id, online=False, has=-1)
     for attempt in (mode, "offline") if mode == "online" else (mode,):
+        if attempt == "offline" and known.online:
+            # What the server has got of what was sent is not known here. A file beside it would hold a step
+            # twice or leave a gap, either for good.
+            announce(f"W&B cannot be reached ({reason}). {_LATER}")
+            return NullTracker(run_id)
         try:
             run = _init(config, folder, run_id, attempt)
+            tracked = _now(run, folder, known)
         except Exception as error:
             reason = _told(error)
+            _end_service()  # which holds on to the run's id
             continue
         where, because = _where(run, folder), f" ({reason})" if reason else ""
         announce(f"W&B: {where}{because}")
-        return WandbTracker(run, where, announce)
+        return WandbTracker(run, tracked, where, folder, announce)
     announce(f"W&B is off: {reason}")
     return NullTracker(run_id)
 
 
-class WandbTracker:
-    """A W&B run. The first thing that goes wrong is announced, and then it is silent."""
+def is_behind(folder: Path, step: int) -> bool:
+    """Whether W&B may not have everything up to `step`, as far as can be told without asking the server."""
+    known = recall(folder)
+    if known is None:
+        return True
+    return known.has < step and (known.online or last_step(folder, known.run_id) < step)
 
-    def __init__(self, run: wandb.Run, where: str, announce: Announce) -> None:
+
+class WandbTracker:
+    """A W&B run, spoken to by a thread of its own. The first failure is announced, and then it is silent.
+
+    After a failure nothing more is handed over, so that what W&B lacks is always the end, never a gap, and
+    the next start knows where to go on.
+    """
+
+    def __init__(
+        self, run: wandb.Run, tracked: Tracked, where: str, folder: Path, announce: Announce
+    ) -> None:
         self.where = where
-        self.run_id: str | None = run.id
-        self._run: wandb.Run | None = run
-        self._announce = announce
+        self.run_id: str | None = tracked.run_id
+        self._run, self._tracked, self._folder, self._announce = run, tracked, folder, announce
+        self._last = tracked.has
+        self._open = self._sound = True
+        self._pending: queue.Queue[Send | None] = queue.Queue(_MOST_PENDING)
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        self._try(lambda run: run.log(dict(values), step=step))
+        if step > self._tracked.has:
+            values = dict(values)
+            self._last = step
+            self._later(lambda run: run.log(values, step=step))
 
     def image(self, key: str, path: Path, step: int, caption: str) -> None:
-        def send(run: wandb.Run) -> None:
-            import wandb
-
-            picture = wandb.Image(str(path), caption=caption)
-            run.log({key: picture, _X_AXIS: step / 1000}, step=step)
-
-        self._try(send)
+        if step > self._tracked.has:
+            self._last = step
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                self._fail(error)
+                return
+            self._later(lambda run: _log_picture(run, key, content, step, caption))
 
     def summary(self, values: Mapping[str, float]) -> None:
-        self._try(lambda run: run.summary.update(dict(values)))
+        values = dict(values)
+        self._later(lambda run: run.summary.update(values))
+
+    def alert(self, title: str, text: str) -> None:
+        self._later(lambda run: run.alert(title[:63], text, level="WARN"))
 
     def finish(self) -> None:
-        self._try(_finish)
-        self._run = None
-
-    def _try(self, send: Callable[[wandb.Run], object]) -> None:
-        if self._run is None:
+        if not self._open:
             return
+        self._open = False
+        with suppress(queue.Full):
+            self._pending.put(None, timeout=1)
+        self._thread.join(_FINISH_S + _TEARDOWN_S)
+        if self._thread.is_alive():
+            self._fail(TimeoutError("it does not come to an end"))
+        elif self._sound and not self._tracked.online:
+            # Of a server it is not even now sure, as the client gives up after some hours without it: the
+            # next start of the same command asks it.
+            remember(self._folder, replace(self._tracked, has=self._last))
+
+    def _later(self, send: Send) -> None:
+        if self._open and self._sound:
+            try:
+                self._pending.put_nowait(send)
+            except queue.Full:
+                self._fail(TimeoutError(f"{_MOST_PENDING} messages wait to be taken"))
+
+    def _work(self) -> None:
+        while send := self._pending.get():
+            if self._sound:
+                self._try(send)
+        self._try(_finish)
+
+    def _try(self, send: Send) -> None:
         try:
             send(self._run)
         except Exception as error:
-            self._run = None
-            self._announce(f"W&B has stopped, training goes on without it: {_told(error)}")
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self._sound:
+            self._sound = False
+            self._announce(f"W&B has stopped, training goes on without it: {_told(error)}. {_LATER}")
+
+
+def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
+    """What W&B has of the run that was just opened, noted down."""
+    if run.offline:
+        tracked = replace(known, has=max(known.has, last_step(folder, known.run_id)))
+    else:
+        leave_to_the_server(folder, known.run_id)
+        tracked = replace(known, online=True, has=run.starting_step - 1)
+    remember(folder, tracked)
+    return tracked
+
+
+def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: str) -> None:
+    import wandb
+    from PIL import Image
+
+    picture = wandb.Image(Image.open(io.BytesIO(content)), caption=caption)
+    run.log({key: picture, _X_AXIS: step / 1000}, step=step)
 
 
 def _init(config: Config, folder: Path, run_id: str | None, mode: Mode) -> wandb.Run:
@@ -156,7 +250,13 @@ def _init(config: Config, folder: Path, run_id: str | None, mode: Mode) -> wandb
         config=_public(config),
         mode=mode,
         save_code=False,
-        settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_S, finish_timeout=_FINISH_S),
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=_INIT_S,
+            finish_timeout=_FINISH_S,
+            finish_timeout_raises=True,
+        ),
     )
     run.define_metric(_X_AXIS)
     run.define_metric("*", step_metric=_X_AXIS)
@@ -164,58 +264,15 @@ def _init(config: Config, folder: Path, run_id: str | None, mode: Mode) -> wandb
 
 
 def _finish(run: wandb.Run) -> None:
-    import wandb
-
     run.finish()
-    if run.offline:  # finish() returns before the file is written; teardown waits for the service that writes
-        wandb.teardown()
+    if run.offline:  # finish() returns before the file is written; the end of the service is waited for
+        _end_service()
 
 
-def choose_mode() -> tuple[Mode, str]:
-    """Online or not, and why not, in at most `_ANSWER_S` seconds. Sends nothing but a request for a page."""
+def _end_service() -> None:
     import wandb
 
-    settings = wandb.setup().settings
-    if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or `wandb offline` at some time
-        return ("disabled" if settings.mode == "disabled" else "offline"), "as configured"
-    if os.environ.get("WANDB_MODE"):
-        return "online", ""
-    if not (settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url)):
-        return "offline", "no API key is configured (`wandb login`)"
-    if not _answers(settings.base_url):
-        return "offline", f"{settings.base_url} does not answer"
-    return "online", ""
-
-
-def _in_netrc(url: str) -> bool:
-    """Whether `wandb login` has left a key for the server at `url`."""
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc.netrc(Path(path).expanduser()).authenticators(urlsplit(url).netloc):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
-def _answers(url: str) -> bool:
-    """Whether anything answers at `url`, through whichever proxy is set, whatever it says."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=_ANSWER_S).close()
-        except urllib.error.HTTPError:
-            pass
-        except (OSError, ValueError, http.client.HTTPException):
-            return
-        answers.append(True)
-
-    # In a thread, because looking up a name has no time limit of its own.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(_ANSWER_S)
-    return bool(answers)
+    wandb.teardown()
 
 
 def _where(run: wandb.Run, folder: Path) -> str:

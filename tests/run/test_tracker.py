@@ -16,36 +16,18 @@ from PIL import Image
 from pipeline.config import Config, load
 from pipeline.run import tracker as tracker_module
 from pipeline.run.tracker import NullTracker, WandbTracker, open_tracker
+from pipeline.run.wandb_mode import choose_mode
 from tests.wandb_offline import offline_runs
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("run.name=demo", "track.project=proj", "track.group=grp", "track.tags=[a,b]", "penalty.l2=0.25")
 
 
+pytestmark = pytest.mark.usefixtures("no_account")
+
+
 def config(*settings: str) -> Config:
     return load(None, ["data.train=shards", *SETTINGS, *settings])
-
-
-@pytest.fixture(autouse=True)
-def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A machine on which nobody has logged in, whatever this one is."""
-    import wandb
-
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(home / "cache"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(home / "data"))
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("NETRC", str(home / "none"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    wandb.teardown()
-    yield
-    wandb.teardown()
 
 
 def picture(path: Path) -> Path:
@@ -122,7 +104,7 @@ def test_a_key_and_no_network_is_offline_within_seconds(tmp_path, monkeypatch):
 def test_a_key_is_found_in_netrc(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracker_module.choose_mode() == ("offline", "http://127.0.0.1:9 does not answer")
+    assert choose_mode() == ("offline", "http://127.0.0.1:9 does not answer")
 
 
 @pytest.fixture
@@ -149,7 +131,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracker_module, "_INIT_S", 5.0)
     said: list[str] = []
-    assert tracker_module.choose_mode()[0] == "online"
+    assert choose_mode()[0] == "online"
     tracker = open_tracker(config(), tmp_path, True, None, said.append)
     tracker.log({"a": 1.0}, 64)
     tracker.finish()
@@ -161,7 +143,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_mode_decides_if_set(mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracker_module.choose_mode()[0] == mode
+    assert choose_mode()[0] == mode
 
 
 def test_any_failure_of_init_is_one_line(tmp_path, monkeypatch):

@@ -1,0 +1,202 @@
+"""Whatever happens to W&B: training goes on, metrics.jsonl is whole, and in the end W&B has each step once.
+
+The real client and its real service process, against a server that can be told to misbehave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import load
+from pipeline.run import tracker as tracker_module
+from pipeline.run import wandb_mode
+from pipeline.run.grid import save_grid
+from pipeline.run.report import MainReport
+from pipeline.run.resend import catch_up
+from pipeline.run.tracker import NullTracker, open_tracker
+from tests.wandb_offline import offline_runs
+from tests.wandb_server import SILENT, WELL, ServedRun, WandbServer, wandb_server
+
+pytestmark = pytest.mark.usefixtures("no_account")
+ROOT = Path(__file__).parents[2]
+KEY = "fedcba9876543210" * 2 + "fedcba98"
+CONFIG = load(None, ["data.train=shards", "run.name=demo", "track.project=proj", "track.tags=[a,b]"])
+TOTAL = 20  # ticks of a run; a sheet every 4
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server, and a client that knows the key and does not wait long with anything."""
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        for name in ("FILE_STREAM", "GRAPHQL", "FILE_TRANSFER"):
+            monkeypatch.setenv(f"WANDB__{name}_RETRY_WAIT_MIN_SECONDS", "0.1")
+            monkeypatch.setenv(f"WANDB__{name}_RETRY_WAIT_MAX_SECONDS", "0.2")
+        # Rows are sent every 15 seconds, the first at once, if figures of the machine have not been before.
+        monkeypatch.setenv("WANDB__DISABLE_STATS", "true")
+        monkeypatch.setattr(wandb_mode, "_ANSWER_S", 0.5)
+        monkeypatch.setattr(tracker_module, "_INIT_S", 10.0)
+        monkeypatch.setattr(tracker_module, "_FINISH_S", 10.0)
+        yield server
+
+
+class Job:
+    """One start of the command that trains, as far as reports go."""
+
+    def __init__(self, folder: Path, start: int = 0) -> None:
+        self.folder, self.said = folder, list[str]()
+        folder.mkdir(exist_ok=True)
+        (folder / "samples").mkdir(exist_ok=True)
+        self.tracker = open_tracker(CONFIG, folder, True, None, self.said.append)
+        self.report = MainReport(folder, self.tracker, TOTAL * 100, start * 100)
+
+    def train(self, start: int, stop: int) -> Job:
+        """Ticks start … stop - 1, whose values are a function of the tick, as in a resumed run."""
+        for tick in range(start, stop):
+            self.report.row(tick * 100, values(tick))
+            if tick % 4 == 0:
+                path = self.folder / "samples" / f"fakes{tick:06d}.png"
+                notes = {"chart": "Samples/fakes", "cur_nimg": str(tick * 100)}
+                save_grid(torch.full((1, 1, 8, 8), tick, dtype=torch.uint8), path, 1, notes=notes)
+                self.report.image("Samples/fakes", path, tick * 100)
+        return self
+
+    def end(self) -> list[str]:
+        self.report.close()
+        return self.said
+
+
+def values(tick: int) -> dict[str, float]:
+    return {"Loss/G/loss": 1 / (tick + 3), "Progress/kimg": tick / 10}
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_whole(folder: Path, run: ServedRun, ticks: int = TOTAL) -> None:
+    """metrics.jsonl has every tick once; W&B too, with the same values and with the sheets."""
+    assert [row["cur_nimg"] for row in rows(folder)] == [tick * 100 for tick in range(ticks)]
+    assert run.steps == [tick * 100 for tick in range(ticks)]
+    for row, shown in zip(rows(folder), run.history, strict=True):
+        assert {k: v for k, v in row.items() if "/" in k} == {
+            k: v for k, v in shown.items() if "/" in k and k != "Samples/fakes"
+        }
+        assert ("Samples/fakes" in shown) == (row["cur_nimg"] % 400 == 0)
+        if "Samples/fakes" in shown:
+            assert shown["Samples/fakes"]["path"] in run.files
+
+
+def again(folder: Path, times: int = 1) -> list[list[str]]:
+    """What the same command says, once the run is finished; in a new process, as W&B's client keeps state."""
+    script = f"""
+        import json
+        from pathlib import Path
+        from pipeline.run.resend import catch_up
+        from tests.run.test_tracking_faults import CONFIG
+        said = [[] for _ in range({times})]
+        for lines in said:
+            catch_up(CONFIG, Path({str(folder)!r}), lines.append)
+        print(json.dumps(said))
+    """
+    line = [sys.executable, "-c", textwrap.dedent(script)]
+    ended = subprocess.run(line, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
+    said: list[list[str]] = json.loads(ended.stdout)
+    return said
+
+
+def test_an_online_run_is_all_there(tmp_path, server, capfd):
+    job = Job(tmp_path).train(0, TOTAL)
+    job.report.summary({"Metrics/kid": 0.5})
+    job.report.warn("Loss", "is not finite")
+    said = job.end()
+    run = server.run
+    assert_whole(tmp_path, run)
+    assert (run.name, run.project, run.tags, run.exit_code) == ("demo", "proj", ["a", "b"], 0)
+    assert run.config["penalty"]["value"]["on"] == "weights"
+    assert run.summary["Metrics/kid"] == 0.5 and run.summary["_step"] == (TOTAL - 1) * 100
+    assert run.alerts == [("Loss", "is not finite")]
+    assert said == [f"W&B: {server.url}/me/proj/runs/{job.tracker.run_id}"]
+    output = capfd.readouterr()
+    assert "warning: is not finite" in output.out and "wandb" not in output.out + output.err
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and "home" not in p.parts]
+    assert any(p.suffix == ".wandb" for p in files)
+    written = [p.read_bytes() for p in files] + server.received + [(output.out + output.err).encode()]
+    assert not [text for text in written if KEY.encode() in text]
+
+
+def test_a_server_that_dies_gets_the_rest_by_the_same_command(tmp_path, server, monkeypatch):
+    Job(tmp_path).train(0, 4).end()
+    monkeypatch.setattr(tracker_module, "_FINISH_S", 1.0)
+    job = Job(tmp_path, start=3).train(4, 8)
+    server.die()
+    said = job.train(8, TOTAL).end()
+    assert len(rows(tmp_path)) == TOTAL and len(server.run.history) < TOTAL
+    assert len(said) == 2 and "W&B has stopped" in said[1] and "same command" in said[1]
+    unreachable: list[str] = []
+    catch_up(CONFIG, tmp_path, unreachable.append)
+    assert "does not answer" in unreachable[0] and not list(tmp_path.glob("wandb/offline*"))
+    server.come_back()
+    # The first sends what is missing, the second hears from the server that it is there, the third knows.
+    assert again(tmp_path, times=3) == [[f"W&B: {server.url}/me/proj/runs/{job.tracker.run_id}"]] * 2 + [[]]
+    assert_whole(tmp_path, server.run)
+
+
+def test_what_was_logged_after_the_checkpoint_is_not_sent_twice(tmp_path, server):
+    Job(tmp_path).train(0, 10).end()
+    Job(tmp_path, start=6).train(7, TOTAL).end()
+    assert_whole(tmp_path, server.run)
+
+
+def test_an_offline_run_becomes_an_online_one(tmp_path, server, monkeypatch):
+    server.die()
+    said = Job(tmp_path).train(0, 8).end()
+    assert "offline" in said[0] and "does not answer" in said[0]
+    assert_whole_offline = [row["_step"] for run in offline_runs(tmp_path) for row in run.history]
+    assert assert_whole_offline == [tick * 100 for tick in range(8)]
+    server.come_back()
+    Job(tmp_path, start=6).train(7, TOTAL).end()
+    assert_whole(tmp_path, server.run)
+    assert "Skipped" in sync(tmp_path)
+    assert_whole(tmp_path, server.run)
+    server.die()
+    job = Job(tmp_path, start=TOTAL - 1)
+    assert isinstance(job.tracker, NullTracker) and "cannot be reached" in job.end()[0]
+    assert len(list(tmp_path.glob("wandb/offline*"))) == 1
+
+
+def test_a_server_that_accepts_and_never_answers_is_waited_for_in_bounded_time(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(tracker_module, "_INIT_S", 1.0)
+    server.mood = SILENT
+    assert "does not answer" in Job(tmp_path).end()[0]
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert "offline" in Job(tmp_path / "other").end()[0]
+    third = tmp_path / "third"
+    server.mood = WELL
+    monkeypatch.setattr(tracker_module, "_INIT_S", 10.0)
+    monkeypatch.setattr(tracker_module, "_FINISH_S", 1.0)
+    job = Job(third).train(0, 4)
+    server.until(lambda: len(server.runs) > 0)
+    server.mood = SILENT
+    said = job.train(4, 8).end()
+    assert "W&B has stopped" in said[-1] and len(rows(third)) == 8
+
+
+def sync(folder: Path) -> str:
+    line = [str(Path(sys.executable).parent / "wandb"), "sync", *map(str, folder.glob("wandb/offline-run-*"))]
+    ended = subprocess.run(
+        line, check=False, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "online"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
