@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +20,7 @@ from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.stages import Decode, apply, load_stages
+from pipeline.data.urls import is_url
 from pipeline.data.verify import Verified, verify
 
 _DECODED = 256  # images, evenly over all of them
@@ -28,14 +31,19 @@ _FEW_UPDATES = 20  # per epoch
 
 def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | None, list[Finding]]:
     """The findings, and the index if the data can be trained on."""
-    train = job.settings.data.train
-    assert train is not None
+    data = job.settings.data
+    assert data.train is not None
+    verified: Sequence[Verified] = ()
     try:
-        verified = verify(train, progress)
-        found = list(shards(verified))
-        if any(finding.verdict == "would fail" for finding in found):
-            return None, found
-        index = load_index(train)
+        if is_url(data.train):
+            index = load_index(data.train, remote=data.remote)
+            found = list(shards_elsewhere(job, index))
+        else:
+            verified = verify(data.train, progress)
+            found = list(shards(verified))
+            if any(finding.verdict == "would fail" for finding in found):
+                return None, found
+            index = load_index(data.train)
     except UserError as error:
         return None, [would_fail("shards", str(error))]
     checks = (labels, split, pictures, lambda job, index: duplicates(job, index, verified))
@@ -66,6 +74,32 @@ def shards(verified: Sequence[Verified]) -> Iterator[Finding]:
         else "whole; their index was not there yet, and is now"
     )
     yield ok("shards", f"{counted(len(verified), 'shard')}, {samples:,} images, {in_bytes(size)}: {checked}")
+
+
+def shards_elsewhere(job: Job, index: Index) -> Iterator[Finding]:
+    """One shard fetched and checked whole, and room for those that are needed at a time."""
+    assert index.remote is not None
+    one, size = _to_fetch(index), sum(shard.filesize for shard in index.shards)
+    os.close(index.open(one))  # checks its SHA-256
+    index.table(one)
+    window, gb = job.settings.data.window, job.settings.data.remote.gb
+    index.remote.check_room([shard.filesize for shard in index.shards], window)
+    text = (
+        f"{counted(len(index.shards), 'shard')}, {index.num_samples:,} images, {in_bytes(size)} at "
+        f"{index.where}: {index.shards[one].url} fetched and sound, the others are checked as they come"
+    )
+    folder = index.remote.cache.folder
+    free = shutil.disk_usage(folder).free
+    if min(gb * 1e9, size) > free:
+        cure = "Lower data.remote.gb, or set data.remote.folder to a larger disk of the node's own."
+        text += f"\n{folder} has {in_bytes(free)} free, data.remote.gb={gb:g}"
+        yield warning("shards", text, cure)
+    else:
+        yield ok("shards", text)
+
+
+def _to_fetch(index: Index) -> int:
+    return next(i for i, shard in enumerate(index.shards) if shard.nsamples)
 
 
 def labels(job: Job, index: Index) -> Iterator[Finding]:
@@ -132,7 +166,11 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     """Some images decoded: sizes, modes, damage."""
     data = job.settings.data
     modes, bad, wrong = Counter[str](), list[str](), list[str]()
-    picked = np.unique(np.linspace(0, index.num_samples - 1, _DECODED).astype(np.int64))
+    first, end = 0, index.num_samples
+    if index.remote:  # of the shard that is here
+        first = sum(index.sizes[: _to_fetch(index)])
+        end = first + index.sizes[_to_fetch(index)]
+    picked = np.unique(np.linspace(first, end - 1, _DECODED).astype(np.int64))
     decoder, stages = Decode(data.size, data.channels), load_stages(data.stages)
     for sample in _read(job, index, picked):
         modes[_what(sample)] += 1
@@ -162,8 +200,9 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
 
 def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator[Finding]:
     """Images that are there more than once, byte for byte, and whether that spoils the held-out ones."""
-    if index.num_samples > _MOST_SAMPLES:
-        yield ok("duplicates", f"not looked for among more than {_MOST_SAMPLES:,} images")
+    if index.remote or index.num_samples > _MOST_SAMPLES:
+        what = "shards elsewhere" if index.remote else f"more than {_MOST_SAMPLES:,} images"
+        yield ok("duplicates", f"not looked for in {what}")
         return
     images = np.concatenate([shard.images for shard in verified])
     order = np.argsort(images, kind="stable")

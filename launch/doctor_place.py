@@ -77,10 +77,11 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
     moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
     checkpoint = sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
-    needed = checkpoint * (run.keep + 1) + (64 << 20)  # the oldest goes when the newest is whole
+    kept = run.keep + bool(job.settings.score.metrics)  # the one with the best score
+    needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest goes when the newest is whole
     out = Path(run.out)
     there = sum(path.stat().st_size for path in (out / str(run.name) / "checkpoints").rglob("*.safetensors"))
-    text = f"a checkpoint is {in_bytes(checkpoint)}, {run.keep} are kept and one more is written"
+    text = f"a checkpoint is {in_bytes(checkpoint)}, {kept} are kept and one more is written"
     try:
         check_space(out, max(64, (needed - there) >> 20))
         yield ok("run folder", f"{text}: {in_bytes(needed)}, room in {out}/")

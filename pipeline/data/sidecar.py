@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,34 +66,29 @@ class _Sample:
 
 
 def scan(path: Path, shard: str) -> Table:
-    """Walk the tar at `path` and note its samples. Raises UserError as scan_file does."""
-    with path.open("rb") as file:
-        return scan_file(file, shard)
-
-
-def scan_file(file: BinaryIO, shard: str) -> Table:
-    """Walk a tar from front to back, wherever it comes from, and note its samples.
+    """Walk the tar at `path` and note its samples.
 
     A sample is a run of members `KEY.extension` with the same KEY (up to the first dot of the file name, as
     in webdataset); exactly one of them is an image. Raises UserError naming the shard and byte offset.
     """
     samples: list[_Sample] = []
     keys: set[str] = set()
-    tar = TarReader(file, shard)
-    for member in tar:
-        folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if not stem or not dot or "\0" in member.name:
-            continue  # not a sample's: webdataset passes over such names too
-        key, extension = folder + slash + stem, extension.lower()
-        if not samples or samples[-1].key != key:
-            _complete(tar, samples)
-            if key in keys:
-                raise tar.error(member.header, f"sample {key!r} is there twice, or in two places.")
-            keys.add(key)
-            samples.append(_Sample(key, member.header, set()))
-        _add(tar, samples[-1], extension, member)
-    _complete(tar, samples)
+    with path.open("rb") as file:
+        tar = TarReader(file, shard)
+        for member in tar:
+            folder, slash, base = member.name.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if not stem or not dot or "\0" in member.name:
+                continue  # not a sample's: webdataset passes over such names too
+            key, extension = folder + slash + stem, extension.lower()
+            if not samples or samples[-1].key != key:
+                _complete(tar, samples)
+                if key in keys:
+                    raise tar.error(member.header, f"sample {key!r} is there twice, or in two places.")
+                keys.add(key)
+                samples.append(_Sample(key, member.header, set()))
+            _add(tar, samples[-1], extension, member)
+        _complete(tar, samples)
     return _table(tar, samples)
 
 

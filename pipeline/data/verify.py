@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from pipeline.data.record import INDEX, places, read_record, sidecar_path
 from pipeline.data.sidecar import Table
 
 Entry = Mapping[str, Any]  # of a shard in index.json; empty if it is not listed there
-Opener = Callable[[str], BinaryIO]  # a shard's url → its bytes, from front to back
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,25 +42,21 @@ class Verified:
         return len(self.images)
 
 
-def verify(
-    train: str, progress: Callable[[int, int], None] = lambda done, total: None, opener: Opener | None = None
-) -> list[Verified]:
-    """Read all shards of `train`, several at a time, and compare them with their index.
+def verify(train: str, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Verified]:
+    """Read all shards of `train`, on this machine, several at a time, and compare them with their index.
 
-    `progress` is told (bytes done, bytes in all). `opener` reads shards that are not files of this machine.
-    What is kept of a shard is 8 bytes per sample. Raises UserError only where there is nothing to verify: no
-    shards, or an index.json that is none.
+    `progress` is told (bytes done, bytes in all). What is kept of a shard is 8 bytes per sample. Raises
+    UserError only where there is nothing to verify: no shards, or an index.json that is none.
     """
     location = locate(train)
     known = {entry["url"]: entry for entry in read_record(location.root).get("shardlist", ())}
-    open_shard = opener or (lambda url: (location.root / url).open("rb"))
     listed = sorted(known) if location.whole else []
     urls = sorted({*location.urls, *listed})
     sizes = {url: int(known.get(url, {}).get("filesize", 0)) or _size(location.root / url) for url in urls}
     total, done = sum(sizes.values()), 0
     found = []
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        work = [pool.submit(_verify, location, url, known, open_shard) for url in urls]
+        work = [pool.submit(_verify, location, url, known) for url in urls]
         try:
             for url, future in zip(urls, work, strict=True):
                 found.append(future.result())
@@ -73,11 +68,10 @@ def verify(
     return found
 
 
-def _verify(location: Location, url: str, known: Mapping[str, Entry], open_shard: Opener) -> Verified:
+def _verify(location: Location, url: str, known: Mapping[str, Entry]) -> Verified:
     entry, where = known.get(url, {}), f"shard {url} in {location.root}"
     try:
-        with open_shard(url) as file:
-            table = sidecar.scan_file(file, url)
+        table = sidecar.scan(location.root / url, url)
     except FileNotFoundError:
         return Verified(url, (f"{where} is missing, although {INDEX} lists it.",))
     except OSError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -180,3 +183,37 @@ def test_copies(folder: Path) -> None:
     build_index(str(folder))
     found = examine(folder, "data.holdout=0.3")["duplicates"]
     assert found.verdict == "warning" and "100 images are there more than once" in found.text
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+def test_shards_behind_a_url(
+    folder: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
+    index, found = doctor_data.examine(
+        job(folder, f"data.train={server}", "data.batch_size=20"), lambda *_: None
+    )
+    texts = {finding.check: finding.text for finding in found}
+    assert index is not None and {f.verdict for f in found} == {"ok", "warning"}  # 50 held out for 1000
+    assert "shard-000000.tar fetched and sound" in texts["shards"] and server in texts["shards"]
+    assert "100 decoded" in texts["images"]
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+    monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "another"))
+    flip(folder / "shard-000000.tar", 5000)
+    found = doctor_data.examine(
+        job(folder, f"data.train={server}", "data.remote.timeout_s=1"), lambda *_: None
+    )[1]
+    assert [f.verdict for f in found] == ["would fail"] and "shard-000000.tar" in found[0].text
+    assert examine(folder, f"data.train={server}/nowhere")["shards"].verdict == "would fail"
