@@ -10,6 +10,7 @@ _COMMANDS = {
     "loader": "launch.bench_loader",
     "memory": "launch.bench_memory",
     "penalty": "launch.bench_penalty",
+    "save": "launch.bench_save",
     "step": "launch.bench_step",
 }
 

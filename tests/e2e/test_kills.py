@@ -1,0 +1,120 @@
+"""Killed at any moment and started again by the same command, a run ends as if nothing had happened.
+
+A kill is SIGKILL, to every process of the job or to one rank alone: nothing is asked, nothing is saved.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from launching import ADAM, RunFolder, Started, accelerate, identical, run, shardgan, train, without_clocks
+
+OFTEN = ["run.checkpoint_kimg=0.06", "run.tick_kimg=0.06"]
+
+
+@dataclass
+class Killed:
+    """What became of a run that was killed again and again."""
+
+    folder: RunFolder
+    kills: int = 0
+    at: list[float] = field(default_factory=list)  # seconds after each start
+
+
+def kill(started: Started, one: bool) -> None:
+    """Everything that was started, at once; or the last of the ranks, whose launcher then ends the rest."""
+    everyone = psutil.Process(started.process.pid).children(recursive=True)
+    ranks = [p for p in everyone if _is_rank(p)]
+    for process in ranks[-1:] if one and ranks else [*everyone, started.process]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    started.wait()
+    psutil.wait_procs(everyone, timeout=60)
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ() and "pipeline.train" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def train_through(
+    command: Sequence[str], folder: Path, kills: int, longest: float, chance: random.Random
+) -> Killed:
+    """Start the command until the run is done, killing it at random moments, so many times."""
+    found = Killed(RunFolder(folder))
+    while not found.folder.done:
+        started = Started(command, folder.parent)
+        if found.kills == kills:
+            ended = started.wait()
+            assert ended.status == 0, ended.output
+            continue
+        moment = chance.uniform(0, longest)
+        try:
+            started.process.wait(moment)
+        except subprocess.TimeoutExpired:
+            kill(started, one=chance.random() < 0.5)
+            found.kills += 1
+            found.at.append(moment)
+    return found
+
+
+def assert_as_if_nothing_had_happened(unbroken: RunFolder, killed: Killed) -> None:
+    assert identical(killed.folder.exported(), unbroken.exported())
+    assert list(map(without_clocks, killed.folder.rows)) == list(map(without_clocks, unbroken.rows))
+    assert not list((killed.folder.path / "checkpoints").glob(".partial*"))
+
+
+def test_killed_in_the_middle(worlds):
+    """The whole job and one rank of two, as soon as a checkpoint is being written."""
+    folder = worlds.folder / "killed" / "adam-2"
+    config = str(worlds.folder / "adam.yaml")
+    line = shardgan("train", config, "--procs", "2", f"run.out={folder.parent}", "run.name=adam-2")
+    killed = Killed(RunFolder(folder))
+    for one, saves in ((True, 1), (False, 2)):
+        checkpoints = folder / "checkpoints"
+        seen = lambda count=saves: checkpoints.is_dir() and len(list(checkpoints.iterdir())) >= count  # noqa: E731, B023
+        started = Started(line, folder.parent).until(seen)
+        kill(started, one)
+        assert not killed.folder.done
+    ended = run(line, folder.parent)
+    assert ended.status == 0, ended.output
+    assert_as_if_nothing_had_happened(worlds.adam[2], killed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "world", "kills"), [("ddp", 2, 50), ("ddp", 3, 10), ("fsdp2", 2, 10), ("zero2", 2, 10)]
+)
+def test_killed_at_random(tmp_path, strategy, world, kills):
+    (tmp_path / "adam.yaml").write_text(ADAM)
+    unbroken = train(
+        accelerate(world, "adam.yaml", *OFTEN, "run.name=unbroken", "run.out=.", file=f"{strategy}.yaml"),
+        tmp_path / "unbroken",
+    )
+    line = [
+        "adam.yaml",
+        "--strategy",
+        strategy,
+        "--procs",
+        str(world),
+        *OFTEN,
+        "run.name=killed",
+        "run.out=.",
+    ]
+    longest = 25.0  # seconds: start-up, training and the end, on a quiet machine
+    killed = train_through(
+        shardgan("train", *line), tmp_path / "killed", kills, longest, random.Random(f"{strategy}{world}")
+    )
+    assert killed.kills == kills
+    print(f"{strategy} x {world}: {kills} kills, after {min(killed.at):.1f} to {max(killed.at):.1f} s")
+    assert_as_if_nothing_had_happened(unbroken, killed)
