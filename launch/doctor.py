@@ -156,7 +156,7 @@ def _launcher(job: Job) -> Iterator[Finding]:
     import torch
     import yaml
 
-    from launch.finding import ok, would_fail
+    from launch.finding import counted, ok, warning, would_fail
 
     path = ACCELERATE_FILES / f"{job.strategy}.yaml"
     try:
@@ -171,8 +171,8 @@ def _launcher(job: Job) -> Iterator[Finding]:
         cure = "Choose another --strategy."
         yield would_fail("launcher", f"single is one process, not {job.world}", cure)
     elif 0 < torch.cuda.device_count() < job.gpus and job.nodes == 1:
-        text = f"{job.gpus} processes, but this machine has {torch.cuda.device_count()} GPUs"
-        yield would_fail("launcher", text, "Lower --gpus.")
+        text = f"{job.gpus} processes, but this machine has {counted(torch.cuda.device_count(), 'GPU')}"
+        yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
         yield ok("launcher", f"{job.strategy}, precision {job.precision}: {path.name}")
 

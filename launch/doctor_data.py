@@ -14,6 +14,7 @@ from PIL import Image
 
 from launch.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from pipeline.config import UserError
+from pipeline.data.cache import reserve
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import heldout_plan, training_plan
@@ -46,7 +47,7 @@ def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | Non
             index = load_index(data.train)
     except UserError as error:
         return None, [would_fail("shards", str(error))]
-    checks = (labels, split, pictures, lambda job, index: duplicates(job, index, verified))
+    checks = (labels, split, pictures, in_memory, lambda job, index: duplicates(job, index, verified))
     for check in checks:
         try:
             found += check(job, index)
@@ -196,6 +197,18 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
         yield warning("images", f"{text}; trained as colour (data.channels=3)", cure)
     else:
         yield ok("images", text)
+
+
+def in_memory(job: Job, index: Index) -> Iterator[Finding]:
+    """Whether decoded images can be kept, if that is asked for: as judged by this machine."""
+    data = job.settings.data
+    if data.cache == "ram":
+        place, text = reserve(index.sizes, data.size, data.channels)
+        if place is None:
+            yield warning("data.cache", text, "Use a machine with more memory, or set data.cache=none.")
+        else:
+            os.close(int(place.rpartition("/")[2]))
+            yield ok("data.cache", text)
 
 
 def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator[Finding]:

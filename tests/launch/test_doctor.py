@@ -18,10 +18,11 @@ from click.testing import CliRunner, Result
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from launch import doctor_memory, doctor_networks, doctor_place
+from launch import doctor, doctor_memory, doctor_networks, doctor_place
 from launch.cli import cli
 from launch.doctor import examine, fails, job_of
 from launch.finding import Finding, Job
+from launch.train import ACCELERATE_FILES
 from pipeline import config
 from pipeline.gan.networks import build_D, build_G
 
@@ -107,6 +108,21 @@ def test_the_defaults_are_those_of_train() -> None:
     assert job_of(settings, strategy="single").world == 1
 
 
+def test_more_processes_than_gpus_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    (found,) = doctor._launcher(job())
+    assert found.verdict == "warning" and "2 processes, but this machine has 1 GPU" in found.text
+
+
+def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ACCELERATE_FILES", place)
+    (missing,) = doctor._launcher(job())
+    shutil.copy(ACCELERATE_FILES / "single.yaml", place / "ddp.yaml")
+    (wrong,) = doctor._launcher(job())
+    assert missing.verdict == wrong.verdict == "would fail"
+    assert "ddp.yaml cannot be read" in missing.text and "distributed_type NO" in wrong.text
+
+
 def test_another_run_in_the_folder(place: Path) -> None:
     folder = place / "runs" / "good"
     folder.mkdir(parents=True)
@@ -181,10 +197,10 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     """PyTorch's allocator is asked what the same turns take on a CPU: up to 1.6 times as much, as said."""
     asked = job(*settings, precision=precision)
     traced = doctor_memory.activations(
-        asked.settings, doctor_networks.build_players(asked, 0), 16, precision, 0
+        asked.settings, doctor_networks.build_players(asked, 0), 8, precision, 0
     )
     real = build_G(asked.settings, 0), build_D(asked.settings, 0)
-    turns, _ = doctor_memory._turns(asked.settings, real, 16, precision, 0)
+    turns, _ = doctor_memory._turns(asked.settings, real, 8, precision, 0)
     measured = max(allocated(turn) for turn in turns)
     assert measured / doctor_memory.WORK_SPACE < traced < 1.05 * measured
 

@@ -17,6 +17,7 @@ import pytest
 from launch import doctor_data
 from launch.finding import Finding, Job
 from pipeline import config
+from pipeline.data import cache
 from pipeline.data.index import build_index, load_index
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
@@ -174,6 +175,16 @@ def test_images_that_cannot_be_decoded(folder: Path) -> None:
     found = examine(folder)["images"]
     assert found.verdict == "would fail" and "shard-000001.tar" in found.text and "max_bad=10" in found.cure
     assert examine(folder, "data.max_bad=100")["images"].verdict == "warning"
+
+
+def test_decoded_images_that_do_not_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "data.cache" not in examine(folder)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert examine(folder, "data.cache=ram")["data.cache"].verdict == "ok"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    monkeypatch.setattr(cache, "free_memory", lambda: 100_000)
+    found = examine(folder, "data.cache=ram")["data.cache"]
+    assert found.verdict == "warning" and "do not fit" in found.text
 
 
 def test_copies(folder: Path) -> None:
