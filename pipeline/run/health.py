@@ -49,14 +49,14 @@ class Health:
             patience=2,
         )
 
-    def look_at_diversity(self, fakes: float, reals: float) -> None:
-        """Warn when the images of a sheet differ from each other far less than real ones do."""
+    def compare_diversity(self, fakes: float, reals: float) -> None:
+        """Warn when the images of two sheets in a row differ far less from each other than real ones do."""
         self._suspect(
             "G has collapsed",
             fakes < 0.25 * reals,
             f"Generated images vary {fakes / max(reals, 1e-9):.0%} as much as real ones do: G may show the "
             "same few images for every z. Look at the newest sheet in samples/.",
-            patience=1,
+            patience=2,
         )
 
     def _count_skips(self, tick: Reduced) -> None:

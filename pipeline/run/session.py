@@ -28,7 +28,7 @@ from pipeline.run.features import Extractor, load_features
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.report import Report
 from pipeline.run.saving import Saver
-from pipeline.run.sheets import GRID, Sheets
+from pipeline.run.sheets import GRID, Sheets, spread
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.unseen import Unseen
@@ -168,7 +168,10 @@ class Session:
         z, c = gan.draws.grid(GRID)
         make = from_latents(G_ema, z, c, self.ranks.device)
         with self._off_the_clock():
-            self._sheets.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
+            fakes = self._sheets.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
+        reals = self._unseen.images
+        if fakes is not None and reals is not None and cur_nimg:
+            self._health.compare_diversity(spread(fakes), spread(reals))
 
     def evaluate(self, gan: Gan) -> dict[str, float] | None:
         """Scores of G_ema against held-out images (no scores if nothing is held out); None if told to stop

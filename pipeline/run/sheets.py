@@ -20,23 +20,31 @@ class Sheets:
     def __init__(self, folder: Path, ranks: Ranks, report: Report) -> None:
         self._folder, self._ranks, self._report = folder / "samples", ranks, report
 
-    def fakes(self, make: Callable[[], Tensor], columns: int, cur_nimg: int) -> None:
-        """make: the images, uint8 [GRID, C, H, W], called on the one rank that writes."""
-        self._save("Samples/fakes", make, f"fakes{cur_nimg // 1000:06d}.png", columns, cur_nimg)
+    def fakes(self, make: Callable[[], Tensor], columns: int, cur_nimg: int) -> Tensor | None:
+        """make: the images, uint8 [GRID, C, H, W], called on the one rank that writes, and returned there."""
+        return self._save("Samples/fakes", make, f"fakes{cur_nimg // 1000:06d}.png", columns, cur_nimg)
 
     def reals(self, make: Callable[[], Tensor]) -> None:
         """As `fakes`, once."""
         self._save("Samples/reals", make, "reals.png", 8, 0)
 
-    def _save(self, key: str, make: Callable[[], Tensor], name: str, columns: int, cur_nimg: int) -> None:
+    def _save(
+        self, key: str, make: Callable[[], Tensor], name: str, columns: int, cur_nimg: int
+    ) -> Tensor | None:
         path = self._folder / name
+        images: Tensor | None = None
         with self._ranks.agreeing():
             if self._ranks.main:
                 images = make()
                 try:
-                    notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # for W&B, should it be told later
-                    save_grid(images, path, columns, notes=notes)
+                    save_grid(images, path, columns)
+                    self._report.image(key, path, cur_nimg)
                 except OSError as error:  # a picture less is no reason to stop training
                     self._report.warn("Sheet not written", f"{path} could not be written: {error}.")
-                    return
-                self._report.image(key, path, cur_nimg)
+        return images
+
+
+def spread(images: Tensor) -> float:
+    """How much images [N, C, H, W] differ from each other: the standard deviation of a pixel over them, on
+    average."""
+    return float(images.float().std(0).mean())

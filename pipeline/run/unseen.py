@@ -30,6 +30,11 @@ class Unseen:
             labels = None if batch.labels is None else batch.labels.to(ranks.device)
             self._batch = Batch(batch.images.to(ranks.device), labels)
 
+    @property
+    def images(self) -> Tensor | None:
+        """This rank's, uint8 on its device; None if too few are held out."""
+        return None if self._batch is None else self._batch.images
+
     def some(self, count: int) -> Tensor:
         """The first of them, uint8 [at most count, C, H, W], read on this rank."""
         return self._first(min(count, self._plan.size), 0, 1).images

@@ -1,0 +1,126 @@
+"""What a tick's figures lead to: a warning once, not at every tick, or the end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipeline.config import Run
+from pipeline.parallel.fragments import checksum
+from pipeline.parallel.ranks import RunError
+from pipeline.run.health import BITS, FORWARD, Health, slowest
+from pipeline.run.report import Report
+from pipeline.run.sheets import spread
+from pipeline.run.stats import Reduced
+
+
+class Warnings(Report):
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def warn(self, title: str, text: str) -> None:
+        self.told.append(f"{title}: {text}")
+
+
+@pytest.fixture
+def warnings() -> Warnings:
+    return Warnings()
+
+
+def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", **run: int) -> Health:
+    return Health(Run(**run), SimpleNamespace(world=world, strategy=strategy), warnings)  # type: ignore[arg-type]
+
+
+def tick(values=None, weights=None, each=None, broken=None) -> Reduced:
+    return Reduced(values or {}, weights or {}, each or {}, broken or {})
+
+
+def test_d_that_wins_is_told_once_and_again_only_after_it_has_not_won(warnings):
+    judge = health(warnings)
+    won, even = ({"Loss/signs/real": s, "Loss/signs/fake": -s} for s in (1.0, 0.5))
+    for _ in range(60):
+        judge.check(tick(won))
+    assert len(warnings.told) == 1 and warnings.told[0].startswith("D has won")
+    judge.check(tick(even))
+    for _ in range(24):
+        judge.check(tick(won))
+    assert len(warnings.told) == 1
+    judge.check(tick(won))
+    assert len(warnings.told) == 2
+
+
+@pytest.mark.parametrize(("strategy", "told"), [("ddp", 1), ("zero2", 1), ("fsdp2", 0), ("zero3", 0)])
+def test_a_slow_rank_is_named_where_forward_passes_wait_for_nobody(warnings, strategy, told):
+    judge = health(warnings, strategy=strategy)
+    for _ in range(40):
+        judge.check(tick(each={FORWARD: [1.0, 1.1, 2.5]}))
+    assert len(warnings.told) == told
+    assert all("rank 2 takes 2.3 times as long" in text for text in warnings.told)
+    assert slowest([1.0, 1.1, 2.5]) == {
+        "Timing/forward_sec_fastest": 1.0,
+        "Timing/forward_sec_median": 1.1,
+        "Timing/forward_sec_slowest": 2.5,
+        "Timing/slowest_rank": 2.0,
+    }
+
+
+def test_ranks_of_equal_pace_are_not_suspected(warnings):
+    judge = health(warnings)
+    for _ in range(40):
+        judge.check(tick(each={FORWARD: [1.0, 1.1, 1.4]}))
+    assert warnings.told == []
+
+
+def test_the_replica_that_differs_is_named(warnings):
+    with pytest.raises(RunError, match="copy of G on rank 1 is no longer"):
+        health(warnings).check(tick(each={f"{BITS}G": [5.0, 6.0, 5.0]}))
+    with pytest.raises(RunError, match="one of the two ranks"):
+        health(warnings, world=2).check(tick(each={f"{BITS}G": [5.0, 6.0]}))
+    health(warnings).check(tick(each={f"{BITS}G": [5.0, 5.0, 5.0]}))
+
+
+def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
+    weights = {"Gradients/G/skipped": 30.0}  # ten updates of three ranks
+    broken = {"Loss/G/adversarial": [2]}
+    judge = health(warnings, max_skipped=2)
+    judge.check(tick({"Gradients/G/skipped": 0.2}, weights, broken=broken))
+    assert "2 of the 10 updates of G" in warnings.told[0] and "on rank 2" in warnings.told[0]
+    with pytest.raises(RunError, match=r"3 of the 10 updates of G.*max_skipped = 2"):
+        judge.check(tick({"Gradients/G/skipped": 0.3}, weights, broken=broken))
+
+
+def test_a_score_far_behind_its_best_is_told_when_it_stays_there(warnings):
+    judge = health(warnings)
+    for score in (0.5, 0.9, 1.1):
+        judge.compare_score("kid_efflite0", score, (0.5, 40_000))
+    assert warnings.told == []
+    judge.compare_score("kid_efflite0", 1.2, (0.5, 40_000))
+    assert len(warnings.told) == 1 and "0.5 at kimg 40" in warnings.told[0]
+
+
+def test_images_that_are_all_alike_are_told(warnings):
+    generator = torch.Generator().manual_seed(0)
+    reals = torch.randint(0, 256, (64, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    collapsed = reals[:1].expand(64, -1, -1, -1)
+    assert spread(collapsed) == 0 and spread(reals) == pytest.approx(255 / 12**0.5, rel=0.05)
+    judge = health(warnings)
+    for _ in range(3):
+        judge.compare_diversity(spread(reals[32:]), spread(reals[:32]))
+    assert warnings.told == []
+    for _ in range(3):
+        judge.compare_diversity(spread(collapsed), spread(reals))
+    assert len(warnings.told) == 1 and "0% as much" in warnings.told[0]
+
+
+def test_any_bit_of_any_weight_changes_the_checksum():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(7, 5, generator=generator), torch.randn(3, generator=generator), torch.empty(0)]
+    before = checksum(tensors)
+    assert before == float(int(before))
+    for bit in range(31):
+        tensors[1][1:2].view(torch.int32).bitwise_xor_(1 << bit)
+        assert checksum(tensors) != before
+        tensors[1][1:2].view(torch.int32).bitwise_xor_(1 << bit)
+    assert checksum(tensors) == before
