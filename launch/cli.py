@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "Turn images into tar shards with an index.",
     "doctor": "Find what would go wrong, before anything is started.",
     "train": "Train, on this machine, under any strategy.",
+    "submit": "Train on a Slurm cluster.",
     "sample": "Write a sheet of generated images.",
     "evaluate": "Score a run on held-out images.",
     "export": "Write whole networks as safetensors.",

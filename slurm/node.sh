@@ -1,16 +1,13 @@
 #!/usr/bin/env bash
 # What every node runs, once: makes this node's environment, then becomes its share of the training. Called by
-# train.sbatch, where its settings are documented.   node.sh plan|check|train CONFIG [key=value …]
+# train.sbatch, where its settings are documented.   node.sh plan|check|train CONFIG [key=value …], or
+# node.sh python MODULE [argument …]
 set -eo pipefail
 node=${SLURMD_NODENAME:-$(hostname)}
 fail() {
     echo "error: $node: $*" >&2
     exit 2
 }
-# A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
-# it or take them down, is deaf to it.
-trap '' USR1 USR2 TERM
-export PET_SIGNALS_TO_HANDLE=SIGINT
 
 if [ -n "$SHARDGAN_MODULES" ]; then
     for profile in /etc/profile.d/*modules.sh /etc/profile.d/*lmod*.sh; do
@@ -28,7 +25,7 @@ mkdir -p "$local/tmp" 2>/dev/null && [ -O "$local" ] && [ -w "$local/tmp" ] ||
     fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
 umask "$umask_before"
 
-venv=${SHARDGAN_VENV-${VIRTUAL_ENV:-$SLURM_SUBMIT_DIR/.venv}}
+venv=${SHARDGAN_VENV-${VIRTUAL_ENV:-$PWD/.venv}}
 case $venv in
     *.tar | *.tar.*)
         [ -f "$venv" ] || fail "there is no $venv (SHARDGAN_VENV)"
@@ -54,8 +51,8 @@ fi
 export TMPDIR=$local/tmp SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local/inductor}
 export WANDB_MODE=${WANDB_MODE:-offline}
-# Our code first, then what lies where the job was submitted (your own networks), and never the folder one is in.
-export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE:$SLURM_SUBMIT_DIR${PYTHONPATH:+:$PYTHONPATH}
+# Our code first, then what lies where the job runs (your own networks), and never the folder one is in.
+export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE:$PWD${PYTHONPATH:+:$PYTHONPATH}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 if [ -n "$SHARDGAN_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$SHARDGAN_INTERFACE GLOO_SOCKET_IFNAME=$SHARDGAN_INTERFACE
@@ -73,18 +70,24 @@ run() {
     exec $SHARDGAN_CONTAINER "$python" -m "$@"
 }
 export SHARDGAN_NODE=$node
-if [ "$1" = plan ]; then
+if [ "$1" = python ]; then
+    shift
+    run "$@"
+elif [ "$1" = plan ]; then
     shift
     [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
     [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
     echo "$strategy on $SLURM_NNODES nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
     run launch.nodes plan "$world" "$@"
-fi
-if [ "$1" = check ]; then
+elif [ "$1" = check ]; then
     shift
     run launch.nodes check "$SHARDGAN_NODES" "$@"
 fi
 shift
+# A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
+# it or take them down, is deaf to it.
+trap '' USR1 USR2 TERM
+export PET_SIGNALS_TO_HANDLE=SIGINT
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
 run accelerate.commands.launch --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \

@@ -27,14 +27,8 @@ def open_folder(settings: Config) -> tuple[Config, Path]:
 
     Raises UserError when the folder holds a run of other settings, or cannot be written.
     """
-    assert settings.run.name is not None
-    out, name = Path(settings.run.out), settings.run.name
-    if not settings.run.resume:
-        number = 2
-        while (out / name).exists():
-            name, number = f"{settings.run.name}-{number}", number + 1
-    run = dataclasses.replace(settings.run, name=name, resume=True)
-    settings, folder = dataclasses.replace(settings, run=run), out / name
+    settings = under_a_free_name(settings)
+    folder = Path(settings.run.out) / str(settings.run.name)
     check_same(settings, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +41,16 @@ def open_folder(settings: Config) -> tuple[Config, Path]:
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
     return settings, folder
+
+
+def under_a_free_name(settings: Config) -> Config:
+    """With run.resume=false: under a name that no folder has, and to be resumed from then on."""
+    if settings.run.resume:
+        return settings
+    name, number = str(settings.run.name), 2
+    while (Path(settings.run.out) / name).exists():
+        name, number = f"{settings.run.name}-{number}", number + 1
+    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=name, resume=True))
 
 
 def check_same(settings: Config, folder: Path) -> None:

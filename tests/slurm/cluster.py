@@ -208,6 +208,19 @@ class Cluster:
         assert not check or ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
         return ended
 
+    def clients(self) -> Path:
+        """A folder with sbatch, squeue and sinfo for a PATH outside, as if this process ran on the head."""
+        folder = self.folder / "clients"
+        folder.mkdir(exist_ok=True)
+        for name in ("sbatch", "squeue", "sinfo"):
+            enter = " ".join([shutil.which("nsenter") or "", *self.machines["head"].enter()[1:]])
+            command = f'{enter} --wd="$PWD" {shutil.which(name, path=_PATH)} "$@"'
+            (folder / name).write_text(
+                f"#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf PATH={_PATH} exec {command}\n"
+            )
+            (folder / name).chmod(0o755)
+        return folder
+
     def sbatch(self, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
         """Submit; returns the job's id."""
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd, **environment).stdout.strip()
@@ -215,7 +228,7 @@ class Cluster:
     def job(self, job: str) -> Seen:
         """What `scontrol show job` knows."""
         ended = self.run("scontrol", "-o", "show", "job", job)
-        return dict(re.findall(r"(\S+?)=(\S*)", ended.stdout))
+        return dict(re.findall(r"(\S+?)=(.*?)(?: (?=\S+=)|\n|$)", ended.stdout))
 
     def until(self, job: str, happened: Callable[[Seen], bool]) -> Seen:
         """Come back as soon as a job is seen in a condition; fails if it ends without."""

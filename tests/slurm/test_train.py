@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from launching import RunFolder, accelerate, identical, rows_written, train, without_clocks
+from launching import rows_written
+from project import assert_same_run
 
-BATCH, TICK, EPOCH = 12, 120, 450
-
-
-def locally(project, world: int, name: str, file: str) -> RunFolder:
-    """The same config on this machine, by `accelerate launch`."""
-    out = project.path / "local"
-    line = accelerate(world, "configs/tiny.yaml", f"run.name={name}", f"run.out={out}", file=file)
-    return train(line, out / name, cwd=project.path)
-
-
-def assert_same_run(here: RunFolder, there: RunFolder) -> None:
-    """The same weights bit for bit, and the same rows: so the same samples in the same order, too."""
-    assert here.done and there.done
-    assert identical(here.exported(), there.exported())
-    assert list(map(without_clocks, here.rows)) == list(map(without_clocks, there.rows))
+TICK, EPOCH = 120, 450  # images
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +17,10 @@ def preempted(project):
     )
     run = project.run("ddp-2")
     project.cluster.until(job, lambda _: rows_written(run.path, 2)())
-    project.cluster.run("scancel", "--signal=USR1", "--batch", job)
+    project.preempt(job)
     project.cluster.until(job, lambda seen: seen["Restarts"] == "1")
     stopped_at = run.stopped_at
-    local = locally(project, 2, "ddp-2", "ddp.yaml")  # while the job waits to start again
+    local = project.locally(2, "ddp", "ddp-2")  # while the job waits to start again
     return job, project.cluster.ended(job), stopped_at, local
 
 
