@@ -73,13 +73,14 @@ def test_from_python(project, monkeypatch):
     monkeypatch.chdir(project.path)
     monkeypatch.setenv("PATH", str(project.cluster.clients()))
     folder = project.path / "runs" / "selection"
+    lines = [[line[0], f"run.name=of mine {n}"] for n, line in enumerate(LINES)]
     resources = slurm.Resources(nodes=1, procs=1, cpus=2, time="10")
     job = slurm.submit_array(
-        LINES, folder, resources, name="selection", throttle=2, gather=["launch.gather", f"{folder}/runs.txt"]
+        lines, folder, resources, name="selection", throttle=2, gather=["launch.gather", f"{folder}/runs.txt"]
     )
     project.cluster.run("scancel", job.job)  # what they would train has been seen above
     seen = project.cluster.ended(job.gather)
     assert seen["JobState"] == "FAILED", "not all runs are there to be gathered, and it says so"
-    assert (folder / "runs.txt").read_text().splitlines() == list(map(shlex.join, LINES))
+    assert (folder / "runs.txt").read_text().splitlines() == list(map(shlex.join, lines))
     assert "not done" in (folder / f"{job.gather}.log").read_text()
     assert (folder / "code" / "pipeline" / "train.py").exists()
