@@ -73,7 +73,7 @@ def train(
         environment["ACCELERATE_MIXED_PRECISION"] = mixed_precision
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", "pipeline.train", config, *settings], environment)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", *command]
+    launcher = [sys.executable, "-m", "launch.launcher", *command]
     sys.exit(_run(launcher, environment, resolved.run.stop_signal))
 
 

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,6 +32,7 @@ from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, end_process, read_launch
+from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, finished, open_folder
@@ -47,7 +47,8 @@ from pipeline.step import Gan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input."""
+    """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input,
+    1 another failure that has been told."""
     rank = int(os.environ.get("RANK", "0"))
     try:
         launch = read_launch()
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, ValueError) as error:
         return _refuse(error, tell=rank == 0)
     try:
-        _train(settings, launch, batch)
+        with Watch(launch, settings.run.timeout_s) as watch:
+            _train(settings, launch, batch, watch)
+    except JobEndedError:
+        return 1
     except CommonError as error:
         _refuse(error, tell=rank == 0)
         return error.status
@@ -75,9 +79,9 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     return index
 
 
-def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
+def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) -> None:
     signals = StopSignals(settings.run.stop_signal, settings.run.grace)
-    ranks = Ranks(launch, timedelta(seconds=settings.run.timeout_s))
+    ranks = Ranks(launch, BACKSTOP, watch.progress)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
@@ -90,6 +94,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )
     settings, folder = ranks.from_main(lambda: open_folder(settings))
+    watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
         ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
@@ -101,6 +106,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape) -> None:
     gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device)
     state = _resume(folder, gan, state, stats, ranks)
+    ranks.progress.cur_nimg = state.cur_nimg
     report = _open_report(settings, folder, state, ranks)
     try:
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))

@@ -128,6 +128,8 @@ class Engine(abc.ABC):
         Frozen, the wrapper that averages gradients must not see the pass: it would wait for gradients
         that never come (DDP), or is silently wrong (ZeRO stage 3).
         """
+        self.ranks.progress.moves += 1
+        self.ranks.progress.network = self.player.name
         with self.autocast(), self.pace.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
@@ -137,6 +139,7 @@ class Engine(abc.ABC):
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
         frozen.frozen = True
+        self.ranks.progress.turn = self.player.name
         self.hold()
         frozen.hold()
         try:

@@ -18,8 +18,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.config import UserError
+from pipeline.parallel.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -109,19 +111,20 @@ class Ranks:
     Every method is a no-op or the identity in a world of one, so that callers never ask which rank they are.
     """
 
-    def __init__(self, launch: Launch, timeout: timedelta) -> None:
+    def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         for name in list(os.environ):
             if name.startswith(_PLUGIN_VARIABLES):
                 del os.environ[name]
         cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
-        state = PartialState(cpu=cpu, timeout=timeout)
+        state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
                 "each would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=1."
             )
         self.rank, self.world = launch.rank, launch.world
+        self.progress = progress or Progress()  # for whoever watches over this rank
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.keep_gathered = launch.keep_gathered
         self.device: torch.device = state.device
@@ -141,12 +144,14 @@ class Ranks:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum over ranks of a tensor of equal shape on each; in place."""
+        self.progress.moves += 1
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Tensors of equal shape [n, …] from every rank → [world·n, …], in the order of the ranks."""
+        self.progress.moves += 1
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -155,6 +160,7 @@ class Ranks:
 
     def gather_objects(self, value: T) -> list[T]:
         """One small picklable value from each rank, in the order of the ranks."""
+        self.progress.moves += 1
         if self._control is None:
             return [value]
         values: list[T | None] = [None] * self.world
@@ -198,11 +204,13 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
+        self.progress.moves += 1
         if self._control is not None:
             dist.barrier(group=self._control)
 
     def any(self, *flags: bool) -> Callable[[], list[bool]]:
         """Ask which flags any rank has raised. The answer comes when called, so that work fits between."""
+        self.progress.moves += 1
         if self._control is None:
             return lambda: list(flags)
         seen = torch.tensor(flags, dtype=torch.int32)
@@ -225,6 +233,24 @@ def _machine() -> tuple[str, str]:
     if sys.platform != "linux":
         return platform.node(), ""
     return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
+
+
+def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:
+    """What torch is to be told besides, where the launcher keeps the store in which ranks find each other."""
+    if launch.world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    return {"store": launcher_store(timeout), "rank": launch.rank, "world_size": launch.world}
+
+
+def launcher_store(timeout: timedelta) -> Store:
+    """A connection to the launcher's store, for this attempt alone.
+
+    The store outlives a restart of the ranks (`accelerate launch --max_restarts`), and torch, left to
+    itself, then reads the addresses of processes that are gone whenever it is the faster.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(f"shardgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def end_process(status: int) -> NoReturn:

@@ -38,6 +38,14 @@ def find(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
+def describe_newest(folder: Path) -> str:
+    """Where a run that has come to an unplanned end can be continued from, for a person."""
+    saved = find(folder)
+    if not saved:
+        return "There is no checkpoint yet; the same command starts anew."
+    return f"The last checkpoint is {folder / str(saved[0])}; the same command continues from there."
+
+
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all there and intact, and a complaint about each newer one."""
     complaints: list[str] = []

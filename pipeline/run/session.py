@@ -116,6 +116,7 @@ class Session:
         return told
 
     def advance(self, cur_nimg: int) -> None:
+        self.ranks.progress.cur_nimg = cur_nimg
         self.report.advance(cur_nimg)
 
     def tick(self, gan: Gan, state: State, stats: Stats, scores: Mapping[str, float]) -> None:

@@ -1,0 +1,29 @@
+"""`python -m launch.launcher …` is `accelerate launch …` without its traceback when a process has failed.
+
+The processes themselves say what went wrong; what they cannot say, the signal that ended one, is added here.
+"""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import signal
+import sys
+
+
+def main() -> None:
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
+    except Exception as error:
+        if type(error).__name__ != "ChildFailedError":
+            raise
+        rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
