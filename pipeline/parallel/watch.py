@@ -13,65 +13,36 @@ Time is counted in short steps: a job that was suspended as a whole (and its ran
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import psutil
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from pipeline.config import UserError
+from pipeline.parallel.beats import Beat, Process, Verdict, read_beat, read_verdict
 from pipeline.parallel.ranks import CommonError, Launch, end_process, launcher_store
-from pipeline.parallel.whereabouts import Progress, look
+from pipeline.parallel.whereabouts import Progress, Whereabouts, look
 
 BACKSTOP = timedelta(hours=24)  # of collectives: slow work elsewhere is no reason to give up, a verdict is
 _PATIENCE_S = 10.0  # for the main rank to finish its reports once all is lost
+_TRAFFIC = 64 * 1024  # bytes read or written since the last look that tell a working rank from a waiting one
 _LOST_S = 10.0  # of silence: long enough to take a rank for gone when connections broke
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|TCPStore|recvValue", re.IGNORECASE)
 
 
 class JobEndedError(Exception):
     """A rank failed, and why has been told: nothing is left but to leave."""
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank publishes of itself."""
-
-    number: int
-    moves: int
-    still_s: float  # for how long it has not moved
-    waiting: bool
-    cur_nimg: int
-    at: str
-    host: str
-    pids: str  # the name space its pid is in: pids of other hosts and containers mean nothing here
-    pid: int
-    left: bool = False  # in good order
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends."""
-
-    by: int
-    text: str
-    told: bool = False  # by the failing rank itself
-    kill: tuple[str, str, int] | None = None  # host, name space and pid of a frozen process
 
 
 class Clock:
@@ -97,7 +68,7 @@ class Watch:
         self._interval_s = min(1.0, timeout_s / 20)
         self._still, self._unheard, self._silent = (Clock(timeout_s / 4) for _ in range(3))
         self._heard = False
-        self._mine = Beat(0, 0, 0.0, False, 0, "starting", socket.gethostname(), _name_space(), os.getpid())
+        self._mine = Beat(launch.rank, Process())
         self._neighbour: Beat | None = None
         self._awake = False  # whether the neighbour was seen to move: what is left of an earlier try is not
         self._suspicious = self._leaving = False
@@ -129,7 +100,8 @@ class Watch:
             if not (self._suspicious and self._over.wait(min(2.5 * _LOST_S, self._timeout_s / 2))):
                 traceback.print_exception(error)
                 reason = "".join(traceback.format_exception_only(error)).strip()
-                self._say_goodbye(self._verdict(_tell_of(self._rank, self._mine, f"failed: {reason}")))
+                kimg = self.progress.cur_nimg / 1000
+                self._say_goodbye(self._verdict(f"{self._mine.name} failed at kimg {kimg:g}: {reason}"))
             raise JobEndedError from None
         return False
 
@@ -143,13 +115,11 @@ class Watch:
 
     def _look_inside(self) -> None:
         """Thread: note where the main thread is and for how long. No word to others, who may not answer."""
-        before = (-1, 0)
+        seen, moves = look(self.progress), 0
         while not self._leaving and not self._over.is_set():
+            before, moves_before = seen, moves
             seen, moves = look(self.progress), self.progress.moves
-            # In an update only what all ranks do equally often counts: a network may spin for ever.
-            now = (moves, before[1] if seen.updating else seen.trace)
-            still = self._still.advance(restart=now != before)
-            before = now
+            still = self._still.advance(restart=moves != moves_before or _has_moved(before, seen))
             self._mine = dataclasses.replace(
                 self._mine,
                 moves=moves,
@@ -161,7 +131,7 @@ class Watch:
             unheard, self._heard = self._unheard.advance(restart=self._heard), False
             if still >= self._timeout_s and unheard >= self._timeout_s / 2:
                 what = f"has not moved for {still:.0f} s, and the others cannot be asked"
-                self._end(self._verdict(_tell_of(self._rank, self._mine, what)))
+                self._end(self._verdict(self._mine.described(what)))
             time.sleep(self._interval_s)
 
     # The others
@@ -174,23 +144,15 @@ class Watch:
             while not self._over.is_set():
                 number += 1
                 leaving = self._leaving
-                beat = dataclasses.replace(self._mine, number=number, left=leaving)
-                store.set(f"watch/{self._rank}", json.dumps(dataclasses.asdict(beat)))
-                verdict = self._read_verdict(store) or self._judge(store)
-                if verdict is not None:
-                    self._end(self._publish(store, verdict))
+                dataclasses.replace(self._mine, number=number, left=leaving).publish(store)
+                if verdict := read_verdict(store):
+                    self._end(verdict)
+                elif verdict := self._judge(store):
+                    self._end(verdict.publish(store))
                 self._heard = True
                 if leaving:
                     return
                 self._wake.wait(self._interval_s)
-
-    def _read_verdict(self, store: Store) -> Verdict | None:
-        return Verdict(**json.loads(store.get("watch/verdict"))) if store.check(["watch/verdict"]) else None
-
-    def _publish(self, store: Store, verdict: Verdict) -> Verdict:
-        """The first verdict stands."""
-        text = json.dumps(dataclasses.asdict(verdict))
-        return Verdict(**json.loads(store.compare_set("watch/verdict", "", text)))
 
     def _judge(self, store: Store) -> Verdict | None:
         if self._failure is not None:
@@ -200,7 +162,7 @@ class Watch:
     def _judge_neighbour(self, store: Store) -> Verdict | None:
         """Gone, or silent for too long?"""
         rank = (self._rank + 1) % self._world
-        beat, before = _read(store, rank), self._neighbour
+        beat, before = read_beat(store, rank), self._neighbour
         self._neighbour = beat
         moved = beat is not None and (before is None or beat.number != before.number)
         self._awake |= moved and before is not None
@@ -211,46 +173,36 @@ class Watch:
             return None
         if beat.left:
             return None
-        if self._awake and not moved and self._is_gone(beat):
-            if (last := _read(store, rank)) is not None and last.left:
+        if self._awake and not moved and beat.process.is_gone():
+            if (last := read_beat(store, rank)) is not None and last.left:
                 return None
-            return self._verdict(_tell_of(rank, beat, "is gone: killed (for want of memory?) or crashed"))
+            return self._verdict(beat.described("is gone: killed (for want of memory?) or crashed"))
         if silent >= (_LOST_S if self._suspicious else self._timeout_s):
             what = f"has not answered for {silent:.0f} s: frozen, or cut off"
-            return self._verdict(_tell_of(rank, beat, what), kill=(beat.host, beat.pids, beat.pid))
+            return self._verdict(beat.described(what), frozen=beat.process)
         return None
 
     def _judge_all(self, store: Store) -> Verdict | None:
         """Once no rank has moved for too long: who is furthest behind?"""
         if self._still.seconds < self._timeout_s:
             return None
-        beats = {rank: _read(store, rank) for rank in range(self._world)}
-        working = {rank: beat for rank, beat in beats.items() if beat is not None and not beat.left}
-        if None in beats.values() or any(beat.still_s < self._timeout_s for beat in working.values()):
+        beats = [read_beat(store, rank) for rank in range(self._world)]
+        working = [beat for beat in beats if beat is not None and not beat.left]
+        still = min(beat.still_s for beat in working)
+        if None in beats or still < self._timeout_s:
             return None  # somebody is still at work (or frozen, which its neighbour finds out)
-        last = min(beat.moves for beat in working.values())
-        behind = {rank: beat for rank, beat in working.items() if beat.moves == last}
-        behind = {rank: beat for rank, beat in behind.items() if not beat.waiting} or behind
-        still = min(beat.still_s for beat in working.values())
+        last = min(beat.moves for beat in working)
+        behind = [beat for beat in working if beat.moves == last]
+        behind = [beat for beat in behind if not beat.waiting] or behind
         if len(behind) == 1:
-            ((rank, beat),) = behind.items()
-            return self._verdict(_tell_of(rank, beat, f"is stuck: it has not moved for {still:.0f} s"))
-        lines = [f"  {_name(rank, beat)}: {_place(beat)}" for rank, beat in behind.items()]
+            return self._verdict(behind[0].described(f"is stuck: it has not moved for {still:.0f} s"))
+        lines = [f"  {beat.name}: {beat.place}" for beat in behind]
         more = [f"  … and {len(lines) - 8} more"] if len(lines) > 8 else []
         text = f"no rank has moved for {still:.0f} s, and these are equally far behind:"
         return self._verdict("\n".join([text, *lines[:8], *more]))
 
-    def _is_gone(self, beat: Beat) -> bool:
-        """Whether its process has ended, where that can be seen from here."""
-        if (beat.host, beat.pids) != (self._mine.host, self._mine.pids):
-            return False
-        try:
-            return psutil.Process(beat.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return True
-
-    def _verdict(self, text: str, kill: tuple[str, str, int] | None = None) -> Verdict:
-        return Verdict(self._rank, text, kill=kill)
+    def _verdict(self, text: str, frozen: Process | None = None) -> Verdict:
+        return Verdict(self._rank, text, frozen=frozen)
 
     # The end
 
@@ -261,9 +213,9 @@ class Watch:
         leave.start()
         if verdict.by == self._rank and not verdict.told:
             self._tell(verdict.text)
-        if verdict.kill and tuple(verdict.kill[:2]) == (self._mine.host, self._mine.pids):
+        if verdict.frozen is not None and verdict.frozen.is_near():
             with suppress(ProcessLookupError):
-                os.kill(verdict.kill[2], signal.SIGKILL)  # no launcher can ask it to leave
+                os.kill(verdict.frozen.pid, signal.SIGKILL)
         self._over.set()
         if self._rank != 0 and not self._leaving:
             end_process(1)
@@ -274,27 +226,10 @@ class Watch:
         print(f"The job ends on all {self._world} ranks. {self.last_words()}", file=sys.stderr, flush=True)
 
 
-def _read(store: Store, rank: int) -> Beat | None:
-    """What a rank last published, if anything."""
-    key = f"watch/{rank}"
-    return Beat(**json.loads(store.get(key))) if store.check([key]) else None
-
-
-def _tell_of(rank: int, beat: Beat, what: str) -> str:
-    return f"{_name(rank, beat)} {what}. Last seen {_place(beat)}."
-
-
-def _name(rank: int, beat: Beat) -> str:
-    return f"rank {rank} ({beat.host}, pid {beat.pid})"
-
-
-def _place(beat: Beat) -> str:
-    return f"at kimg {beat.cur_nimg / 1000:g}, {beat.at}"
-
-
-def _name_space() -> str:
-    path = Path("/proc/self/ns/pid")
-    return str(path.readlink()) if path.exists() else ""
+def _has_moved(before: Whereabouts, now: Whereabouts) -> bool:
+    """Outside of updates, any work counts: another place in the code, or files being read or written. Inside,
+    a network may spin for ever, and only what all ranks do equally often counts."""
+    return not now.updating and (now.trace != before.trace or now.traffic - before.traffic >= _TRAFFIC)
 
 
 def _is_broken_connection(error: BaseException) -> bool:

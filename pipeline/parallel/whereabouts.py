@@ -55,6 +55,7 @@ class Whereabouts:
     updating: bool  # inside an update of the networks
     waiting: bool  # where it may be other ranks that are waited for
     trace: int  # another number means that the code has moved
+    traffic: int  # bytes that this process has read and written so far
 
 
 def look(progress: Progress) -> Whereabouts:
@@ -70,7 +71,16 @@ def look(progress: Progress) -> Whereabouts:
         updating=any(_part(frame) == ("step", "train_step") for frame in stack),
         waiting=bool(stack) and any(part in stack[0].f_code.co_filename for part in _OTHERS),
         trace=hash(tuple(places)),
+        traffic=_traffic(),
     )
+
+
+def _traffic() -> int:
+    try:
+        lines = Path("/proc/self/io").read_text().split()
+    except OSError:
+        return 0
+    return int(lines[1]) + int(lines[3])  # rchar: … wchar: …
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,0 +1,101 @@
+"""What ranks publish of themselves for each other, and the last thing they hear: why the job ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from torch._C._distributed_c10d import Store
+
+
+def _name_space() -> str:
+    path = Path("/proc/self/ns/pid")
+    return str(path.readlink()) if path.exists() else ""
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process among those of all hosts and containers."""
+
+    host: str = field(default_factory=socket.gethostname)
+    pids: str = field(default_factory=_name_space)  # in which its pid means something
+    pid: int = field(default_factory=os.getpid)
+
+    def is_near(self) -> bool:
+        """Whether its pid means something here."""
+        return (self.host, self.pids) == (socket.gethostname(), _name_space())
+
+    def is_gone(self) -> bool:
+        """Whether it has ended, as far as can be seen from here."""
+        if not self.is_near():
+            return False
+        try:
+            return psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        except psutil.NoSuchProcess:
+            return True
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank publishes of itself, about every second."""
+
+    rank: int
+    process: Process
+    number: int = 0
+    moves: int = 0
+    still_s: float = 0.0  # for how long it has not moved
+    waiting: bool = False
+    cur_nimg: int = 0
+    at: str = "starting"
+    left: bool = False  # in good order
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} ({self.process.host}, pid {self.process.pid})"
+
+    @property
+    def place(self) -> str:
+        return f"at kimg {self.cur_nimg / 1000:g}, {self.at}"
+
+    def described(self, what: str) -> str:
+        return f"{self.name} {what}. Last seen {self.place}."
+
+    def publish(self, store: Store) -> None:
+        store.set(f"watch/{self.rank}", json.dumps(dataclasses.asdict(self)))
+
+
+def read_beat(store: Store, rank: int) -> Beat | None:
+    """What a rank last published, if anything."""
+    key = f"watch/{rank}"
+    if not store.check([key]):
+        return None
+    values = json.loads(store.get(key))
+    return Beat(**values | {"process": Process(**values["process"])})
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job ends."""
+
+    by: int  # the rank that found out
+    text: str
+    told: bool = False  # to the person, by the rank that failed
+    frozen: Process | None = None  # which cannot leave by itself
+
+    def publish(self, store: Store) -> Verdict:
+        """Returns the one that stands, which is the first."""
+        store.compare_set("watch/verdict", "", json.dumps(dataclasses.asdict(self)))
+        return read_verdict(store) or self
+
+
+def read_verdict(store: Store) -> Verdict | None:
+    if not store.check(["watch/verdict"]):
+        return None
+    values = json.loads(store.get("watch/verdict"))
+    frozen = values["frozen"] and Process(**values["frozen"])
+    return Verdict(**values | {"frozen": frozen})
