@@ -24,6 +24,7 @@ _DOING = {
     **{(file, "step"): "in the step of {turn}" for file in ("masters", "zero")},
     ("session", "timed"): "waiting for data",
     ("session", "save"): "saving a checkpoint",
+    ("session", "finish_saves"): "saving a checkpoint",
     ("session", "evaluate"): "evaluating",
     ("session", "snapshot"): "drawing samples",
     ("session", "tick"): "reporting",

@@ -112,6 +112,7 @@ def at_once():
 @pytest.fixture(scope="module")
 def jobs(place, at_once) -> dict[str, Callable[[], object]]:
     """All that is looked at below, running side by side."""
+    watched = [*accelerate(2)[:-2], str(Path(__file__).with_name("slow_but_living.py"))]
     started = {
         "unbroken": at_once.submit(
             lambda: train(place.command("whole", "accelerate"), place.folder / "runs" / "whole", place.folder)
@@ -119,6 +120,7 @@ def jobs(place, at_once) -> dict[str, Callable[[], object]]:
         "frozen": at_once.submit(place.halt, "forward-0", signal.SIGSTOP, "accelerate"),
         "stuck": at_once.submit(place.halt, "forward-1", None, "shardgan"),
         "restarted": at_once.submit(place.halt, "forward-1", signal.SIGKILL, "restarting"),
+        "slow": at_once.submit(run, watched, place.folder),
         "failed": at_once.submit(place.halt, "forward-1", "raise", "shardgan"),
     }
     return {name: job.result for name, job in started.items()}
@@ -132,7 +134,7 @@ def assert_ended_by_name(broken: Broken, rank: int, what: str, where: str) -> No
     messages = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(messages) == 1, output
     assert re.match(rf"error: rank {rank} \([^,]+, pid {broken.pid}\) {what}", messages[0]), messages
-    assert re.search(rf"at kimg \d+(\.\d+)?, {where}", messages[0]), messages
+    assert re.search(rf"at kimg \d+(\.\d+)?[,:] {where}", messages[0]), messages
     assert output.count("The job ends on all 2 ranks.") == 1
     newest = f"{broken.run.path.relative_to(broken.folder)}/checkpoints/{broken.checkpoints[-1]};"
     assert newest in output and "the same command continues from there" in output
@@ -182,8 +184,16 @@ def test_a_killed_rank_and_a_launcher_that_restarts(jobs):
 def test_a_rank_that_raises(jobs):
     """The mistake's own traceback, once, and a word about it that names the rank."""
     broken = jobs["failed"]()
-    assert_ended_by_name(broken, 1, "failed: ValueError: the paint ran out", "")
+    assert_ended_by_name(broken, 1, "failed", "ValueError: the paint ran out")
     assert broken.ended.output.count("Traceback (most recent call last)") == 1
+
+
+def test_slow_work_is_not_taken_for_a_hang(jobs):
+    """One rank reads for thrice the timeout while the other waits for it; only asleep is it stuck."""
+    ended = jobs["slow"]()
+    assert ended.status == 1
+    assert ended.output.count("together") == 2
+    assert re.search(r"error: rank 0 \(.*slow_but_living.py:\d+ \(main\)", ended.output), ended.output
 
 
 @pytest.mark.long

@@ -1,0 +1,40 @@
+"""Two watched ranks: one works slowly where the other waits for it, for thrice the timeout; then it hangs."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
+
+TIMEOUT = 5.0
+
+
+def read_slowly(seconds: float) -> None:
+    """Always at the same place in the code, as over a slow disk: only the bytes tell that it is at work."""
+    end = time.monotonic() + seconds
+    with open("/dev/zero", "rb") as file:  # noqa: PTH123
+        while time.monotonic() < end:
+            file.read(1 << 17)
+            time.sleep(0.05)
+
+
+def main() -> int:
+    launch = read_launch()
+    try:
+        with Watch(launch, TIMEOUT) as watch:
+            ranks = Ranks(launch, BACKSTOP, watch.progress)
+            if ranks.main:
+                read_slowly(3 * TIMEOUT)
+            ranks.barrier()
+            print("together", flush=True)
+            if ranks.main:
+                time.sleep(1000)
+            ranks.barrier()
+    except JobEndedError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    end_process(main())
