@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,8 @@ Node = dict[str, Any]  # as doctor_worker.describe tells it
 
 _SAME = ("code", "versions", "config", "data")
 _TIMEOUT_S = 300.0
+_ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
+_ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # of a launcher, when a process fails
 _MEET = (
     "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME)."
@@ -55,8 +58,8 @@ def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
         return [would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)]
     found = told(ended)
     if found is None:
-        lines = [line for line in (ended.stdout + ended.stderr).splitlines() if line.strip()]
-        return [would_fail("live", "\n".join([f"{where} failed:", *lines[-8:]]), "Mend what is said there.")]
+        why = "\n".join([f"{where} failed:", *reasons(ended.stdout + ended.stderr)])
+        return [would_fail("live", why, "Mend what is said there.")]
     return [*compare(found["nodes"]), *speed(found)]
 
 
@@ -65,6 +68,13 @@ def told(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"world"')]
     found: dict[str, Any] | None = json.loads(lines[-1]) if lines and not ended.returncode else None
     return found
+
+
+def reasons(output: str) -> list[str]:
+    """The errors in what processes and launchers have said, else the end of it."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _ECHOES)]
+    return list(dict.fromkeys(errors))[:5] or lines[-8:]
 
 
 def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -77,11 +87,11 @@ def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
         usual = Counter(values).most_common(1)[0][0]
         like = names[values.index(usual)]
         differing = [i for i, value in enumerate(values) if value != usual]
-        broken = [i for i, node in enumerate(nodes) if "config" not in node] if what == "data" else []
+        broken = [i for i, node in enumerate(nodes) if what == "data" and "problem" in node]
         if broken:
-            text = "\n".join(f"{names[i]}: data.train {nodes[i]['data']}" for i in broken)
+            text = "\n".join(f"{names[i]}: {nodes[i]['problem']}" for i in broken)
             yield would_fail(f"live: {what}", text, _CURES[what])
-        elif differing and (what != "config" or all("config" in node for node in nodes)):
+        elif differing and not (what == "config" and any("problem" in node for node in nodes)):
             text = "\n".join(
                 f"{names[i]} {_told_apart(what, nodes[i], nodes[values.index(usual)])} {like}"
                 for i in differing

@@ -49,7 +49,7 @@ def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
         assert resolved.data.train is not None
         index = load_index(resolved.data.train, remote=resolved.data.remote)
     except UserError as error:
-        return seen | {"data": f"cannot be used there: {error}"}
+        return seen | {"problem": str(error)}
     return seen | {"config": _digest(config.dump(resolved)), "data": index.fingerprint}
 
 

@@ -100,10 +100,19 @@ def test_the_odd_one_of_three_is_named() -> None:
 
 
 def test_a_node_that_does_not_see_the_data() -> None:
-    blind = node("b", data="cannot be used there: There are no shards at data")
-    del blind["config"]
+    blind = node("b", problem="There are no shards at data")
+    del blind["config"], blind["data"]
     (found,) = doctor_live.compare([node("a"), blind])
-    assert found.verdict == "would fail" and found.text.startswith("b: data.train cannot be used there")
+    assert found.verdict == "would fail" and found.text == "b: There are no shards at data"
+
+
+def test_a_failure_is_told_by_its_errors_once() -> None:
+    said = "Traceback (most recent call last):\n  File x\n[rank1]: ValueError: no\nModuleNotFoundError: m\n"
+    assert doctor_live.reasons(said * 2 + "torch.ChildFailedError: \n===\n") == [
+        "[rank1]: ValueError: no",
+        "ModuleNotFoundError: m",
+    ]
+    assert doctor_live.reasons("it hangs\n\n") == ["it hangs"]
 
 
 def test_a_launcher_that_lasts_too_long_leaves_nothing_running(tmp_path: Path) -> None:
