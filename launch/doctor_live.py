@@ -22,7 +22,6 @@ from launch.workers import launch, launcher_file, run
 
 Node = dict[str, Any]  # as doctor_worker.describe tells it
 
-_SAME = ("code", "versions", "config", "data")
 _TIMEOUT_S = 300.0
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
 _ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # of a launcher, when a process fails
@@ -78,45 +77,38 @@ def reasons(output: str) -> list[str]:
 
 
 def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Each thing that must be the same on all nodes, and where it is not."""
+    """Each thing that must be the same on all nodes, and which of them see another."""
     hosts = Counter(node["node"] for node in nodes)
     names = [f"{n['node']} (machine {i})" if hosts[n["node"]] > 1 else n["node"] for i, n in enumerate(nodes)]
-    same = 0
-    for what in _SAME:
-        values = [json.dumps(node.get(what), sort_keys=True) for node in nodes]
-        usual = Counter(values).most_common(1)[0][0]
-        like = names[values.index(usual)]
-        differing = [i for i, value in enumerate(values) if value != usual]
-        broken = [i for i, node in enumerate(nodes) if what == "data" and "problem" in node]
-        if broken:
-            text = "\n".join(f"{names[i]}: {nodes[i]['problem']}" for i in broken)
-            yield would_fail(f"live: {what}", text, _CURES[what])
-        elif differing and not (what == "config" and any("problem" in node for node in nodes)):
-            text = "\n".join(
-                f"{names[i]} {_told_apart(what, nodes[i], nodes[values.index(usual)])} {like}"
-                for i in differing
-            )
-            yield would_fail(f"live: {what}", text, _CURES[what])
-        else:
-            same += 1
-    devices = Counter(node["device"] for node in nodes)
-    if len(devices) > 1:
-        text = "; ".join(f"{names[i]} {node['device']}" for i, node in enumerate(nodes))
-        yield warning("live: devices", text, _CURES["device"])
-    if same == len(_SAME):
+    named = dict(zip(names, nodes, strict=True))
+    found = []
+    if broken := [f"{name}: {node['problem']}" for name, node in named.items() if "problem" in node]:
+        found.append(would_fail("live: data", "\n".join(broken), _CURES["data"]))
+    for what in ("code", "versions", "config", "data"):
+        if odd := _odd_ones(what, {name: node[what] for name, node in named.items() if what in node}):
+            found.append(would_fail(f"live: {what}", "\n".join(odd), _CURES[what]))
+    if len({node["device"] for node in nodes}) > 1:
+        text = "; ".join(f"{name} {node['device']}" for name, node in named.items())
+        found.append(warning("live: devices", text, _CURES["device"]))
+    if not any(finding.verdict == "would fail" for finding in found):
         alike = "code, versions, config and data are the same on all"
         text = f"{names[0]}: the processes meet" if len(nodes) == 1 else f"{', '.join(names)}: {alike}"
-        yield ok("live", text)
+        found.append(ok("live", text))
+    yield from found
 
 
-def _told_apart(what: str, node: Node, other: Node) -> str:
+def _odd_ones(what: str, seen: dict[str, Any]) -> list[str]:
+    """A line about each node that sees something else than most do."""
+    texts = {name: json.dumps(value, sort_keys=True) for name, value in seen.items()}
+    usual = Counter(texts.values()).most_common(1)[0][0] if texts else ""
+    odd, like = [name for name in texts if texts[name] != usual], [n for n in texts if texts[n] == usual][:1]
+    return [f"{name} {_told_apart(what, seen[name], seen[like[0]])} {like[0]}" for name in odd]
+
+
+def _told_apart(what: str, value: Any, usual: Any) -> str:
     if what != "versions":
         return f"has other {what} than"
-    apart = [
-        f"{name} {version} (not {other[what].get(name)})"
-        for name, version in node[what].items()
-        if other[what].get(name) != version
-    ]
+    apart = [f"{name} {v} (not {usual.get(name)})" for name, v in value.items() if usual.get(name) != v]
     return f"has {', '.join(apart)}, unlike"
 
 

@@ -50,7 +50,7 @@ def test_two_machines_that_differ_are_named(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     port = free_port()
     started = [_machine(rank, port, tmp_path) for rank in range(2)]
-    outputs = [machine.communicate(timeout=200) for machine in started]
+    outputs = [machine.communicate(timeout=400) for machine in started]
     assert [machine.returncode for machine in started] == [0, 0], outputs
     ended = subprocess.CompletedProcess([], 0, outputs[0][0], "")
     told = doctor_live.told(ended)
