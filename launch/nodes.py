@@ -21,6 +21,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.config import Config, UserError
+from pipeline.credentials import redacted
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
@@ -105,7 +106,8 @@ def check(settings: Config, first: Path, node: str) -> None:
             f"the code in {Path(__file__).parents[1]} is not that of {other}. Put it where all nodes see it."
         )
     if here["shards"] != there["shards"]:
-        raise UserError(f"the shards of data.train={settings.data.train} are not those that {other} sees.")
+        train = redacted(str(settings.data.train))
+        raise UserError(f"the shards of data.train={train} are not those that {other} sees.")
 
 
 def describe(settings: Config, node: str) -> Description:
@@ -135,7 +137,7 @@ def _shards(settings: Config) -> str:
 
     train = str(settings.data.train)
     if "://" in train:
-        return train
+        return _digest(redacted(train))
     try:
         found = locate(train)
         return _digest([[url, (found.root / url).stat().st_size] for url in found.urls])

@@ -17,6 +17,7 @@ import torch
 
 from pipeline import config, loop
 from pipeline.config import Config, UserError
+from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         launch = read_launch()
         path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
         settings = config.load(path, overrides)
+        sys.argv[1:] = map(redacted, sys.argv[1:])  # which W&B for one notes and uploads
         batch = batch_shape(settings.data, launch.world)
     except (UserError, ValueError) as error:
         return _refuse(error, tell=rank == 0)
@@ -240,6 +242,8 @@ def _introduce(
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; a batch of "
         f"{settings.data.batch_size} = {ranks.world} ranks x {batch.rounds} rounds x {batch.images} images",
     ]
+    if index.remote:
+        lines.append(f"  {index.remote}")
     if has_batch_norm(gan.G.module) or has_batch_norm(gan.D.module):
         lines.append(
             "  note: BatchNorm sees one rank's images of a round, so results depend (a little) on the number "

@@ -37,6 +37,8 @@ from pipeline.data.remote import RemoteShards, is_complete
 from pipeline.data.urls import is_url, locate_url
 from pipeline.data.walk import file_size, in_threads, scan_shard
 
+_TRANSFERS = 8  # at once, when all shards of a URL are indexed
+
 
 @dataclass(frozen=True)
 class Index:
@@ -82,6 +84,15 @@ class Index:
     def path(self, shard: int) -> Path:
         """Of a shard on this machine."""
         return self.root / self.shards[shard].url
+
+    def mend(self, shard: int) -> str:
+        """What to do about a shard whose bytes are not those that were indexed."""
+        if self.remote:
+            return f"Remove {self.remote.cache.path(self.shards[shard])}, and it is fetched again."
+        return (
+            f"The file in {self.root} is damaged: fetch it again. If the shards were replaced on purpose, "
+            f"{REBUILD}."
+        )
 
     def open(self, shard: int) -> int:
         """A file descriptor of a shard, fetched first if it is elsewhere. Raises UserError."""
@@ -212,7 +223,7 @@ def _build_remote(train: str, announce: Callable[[str], None], settings: Remote)
             f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
         )
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
-    found = in_threads(shards.index, names, announce)
+    found = in_threads(shards.index, names, announce, at_once=_TRANSFERS)
     index = _not_empty(_remote_index(shards, {}, found))
     write_record(index.root, index.name, found, {})
     return index
@@ -277,7 +288,7 @@ def _walk(
         table = scan_shard(location.root, url, file_size(location.root, url), entry.get("sha256"))
         return shard_of(url, table)
 
-    return in_threads(walk, missing, announce)
+    return in_threads(walk, missing, announce, at_once=min(16, os.cpu_count() or 1))
 
 
 def _compare_names(location: Location, listed: list[str]) -> None:

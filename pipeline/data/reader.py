@@ -45,8 +45,7 @@ class Reader:
         if zlib.crc32(data) != table.crc[row]:
             raise BadSampleError(
                 f"shard {url}, byte {offset}: sample {table.key(row)!r} is not what was indexed (wrong CRC). "
-                f"The file in {self._index.where} is damaged: fetch it again. If the shards were replaced on "
-                "purpose, run `shardgan prepare --index-only` on the folder."
+                f"{self._index.mend(shard)}"
             )
         sample: Sample = {"__key__": table.key(row), "__url__": url}
         sample[IMAGE_EXTENSIONS[table.extension[row]]] = data

@@ -33,6 +33,9 @@ class RemoteShards:
     folder: RemoteFolder
     settings: Remote
 
+    def __str__(self) -> str:
+        return f"shards from {self.folder}, kept in {self.cache.folder} (at most {self.settings.gb:g} GB)"
+
     @property
     def home(self) -> Path:
         """Where its index and sidecars are on this machine: the same whatever credentials are used."""
@@ -103,17 +106,16 @@ class RemoteShards:
 
     def index(self, url: str) -> Shard:
         """Fetch a shard of which nothing is known, and note what is in it."""
-        patience, cache = Patience(self.settings), self.cache
-        cache.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache.folder, prefix=".indexing-") as scratch:
-            target = Path(scratch) / "shard"
+        patience = Patience(self.settings)
+
+        def make(path: Path) -> Shard:
             try:
-                download(self.folder, url, target, patience, most=None)
+                download(self.folder, url, path, patience, most=None)
             except FileNotFoundError as error:
                 raise UserError(f"{error}.") from None
-            shard = shard_of(url, self._scan(target, url))
-            cache.add(shard, target, patience)
-            return shard
+            return shard_of(url, self._scan(path, url))
+
+        return self.cache.add(make, patience)
 
     def _fetch(self, shard: Shard, part: Path, patience: Patience) -> None:
         """A shard into the file `part`, checked, with its sidecar."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from pipeline.config import UserError
 from pipeline.data.record import Shard
@@ -62,11 +64,22 @@ class ShardCache:
             if part is not None:
                 os.close(self._fill(part, shard, fetch))
 
-    def add(self, shard: Shard, path: Path, patience: Patience) -> None:
-        """Take over a shard that lies at `path`, in the cache's folder under another name."""
-        with self._complaints(), self._locked(patience):
-            path.replace(self.path(shard))
-            self._make_room(0, keep=())
+    def add(self, make: Callable[[Path], Shard], patience: Patience) -> Shard:
+        """Keep a shard of which nothing is known before `make` has fetched it."""
+        with self._complaints():
+            with self._locked(patience):
+                path = self.folder / f"{uuid4().hex}.0.part"
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                shard = make(path)
+                with self._locked(patience):
+                    path.replace(self.path(shard))
+                    self._make_room(0, keep=())
+                return shard
+            finally:
+                path.unlink(missing_ok=True)
+                os.close(file)
 
     def path(self, shard: Shard) -> Path:
         """Where a shard lies if it is here."""
@@ -119,16 +132,18 @@ class ShardCache:
 
     def _make_room(self, size: int, keep: Collection[str]) -> bool:
         """Remove what has not been read for longest until `size` more bytes fit; False if they do not."""
-        excess, removable = size - self._limit, []
+        used, removable = 0, []
         for entry in self.folder.iterdir():
             if entry.suffix == ".part":
                 if not _remove_unused(entry):  # else it was a killed process's
-                    excess += int(entry.name.split(".")[1])
+                    used += int(entry.name.split(".")[1])
             elif entry.suffix == ".tar":
                 status = entry.stat()
-                excess += status.st_size
+                used += status.st_size
                 if entry.stem not in keep:
                     removable.append((status.st_mtime_ns, status.st_size, entry))
+        # A disk with less room than the bound bounds as well.
+        excess = max(used + size - self._limit, size - shutil.disk_usage(self.folder).free)
         for _, freed, entry in sorted(removable):
             if excess <= 0:
                 break

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +32,7 @@ _LOOK_S = 0.1  # how often a transfer is looked at
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-_EXTRAS = {"s3": "s3", "gs": "gcs"}
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 
 class StoppedError(Exception):
@@ -174,7 +173,7 @@ def _persist(
 def _once(
     scheme: str, operation: Callable[[Any, Callback], Awaitable[_T]], patience: Patience, most: int | None
 ) -> _T:
-    client = _client(scheme, os.getpid())
+    client = _client(scheme)
     return asyncio.run_coroutine_threadsafe(
         _watched(client, operation, patience, most), client.filesystem.loop
     ).result()
@@ -237,18 +236,13 @@ class _Client:
                 await self.filesystem.set_session()
 
 
-_making = threading.Lock()
-os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]
+_clients: dict[tuple[str, int], _Client] = {}
 
 
-def _client(scheme: str, process: int) -> _Client:
-    with _making:
-        return _cached_client(scheme, process)
-
-
-@lru_cache  # by process: connections do not survive a fork
-def _cached_client(scheme: str, process: int) -> _Client:
-    return _Client(scheme)
+def _client(scheme: str) -> _Client:
+    """One per protocol and process: connections do not survive a fork."""
+    key = (scheme, os.getpid())
+    return _clients.get(key) or _clients.setdefault(key, _Client(scheme))
 
 
 def _filesystem(scheme: str) -> Any:
@@ -266,7 +260,7 @@ def _filesystem(scheme: str) -> Any:
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         raise UserError(
-            f"{scheme}:// needs a package more: pip install 'shardgan[{_EXTRAS.get(scheme, scheme)}]'."
+            f"{scheme}:// needs one package more: pip install {_PACKAGES.get(scheme, scheme)}"
         ) from None
 
 

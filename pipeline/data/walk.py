@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -17,14 +16,14 @@ _TELL_EVERY_S = 10.0
 
 
 def in_threads(
-    walk: Callable[[_T], Shard], items: Sequence[_T], announce: Callable[[str], None]
+    walk: Callable[[_T], Shard], items: Sequence[_T], announce: Callable[[str], None], at_once: int
 ) -> tuple[Shard, ...]:
     """`walk` of every item, several at once.
 
     In threads: hashing and reading, where the time goes for all but tiny images, let go of the interpreter,
     and threads are safe to start whatever else (CUDA, a process group) the process has begun.
     """
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
         futures = [pool.submit(walk, item) for item in items]
         try:
             _tell_progress(futures, announce)

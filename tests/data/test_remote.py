@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import MakeShards
@@ -20,7 +24,7 @@ from pipeline.config import Data, Remote, UserError
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.prefetch import Prefetch
-from pipeline.data.reader import Reader
+from pipeline.data.reader import BadSampleError, Reader
 from pipeline.data.stream import check_images, heldout_batches, label_frequencies, training_batches
 
 SHARDS = [11, 7, 13, 20, 1]
@@ -342,13 +346,43 @@ def test_too_small_a_bound_is_refused(server: FaultyServer) -> None:
         check_images(index, Data(size=SIZE, channels=1, window=2))
 
 
-def test_a_shard_that_lost_its_end_on_this_disk_is_fetched_again(server: FaultyServer, cache: Path) -> None:
+def test_a_copy_that_is_damaged_on_this_disk(server: FaultyServer, cache: Path) -> None:
     index = load_index(server.url)
     os.close(index.open(2))
     (kept,) = shards_kept(cache)
     os.truncate(kept, 512)
     os.close(index.open(2))
     assert server.asked[NAMES[2]] == 2 and kept.stat().st_size == index.shards[2].filesize
+    data = bytearray(kept.read_bytes())
+    data[int(index.table(2).offset[4]) + 20] ^= 4
+    kept.write_bytes(data)
+    reader = Reader(index, 2)
+    with pytest.raises(BadSampleError, match=rf"wrong CRC\). Remove {kept}, and it is fetched again"):
+        reader.read(2, 4)
+    reader.close()
+    kept.unlink()
+    os.close(index.open(2))
+    assert server.asked[NAMES[2]] == 3
+
+
+def test_a_full_disk(server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room there is bounds the cache too; without any there is one message."""
+    index = load_index(server.url)
+    os.close(index.open(0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    os.close(index.open(1))
+    assert [path.stem for path in shards_kept(cache)] == [index.shards[1].sha256]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        with pytest.raises(
+            UserError, match=r"s-0002.tar cannot be fetched: .* on this machine; see data.remote"
+        ):
+            index.open(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_cache_that_cannot_be_written(server: FaultyServer, tmp_path: Path) -> None:
