@@ -177,7 +177,7 @@ def _table() -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Worst error against plain torch", box=box.SIMPLE)
+    table = Table(title="Worst error against plain torch", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("strategy", "procs", *COLUMNS):
         table.add_column(name, no_wrap=True)
     return table
