@@ -22,7 +22,14 @@ import yaml
 
 from pipeline.config import Config, dump
 from pipeline.credentials import redacted
-from pipeline.run.wandb_files import Tracked, last_step, leave_to_the_server, recall, remember
+from pipeline.run.wandb_files import (
+    Tracked,
+    last_step,
+    leave_to_the_server,
+    pass_over_empty,
+    recall,
+    remember,
+)
 from pipeline.run.wandb_mode import Mode, choose_mode
 
 if TYPE_CHECKING:
@@ -117,7 +124,8 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
             tracked = _now(run, folder, known)
         except Exception as error:
             reason = _told(error)
-            _end_service()  # which holds on to the run's id
+            with suppress(Exception):
+                _end_service()  # which holds on to the run's id
             continue
         where, because = _where(run, folder), f" ({reason})" if reason else ""
         announce(f"W&B: {where}{because}")
@@ -218,6 +226,7 @@ class WandbTracker:
 def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
     """What W&B has of the run that was just opened, noted down."""
     if run.offline:
+        pass_over_empty(folder, known.run_id)
         tracked = replace(known, has=max(known.has, last_step(folder, known.run_id)))
     else:
         leave_to_the_server(folder, known.run_id)
@@ -272,7 +281,10 @@ def _finish(run: wandb.Run) -> None:
 def _end_service() -> None:
     import wandb
 
-    wandb.teardown()
+    try:
+        wandb.teardown()
+    except SystemExit as error:  # its way of saying so, which would end the training
+        raise ChildProcessError(f"its service has ended with status {error.code}") from None
 
 
 def _where(run: wandb.Run, folder: Path) -> str:

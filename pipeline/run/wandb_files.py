@@ -50,6 +50,15 @@ def last_step(folder: Path, run_id: str) -> int:
     return max((step for path in files for step in steps(path.read_bytes())), default=-1)
 
 
+def pass_over_empty(folder: Path, run_id: str) -> None:
+    """Mark offline files killed before they held anything: they would keep `wandb sync` from all others."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    for path in _files(folder, run_id)[:-1]:  # the last is of the run that was just opened
+        if not any(Record.FromString(text).HasField("run") for text in records(path.read_bytes())):
+            path.with_suffix(".wandb.synced").touch()
+
+
 def leave_to_the_server(folder: Path, run_id: str) -> None:
     """Mark offline files as uploaded, as `wandb sync` does, or it would upload steps for a second time."""
     for path in _files(folder, run_id):

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
-import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from pipeline.config import load
 from pipeline.run import tracker as tracker_module
 from pipeline.run import wandb_mode
-from pipeline.run.grid import save_grid
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.tracker import NullTracker, open_tracker
@@ -66,8 +69,10 @@ class Job:
             self.report.row(tick * 100, values(tick))
             if tick % 4 == 0:
                 path = self.folder / "samples" / f"fakes{tick:06d}.png"
-                notes = {"chart": "Samples/fakes", "cur_nimg": str(tick * 100)}
-                save_grid(torch.full((1, 1, 8, 8), tick, dtype=torch.uint8), path, 1, notes=notes)
+                notes = PngInfo()
+                notes.add_text("chart", "Samples/fakes")
+                notes.add_text("cur_nimg", str(tick * 100))
+                Image.new("L", (8, 8), tick).save(path, pnginfo=notes)
                 self.report.image("Samples/fakes", path, tick * 100)
         return self
 
@@ -77,7 +82,8 @@ class Job:
 
 
 def values(tick: int) -> dict[str, float]:
-    return {"Loss/G/loss": 1 / (tick + 3), "Progress/kimg": tick / 10}
+    """So many that the client's buffer, of which a kill takes the rest, overflows every few rows."""
+    return {"Progress/kimg": tick / 10, **{f"Loss/G/{n}": 1 / (tick + n + 3) for n in range(300)}}
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -114,6 +120,12 @@ def again(folder: Path, times: int = 1) -> list[list[str]]:
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr
     said: list[list[str]] = json.loads(ended.stdout)
     return said
+
+
+def services() -> list[psutil.Process]:
+    """The service processes of W&B that this process has started."""
+    mine = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
+    return [service for service in mine if service.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_an_online_run_is_all_there(tmp_path, server, capfd):
@@ -191,6 +203,24 @@ def test_a_server_that_accepts_and_never_answers_is_waited_for_in_bounded_time(t
     server.mood = SILENT
     said = job.train(4, 8).end()
     assert "W&B has stopped" in said[-1] and len(rows(third)) == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_service_of_wandb_dies_or_hangs(tmp_path, server, monkeypatch, number):
+    Job(tmp_path).train(0, 4).end()
+    job = Job(tmp_path, start=3).train(4, 8)
+    monkeypatch.setattr(tracker_module, "_FINISH_S", 1.0)
+    monkeypatch.setattr(tracker_module, "_TEARDOWN_S", 0.5)
+    (service,) = services()
+    service.send_signal(number)
+    said = job.train(8, TOTAL).end()
+    assert len(rows(tmp_path)) == TOTAL
+    assert len(said) == 2 and "W&B has stopped" in said[1]
+    service.kill()
+    with suppress(OSError):  # what the client keeps of it is not for the next test
+        tracker_module._end_service()
+    again(tmp_path)
+    assert_whole(tmp_path, server.run)
 
 
 def sync(folder: Path) -> str:
