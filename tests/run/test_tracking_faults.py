@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -220,6 +221,38 @@ def test_the_service_of_wandb_dies_or_hangs(tmp_path, server, monkeypatch, numbe
     with suppress(OSError):  # what the client keeps of it is not for the next test
         tracker_module._end_service()
     again(tmp_path)
+    assert_whole(tmp_path, server.run)
+
+
+def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server, monkeypatch):
+    """SIGKILL to the job and W&B's service at seeded ticks, with a checkpoint every five."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    script = f"""
+        from tests.run.test_tracking_faults import Job, Path, TOTAL
+        folder = Path({str(tmp_path)!r})
+        found = folder / "checkpoint"
+        start = int(found.read_text()) if found.exists() else -1
+        job = Job(folder, start)
+        for tick in range(start + 1, TOTAL):
+            job.train(tick, tick + 1)
+            if tick % 5 == 0:
+                found.with_name("partial").write_text(str(tick))
+                found.with_name("partial").replace(found)
+        job.end()
+    """
+    line, draw = [sys.executable, "-c", textwrap.dedent(script)], random.Random(0)
+    for _ in range(3):
+        job = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert job.stdout is not None
+        for _ in range(draw.randint(1, 9)):
+            assert job.stdout.readline().startswith("kimg"), "ended too early"
+        os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+    subprocess.run(line, cwd=ROOT, check=True)
+    files = [run for run in offline_runs(tmp_path) if run.run_id]  # one killed early holds nothing
+    assert len({run.run_id for run in files}) == 1
+    assert [row["_step"] for run in files for row in run.history] == [tick * 100 for tick in range(TOTAL)]
+    sync(tmp_path)
     assert_whole(tmp_path, server.run)
 
 
