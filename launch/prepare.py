@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from pipeline.data.prepare import Options
+    from pipeline.data.sources import Classes, Fit
 
 
 @click.command()
@@ -19,6 +25,13 @@ import click
 @click.option(
     "--per-shard", type=click.IntRange(1), default=1000, show_default=True, help="Images per shard."
 )
+@click.option(
+    "--classes",
+    type=click.Choice(["top", "path", "none"]),
+    default="top",
+    show_default=True,
+    help="What names the class of an image: its first folder, all its folders (a/b), or nothing.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
 @click.option(
     "--index-only",
@@ -29,44 +42,45 @@ def prepare(
     source: str,
     out: str | None,
     size: int | None,
-    fit: str | None,
+    fit: Fit | None,
     channels: str | None,
     per_shard: int,
+    classes: Classes,
     workers: int | None,
     index_only: bool,
 ) -> None:
     """Make a folder OUT of tar shards from SOURCE.
 
-    SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder, or one of
-    the known data sets fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same
-    command writes the same bytes. With --index-only SOURCE is a folder that holds shards already;
-    at an https://, s3:// or gs:// URL they are fetched once, and the index is kept on this machine.
+    SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder,
+    WebDataset shards (one, or a folder of them, as img2dataset makes it), or one of the known data sets
+    fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same command writes the
+    same bytes, and after a kill goes on from there. Files that cannot be read are left out and listed in
+    OUT/skipped.txt.
+
+    With --index-only SOURCE is a folder that holds shards already; at an https://, s3:// or gs:// URL they
+    are fetched once, and the index is kept on this machine.
     """
     if index_only:
         _index_only(source, out)
         return
     if out is None:
         raise click.UsageError("Where to? Give a folder OUT for the shards of SOURCE.")
-    _prepare(source, out, size, fit, None if channels is None else int(channels), per_shard, workers)
+    from pipeline.data.prepare import Options
+
+    _prepare(
+        source,
+        out,
+        Options(size, fit, None if channels is None else int(channels), per_shard, classes),
+        workers,
+    )
 
 
-def _prepare(
-    source: str,
-    out: str,
-    size: int | None,
-    fit: str | None,
-    channels: int | None,
-    per_shard: int,
-    workers: int | None,
-) -> None:
+def _prepare(source: str, out: str, options: Options, workers: int | None) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.data import prepare as data
-    from pipeline.data.sources import Fit
 
-    chosen: dict[str | None, Fit | None] = {"crop": "crop", "pad": "pad", "stretch": "stretch", None: None}
-    options = data.Options(size, chosen[fit], channels, per_shard)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

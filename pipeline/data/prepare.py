@@ -1,23 +1,21 @@
 """Images → tar shards, byte for byte the same each time, and their index.
 
-Shards are written by webdataset's own TarWriter into a folder beside OUT, which takes OUT's name only when
-everything is there: nothing half-written ever looks finished. Images are shuffled once, by a fixed seed, so
-that every shard is a fair sample of the whole.
+Shards are written by webdataset's own TarWriter, in the folder that staging.py keeps for them. Images are
+shuffled once, by a fixed seed, so that every shard is a fair sample of the whole.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import ctypes
 import io
+import json
 import multiprocessing
 import os
-import shutil
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,16 +25,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.config import UserError
+from pipeline.data import sidecar
 from pipeline.data.decode import BadImageError, to_channels
 from pipeline.data.index import Index, Shard, load_index
 from pipeline.data.known import KNOWN
 from pipeline.data.plan import permutation
-from pipeline.data.record import INDEX, read_record, shard_of, write_record
-from pipeline.data.sources import Fit, Source, open_source
-from pipeline.data.walk import scan_shard
+from pipeline.data.record import INDEX, read_record, shard_of, sidecar_path, write_record
+from pipeline.data.sources import Classes, Fit, Source, open_source
+from pipeline.data.staging import FULL, Written, finished, note, noted, staging
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SKIPPED = "skipped.txt"
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,7 @@ class Options:
     fit: Fit | None = None
     channels: int | None = None
     per_shard: int = 1000
-
-
-@dataclass(frozen=True)
-class Written:
-    """One finished shard, and the images that could not be read for it, with the reason."""
-
-    shard: Shard
-    skipped: tuple[str, ...]
+    classes: Classes = "top"
 
 
 def prepare(
@@ -66,23 +58,26 @@ def prepare(
     announce: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Index:
-    """Write the images of `source`, a folder, a zip or a known data set, as shards into the new folder `out`.
+    """Write the images of `source` (a folder, a zip, shards, a known data set) as shards into a new folder.
 
-    `progress(done, total)` is called in images. Files that cannot be read are skipped, and said so by
-    `announce`. If `out` was made by the same call before, nothing is done. Raises UserError, leaving nothing
-    behind, if there are no images, they do not fit the options, `out` is in use, or the disk is full.
+    `progress(done, total)` is called in images. Files that cannot be read are skipped, told by `announce` and
+    listed in skipped.txt. If `out` was made by the same call before, nothing is done; if such a call was
+    killed, this one goes on with the shards that are missing. Raises UserError if there are no images, they
+    do not fit the options, or `out` is in use (leaving nothing behind), or if the disk is full.
     """
     target = Path(out).expanduser().absolute()
     recipe = {"source": Path(source).resolve().name, **asdict(options)}
     if _is_done(target, recipe):
         announce(f"{target} is there already, made by the same command; remove it to make it anew.")
         return load_index(str(target), announce)
-    images = KNOWN[source](announce) if source in KNOWN else open_source(source)
+    images = KNOWN[source](announce) if source in KNOWN else open_source(source, options.classes, announce)
     resolved = _resolve(images, options)
-    with _staging(target) as folder:
+    with staging(target, json.dumps([recipe, images.fingerprint()])) as folder:
         jobs = _jobs(images, resolved.per_shard)
+        if kept := finished(folder):
+            announce(f"{kept} of {len(jobs)} shards are there from an earlier try; going on with the others.")
         written = _write_all(images, resolved, folder, jobs, workers or _cores(), progress)
-        _report_skipped(written, announce)
+        _report_skipped(written, folder, announce)
         shards = [result.shard for result in written if result.shard.nsamples]
         if not shards:
             raise UserError(f"None of the {len(images.labels)} images of {source} can be read.")
@@ -102,8 +97,10 @@ def _is_done(target: Path, recipe: dict[str, Any]) -> bool:
     """Whether `target` is there, made by the same recipe. Raises UserError if it holds something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    if target.is_dir() and (target / INDEX).exists() and read_record(target).get("prepared") == recipe:
-        return True
+    if target.is_dir() and (target / INDEX).exists():
+        before = read_record(target).get("prepared")
+        if isinstance(before, dict) and asdict(Options()) | before == recipe:
+            return True
     raise UserError(f"{target} is there already. Give the name of a new folder, or remove that one.")
 
 
@@ -126,45 +123,13 @@ def _resolve(images: Source, options: Options) -> Options:
         raise UserError(f"None of the {len(images.labels)} images of {images.name} can be read.")
     resizes = options.size is not None
     # Without --size nothing may change an image: another size than the first one's is then an error.
-    return Options(
-        size, (options.fit or images.fit) if resizes else None, options.channels, options.per_shard
-    )
+    return replace(options, size=size, fit=(options.fit or images.fit) if resizes else None)
 
 
 def _jobs(images: Source, per_shard: int) -> list[tuple[int, NDArray[np.int64]]]:
     order = permutation(len(images.labels), _SHUFFLE_SEED)
     starts = range(0, len(order), per_shard)
     return [(number, order[start : start + per_shard]) for number, start in enumerate(starts)]
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, ours alone, that is gone afterwards unless it was renamed."""
-    folder = target.with_name(f".{target.name}.partial")
-    lock = -1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"Another `shardgan prepare` is writing {target} at this moment.") from None
-    except OSError as error:
-        raise UserError(f"{target.parent} cannot be written to: {error.strerror}.") from None
-    try:
-        for left in folder.iterdir():  # of a run that was killed
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield folder
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise UserError(
-            f"No space left for {target} ({error.strerror}). Nothing was kept of it; make room or choose "
-            "another place, and run the command again."
-        ) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _write_all(
@@ -201,18 +166,33 @@ def _adopt(images: Source, options: Options, folder: Path) -> None:
     global _job
     _job = (images, options, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the pool
+    if sys.platform == "linux":  # and if the parent is killed, nobody else would, nor give back the folder
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
+    folder = _job[2]
+    if (earlier := noted(folder, number)) is not None:
+        return earlier
+    path = folder / f"shard-{number:06d}.tar"
+    try:
+        written = _write_tar(path, number, rows)
+        note(folder, number, written)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return written
+
+
+def _write_tar(path: Path, number: int, rows: NDArray[np.int64]) -> Written:
     images, options, folder = _job
-    url = f"shard-{number:06d}.tar"
     skipped: list[str] = []
-    with (folder / url).open("wb") as file, tar_writer(file) as tar:
+    with path.open("wb") as file, tar_writer(file) as tar:
         for place, row in enumerate(rows.tolist()):
             try:
                 image = _fit(images.image(row), options, images.describe(row))
             except (BadImageError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in _FULL:
+                if isinstance(error, OSError) and error.errno in FULL:
                     raise
                 skipped.append(f"{images.describe(row)}: {error}")
                 continue
@@ -221,11 +201,11 @@ def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
                 sample["cls"] = b"%d" % images.labels[row]
             tar.write(sample)
     if len(skipped) == len(rows):
-        (folder / url).unlink()
-        return Written(Shard(url, 0, 0, "", {}), tuple(skipped))
-    return Written(
-        shard_of(url, scan_shard(folder, url, (folder / url).stat().st_size, None)), tuple(skipped)
-    )
+        path.unlink()
+        return Written(Shard(path.name, 0, 0, "", {}), tuple(skipped))
+    table = sidecar.scan(path, path.name)
+    sidecar.save(table, sidecar_path(folder, path.name))
+    return Written(shard_of(path.name, table), tuple(skipped))
 
 
 def tar_writer(file: BinaryIO) -> Any:
@@ -262,11 +242,13 @@ def _png(image: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _report_skipped(written: list[Written], announce: Callable[[str], None]) -> None:
-    skipped = [reason for result in written for reason in result.skipped]
-    if skipped:
-        announce(f"{len(skipped)} images could not be read and are left out:")
-        for reason in skipped[:10]:
-            announce(f"  {reason}")
-        if len(skipped) > 10:
-            announce(f"  … and {len(skipped) - 10} more")
+def _report_skipped(written: list[Written], folder: Path, announce: Callable[[str], None]) -> None:
+    skipped = [" ".join(reason.split()) for result in written for reason in result.skipped]
+    if not skipped:
+        return
+    (folder / _SKIPPED).write_text("".join(f"{reason}\n" for reason in skipped))
+    announce(f"{len(skipped)} images could not be read and are left out ({_SKIPPED} lists them):")
+    for reason in skipped[:10]:
+        announce(f"  {reason}")
+    if len(skipped) > 10:
+        announce(f"  … and {len(skipped) - 10} more")

@@ -1,23 +1,32 @@
-"""Where `shardgan prepare` takes images from: a folder, a zip, or arrays of a known data set."""
+"""Where `shardgan prepare` takes images from: a folder, a zip, shards, or arrays of a known data set."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import UserError
+from pipeline.data import npy
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError
+from pipeline.data.index import Index, load_index
+from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.tar import LARGEST_MEMBER
 
 Fit = Literal["crop", "pad", "stretch"]
+Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no
 _EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -36,6 +45,10 @@ class Source(Protocol):
     @property
     def labels(self) -> NDArray[np.int64]:
         """One label per image [n], all -1 if unlabelled."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Another one if any of the images has changed, for all that can be seen without reading them."""
         ...
 
     def describe(self, number: int) -> str:
@@ -57,6 +70,9 @@ class Arrays:
     classes: tuple[str, ...]
     fit: Fit = "pad"
 
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+
     def describe(self, number: int) -> str:
         return f"image {number} of {self.name}"
 
@@ -66,7 +82,7 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """Image files under a folder; its sub-folders, if it has any, are the classes."""
+    """Image files anywhere under a folder."""
 
     root: Path
     files: tuple[str, ...]
@@ -78,39 +94,54 @@ class Folder:
     def name(self) -> str:
         return self.root.name
 
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name in self.files:
+            with suppress(OSError):  # which is then said when it is to be read
+                found = (self.root / name).stat()
+                name = f"{name}\0{found.st_size}\0{found.st_mtime_ns}"
+            digest.update(f"{name}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
     def describe(self, number: int) -> str:
         return str(self.root / self.files[number])
 
     def image(self, number: int) -> Image.Image:
         path = self.root / self.files[number]
-        if path.stat().st_size > LARGEST_MEMBER:
+        found = path.stat()
+        if not S_ISREG(found.st_mode):
+            raise BadImageError("not a regular file")
+        if found.st_size > LARGEST_MEMBER:
             raise BadImageError(f"larger than {LARGEST_MEMBER >> 20} MiB")
         return _open(path.read_bytes())
 
 
 @dataclass(eq=False)
 class Zip:
-    """Image files in a zip; its folders, if it has any, are the classes. Nothing is unpacked to disk."""
+    """Image files in a zip. Nothing is unpacked to disk."""
 
     path: Path
     files: tuple[str, ...]
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     fit: Fit = "crop"
-    _opened: tuple[int, zipfile.ZipFile] | None = field(default=None, repr=False)
+    _zip: zipfile.ZipFile | None = field(default=None, repr=False)
+    _process: int = 0
 
     @property
     def name(self) -> str:
         return self.path.stem
 
+    def fingerprint(self) -> str:
+        found = self.path.stat()
+        return f"{found.st_size} {found.st_mtime_ns}"
+
     def describe(self, number: int) -> str:
         return f"{self.files[number]} in {self.path}"
 
     def image(self, number: int) -> Image.Image:
-        if self._opened is None or self._opened[0] != os.getpid():  # processes must not share a file position
-            self._opened = (os.getpid(), zipfile.ZipFile(self.path))
         try:
-            with self._opened[1].open(self.files[number]) as file:
+            with self._opened().open(self.files[number]) as file:
                 data = file.read(LARGEST_MEMBER + 1)
         except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
             raise BadImageError(str(error)) from None
@@ -118,26 +149,75 @@ class Zip:
             raise BadImageError(f"larger than {LARGEST_MEMBER >> 20} MiB")
         return _open(data)
 
+    def _opened(self) -> zipfile.ZipFile:
+        """With a file position of this process's own. A fork shares what was read of the directory, which of
+        a zip of a million files takes a gigabyte."""
+        if self._zip is None:
+            self._zip, self._process = zipfile.ZipFile(self.path), os.getpid()
+        if self._process != os.getpid():
+            self._zip.fp, self._process = self.path.open("rb"), os.getpid()
+        return self._zip
 
-def open_source(source: str) -> Source:
-    """The images at a path: a folder or a zip. Raises UserError if it is neither, or has no images."""
+
+class Shards:
+    """The images and labels of WebDataset shards; whatever else their samples hold is left behind."""
+
+    fit: Fit = "crop"
+
+    def __init__(self, index: Index) -> None:
+        self._index, self._reader = index, Reader(index, len(index.shards))
+        self._ends = np.cumsum(index.sizes)
+        self.name, self.classes = index.name, index.class_names
+        tables = map(index.table, range(len(index.shards)))
+        self.labels: NDArray[np.int64] = np.concatenate([table.label for table in tables])
+
+    def fingerprint(self) -> str:
+        return self._index.fingerprint
+
+    def describe(self, number: int) -> str:
+        shard, row = self._place(number)
+        return f"sample {self._index.table(shard).key(row)} of {self._index.path(shard)}"
+
+    def image(self, number: int) -> Image.Image:
+        try:
+            sample = self._reader.read(*self._place(number))
+        except BadSampleError as error:
+            raise BadImageError(str(error)) from None
+        return _open(next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self._index.sizes[shard])
+
+
+def open_source(source: str, classes: Classes, announce: Callable[[str], None]) -> Source:
+    """The images at a path: a folder, a zip, or shards. Raises UserError if it is none, or has no images."""
+    if "://" in source:
+        raise UserError(f"{source} is not on this machine; copy it here to prepare it anew.")
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-        images = [name for name in files if _is_image(name)]
-        if not images and any(name.endswith(".tar") for name in files):
-            raise UserError(
-                f"{path} holds shards already. `shardgan prepare {source} --index-only` builds their index."
-            )
-        return Folder(path.absolute(), *_classes(images, source))
+        images = sorted(filter(_is_image, _files(path)))
+        if not images and any(path.glob("*.tar")):
+            return Shards(load_index(source, announce))
+        return Folder(path.absolute(), tuple(images), *_classes(images, source, classes))
+    if source.endswith(".tar"):
+        return Shards(load_index(source, announce))
     try:
         with zipfile.ZipFile(path) as file:
-            images = sorted(info.filename for info in file.infolist() if _is_image(info.filename))
+            images = sorted(filter(_is_image, file.namelist()))
     except FileNotFoundError:
-        raise UserError(f"There is no folder, zip or known data set called {source}.") from None
+        raise UserError(f"There is no folder, zip, shard or known data set called {source}.") from None
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{source} is neither a folder nor a zip of images ({error}).") from None
-    return Zip(path.absolute(), *_classes(images, source))
+    return Zip(path.absolute(), tuple(images), *_classes(images, source, classes))
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Names of all files below, relative to it."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = os.path.relpath(folder, root)
+        yield from files if inside == "." else (f"{inside}/{name}" for name in files)
 
 
 def _is_image(name: str) -> bool:
@@ -146,33 +226,39 @@ def _is_image(name: str) -> bool:
     return path.suffix.lower() in _EXTENSIONS and not hidden
 
 
-def _classes(files: list[str], source: str) -> tuple[tuple[str, ...], NDArray[np.int64], tuple[str, ...]]:
-    """Files, their labels and the class names. The class is the first folder in which the paths differ."""
+def _classes(files: list[str], source: str, by: Classes) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels and class names. Folders that hold all there is, as zips often have one, name no class."""
     if not files:
         raise UserError(f"There are no images ({', '.join(sorted(_EXTENSIONS))}) in {source}.")
-    parts = [PurePosixPath(name).parts for name in files]
-    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]  # zips often hold one folder that holds everything
-    loose = sum(len(p) == 1 for p in parts)
-    if loose == len(parts):
-        return tuple(files), np.full(len(files), -1, np.int64), ()
-    if loose:
-        name = files[next(i for i, p in enumerate(parts) if len(p) == 1)]
+    folders = [PurePosixPath(name).parts[:-1] for name in files]
+    ends = list(zip(min(folders), max(folders), strict=False))
+    shared = next((i for i, (first, last) in enumerate(ends) if first != last), len(ends))
+    folders = [parts[shared : shared + 1 if by == "top" else None] for parts in folders]
+    if by == "none" or not any(folders):
+        return np.full(len(files), -1, np.int64), ()
+    if not all(folders):
         raise UserError(
-            f"{source} has images both in sub-folders, which would be the classes, and beside them ({name}). "
-            "Put every image into a sub-folder, or all into one folder."
+            f"{source} has images both in sub-folders, which would be the classes, and beside them "
+            f"({files[folders.index(())]}). Put every image into a sub-folder, or give --classes none."
         )
-    classes = tuple(sorted({p[0] for p in parts}))
-    numbers = {name: number for number, name in enumerate(classes)}
-    return tuple(files), np.array([numbers[p[0]] for p in parts], np.int64), classes
+    numbers = {name: number for number, name in enumerate(sorted(set(folders)))}
+    labels = np.array([numbers[parts] for parts in folders], np.int64)
+    return labels, tuple("/".join(parts) for parts in numbers)
 
 
 def _open(data: bytes) -> Image.Image:
     try:
+        if data.startswith(npy.MAGIC):
+            header = npy.read_header(data)
+            return Image.fromarray(
+                npy.read_pixels(data, header).squeeze(axis=2 if header.channels == 1 else ())
+            )
         image = Image.open(io.BytesIO(data), formats=(*FORMATS, "BMP"))
         if image.width * image.height > LARGEST:
             raise BadImageError(f"{image.width}x{image.height} pixels are too many")
         image.load()
         return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:  # its own message tells a memory address, another one each time
+        raise BadImageError(f"not a {', '.join(FORMATS)}, BMP or .npy image") from None
     except Exception as error:  # damaged or hostile bytes make Pillow raise nearly anything
         raise BadImageError(str(error) or type(error).__name__) from None

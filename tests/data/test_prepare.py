@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import subprocess
-import sys
+import multiprocessing
+import os
+import resource
+import shutil
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,11 +20,11 @@ import webdataset
 from click.testing import CliRunner
 from conftest import MakeShards
 from PIL import Image
-from tiny_shards import png
+from tiny_shards import png, sample_of, write_tar
 
 from launch.prepare import prepare as command
 from pipeline.config import UserError
-from pipeline.data.index import load_index
+from pipeline.data.index import build_index, load_index
 from pipeline.data.plan import training_plan
 from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import training_batches
@@ -151,6 +155,88 @@ def test_unreadable_files_are_left_out_and_named(pictures: Path, tmp_path: Path)
     index = prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1, announce=said.append)
     assert index.num_samples == 12
     assert "2 images could not be read" in said[0] and "cats/bad.png" in "".join(said)
+    listed = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
+    assert sorted(listed) == sorted(text.strip() for text in said[1:]) and len(listed) == 2
+
+
+def test_what_only_looks_like_a_picture_is_left_out(pictures: Path, tmp_path: Path) -> None:
+    """Nobody waits for a pipe, and a link to nowhere is no reason to stop."""
+    os.mkfifo(pictures / "cats" / "pipe.png")
+    (pictures / "cats" / "link.png").symlink_to("nowhere.png")
+    (pictures / "cats" / "folder.png").mkdir()
+    index = prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=2)
+    skipped = (tmp_path / "out" / "skipped.txt").read_text()
+    assert index.num_samples == 12 and skipped.count("\n") == 2
+    assert "pipe.png: not a regular file" in skipped and "link.png" in skipped
+
+
+@pytest.mark.parametrize(
+    ("by", "classes"),
+    [
+        ("top", ("animals", "plants")),
+        ("path", ("animals/cats", "animals/dogs/small", "plants")),
+        ("none", ()),
+    ],
+)
+def test_nested_folders(pictures: Path, tmp_path: Path, by: str, classes: tuple[str, ...]) -> None:
+    """The same from a folder and from a zip that holds it below two others."""
+    names = ["animals/cats/0.png", "animals/dogs/small/1.png", "plants/2.png", "plants/3.png"]
+    with zipfile.ZipFile(tmp_path / "n.zip", "w") as file:
+        for number, name in enumerate(names):
+            (tmp_path / "n" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(pictures / "cats" / f"{number}.png", tmp_path / "n" / name)
+            file.write(tmp_path / "n" / name, f"data/train/{name}")
+    for source in ("n", "n.zip"):
+        index = prepare(
+            str(tmp_path / source),
+            str(tmp_path / f"{source}-out"),
+            Options(size=10, classes=by),  # type: ignore[arg-type]
+            workers=1,
+        )
+        assert index.class_names == classes
+        expected = {"top": {0: 2, 1: 2}, "path": {0: 1, 1: 1, 2: 2}, "none": {}}[by]
+        assert index.shards[0].labels == expected
+
+
+def test_shards_are_cut_anew(make_shards: MakeShards, tmp_path: Path) -> None:
+    """Other sizes of shard, the same images, labels and names of classes; also from one tar."""
+    root = make_shards([7, 1, 12], classes=3)
+    build_index(str(root), extra={"classes": ["a", "b", "c"]})
+    index = prepare(str(root), str(tmp_path / "out"), Options(per_shard=8), workers=2)
+    assert index.sizes == (8, 8, 4) and index.classes == ("a", "b", "c")
+    samples = webdataset.WebDataset(f"{tmp_path}/out/shard-{{000000..000002}}.tar", shardshuffle=False)
+    found = {sample_of(s["png"]): s["cls"] for s in samples.decode("l8")}
+    assert found == {(s, r): (s + r) % 3 for s, n in enumerate([7, 1, 12]) for r in range(n)}
+    one = prepare(str(root / "s-0002.tar"), str(tmp_path / "one"), Options(size=2, fit="stretch"), workers=1)
+    assert one.num_samples == 12 and images(tmp_path / "one", 2, 1).shape == (12, 1, 2, 2)
+
+
+def test_img2dataset_output(tmp_path: Path) -> None:
+    """Its webdataset format: pictures with captions and metadata in tars, tables and statistics beside them;
+    and its files format, whose folders are no classes. A damaged picture is left out."""
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        members = []
+        for row in range(6):
+            key, file = f"{shard:05d}{row:04d}", io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (9, 16, 3), np.uint8)).save(file, "JPEG")
+            data = file.getvalue() if (shard, row) != (1, 2) else file.getvalue()[:60]
+            record = json.dumps({"url": "https://x.org/1.jpg", "width": 16, "height": 9, "status": "success"})
+            members += [(f"{key}.jpg", data), (f"{key}.json", record.encode()), (f"{key}.txt", b"a cat")]
+            for name, text in members[-3:]:
+                path = tmp_path / "files" / f"{shard:05d}" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(text)
+        write_tar(tmp_path / "tars" / f"{shard:05d}.tar", members, tarfile.PAX_FORMAT)
+        for folder in ("tars", "files"):
+            (tmp_path / folder / f"{shard:05d}.parquet").write_bytes(b"PAR1")
+            (tmp_path / folder / f"{shard:05d}_stats.json").write_text('{"count": 6, "successes": 6}')
+    for folder in ("tars", "files"):
+        options = Options(size=8, channels=3, classes="none")
+        index = prepare(str(tmp_path / folder), str(tmp_path / f"{folder}-out"), options, workers=1)
+        assert (index.num_samples, index.num_classes) == (11, 0)
+        assert "000010002" in (tmp_path / f"{folder}-out" / "skipped.txt").read_text()
+        assert images(tmp_path / f"{folder}-out", 8, 3).shape == (11, 3, 8, 8)
 
 
 def test_the_same_command_again_does_nothing(pictures: Path, tmp_path: Path) -> None:
@@ -167,13 +253,14 @@ def test_the_same_command_again_does_nothing(pictures: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere", Options(), "no folder, zip or known data set called"),
+        ("nowhere", Options(), "no folder, zip, shard or known data set called"),
         ("pictures/cats/0.png", Options(), "neither a folder nor a zip"),
         ("empty", Options(), "There are no images"),
         ("mixed", Options(size=8), "both in sub-folders"),
         ("pictures", Options(), r"--size N"),
         ("pictures/dogs", Options(), "12x8, not square"),
-        ("shards", Options(), "--index-only"),
+        ("mixed", Options(size=8, classes="path"), "--classes none"),
+        ("https://x.org/shards", Options(), "not on this machine"),
         ("broken", Options(size=8), "None of the 1 images"),
         ("broken", Options(), "None of the 1 images"),
     ],
@@ -188,32 +275,95 @@ def test_what_cannot_be_prepared(
         (tmp_path / path).write_bytes((pictures / "cats" / "0.png").read_bytes())
     (tmp_path / "broken" / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=message):
-        prepare(str(tmp_path / source), str(tmp_path / "out"), options, workers=1)
+        where = source if "://" in source else str(tmp_path / source)
+        prepare(where, str(tmp_path / "out"), options, workers=1)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*")), "nothing is left behind"
 
 
-FULL = """
-import resource, sys
-from pipeline.config import UserError
-from pipeline.data.prepare import Options, prepare
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # writing more fails, as on a full disk
-try:
-    prepare(sys.argv[1], sys.argv[2], Options(size=64), workers=1)
-except UserError as error:
-    print(error)
-"""
+FORK = multiprocessing.get_context("fork")
 
 
-def test_a_full_disk_leaves_nothing(pictures: Path, tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", FULL, str(pictures), str(tmp_path / "out")],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert run.stdout.startswith("No space left for"), run.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"]
+def fill_the_disk(source: Path, out: Path, per_shard: int, said: multiprocessing.Queue) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # writing more fails, as on a full disk
+    try:
+        prepare(str(source), str(out), Options(size=200, per_shard=per_shard), workers=1)
+    except UserError as error:
+        said.put(str(error))
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """It leaves no half shard. What was finished before stays, and is not made again when there is room."""
+    (tmp_path / "in").mkdir()
+    for i in range(12):  # one of them does not compress
+        pixels = np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8) * (i == 7)
+        (tmp_path / "in" / f"{i:02}.png").write_bytes(png(pixels.astype(np.uint8)))
+    some, none = str(tmp_path / "some"), str(tmp_path / "none")
+    queue, messages = FORK.Queue(), []
+    for out, per_shard in [(none, 100), (some, 4)]:
+        process = FORK.Process(target=fill_the_disk, args=(tmp_path / "in", out, per_shard, queue))
+        process.start()
+        messages.append(queue.get(timeout=60))
+        process.join()
+    first, second = messages
+    assert first.startswith(f"No space left for {none}") and "Nothing was kept" in first
+    assert second.startswith(f"No space left for {some}") and "finished shard" in second
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".some.partial", "in"]
+    kept = contents(tmp_path / ".some.partial")
+    assert len(kept) in (1, 2)
+    said: list[str] = []
+    prepare(str(tmp_path / "in"), some, Options(size=200, per_shard=4), workers=1, announce=said.append)
+    assert f"{len(kept)} of 3 shards are there from an earlier try" in said[0]
+    prepare(str(tmp_path / "in"), none, Options(size=200, per_shard=4), workers=1)
+    assert contents(tmp_path / "some") == contents(tmp_path / "none")
+    assert contents(tmp_path / "some").items() >= kept.items()
+    assert {path.name for path in (tmp_path / "some").iterdir() if path.is_dir()} == {".shardgan"}
+
+
+def test_killed_and_started_again(pictures: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as some shards are there, twice; then a damaged one of them; the end is the same."""
+    for i in range(200):
+        shutil.copy(pictures / "dogs" / "0.png", pictures / "dogs" / f"more-{i}.png")
+    (pictures / "cats" / "bad.png").write_bytes(b"no image")
+    partial, options = tmp_path / ".out.partial", Options(size=32, per_shard=5)
+    for wanted in (3, 12):
+        process = FORK.Process(
+            target=prepare, args=(str(pictures), str(tmp_path / "out"), options), kwargs={"workers": 2}
+        )
+        process.start()
+        while len(list(partial.glob(".progress/*.json"))) < wanted:
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+    assert not (tmp_path / "out").exists()
+    damaged = min(partial.glob("shard-*.tar"))
+    before = {path.name: path.stat().st_ino for path in partial.glob("shard-*.tar")}
+    damaged.write_bytes(damaged.read_bytes()[:-512])
+    said: list[str] = []
+    prepare(str(pictures), str(tmp_path / "out"), options, announce=said.append)
+    assert "shards are there from an earlier try" in said[0]
+    prepare(str(pictures), str(tmp_path / "whole"), options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("shard-*.tar")}
+    assert sum(before[name] == after[name] for name in before) >= 11
+
+
+def test_other_images_or_options_start_anew(pictures: Path, tmp_path: Path) -> None:
+    """What an earlier try left is of use only to the same command on the same files."""
+    partial = tmp_path / ".out.partial"
+    for change in ("options", "images"):
+        prepare(str(pictures), str(tmp_path / "out"), Options(size=8, per_shard=2), workers=1)
+        recipe = json.dumps([{"source": "pictures"}, "another"])
+        (tmp_path / "out").rename(partial)
+        (partial / ".progress").mkdir()
+        (partial / ".progress" / "recipe").write_text(recipe)
+        (partial / ".progress" / "0.json").write_text("{}")
+        said: list[str] = []
+        index = prepare(
+            str(pictures), str(tmp_path / "out"), Options(size=4, per_shard=9), announce=said.append
+        )
+        assert index.sizes == (9, 3) and not said, change
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_leftovers_of_a_killed_run_do_not_matter(pictures: Path, tmp_path: Path) -> None:
