@@ -69,7 +69,8 @@ class MasterEngine(Engine):
         self._optimizer.step()
         if self.loss_scale is not None:
             squares = self.loss_scale.update(squares)
-        return self.chart("Loss", penalties) | self.outcome(squares)
+        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
+        return self.chart("Loss", penalties) | gradient | self.outcome(squares)
 
     def _clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
         """Scale down to the largest allowed norm, as torch's clip_grad_norm_ does, on the device."""

@@ -9,7 +9,7 @@ parameter that does not train is a constant in it, and is left out of gradient a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,19 @@ class LocalPenalty:
         if self.coefficients.l1:
             values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
         return values
+
+    def gradient(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{"penalty": this rank's share of ‖∂penalty/∂W‖²}, from what `values` gave; empty if unpenalised.
+
+        Without a pass over the weights for L2 alone: Σ (2λw + λ'·sign w)² = 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'²·#(w ≠ 0).
+        """
+        l2, l1 = self.coefficients.l2, self.coefficients.l1
+        squares = 4 * l2 * values["l2_penalty"]
+        if l1:
+            squares = squares + 4 * l2 * values["l1_penalty"]
+            for weight in self.weights:
+                squares = squares + l1**2 * torch.count_nonzero(weight)
+        return {"penalty": squares} if l2 or l1 else {}
 
     def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
         """Add ∂penalty/∂W to the gradients of the penalised fragments, in place.

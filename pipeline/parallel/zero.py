@@ -165,7 +165,8 @@ class ZeroEngine(Engine):
         self._ds.step()
         if not self._asked:  # not finite: stage 3, and any with offloading, skip that by themselves
             self._note(torch.full_like(self._squares, torch.inf))
-        return self.chart("Loss", penalties) | self.outcome(self._squares)
+        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
+        return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
 
     def _note(self, squares: torch.Tensor) -> None:
         """Remember an update's squared gradient norm."""

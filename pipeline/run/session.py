@@ -130,7 +130,7 @@ class Session:
         now, (then, before) = time.perf_counter(), self._clock
         self._unseen.score(gan.D, stats)
         for engine in (gan.D, gan.G):
-            stats.add(engine.chart("Weights", {"norm": sum_of_squares([f.data for f in engine.fragments])}))
+            stats.add(engine.chart("Weights", _squares(engine)))
         mine = {
             "seconds": now - then,
             "waited": self._waited,
@@ -256,6 +256,12 @@ class Session:
             yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
+
+
+def _squares(engine: Engine) -> dict[str, Tensor]:
+    """Sums of squares over this rank's elements: of all weights, and of each layer's kernel."""
+    kernels = {f"norm/{f.name}": sum_of_squares([f.data]) for f in engine.fragments if len(f.shape) > 1}
+    return {"norm": sum_of_squares([f.data for f in engine.fragments]), **kernels}
 
 
 def _peak_memory_gb(device: torch.device) -> float:

@@ -112,7 +112,10 @@ def _complete(values: dict[str, float]) -> dict[str, float]:
         parts = [values[f"Loss/{player}/{part}"] for part in LOSS_PARTS if f"Loss/{player}/{part}" in values]
         if parts:
             values[f"Loss/{player}/loss"] = sum(parts)
-        for norm in (f"Gradients/{player}/norm", f"Weights/{player}/norm"):
-            if norm in values:
-                values[norm] = math.sqrt(values[norm])
+        gradient, penalty = f"Gradients/{player}/norm", f"Gradients/{player}/penalty"
+        for name in values:
+            if name in (gradient, penalty) or name.startswith(f"Weights/{player}/norm"):
+                values[name] = math.sqrt(values[name])
+        if values.get(gradient) and penalty in values:
+            values[f"{penalty}_share"] = values[penalty] / values[gradient]
     return values

@@ -48,8 +48,12 @@ def test_a_logged_penalty_is_that_of_the_weights_before_the_update(worlds, world
             )
             kernels = [t for name, t in weights.items() if name.startswith("weights/") and ".weight@" in name]
             assert len(kernels) == 3
-            expected = coefficients.l2 * sum(float(t.double().square().sum()) for t in kernels)
-            assert math.isclose(row[f"Loss/{player}/l2_penalty"], expected, rel_tol=1e-6)
+            squares = sum(float(t.double().square().sum()) for t in kernels)
+            gradient = 2 * coefficients.l2 * math.sqrt(squares)
+            share = gradient / row[f"Gradients/{player}/norm"]
+            assert math.isclose(row[f"Loss/{player}/l2_penalty"], coefficients.l2 * squares, rel_tol=1e-6)
+            assert math.isclose(row[f"Gradients/{player}/penalty"], gradient, rel_tol=1e-6)
+            assert math.isclose(row[f"Gradients/{player}/penalty_share"], share, rel_tol=1e-6)
 
 
 def test_logged_norms_are_those_of_the_exported_weights(worlds):
@@ -58,3 +62,8 @@ def test_logged_norms_are_those_of_the_exported_weights(worlds):
             if player != "G_ema":
                 whole = torch.cat([t.double().flatten() for t in weights.values()])
                 assert math.isclose(run.rows[-1][f"Weights/{player}/norm"], float(whole.norm()), rel_tol=1e-6)
+                kernels = {name: t.double() for name, t in weights.items() if t.ndim > 1}
+                assert len(kernels) == 3
+                for name, kernel in kernels.items():
+                    logged = run.rows[-1][f"Weights/{player}/norm/{name}"]
+                    assert math.isclose(logged, float(kernel.norm()), rel_tol=1e-6)

@@ -211,6 +211,7 @@ def tracked(of_one) -> list[OfflineRun]:
 CHARTS = {
     *(f"Loss/{p}/{part}" for p in "GD" for part in ("loss", "adversarial", "l2_penalty")),
     *(f"{what}/{p}/norm" for p in "GD" for what in ("Weights", "Gradients")),
+    *(f"Gradients/{p}/{part}" for p in "GD" for part in ("penalty", "penalty_share")),
     *("Loss/scores/real", "Loss/scores/fake", "Loss/scores/heldout", "Loss/signs/real"),
     *("Progress/kimg", "Progress/epoch", "Resources/peak_mem_gb"),
     *("Timing/sec_per_kimg", "Timing/img_per_sec", "Timing/data_wait_frac"),
