@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,23 +16,46 @@ import click
 from pipeline.config import UserError
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import Config, Score
+    from pipeline.run.features import Extractor
     from pipeline.run.state import State
 
-METRICS = ("kid",)
+METRICS = {
+    "kid": "kernel distance (KID)",
+    "fd": "Fréchet distance (FID, if the features are inception's)",
+    "pr": "precision and recall",
+    "dc": "density and coverage",
+    "nn": "memorisation: distances to the nearest training image",
+}
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--metrics", default="kid", show_default=True, help=f"Of {', '.join(METRICS)}, commas between.")
-@click.option("--features", metavar="NAME", help="Compared by these features; default: the run's own.")
-@click.option("--images", type=click.IntRange(min=2), help="Of each kind; default: as in training.")
+@click.option(
+    "--metrics",
+    default="kid",
+    show_default=True,
+    help=f"With commas between, of: {'; '.join(f'{name}, {what}' for name, what in METRICS.items())}.",
+)
+@click.option(
+    "--features", metavar="NAME", help="efflite0, inception:PATH, module:Class; default: the run's."
+)
+@click.option("--images", type=click.IntRange(min=2), help="Generated and held out; default: as in training.")
+@click.option("--train-images", type=click.IntRange(min=2), help="Compare with so many training images too.")
 @click.option("--data", metavar="SHARDS", help="Where the run's data lie now, if they were moved.")
-def evaluate(run: Path, metrics: str, features: str | None, images: int | None, data: str | None) -> None:
-    """Score the moving average of G in the run folder RUN against held-out images.
+def evaluate(
+    run: Path,
+    metrics: str,
+    features: str | None,
+    images: int | None,
+    train_images: int | None,
+    data: str | None,
+) -> None:
+    """Score the moving average of G in the run folder RUN against held-out (and training) images.
 
     Same latents, same images as in training: with the run's own settings it gives the number that stands in
-    metrics.jsonl. The result is added to scores.json in the run folder.
+    metrics.jsonl. The result is added to scores.json in the run folder, with fingerprints of the real images
+    it is against: scores of equal fingerprints can be compared, others cannot.
     """
     from pipeline.run.export import load_run
 
@@ -38,26 +63,31 @@ def evaluate(run: Path, metrics: str, features: str | None, images: int | None, 
         raise UserError(f"--metrics: no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
     settings, _, state = load_run(run)
     score = replace(
-        settings.score, features=features or settings.score.features, images=images or settings.score.images
+        settings.score,
+        metrics=tuple(metrics.split(",")),  # type: ignore[arg-type]  # known ones
+        features=features or settings.score.features,
+        images=images or settings.score.images,
+        train_images=settings.score.train_images if train_images is None else train_images,
     )
     settings = replace(settings, score=score, data=replace(settings.data, train=data or settings.data.train))
-    scores = _scores(run, settings, state)
+    scores, fingerprints = _scores(run, settings, state)
     _show(f"{settings.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
     entry = {"cur_nimg": state.cur_nimg, "time": datetime.now(UTC).isoformat(timespec="seconds"), **scores}
-    _append(run / "scores.json", entry)
+    _append(run / "scores.json", entry | {"against": fingerprints})
 
 
-def _scores(run: Path, settings: Config, state: State) -> dict[str, float]:
+def _scores(run: Path, settings: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
     from pipeline.data.index import load_index
-    from pipeline.data.plan import heldout_plan, training_plan
+    from pipeline.data.plan import training_plan
     from pipeline.gan.draws import Draws
     from pipeline.parallel.ranks import Ranks, read_launch
-    from pipeline.run.evaluate import evaluate, fixed_images, heldout_features
+    from pipeline.run.evaluate import evaluate, fixed_images
     from pipeline.run.export import load_generator
     from pipeline.run.features import load_features
+    from pipeline.run.references import references
 
-    extractor = load_features(settings.score.features)
-    data = settings.data
+    data, score = settings.data, settings.score
+    extractor = load_features(score.features)
     assert data.train is not None
     index = load_index(data.train, click.echo, data.remote)
     split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
@@ -67,13 +97,26 @@ def _scores(run: Path, settings: Config, state: State) -> dict[str, float]:
             "trained on then. Give the place of the original shards with --data."
         )
     ranks = Ranks(read_launch(), timedelta(seconds=settings.run.timeout_s))
-    real = heldout_features(
-        extractor.to(ranks.device), index, heldout_plan(*split), ranks, data, settings.score.images
-    )
-    G, _ = load_generator(run)
-    draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
-    fakes = fixed_images(G.to(ranks.device), draws, len(real), ranks.device)
-    return evaluate(fakes, real, extractor, ranks)
+    with _progress(extractor.to(ranks.device), score):
+        real = references(settings, extractor, index, ranks)
+        G, _ = load_generator(run)
+        draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
+        fakes = fixed_images(G.to(ranks.device), draws, len(real.heldout), ranks.device)
+        return evaluate(fakes, real, extractor, ranks, score.metrics), real.fingerprints
+
+
+@contextmanager
+def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
+    """A bar over the images that pass through the extractor; those in the cache need not."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    training = score.train_images or (score.images if "nn" in score.metrics else 0)
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=2 * score.images + training)
+        counting = extractor.register_forward_hook(lambda _m, _i, out: progress.advance(task, len(out)))
+        yield
+        counting.remove()
 
 
 def _show(title: str, scores: dict[str, float]) -> None:

@@ -188,11 +188,12 @@ class Ema:
 
 @dataclass(frozen=True, config=_STRICT)
 class Score:
-    """What is measured on held-out images, with which features, on how many images."""
+    """What is measured, on generated against held-out images, with which features, on how many images."""
 
-    metrics: tuple[Literal["kid"], ...] = ("kid",)
-    features: str = "efflite0"
+    metrics: tuple[Literal["kid", "fd", "pr", "dc", "nn"], ...] = ("kid",)  # pipeline/run/scores.py
+    features: str = "efflite0"  # or inception:PATH, or package.module:Class
     images: Annotated[int, Field(ge=2)] = 1000  # generated and real alike; fewer if fewer are held out
+    train_images: Annotated[int, Field(ge=0)] = 0  # compared with too; 0: only for nn, as many as `images`
 
 
 @dataclass(frozen=True, config=_STRICT)

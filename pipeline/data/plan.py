@@ -225,7 +225,8 @@ class Plan:
 
 
 class HeldOutPlan(Plan):
-    """The held-out samples, each once, in one fixed (shuffled) order, so that the first n are a fair n."""
+    """The held-out samples (`first_epoch`: the others), each once, in one fixed (shuffled) order, so that the
+    first n are a fair n."""
 
     def chunks(
         self, rank: int, world: int, batch: int, limit: int | None = None
@@ -261,6 +262,13 @@ def heldout_plan(
 ) -> HeldOutPlan:
     """The plan of what training_plan(the same arguments) leaves out. Its size may be 0."""
     return _plan(HeldOutPlan, _HELD_OUT, sizes, seed, window, holdout, folds, fold)
+
+
+def first_epoch(
+    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
+) -> HeldOutPlan:
+    """What training_plan(the same arguments) trains on, each sample once, in one fixed shuffled order."""
+    return _plan(HeldOutPlan, _TRAINING, sizes, seed, window, holdout, folds, fold)
 
 
 def _plan(

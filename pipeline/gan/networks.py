@@ -56,6 +56,24 @@ def check_networks(config: Config, num_classes: int) -> None:
     _check_shape(config, "D", num_classes, given=image, due=(2,))
 
 
+def import_class(path: str, title: str, base: type[Any]) -> type[Any]:
+    """The class at `package.module:Class`, also from the current folder. title: the setting it comes from.
+
+    Raises UserError if it cannot be imported or is not derived from `base`.
+    """
+    module_name, _, class_name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:  # there already under `python -m`, not under the shardgan command
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:
+        raise UserError(f"{title} cannot be imported: {_reason(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        where = "torch.nn" if base is nn.Module else base.__module__
+        raise UserError(f"{title} is not a class derived from {where}.{base.__name__}.")
+    return found
+
+
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -80,14 +98,7 @@ def _class_of(config: Config, player: Player) -> type[nn.Module]:
         raise UserError(
             f"{player}.kind={kind}: no such network; {hint} Or your own, as package.module:Class."
         )
-    if str(Path.cwd()) not in sys.path:  # there already under `python -m`, not under the shardgan command
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        network = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:
-        raise UserError(f"{_title(config, player)} cannot be imported: {_reason(error)}") from error
-    if not (isinstance(network, type) and issubclass(network, nn.Module)):
-        raise UserError(f"{_title(config, player)} is not a class derived from torch.nn.Module.")
+    network: type[nn.Module] = import_class(kind, _title(config, player), nn.Module)
     return network
 
 

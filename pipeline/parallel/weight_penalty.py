@@ -41,7 +41,8 @@ class LocalPenalty:
     def gradient(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """{"penalty": this rank's share of ‖∂penalty/∂W‖²}, from what `values` gave; empty if unpenalised.
 
-        Without a pass over the weights for L2 alone: Σ (2λw + λ'·sign w)² = 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'²·#(w ≠ 0).
+        Without a pass over the weights for L2 alone: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for
+        each w ≠ 0.
         """
         l2, l1 = self.coefficients.l2, self.coefficients.l1
         squares = 4 * l2 * values["l2_penalty"]

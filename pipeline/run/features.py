@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import UserError
+from pipeline.gan.networks import import_class
 
 
 class Extractor(nn.Module, abc.ABC):
@@ -26,9 +29,10 @@ class Extractor(nn.Module, abc.ABC):
     Grey images are repeated to three channels. Any size is taken; each extractor says how it resizes.
     """
 
-    name: str
+    name: str  # part of the names of scores: lower-case letters, digits and _
     version: str  # changes whenever the features of the same image do
     dim: int
+    canonical = False  # whether a Fréchet distance of these features is what the field calls FID
 
     def __init__(self, name: str, version: str, dim: int) -> None:
         super().__init__()
@@ -80,6 +84,36 @@ class EfficientNetLite0(Extractor):
         return maps.mean(dim=(2, 3))
 
 
+class Inception(Extractor):
+    """The features that FID is defined with (Heusel et al. 2017): TensorFlow's Inception of 2015-12-05, its
+    last pooling layer, as the TorchScript file that StyleGAN's authors published and most papers have used.
+
+    The network resizes images itself, as the original does. Raises UserError for any other file.
+    """
+
+    SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+    canonical = True
+
+    def __init__(self, file: Path) -> None:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"score.features=inception:{file} cannot be read: {error}") from None
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != self.SHA256:  # before anything in it is run
+            raise UserError(
+                f"score.features=inception:{file}: not inception-2015-12-05.pt, which FID is defined with: "
+                f"its SHA-256 is {digest[:16]}…, not {self.SHA256[:16]}…. Download that file "
+                "(NVlabs/stylegan2-ada-pytorch tells where), or use efflite0, which needs none."
+            )
+        super().__init__("inception", digest[:16], 2048)
+        self.net = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+
+    def extract(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.net(pixels, return_features=True)
+        return features
+
+
 @contextmanager
 def _ieee_convolutions() -> Iterator[None]:
     """No TF32 inside, cuDNN's default for float32: it keeps 10 bits of the mantissa."""
@@ -92,14 +126,39 @@ def _ieee_convolutions() -> Iterator[None]:
         convolutions.fp32_precision = before
 
 
-_KNOWN: dict[str, Callable[[], Extractor]] = {"efflite0": EfficientNetLite0}
-
-
 def load_features(name: str) -> Extractor:
     """The extractor of that name, on the CPU, frozen, in evaluation mode.
 
-    Raises UserError for a name that is not known.
+    Raises UserError for a name that is not known, and for what is not the extractor it should be.
     """
-    if name not in _KNOWN:
-        raise UserError(f"score.features={name}: no such features. Known: {', '.join(_KNOWN)}.")
-    return _KNOWN[name]().requires_grad_(False).eval()
+    if name == "efflite0":
+        extractor: Extractor = EfficientNetLite0()
+    elif name.startswith("inception:"):
+        extractor = Inception(Path(name.removeprefix("inception:")).expanduser())
+    elif ":" in name:
+        extractor = _own(name)
+    else:
+        raise UserError(
+            f"score.features={name}: no such features. Known: efflite0, inception:PATH (of the file "
+            "inception-2015-12-05.pt), or your own, as package.module:Class."
+        )
+    return extractor.requires_grad_(False).eval()
+
+
+def _own(kind: str) -> Extractor:
+    """A user's extractor. Its weights are part of its version, whatever it says."""
+    made: Callable[[], Extractor] = import_class(kind, f"score.features={kind}", Extractor)
+    try:
+        extractor = made()
+    except Exception as error:
+        raise UserError(f"score.features={kind} cannot be made: {type(error).__name__}: {error}") from error
+    if not re.fullmatch("[a-z0-9_]+", extractor.name) or extractor.name in ("efflite0", "inception"):
+        raise UserError(
+            f"score.features={kind} calls itself {extractor.name!r}; a name of its own, of a-z, 0-9 and _."
+        )
+    digest = hashlib.sha256()
+    for key, tensor in extractor.state_dict().items():
+        digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    extractor.version = f"{extractor.version}-{digest.hexdigest()[:16]}"
+    extractor.canonical = False
+    return extractor

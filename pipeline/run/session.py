@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch
+from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks, RunError, StopSignals
 from pipeline.run.bad_images import BadImages
-from pipeline.run.evaluate import evaluate, fixed_images, from_latents, heldout_features
+from pipeline.run.evaluate import evaluate, fixed_images, from_latents
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.health import BITS, FORWARD, Health, slowest
+from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
 from pipeline.run.saving import Saver
 from pipeline.run.sheets import GRID, Sheets, spread
@@ -184,12 +187,10 @@ class Session:
                 if self._extractor is None:
                     self._extractor = load_features(self.config.score.features).to(self.ranks.device)
                     self._extractor.register_forward_pre_hook(self._interrupt)
-                images = min(self.config.score.images, self.heldout.size)
-                real = heldout_features(
-                    self._extractor, self.index, self.heldout, self.ranks, self.config.data, images
-                )
-                fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real), self.ranks.device)
-                return evaluate(fakes, real, self._extractor, self.ranks)
+                real = references(self.config, self._extractor, self.index, self.ranks)
+                self.ranks.from_main(lambda: keep_to(self.folder / "reference.json", real))
+                fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real.heldout), self.ranks.device)
+                return evaluate(fakes, real, self._extractor, self.ranks, self.config.score.metrics)
         except _Interrupted:
             return None
 

@@ -55,11 +55,15 @@ def test_evaluate_gives_the_number_of_training_and_keeps_it(run):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     shown = call(evaluate, run)
     assert "brief after 0.064 kimg" in shown and "kid_efflite0" in shown
-    call(evaluate, run, "--images", 10)
+    call(evaluate, run, "--images", 10, "--metrics", "kid,nn", "--train-images", 12)
     first, second = json.loads((run / "scores.json").read_text())
     assert first["cur_nimg"] == last["cur_nimg"] == 64
     assert first["Metrics/kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], abs=1e-5)
-    assert second["Metrics/kid_efflite0_real_images"] == second["Metrics/kid_efflite0_fake_images"] == 10
+    assert second["Metrics/efflite0_real_images"] == second["Metrics/efflite0_fake_images"] == 10
+    assert second["Metrics/efflite0_train_images"] == 12 and second["Metrics/nn_ratio_efflite0"] > 0
+    assert "Metrics/kid_efflite0_train" in second
+    assert first["against"]["heldout"] != second["against"]["heldout"]  # 20 images and 10 do not compare
+    assert json.loads((run / "reference.json").read_text())["heldout"]["images"] == 20
 
 
 def test_evaluate_refuses_other_data_unknown_metrics_and_features(run, tmp_path):

@@ -1,7 +1,8 @@
-"""The score: against independent sums, on real images, over ranks, and from the cache."""
+"""Scoring: features, three ranks, the cache, and what may be compared with what."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,15 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchmetrics.image.kid import poly_mmd
 
-from pipeline.config import Data, UserError
+from pipeline import config
+from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.locate import cache_folder
-from pipeline.data.plan import heldout_plan
 from pipeline.parallel.ranks import Ranks, read_launch
-from pipeline.run import cache, evaluate
-from pipeline.run.features import load_features
+from pipeline.run import cache, evaluate, references, scores
+from pipeline.run.features import Extractor, Inception, load_features
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 
@@ -32,6 +32,11 @@ SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"
+)  # FID is defined by such a file
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,77 +72,7 @@ def real():
     return stored_images()
 
 
-@pytest.fixture(scope="module")
-def features(real, extractor):
-    return extractor(real[0][:160])
-
-
-# The estimator
-
-
-def test_kid_equals_torchmetrics_and_the_double_loop():
-    real, fake = torch.rand(2, 23, 40, generator=torch.Generator().manual_seed(0)).double()
-    fake = fake + 0.1
-
-    def k(x, y):
-        return (float(x @ y) / 40 + 1) ** 3
-
-    n = len(real)
-    pairs = [(i, j) for i in range(n) for j in range(n)]
-    direct = sum((k(real[i], real[j]) + k(fake[i], fake[j])) / (n * (n - 1)) for i, j in pairs if i != j)
-    direct -= 2 * sum(k(real[i], fake[j]) for i, j in pairs) / n**2
-    assert evaluate.kid(real, fake) == pytest.approx(direct, abs=1e-12)
-    assert evaluate.kid(real, fake) == pytest.approx(float(poly_mmd(real, fake)), abs=1e-12)
-
-
-def test_kid_block_by_block_is_kid(monkeypatch, features):
-    real, fake = features[:80], features[80:] + 0.05
-    whole = evaluate.kid(real, fake)
-    monkeypatch.setattr(evaluate, "_BLOCK", 7)  # does not divide 80
-    assert evaluate.kid(real, fake) == pytest.approx(whole, abs=1e-11)
-    assert whole == pytest.approx(float(poly_mmd(real.double(), fake.double())), abs=1e-11)
-
-
-def test_kid_of_identical_sets_is_negative_in_closed_form(features):
-    """Within, the U-statistic leaves out the diagonal, the largest entries; across, nothing."""
-    x = features[:100].double()
-    kernel = (x @ x.T / 1280 + 1) ** 3
-    n, total, diagonal = 100, kernel.sum(), kernel.trace()
-    expected = 2 * (total - diagonal) / (n * (n - 1)) - 2 * total / n**2
-    assert evaluate.kid(x, x) == pytest.approx(float(expected), abs=1e-11)
-    assert evaluate.kid(x, x) < 0
-
-
-def test_kid_refuses_what_it_cannot_compare():
-    for real, fake in [((5, 4), (4, 4)), ((1, 4), (1, 4)), ((5, 4), (5, 3))]:
-        with pytest.raises(ValueError, match="n ≥ 2"):
-            evaluate.kid(torch.zeros(real), torch.zeros(fake))
-
-
-# On real images
-
-
-def test_halves_of_one_set_are_near_and_damaged_images_are_far(real, features, extractor):
-    images, labels = real
-    halves = features[:80], features[80:]
-    null = evaluate.kid(*halves)
-    generator = torch.Generator().manual_seed(0)
-    half = images[80:160].float()
-    damaged = {
-        "blurred": F.avg_pool2d(half, 5, 1, 2),
-        "noisy": half + 40 * torch.randn(half.shape, generator=generator),
-        "collapsed": half[:1].expand_as(half),
-        "static": torch.randint(0, 256, half.shape, generator=generator),
-    }
-    found = {
-        name: evaluate.kid(halves[0], extractor(d.round().clamp(0, 255).to(torch.uint8)))
-        for name, d in damaged.items()
-    }
-    one_class = images[labels == 3][:40]
-    found["one class"] = evaluate.kid(halves[0][:40], extractor(one_class))
-    print(f"null {null:.4f}", {name: round(value, 3) for name, value in found.items()})
-    assert abs(null) < 0.15  # some three standard deviations for 80 against 80
-    assert min(found.values()) > 0.5
+# Features
 
 
 def test_features_do_not_depend_on_company_channels_or_precision(real, extractor):
@@ -168,24 +103,29 @@ def test_unknown_features_are_refused_with_the_known_ones():
 # Over ranks, and from the cache
 
 
-def score(ranks: Ranks, limit: int = 12) -> dict[str, float]:
-    """Images of the shards, brightened, against held-out ones: sizes that neither 3 ranks nor 8 divide."""
+def score(ranks: Ranks, limit: int = 12, metrics: str = "kid") -> dict[str, float]:
+    """Images of the shards, brightened, against real ones: sizes that neither 3 ranks nor 8 divide."""
     images = stored_images()[0]
-    data = Data(train=str(SHARDS), size=28, channels=1, holdout=0.1)
-    index = load_index(str(SHARDS))
-    plan = heldout_plan(index.sizes, 0, data.window, data.holdout, data.folds, data.fold)
+    settings = config.load(
+        None,
+        [
+            f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.holdout=0.1",
+            f"score.images={limit}", f"score.metrics=[{metrics}]",
+            f"score.train_images={31 if 'nn' in metrics else 0}",
+        ],
+    )  # fmt: skip
     extractor = load_features("efflite0")
-    real = evaluate.heldout_features(extractor, index, plan, ranks, data, limit, batch=8)
+    real = references.references(settings, extractor, load_index(str(SHARDS)), ranks)
     calls = []
 
     def generate(start: int, count: int) -> torch.Tensor:
-        assert start >= 0 and start + count <= len(real)
+        assert start >= 0 and start + count <= len(real.heldout)
         calls.append(count)
         return images[start : start + count].float().mul(1.3).clamp(0, 255).to(torch.uint8)
 
-    scores = evaluate.evaluate(generate, real, extractor, ranks, batch=8)
+    found = evaluate.evaluate(generate, real, extractor, ranks, settings.score.metrics, batch=8)
     assert ranks.gather_objects(calls) == [calls] * ranks.world  # as collective forwards must
-    return scores
+    return found
 
 
 def run_rank(rank: int, world: int, port: int, folder: str) -> None:
@@ -193,9 +133,9 @@ def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     ranks = Ranks(read_launch(), timedelta(seconds=60))
-    scores = ranks.gather_objects([score(ranks, 26), score(ranks, 2)])
+    found = ranks.gather_objects([score(ranks, 26, "kid,fd,pr,dc,nn"), score(ranks, 2)])
     if ranks.main:
-        Path(folder, "scores.json").write_text(json.dumps(scores))
+        Path(folder, "scores.json").write_text(json.dumps(found))
     ranks.leave()
 
 
@@ -212,14 +152,15 @@ def test_three_ranks_give_the_score_of_one(tmp_path, alone):
     of_ranks = json.loads((tmp_path / "scores.json").read_text())
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]
     folder = cache_folder()
-    assert len(list(folder.rglob("*.safetensors"))) == 2
+    assert len(list(folder.rglob("*.safetensors"))) == 3
     for file in folder.rglob("*.safetensors"):
         file.unlink()
-    for limit, found in zip((26, 2), of_ranks[0], strict=True):
-        expected = score(alone, limit)
-        assert expected["Metrics/kid_efflite0_real_images"] == limit
-        assert expected["Metrics/kid_efflite0_fake_images"] == limit
-        assert found == pytest.approx(expected, abs=2e-5)
+    for limit, metrics, found in zip((26, 2), ("kid,fd,pr,dc,nn", "kid"), of_ranks[0], strict=True):
+        expected = score(alone, limit, metrics)
+        assert expected["Metrics/efflite0_real_images"] == expected["Metrics/efflite0_fake_images"] == limit
+        assert expected.get("Metrics/efflite0_train_images", 31) == 31
+        assert len(expected) == (2 * 6 + 2 + 3 if "nn" in metrics else 1 + 2)
+        assert found == pytest.approx(expected, abs=2e-5, rel=2e-5)
 
 
 def test_the_cache_gives_the_same_number_and_a_damaged_one_is_not_believed(alone, own_cache, monkeypatch):
@@ -237,7 +178,7 @@ def test_the_cache_gives_the_same_number_and_a_damaged_one_is_not_believed(alone
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("the real features were computed again")
 
-    monkeypatch.setattr(evaluate, "heldout_batches", unexpected)
+    monkeypatch.setattr(references, "heldout_batches", unexpected)
     assert score(alone) == first
     with pytest.raises(AssertionError, match="again"):
         score(alone, limit=11)
@@ -252,8 +193,94 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, alone, 
 
 
 def test_too_few_held_out_images_are_refused(alone):
-    data = Data(train=str(SHARDS), size=28, channels=1, holdout=0)
-    index = load_index(str(SHARDS))
-    plan = heldout_plan(index.sizes, 0, data.window, 0, None, 0)
+    settings = config.load(None, [f"data.train={SHARDS}", "data.holdout=0"])
     with pytest.raises(UserError, match=r"0 images are held out.*data\.holdout"):
-        evaluate.heldout_features(load_features("efflite0"), index, plan, alone, data, 100)
+        references.references(settings, load_features("efflite0"), load_index(str(SHARDS)), alone)
+
+
+# What compares with what
+
+
+def against(images: int, **train: object) -> references.References:
+    about = {"heldout": {"plan": "a", "images": images}} | ({"train": train} if train else {})
+    return references.References(torch.zeros(2, 2), None, about)
+
+
+def test_scores_of_one_run_are_against_the_same_references(tmp_path):
+    file = tmp_path / "reference.json"
+    references.keep_to(file, against(100))
+    references.keep_to(file, against(100, plan=7))
+    references.keep_to(file, against(100))
+    kept = file.read_text()
+    for other, message in (
+        (against(99), "heldout, images: 100 → 99"),
+        (against(100, plan=8), "train, plan: 7 → 8"),
+    ):
+        with pytest.raises(UserError, match=message):
+            references.keep_to(file, other)
+    assert file.read_text() == kept and list(tmp_path.iterdir()) == [file]
+    assert against(100).fingerprints == against(100).fingerprints
+    assert against(100).fingerprints != against(99).fingerprints
+
+
+# Other features
+
+
+class Pixels(Extractor):
+    """A user's features: the corner pixels, through a weight."""
+
+    def __init__(self) -> None:
+        super().__init__("pixels", "1", 4)
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def extract(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.weight * pixels[:, 0, :2, :2].flatten(1)
+
+
+class NoName(Pixels):
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "inception"
+
+
+class Script(torch.nn.Module):
+    """Called as the canonical file is; its features are coarse pixels."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features
+        return torch.nn.functional.adaptive_avg_pool2d(images, (32, 64)).mean(1).flatten(1)
+
+
+def test_features_of_a_users_own(real, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    own = load_features("test_evaluate:Pixels")
+    assert own(real[0][:3]).shape == (3, 4)
+    assert own.version.startswith("1-") and len(own.version) > 10 and not own.canonical
+    for wrong, message in (
+        ("test_evaluate:NoName", "calls itself 'inception'"),
+        ("test_evaluate:Script", "not a class derived from pipeline.run.features.Extractor"),
+        ("test_evaluate:Absent", "cannot be imported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_features(wrong)
+
+
+def test_fid_is_said_of_the_canonical_file_only(real, alone, tmp_path, monkeypatch):
+    file = tmp_path / "inception.pt"
+    with pytest.raises(UserError, match="cannot be read"):
+        load_features(f"inception:{file}")
+    file.write_bytes(b"not the network")
+    with pytest.raises(UserError, match=r"its SHA-256 is .*…, not f58cb9b6ec323ed6…"):
+        load_features(f"inception:{file}")
+    torch.jit.script(Script()).save(file)
+    monkeypatch.setattr(Inception, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    extractor = load_features(f"inception:{file}")
+    images = real[0][:12]
+    features = extractor(images)
+    assert features.shape == (12, 2048)
+    of_reals = references.References(features, None, {})
+    found = evaluate.evaluate(
+        lambda at, n: images[at : at + n] // 2, of_reals, extractor, alone, ["kid", "fd"]
+    )
+    assert found["Metrics/fid"] == pytest.approx(scores.frechet(features, extractor(images // 2)))
+    assert "Metrics/kid_inception" in found and not [name for name in found if "fd" in name]

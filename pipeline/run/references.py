@@ -1,0 +1,152 @@
+"""The real images that generated ones are compared with: their features, and what these depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Config, Data, UserError
+from pipeline.data.index import Index
+from pipeline.data.plan import HeldOutPlan, first_epoch, heldout_plan
+from pipeline.data.stages import load_stages
+from pipeline.data.stream import heldout_batches
+from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.run.cache import read_tensor, write_tensor
+from pipeline.run.features import Extractor
+
+
+@dataclass(frozen=True)
+class References:
+    """Features of the real images that generated ones are compared with, and what they depend on."""
+
+    heldout: Tensor  # float32 [n, d]
+    train: Tensor | None  # likewise, of images trained on; None: not compared with
+    about: dict[str, dict[str, object]]  # "heldout", "train" → everything a score against them depends on
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Scores against references of equal fingerprints can be compared; others cannot."""
+        return {
+            name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+            for name, key in self.about.items()
+        }
+
+
+def references(settings: Config, extractor: Extractor, index: Index, ranks: Ranks) -> References:
+    """What the config says to compare with: held-out images, and training images for `nn` or if asked for.
+
+    Raises UserError if fewer than two images are held out, or if a shard cannot be read.
+    """
+    data, score = settings.data, settings.score
+    split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
+    heldout, about = real_features(extractor, index, heldout_plan(*split), ranks, data, score.images)
+    wanted = score.train_images or (score.images if "nn" in score.metrics else 0)
+    if not wanted:
+        return References(heldout, None, {"heldout": about})
+    train, about_train = real_features(extractor, index, first_epoch(*split), ranks, data, wanted)
+    return References(heldout, train, {"heldout": about, "train": about_train})
+
+
+def real_features(
+    extractor: Extractor,
+    index: Index,
+    plan: HeldOutPlan,
+    ranks: Ranks,
+    data: Data,
+    images: int,
+    *,
+    batch: int = 64,
+) -> tuple[Tensor, dict[str, object]]:
+    """Features of a plan's first `images` real images, or of all if there are fewer: float32 [n, d].
+
+    And everything they depend on, under which they are kept in the cache folder once all ranks together have
+    computed them. The same set on every rank and in any world; which comes first may differ.
+
+    Raises UserError if there are fewer than two images, or if a shard cannot be read.
+    """
+    images = min(images, plan.size)
+    if images < 2:
+        raise CommonError(
+            f"{plan.size} images are held out, too few to compare with. Raise data.holdout (now "
+            f"{data.holdout:g}) or use more images."
+        )
+    key: dict[str, object] = {
+        "index": index.fingerprint,
+        "plan": plan.fingerprint,
+        "size": data.size,
+        "channels": data.channels,
+        "stages": list(data.stages),
+        "pixels": "uint8, as stored",  # never resized on reading; fakes are quantised by `to_uint8`
+        "features": [extractor.name, extractor.version],
+        "images": images,
+    }
+    kept = None if data.stages else read_tensor("features", key)  # a user's code may change
+    # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
+    if not any(ranks.any(kept is None)()) and kept is not None:
+        return kept.to(ranks.device), key
+    features = _real_features(extractor, index, plan, ranks, data, images, batch)
+    if not data.stages:
+        write_tensor("features", key, features)
+    return features, key
+
+
+def keep_to(file: Path, real: References) -> None:
+    """Note in `file` what a run's scores are against, once; later scores must be against the same.
+
+    Raises UserError otherwise: numbers under one name would not compare.
+    """
+    try:
+        before = json.loads(file.read_text()) if file.exists() else {}
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(json.dumps(before | real.about, indent=1) + "\n")
+        changed = [
+            f"{part}, {key}: {before[part].get(key)!r} → {value!r}"
+            for part, about in real.about.items()
+            for key, value in about.items()
+            if part in before and before[part].get(key) != value
+        ]
+        partial.unlink() if changed else partial.replace(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read or written: {error}") from None
+    if changed:
+        raise UserError(
+            "\n  ".join(
+                [
+                    "This run's scores so far are against other references, and new ones would not compare:",
+                    *changed,
+                    "Set score.images, score.train_images and score.features as before.",
+                ]
+            )
+        )
+
+
+def _real_features(
+    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int, batch: int
+) -> Tensor:
+    """Features [images, d] of the first held-out images, each once, rank by rank."""
+    parts, valid = [], []
+    batch = min(batch, -(-images // ranks.world))
+    with ranks.agreeing():  # a shard that one rank cannot read ends all of them, before they wait for it
+        for reals, count in heldout_batches(
+            index,
+            plan,
+            batch=batch,
+            rank=ranks.rank,
+            world=ranks.world,
+            size=data.size,
+            channels=data.channels,
+            conditional=False,
+            limit=images,
+            stages=load_stages(data.stages),
+        ):
+            features = torch.zeros(batch, extractor.dim, device=ranks.device)
+            features[:count] = extractor(reals.images[:count].to(ranks.device))
+            parts.append(features)
+            valid.append(torch.arange(batch, device=ranks.device) < count)
+    return ranks.gather(torch.cat(parts))[ranks.gather(torch.cat(valid))]

@@ -1,0 +1,134 @@
+"""Scores that compare two sets of feature vectors [n, d]: pure functions, in float64, on one device.
+
+Memory is linear in n: kernel and distance matrices are gone through block by block. All but `kid` depend on
+how many vectors there are, so numbers of different counts do not compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BLOCK = 2048  # rows of the kernel matrix at once: 2048 x 2048 in float64 is 32 MiB
+_CLOSEST = 0.01  # of the held-out images: nearer to the training images than these, a fake counts as a copy
+
+
+def kid(real: Tensor, fake: Tensor) -> float:
+    """Kernel distance of two sets of features [n, d], n ≥ 2, unbiased (Bińkowski et al. 2018).
+
+    The squared maximum mean discrepancy under the cubic kernel (x·y/d + 1)³, as the U-statistic over all
+    pairs: no random subsets, so the same sets always give the same number. Being unbiased it is about 0,
+    on either side, for sets from one distribution, and negative for identical sets. With Inception features
+    this is the paper's KID; say which features it is of.
+    """
+    if real.ndim != 2 or real.shape != fake.shape or len(real) < 2:
+        raise ValueError(
+            f"two sets of n ≥ 2 equally long vectors, not {list(real.shape)}, {list(fake.shape)}"
+        )
+    real, fake = real.double(), fake.double()
+    n = len(real)
+    within = _sum_of_pairs(real) + _sum_of_pairs(fake)
+    across = torch.stack(
+        [_kernel(x, y).sum() for x in torch.split(real, _BLOCK) for y in torch.split(fake, _BLOCK)]
+    ).sum()
+    return float(within / (n * (n - 1)) - 2 * across / n**2)
+
+
+def frechet(real: Tensor, fake: Tensor) -> float:
+    """Fréchet distance of the normal distributions fitted to two sets (Heusel et al. 2017).
+
+    |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, with Σ = RᵀR from a QR decomposition: the last trace is then
+    the sum of the singular values of R₁R₂ᵀ, exact also for fewer vectors than dimensions, where roots of
+    covariance matrices are not. It falls as n grows, whatever the images: compare equal counts only.
+    """
+    (mean_1, root_1), (mean_2, root_2) = _moments(real), _moments(fake)
+    spread = root_1.square().sum() + root_2.square().sum()
+    overlap = torch.linalg.svdvals(root_1 @ root_2.T).sum()
+    return float((mean_1 - mean_2).square().sum() + spread - 2 * overlap)
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019): which share of the fakes lies among the real
+    images, and which share of the real ones among the fakes. Among a set is what lies within the distance
+    of any member to its k-th nearest other member."""
+    real, fake = real.double(), fake.double()
+    return _share_among(fake, real, k), _share_among(real, fake, k)
+
+
+def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
+    """Density and coverage (Naeem et al. 2020): in how many of the real images' neighbourhoods a fake lies,
+    over k, on average (1 for equal distributions, and no upper limit); and the share of real images in
+    whose neighbourhood there is a fake."""
+    real, fake = real.double(), fake.double()
+    radii = _radii(real, k)
+    inside = covered = 0
+    for rows, near in _distances(real, fake):
+        within = near < radii[rows, None]
+        inside, covered = inside + int(within.sum()), covered + int(within.any(dim=1).sum())
+    return inside / (k * len(fake)), covered / len(real)
+
+
+def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, float]:
+    """How near fakes come to training images, measured by held-out ones, which nobody can have copied.
+
+    Returns the ratio of the median distances to the nearest training image, fakes' over held-out images'
+    (well below 1: suspiciously near; above: fakes are odd), and the share of fakes nearer than all but the
+    nearest hundredth of held-out images (0.01 if they were new images of the same kind; 1: copies).
+    """
+    train = train.double()
+    of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
+    closest = of_heldout.quantile(_CLOSEST)
+    return float(of_fakes.median() / of_heldout.median()), float((of_fakes < closest).double().mean())
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """(x·y/d + 1)³ of all pairs of rows of x [n, d] and y [m, d] → [n, m]."""
+    from torchmetrics.image.kid import poly_kernel  # here, as it takes as long to import as half of torch
+
+    return poly_kernel(x, y)
+
+
+def _sum_of_pairs(features: Tensor) -> Tensor:
+    """Σ k(xᵢ, xⱼ) over i ≠ j. The kernel is symmetric: blocks below the diagonal are those above it."""
+    blocks = torch.split(features, _BLOCK)
+    total = features.new_zeros(())
+    for i, x in enumerate(blocks):
+        own = _kernel(x, x)
+        total += own.sum() - own.diagonal().sum()
+        for y in blocks[i + 1 :]:
+            total += 2 * _kernel(x, y).sum()
+    return total
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [d], and R [min(n, d), d] with RᵀR the unbiased covariance."""
+    features = features.double()
+    mean = features.mean(dim=0)
+    root = torch.linalg.qr(features - mean, mode="r").R
+    return mean, root / (len(features) - 1) ** 0.5
+
+
+def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Euclidean distances of some rows of x at a time to all of y: (which rows, [rows, len(y)])."""
+    step = max(1, _BLOCK**2 // len(y))
+    for start in range(0, len(x), step):
+        rows = slice(start, min(start + step, len(x)))
+        yield rows, torch.cdist(x[rows], y, compute_mode="use_mm_for_euclid_dist")
+
+
+def _radii(x: Tensor, k: int) -> Tensor:
+    """The distance of each vector to its k-th nearest other one [n]; the last, where there are fewer."""
+    return torch.cat([near.kthvalue(min(k + 1, len(x)), dim=1).values for _, near in _distances(x, x)])
+
+
+def _share_among(x: Tensor, members: Tensor, k: int) -> float:
+    radii = _radii(members, k)
+    among = torch.cat([(near <= radii).any(dim=1) for _, near in _distances(x, members)])
+    return float(among.double().mean())
+
+
+def _nearest(x: Tensor, pool: Tensor) -> Tensor:
+    """The distance of each vector of x to the nearest of `pool` [len(x)]."""
+    return torch.cat([near.min(dim=1).values for _, near in _distances(x, pool)])
