@@ -18,6 +18,7 @@ COMMANDS = {
     "submit": "Train on a Slurm cluster.",
     "sample": "Write a sheet of generated images.",
     "evaluate": "Score a run on held-out images.",
+    "select": "Choose λ by cross-validation, with a table, a curve and a report.",
     "export": "Write whole networks as safetensors.",
     "selfcheck": "Compare every strategy with plain torch, on this machine.",
     "bench": "Measure ratios, side by side in one run.",

@@ -68,13 +68,11 @@ def train(
         check_same(resolved, folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
-    environment = environment_of(procs, on_cpu=not gpus)
+    line, environment = process(strategy, procs, mixed_precision, [config, *settings])
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
-        environment["ACCELERATE_MIXED_PRECISION"] = mixed_precision
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, "-m", "pipeline.train", config, *settings], environment)
-    launcher = [sys.executable, "-m", "launch.launcher", *command]
-    sys.exit(_run(launcher, environment, resolved.run.stop_signal))
+        os.execve(sys.executable, line, environment)
+    sys.exit(_run(line, environment, resolved.run.stop_signal))
 
 
 def check_space(out: Path, needed_mb: int = 64) -> None:
@@ -92,6 +90,20 @@ def check_space(out: Path, needed_mb: int = 64) -> None:
             f"No space left for the run: {place} has {free} MiB free. Make room, or set run.out to another "
             "disk."
         )
+
+
+def process(
+    strategy: str, procs: int, precision: str, arguments: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """What to run to train (command line and environment), for config and settings as `arguments`."""
+    import torch
+
+    environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
+    if strategy == "single":
+        environment["ACCELERATE_MIXED_PRECISION"] = precision
+        return [sys.executable, "-m", "pipeline.train", *arguments], environment
+    command = _command(strategy, procs, precision, arguments)
+    return [sys.executable, "-m", "launch.launcher", *command], environment
 
 
 def _command(strategy: str, procs: int, precision: str, arguments: list[str]) -> list[str]:
@@ -118,7 +130,7 @@ def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> i
         command,
         env=environment,
         start_new_session=True,
-        preexec_fn=_die_with_parent,  # noqa: PLW1509
+        preexec_fn=die_with_parent,  # noqa: PLW1509
     )
     asked = False
 
@@ -128,14 +140,14 @@ def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> i
             os.killpg(launcher.pid, signal.SIGKILL)
         elif not asked:
             asked = True
-            _ask_to_stop(launcher)
+            ask_to_stop(launcher)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.Signals[f"SIG{stop_signal}"]):
         signal.signal(number, forward)
     return 0 if launcher.wait() == 0 else 1
 
 
-def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
+def ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
     """SIGTERM to one worker is enough: all agree. The launcher itself would report a failure."""
     import psutil
 
@@ -146,7 +158,7 @@ def _ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
         launcher.terminate()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """No orphan trains on when this process is killed without a chance to pass it on."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

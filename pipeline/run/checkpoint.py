@@ -61,7 +61,7 @@ def read_state(checkpoint: Path) -> State:
     """The part of a checkpoint that is not tensors."""
     values = json.loads((checkpoint / "state.json").read_text())
     values["stats"] = [{k: (float(t), float(w)) for k, (t, w) in sums.items()} for sums in values["stats"]]
-    values["best"] = values["best"] and (values["best"][0], int(values["best"][1]))
+    values["best"] = values.get("best") and (values["best"][0], int(values["best"][1]))
     return State(**values)
 
 

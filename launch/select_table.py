@@ -1,0 +1,226 @@
+"""What the trials of a selection came to: a row per arm, and which arm to choose."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from launch.select_trials import Arm, Trial
+from pipeline.config import Config, UserError
+
+_LEADING = {"kid": ("kid_",), "fd": ("fd_", "fid")}  # what may be chosen by: the lower the better
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished trial."""
+
+    trial: Trial
+    score: float  # the one to choose by
+    last: Mapping[str, float]  # the row of metrics.jsonl that it stands in
+    seconds: float  # of training
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What it has in common with trials of other arms."""
+        return self.trial.seed, self.trial.fold
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm: its finished trials, and what became of those that failed."""
+
+    arm: Arm
+    outcomes: Sequence[Outcome]
+    failures: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """The value of a grid over one key, else the arm's name."""
+        values = list(self.arm.values.values())
+        return values[0] if len(values) == 1 else self.arm.name
+
+    @property
+    def mean(self) -> float:
+        return fmean(o.score for o in self.outcomes) if self.outcomes else math.nan
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean over trials; nan for fewer than two."""
+        return _error([o.score for o in self.outcomes])
+
+    @property
+    def seconds(self) -> float:
+        return sum(o.seconds for o in self.outcomes)
+
+    def chart(self, name: str) -> float:
+        """The mean over trials of what a chart ends with; nan if it has none."""
+        values = [o.last[name] for o in self.outcomes if name in o.last]
+        return fmean(values) if values else math.nan
+
+    def against(self, other: Row) -> tuple[float, float]:
+        """Mean difference to another arm over the trials both have finished, and its standard error."""
+        theirs = {o.place: o.score for o in other.outcomes}
+        differences = [o.score - theirs[o.place] for o in self.outcomes if o.place in theirs]
+        return (fmean(differences) if differences else math.nan), _error(differences)
+
+
+@dataclass(frozen=True)
+class Table:
+    """All arms, and the choice among those with the most finished trials."""
+
+    score: str  # as in the charts, without "Metrics/"
+    rows: Sequence[Row]
+
+    @property
+    def comparable(self) -> list[Row]:
+        """Arms of which no trial is missing that others have."""
+        most = max((len(row.outcomes) for row in self.rows), default=0)
+        return [row for row in self.rows if most and len(row.outcomes) == most]
+
+    @property
+    def minimum(self) -> Row | None:
+        return min(self.comparable, key=lambda row: row.mean, default=None)
+
+    @property
+    def choice(self) -> Row | None:
+        """By the one-standard-error rule: of the arms that are within one standard error of the best one, the
+        most regularised (named arms: the first listed)."""
+        best = self.minimum
+        if best is None:
+            return None
+        limit = best.mean + (0 if math.isnan(best.error) else best.error)
+        within = [row for row in self.comparable if row.mean <= limit]
+        return max(within, key=lambda row: self._strength(row.arm))
+
+    def _strength(self, arm: Arm) -> float:
+        if not arm.values:
+            return -[row.arm for row in self.rows].index(arm)
+        total = 0
+        for key in arm.values:
+            listed = list(dict.fromkeys(row.arm.values[key] for row in self.rows))
+            numbers = {row.arm.values[key]: row.arm.number(key) for row in self.rows}
+            penalty = key.startswith("penalty.") and None not in numbers.values()
+            order = sorted(listed, key=lambda v: numbers[v] or 0.0) if penalty else listed[::-1]
+            total += order.index(arm.values[key])
+        return total
+
+
+def table(base: Config, trials: Sequence[Trial], failures: Mapping[str, str]) -> Table:
+    """From whatever trials are finished.
+
+    Raises UserError if trials that stand side by side were scored against different images.
+    """
+    metric = base.score.metrics[0] if base.score.metrics else ""
+    if metric not in _LEADING:
+        raise UserError("score.metrics: select chooses by the first of them, which has to be kid or fd.")
+    found = [outcome for trial in trials if (outcome := _read(trial, _LEADING[metric]))]
+    _check_references(found)
+    rows = [
+        Row(
+            arm,
+            [o for o in found if o.trial.arm == arm],
+            {t.name: failures[t.name] for t in trials if t.arm == arm and t.name in failures},
+        )
+        for arm in dict.fromkeys(t.arm for t in trials)
+    ]
+    names = [name for o in found[:1] for name in o.last if _leads(name, _LEADING[metric])]
+    return Table(names[0].removeprefix("Metrics/") if names else metric, rows)
+
+
+def as_json(of: Table, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Everything in the table, and the choice. Not a number is null."""
+    first = of.rows[0]
+    return {
+        "score": of.score,
+        "total_kimg": base.run.total_kimg,
+        "trials": len(trials),
+        "finished": sum(len(row.outcomes) for row in of.rows),
+        "minimum": of.minimum.arm.name if of.minimum else None,
+        "one_standard_error": of.choice.arm.name if of.choice else None,
+        "rows": [
+            {
+                "arm": row.arm.name,
+                "settings": list(row.arm.settings),
+                "finished": len(row.outcomes),
+                "mean": _number(row.mean),
+                "standard_error": _number(row.error),
+                f"minus {first.arm.name}": [_number(value) for value in row.against(first)],
+                "by_trial": {o.trial.name: o.score for o in row.outcomes},
+                "charts": {name: _number(row.chart(name)) for name in _charts(row)},
+                "seconds": round(row.seconds, 1),
+                "failed": dict(row.failures),
+            }
+            for row in of.rows
+        ],
+    }
+
+
+def write(folder: Path, of: Table, base: Config, trials: Sequence[Trial]) -> None:
+    """table.json and table.csv."""
+    content = as_json(of, base, trials)
+    (folder / "table.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "trials", of.score, "standard error", "seconds", "failed"])
+        for row in of.rows:
+            mean, error = (_number(v) for v in (row.mean, row.error))
+            failed = len(row.failures)
+            writer.writerow([row.arm.name, len(row.outcomes), mean, error, round(row.seconds, 1), failed])
+
+
+def _read(trial: Trial, leading: tuple[str, ...]) -> Outcome | None:
+    """A finished trial's last score; None if it is not finished, or was never scored."""
+    metrics = trial.folder / "metrics.jsonl"
+    if not trial.done or not metrics.is_file():
+        return None
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    scored = [(row, key) for row in rows for key in row if _leads(key, leading)]
+    if not scored:
+        return None
+    seconds, before = 0.0, 0
+    for row in rows:
+        if row.get("Timing/img_per_sec"):
+            seconds += (row["cur_nimg"] - before) / row["Timing/img_per_sec"]
+            before = row["cur_nimg"]
+    row, key = scored[-1]
+    return Outcome(trial, row[key], row, seconds)
+
+
+def _leads(chart: str, leading: tuple[str, ...]) -> bool:
+    return chart.startswith(tuple(f"Metrics/{name}" for name in leading)) and not chart.endswith("_train")
+
+
+def _check_references(found: Sequence[Outcome]) -> None:
+    """Trials of one seed and fold must have been scored against the same images, by the same features."""
+    seen: dict[tuple[int, int], tuple[Any, str]] = {}
+    for outcome in found:
+        file = outcome.trial.folder / "reference.json"
+        about = json.loads(file.read_text())["heldout"] if file.is_file() else None
+        other, name = seen.setdefault(outcome.place, (about, outcome.trial.name))
+        if about != other:
+            raise UserError(
+                f"{outcome.trial.name} and {name} were scored against different images or features, and do "
+                "not compare. Remove the older one's folder, and it is trained anew."
+            )
+
+
+def _charts(row: Row) -> list[str]:
+    """What else is told of each arm: other scores, and what the penalty did to the weights."""
+    names = dict.fromkeys(name for o in row.outcomes for name in o.last)
+    wanted = ("Metrics/", *(f"{what}/{p}" for p in "GD" for what in ("Weights", "Gradients")))
+    return [name for name in names if name.startswith(wanted)]
+
+
+def _error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
