@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from launch.select_table import Row, Table
 from pipeline.data.index import load_index
 from pipeline.data.plan import heldout_plan
+from pipeline.data.stages import load_stages
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
@@ -160,6 +161,7 @@ def _reals(row: Row) -> NDArray[np.uint8]:
             channels=data.channels,
             conditional=False,
             limit=count,
+            stages=load_stages(data.stages),
         )
     )
     return tile(batch.images, _COLUMNS)
@@ -173,5 +175,6 @@ def _metrics(row: Row) -> list[dict[str, Any]]:
 def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:
     settings, checkpoint, state = load_run(row.outcomes[0].trial.folder)
     network = (build_G if player == "G" else build_D)(settings, state.num_classes)
-    name, values = next(iter(spectra(checkpoint, player, network, largest=1).items()))
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    name, values = next(iter(spectra(checkpoint, player, shapes, largest=1).items()))
     return name, values.tolist()

@@ -27,7 +27,16 @@ from pipeline.run.folder import check_same, finished
 Say = Callable[[str], None]
 
 # Settings that decide what scores are against, and those that select itself gives to each trial.
-_FIXED = ("score", "data.train", "data.size", "data.channels", "data.holdout", "data.folds", "data.fold")
+_FIXED = (
+    "score",
+    "data.train",
+    "data.size",
+    "data.channels",
+    "data.stages",
+    "data.holdout",
+    "data.folds",
+    "data.fold",
+)
 _OURS = ("run.name", "run.out", "run.seed", "run.resume")
 
 

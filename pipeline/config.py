@@ -231,8 +231,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError listing every problem at once, each with its path.
     """
-    layers = [] if path is None else [_read(Path(path))]
-    layers += [_parse_override(text) for text in overrides]
+    layers = [*([] if path is None else [_read(Path(path))]), *map(_parse_override, overrides)]
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(_expand_shorthands(layer)) for layer in layers))
         values = OmegaConf.to_container(merged, resolve=True)

@@ -40,7 +40,8 @@ from pipeline.run.folder import DONE, STOPPED, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
-from pipeline.run.session import Session
+from pipeline.run.session import Session, shapes
+from pipeline.run.spectrum import record
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.tracker import open_tracker
@@ -133,7 +134,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         )
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
-        ranks.from_main(lambda: _conclude(folder, state, report, completed))
+        ranks.from_main(lambda: _conclude(folder, gan, state, report, completed))
     finally:
         report.close()
         signals.heeded()
@@ -260,13 +261,14 @@ def _leave(folder: Path, name: str, cur_nimg: int) -> None:
         raise UserError(f"{folder / name} could not be written: {error}") from None
 
 
-def _conclude(folder: Path, state: State, report: Report, completed: bool) -> None:
+def _conclude(folder: Path, gan: Gan, state: State, report: Report, completed: bool) -> None:
     """Leave the marker that says how the run ended, and the exported networks if it is done."""
     if not completed:
         _leave(folder, STOPPED, state.cur_nimg)
         report.say(f"Stopped at kimg {state.cur_nimg / 1000:g}; the same command continues from there.")
         return
     export(folder, folder / "export")
+    report.summary(record(folder, shapes(gan)))
     _leave(folder, DONE, state.cur_nimg)
     report.conclude(state.cur_nimg)
 

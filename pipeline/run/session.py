@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks, RunError, StopSignals
+from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate, fixed_images, from_latents
 from pipeline.run.features import Extractor, load_features
@@ -66,6 +68,7 @@ class Session:
         self.ranks, self.report, self._signals = ranks, report, signals
         self._train_size = train_size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep)
+        self._spectrum = ThreadPoolExecutor(1, "spectrum")
         self._sheets = Sheets(folder, ranks, report)
         self._health = Health(config.run, ranks, report)
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
@@ -201,6 +204,8 @@ class Session:
             self._bad.exchange()
             state.stats = self.ranks.gather_objects(stats.state())
             self._heed(self._saver.begin([gan.G, gan.D], gan.G_ema, state))
+            if self.ranks.main:  # of the checkpoint before, which is whole by now
+                self._spectrum.submit(spectrum.record, self.folder, shapes(gan))
             self.new_best = False
 
     def finish_saves(self) -> None:
@@ -257,6 +262,11 @@ class Session:
             yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
+
+
+def shapes(gan: Gan) -> dict[str, dict[str, torch.Size]]:
+    """Player → parameter → shape of the whole."""
+    return {e.player.name: {f.name: f.shape for f in e.fragments} for e in (gan.G, gan.D)}
 
 
 def _squares(engine: Engine) -> dict[str, Tensor]:

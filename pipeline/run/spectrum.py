@@ -1,28 +1,72 @@
-"""Singular values of a player's largest kernels, from a checkpoint of any strategy, on one process."""
+"""Singular values of the players' largest kernels, from a checkpoint of any strategy, on one process.
+
+What a weight penalty does shows here: L2 shrinks all directions in proportion, and those that the loss does
+not hold up vanish.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import Tensor
 
-from pipeline.run.checkpoint import Pieces
+from pipeline.run.checkpoint import Pieces, find
+
+Shapes = Mapping[str, torch.Size]  # parameter → shape of the whole
+
+_log = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 
 
-def spectra(checkpoint: Path, player: str, network: nn.Module, largest: int = 3) -> dict[str, Tensor]:
+def spectra(checkpoint: Path, player: str, shapes: Shapes, largest: int = 3) -> dict[str, Tensor]:
     """{kernel: its singular values, the greatest first} of the `largest` kernels by elements, as matrices of
-    their first axis by all others. network: tells the shapes; may be on the meta device.
-
-    What a weight penalty does shows here: L2 shrinks all directions in proportion, and those that the loss
-    does not hold up vanish.
-    """
+    their first axis by all others."""
     pieces = Pieces(checkpoint, player)
-    shapes = {name: p.shape for name, p in network.named_parameters() if p.ndim > 1}
-    kernels = sorted(shapes.keys() & pieces.names(), key=lambda name: (-shapes[name].numel(), name))
-    return {
-        name: torch.linalg.svdvals(
-            pieces("weights", name, 0, shapes[name].numel()).view(shapes[name]).flatten(1)
-        )
-        for name in kernels[:largest]
-    }
+    kernels = [name for name in pieces.names() if len(shapes[name]) > 1]
+    found = {}
+    for name in sorted(kernels, key=lambda name: (-shapes[name].numel(), name))[:largest]:
+        kernel = pieces("weights", name, 0, shapes[name].numel()).view(shapes[name])
+        found[name] = torch.linalg.svdvals(kernel.flatten(1))
+    return found
+
+
+def record(folder: Path, players: Mapping[str, Shapes]) -> dict[str, float]:
+    """Add a line on a run's newest checkpoint to spectrum.jsonl, once; returns what of it fits a chart.
+
+    For the rank that writes, in a thread beside training: it reads what has been written, and talks to no
+    other rank. A checkpoint that gives way to a newer one meanwhile is passed over.
+    """
+    with _one_at_a_time:
+        newest = next(iter(find(folder / "checkpoints")), None)
+        if newest is None:
+            return {}
+        checkpoint, file = folder / "checkpoints" / str(newest), folder / "spectrum.jsonl"
+        try:
+            found = {
+                f"{player}/{name}": values
+                for player, shapes in players.items()
+                for name, values in spectra(checkpoint, player, shapes).items()
+            }
+            lines = file.read_text().splitlines() if file.exists() else []
+            if newest not in [json.loads(line)["cur_nimg"] for line in lines]:
+                values = {name: [float(f"{s:.6g}") for s in v.tolist()] for name, v in found.items()}
+                with file.open("a") as out:
+                    out.write(json.dumps({"cur_nimg": newest, **values}) + "\n")
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            _log.warning("no spectrum of checkpoint %s: %s", newest, error)
+            return {}
+    largest = {f"Spectrum/{name}/largest": float(values[0]) for name, values in found.items()}
+    ranks = {f"Spectrum/{name}/stable_rank": _stable_rank(values) for name, values in found.items()}
+    return largest | ranks
+
+
+def _stable_rank(values: Tensor) -> float:
+    """Σ σ² / max σ²: how many directions carry the kernel; 0 of one that has vanished."""
+    squares = values.double().square()
+    return float(squares.sum() / squares[0]) if squares[0] else 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from launching import BATCH, UPDATES
@@ -67,3 +69,16 @@ def test_logged_norms_are_those_of_the_exported_weights(worlds):
                 for name, kernel in kernels.items():
                     logged = run.rows[-1][f"Weights/{player}/norm/{name}"]
                     assert math.isclose(logged, float(kernel.norm()), rel_tol=1e-6)
+
+
+def test_spectra_are_those_of_the_exported_kernels(worlds):
+    """At the end of each run, whatever the world; numpy's singular values of whole matrices."""
+    for run in worlds.all():
+        *_, last = (json.loads(line) for line in (run.path / "spectrum.jsonl").read_text().splitlines())
+        assert last.pop("cur_nimg") == run.rows[-1]["cur_nimg"]
+        assert len(last) == 6
+        for name, found in last.items():
+            player, _, kernel = name.partition("/")
+            whole = run.exported()[player][kernel].double().flatten(1).numpy()
+            expected = np.linalg.svd(whole, compute_uv=False)
+            assert found == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5 * expected[0])

@@ -1,0 +1,189 @@
+"""`shardgan select`: candidates, trials, table and choice; killed and continued, with the same table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launching import FASHION, run, shardgan
+from launching import Started as start
+from PIL import Image
+
+from launch import select_table, select_trials
+from launch.select_table import Outcome, Row, Table
+from pipeline import config
+from pipeline.config import UserError
+
+CONFIG = f"""
+run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, eval_kimg: 1}}
+data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 16, workers: 0}}
+G: {{width: 8, norm: none, z_dim: 16}}
+D: {{width: 8, norm: none}}
+score: {{images: 16}}
+track: {{wandb: false}}
+"""
+ARMS = "none: []\nL2: [penalty.l2=1e-2]\nmissing: ['D.kind=nowhere:Nothing']\n"
+
+
+@pytest.fixture
+def job(tmp_path) -> str:
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    return str(tmp_path / "job.yaml")
+
+
+# What is tried
+
+
+def test_a_grid_is_every_combination_and_ranges_are_even_in_log():
+    (arm, *_), names = select_trials.grid(["penalty.l2=0,1e-6:1e-2:5"]), ["0", "1e-06", "1e-05"]
+    arms = select_trials.grid(["penalty.l2=0,1e-6:1e-2:5"])
+    assert [a.values["penalty.l2"] for a in arms] == [*names, "0.0001", "0.001", "0.01"]
+    assert arm.settings == ("penalty.l2=0",) and arm.number("penalty.l2") == 0
+    both = select_trials.grid(["penalty.G.l2=0,1e-3", "D.norm=none,batch"])
+    assert [a.slug for a in both] == [
+        "penalty.G.l2=0,D.norm=none", "penalty.G.l2=0,D.norm=batch",
+        "penalty.G.l2=0.001,D.norm=none", "penalty.G.l2=0.001,D.norm=batch",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (["penalty.l2"], "not of the form"),
+        (["penalty.l2=0:1:3"], "0 < LOW"),
+        (["penalty.l2=1e-3:1"], "LOW:HIGH:COUNT"),
+        (["penalty.l2=1", "penalty.l2=2"], "each key once"),
+    ],
+)
+def test_a_grid_that_cannot_be_read_is_refused(grid, message):
+    with pytest.raises(UserError, match=message):
+        select_trials.grid(grid)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("score.images=32", "score cannot differ between trials"),
+        ("data.size=32", "data.size cannot differ"),
+        ("run.seed=1", "use --seeds"),
+        ("penalty.l3=1", "no such key"),
+    ],
+)
+def test_what_would_not_compare_is_refused_before_anything_starts(job, tmp_path, setting, message):
+    with pytest.raises(UserError, match=message):
+        select_trials.trials(job, [], select_trials.grid([setting]), 2, 1)
+    assert list(tmp_path.iterdir()) == [Path(job)]
+
+
+def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
+    arms = select_trials.grid(["penalty.l2=0,1"])
+    base, trials = select_trials.trials(job, ["run.out=there", "run.name=mine"], arms, 2, 2)
+    assert [t.name for t in trials[:4]] == [
+        "penalty.l2=0,seed=0,fold=0", "penalty.l2=1,seed=0,fold=0",
+        "penalty.l2=0,seed=0,fold=1", "penalty.l2=1,seed=0,fold=1",
+    ]  # fmt: skip
+    last = trials[-1].settings
+    assert (last.run.seed, last.data.folds, last.data.fold, last.penalty.G.l2) == (1, 2, 1, 1.0)
+    assert last.run.out == "there/mine/trials" and last.track.group == base.run.name == "mine"
+    assert config.load(trials[-1].arguments[0], trials[-1].arguments[1:]) == last
+
+
+# The choice
+
+
+def table_of(job: str, scores: dict[str, list[float]]) -> Table:
+    """λ → one score per fold."""
+    arms = select_trials.grid([f"penalty.l2={','.join(scores)}"])
+    _, trials = select_trials.trials(job, [], arms, 3, 1)
+    rows = []
+    for arm, values in zip(arms, scores.values(), strict=True):
+        mine = [t for t in trials if t.arm == arm]
+        rows.append(Row(arm, [Outcome(t, v, {}, 1.0) for t, v in zip(mine, values, strict=False)], {}))
+    return Table("kid_efflite0", rows)
+
+
+def chosen(job: str, scores: dict[str, list[float]]) -> tuple[str, str]:
+    found = table_of(job, scores)
+    return found.minimum.label, found.choice.label
+
+
+def test_the_largest_penalty_within_one_standard_error_is_chosen(job):
+    wide = {"0": [3.0, 3, 3], "0.01": [1.0, 2, 3], "1": [2.0, 2.5, 3], "100": [9.0, 9, 9]}
+    assert chosen(job, wide) == ("0.01", "1")  # 2 ± 0.577 reaches 2.5
+    narrow = wide | {"0.01": [1.9, 2.0, 2.1]}
+    assert chosen(job, narrow) == ("0.01", "0.01")
+    assert chosen(job, {"1": [2.0, 2, 2], "0": [2.0, 2, 2]}) == ("1", "1")
+    # One that lacks a trial has had an easier time of it, perhaps.
+    assert chosen(job, {"0": [3.0, 3, 3], "0.01": [0.1, 0.1]}) == ("0", "0")
+    row = table_of(job, wide).rows[1]
+    assert row.mean == pytest.approx(2) and row.error == pytest.approx(3**-0.5)
+
+
+def test_differences_are_taken_within_folds(job):
+    """Folds differ far more than candidates do: paired, the difference is plain."""
+    first, second = table_of(job, {"0": [1.0, 5, 9], "1": [1.1, 5.1, 9.1]}).rows
+    assert second.against(first) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
+    assert first.error > 2
+
+
+# For real
+
+
+def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
+    """A candidate that cannot be trained is reported, and stops neither the others nor the choice."""
+    (tmp_path / "arms.yaml").write_text(ARMS)
+    (tmp_path / "two.yaml").write_text("\n".join(ARMS.splitlines()[:2]))
+    whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
+
+    line = shardgan("select", job, "run.name=whole", "--arms", "arms.yaml", "--folds", "2", "--jobs", "2")
+    ended = run(line, tmp_path)
+    assert ended.status == 0, ended.output
+    expected = json.loads((whole / "table.json").read_text())
+    assert [row["finished"] for row in expected["rows"]] == [2, 2, 0]
+    assert expected["one_standard_error"] in ("none", "L2")
+    (failure, _) = expected["rows"][2]["failed"].values()
+    assert "nowhere" in failure and failure in ended.output
+
+    line = shardgan("select", job, "run.name=broken", "--arms", "two.yaml", "--folds", "2")
+    first = broken / "trials" / "none,seed=0,fold=0"
+    started = start(line, tmp_path).until((first / "DONE").exists)
+    os.killpg(started.process.pid, signal.SIGKILL)
+    started.process.wait()
+    done_at = (first / "DONE").stat().st_mtime_ns
+    ended = run(line, tmp_path)
+    assert ended.status == 0, ended.output
+    found = json.loads((broken / "table.json").read_text())
+    assert (first / "DONE").stat().st_mtime_ns == done_at  # not trained again
+    without_time = [{k: v for k, v in row.items() if k != "seconds"} for row in expected["rows"][:2]]
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in found["rows"]] == without_time
+
+    check_what_is_written(whole)
+    check_references(job, whole)
+
+
+def check_what_is_written(folder: Path) -> None:
+    chosen = json.loads((folder / "table.json").read_text())["one_standard_error"]
+    best = config.load(folder / "best.yaml")
+    assert best.penalty.D.l2 == (0.01 if chosen == "L2" else 0.0)
+    assert best.data.folds is None and best.run.name == "whole-best" and best.run.out == "runs"
+    report = (folder / "report.md").read_text()
+    assert "| L2 | 2 |" in report and "| missing | 0 (2 failed) |" in report
+    for picture in ("curve.png", "weights.png"):
+        assert picture in report and min(Image.open(folder / picture).size) > 300
+
+
+def check_references(job: str, folder: Path) -> None:
+    """Two trials of a fold that were scored against other images do not stand in one table."""
+    arms = select_trials.arms(folder.parent.parent / "two.yaml")
+    base, trials = select_trials.trials(job, [f"run.out={folder.parent}", "run.name=whole"], arms, 2, 1)
+    assert select_table.table(base, trials, {}).minimum is not None
+    file = trials[0].folder / "reference.json"
+    file.write_text(file.read_text().replace('"images": 16', '"images": 15'))
+    with pytest.raises(UserError, match="were scored against different images"):
+        select_table.table(base, trials, {})
+    with pytest.raises(UserError, match="has to be kid or fd"):
+        select_table.table(replace(base, score=replace(base.score, metrics=("pr",))), trials, {})
