@@ -38,13 +38,13 @@ def curve(found: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in found.rows if row.outcomes]
-    figure = plt.figure(figsize=(max(7, 1.1 * (len(rows) + 1)), 6.4), dpi=110, layout="constrained")
+    figure = plt.figure(figsize=(max(7, 1.1 * (len(rows) + 1)), 5.8), dpi=110, layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.45, 1], squeeze=False)[:, 0]
     axes = above.subplots()
     places, labels = _places(rows)
     _draw_scores(axes, found, rows, places)
     axes.set_xticks(list(dict.fromkeys(places)), labels, rotation=0 if len(max(labels, key=len)) < 9 else 20)
-    axes.minorticks_off()
+    axes.tick_params(axis="x", which="minor", bottom=False)
     axes.set_ylabel(f"{found.score} on held-out images")
     axes.set_xlabel(_common_key(rows))
     strips = [(row.label, _images(row)) for row in rows] + [("real", _reals(rows[0]))]
@@ -53,6 +53,7 @@ def curve(found: Table, path: Path) -> None:
         panel.imshow(image, cmap="gray", vmin=0, vmax=255)
         panel.set_title(title, fontsize=8, color=_INK, wrap=True)
         panel.axis("off")
+        panel.set_anchor("N")
     figure.savefig(path)
     plt.close(figure)
 
@@ -84,7 +85,7 @@ def weights(found: Table, path: Path) -> None:
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         spectrum.set(title=f"{player}: singular values of {name}", xlabel="number", yscale="log")
-    panels[0][0].legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=min(len(rows), 8), fontsize=8, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
@@ -106,13 +107,15 @@ def _draw_scores(axes: Axes, found: Table, rows: list[Row], places: list[float])
     if best is not None and choice is not None and not math.isnan(best.error):
         limit = best.mean + best.error
         axes.axhline(limit, color="#c05020", lw=0.8, ls="--", label="minimum + one standard error")
-    if choice in rows:
-        x = places[rows.index(choice)]
+    if choice is not None:
+        x = places[[row.arm for row in rows].index(choice.arm)]
         axes.plot(x, choice.mean, "o", ms=13, mfc="none", mec="#c05020", label=f"chosen: {choice.arm.name}")
     axes.legend(fontsize=8, frameon=False)
     means = [row.mean for row in rows]
-    if min(means) > 0 and max(means) > 20 * min(means):
+    if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides what the others differ by
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def _places(rows: list[Row]) -> tuple[list[float], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +17,17 @@ from pipeline import config
 
 def show(found: Table) -> None:
     """The table on the terminal."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table as Lines
 
-    lines = Lines()
+    lines = Lines(box=SIMPLE)
     titles = _titles(found, others=[])
     for title in titles:
-        lines.add_column(title, justify="left" if title in (titles[0], "") else "right")
+        lines.add_column(title, justify="left" if title in (titles[0], "") else "right", no_wrap=True)
     for row in found.rows:
         lines.add_row(*_cells(found, row, others=[]))
-    Console().print(lines)
+    Console(width=max(100, Console().width)).print(lines)  # a log has no width
     for name, problem in _failures(found):
         print(f"failed: {name}: {problem}")
     print("\n".join(_verdict(found)))
@@ -44,7 +46,7 @@ def write(
     (folder / "best.yaml").write_text(head + config.dump(best))
     curve(found, folder / "curve.png")
     weights(found, folder / "weights.png")
-    (folder / "report.md").write_text(_report(found, trials, path, overrides))
+    (folder / "report.md").write_text(_report(found, trials))
     return [folder / name for name in ("report.md", "curve.png", "weights.png", "best.yaml", "table.json")]
 
 
@@ -65,7 +67,7 @@ def _others(found: Table) -> list[str]:
 
 def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
     first = found.rows[0]
-    marks = [text for chosen, text in ((found.minimum, "minimum"), (found.choice, "chosen")) if chosen is row]
+    picked = ((found.minimum, "min"), (found.choice, "chosen"))
     failed = f" ({len(row.failures)} failed)" if row.failures else ""
     return [
         row.label,
@@ -74,7 +76,7 @@ def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
         "" if row is first else _with_error(*row.against(first), signed=True),
         *(_plain(row.chart(f"Metrics/{name}")) for name in others),
         f"{row.seconds / 60:.1f} min",
-        ", ".join(marks),
+        ", ".join(text for one, text in picked if one and one.arm == row.arm),
     ]
 
 
@@ -97,21 +99,21 @@ def _verdict(found: Table) -> list[str]:
     """The choice, in words that claim no more than the trials show."""
     best, choice = found.minimum, found.choice
     if best is None or choice is None:
-        return ["No trial is finished yet."]
-    left_out = [row.arm.name for row in found.rows if row not in found.comparable]
+        return ["Nothing to choose by yet: there is no trial that all candidates have finished."]
+    left_out = [row.arm.name for row in found.rows if row.arm not in [r.arm for r in found.comparable]]
     trials = len(best.outcomes)
     lines = [
-        f"Minimum: {best.arm.name}. One-standard-error rule: {choice.arm.name} "
-        f"({trials} trial{'s' if trials > 1 else ''} each)."
+        f"Minimum: {best.arm.name}. One-standard-error rule: {choice.arm.name}. By {trials} "
+        f"trial{'s' if trials > 1 else ''} of each."
     ]
     if trials == 1:
         lines.append("With one trial there is no standard error: this is no more than a first look.")
     if left_out:
-        lines.append(f"Not chosen among, as trials are missing: {', '.join(left_out)}.")
+        lines.append(f"Out of the question, as trials of theirs failed: {', '.join(left_out)}.")
     return lines
 
 
-def _report(found: Table, trials: Sequence[Trial], path: str, overrides: Sequence[str]) -> str:
+def _report(found: Table, trials: Sequence[Trial]) -> str:
     settings = trials[0].settings
     others = _others(found)
     titles = _titles(found, others)
@@ -120,7 +122,7 @@ def _report(found: Table, trials: Sequence[Trial], path: str, overrides: Sequenc
     lines = [
         f"# Selection {settings.track.group}",
         "",
-        f"`{shlex.join([path, *overrides])}`, {done} of {len(trials)} trials finished, each of "
+        f"`{shlex.join(['shardgan', *sys.argv[1:]])}`: {done} of {len(trials)} trials finished, each of "
         f"{settings.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
         f"but one of {settings.data.folds} folds and scored on that one; `±` is the standard error over "
         f"trials, and `minus` the difference over trials of the same fold and seed.",

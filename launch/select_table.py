@@ -73,16 +73,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """All arms, and the choice among those with the most finished trials."""
+    """All arms, and the choice, by the trials (seed and fold) that all have finished: only they compare."""
 
     score: str  # as in the charts, without "Metrics/"
     rows: Sequence[Row]
 
     @property
     def comparable(self) -> list[Row]:
-        """Arms of which no trial is missing that others have."""
-        most = max((len(row.outcomes) for row in self.rows), default=0)
-        return [row for row in self.rows if most and len(row.outcomes) == most]
+        """The arms, each with those of its trials that all have finished. An arm of which some failed is left
+        out, unless it has these all the same."""
+        done = {row.arm: {o.place for o in row.outcomes} for row in self.rows}
+        sound = [done[row.arm] for row in self.rows if not row.failures] or list(done.values())
+        common = set[tuple[int, int]].intersection(*sound) if sound else set()
+        return [
+            Row(row.arm, [o for o in row.outcomes if o.place in common], row.failures)
+            for row in self.rows
+            if common and common <= done[row.arm]
+        ]
 
     @property
     def minimum(self) -> Row | None:

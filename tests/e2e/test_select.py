@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -102,7 +103,9 @@ def table_of(job: str, scores: dict[str, list[float]]) -> Table:
     rows = []
     for arm, values in zip(arms, scores.values(), strict=True):
         mine = [t for t in trials if t.arm == arm]
-        rows.append(Row(arm, [Outcome(t, v, {}, 1.0) for t, v in zip(mine, values, strict=False)], {}))
+        failures = {t.name: "exit status 1" for t, v in zip(mine, values, strict=False) if math.isnan(v)}
+        done = [(t, v) for t, v in zip(mine, values, strict=False) if not math.isnan(v)]
+        rows.append(Row(arm, [Outcome(t, v, {}, 1.0) for t, v in done], failures))
     return Table("kid_efflite0", rows)
 
 
@@ -117,8 +120,11 @@ def test_the_largest_penalty_within_one_standard_error_is_chosen(job):
     narrow = wide | {"0.01": [1.9, 2.0, 2.1]}
     assert chosen(job, narrow) == ("0.01", "0.01")
     assert chosen(job, {"1": [2.0, 2, 2], "0": [2.0, 2, 2]}) == ("1", "1")
-    # One that lacks a trial has had an easier time of it, perhaps.
-    assert chosen(job, {"0": [3.0, 3, 3], "0.01": [0.1, 0.1]}) == ("0", "0")
+    # One of which a trial failed has had an easier time of it, perhaps; as long as some are not through,
+    # only what all have finished counts.
+    assert chosen(job, {"0": [3.0, 3, 3], "0.01": [0.1, 0.1, math.nan]}) == ("0", "0")
+    assert chosen(job, {"0": [1.0, 1, 9], "0.01": [2.0, 2]}) == ("0", "0")
+    assert table_of(job, {"0": [1.0], "0.01": []}).choice is None
     row = table_of(job, wide).rows[1]
     assert row.mean == pytest.approx(2) and row.error == pytest.approx(3**-0.5)
 
