@@ -66,6 +66,7 @@ class Watch:
         self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
         self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
+        self._spread = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world)) < launch.world
         self._still, self._unheard, self._silent = (Clock(timeout_s / 4) for _ in range(3))
         self._heard = False
         self._mine = Beat(launch.rank, Process())
@@ -95,13 +96,14 @@ class Watch:
             self._say_goodbye(None)
         elif isinstance(error, UserError | KeyboardInterrupt):  # told by this rank, in its own way
             self._say_goodbye(Verdict(self._rank, str(error), told=True))
+            self._linger()
         else:
-            self._suspicious = _is_broken_connection(error)
-            if not (self._suspicious and self._over.wait(min(2.5 * _LOST_S, self._timeout_s / 2))):
+            if not (_is_broken_connection(error) and self._is_explained()):
                 traceback.print_exception(error)
                 reason = "".join(traceback.format_exception_only(error)).strip()
                 kimg = self.progress.cur_nimg / 1000
                 self._say_goodbye(self._verdict(f"{self._mine.name} failed at kimg {kimg:g}: {reason}"))
+            self._linger()
             raise JobEndedError from None
         return False
 
@@ -110,6 +112,25 @@ class Watch:
         self._failure, self._leaving = failure, True
         self._wake.set()
         self._threads[1].join(_PATIENCE_S)
+
+    def _is_explained(self) -> bool:
+        """Connections are broken: wait until it is told which rank has gone. False if nobody finds out."""
+        self._suspicious = True
+        deadline = time.monotonic() + min(2.5 * _LOST_S, self._timeout_s / 2)
+        while self._threads[1].is_alive() and time.monotonic() < deadline:
+            if self._over.wait(self._interval_s):
+                return True
+        if not self._threads[1].is_alive() and not self._over.is_set():
+            where = os.environ["MASTER_ADDR"]
+            what = f"is cut off from other ranks and from the launcher on {where}, which must have ended"
+            self._tell(f"{self._mine.name} {what}: see what was said there.")
+            return True
+        return self._over.is_set()
+
+    def _linger(self) -> None:
+        """Until other machines have read the verdict: the launcher that keeps it may go when we do."""
+        if self._spread:
+            time.sleep(3 * self._interval_s)
 
     # This rank
 
@@ -140,8 +161,8 @@ class Watch:
         """Thread: publish, read, judge. It ends where there is no store: the rank is then left to itself."""
         with suppress(dist.DistError, RuntimeError):
             store = launcher_store(timedelta(seconds=self._timeout_s))
-            number = 0
-            while not self._over.is_set():
+            number, launcher = 0, os.getppid()
+            while not self._over.is_set() and os.getppid() == launcher:  # else its store is gone with it
                 number += 1
                 leaving = self._leaving
                 dataclasses.replace(self._mine, number=number, left=leaving).publish(store)
@@ -178,7 +199,8 @@ class Watch:
                 return None
             return self._verdict(beat.described("is gone: killed (for want of memory?) or crashed"))
         if silent >= (_LOST_S if self._suspicious else self._timeout_s):
-            what = f"has not answered for {silent:.0f} s: frozen, or cut off"
+            state = "gone or cut off" if self._suspicious else "frozen or cut off"
+            what = f"has not answered for {silent:.0f} s: it is {state}"
             return self._verdict(beat.described(what), frozen=beat.process)
         return None
 
@@ -218,6 +240,7 @@ class Watch:
                 os.kill(verdict.frozen.pid, signal.SIGKILL)
         self._over.set()
         if self._rank != 0 and not self._leaving:
+            self._linger()
             end_process(1)
 
     def _tell(self, text: str) -> None:

@@ -157,7 +157,7 @@ IN_FORWARD = rf"in the forward of G, at {MINE}\.py:\d+ \(_halt\)"
 
 def test_the_main_rank_frozen_in_an_update(jobs):
     broken = jobs["frozen"]()
-    assert_ended_by_name(broken, 0, "has not answered for 15 s: frozen", IN_FORWARD)
+    assert_ended_by_name(broken, 0, "has not answered for 15 s: it is frozen", IN_FORWARD)
     assert "Traceback" not in broken.ended.output.partition("torch/distributed/elastic")[0]
     assert_goes_on(broken, jobs["unbroken"]())
 
@@ -202,7 +202,7 @@ def test_slow_work_is_not_taken_for_a_hang(jobs):
     ("where", "then", "what", "place_in_words"),
     [
         ("forward-1", signal.SIGKILL, "is gone: killed", IN_FORWARD),
-        ("forward-1", signal.SIGSTOP, "has not answered for 15 s: frozen", IN_FORWARD),
+        ("forward-1", signal.SIGSTOP, "has not answered for 15 s: it is frozen", IN_FORWARD),
         ("forward-0", None, "is stuck", IN_FORWARD),
         ("backward-1", None, "is stuck", rf"in the backward of G, at {MINE}\.py:\d+ \(_halt\)"),
         ("backward-0", signal.SIGSTOP, "has not answered", rf"in the backward of G, at {MINE}\.py"),
