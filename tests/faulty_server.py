@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 ALWAYS = 10**9
 
@@ -66,7 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         path = self.server.folder / name
         if path.is_dir():
-            links = "".join(f'<a href="{entry.name}">{entry.name}</a>' for entry in path.iterdir())
+            names = [quote(entry.name) + "/" * entry.is_dir() for entry in path.iterdir()]
+            names += ["../", "/elsewhere/x.tar", "http://example.org/y.tar", "deeper/z.tar"]
+            links = "".join(f'<a href="{name}">{name}</a>' for name in names)
             self._answer(200, links.encode(), "text/html")
         elif not path.is_file():
             self._answer(404, b"")

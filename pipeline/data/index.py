@@ -217,13 +217,13 @@ def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) 
 def _build_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
     folder, names = locate_url(train)
     shards = RemoteShards(folder, settings)
-    names = names or shards.list()
+    names = names or shards.list(announce)
     if not names:
         raise UserError(
             f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
         )
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
-    found = in_threads(shards.index, names, announce, at_once=_TRANSFERS)
+    found = in_threads(lambda name: shards.index(name, announce), names, announce, at_once=_TRANSFERS)
     index = _not_empty(_remote_index(shards, {}, found))
     write_record(index.root, index.name, found, {})
     return index

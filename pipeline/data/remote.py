@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from pipeline.config import Remote, UserError
 from pipeline.data import sidecar
@@ -57,16 +56,13 @@ class RemoteShards:
             return {}
         return parse_record(data, self.folder.show(INDEX))
 
-    def list(self) -> tuple[str, ...]:
+    def list(self, tell: Callable[[str], None]) -> tuple[str, ...]:
         """The names of the shards in the folder, from the server's own listing."""
         try:
-            listed = names_in(self.folder, Patience(self.settings))
+            names = names_in(self.folder, Patience(self.settings), tell)
         except FileNotFoundError:
-            listed = []
-        bare = (url.partition("?")[0].rstrip("/").rpartition("/")[2] for url in listed)
-        http = self.folder.scheme in ("http", "https")
-        names = {unquote(name) if http else name for name in bare}
-        return tuple(sorted(name for name in names if name.endswith(".tar") and not name.startswith(".")))
+            names = set()
+        return tuple(sorted(name for name in names if name.endswith(".tar") and name[0] not in "./"))
 
     def open(self, shard: Shard) -> int:
         """A file descriptor of the whole shard, which stays here as long as that is open."""
@@ -104,13 +100,13 @@ class RemoteShards:
                 "window smaller."
             )
 
-    def index(self, url: str) -> Shard:
+    def index(self, url: str, tell: Callable[[str], None]) -> Shard:
         """Fetch a shard of which nothing is known, and note what is in it."""
         patience = Patience(self.settings)
 
         def make(path: Path) -> Shard:
             try:
-                download(self.folder, url, path, patience, most=None)
+                download(self.folder, url, path, patience, most=None, tell=tell)
             except FileNotFoundError as error:
                 raise UserError(f"{error}.") from None
             return shard_of(url, self._scan(path, url))

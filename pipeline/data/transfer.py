@@ -115,14 +115,16 @@ def read(
         return target.read_bytes()
 
 
-def names_in(folder: RemoteFolder, patience: Patience) -> list[str]:
-    """URLs, as the server gives them, of what is in the folder. Raises as download does."""
+def names_in(folder: RemoteFolder, patience: Patience, tell: Callable[[str], None]) -> set[str]:
+    """What the server lists in the folder. Raises as download does."""
+    url = folder.url("")
 
     async def ls(filesystem: Any, _: Callback) -> list[str]:
-        listed: list[str] = await filesystem._ls(folder.url(""), detail=False)
+        listed: list[str] = await filesystem._ls(url, detail=False)
         return listed
 
-    return _persist(folder, "", ls, patience, None, lambda: None, lambda _: None)
+    listed = _persist(folder, "", ls, patience, None, lambda: None, tell)
+    return {name for entry in listed if (name := folder.name(entry))}
 
 
 def _persist(

@@ -37,6 +37,17 @@ class RemoteFolder:
         path = quote(self.path, safe="/%:[]@!$&'()*+,;=~")  # as given, where it is a URL's already
         return f"{self.scheme}://{self.login}{path}{quote(name)}{self.query}"
 
+    def name(self, listed: str) -> str | None:
+        """The name of a file in the folder by what a listing calls it; None for one that is elsewhere."""
+        http = self.scheme in ("http", "https")
+        # Links of a page come appended to the URL of the page, keys of a bucket without a scheme.
+        starts = (self.url("").rstrip("/") + "/", self.url("").rpartition("?")[0]) if http else (self.path,)
+        start = next((start for start in starts if start and listed.startswith(start)), None)
+        if start is None:
+            return None
+        name = listed[len(start) :].partition("?")[0] if http else listed[len(start) :]
+        return None if "/" in name else unquote(name) if http else name
+
 
 def is_url(train: str) -> bool:
     return "://" in train

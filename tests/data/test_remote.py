@@ -175,6 +175,18 @@ def test_without_an_index_one_is_built_here(local: Index, server: FaultyServer, 
     assert len(shards_kept(cache)) == 5
 
 
+@pytest.mark.parametrize("query", ["", "token=zxzxzx&of=me"])
+def test_a_listing_gives_the_names(local: Index, server: FaultyServer, query: str) -> None:
+    """Of what lies in the folder itself: neither of folders in it nor of what its page points to."""
+    (local.root / "index.json").unlink()
+    shutil.copytree(local.root, local.root / "deeper.tar")
+    (local.root / NAMES[0]).rename(local.root / "a b#c?.tar")
+    server.query = query or None
+    url = f"{server.url}/?{query}" if query else server.url
+    assert [shard.url for shard in build_index(url).shards] == ["a b#c?.tar", *NAMES[1:]]
+    assert load_index(url).num_samples == local.num_samples
+
+
 def test_an_index_that_says_too_little(local: Index, server: FaultyServer) -> None:
     record = json.loads((local.root / "index.json").read_text())
     record["shardlist"] = [{"url": entry["url"], "nsamples": 3} for entry in record["shardlist"]]
