@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     "--procs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of each trial."
 )
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--slurm", is_flag=True, help="Trials as a Slurm job array, --jobs at once, each on one node.")
+@click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="Of a --slurm trial.")
+@click.option("--collect", is_flag=True, help="Train nothing; table and report of what is done.")
 def select(
     config: str,
     settings: tuple[str, ...],
@@ -52,6 +55,9 @@ def select(
     strategy: str,
     procs: int,
     mixed_precision: str,
+    slurm: bool,
+    gpus: int,
+    collect: bool,
 ) -> None:
     """Choose λ (or anything else) by cross-validation.
 
@@ -70,14 +76,19 @@ def select(
     base, trials = select_trials.trials(config, settings, candidates, folds, seeds)
     select_table.table(base, trials, {})  # refuses what cannot be compared
     folder = Path(base.run.out) / str(base.run.name)
-    lock = select_trials.hold(folder, click.echo)
     launch = select_trials.Launch(strategy, procs, mixed_precision)
-    failures: dict[str, str] = {}
-    todo = [trial for trial in trials if not trial.done]
+    todo = [] if collect else [trial for trial in trials if not trial.done]
+    failures = {trial.name: "not done" for trial in trials if not trial.done} if collect else {}
     click.echo(
         f"{base.run.name}: {len(candidates)} candidates x {folds} folds x {seeds} seeds = {len(trials)} "
-        f"trials of {base.run.total_kimg:g} kimg, {len(trials) - len(todo)} of them done"
+        f"trials of {base.run.total_kimg:g} kimg, {sum(trial.done for trial in trials)} of them done"
     )
+    if slurm and todo:
+        from launch.select_slurm import submit
+
+        submit(todo, launch, gpus, jobs, folder, click.echo)
+        return
+    lock = select_trials.hold(folder, click.echo)
     started = time.monotonic()
 
     def ended(trial: Trial, problem: str) -> None:

@@ -13,6 +13,7 @@ from launch.select_plots import curve, weights
 from launch.select_table import Row, Table
 from launch.select_trials import Trial
 from pipeline import config
+from pipeline.credentials import redacted
 
 
 def show(found: Table) -> None:
@@ -119,10 +120,11 @@ def _report(found: Table, trials: Sequence[Trial]) -> str:
     titles = _titles(found, others)
     done = sum(len(row.outcomes) for row in found.rows)
     hours = sum(row.seconds for row in found.rows) / 3600
+    command = shlex.join(["shardgan", *map(redacted, sys.argv[1:])])
     lines = [
         f"# Selection {settings.track.group}",
         "",
-        f"`{shlex.join(['shardgan', *sys.argv[1:]])}`: {done} of {len(trials)} trials finished, each of "
+        f"`{command}`: {done} of {len(trials)} trials finished, each of "
         f"{settings.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
         f"but one of {settings.data.folds} folds and scored on that one; `±` is the standard error over "
         f"trials, and `minus` the difference over trials of the same fold and seed.",
