@@ -168,6 +168,8 @@ def load(path: Path) -> Table | None:
     """The sidecar at `path`; None if there is none, or none this version can read (it is built anew)."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
+                return None  # not by `save`: unpacked it may be of any size
             if int(file["version"]) != _VERSION:
                 return None
             table = Table(
@@ -181,7 +183,7 @@ def load(path: Path) -> Table | None:
                 label=file["label"].astype(np.int64),
                 crc=file["crc"].astype(np.uint32),
             )
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile):
         return None
     return table if _plausible(table) else None
 

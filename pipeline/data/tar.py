@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import count
 from typing import BinaryIO, NamedTuple
 
 from pipeline.config import UserError
@@ -17,6 +18,7 @@ from pipeline.config import UserError
 BLOCK = 512
 LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped over, images refused
 _LARGEST_EXTENSION = 1 << 20  # of a member whose data describe the next one (long names)
+MOST_HEADERS = 1_000_000  # of one file: what is noted of its members stays below a gigabyte
 _REGULAR = (b"0", b"\0", b"7")
 _FOLDER, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"5", b"x", b"g", b"L", b"K"
 
@@ -54,8 +56,10 @@ class TarReader:
     def __iter__(self) -> Iterator[Member]:
         name: str | None = None  # set by a long-name entry for the member that follows
         size: int | None = None
-        while True:
+        for number in count():
             start = self.size
+            if number > MOST_HEADERS:
+                raise self.error(start, f"more than {MOST_HEADERS:,} members. Cut it into smaller shards.")
             header = self._read(BLOCK, "a member header")
             if not any(header):
                 self._finish()
