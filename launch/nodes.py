@@ -1,8 +1,8 @@
 """Inside a Slurm allocation, before training: can these nodes train together? Called by slurm/node.sh.
 
 `plan WORLD CONFIG …` runs on the first node: checks what can be checked, describes the node in a file, and
-prints the run folder, that file, the address to meet at and a free port. `check FILE CONFIG …` runs on every
-node and compares it with that description.
+prints the run folder, that file, the address to meet at, a free port and the signal to stop by. `check FILE
+CONFIG …` runs on every node and compares it with that description.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int]:
-    """The run folder, this node's description in it, the address and port to meet at."""
+def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int, str]:
+    """The run folder, this node's description in it, where to meet (address, port), the signal to stop by."""
     from launch.train import check_space
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
@@ -68,7 +68,7 @@ def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int]
         description.write_text(json.dumps(describe(settings, node), indent=1))
     except OSError as error:
         raise UserError(f"{description.parent} cannot be written ({error.strerror}). Set run.out.") from None
-    return folder, description, node, _port()
+    return folder, description, node, _port(), settings.run.stop_signal
 
 
 def check(settings: Config, first: Path, node: str) -> None:

@@ -86,7 +86,7 @@ fi
 shift
 # A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
 # it or take them down, is deaf to it.
-trap '' USR1 USR2 TERM
+trap '' USR1 USR2 HUP TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
