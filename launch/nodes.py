@@ -101,6 +101,11 @@ def check(settings: Config, first: Path, node: str) -> None:
                 ]
             )
         )
+    if here["procs"] != there["procs"]:
+        raise UserError(
+            f"{here['procs']} processes here, {there['procs']} on {other}, as they were given GPUs. Ask for "
+            "them by --gpus-per-node, or set SHARDGAN_PROCS."
+        )
     if here["code"] != there["code"]:
         raise UserError(
             f"the code in {Path(__file__).parents[1]} is not that of {other}. Put it where all nodes see it."
@@ -121,7 +126,8 @@ def describe(settings: Config, node: str) -> Description:
                 f"{name} is not installed for {sys.executable}. Install the project there (bash "
                 "launch/setup.sh), or set SHARDGAN_VENV."
             ) from None
-    return {"node": node, "versions": versions, "code": code(), "shards": _shards(settings)}
+    procs = os.environ.get("SHARDGAN_PROCS", "1")
+    return {"node": node, "procs": procs, "versions": versions, "code": code(), "shards": _shards(settings)}
 
 
 def code() -> str:

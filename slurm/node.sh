@@ -59,7 +59,8 @@ if [ -n "$SHARDGAN_INTERFACE" ]; then
 fi
 [ -n "$SLURM_GPUS_ON_NODE" ] || export ACCELERATE_USE_CPU=1
 [ -z "$ACCELERATE_USE_CPU" ] || export DS_ACCELERATOR=cpu
-procs=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
+export SHARDGAN_PROCS=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
+procs=$SHARDGAN_PROCS
 world=$((SLURM_NNODES * procs))
 cpus=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}

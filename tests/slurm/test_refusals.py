@@ -15,8 +15,10 @@ SUBMIT = ("--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml")
 def refused(project):
     """Submit, and read the log of a job that is to fail before any training starts."""
 
-    def submit(*settings: str, expected_processes: int = 0, **environment: str) -> str:
-        job = project.sbatch(*SUBMIT, "run.name=refused", *settings, **environment)
+    def submit(
+        *settings: str, options: tuple[str, ...] = (), expected_processes: int = 0, **environment: str
+    ) -> str:
+        job = project.sbatch(*options, *SUBMIT, "run.name=refused", *settings, **environment)
         seen = project.cluster.ended(job)
         log = project.log(job)
         assert (seen["JobState"], seen["ExitCode"]) == ("FAILED", "2:0"), log
@@ -43,6 +45,12 @@ def test_a_node_that_does_not_see_the_data(project, refused):
     log = refused(f"data.train={project.cluster.local}/data")
     assert f"error: n2: There are no shards at {project.cluster.local}/data" in log
     assert "The data must lie where every node sees it" in log
+
+
+def test_nodes_with_other_numbers_of_gpus(refused):
+    """Slurm may spread --gpus as it likes: here 3 and 1."""
+    log = refused(options=("--gpus=4",))
+    assert "error: n2: 1 processes here, 3 on n1" in log and "Ask for them by --gpus-per-node" in log
 
 
 def test_a_run_folder_on_one_nodes_own_disk(project, refused):
