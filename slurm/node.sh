@@ -91,7 +91,7 @@ trap '' USR1 USR2 HUP TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
-run accelerate.commands.launch --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \
+run launch.launcher --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \
     --num_machines "$SLURM_NNODES" --num_processes "$world" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$SHARDGAN_HEAD" --main_process_port "$SHARDGAN_HEAD_PORT" \
     --mixed_precision "$ACCELERATE_MIXED_PRECISION" -m pipeline.train "$@"
