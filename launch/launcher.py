@@ -12,7 +12,8 @@ import sys
 
 
 def main() -> None:
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
     except Exception as error:
