@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from pipeline.config import UserError
 if TYPE_CHECKING:
     from launch.select_table import Table
     from launch.select_trials import Trial
+    from pipeline.config import Config
 
 
 @click.command()
@@ -89,15 +90,7 @@ def select(
         submit(todo, launch, gpus, jobs, folder, click.echo)
         return
     lock = select_trials.hold(folder, click.echo)
-    started = time.monotonic()
-
-    def ended(trial: Trial, problem: str) -> None:
-        if problem:
-            failures[trial.name] = problem
-        now = select_table.table(base, trials, failures)
-        select_table.write(folder, now, base, trials)
-        click.echo(_progress(trial, problem, now, len(trials), time.monotonic() - started))
-
+    ended = _teller(base, trials, failures, folder)
     completed = select_trials.run(todo, launch, jobs, folder, lock, ended)
     found = select_table.table(base, trials, failures)
     select_table.write(folder, found, base, trials)
@@ -107,6 +100,24 @@ def select(
     os.close(lock)
     if found.minimum is None and completed:
         raise click.ClickException("No trial could be finished; their logs are in " + str(folder / "logs"))
+
+
+def _teller(
+    base: Config, trials: Sequence[Trial], failures: dict[str, str], folder: Path
+) -> Callable[[Trial, str], None]:
+    """What to do when a trial has ended: note what went wrong, bring the table up to date, say so."""
+    from launch import select_table
+
+    started = time.monotonic()
+
+    def ended(trial: Trial, problem: str) -> None:
+        if problem:
+            failures[trial.name] = problem
+        now = select_table.table(base, trials, failures)
+        select_table.write(folder, now, base, trials)
+        click.echo(_progress(trial, problem, now, len(trials), time.monotonic() - started))
+
+    return ended
 
 
 def _conclude(
