@@ -21,7 +21,7 @@ def test_prints_a_ratio_per_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.exit_code == 0, found.output
     for kind in ("28-px PNG", "64-px JPEG", "256-px JPEG"):
         row = found.output.partition(kind)[2].partition("\n")[0]
-        assert len(re.findall(r"[\d,]+(?:\.\d+x)?", row)) == 4
+        assert len(re.findall(r"[\d,]+(?:\.\d+x)?", row)) == 5
 
 
 def test_all_read_the_same_images(tmp_path: Path) -> None:
@@ -32,6 +32,10 @@ def test_all_read_the_same_images(tmp_path: Path) -> None:
     theirs = [images for images, _ in islice(contestants["webdataset + Pillow"](), steps)]
     assert sorted(i.numpy().tobytes() for b in ours for i in b) == sorted(
         i.tobytes() for b in theirs for i in b
+    )
+    kept = [batch.images for batch in islice(contestants["cached"](), steps)]
+    assert sorted(i.numpy().tobytes() for b in kept for i in b) == sorted(
+        i.numpy().tobytes() for b in ours for i in b
     )
     size = sum(path.stat().st_size for path in shards.glob("*.tar"))
     assert sum(map(len, islice(contestants["bytes alone"](), steps))) == size
