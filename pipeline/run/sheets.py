@@ -36,8 +36,9 @@ class Sheets:
         with self._ranks.agreeing():
             if self._ranks.main:
                 images = make()
+                notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # for W&B, should it be told later
                 try:
-                    save_grid(images, path, columns)
+                    save_grid(images, path, columns, notes=notes)
                     self._report.image(key, path, cur_nimg)
                 except OSError as error:  # a picture less is no reason to stop training
                     self._report.warn("Sheet not written", f"{path} could not be written: {error}.")
