@@ -159,3 +159,9 @@ def test_files_and_functions_are_short_enough_to_read():
     too_long += [line for f in FILES for line in long_functions(f, (ROOT / f).read_text(), most=60)]
     assert not too_long
     assert long_functions(Path("x.py"), "def f():\n" + "    pass\n" * 60, most=60)
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by that name alone."""
+    names = [p.name for p in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
