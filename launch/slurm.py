@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import UserError
+from pipeline.credentials import scrubbed
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("pipeline", "launch", "slurm")
@@ -112,18 +113,37 @@ def check(text: str) -> None:
     _sbatch("--test-only", text=text)
 
 
+def keep_code(folder: Path) -> None:
+    """The code as it is now, for a job in `folder`: what waits in the queue is not changed by later edits."""
+    try:
+        shutil.rmtree(folder / "code", ignore_errors=True)
+        for name in _CODE:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / "code" / name, ignore=ignored)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}. Set run.out.") from None
+
+
 def submit(folder: Path, text: str, *options: str, name: str = "job.sbatch") -> str:
-    """Write a batch file into its folder, with the code as it is now, and hand it in; returns the job's id.
+    """Write a batch file into its folder and hand it in; returns the job's id.
 
     Raises UserError with what Slurm has against the job.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _snapshot(folder / "code")
         (folder / name).write_text(text)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}. Set run.out.") from None
     return _sbatch("--parsable", *options, str(folder / name)).strip().split(";")[0]
+
+
+def refuse_credentials(texts: Sequence[str]) -> None:
+    """Raises UserError if a URL lets someone in: what a job reads lies in files."""
+    if found := next((text for text in texts if scrubbed(text) != text), None):
+        raise UserError(
+            f"{scrubbed(found)}: a user, password or signature in a URL would be written to the files of the "
+            "job. Give it by ~/.netrc or the environment, which reach the nodes."
+        )
 
 
 def submit_array(
@@ -140,6 +160,7 @@ def submit_array(
     `gather` is what `python -m` is to run when all have ended, well or badly. Everything is written to
     `folder`: the list, the batch files, the code as it is now, the logs.
     """
+    refuse_credentials([word for line in lines for word in line])
     folder = folder.absolute()
     array = f"1-{len(lines)}%{throttle}"
     text = render(name, folder, "array.sbatch", [f"{folder}/runs.txt"], resources, array=array)
@@ -149,6 +170,7 @@ def submit_array(
         (folder / "runs.txt").write_text("".join(f"{shlex.join(line)}\n" for line in lines))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from None
+    keep_code(folder)
     job = submit(folder, text)
     if gather is None:
         return ArrayJob(job, None, folder)
@@ -164,14 +186,6 @@ def state(job: str) -> str | None:
         return None
     ended = _call("squeue", "--noheader", "--jobs", job, "--format=%T")
     return ended.stdout.split()[0] if ended.returncode == 0 and ended.stdout.split() else None
-
-
-def _snapshot(code: Path) -> None:
-    """The code as it is now: what is in the queue is not changed by what is edited meanwhile."""
-    if code.exists():
-        return
-    for name in _CODE:
-        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _quoted(value: str) -> str:

@@ -64,6 +64,7 @@ def submit(
         click.echo(f"{run} is finished (its DONE file says so). Nothing to submit.")
         return
     _refuse_twice(run)
+    slurm.refuse_credentials([str(resolved.data.train)])
     folder = _free_folder(run / "slurm")
     text = slurm.render(str(resolved.run.name), folder, "train.sbatch", [f"{folder}/config.yaml"], resources)
     if not dry_run:
@@ -74,6 +75,7 @@ def submit(
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configs.dump(resolved))
+    slurm.keep_code(folder)
     job = slurm.submit(folder, text)
     (run / "slurm" / "job").write_text(f"{job}\n")
     _tell(job, run, folder, resources)

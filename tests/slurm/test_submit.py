@@ -109,12 +109,17 @@ def test_starting_over_takes_a_free_name_once_and_for_all(project, monkeypatch):
         (["--time", "soon"], "Invalid --time specification"),
         (["run.name=a%j"], "Slurm gives % and \\ in the path of a log another meaning"),
         (['run.name="a\\nb"'], "Slurm gives % and \\ in the path of a log another meaning"),
+        (
+            ["data.train=https://me:secret@host/data"],
+            "https://host/data: a user, password or signature in a URL",
+        ),
         (["data.batch_sise=3"], "did you mean `batch_size`?"),
     ],
 )
 def test_what_cannot_be_submitted_is_told_before_anything_is_written(project, arguments, said):
     ended = project.shardgan("submit", *TINY, "run.name=bad", *arguments)
-    assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr, ended.stderr
+    assert ended.returncode == 2 and said in ended.stderr, ended.stderr
+    assert "Traceback" not in ended.stderr and "secret" not in ended.stderr
     assert not project.run("bad").path.exists()
 
 
