@@ -47,9 +47,9 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
         ranks.barrier()
 
-    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> list[str]:
-        """Copy everything and begin to write it; waits for the save before, and returns its complaints."""
-        complaints = self.finish()
+    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
+        """Copy everything and begin to write it. The save before must be finished."""
+        assert self._phase == "idle"
         self._state = dataclasses.replace(state)
         contents: dict[str, Tensors] = {}
         for engine in players:
@@ -60,7 +60,6 @@ class Saver:
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers
         copies = {file: {key: _copy(t) for key, t in tensors.items()} for file, tensors in contents.items()}
         self._start("writing", lambda: _write(self._partial, copies))
-        return complaints
 
     @property
     def flags(self) -> tuple[bool, bool]:

@@ -165,7 +165,11 @@ class Session:
             values |= slowest(each[FORWARD])
         self.report.row(cur_nimg, dict(sorted((values | dict(scores)).items())))
         self.start_clock(cur_nimg)
-        self._health.check(reduced)
+        try:
+            self._health.check(reduced)
+        except RunError:
+            self._saver.finish()  # what is being written is from before
+            raise
         self._bad.check()
         self._compare_score(state, scores)
 
@@ -203,7 +207,8 @@ class Session:
             self.report.flush()
             self._bad.exchange()
             state.stats = self.ranks.gather_objects(stats.state())
-            self._heed(self._saver.begin([gan.G, gan.D], gan.G_ema, state))
+            self._heed(self._saver.finish())
+            self._saver.begin([gan.G, gan.D], gan.G_ema, state)
             if self.ranks.main:  # of the checkpoint before, which is whole by now
                 self._spectrum.submit(spectrum.record, self.folder, shapes(gan))
             self.new_best = False

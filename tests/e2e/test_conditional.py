@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from launching import ROOT, RunFolder, fashion_images, shardgan, train
 from PIL import Image
@@ -85,7 +86,7 @@ def test_every_part_of_the_losses_is_charted(conditional):
         assert "Loss/D/l1_penalty" not in row and "Loss/G/r1_penalty" not in row
         assert all(math.isfinite(value) for value in row.values())
     for row in (rows[0], rows[-1]):
-        assert row["Metrics/kid_efflite0_fake_images"] == 24
+        assert row["Metrics/efflite0_fake_images"] == 24
 
 
 def test_the_networks_are_whole_and_make_the_last_sheet_of_samples(there, tmp_path):
@@ -119,7 +120,18 @@ def test_the_commands_work_on_it(there, tmp_path):
     assert entry[name] == pytest.approx(there.rows[-1][name], abs=1e-5)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+ARMS = ROOT / "configs" / "alternatives.yaml"
+PUBLISHED = sorted({*(ROOT / "configs").glob("*.yaml")} - {ARMS})
+
+
+@pytest.mark.parametrize("arm", yaml.safe_load(ARMS.read_text()))
+def test_every_alternative_is_a_config(arm):
+    base = ROOT / "configs" / "lambda.yaml"
+    settings = yaml.safe_load(ARMS.read_text())[arm]
+    assert (config.load(base, settings) != config.load(base)) == bool(settings)
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_every_published_config_trains(there, tmp_path, file, signals_kept):
     """Two updates of narrow networks by each file in configs/, on stand-ins for its images."""
     data = config.load(file).data
