@@ -5,8 +5,10 @@ A kill is SIGKILL, to every process of the job or to one rank alone: nothing is 
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,25 +49,34 @@ def _is_rank(process: psutil.Process) -> bool:
         return False
 
 
-def train_through(
-    command: Sequence[str], folder: Path, kills: int, longest: float, chance: random.Random
-) -> Killed:
-    """Start the command until the run is done, killing it at random moments, so many times."""
+def train_through(command: Sequence[str], folder: Path, kills: int, chance: random.Random) -> Killed:
+    """Start the command until the run is done, killing it so many times: some of them anywhere in the first
+    seconds, others a moment after it has written none, one or two rows."""
     found = Killed(RunFolder(folder))
     while not found.folder.done:
+        start = time.time()
         started = Started(command, folder.parent)
         if found.kills == kills:
             ended = started.wait()
             assert ended.status == 0, ended.output
             continue
-        moment = chance.uniform(0, longest)
+        moment = chance.uniform(0, 8.0)
+        if chance.random() < 0.7:
+            due, moment = chance.randrange(3), chance.uniform(0, 0.4)
+            started.until(lambda due=due, start=start: _rows_since(folder, start) >= due)
         try:
             started.process.wait(moment)
         except subprocess.TimeoutExpired:
             kill(started, one=chance.random() < 0.5)
             found.kills += 1
-            found.at.append(moment)
+            found.at.append(time.time() - start)
     return found
+
+
+def _rows_since(folder: Path, start: float) -> int:
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    return sum(json.loads(line)["time"] > start for line in lines if line.endswith("\n"))
 
 
 def assert_as_if_nothing_had_happened(unbroken: RunFolder, killed: Killed) -> None:
@@ -92,29 +103,19 @@ def test_killed_in_the_middle(worlds):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("strategy", "world", "kills"), [("ddp", 2, 50), ("ddp", 3, 10), ("fsdp2", 2, 10), ("zero2", 2, 10)]
 )
 def test_killed_at_random(tmp_path, strategy, world, kills):
+    """Of two rows a kill, so that the run outlasts the kills."""
     (tmp_path / "adam.yaml").write_text(ADAM)
+    settings = ["adam.yaml", *OFTEN, f"run.total_kimg={0.12 * kills}", "run.out=."]
     unbroken = train(
-        accelerate(world, "adam.yaml", *OFTEN, "run.name=unbroken", "run.out=.", file=f"{strategy}.yaml"),
-        tmp_path / "unbroken",
+        accelerate(world, *settings, "run.name=unbroken", file=f"{strategy}.yaml"), tmp_path / "unbroken"
     )
-    line = [
-        "adam.yaml",
-        "--strategy",
-        strategy,
-        "--procs",
-        str(world),
-        *OFTEN,
-        "run.name=killed",
-        "run.out=.",
-    ]
-    longest = 25.0  # seconds: start-up, training and the end, on a quiet machine
-    killed = train_through(
-        shardgan("train", *line), tmp_path / "killed", kills, longest, random.Random(f"{strategy}{world}")
-    )
+    line = shardgan("train", *settings, "run.name=killed", "--strategy", strategy, "--procs", str(world))
+    killed = train_through(line, tmp_path / "killed", kills, random.Random(f"{strategy}{world}"))
+    print(f"{strategy} x {world}: {killed.kills} kills, {min(killed.at):.1f} to {max(killed.at):.1f} s in")
     assert killed.kills == kills
-    print(f"{strategy} x {world}: {kills} kills, after {min(killed.at):.1f} to {max(killed.at):.1f} s")
     assert_as_if_nothing_had_happened(unbroken, killed)
