@@ -13,7 +13,7 @@ import sys
 
 def main() -> None:
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
+        logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew
     try:
         runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
     except Exception as error:
