@@ -85,7 +85,8 @@ def weights(found: Table, path: Path) -> None:
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         spectrum.set(title=f"{player}: singular values of {name}", xlabel="number", yscale="log")
-    figure.legend(loc="outside lower center", ncols=min(len(rows), 8), fontsize=8, frameon=False)
+    one_each = panels[0][0].get_legend_handles_labels()
+    figure.legend(*one_each, loc="outside lower center", ncols=min(len(rows), 8), fontsize=8, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
