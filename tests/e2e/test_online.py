@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from launching import ADAM, RunFolder, Started, identical, rows_written, run, shardgan
 
 from tests.wandb_server import wandb_server
@@ -14,6 +15,7 @@ IMPATIENT = {
 }
 
 
+@pytest.mark.long  # most of it is waiting for the server at the end
 def test_the_server_dies_in_mid_run(worlds, tmp_path):
     """Not a step, a row or the exit status is lost; the same command sends what was missed."""
     (tmp_path / "adam.yaml").write_text(ADAM.replace("wandb: false", "wandb: true"))
