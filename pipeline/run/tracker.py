@@ -26,7 +26,7 @@ from pipeline.run.wandb_files import (
     Tracked,
     last_step,
     leave_to_the_server,
-    pass_over_empty,
+    mend,
     recall,
     remember,
 )
@@ -226,7 +226,7 @@ class WandbTracker:
 def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
     """What W&B has of the run that was just opened, noted down."""
     if run.offline:
-        pass_over_empty(folder, known.run_id)
+        mend(folder, known.run_id)
         tracked = replace(known, has=max(known.has, last_step(folder, known.run_id)))
     else:
         leave_to_the_server(folder, known.run_id)
@@ -236,8 +236,9 @@ def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
 
 
 def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: str) -> None:
-    import wandb
     from PIL import Image
+
+    import wandb
 
     picture = wandb.Image(Image.open(io.BytesIO(content)), caption=caption)
     run.log({key: picture, _X_AXIS: step / 1000}, step=step)

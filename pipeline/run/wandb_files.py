@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -50,13 +51,21 @@ def last_step(folder: Path, run_id: str) -> int:
     return max((step for path in files for step in steps(path.read_bytes())), default=-1)
 
 
-def pass_over_empty(folder: Path, run_id: str) -> None:
-    """Mark offline files killed before they held anything: they would keep `wandb sync` from all others."""
+def mend(folder: Path, run_id: str) -> None:
+    """Make offline files whole that a kill has cut: `wandb sync` stops at one, and leaves those after it.
+
+    An incomplete last record is taken off, as its step is told again; a file without a beginning is passed
+    over.
+    """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     for path in _files(folder, run_id)[:-1]:  # the last is of the run that was just opened
-        if not any(Record.FromString(text).HasField("run") for text in records(path.read_bytes())):
+        data = path.read_bytes()
+        sound = max((end for _, end in _records(data)), default=0)
+        if not any(Record.FromString(text).HasField("run") for text in records(data)):
             path.with_suffix(".wandb.synced").touch()
+        elif sound < len(data):
+            os.truncate(path, sound)
 
 
 def leave_to_the_server(folder: Path, run_id: str) -> None:
@@ -80,7 +89,12 @@ def steps(data: bytes) -> Iterator[int]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The whole, sound records of a .wandb file: after a header, the framing of LevelDB's logs.
+    """The whole, sound records of a .wandb file."""
+    return (text for text, _ in _records(data))
+
+
+def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Each record and where it ends: after a header, the framing of LevelDB's logs.
 
     Blocks of 32 KiB hold fragments of records: checksum, length, kind (whole, first, middle or last), bytes.
     """
@@ -99,4 +113,4 @@ def records(data: bytes) -> Iterator[bytes]:
         at += _FRAGMENT.size + length
         parts = fragment if kind in (_FULL, _FIRST) else parts + fragment
         if kind in (_FULL, _LAST):
-            yield parts
+            yield parts, at

@@ -224,7 +224,7 @@ def test_the_service_of_wandb_dies_or_hangs(tmp_path, server, monkeypatch, numbe
     assert_whole(tmp_path, server.run)
 
 
-@pytest.mark.long  # where a kill cuts W&B's file is left to chance, and `wandb sync` may stop at such a file
+@pytest.mark.long  # where a kill cuts W&B's file is left to chance; the next test cuts it itself
 def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server, monkeypatch):
     """SIGKILL to the job and W&B's service at seeded ticks, with a checkpoint every five."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -253,6 +253,24 @@ def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server,
     files = [run for run in offline_runs(tmp_path) if run.run_id]  # one killed early holds nothing
     assert len({run.run_id for run in files}) == 1
     assert [row["_step"] for run in files for row in run.history] == [tick * 100 for tick in range(TOTAL)]
+    sync(tmp_path)
+    assert_whole(tmp_path, server.run)
+
+
+def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp_path, server, monkeypatch):
+    """`wandb sync` stops at such a file without an error: the next start takes the incomplete record off."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Job(tmp_path).train(0, TOTAL).end()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    os.truncate(path, 40_000)  # as W&B's service leaves it: it writes in blocks of 32 KiB
+    told = tmp_path / "wandb" / "run.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"has": -1}))  # written only by an orderly end
+    script = (
+        f"from tests.run.test_tracking_faults import *; Job(Path({str(tmp_path)!r}), 1).train(2, TOTAL).end()"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    first, second = [[row["_step"] for row in run.history] for run in offline_runs(tmp_path)]
+    assert first == [0] and second == [tick * 100 for tick in range(1, TOTAL)]
     sync(tmp_path)
     assert_whole(tmp_path, server.run)
 
