@@ -32,7 +32,8 @@ class LocalPenalty:
     def values(self) -> dict[str, torch.Tensor]:
         """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used."""
         l2 = self.coefficients.l2
-        none = torch.zeros((), dtype=torch.float64)  # unpenalised: no pass over the weights
+        device = self.weights[0].device if self.weights else None
+        none = torch.zeros((), dtype=torch.float64, device=device)  # unpenalised: no pass over the weights
         values = {"l2_penalty": l2 * sum_of_squares(self.weights) if l2 else none}
         if self.coefficients.l1:
             values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)

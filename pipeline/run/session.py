@@ -41,6 +41,7 @@ from pipeline.run.unseen import Unseen
 if TYPE_CHECKING:
     from pipeline.step import Gan
 
+_MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
 _LEADING = ("Metrics/kid", "Metrics/fid", "Metrics/fd")  # the score by which checkpoints are compared
 
 
@@ -217,10 +218,7 @@ class Session:
         """Wait until the last checkpoint is written. Raises RunError if it could not be."""
         self._heed(self._saver.finish())
         if self._saver.failures:
-            raise RunError(
-                "The last checkpoint could not be written. Make room, and run the same command again: it "
-                "continues from the newest one that was."
-            )
+            raise RunError(f"The last checkpoint could not be written. {_MAKE_ROOM}")
 
     # Pieces of the above
 
@@ -231,12 +229,12 @@ class Session:
 
     def _of_this_rank(self, gan: Gan) -> dict[str, float]:
         """What is compared between ranks: how fast they are, and their copies of replicated players."""
-        if self.ranks.world == 1:
-            return {}
         players = (gan.G, gan.D)
+        pace = {FORWARD: sum(p.pace.take() for p in players)}
+        if self.ranks.world == 1:
+            return pace
         copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}
-        bits = {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
-        return bits | {FORWARD: sum(p.pace.take() for p in players)}
+        return pace | {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
@@ -255,8 +253,7 @@ class Session:
         if self._saver.failures > self.config.run.max_failed_saves:
             raise RunError(
                 f"{self._saver.failures} checkpoints in a row could not be written (run.max_failed_saves = "
-                f"{self.config.run.max_failed_saves}). Make room, and run the same command again: it "
-                "continues from the newest one that was."
+                f"{self.config.run.max_failed_saves}). {_MAKE_ROOM}"
             )
 
     @contextmanager

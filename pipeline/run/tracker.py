@@ -236,9 +236,8 @@ def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
 
 
 def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: str) -> None:
-    from PIL import Image
-
     import wandb
+    from PIL import Image
 
     picture = wandb.Image(Image.open(io.BytesIO(content)), caption=caption)
     run.log({key: picture, _X_AXIS: step / 1000}, step=step)

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Optimizer, UserError
+from pipeline.config import Optimizer, UserError, WeightPenalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.fsdp2 import refuse_ties
 from pipeline.parallel.ranks import read_launch
+from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
+from pipeline.run.health import FORWARD
+from pipeline.run.session import Session
 
 
 def test_whole_g_ema_is_there_from_asking_until_the_next_update():
@@ -65,3 +68,18 @@ def test_fsdp2_refuses_tied_parameters():
     module[1].weight = module[0].weight
     with pytest.raises(UserError, match=r"0\.weight and 1\.weight"):
         refuse_ties(module)
+
+
+def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_single_rank():
+    """On a GPU it is two events per pass."""
+    taken = []
+    player = SimpleNamespace(pace=SimpleNamespace(take=lambda: taken.append(1) or 0.5), replicated=True)
+    session = SimpleNamespace(ranks=SimpleNamespace(world=1))
+    found = Session._of_this_rank(session, SimpleNamespace(G=player, D=player))
+    assert found == {FORWARD: 1.0} and len(taken) == 2
+
+
+def test_all_penalties_are_where_the_weights_are():
+    """Also one that is not used; `meta` stands in for a device that is not the CPU."""
+    values = LocalPenalty(WeightPenalty(l1=1e-3), [torch.empty(3, device="meta")]).values()
+    assert {value.device.type for value in values.values()} == {"meta"} and len(values) == 2
