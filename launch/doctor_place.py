@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from launch.doctor_networks import Players
 from launch.finding import Finding, Job, in_bytes, ok, some, warning, would_fail
-from launch.train import check_space
+from launch.train import check_space, is_free
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.data.locate import cache_folder
@@ -121,7 +121,7 @@ def rendezvous(job: Job) -> Iterator[Finding]:
         yield would_fail("rendezvous", text, "Lower --nodes, or allocate more.")
         return
     port = int(os.environ.get("MASTER_PORT") or _PORT)
-    if job.strategy != "single" and not _free(port):
+    if job.strategy != "single" and not is_free(port):
         text = f"port {port} is in use on {socket.gethostname()}"
         cure = f"`shardgan train` picks a free one; else give --main_process_port, other than {port}."
         yield warning("rendezvous", text, cure)
@@ -146,16 +146,6 @@ def _resolves(host: str) -> bool:
         return bool(socket.getaddrinfo(host, None))
     except OSError:
         return False
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-    return True
 
 
 def features(job: Job) -> Iterator[Finding]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launch.nodes import PACKAGES, code
+from launch.nodes import code, versions
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index
@@ -40,10 +38,8 @@ def main(path: str, settings: list[str]) -> None:
 
 def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
     """What must be the same on every node, or why it cannot be told."""
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    seen: dict[str, Any] = {"node": node, "device": _name(device), "code": code(), "versions": versions}
+    seen: dict[str, Any] = {"node": node, "device": _name(device), "code": code(), "versions": versions()}
     try:
         resolved = config.load(path, settings)
         assert resolved.data.train is not None

@@ -23,7 +23,7 @@ from pipeline import config
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
+_PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
 Description = dict[str, Any]
@@ -117,17 +117,27 @@ def check(settings: Config, first: Path, node: str) -> None:
 
 def describe(settings: Config, node: str) -> Description:
     """What must be the same on every node."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
+    return {
+        "node": node,
+        "procs": os.environ.get("SHARDGAN_PROCS", "1"),
+        "versions": versions(),
+        "code": code(),
+        "shards": _shards(settings),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and what training depends on. Raises UserError for what is not installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             raise UserError(
                 f"{name} is not installed for {sys.executable}. Install the project there (bash "
                 "launch/setup.sh), or set SHARDGAN_VENV."
             ) from None
-    procs = os.environ.get("SHARDGAN_PROCS", "1")
-    return {"node": node, "procs": procs, "versions": versions, "code": code(), "shards": _shards(settings)}
+    return found
 
 
 def code() -> str:
@@ -157,29 +167,21 @@ def _digest(value: object) -> str:
 
 def _port() -> int:
     """SHARDGAN_PORT, or a port that no other job on this node has; another one after a requeue."""
+    from launch.train import is_free
+
     asked = os.environ.get("SHARDGAN_PORT")
     if asked is not None and not (asked.isdecimal() and 0 < int(asked) < 65536):
         raise UserError(f"SHARDGAN_PORT={asked} is not a port.")
-    if asked is not None and not _is_free(int(asked)):
+    if asked is not None and not is_free(int(asked)):
         raise UserError(f"port {asked} is in use. Set SHARDGAN_PORT to another one, or leave it unset.")
     if asked is not None:
         return int(asked)
     job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     start = 12_000 + (job * 16 + restarts) % 20_000  # below the ports that systems hand out by themselves
-    free = next((port for port in range(start, start + 100) if _is_free(port)), None)
+    free = next((port for port in range(start, start + 100) if is_free(port)), None)
     if free is None:
         raise UserError(f"ports {start} to {start + 99} are all in use. Set SHARDGAN_PORT.")
     return free
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
 
 
 if __name__ == "__main__":

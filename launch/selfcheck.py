@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +35,8 @@ COLUMNS = ("loss", "penalty", "gradient", "parameters", "EMA", "resume")
 WEIGHTS = 1e-6  # largest error of any weight after all updates, absolute
 VALUES = 1e-5  # of any chart, relative, but never stricter than a tenth of that absolutely
 _RESUMED = "resumed/"
-_PARTITION_ALL = Path(__file__).parent / "deepspeed" / "zero3-partition-all.json"
+# Strategy → a DeepSpeed config with which even the smallest parameter is partitioned, as theirs are.
+PARTITION_ALL = {"zero3": Path(__file__).parent / "deepspeed" / "zero3-partition-all.json"}
 
 
 @click.command()
@@ -67,7 +67,9 @@ def selfcheck(strategies: str | None, procs: int | None) -> None:
             out = Path(folder) / strategy
             out.mkdir()
             with console.status(f"{strategy}, {world} process{'es' * (world > 1)} …"):
-                ended = launch(strategy, world, ["launch.parity", str(out)], on_cpu=not gpus)
+                module = ["launch.parity", str(out)]
+                deepspeed = PARTITION_ALL.get(strategy)
+                ended = workers.launch(strategy, world, module, on_cpu=not gpus, deepspeed=deepspeed)
                 errors = (
                     judge(out, strategy, world, "cuda" if gpus else "cpu") if ended.returncode == 0 else {}
                 )
@@ -80,27 +82,6 @@ def selfcheck(strategies: str | None, procs: int | None) -> None:
     for failure in failures:
         click.echo(failure, err=True)
     sys.exit(1 if failures or missed else 0)
-
-
-def launch(
-    strategy: str,
-    world: int,
-    module: list[str],
-    on_cpu: bool,
-    *,
-    deepspeed: Path | None = None,
-    environment: dict[str, str] | None = None,
-    timeout: float = 1800,
-) -> subprocess.CompletedProcess[str]:
-    """Run `module ARGUMENTS…` under a strategy, as `accelerate launch` does for a user.
-
-    deepspeed: a JSON config instead of the strategy's own; stage 3 partitions even the smallest parameter.
-    """
-    if strategy == "zero3":
-        deepspeed = deepspeed or _PARTITION_ALL
-    return workers.launch(
-        strategy, world, module, on_cpu, deepspeed=deepspeed, environment=environment, timeout=timeout
-    )
 
 
 def judge(out: Path, strategy: str, world: int, device: str) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import selfcheck
+from launch import selfcheck, workers
 
 HERE = Path(__file__).parent
 
@@ -30,7 +30,8 @@ def run(name: str, module: list[str], deepspeed: Path | None = None) -> None:
     strategy, world = name.rsplit("-", 1)
     path = f"{HERE.parents[1]}:{HERE}"
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ended = selfcheck.launch(
+    deepspeed = deepspeed or selfcheck.PARTITION_ALL.get(strategy)
+    ended = workers.launch(
         strategy, int(world), module, on_cpu=True, deepspeed=deepspeed, environment=environment
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
