@@ -179,18 +179,16 @@ def _launcher(job: Job) -> Iterator[Finding]:
 
 def _batch(job: Job) -> Iterator[Finding]:
     """How the global batch lies over ranks and rounds, and which rank is where."""
-    from launch.finding import counted, ok, would_fail
+    from launch.finding import ok, would_fail
     from pipeline.config import UserError
     from pipeline.parallel.batch import batch_shape
 
-    data = job.settings.data
     try:
-        shape = batch_shape(data, job.world)
+        shape = batch_shape(job.settings.data, job.world)
     except UserError as error:
         yield would_fail("batch", str(error))
         return
-    parts = (counted(job.world, "rank"), counted(shape.rounds, "round"), counted(shape.images, "image"))
-    yield ok("batch", f"{data.batch_size} = {' x '.join(parts)}")
+    yield ok("batch", str(shape))
     yield ok("rank map", "\n".join(_rank_map(job)))
 
 

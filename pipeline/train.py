@@ -240,8 +240,8 @@ def _introduce(
         f"{heldout.size:,} held out; {settings.data.channels}x{settings.data.size}x{settings.data.size}",
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
         f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
-        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; a batch of "
-        f"{settings.data.batch_size} = {ranks.world} ranks x {batch.rounds} rounds x {batch.images} images",
+        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
+        f"a batch of {batch}",
     ]
     if index.remote:
         lines.append(f"  {index.remote}")

@@ -19,6 +19,12 @@ class BatchShape:
     def local(self) -> int:
         return self.rounds * self.images
 
+    def __str__(self) -> str:
+        """In words: "64 = 2 ranks x 1 round x 32 images"."""
+        parts = {"rank": self.world, "round": self.rounds, "image": self.images}
+        words = " x ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in parts.items())
+        return f"{self.world * self.local} = {words}"
+
 
 def batch_shape(data: Data, world: int) -> BatchShape:
     """Divide the global batch: equal parts per rank, then as few equal rounds as batch_gpu allows.
