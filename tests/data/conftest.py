@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tiny_shards import members_of, write_tar
+from faulty_server import FaultyServer, serving
+from remote_shards import SHARDS
+from tiny_shards import members_of, png, write_tar
+
+from pipeline.data.index import Index, load_index
 
 MakeShards = Callable[..., Path]
 
@@ -29,3 +34,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("SHARDGAN_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def local(make_shards: MakeShards) -> Index:
+    return load_index(str(make_shards(SHARDS, classes=3)))
+
+
+@pytest.fixture
+def server(local: Index) -> Iterator[FaultyServer]:
+    with serving(local.root) as server:
+        yield server
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """cats: 7 grey ones of 10x10, dogs: 5 of 12x8 in colour."""
+    rng = np.random.default_rng(0)
+    for folder, count, shape in [("cats", 7, (10, 10)), ("dogs", 5, (8, 12, 3))]:
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        for i in range(count):
+            path = tmp_path / "pictures" / folder / f"{i}.png"
+            path.write_bytes(png(rng.integers(0, 256, shape, dtype=np.uint8)))
+    return tmp_path / "pictures"

@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import resource
 import shutil
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import webdataset
 from click.testing import CliRunner
 from conftest import MakeShards
 from PIL import Image
-from tiny_shards import png, sample_of, write_tar
+from tiny_shards import contents, png, sample_of, write_tar
 
 from launch.prepare import prepare as command
 from pipeline.config import UserError
@@ -30,22 +27,6 @@ from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import training_batches
 
 ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """cats: 7 grey ones of 10x10, dogs: 5 of 12x8 in colour."""
-    rng = np.random.default_rng(0)
-    for folder, count, shape in [("cats", 7, (10, 10)), ("dogs", 5, (8, 12, 3))]:
-        (tmp_path / "pictures" / folder).mkdir(parents=True)
-        for i in range(count):
-            path = tmp_path / "pictures" / folder / f"{i}.png"
-            path.write_bytes(png(rng.integers(0, 256, shape, dtype=np.uint8)))
-    return tmp_path / "pictures"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def images(folder: Path, size: int, channels: int) -> np.ndarray:
@@ -278,100 +259,6 @@ def test_what_cannot_be_prepared(
         where = source if "://" in source else str(tmp_path / source)
         prepare(where, str(tmp_path / "out"), options, workers=1)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*")), "nothing is left behind"
-
-
-FORK = multiprocessing.get_context("fork")
-
-
-def fill_the_disk(source: Path, out: Path, per_shard: int, said: multiprocessing.Queue) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # writing more fails, as on a full disk
-    try:
-        prepare(str(source), str(out), Options(size=200, per_shard=per_shard), workers=1)
-    except UserError as error:
-        said.put(str(error))
-
-
-def test_a_full_disk(tmp_path: Path) -> None:
-    """It leaves no half shard. What was finished before stays, and is not made again when there is room."""
-    (tmp_path / "in").mkdir()
-    for i in range(12):  # one of them does not compress
-        pixels = np.random.default_rng(0).integers(0, 256, (200, 200), np.uint8) * (i == 7)
-        (tmp_path / "in" / f"{i:02}.png").write_bytes(png(pixels.astype(np.uint8)))
-    some, none = str(tmp_path / "some"), str(tmp_path / "none")
-    queue, messages = FORK.Queue(), []
-    for out, per_shard in [(none, 100), (some, 4)]:
-        process = FORK.Process(target=fill_the_disk, args=(tmp_path / "in", out, per_shard, queue))
-        process.start()
-        messages.append(queue.get(timeout=60))
-        process.join()
-    first, second = messages
-    assert first.startswith(f"No space left for {none}") and "Nothing was kept" in first
-    assert second.startswith(f"No space left for {some}") and "finished shard" in second
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".some.partial", "in"]
-    kept = contents(tmp_path / ".some.partial")
-    assert len(kept) in (1, 2)
-    said: list[str] = []
-    prepare(str(tmp_path / "in"), some, Options(size=200, per_shard=4), workers=1, announce=said.append)
-    assert f"{len(kept)} of 3 shards are there from an earlier try" in said[0]
-    prepare(str(tmp_path / "in"), none, Options(size=200, per_shard=4), workers=1)
-    assert contents(tmp_path / "some") == contents(tmp_path / "none")
-    assert contents(tmp_path / "some").items() >= kept.items()
-    assert {path.name for path in (tmp_path / "some").iterdir() if path.is_dir()} == {".shardgan"}
-
-
-def test_killed_and_started_again(pictures: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as some shards are there, twice; then a damaged one of them; the end is the same."""
-    for i in range(200):
-        shutil.copy(pictures / "dogs" / "0.png", pictures / "dogs" / f"more-{i}.png")
-    (pictures / "cats" / "bad.png").write_bytes(b"no image")
-    partial, options = tmp_path / ".out.partial", Options(size=32, per_shard=5)
-    for wanted in (3, 12):
-        process = FORK.Process(
-            target=prepare, args=(str(pictures), str(tmp_path / "out"), options), kwargs={"workers": 2}
-        )
-        process.start()
-        while len(list(partial.glob(".progress/*.json"))) < wanted:
-            assert process.is_alive()
-            time.sleep(0.001)
-        process.kill()
-        process.join()
-    assert not (tmp_path / "out").exists()
-    damaged = min(partial.glob("shard-*.tar"))
-    before = {path.name: path.stat().st_ino for path in partial.glob("shard-*.tar")}
-    damaged.write_bytes(damaged.read_bytes()[:-512])
-    said: list[str] = []
-    prepare(str(pictures), str(tmp_path / "out"), options, announce=said.append)
-    assert "shards are there from an earlier try" in said[0]
-    prepare(str(pictures), str(tmp_path / "whole"), options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    after = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("shard-*.tar")}
-    assert sum(before[name] == after[name] for name in before) >= 11
-
-
-def test_other_images_or_options_start_anew(pictures: Path, tmp_path: Path) -> None:
-    """What an earlier try left is of use only to the same command on the same files."""
-    partial = tmp_path / ".out.partial"
-    for change in ("options", "images"):
-        prepare(str(pictures), str(tmp_path / "out"), Options(size=8, per_shard=2), workers=1)
-        recipe = json.dumps([{"source": "pictures"}, "another"])
-        (tmp_path / "out").rename(partial)
-        (partial / ".progress").mkdir()
-        (partial / ".progress" / "recipe").write_text(recipe)
-        (partial / ".progress" / "0.json").write_text("{}")
-        said: list[str] = []
-        index = prepare(
-            str(pictures), str(tmp_path / "out"), Options(size=4, per_shard=9), announce=said.append
-        )
-        assert index.sizes == (9, 3) and not said, change
-        shutil.rmtree(tmp_path / "out")
-
-
-def test_leftovers_of_a_killed_run_do_not_matter(pictures: Path, tmp_path: Path) -> None:
-    (tmp_path / ".out.partial" / ".shardgan").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "shard-000099.tar").write_bytes(b"half")
-    (tmp_path / "out").mkdir()
-    assert prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1).num_samples == 12
-    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) -> None:

@@ -47,3 +47,7 @@ def members_of(shard: int, rows: int, classes: int) -> Members:
         if classes:
             yield f"{shard}-{row}.cls", str((shard + row) % classes).encode()
         yield f"{shard}-{row}.png", image_of(shard, row)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}

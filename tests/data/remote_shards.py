@@ -1,0 +1,43 @@
+"""What the tests of shards at a URL have in common."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from tiny_shards import SIZE, sample_of
+
+from pipeline.config import Remote
+from pipeline.data.index import Index
+from pipeline.data.plan import training_plan
+from pipeline.data.stream import training_batches
+
+SHARDS = [11, 7, 13, 20, 1]
+NAMES = [f"s-{number:04d}.tar" for number in range(len(SHARDS))]
+QUICK = Remote(stall_s=0.3, timeout_s=60.0)
+SOON = Remote(stall_s=0.3, timeout_s=1.0)
+
+
+def consumed(index: Index, workers: int = 0, start: int = 0) -> list[tuple[int, int, int]]:
+    """(shard, row, label) of two epochs from a position on."""
+    plan = training_plan(index.sizes, 1, 2, 0.0, None, 0)
+    stream = training_batches(
+        index, plan, start=start, batch_size=8, rank=0, world=1, size=SIZE, channels=1,
+        conditional=True, workers=workers,
+    )  # fmt: skip
+    batches = [next(stream) for _ in range(13)]
+    stream.close()
+    return [
+        (*sample_of(image), label)
+        for batch in batches
+        for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True)  # type: ignore[union-attr]
+    ]
+
+
+def shards_kept(cache: Path) -> list[Path]:
+    return sorted((cache / "shards").glob("*.tar"))
+
+
+def close_all(files: list[int]) -> None:
+    for file in files:
+        os.close(file)
