@@ -277,8 +277,9 @@ def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp
 
 def sync(folder: Path) -> str:
     line = [str(Path(sys.executable).parent / "wandb"), "sync", *map(str, folder.glob("wandb/offline-run-*"))]
-    ended = subprocess.run(
-        line, check=False, capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "online"}
+    environment = os.environ | {"WANDB_MODE": "online"}
+    ended = subprocess.run(  # in a folder of its own: it leaves its log in ./wandb
+        line, check=False, capture_output=True, text=True, cwd=folder, env=environment
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout + ended.stderr
