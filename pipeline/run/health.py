@@ -16,6 +16,7 @@ _PATIENCE = 25  # ticks in a row before a suspicion is told
 _SLOW = 1.5  # times the median rank
 _WON = 0.99  # mean sign of D's logits: 1, it tells every image apart
 _WORSE = 2.0  # times the best score
+_NOTICED_S, _WAITING = 1.0, 0.1  # of waiting for a disk: seconds, and share of the time
 
 
 class Health:
@@ -57,6 +58,17 @@ class Health:
             f"Generated images vary {fakes / max(reals, 1e-9):.0%} as much as real ones do: G may show the "
             "same few images for every z. Look at the newest sheet in samples/.",
             patience=2,
+        )
+
+    def compare_wait(self, waited: float, between: float) -> None:
+        """Warn when training waits for storage: for `waited` of the seconds `between` two saves."""
+        self._suspect(
+            "Storage is slow",
+            waited > max(_NOTICED_S, _WAITING * between),
+            f"Training waited {waited:.0f} s of the last {between:.0f} s for a checkpoint to be written: "
+            f"storage is slower than run.checkpoint_kimg = {self._run.checkpoint_kimg:g} asks for. Save less "
+            "often, or to a faster disk (run.out).",
+            patience=1,
         )
 
     def _count_skips(self, tick: Reduced) -> None:

@@ -75,6 +75,7 @@ class Session:
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
         self._waited = 0.0
+        self._saved: float | None = None  # when a save last began
         self._bad = BadImages(config.data.max_bad, bad, ranks, report)
         self._clock = (time.perf_counter(), 0)
         self._unseen = Unseen(config.data, index, heldout, ranks)
@@ -208,7 +209,7 @@ class Session:
             self.report.flush()
             self._bad.exchange()
             state.stats = self.ranks.gather_objects(stats.state())
-            self._heed(self._saver.finish())
+            self._heed(self._finish_last())
             self._saver.begin([gan.G, gan.D], gan.G_ema, state)
             if self.ranks.main:  # of the checkpoint before, which is whole by now
                 self._spectrum.submit(spectrum.record, self.folder, shapes(gan))
@@ -245,6 +246,15 @@ class Session:
         if state.best is None or scores[name] < state.best[0]:
             state.best = (scores[name], state.cur_nimg)
             self.new_best = True
+
+    def _finish_last(self) -> list[str]:
+        """See the save before to its end, by now a matter of no time, or storage is slow; its complaints."""
+        start, before = time.perf_counter(), self._saved
+        complaints = self._saver.finish()
+        self._saved = time.perf_counter()
+        if before is not None:
+            self._health.compare_wait(self._saved - start, self._saved - before)
+        return complaints
 
     def _heed(self, complaints: list[str]) -> None:
         """A save that failed is no reason to stop, unless nothing else happens."""

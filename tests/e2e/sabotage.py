@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 import pipeline.loop
+import pipeline.run.saving
 import pipeline.run.session
 import pipeline.train
 from pipeline.gan.losses import Adversarial, adversarial
@@ -27,26 +33,34 @@ from pipeline.parallel.ranks import Ranks, end_process, read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 BAD_RANK = 1
-Cases = dict[str, tuple[Callable[[Ranks], AbstractContextManager[Any]], tuple[str, ...]]]
+Sabotage = Callable[[Ranks, Path], AbstractContextManager[Any]]  # of a rank, in the run of that folder
 
 
-def cases() -> Cases:
+def cases() -> dict[str, tuple[Sabotage, tuple[str, ...]]]:
     """Name → (what goes wrong, further settings). A name that ends in + continues the run before it."""
     everlasting = range(30, 10**9)
+    may_mount = os.geteuid() == 0
     return {
-        "unbroken": (lambda _: nullcontext(), ()),
+        "unbroken": (_nothing, ()),
         "told-to-stop-while-scoring": (_signal_in_score, ("run.stop_signal=USR2",)),
-        "told-to-stop-while-scoring+": (lambda _: nullcontext(), ()),
-        "nan-in-D-once": (lambda ranks: _nan_loss(ranks, "d", range(30, 31)), ()),
-        "nan-in-D": (lambda ranks: _nan_loss(ranks, "d", everlasting), ()),
-        "nan-in-G": (lambda ranks: _nan_loss(ranks, "g", everlasting), ()),
+        "told-to-stop-while-scoring+": (_nothing, ()),
+        "nan-in-D-once": (partial(_nan_loss, "d", range(30, 31)), ()),
+        "nan-in-D": (partial(_nan_loss, "d", everlasting), ()),
+        "nan-in-G": (partial(_nan_loss, "g", everlasting), ()),
         "nan-in-penalty-once": (_nan_penalty, ()),
         "flipped-bit": (_flip, ()),
+        "slow-disk": (partial(_slow_disk, 3), ()),
+        "slower-disk": (partial(_slow_disk, 11), ()),
+        **({"read-only-disk": (_read_only, ("run.snapshot_kimg=0.06",))} if may_mount else {}),
     }
 
 
+def _nothing(_ranks: Ranks, _folder: Path) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @contextmanager
-def _nan_loss(ranks: Ranks, player: str, calls: range) -> Iterator[None]:
+def _nan_loss(player: str, calls: range, ranks: Ranks, _folder: Path) -> Iterator[None]:
     """A player's loss is not a number on one rank, in these of its calls."""
 
     def make(kind: Any) -> Adversarial:
@@ -63,7 +77,7 @@ def _nan_loss(ranks: Ranks, player: str, calls: range) -> Iterator[None]:
 
 
 @contextmanager
-def _nan_penalty(ranks: Ranks) -> Iterator[None]:
+def _nan_penalty(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """A penalty is not a number on one rank, once."""
     right, count = LocalPenalty.values, iter(range(10**9))
 
@@ -76,7 +90,7 @@ def _nan_penalty(ranks: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def _flip(ranks: Ranks) -> Iterator[None]:
+def _flip(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """One bit of one weight of D changes in the memory of one rank."""
     right, count = pipeline.loop.train_step, iter(range(10**9))
 
@@ -90,7 +104,75 @@ def _flip(ranks: Ranks) -> Iterator[None]:
 
 
 @contextmanager
-def _signal_in_score(ranks: Ranks) -> Iterator[None]:
+def _after_updates(happens: Callable[[int], None]) -> Iterator[None]:
+    """Calls `happens` after each update, with how many there have been."""
+    right, count = pipeline.loop.train_step, iter(range(1, 10**9))
+
+    def followed(*arguments: Any) -> int:
+        cur_nimg = right(*arguments)
+        happens(next(count))
+        return cur_nimg
+
+    with patch.object(pipeline.loop, "train_step", followed):
+        yield
+
+
+@contextmanager
+def _slow_disk(updates: int, _ranks: Ranks, _folder: Path) -> Iterator[None]:
+    """A checkpoint is on disk only so many updates later or, if training waits for it, 1.5 s after that."""
+    right, done, changed, waiting = os.fsync, 0, threading.Condition(), threading.Event()
+    finish = pipeline.run.saving.Saver.finish
+
+    def note(count: int) -> None:
+        nonlocal done
+        with changed:
+            done = count
+            changed.notify_all()
+
+    def slow(descriptor: int) -> None:
+        if "buffers" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):  # one file of each rank's
+            with changed:
+                until = done + updates
+                changed.wait_for(lambda: done >= until or waiting.is_set())
+            if waiting.is_set():
+                time.sleep(1.5)
+        right(descriptor)
+
+    def waited_for(self: pipeline.run.saving.Saver) -> list[str]:
+        with changed:
+            waiting.set()
+            changed.notify_all()
+        try:
+            return finish(self)
+        finally:
+            waiting.clear()
+
+    with (
+        _after_updates(note),
+        patch.object(pipeline.run.saving.os, "fsync", slow),
+        patch.object(pipeline.run.saving.Saver, "finish", waited_for),
+    ):
+        yield
+
+
+@contextmanager
+def _read_only(ranks: Ranks, folder: Path) -> Iterator[None]:
+    """The run folder cannot be written to from the 33rd update to the 47th."""
+    commands = {
+        33: [["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]],
+        47: [["umount", "-l", folder]],
+    }
+
+    def change(count: int) -> None:
+        for command in commands.get(count, []) if ranks.main else []:
+            subprocess.run(command, check=True)
+
+    with _after_updates(change):
+        yield
+
+
+@contextmanager
+def _signal_in_score(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """One rank, and only that, is told to stop in the middle of the second evaluation."""
     right, count = pipeline.run.session.evaluate, iter(range(10**9))
 
@@ -112,8 +194,9 @@ def main(config: str, out: str) -> None:
         stack.enter_context(patch.object(ranks, "leave", lambda: None))
         for name, (sabotaged, settings) in cases().items():
             _say(ranks, f"=== {name}")
-            with sabotaged(ranks):
-                arguments = [f"run.out={out}", f"run.name={name.rstrip('+')}", *settings]
+            folder = Path(out) / name.rstrip("+")
+            with sabotaged(ranks, folder):
+                arguments = [f"run.out={out}", f"run.name={folder.name}", *settings]
                 status = pipeline.train.main([config, *arguments])
             _say(ranks, f"=== status {status}")
     ranks.leave()

@@ -60,8 +60,12 @@ class Place:
     def halt(
         self, where: str, then: signal.Signals | str | None, launcher: str, strategy: str = "ddp"
     ) -> Broken:
-        """Train until there is a checkpoint; then a rank halts (`forward-1`), and gets a signal there."""
+        """Train until there is a checkpoint; then a rank halts (`forward-1`), and gets a signal there.
+
+        With `forward-1,collective-0` it is rank 0, which waits for rank 1, that gets it; rank 1 then goes on.
+        """
         name = f"{where}-{then}-{launcher}-{strategy}"
+        where, _, waiting = where.partition(",collective-")
         orders, found = self.folder / f"{name}.orders", RunFolder(self.folder / "runs" / name)
         orders.mkdir()
         command = self.command(name, launcher, strategy)
@@ -71,9 +75,11 @@ class Place:
         (orders / f"{where}.partial").rename(orders / where)
         pid = int(_read_once_there(orders / f"{where}.pid", started))
         everyone = psutil.Process(started.process.pid).children(recursive=True)
+        if waiting:
+            pid = next(p.pid for p in everyone if p.environ().get("RANK") == waiting)  # then its workers
         if isinstance(then, signal.Signals):
             os.kill(pid, then)
-        if launcher == "restarting":
+        if launcher == "restarting" or waiting:
             (orders / where).unlink()
         ended = started.wait()
         (orders / where).unlink(missing_ok=True)
@@ -119,6 +125,7 @@ def jobs(place, at_once) -> dict[str, Callable[[], object]]:
         ),
         "frozen": at_once.submit(place.halt, "forward-0", signal.SIGSTOP, "accelerate"),
         "stuck": at_once.submit(place.halt, "forward-1", None, "shardgan"),
+        "waiting": at_once.submit(place.halt, "forward-1,collective-0", signal.SIGSTOP, "shardgan"),
         "restarted": at_once.submit(place.halt, "forward-1", signal.SIGKILL, "restarting"),
         "slow": at_once.submit(run, watched, place.folder),
         "failed": at_once.submit(place.halt, "forward-1", "raise", "shardgan"),
@@ -159,6 +166,12 @@ def test_the_main_rank_frozen_in_an_update(jobs):
     broken = jobs["frozen"]()
     assert_ended_by_name(broken, 0, "has not answered for 15 s: it is frozen", IN_FORWARD)
     assert "Traceback" not in broken.ended.output.partition("torch/distributed/elastic")[0]
+    assert_goes_on(broken, jobs["unbroken"]())
+
+
+def test_the_main_rank_frozen_in_a_collective(jobs):
+    broken = jobs["waiting"]()
+    assert_ended_by_name(broken, 0, "has not answered for 15 s: it is frozen", "in the backward of [GD]")
     assert_goes_on(broken, jobs["unbroken"]())
 
 
@@ -203,6 +216,7 @@ def test_slow_work_is_not_taken_for_a_hang(jobs):
     [
         ("forward-1", signal.SIGKILL, "is gone: killed", IN_FORWARD),
         ("forward-1", signal.SIGSTOP, "has not answered for 15 s: it is frozen", IN_FORWARD),
+        ("forward-1,collective-0", signal.SIGSTOP, "has not answered for 15 s: it is frozen", "in the "),
         ("forward-0", None, "is stuck", IN_FORWARD),
         ("backward-1", None, "is stuck", rf"in the backward of G, at {MINE}\.py:\d+ \(_halt\)"),
         ("backward-0", signal.SIGSTOP, "has not answered", rf"in the backward of G, at {MINE}\.py"),

@@ -28,7 +28,7 @@ from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.tracker import NullTracker, open_tracker
 from tests.wandb_offline import offline_runs
-from tests.wandb_server import SILENT, WELL, ServedRun, WandbServer, wandb_server
+from tests.wandb_server import FAILING, SILENT, WELL, ServedRun, WandbServer, wandb_server
 
 pytestmark = pytest.mark.usefixtures("no_account")
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,23 @@ def test_a_server_that_dies_gets_the_rest_by_the_same_command(tmp_path, server, 
     server.come_back()
     # The first sends what is missing, the second hears from the server that it is there, the third knows.
     assert again(tmp_path, times=3) == [[f"W&B: {server.url}/me/proj/runs/{job.tracker.run_id}"]] * 2 + [[]]
+    assert_whole(tmp_path, server.run)
+
+
+def test_a_server_that_fails_gets_the_rest_by_the_same_command(tmp_path, server, monkeypatch):
+    """500 to everything, first in mid-run and then from the start."""
+    monkeypatch.setattr(tracker_module, "_FINISH_S", 1.0)
+    job = Job(tmp_path).train(0, 4)
+    server.until(lambda: bool(server.runs))
+    server.mood = FAILING
+    said = job.train(4, 12).end()
+    assert len(said) == 2 and "W&B has stopped" in said[1] and "same command" in said[1]
+    monkeypatch.setattr(tracker_module, "_INIT_S", 1.0)
+    said = Job(tmp_path, start=11).train(12, TOTAL).end()
+    assert "W&B cannot be reached" in said[0]
+    assert len(rows(tmp_path)) == TOTAL and len(server.run.history) < TOTAL
+    server.mood = WELL
+    again(tmp_path)
     assert_whole(tmp_path, server.run)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from launching import COMMON, ROOT, RunFolder, accelerate, identical, run, witho
 from sabotage import cases
 from safetensors.torch import load_file
 
-from pipeline.run.checkpoint import newest_sound
+from pipeline.run.checkpoint import find, newest_sound
 
 # 50 updates of 12 images; 5 to a tick, 10 to a checkpoint, a score in the middle and at the end
 CONFIG = f"""{COMMON}
@@ -94,6 +95,38 @@ def test_told_to_stop_while_scoring_it_scores_when_it_goes_on(ran):
     assert "kid_efflite0" not in said.partition("kimg      0.2")[2]  # the one that was interrupted
     status, said, folder = ran["told-to-stop-while-scoring+"]
     assert status == 0 and folder.done
-    unbroken = ran["unbroken"][2]
+    assert_unharmed(folder, ran["unbroken"][2])
+
+
+@pytest.mark.parametrize("case", ["slow-disk", "slower-disk"])
+def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(ran, case):
+    """Three updates pass before it is there; or so many that the next checkpoint has to wait."""
+    status, said, folder = ran[case]
+    assert status == 0 and folder.done
+    warnings = [line for line in said.splitlines() if line.startswith("warning:")]
+    if case == "slow-disk":
+        assert warnings == []
+    else:  # said once, not for every checkpoint
+        (warning,) = warnings
+        assert "waited" in warning and "run.checkpoint_kimg = 0.12" in warning
+    assert find(folder.path / "checkpoints") == find(ran["unbroken"][2].path / "checkpoints")
+    assert_unharmed(folder, ran["unbroken"][2])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a folder read-only for root")
+def test_a_folder_that_is_read_only_for_a_while_costs_a_checkpoint_and_no_row(ran):
+    status, said, folder = ran["read-only-disk"]
+    assert status == 0 and folder.done, said
+    warnings = [line for line in said.splitlines() if line.startswith("warning:")]
+    assert all("Read-only file system" in line for line in warnings)
+    for what, times in (("Checkpoint", 1), ("metrics.jsonl", 1), ("fakes000000.png", 3)):
+        assert sum(what in line.partition("could")[0].partition("cannot")[0] for line in warnings) == times
+    assert "can be written again, and is complete" in said
+    written, before = (find(f.path / "checkpoints") for f in (folder, ran["unbroken"][2]))
+    assert set(before) - set(written) == {480}
+    assert_unharmed(folder, ran["unbroken"][2])
+
+
+def assert_unharmed(folder: RunFolder, unbroken: RunFolder) -> None:
     assert identical(folder.exported(), unbroken.exported())
     assert list(map(without_clocks, folder.rows)) == list(map(without_clocks, unbroken.rows))
