@@ -16,6 +16,8 @@ import click
 from pipeline.config import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipeline.config import Config, Score
     from pipeline.run.features import Extractor
     from pipeline.run.state import State
@@ -57,11 +59,12 @@ def evaluate(
     metrics.jsonl. The result is added to scores.json in the run folder, with fingerprints of the real images
     it is against: scores of equal fingerprints can be compared, others cannot.
     """
-    from pipeline.run.export import load_run
+    from pipeline.run.export import load_generator, load_run
 
     if unknown := [name for name in metrics.split(",") if name not in METRICS]:
         raise UserError(f"--metrics: no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
-    settings, _, state = load_run(run)
+    settings, checkpoint, state = load_run(run)
+    G = load_generator(settings, checkpoint, state)  # now: a run that goes on will drop this checkpoint
     score = replace(
         settings.score,
         metrics=tuple(metrics.split(",")),  # type: ignore[arg-type]  # known ones
@@ -70,19 +73,18 @@ def evaluate(
         train_images=settings.score.train_images if train_images is None else train_images,
     )
     settings = replace(settings, score=score, data=replace(settings.data, train=data or settings.data.train))
-    scores, fingerprints = _scores(run, settings, state)
+    scores, fingerprints = _scores(G, settings, state)
     _show(f"{settings.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
     entry = {"cur_nimg": state.cur_nimg, "time": datetime.now(UTC).isoformat(timespec="seconds"), **scores}
     _append(run / "scores.json", entry | {"against": fingerprints})
 
 
-def _scores(run: Path, settings: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
+def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
     from pipeline.data.index import load_index
     from pipeline.data.plan import training_plan
     from pipeline.gan.draws import Draws
     from pipeline.parallel.ranks import Ranks, read_launch
-    from pipeline.run.evaluate import evaluate, fixed_images
-    from pipeline.run.export import load_generator
+    from pipeline.run.evaluate import evaluate_generator
     from pipeline.run.features import load_features
     from pipeline.run.references import references
 
@@ -99,10 +101,9 @@ def _scores(run: Path, settings: Config, state: State) -> tuple[dict[str, float]
     ranks = Ranks(read_launch(), timedelta(seconds=settings.run.timeout_s))
     with _progress(extractor.to(ranks.device), score):
         real = references(settings, extractor, index, ranks)
-        G, _ = load_generator(run)
         draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
-        fakes = fixed_images(G.to(ranks.device), draws, len(real.heldout), ranks.device)
-        return evaluate(fakes, real, extractor, ranks, score.metrics), real.fingerprints
+        found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics)
+        return found, real.fingerprints
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
     from pipeline.run.export import load_generator, load_run
     from pipeline.run.grid import save_grid
 
-    settings, _, state = load_run(run)
-    G, _ = load_generator(run)
+    settings, checkpoint, state = load_run(run)
+    G = load_generator(settings, checkpoint, state)
     draws = Draws(seed, settings.G.z_dim, _frequencies(state, classes))
     z, c, columns = (
         _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))

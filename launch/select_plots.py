@@ -141,8 +141,8 @@ def _common_key(rows: list[Row]) -> str:
 def _images(row: Row) -> NDArray[np.uint8]:
     """What G_ema of a candidate's first trial makes of the same latents."""
     folder = row.outcomes[0].trial.folder
-    settings, _, state = load_run(folder)
-    G, _ = load_generator(folder)
+    settings, checkpoint, state = load_run(folder)
+    G = load_generator(settings, checkpoint, state)
     z, c = Draws(0, settings.G.z_dim, state.label_frequencies).grid(_COLUMNS * _ROWS)
     return tile(from_latents(G, z, c, torch.device("cpu"))(0, len(z)), _COLUMNS)
 

@@ -14,6 +14,8 @@ from pipeline.run import scores
 from pipeline.run.features import Extractor
 from pipeline.run.references import References
 
+FULL = 50_000
+
 Generate = Callable[[int, int], Tensor]
 """(start, count) → images uint8 [count, C, H, W] of the latents start … start + count - 1 of a fixed list."""
 
@@ -80,6 +82,23 @@ def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device
         return to_uint8(G(z[part].to(device), None if c is None else c[part].to(device)))
 
     return generate
+
+
+def evaluate_generator(
+    G: nn.Module, draws: Draws, real: References, extractor: Extractor, ranks: Ranks, metrics: Sequence[str]
+) -> dict[str, float]:
+    """`evaluate`, of a whole G on `ranks.device`, by images of latents that are the same at every evaluation.
+
+    Given all training images and the features that FID is defined with, also `fid50k_full`, the number that
+    papers report (Karras et al. 2020): 50,000 generated images against all of these.
+    """
+    fakes = fixed_images(G, draws, len(real.heldout), ranks.device)
+    found = evaluate(fakes, real, extractor, ranks, metrics)
+    if extractor.canonical and "fd" in metrics and real.train is not None and real.all_of_train:
+        many = fixed_images(G, draws, FULL, ranks.device)
+        features = _fake_features(many, FULL, extractor, ranks, batch=64)
+        found["Metrics/fid50k_full"] = scores.frechet(real.train.to(features.device), features)
+    return found
 
 
 def fixed_images(G: nn.Module, draws: Draws, images: int, device: torch.device) -> Generate:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -30,13 +31,16 @@ def load_run(run: Path) -> tuple[Config, Path, State]:
     return config.load(run / "config.yaml"), found, checkpoint.read_state(found)
 
 
-def load_generator(run: Path) -> tuple[nn.Module, Config]:
-    """G_ema of a run folder, on the CPU in eval mode, with pooled BatchNorm statistics; and the config.
+def load_generator(settings: Config, found: Path, state: State) -> nn.Module:
+    """G_ema of a checkpoint that `load_run` has found, on the CPU in eval mode, with pooled BatchNorm
+    statistics.
 
-    Raises UserError as `load_run`.
+    Raises UserError when it is gone: a run that goes on keeps only its newest ones.
     """
-    settings, found, state = load_run(run)
-    return _fill(build_G(settings, state.num_classes), found, "G", "ema"), settings
+    try:
+        return _fill(build_G(settings, state.num_classes), found, "G", "ema")
+    except OSError as error:
+        raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
 
 def export(run: Path, out: Path) -> list[Path]:
@@ -60,7 +64,7 @@ def export(run: Path, out: Path) -> list[Path]:
             files.append(out / f"{name}.safetensors")
         (out / "config.yaml").write_text(config.dump(settings))
         (out / "README.md").write_text(_model_card(settings, state))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from None
     return [*files, out / "config.yaml", out / "README.md"]
 
@@ -104,7 +108,9 @@ All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1) 
 [N, {G.z_dim}]), {label}and gives images in [-1, 1].
 
 ```python
+import torch
 from safetensors.torch import load_file
+
 from pipeline import config
 from pipeline.gan.networks import build_G
 

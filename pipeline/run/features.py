@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import inspect
 import io
 import re
 from collections.abc import Callable, Iterator
@@ -146,7 +147,7 @@ def load_features(name: str) -> Extractor:
 
 
 def _own(kind: str) -> Extractor:
-    """A user's extractor. Its weights are part of its version, whatever it says."""
+    """A user's extractor. Its weights and its code are part of its version, whatever it says."""
     made: Callable[[], Extractor] = import_class(kind, f"score.features={kind}", Extractor)
     try:
         extractor = made()
@@ -156,9 +157,9 @@ def _own(kind: str) -> Extractor:
         raise UserError(
             f"score.features={kind} calls itself {extractor.name!r}; a name of its own, of a-z, 0-9 and _."
         )
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(inspect.getfile(type(extractor))).read_bytes())
     for key, tensor in extractor.state_dict().items():
-        digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        digest.update(key.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     extractor.version = f"{extractor.version}-{digest.hexdigest()[:16]}"
     extractor.canonical = False
     return extractor

@@ -27,6 +27,7 @@ class References:
 
     heldout: Tensor  # float32 [n, d]
     train: Tensor | None  # likewise, of images trained on; None: not compared with
+    all_of_train: bool  # whether these are all images trained on
     about: dict[str, dict[str, object]]  # "heldout", "train" → everything a score against them depends on
 
     @property
@@ -48,9 +49,10 @@ def references(settings: Config, extractor: Extractor, index: Index, ranks: Rank
     heldout, about = real_features(extractor, index, heldout_plan(*split), ranks, data, score.images)
     wanted = score.train_images or (score.images if "nn" in score.metrics else 0)
     if not wanted:
-        return References(heldout, None, {"heldout": about})
-    train, about_train = real_features(extractor, index, first_epoch(*split), ranks, data, wanted)
-    return References(heldout, train, {"heldout": about, "train": about_train})
+        return References(heldout, None, False, {"heldout": about})
+    plan = first_epoch(*split)
+    train, about_train = real_features(extractor, index, plan, ranks, data, wanted)
+    return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
 
 
 def real_features(
@@ -66,7 +68,7 @@ def real_features(
     """Features of a plan's first `images` real images, or of all if there are fewer: float32 [n, d].
 
     And everything they depend on, under which they are kept in the cache folder once all ranks together have
-    computed them. The same set on every rank and in any world; which comes first may differ.
+    computed them. The same on every rank and in any world, in the plan's order.
 
     Raises UserError if there are fewer than two images, or if a shard cannot be read.
     """
@@ -86,13 +88,13 @@ def real_features(
         "features": [extractor.name, extractor.version],
         "images": images,
     }
-    kept = None if data.stages else read_tensor("features", key)  # a user's code may change
+    kept = None if data.stages else read_tensor("real-features", key)  # a user's code may change
     # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
     if not any(ranks.any(kept is None)()) and kept is not None:
         return kept.to(ranks.device), key
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
     if not data.stages:
-        write_tensor("features", key, features)
+        write_tensor("real-features", key, features)
     return features, key
 
 
@@ -129,7 +131,7 @@ def keep_to(file: Path, real: References) -> None:
 def _real_features(
     extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int, batch: int
 ) -> Tensor:
-    """Features [images, d] of the first held-out images, each once, rank by rank."""
+    """Features [images, d] of the first held-out images, each once, in the plan's order in any world."""
     parts, valid = [], []
     batch = min(batch, -(-images // ranks.world))
     with ranks.agreeing():  # a shard that one rank cannot read ends all of them, before they wait for it
@@ -149,4 +151,6 @@ def _real_features(
             features[:count] = extractor(reals.images[:count].to(ranks.device))
             parts.append(features)
             valid.append(torch.arange(batch, device=ranks.device) < count)
-    return ranks.gather(torch.cat(parts))[ranks.gather(torch.cat(valid))]
+    by_rank = (ranks.world, len(parts), batch)
+    features = ranks.gather(torch.cat(parts)).view(*by_rank, -1).transpose(0, 1)  # the ranks share each chunk
+    return features[ranks.gather(torch.cat(valid)).view(by_rank).transpose(0, 1)]

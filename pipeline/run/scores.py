@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2048  # rows of the kernel matrix at once: 2048 x 2048 in float64 is 32 MiB
+_ROUNDING = 1e-12  # of |x|² + |y|², which |x − y|² is the difference of when it comes from a matrix product
 _CLOSEST = 0.01  # of the held-out images: nearer to the training images than these, a fake counts as a copy
 
 
@@ -111,11 +112,17 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances of some rows of x at a time to all of y: (which rows, [rows, len(y)])."""
+    """Euclidean distances of some rows of x at a time to all of y: (which rows, [rows, len(y)]).
+
+    Exactly 0 between equal rows, which matters where a set holds an image several times.
+    """
     step = max(1, _BLOCK**2 // len(y))
+    squares = y.square().sum(dim=1)
     for start in range(0, len(x), step):
         rows = slice(start, min(start + step, len(x)))
-        yield rows, torch.cdist(x[rows], y, compute_mode="use_mm_for_euclid_dist")
+        near = torch.cdist(x[rows], y, compute_mode="use_mm_for_euclid_dist")
+        largest = x[rows].square().sum(dim=1, keepdim=True) + squares
+        yield rows, near.masked_fill_(near.square() < _ROUNDING * largest, 0)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:

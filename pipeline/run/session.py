@@ -27,7 +27,7 @@ from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks, RunError, StopSignals
 from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
-from pipeline.run.evaluate import evaluate, fixed_images, from_latents
+from pipeline.run.evaluate import evaluate_generator, from_latents
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.references import keep_to, references
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipeline.step import Gan
 
 _MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
-_LEADING = ("Metrics/kid", "Metrics/fid", "Metrics/fd")  # the score by which checkpoints are compared
+_LEADING = {"kid": ("Metrics/kid",), "fd": ("Metrics/fd_", "Metrics/fid")}  # what checkpoints are compared by
 
 
 class _Interrupted(Exception):
@@ -198,8 +198,8 @@ class Session:
                     self._extractor.register_forward_pre_hook(self._interrupt)
                 real = references(self.config, self._extractor, self.index, self.ranks)
                 self.ranks.from_main(lambda: keep_to(self.folder / "reference.json", real))
-                fakes = fixed_images(gan.G_ema.module(), gan.draws, len(real.heldout), self.ranks.device)
-                return evaluate(fakes, real, self._extractor, self.ranks, self.config.score.metrics)
+                G_ema, metrics = gan.G_ema.module(), self.config.score.metrics
+                return evaluate_generator(G_ema, gan.draws, real, self._extractor, self.ranks, metrics)
         except _Interrupted:
             return None
 
@@ -239,7 +239,8 @@ class Session:
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
-        name = next((key for key in scores if key.startswith(_LEADING)), None)
+        wanted = [_LEADING[metric] for metric in self.config.score.metrics if metric in _LEADING]
+        name = next((key for names in wanted for key in scores if key.startswith(names)), None)
         if name is None:
             return
         self._health.compare_score(name.removeprefix("Metrics/"), scores[name], state.best)

@@ -21,11 +21,13 @@ from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.locate import cache_folder
+from pipeline.gan.draws import Draws
 from pipeline.parallel.ranks import Ranks, read_launch
 from pipeline.run import cache, evaluate, references, scores
 from pipeline.run.features import Extractor, Inception, load_features
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
+TRAIN = 205  # more than three ranks look at in one go, and than are held out
 
 
 @pytest.fixture(autouse=True)
@@ -103,17 +105,20 @@ def test_unknown_features_are_refused_with_the_known_ones():
 # Over ranks, and from the cache
 
 
-def score(ranks: Ranks, limit: int = 12, metrics: str = "kid") -> dict[str, float]:
-    """Images of the shards, brightened, against real ones: sizes that neither 3 ranks nor 8 divide."""
-    images = stored_images()[0]
-    settings = config.load(
+def config_for(limit: int = 12, metrics: str = "kid", train_images: int = 0) -> config.Config:
+    return config.load(
         None,
         [
             f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.holdout=0.1",
-            f"score.images={limit}", f"score.metrics=[{metrics}]",
-            f"score.train_images={31 if 'nn' in metrics else 0}",
+            f"score.images={limit}", f"score.metrics=[{metrics}]", f"score.train_images={train_images}",
         ],
     )  # fmt: skip
+
+
+def score(ranks: Ranks, limit: int = 12, metrics: str = "kid") -> dict[str, float]:
+    """Images of the shards, brightened, against real ones: sizes that neither 3 ranks nor 8 divide."""
+    images = stored_images()[0]
+    settings = config_for(limit, metrics, TRAIN if "nn" in metrics else 0)
     extractor = load_features("efflite0")
     real = references.references(settings, extractor, load_index(str(SHARDS)), ranks)
     calls = []
@@ -158,7 +163,7 @@ def test_three_ranks_give_the_score_of_one(tmp_path, alone):
     for limit, metrics, found in zip((26, 2), ("kid,fd,pr,dc,nn", "kid"), of_ranks[0], strict=True):
         expected = score(alone, limit, metrics)
         assert expected["Metrics/efflite0_real_images"] == expected["Metrics/efflite0_fake_images"] == limit
-        assert expected.get("Metrics/efflite0_train_images", 31) == 31
+        assert expected.get("Metrics/efflite0_train_images", TRAIN) == TRAIN
         assert len(expected) == (2 * 6 + 2 + 3 if "nn" in metrics else 1 + 2)
         assert found == pytest.approx(expected, abs=2e-5, rel=2e-5)
 
@@ -203,7 +208,7 @@ def test_too_few_held_out_images_are_refused(alone):
 
 def against(images: int, **train: object) -> references.References:
     about = {"heldout": {"plan": "a", "images": images}} | ({"train": train} if train else {})
-    return references.References(torch.zeros(2, 2), None, about)
+    return references.References(torch.zeros(2, 2), None, False, about)
 
 
 def test_scores_of_one_run_are_against_the_same_references(tmp_path):
@@ -278,9 +283,36 @@ def test_fid_is_said_of_the_canonical_file_only(real, alone, tmp_path, monkeypat
     images = real[0][:12]
     features = extractor(images)
     assert features.shape == (12, 2048)
-    of_reals = references.References(features, None, {})
+    of_reals = references.References(features, None, False, {})
     found = evaluate.evaluate(
         lambda at, n: images[at : at + n] // 2, of_reals, extractor, alone, ["kid", "fd"]
     )
     assert found["Metrics/fid"] == pytest.approx(scores.frechet(features, extractor(images // 2)))
     assert "Metrics/kid_inception" in found and not [name for name in found if "fd" in name]
+
+
+def test_the_fid_of_papers_is_of_50_000_images_against_all_that_were_trained_on(
+    real, alone, tmp_path, monkeypatch
+):
+    """Fewer here; beside the scores against held-out images, which it leaves as they are."""
+    torch.jit.script(Script()).save(tmp_path / "net.pt")
+    monkeypatch.setattr(Inception, "SHA256", hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest())
+    monkeypatch.setattr(evaluate, "FULL", 90)
+    extractor, G = load_features(f"inception:{tmp_path / 'net.pt'}"), Blots()
+    settings, index = config_for(train_images=10_000), load_index(str(SHARDS))
+    of_reals = references.references(settings, extractor, index, alone)
+    assert of_reals.all_of_train and of_reals.train is not None and len(of_reals.train) == 450
+    draws = Draws(0, 8, None)
+    found = evaluate.evaluate_generator(G, draws, of_reals, extractor, alone, ["fd"])
+    fakes = extractor(evaluate.fixed_images(G, draws, 90, alone.device)(0, 90))
+    assert found["Metrics/fid50k_full"] == pytest.approx(scores.frechet(of_reals.train, fakes))
+    some = references.references(config_for(train_images=100), extractor, index, alone)
+    without = evaluate.evaluate_generator(G, draws, some, extractor, alone, ["fd"])
+    assert "Metrics/fid50k_full" not in without and found["Metrics/fid"] == without["Metrics/fid"]
+
+
+class Blots(torch.nn.Module):
+    """A G that needs no training: z [N, 8] → images [N, 1, 28, 28]."""
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return z.tanh().repeat(1, 98).view(-1, 1, 28, 28)

@@ -208,3 +208,13 @@ def test_every_score_moves_the_right_way_on_real_images(features):
         assert found["noisy"][score] < 0.75 * null[score]
         assert found["blurred"][score] < null[score]
         assert found["collapsed"][score] > 0.9 * null[score] < found["one class"][score]
+
+
+def test_equal_images_are_at_distance_0():
+    """By the definitions, fakes that are the real images lie on them (precision) but, where there are six
+    copies of each, in no neighbourhood of theirs (density: strictly inside)."""
+    fake = torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) * 3 + 5
+    real = fake.repeat(6, 1)
+    assert scores.precision_recall(real, fake) == (1.0, 1.0)
+    assert scores.density_coverage(real, fake) == (0.0, 0.0)
+    assert scores.memorisation(real, fake + 1, fake) == (0.0, 1.0)
