@@ -93,7 +93,7 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
     assert data.train is not None
     index = load_index(data.train, click.echo, data.remote)
     split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
-    if training_plan(*split).fingerprint != state.plan:
+    if (training_plan(*split).fingerprint, index.fingerprint) != (state.plan, state.data):
         raise UserError(
             f"{index.where} does not hold what this run was trained on, so images held out now may have been "
             "trained on then. Give the place of the original shards with --data."

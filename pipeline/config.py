@@ -60,6 +60,7 @@ class Run:
     stop_signal: Signal = "USR1"  # save and stop, as on SIGTERM and Ctrl-C
     grace: Positive = 90.0  # seconds from being told to stop until all is saved and the processes have ended
     resume: bool = True  # False: start over under a new name, never over old files
+    new_data: bool = False  # go on with other shards than the run was trained on so far
     timeout_s: Positive = 600.0  # a rank that does not answer for so long ends the job
 
 
@@ -260,9 +261,7 @@ def _check(config: Config) -> None:
     """What no single key can know."""
     problems = []
     if config.data.train is None:
-        problems.append(
-            "data.train: where are the images? A folder of tar shards, made by `shardgan prepare`."
-        )
+        problems.append("data.train: where are the images? A folder of shards, as `shardgan prepare` makes.")
     elif "://" in config.data.train and config.data.remote.timeout_s >= config.run.timeout_s:
         problems.append(
             "data.remote.timeout_s must be less than run.timeout_s, or other ranks give up before one can "

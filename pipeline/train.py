@@ -36,7 +36,7 @@ from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, end
 from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
-from pipeline.run.folder import DONE, STOPPED, finished, open_folder
+from pipeline.run.folder import DONE, REFERENCE, STOPPED, find_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
@@ -96,19 +96,20 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         raise CommonError(
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )
-    settings, folder = ranks.from_main(lambda: open_folder(settings))
+    settings, folder = ranks.from_main(lambda: find_folder(settings))
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
         ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
         return
     plan, heldout = _plans(settings, index)
-    state = State(plan=plan.fingerprint)
+    state = State(plan=plan.fingerprint, data=index.fingerprint)
     if settings.data.conditional:
         state.label_frequencies = label_frequencies(index, plan).tolist()
     gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device)
-    state = _resume(folder, gan, state, stats, ranks)
+    state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
+    ranks.from_main(lambda: open_folder(settings, folder))
     ranks.progress.cur_nimg = state.cur_nimg
     report = _open_report(settings, folder, state, ranks)
     try:
@@ -189,8 +190,11 @@ def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Ga
     )
 
 
-def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks) -> State:
-    """Continue from the newest intact checkpoint, if there is one; returns where the run stands."""
+def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new_data: bool) -> State:
+    """Continue from the newest intact checkpoint, if there is one; returns where the run stands.
+
+    state: that of a new run. new_data: go on although its data are not those of the checkpoint.
+    """
     found, complaints = ranks.from_main(lambda: checkpoint.newest_sound(folder / "checkpoints"))
     for complaint in complaints if found and ranks.main else ():
         say(f"warning: {complaint}; falling back")
@@ -202,11 +206,19 @@ def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks) ->
             )
         return state
     saved = checkpoint.read_state(found)
-    if saved.plan != state.plan:
-        raise CommonError(
-            f"{folder} was trained on other data, or on another split of them: resuming would mix the two. "
-            "Point data.train at the same shards, or start over with run.resume=false."
-        )
+    if (saved.plan, saved.data) != (state.plan, state.data):
+        if not new_data:
+            raise CommonError(
+                f"{folder} was trained on other data, or on another split of them: resuming would mix the "
+                "two. Point data.train at the same shards, start over with run.resume=false, or, if the data "
+                "are to change here, say so with run.new_data=true."
+            )
+        if saved.num_classes != state.num_classes:
+            raise CommonError(f"{folder} knows {saved.num_classes} classes, these data {state.num_classes}.")
+        saved = saved.moved_to(state)
+        ranks.from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
+        if ranks.main:
+            say("warning: goes on with other data: scores from here on do not compare with those before")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
     return saved

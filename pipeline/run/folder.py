@@ -11,7 +11,8 @@ from pydantic import TypeAdapter
 from pipeline import config
 from pipeline.config import Config, UserError
 
-DONE, STOPPED = "DONE", "STOPPED"
+DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
+REFERENCE = "reference.json"  # what its scores are against
 
 # What may change between a run and its continuation: how long, how often, where and how fast, not what.
 _FREE = {
@@ -22,14 +23,23 @@ _FREE = {
 }
 
 
-def open_folder(settings: Config) -> tuple[Config, Path]:
-    """The folder of this run, made or found; and the config, under a new name with run.resume=false.
+def find_folder(settings: Config) -> tuple[Config, Path]:
+    """The folder of this run, there or not; and the config, under a new name with run.resume=false.
 
-    Raises UserError when the folder holds a run of other settings, or cannot be written.
+    Raises UserError when the folder holds a run of other settings.
     """
     settings = under_a_free_name(settings)
     folder = Path(settings.run.out) / str(settings.run.name)
     check_same(settings, folder)
+    return settings, folder
+
+
+def open_folder(settings: Config, folder: Path) -> None:
+    """Make the folder, or mark the run in it as going on, with the config that it goes on with: once it is
+    certain that it can.
+
+    Raises UserError when the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOPPED).unlink(missing_ok=True)
@@ -40,7 +50,6 @@ def open_folder(settings: Config) -> tuple[Config, Path]:
         partial.replace(folder / "config.yaml")
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
-    return settings, folder
 
 
 def under_a_free_name(settings: Config) -> Config:

@@ -29,6 +29,7 @@ from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents
 from pipeline.run.features import Extractor, load_features
+from pipeline.run.folder import REFERENCE
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
@@ -197,7 +198,7 @@ class Session:
                     self._extractor = load_features(self.config.score.features).to(self.ranks.device)
                     self._extractor.register_forward_pre_hook(self._interrupt)
                 real = references(self.config, self._extractor, self.index, self.ranks)
-                self.ranks.from_main(lambda: keep_to(self.folder / "reference.json", real))
+                self.ranks.from_main(lambda: keep_to(self.folder / REFERENCE, real))
                 G_ema, metrics = gan.G_ema.module(), self.config.score.metrics
                 return evaluate_generator(G_ema, gan.draws, real, self._extractor, self.ranks, metrics)
         except _Interrupted:
