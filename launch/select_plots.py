@@ -45,9 +45,9 @@ def curve(found: Table, path: Path) -> None:
     _draw_scores(axes, found, rows, places)
     axes.set_xticks(list(dict.fromkeys(places)), labels, rotation=0 if len(max(labels, key=len)) < 9 else 20)
     axes.tick_params(axis="x", which="minor", bottom=False)
-    axes.set_ylabel(f"{found.score} on held-out images")
+    axes.set_ylabel(f"{found.score}\non held-out images")
     axes.set_xlabel(_common_key(rows))
-    strips = [(row.label, _images(row)) for row in rows] + [("real", _reals(rows[0]))]
+    strips = [(_plain(row.label), _images(row)) for row in rows] + [("real", _reals(rows[0]))]
     panels = below.subplots(1, len(strips), squeeze=False)[0]
     for panel, (title, image) in zip(panels, strips, strict=True):
         panel.imshow(image, cmap="gray", vmin=0, vmax=255)
@@ -66,25 +66,23 @@ def weights(found: Table, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [row for row in found.rows if row.outcomes]
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(rows)))
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6.4), dpi=90, layout="constrained")
+    figure, panels = plt.subplots(2, 3, figsize=(12, 6.8), dpi=90, layout="constrained")
     for player, (norms, shares, spectrum) in zip("GD", panels, strict=True):
-        for row, colour in zip(rows, colours, strict=True):
+        for row, style in zip(rows, _styles(rows), strict=True):
             lines = _metrics(row)
             kimg = [line["cur_nimg"] / 1000 for line in lines]
             kernels = [name for name in lines[-1] if name.startswith(f"Weights/{player}/norm/")]
             for number, name in enumerate(kernels):
-                label = row.label if not number else None
-                norms.plot(
-                    kimg, [line.get(name, math.nan) for line in lines], color=colour, lw=1, label=label
-                )
+                label = _plain(row.label) if not number else None
+                norm = [line.get(name, math.nan) for line in lines]
+                norms.plot(kimg, norm, lw=1, label=label, **style)
             share = [line.get(f"Gradients/{player}/penalty_share", math.nan) for line in lines]
-            shares.plot(kimg, share, color=colour)
+            shares.plot(kimg, share, **style)
             name, values = _largest_spectrum(row, player)
-            spectrum.plot(range(1, len(values) + 1), values, color=colour)
+            spectrum.plot(range(1, len(values) + 1), values, **style)
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
-        spectrum.set(title=f"{player}: singular values of {name}", xlabel="number", yscale="log")
+        spectrum.set(title=f"{player}: singular values of\n{name}", xlabel="number", yscale="log")
     one_each = panels[0][0].get_legend_handles_labels()
     figure.legend(*one_each, loc="outside lower center", ncols=min(len(rows), 8), fontsize=8, frameon=False)
     figure.savefig(path)
@@ -110,7 +108,9 @@ def _draw_scores(axes: Axes, found: Table, rows: list[Row], places: list[float])
         axes.axhline(limit, color="#c05020", lw=0.8, ls="--", label="minimum + one standard error")
     if choice is not None:
         x = places[[row.arm for row in rows].index(choice.arm)]
-        axes.plot(x, choice.mean, "o", ms=13, mfc="none", mec="#c05020", label=f"chosen: {choice.arm.name}")
+        axes.plot(
+            x, choice.mean, "o", ms=13, mfc="none", mec="#c05020", label=f"chosen: {_plain(choice.arm.name)}"
+        )
     axes.legend(fontsize=8, frameon=False)
     means = [row.mean for row in rows]
     if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides what the others differ by
@@ -124,7 +124,27 @@ def _places(rows: list[Row]) -> tuple[list[float], list[str]]:
     numbers = _numbers(rows)
     if numbers:
         return numbers, [f"{x:g}" for x in dict.fromkeys(numbers)]
-    return [float(i) for i in range(len(rows))], [row.label for row in rows]
+    return [float(i) for i in range(len(rows))], [_plain(row.label) for row in rows]
+
+
+def _plain(name: str) -> str:
+    """Where two $ stand in a text, matplotlib reads a formula."""
+    return name.replace("$", r"\$")
+
+
+def _styles(rows: list[Row]) -> list[dict[str, Any]]:
+    """How the lines of each candidate look: in order for the values of one number, else plainly different."""
+    from matplotlib import pyplot as plt
+
+    if _numbers(rows):
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(rows)))
+        return [{"color": colour} for colour in colours]
+    colour_map, many = ("tab10", 10) if len(rows) <= 10 else ("tab20", 20)
+    dashes = ["-", "--", ":", "-."]
+    return [
+        {"color": plt.get_cmap(colour_map)(i % many), "ls": dashes[i // many % len(dashes)]}
+        for i in range(len(rows))
+    ]
 
 
 def _numbers(rows: list[Row]) -> list[float]:
