@@ -20,14 +20,16 @@ def show(found: Table) -> None:
     """The table on the terminal."""
     from rich.box import SIMPLE
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as Lines
 
     lines = Lines(box=SIMPLE)
     titles = _titles(found, others=[])
     for title in titles:
-        lines.add_column(title, justify="left" if title in (titles[0], "") else "right", no_wrap=True)
+        left = title in (titles[0], "")
+        lines.add_column(escape(title), justify="left" if left else "right", no_wrap=True)
     for row in found.rows:
-        lines.add_row(*_cells(found, row, others=[]))
+        lines.add_row(*map(escape, _cells(found, row, others=[])))
     Console(width=max(100, Console().width)).print(lines)  # a log has no width
     for name, problem in _failures(found):
         print(f"failed: {name}: {problem}")
@@ -45,9 +47,9 @@ def write(
     best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=f"{base.run.name}-best"))
     head = f"# {choice.arm.name}: chosen by `shardgan select`, see {folder}/report.md\n"
     (folder / "best.yaml").write_text(head + config.dump(best))
-    curve(found, folder / "curve.png")
-    weights(found, folder / "weights.png")
     (folder / "report.md").write_text(_report(found, trials))
+    curve(found, folder / "curve.png")  # last, as they need the trials' checkpoints and the data
+    weights(found, folder / "weights.png")
     return [folder / name for name in ("report.md", "curve.png", "weights.png", "best.yaml", "table.json")]
 
 
@@ -69,10 +71,11 @@ def _others(found: Table) -> list[str]:
 def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
     first = found.rows[0]
     picked = ((found.minimum, "min"), (found.choice, "chosen"))
-    failed = f" ({len(row.failures)} failed)" if row.failures else ""
+    counts = ((len(row.failures), "failed"), (len(row.pending), "not done"))
+    lacking = ", ".join(f"{count} {what}" for count, what in counts if count)
     return [
         row.label,
-        f"{len(row.outcomes)}{failed}",
+        f"{len(row.outcomes)} ({lacking})" if lacking else f"{len(row.outcomes)}",
         _with_error(row.mean, row.error),
         "" if row is first else _with_error(*row.against(first), signed=True),
         *(_plain(row.chart(f"Metrics/{name}")) for name in others),
@@ -99,18 +102,38 @@ def _failures(found: Table) -> list[tuple[str, str]]:
 def _verdict(found: Table) -> list[str]:
     """The choice, in words that claim no more than the trials show."""
     best, choice = found.minimum, found.choice
+    pending = sum(len(row.pending) for row in found.rows)
+    to_come = [f"{pending} trials are not done: what they find may change the choice."] if pending else []
     if best is None or choice is None:
-        return ["Nothing to choose by yet: there is no trial that all candidates have finished."]
+        return ["Nothing to choose by yet: there is no trial that all candidates have finished.", *to_come]
     left_out = [row.arm.name for row in found.rows if row.arm not in [r.arm for r in found.comparable]]
     trials = len(best.outcomes)
     lines = [
         f"Minimum: {best.arm.name}. One-standard-error rule: {choice.arm.name}. By {trials} "
-        f"trial{'s' if trials > 1 else ''} of each."
+        f"trial{'s' if trials > 1 else ''} of each.",
+        *_price(best, choice),
     ]
     if trials == 1:
         lines.append("With one trial there is no standard error: this is no more than a first look.")
     if left_out:
         lines.append(f"Out of the question, as trials of theirs failed: {', '.join(left_out)}.")
+    return [*lines, *to_come]
+
+
+def _price(best: Row, choice: Row) -> list[str]:
+    """What the rule gives away: in a standard error between folds a plain loss in each of them may hide."""
+    if choice.arm == best.arm:
+        return []
+    difference, error = choice.against(best)
+    lines = [
+        f"{choice.arm.name} minus {best.arm.name}, fold by fold: "
+        f"{_with_error(difference, error, signed=True)}."
+    ]
+    if difference > 2 * error:  # never, if there is none
+        lines.append(
+            f"In these folds {choice.arm.name} is worse than {best.arm.name}, by more than two standard "
+            "errors of that difference."
+        )
     return lines
 
 
@@ -130,10 +153,11 @@ def _report(found: Table, trials: Sequence[Trial]) -> str:
         f"trials, and `minus` the difference over trials of the same fold and seed.",
         "",
         *_verdict(found),
+        f"Of candidates within one standard error of the minimum the rule takes {found.order}.",
         "",
-        f"| {' | '.join(titles)} |",
+        _line(titles),
         f"|{'---|' * len(titles)}",
-        *(f"| {' | '.join(_cells(found, row, others))} |" for row in found.rows),
+        *(_line(_cells(found, row, others)) for row in found.rows),
         "",
         *(f"- failed: `{name}`: {problem}" for name, problem in _failures(found)),
         "",
@@ -150,9 +174,14 @@ def _report(found: Table, trials: Sequence[Trial]) -> str:
         "",
         "| candidate | ‖W_G‖ | ‖W_D‖ | share of G's gradient | share of D's gradient |",
         "|---|---|---|---|---|",
-        *(f"| {' | '.join([row.label, *_weight_cells(row)])} |" for row in found.rows),
+        *(_line([row.label, *_weight_cells(row)]) for row in found.rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Of a table in Markdown."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _weight_cells(row: Row) -> list[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from launch.select_trials import Arm, Trial
+from launch.select_candidates import Arm
+from launch.select_trials import Trial
 from pipeline.config import Config, UserError
 
 _LEADING = {"kid": ("kid_",), "fd": ("fd_", "fid")}  # what may be chosen by: the lower the better
@@ -28,17 +29,17 @@ class Outcome:
 
     @property
     def place(self) -> tuple[int, int]:
-        """What it has in common with trials of other arms."""
-        return self.trial.seed, self.trial.fold
+        return self.trial.place
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: its finished trials, and what became of those that failed."""
+    """One arm: its finished trials, what became of those that failed, and those that are still to come."""
 
     arm: Arm
     outcomes: Sequence[Outcome]
     failures: Mapping[str, str]
+    pending: Sequence[str] = ()  # only told: they count neither for nor against it
 
     @property
     def label(self) -> str:
@@ -98,7 +99,7 @@ class Table:
     @property
     def choice(self) -> Row | None:
         """By the one-standard-error rule: of the arms that are within one standard error of the best one, the
-        most regularised (named arms: the first listed)."""
+        most regularised (see `order`)."""
         best = self.minimum
         if best is None:
             return None
@@ -106,15 +107,28 @@ class Table:
         within = [row for row in self.comparable if row.mean <= limit]
         return max(within, key=lambda row: self._strength(row.arm))
 
+    @property
+    def order(self) -> str:
+        """What counts as more regularised, in words."""
+        keys = list(self.rows[0].arm.values)
+        if not any(map(self._grows, keys)):
+            return "the first listed"
+        words = [f"the larger {key}" if self._grows(key) else f"the {key} listed first" for key in keys]
+        return " and ".join(words) + (", by the sum of their ranks" if len(words) > 1 else "")
+
+    def _grows(self, key: str) -> bool:
+        """Whether a larger value of a grid's key regularises more."""
+        strengthens = key.startswith("penalty.") and key != "penalty.r1.interval"
+        strengthens = strengthens or key.endswith((".dropout", ".decoupled_decay"))
+        return strengthens and all(row.arm.number(key) is not None for row in self.rows)
+
     def _strength(self, arm: Arm) -> float:
         if not arm.values:
             return -[row.arm for row in self.rows].index(arm)
         total = 0
         for key in arm.values:
             listed = list(dict.fromkeys(row.arm.values[key] for row in self.rows))
-            numbers = {row.arm.values[key]: row.arm.number(key) for row in self.rows}
-            penalty = key.startswith("penalty.") and None not in numbers.values()
-            order = sorted(listed, key=lambda v: numbers[v] or 0.0) if penalty else listed[::-1]
+            order = sorted(listed, key=float) if self._grows(key) else listed[::-1]
             total += order.index(arm.values[key])
         return total
 
@@ -124,21 +138,38 @@ def table(base: Config, trials: Sequence[Trial], failures: Mapping[str, str]) ->
 
     Raises UserError if trials that stand side by side were scored against different images.
     """
-    metric = base.score.metrics[0] if base.score.metrics else ""
-    if metric not in _LEADING:
-        raise UserError("score.metrics: select chooses by the first of them, which has to be kid or fd.")
-    found = [outcome for trial in trials if (outcome := _read(trial, _LEADING[metric]))]
+    leading = _leading(base)
+    found = [outcome for trial in trials if trial.done and (outcome := _read(trial, leading))]
     _check_references(found)
+    unusable = {o.trial.name: "its score is not a number" for o in found if not math.isfinite(o.score)}
+    scored = {o.trial.name for o in found}
+    unusable |= {t.name: "it has no score" for t in trials if t.done and t.name not in scored}
+    failed = {**failures, **unusable}
     rows = [
         Row(
             arm,
-            [o for o in found if o.trial.arm == arm],
-            {t.name: failures[t.name] for t in trials if t.arm == arm and t.name in failures},
+            [o for o in found if o.trial.arm == arm and o.trial.name not in unusable],
+            {t.name: failed[t.name] for t in trials if t.arm == arm and t.name in failed},
+            [t.name for t in trials if t.arm == arm and not t.done and t.name not in failed],
         )
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
-    names = [name for o in found[:1] for name in o.last if _leads(name, _LEADING[metric])]
-    return Table(names[0].removeprefix("Metrics/") if names else metric, rows)
+    names = [name for o in found[:1] for name in o.last if _leads(name, leading)]
+    return Table(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows)
+
+
+def check_scored(base: Config, trials: Sequence[Trial]) -> None:
+    """Raises UserError for finished trials without the score that the config says to choose by."""
+    leading = _leading(base)
+    lacking = [trial for trial in trials if trial.done and _read(trial, leading) is None]
+    if lacking:
+        have = [name for name, others in _LEADING.items() if all(_read(trial, others) for trial in lacking)]
+        more = f", as are {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        cure = f"Set score.metrics=[{', '.join(have)}], which is there" if have else "Remove its folder"
+        raise UserError(
+            f"{lacking[0].name} is finished without the score to choose by, {base.score.metrics[0]}, which "
+            f"is the first of score.metrics{more}. {cure}, or give the selection another run.name."
+        )
 
 
 def as_json(of: Table, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -163,6 +194,7 @@ def as_json(of: Table, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
                 "charts": {name: _number(row.chart(name)) for name in _charts(row)},
                 "seconds": round(row.seconds, 1),
                 "failed": dict(row.failures),
+                "not_done": list(row.pending),
             }
             for row in of.rows
         ],
@@ -182,10 +214,28 @@ def write(folder: Path, of: Table, base: Config, trials: Sequence[Trial]) -> Non
             writer.writerow([row.arm.name, len(row.outcomes), mean, error, round(row.seconds, 1), failed])
 
 
+def failures(folder: Path) -> dict[str, str]:
+    """Trials that had failed when the table was written last → how."""
+    try:
+        rows = json.loads((folder / "table.json").read_text())["rows"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    told = {name: problem for row in rows for name, problem in row["failed"].items()}
+    return {name: problem for name, problem in told.items() if problem != "not done"}  # as once written
+
+
+def _leading(base: Config) -> tuple[str, ...]:
+    """How the names of what is chosen by begin."""
+    metric = base.score.metrics[0] if base.score.metrics else ""
+    if metric not in _LEADING:
+        raise UserError("score.metrics: select chooses by the first of them, which has to be kid or fd.")
+    return _LEADING[metric]
+
+
 def _read(trial: Trial, leading: tuple[str, ...]) -> Outcome | None:
-    """A finished trial's last score; None if it is not finished, or was never scored."""
+    """A finished trial's last score; None if it was never scored."""
     metrics = trial.folder / "metrics.jsonl"
-    if not trial.done or not metrics.is_file():
+    if not metrics.is_file():
         return None
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     scored = [(row, key) for row in rows for key in row if _leads(key, leading)]

@@ -14,7 +14,7 @@ from launching import FASHION, run, shardgan
 from launching import Started as start
 from PIL import Image
 
-from launch import select_table, select_trials
+from launch import select_candidates, select_table, select_trials
 from launch.select_table import Outcome, Row, Table
 from pipeline import config
 from pipeline.config import UserError
@@ -40,11 +40,11 @@ def job(tmp_path) -> str:
 
 
 def test_a_grid_is_every_combination_and_ranges_are_even_in_log():
-    (arm, *_), names = select_trials.grid(["penalty.l2=0,1e-6:1e-2:5"]), ["0", "1e-06", "1e-05"]
-    arms = select_trials.grid(["penalty.l2=0,1e-6:1e-2:5"])
+    (arm, *_), names = select_candidates.grid(["penalty.l2=0,1e-6:1e-2:5"]), ["0", "1e-06", "1e-05"]
+    arms = select_candidates.grid(["penalty.l2=0,1e-6:1e-2:5"])
     assert [a.values["penalty.l2"] for a in arms] == [*names, "0.0001", "0.001", "0.01"]
     assert arm.settings == ("penalty.l2=0",) and arm.number("penalty.l2") == 0
-    both = select_trials.grid(["penalty.G.l2=0,1e-3", "D.norm=none,batch"])
+    both = select_candidates.grid(["penalty.G.l2=0,1e-3", "D.norm=none,batch"])
     assert [a.slug for a in both] == [
         "penalty.G.l2=0,D.norm=none", "penalty.G.l2=0,D.norm=batch",
         "penalty.G.l2=0.001,D.norm=none", "penalty.G.l2=0.001,D.norm=batch",
@@ -62,7 +62,7 @@ def test_a_grid_is_every_combination_and_ranges_are_even_in_log():
 )
 def test_a_grid_that_cannot_be_read_is_refused(grid, message):
     with pytest.raises(UserError, match=message):
-        select_trials.grid(grid)
+        select_candidates.grid(grid)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_a_grid_that_cannot_be_read_is_refused(grid, message):
 )
 def test_what_would_not_compare_is_refused_before_anything_starts(job, tmp_path, setting, message):
     with pytest.raises(UserError, match=message):
-        select_trials.trials(job, [], select_trials.grid([setting]), 2, 1)
+        select_trials.trials(job, [], select_candidates.grid([setting]), 2, 1)
     assert list(tmp_path.iterdir()) == [Path(job)]
 
 
 def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
-    arms = select_trials.grid(["penalty.l2=0,1"])
+    arms = select_candidates.grid(["penalty.l2=0,1"])
     base, trials = select_trials.trials(job, ["run.out=there", "run.name=mine"], arms, 2, 2)
     assert [t.name for t in trials[:4]] == [
         "penalty.l2=0,seed=0,fold=0", "penalty.l2=1,seed=0,fold=0",
@@ -98,7 +98,7 @@ def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
 
 def table_of(job: str, scores: dict[str, list[float]]) -> Table:
     """λ → one score per fold."""
-    arms = select_trials.grid([f"penalty.l2={','.join(scores)}"])
+    arms = select_candidates.grid([f"penalty.l2={','.join(scores)}"])
     _, trials = select_trials.trials(job, [], arms, 3, 1)
     rows = []
     for arm, values in zip(arms, scores.values(), strict=True):
@@ -148,6 +148,7 @@ def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
     line = shardgan("select", job, "run.name=whole", "--arms", "arms.yaml", "--folds", "2", "--jobs", "2")
     ended = run(line, tmp_path)
     assert ended.status == 0, ended.output
+    assert "Training now" in ended.output and (whole / "selection.json").exists()
     expected = json.loads((whole / "table.json").read_text())
     assert [row["finished"] for row in expected["rows"]] == [2, 2, 0]
     assert expected["one_standard_error"] in ("none", "L2")
@@ -184,7 +185,7 @@ def check_what_is_written(folder: Path) -> None:
 
 def check_references(job: str, folder: Path) -> None:
     """Two trials of a fold that were scored against other images do not stand in one table."""
-    arms = select_trials.arms(folder.parent.parent / "two.yaml")
+    arms = select_candidates.arms(folder.parent.parent / "two.yaml")
     base, trials = select_trials.trials(job, [f"run.out={folder.parent}", "run.name=whole"], arms, 2, 1)
     assert select_table.table(base, trials, {}).minimum is not None
     file = trials[0].folder / "reference.json"

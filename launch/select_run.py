@@ -1,0 +1,161 @@
+"""Training the trials of `shardgan select` on this machine, some at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from queue import SimpleQueue
+from types import FrameType
+
+from launch.select_trials import Launch, Trial
+from launch.train import ask_to_stop, cores, die_with_parent, process
+from pipeline.config import UserError
+
+Say = Callable[[str], None]
+Ended = Callable[[Trial, str], None]
+
+
+def hold(folder: Path, say: Say) -> int:
+    """Lock a selection's folder, for this process and its trials; returns the lock's file descriptor.
+
+    Waits for the trials of an earlier select that was killed: two of one name must not train at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"Another `shardgan select` is at work on {folder}, or its last trials are; waiting for them.")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def run(
+    todo: Sequence[Trial], launch: Launch, jobs: int, folder: Path, lock: int, say: Say, ended: Ended
+) -> bool:
+    """Train the trials, `jobs` at a time; `ended` hears of each, with what went wrong or "".
+
+    folder: the selection's, where logs go. lock: from `hold`, kept by the trials too.
+    Returns False if asked to stop (SIGTERM, Ctrl-C) before all were trained; those at work save and leave.
+    If `ended` raises, no more are started, those at work are asked to stop, and then it is raised here.
+    """
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    jobs = min(jobs, max(1, len(todo)))
+    if todo:
+        say(f"Training now, with logs in {logs}: {'; '.join(trial.name for trial in todo[:jobs])}")
+    crew = _Crew(launch, jobs, logs, lock, ended)
+    with _handling(lambda _number, _frame: crew.stop()), ThreadPoolExecutor(jobs) as pool:
+        for outcome in [pool.submit(crew.train, trial) for trial in todo]:
+            outcome.result()
+    return not crew.stopped.is_set()
+
+
+def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
+    """For each of the trials at a time its own part of the machine, as environment variables.
+
+    Raises UserError if there are GPUs, but not one for each process.
+    """
+    import torch
+
+    threads = max(1, cores() // (jobs * launch.procs))
+    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        return [share] * jobs
+    if jobs * launch.procs > gpus:
+        raise UserError(
+            f"--jobs {jobs} x --procs {launch.procs} need a GPU each, but this machine has {gpus}. Lower one "
+            "of them."
+        )
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(number) for number in range(gpus)]
+    parts = [names[slot * launch.procs : (slot + 1) * launch.procs] for slot in range(jobs)]
+    return [share | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+
+
+class _Crew:
+    """Trains trials in threads of its own, each in its share of the machine, until told to stop."""
+
+    def __init__(self, launch: Launch, jobs: int, logs: Path, lock: int, ended: Ended) -> None:
+        self._launch, self._logs, self._lock, self._ended = launch, logs, lock, ended
+        self.stopped = threading.Event()
+        self._running, self._telling = set[subprocess.Popen[bytes]](), threading.Lock()
+        self._shares = SimpleQueue[dict[str, str]]()
+        for share in shares(launch, jobs):
+            self._shares.put(share)
+
+    def train(self, trial: Trial) -> None:
+        if self.stopped.is_set():
+            return
+        log, share = self._logs / f"{trial.name}.log", self._shares.get()
+        try:
+            status = self._call(trial, log, share)
+            with self._telling:
+                if not self.stopped.is_set():
+                    self._ended(trial, "" if status == 0 and trial.done else _complaint(log, status))
+        except BaseException:
+            self.stop()  # or it would be told only when all that is queued has been trained
+            raise
+        finally:
+            self._shares.put(share)
+
+    def stop(self) -> None:
+        """Start no more; those at work save and leave."""
+        self.stopped.set()
+        for child in list(self._running):
+            self._ask(child)
+
+    def _ask(self, child: subprocess.Popen[bytes]) -> None:
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):
+            child.terminate() if self._launch.strategy == "single" else ask_to_stop(child)
+
+    def _call(self, trial: Trial, log: Path, share: dict[str, str]) -> int:
+        """Train in a process of its own; returns its exit status."""
+        how = self._launch
+        line, environment = process(how.strategy, how.procs, how.precision, list(trial.arguments))
+        environment |= share
+        environment.pop("WANDB_RUN_ID", None)  # or all trials would be one run there
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                line,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[self._lock],
+                preexec_fn=die_with_parent,  # noqa: PLW1509
+            )
+            self._running.add(child)
+            if self.stopped.is_set():  # just now, by one who did not see this child yet
+                self._ask(child)
+            status = child.wait()
+            self._running.discard(child)
+        return status
+
+
+@contextmanager
+def _handling(ask: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _complaint(log: Path, status: int) -> str:
+    """What a failed trial said last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error:")] or lines[-1:]
+    return f"exit status {status}: {told[0] if told else 'without a word'} ({log})"

@@ -1,0 +1,132 @@
+"""What one call of `shardgan select` does: look at everything first, then train, submit or only collect."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from launch import select_report, select_run, select_slurm, select_start, select_table
+from launch.select_run import Say
+from launch.select_table import Table
+from launch.select_trials import Launch, Trial
+from launch.slurm import Resources
+from pipeline.config import Config
+
+
+@dataclass
+class Work:
+    """A selection, and what is known of its trials that failed."""
+
+    base: Config
+    trials: Sequence[Trial]
+    launch: Launch
+    given: tuple[str, tuple[str, ...]]  # config and settings, as on the command line
+    say: Say
+    failures: dict[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.base.run.out) / str(self.base.run.name)
+
+    @property
+    def todo(self) -> list[Trial]:
+        return [trial for trial in self.trials if not trial.done]
+
+    def train(self, jobs: int) -> None:
+        """On this machine, whatever is not done; then the table and the choice."""
+        self._look(jobs)
+        lock = select_run.hold(self.folder, self.say)
+        self._note()
+        todo = self.todo  # another select may have been at work until now
+        completed = select_run.run(todo, self.launch, jobs, self.folder, lock, self.say, self._ended)
+        found = self._conclude()
+        os.close(lock)
+        if not completed:
+            self.say("Stopped; the same command continues.")
+        elif found.minimum is None:
+            raise click.ClickException(_nothing(found, self.folder / "logs"))
+
+    def submit(self, resources: Resources, jobs: int) -> None:
+        """To Slurm, whatever is not done."""
+        if not self.todo:
+            self.train(jobs)
+            return
+        self._look(None)
+        self._note()
+        select_slurm.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
+
+    def collect(self) -> None:
+        """Train nothing. What has failed is known by what the last call noted, and by the logs of jobs."""
+        now = select_start.common(self.trials, self.launch)
+        self._refuse({"candidates": now["candidates"]})  # however they are trained
+        lock = select_run.hold(self.folder, self.say)
+        waiting = {trial.name for trial in self.todo}
+        noted = select_table.failures(self.folder) | select_slurm.failures(self.trials, self.folder)
+        self.failures |= {name: problem for name, problem in noted.items() if name in waiting}
+        found = self._conclude()
+        os.close(lock)
+        if found.minimum is None and not any(row.pending for row in found.rows):
+            raise click.ClickException(_nothing(found, self.folder))
+
+    def _refuse(self, now: dict[str, object]) -> None:
+        """What does not stand beside what there is. Raises UserError."""
+        select_start.check_common(self.folder, now)
+        select_table.check_scored(self.base, self.trials)
+        self._table()
+        arms, places = ({getattr(t, of) for t in self.trials} for of in ("arm", "place"))
+        self.say(
+            f"{self.base.run.name}: {len(arms)} candidates x {len(places)} folds and seeds = "
+            f"{len(self.trials)} trials of {self.base.run.total_kimg:g} kimg, "
+            f"{len(self.trials) - len(self.todo)} of them done"
+        )
+
+    def _look(self, jobs: int | None) -> None:
+        """Everything that can be known before anything starts; jobs: None where other machines train."""
+        self._refuse(select_start.common(self.trials, self.launch))
+        if self.todo:
+            select_slurm.refuse_queued(self.folder)
+        select_start.check(self.base, self.trials, self.launch, jobs)
+
+    def _note(self) -> None:
+        """Leave what later calls are held to, and take back that trials failed that are now tried again."""
+        select_start.note_common(self.folder, select_start.common(self.trials, self.launch))
+        select_table.write(self.folder, self._table(), self.base, self.trials)
+
+    def _table(self) -> Table:
+        return select_table.table(self.base, self.trials, self.failures)
+
+    def _ended(self, trial: Trial, problem: str) -> None:
+        """Note what went wrong with a trial that has ended, bring the table up to date, say so."""
+        if problem:
+            self.failures[trial.name] = problem
+        now = self._table()
+        select_table.write(self.folder, now, self.base, self.trials)
+        problem = next((row.failures[trial.name] for row in now.rows if trial.name in row.failures), "")
+        done = [o for row in now.rows for o in row.outcomes]
+        scores = [f"{now.score} {o.score:.4f}" for o in done if o.trial == trial]
+        ended = len(done) + sum(len(row.failures) for row in now.rows)
+        minutes = (time.monotonic() - self.began) / 60
+        what = problem or ", ".join(scores)
+        self.say(f"[{ended}/{len(self.trials)}] {trial.name}: {what}  after {minutes:.1f} min")
+
+    def _conclude(self) -> Table:
+        """Tell, draw and write what is known by now."""
+        found = self._table()
+        select_table.write(self.folder, found, self.base, self.trials)
+        select_report.show(found)
+        if found.minimum is not None:
+            files = select_report.write(self.folder, found, self.trials, *self.given)
+            self.say("\n".join(str(file) for file in files))
+        return found
+
+
+def _nothing(found: Table, logs: Path) -> str:
+    if any(row.outcomes for row in found.rows):
+        return f"There is no trial that all candidates have finished; the logs are in {logs}"
+    return f"No trial could be finished; their logs are in {logs}"

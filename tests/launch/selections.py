@@ -1,0 +1,48 @@
+"""A small selection, and trials that look finished without having been trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launching import FASHION
+
+from launch import select_candidates, select_trials
+from launch.select_trials import Trial
+from pipeline import config
+from pipeline.config import Config
+
+CONFIG = f"""
+run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, eval_kimg: 1}}
+data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 16, workers: 0}}
+G: {{width: 8, norm: none, z_dim: 16}}
+D: {{width: 8, norm: none}}
+score: {{images: 16}}
+track: {{wandb: false}}
+"""
+
+
+def selection(
+    folder: Path, *settings: str, grid: Sequence[str] = ("penalty.l2=0,1",), folds: int = 2
+) -> tuple[Config, list[Trial]]:
+    """Base config and trials of a selection called `mine` in `folder`."""
+    (folder / "job.yaml").write_text(CONFIG)
+    common = [f"run.out={folder}", "run.name=mine", *settings]
+    return select_trials.trials(
+        str(folder / "job.yaml"), common, select_candidates.grid(grid), folds, seeds=1
+    )
+
+
+def finish(trial: Trial, score: float = 1.0, cur_nimg: int = 64, name: str = "kid_efflite0") -> None:
+    """What a trial leaves that has ended well."""
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    (trial.folder / "config.yaml").write_text(config.dump(trial.settings))
+    (trial.folder / "DONE").write_text(f"{cur_nimg}\n")
+    row = {"cur_nimg": cur_nimg, f"Metrics/{name}": score}
+    (trial.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def refer(trial: Trial, about: Mapping[str, object]) -> None:
+    """What its score is against."""
+    (trial.folder / "reference.json").write_text(json.dumps({"heldout": about}))

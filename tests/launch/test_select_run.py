@@ -1,0 +1,100 @@
+"""How trials are trained some at a time: each in its share of the machine, and stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+from selections import finish, selection
+
+from launch import select_run
+from launch.select_trials import Launch
+from pipeline.config import UserError
+
+WRITES = "import json, os; print(json.dumps(dict(os.environ)))"
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    monkeypatch.setattr(select_run, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_cores_are_shared_by_all_processes_at_a_time(cores, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert select_run.shares(Launch("ddp", 2), 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert select_run.shares(Launch(), 16)[0] == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert select_run.shares(Launch(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
+
+
+def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(Launch(), 3)]
+    assert alone == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    pairs = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(Launch("ddp", 2), 2)]
+    assert pairs == ["7,5", "3,1"]
+    with pytest.raises(UserError, match="--jobs 3 x --procs 2 need a GPU each"):
+        select_run.shares(Launch("ddp", 2), 3)
+
+
+def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> bool:
+    """`run`, with `code` in the place of each training."""
+    line = [sys.executable, "-c", code]
+    monkeypatch.setattr(select_run, "process", lambda *_: (line, dict(os.environ)))
+    folder = tmp_path / "mine"
+    lock = select_run.hold(folder, told.append)
+    try:
+        return select_run.run(trials, Launch(), jobs, folder, lock, told.append, ended)
+    finally:
+        os.close(lock)
+
+
+def test_what_begins_is_told_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):
+    _, trials = selection(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WANDB_RUN_ID", "one-for-all")
+    told, ended = [], []
+    train(tmp_path, trials, lambda trial, _: ended.append(trial), monkeypatch, WRITES, 2, told)
+    assert len(ended) == 4 and len(told) == 1
+    assert trials[0].name in told[0] and trials[1].name in told[0] and str(tmp_path / "mine/logs") in told[0]
+    assert trials[2].name not in told[0]
+    seen = [json.loads((tmp_path / "mine" / "logs" / f"{t.name}.log").read_text()) for t in trials]
+    assert not any("WANDB_RUN_ID" in one for one in seen)
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0", "1"}
+    assert {one["OMP_NUM_THREADS"] for one in seen} == {"4"}
+
+
+def test_what_does_not_compare_ends_all_at_once(tmp_path, monkeypatch):
+    """The first ends, and turns out not to compare: the one beside it is asked to stop, no other starts."""
+    _, trials = selection(tmp_path)
+    code = f"import os, time\ntry: os.mkdir('{tmp_path}/first')\nexcept OSError: time.sleep(60)"
+    told = []
+
+    def ended(trial, problem):
+        told.append(trial.name)
+        raise UserError("does not compare")
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match="does not compare"):
+        train(tmp_path, trials, ended, monkeypatch, code, 2, [])
+    assert time.monotonic() - began < 30 and len(told) == 1
+    assert len(list((tmp_path / "mine" / "logs").iterdir())) == 2
+
+
+def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
+    _, trials = selection(tmp_path)
+    finish(trials[0])
+    problems = {}
+
+    def ended(trial, problem):
+        problems[trial.name] = problem
+
+    assert train(tmp_path, trials[:2], ended, monkeypatch, "raise SystemExit(3)", 1, [])
+    assert all("exit status 3: without a word" in problem for problem in problems.values())

@@ -1,0 +1,183 @@
+"""What `shardgan select` refuses before anything starts: what would not compare, what cannot be trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from launching import run, shardgan
+from selections import CONFIG, finish, refer, selection
+
+from launch import select_slurm, select_start, select_table, slurm
+from launch.select_trials import Launch
+from pipeline.config import UserError
+from pipeline.data.index import load_index
+from pipeline.data.plan import heldout_plan
+from pipeline.run.features import load_features
+
+# The same command, later
+
+
+def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
+    _, trials = selection(tmp_path)
+    finish(trials[1])
+    with pytest.raises(UserError, match=r"penalty.l2=1,seed=0,fold=0 is finished at kimg 0.064.*another run"):
+        selection(tmp_path, "run.total_kimg=0.032")
+    selection(tmp_path, "run.total_kimg=0.05")  # in whole updates the same
+    _, longer = selection(tmp_path, "run.total_kimg=0.128")
+    assert not longer[1].done  # and goes on
+
+
+def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
+    one = Launch()
+    _, trials = selection(tmp_path)
+    select_start.note_common(tmp_path / "mine", select_start.common(trials, one))
+    assert json.loads((tmp_path / "mine" / "selection.json").read_text()) == {
+        "candidates": ["--grid penalty.l2"], "strategy": "single", "procs": 1, "precision": "no",
+    }  # fmt: skip
+    _, grown = selection(tmp_path, grid=["penalty.l2=0,1,2,3"])
+    select_start.check_common(tmp_path / "mine", select_start.common(grown, one))
+    _, other = selection(tmp_path, grid=["penalty.l1=0,1"])
+    named = [replace(t, arm=replace(t.arm, values={})) for t in trials]
+    for these, launch, what in [
+        (trials, Launch("ddp", 2), "strategy single → ddp; procs 1 → 2"),
+        (trials, Launch(precision="bf16"), "precision no → bf16"),
+        (other, one, "candidates .*penalty.l2.* → .*penalty.l1"),
+        (named, one, "candidates .*--grid penalty.l2.* → .*--arms"),
+    ]:
+        with pytest.raises(UserError, match=f"{what}.*another run.name"):
+            select_start.note_common(tmp_path / "mine", select_start.common(these, launch))
+
+
+def test_a_later_command_that_differs_is_refused_as_such(tmp_path):
+    """As a whole, by the command: one message, status 2, and nothing new on the disk."""
+    _, trials = selection(tmp_path)
+    for trial in trials:
+        finish(trial)
+    select_start.note_common(tmp_path / "mine", select_start.common(trials, Launch()))
+    (tmp_path / "arms.yaml").write_text("none: []\n")
+    before = sorted(tmp_path.rglob("*"))
+    common = ["select", "job.yaml", f"run.out={tmp_path}", "run.name=mine", "--folds", "2"]
+    ended = run(shardgan(*common, "--arms", "arms.yaml"), tmp_path)
+    assert ended.status == 2 and ended.output.startswith("error: ") and "another run.name" in ended.output
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.suffix != ".log"] == before
+
+
+def test_settings_of_another_selection_ask_for_another_name(tmp_path):
+    _, trials = selection(tmp_path)
+    finish(trials[0])
+    with pytest.raises(UserError, match=r"G.width: 8 → 4") as refused:
+        selection(tmp_path, "G.width=4")
+    assert "another run.name" in str(refused.value) and "resume" not in str(refused.value)
+    with pytest.raises(UserError, match=r"run.resume=false: .* another run.name"):
+        selection(tmp_path, "run.resume=false")
+
+
+def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
+    base, trials = selection(tmp_path, "score.metrics=[fd]")
+    finish(trials[0])
+    with pytest.raises(UserError, match=r"penalty.l2=0,seed=0,fold=0 .*fd.*Set score.metrics=\[kid\]"):
+        select_table.check_scored(base, trials)
+    base, trials = selection(tmp_path, "score.metrics=[kid,fd]")
+    select_table.check_scored(base, trials)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": 15}, "images 15 → 16"),
+        ({"features": ["efflite0", "older"]}, "features"),
+        ({"index": "of other images"}, "index of other images"),
+    ],
+)
+def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed, message):
+    base, trials = selection(tmp_path)
+    index, data = load_index(base.data.train), trials[0].settings.data
+    plan = heldout_plan(index.sizes, 0, data.window, data.holdout, data.folds, data.fold)
+    features = load_features("efflite0")
+    about = {
+        "index": index.fingerprint, "plan": plan.fingerprint, "images": 16,
+        "features": [features.name, features.version],
+    }  # fmt: skip
+    finish(trials[0])
+    refer(trials[0], about)
+    select_start.check(base, trials, Launch(), 1)
+    refer(trials[0], about | changed)
+    with pytest.raises(UserError, match=f"penalty.l2=0,seed=0,fold=0 is finished.*{message}"):
+        select_start.check(base, trials, Launch(), 1)
+
+
+# What `shardgan train` refuses
+
+
+@pytest.mark.parametrize(
+    ("setting", "launch", "message"),
+    [
+        ("data.train=/nowhere", Launch(), "There are no shards at /nowhere"),
+        ("D.kind=nowhere:Nothing", Launch(), "nowhere"),
+        ("data.size=32", Launch(), "28"),
+        ("data.batch_size=16", Launch("ddp", 3), "penalty.l2=0: .*cannot be divided"),
+        ("score.features=nothing", Launch(), "no such features"),
+        ("run.out=/proc/nowhere", Launch(), "/proc .*run.out to another"),
+    ],
+)
+def test_what_no_trial_could_do_is_refused_once(tmp_path, setting, launch, message):
+    base, trials = selection(tmp_path, setting)
+    with pytest.raises(UserError, match=message):
+        select_start.check(base, trials, launch, 1)
+
+
+def test_one_candidate_that_cannot_be_built_does_not_stop_the_others(tmp_path):
+    base, trials = selection(tmp_path, grid=["D.kind=nowhere:Nothing,dcgan"])
+    select_start.check(base, trials, Launch(), 1)
+
+
+def test_a_batch_that_one_candidate_cannot_divide_is_told_with_its_name(tmp_path):
+    base, trials = selection(tmp_path, grid=["data.batch_size=16,15"])
+    with pytest.raises(UserError, match=r"data.batch_size=15: .*cannot be divided equally over 2"):
+        select_start.check(base, trials, Launch("ddp", 2), 1)
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+    base, trials = selection(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--jobs 2 x --procs 2 need a GPU each, but this machine has 2"):
+        select_start.check(base, trials, Launch("ddp", 2), 2)
+    select_start.check(base, trials, Launch("ddp", 2), None)  # on other machines
+
+
+def test_bad_data_end_the_command_with_one_message(tmp_path):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    ended = run(shardgan("select", "job.yaml", "data.train=/nowhere", "--grid", "penalty.l2=0,1"), tmp_path)
+    assert ended.status == 2 and ended.output.count("error:") == 1 and "/nowhere" in ended.output
+    assert not (tmp_path / "runs").exists()
+
+
+# Jobs in the queue
+
+
+def test_trials_in_the_queue_are_not_trained_here_too(tmp_path, monkeypatch):
+    (tmp_path / "slurm").mkdir()
+    select_slurm.refuse_queued(tmp_path)
+    (tmp_path / "slurm" / "job").write_text("12 13\n")
+    monkeypatch.setattr(slurm, "state", {"12": None, "13": "PENDING"}.get)
+    with pytest.raises(UserError, match="Job 13 of this selection is PENDING"):
+        select_slurm.refuse_queued(tmp_path)
+    monkeypatch.setattr(slurm, "state", {"12": None, "13": None}.get)
+    select_slurm.refuse_queued(tmp_path)
+
+
+def test_jobs_that_failed_are_told_from_those_that_are_not_through(tmp_path):
+    _, trials = selection(tmp_path)
+    folder = tmp_path / "mine" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "job").write_text("12 13\n")
+    lines = (f"job.yaml \"run.name='{trial.name}'\"\n" for trial in trials)
+    (folder / "runs.txt").write_text("".join(lines))
+    finish(trials[0])
+    (folder / "12_2.log").write_text("error: D cannot be built\nerror: job 12 ended before it was DONE\n")
+    (folder / "12_3.log").write_text("error: saving failed, tried again\nkimg 3\n")
+    failed = select_slurm.failures(trials, tmp_path / "mine")
+    assert list(failed) == [trials[1].name] and "D cannot be built" in failed[trials[1].name]
