@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from launch.select_candidates import Arm
 from launch.select_trials import Trial
 from pipeline.config import Config, UserError
 
-_LEADING = {"kid": ("kid_",), "fd": ("fd_", "fid")}  # what may be chosen by: the lower the better
+# What may be chosen by: the lower the better, and against held-out images, which fid50k_full is not.
+_LEADING = {"kid": r"Metrics/kid_\w+", "fd": r"Metrics/(fd_\w+|fid)"}
 
 
 @dataclass(frozen=True)
@@ -224,15 +226,15 @@ def failures(folder: Path) -> dict[str, str]:
     return {name: problem for name, problem in told.items() if problem != "not done"}  # as once written
 
 
-def _leading(base: Config) -> tuple[str, ...]:
-    """How the names of what is chosen by begin."""
+def _leading(base: Config) -> str:
+    """What the chart of the score to choose by is called."""
     metric = base.score.metrics[0] if base.score.metrics else ""
     if metric not in _LEADING:
         raise UserError("score.metrics: select chooses by the first of them, which has to be kid or fd.")
     return _LEADING[metric]
 
 
-def _read(trial: Trial, leading: tuple[str, ...]) -> Outcome | None:
+def _read(trial: Trial, leading: str) -> Outcome | None:
     """A finished trial's last score; None if it was never scored."""
     metrics = trial.folder / "metrics.jsonl"
     if not metrics.is_file():
@@ -250,8 +252,8 @@ def _read(trial: Trial, leading: tuple[str, ...]) -> Outcome | None:
     return Outcome(trial, row[key], row, seconds)
 
 
-def _leads(chart: str, leading: tuple[str, ...]) -> bool:
-    return chart.startswith(tuple(f"Metrics/{name}" for name in leading)) and not chart.endswith("_train")
+def _leads(chart: str, leading: str) -> bool:
+    return bool(re.fullmatch(leading, chart)) and not chart.endswith("_train")
 
 
 def _check_references(found: Sequence[Outcome]) -> None:

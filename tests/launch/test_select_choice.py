@@ -69,6 +69,17 @@ def test_a_score_that_is_not_a_number_is_a_failure(tmp_path, score):
     select_table.write(tmp_path, found, base, trials)
 
 
+def test_what_is_chosen_by_is_the_score_on_held_out_images(tmp_path):
+    base, trials = selection(tmp_path, "score.metrics=[fd]")
+    for trial in trials:
+        finish(trial, 2.0, name="fid")
+        file = trial.folder / "metrics.jsonl"
+        row = json.loads(file.read_text()) | {"Metrics/fid_train": 1.0, "Metrics/fid50k_full": 1.0}
+        file.write_text(json.dumps(row) + "\n")
+    found = select_table.table(base, trials, {})
+    assert found.score == "fid" and found.minimum.mean == 2.0
+
+
 # The rule
 
 
