@@ -19,13 +19,12 @@ from typing import Any
 from pipeline.config import Remote, UserError
 from pipeline.credentials import redacted
 from pipeline.data import sidecar
-from pipeline.data.locate import Location, locate
+from pipeline.data.locate import Location, locate, locate_anew
 from pipeline.data.record import (
     INDEX,
     REBUILD,
     entry_shard,
     places,
-    read_record,
     shard_of,
     sidecar_path,
     write_record,
@@ -118,11 +117,16 @@ class Index:
                 f"shard {entry.url} in {self.where} has {len(table)} samples, {INDEX} says {entry.nsamples}: "
                 f"{REBUILD}."
             )
+        if table.label_counts() != entry.labels:
+            raise UserError(
+                f"shard {entry.url} in {self.where} has other labels than {INDEX} says: {REBUILD}."
+            )
         return table
 
     def _local_table(self, entry: Shard) -> sidecar.Table:
         found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
-        table = next((t for t in found if t is not None and t.sha256 == entry.sha256), None)
+        is_its = (entry.sha256, entry.filesize)
+        table = next((t for t in found if t is not None and (t.sha256, t.filesize) == is_its), None)
         return table or scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
 
 
@@ -139,12 +143,9 @@ def load_index(
     if is_url(train):
         return _load_remote(train, announce, remote or Remote())
     location = locate(train)
-    record = read_record(location.root)
-    entries = record.get("shardlist", [])
-    if entries and location.whole:
-        _compare_names(location, [entry["url"] for entry in entries])
-    known = {entry["url"]: entry for entry in entries}
-    shards = _shards(location, known, announce)
+    record, entries = location.record, location.entries
+    _refuse_unlisted(location)
+    shards = _shards(location, entries, announce)
     index = Index(
         name=str(record.get("name") or location.root.name),
         root=location.root,
@@ -172,10 +173,8 @@ def build_index(
     """
     if is_url(train):
         return _build_remote(train, announce, remote or Remote())
-    location = locate(train)
-    if not location.whole:
-        raise UserError(f"An index describes a whole folder of shards; {train} is not a folder.")
-    before = read_record(location.root)
+    location = locate_anew(train, announce)
+    before = location.record
     kept = {key: value for key, value in before.items() if key not in ("wids_version", "name", "shardlist")}
     extra = {**kept, **(extra or {})}
     shards = _walk(location, [(url, {}) for url in location.urls], announce)
@@ -291,10 +290,11 @@ def _walk(
     return in_threads(walk, missing, announce, at_once=min(16, os.cpu_count() or 1))
 
 
-def _compare_names(location: Location, listed: list[str]) -> None:
-    for url in sorted(set(listed) - set(location.urls)):
-        file_size(location.root, url)  # says that it is missing
-    if extra := sorted(set(location.urls) - set(listed)):
+def _refuse_unlisted(location: Location) -> None:
+    """A shard that is missing is said before one too many."""
+    for url in location.urls if location.unlisted else ():
+        file_size(location.root, url)
+    if extra := location.unlisted:
         raise UserError(
             f"{location.root} holds {extra[0]}"
             + (f" and {len(extra) - 1} more shards" if len(extra) > 1 else "")

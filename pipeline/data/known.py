@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import UserError
-from pipeline.data.locate import cache_folder
+from pipeline.data.folders import cache_folder
 from pipeline.data.sources import Arrays
 
 Announce = Callable[[str], None]

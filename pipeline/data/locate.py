@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-import platformdirs
 from braceexpand import braceexpand  # comes with webdataset, which reads brace lists by it
 
 from pipeline.config import UserError
+from pipeline.data.folders import cache_folder as cache_folder  # is part of this module
+from pipeline.data.record import read_record
 
 _MOST_SHARDS = 1_000_000
 _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
@@ -19,35 +23,57 @@ _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
 
 @dataclass(frozen=True)
 class Location:
-    """Shards `urls`, sorted, relative to `root`; `whole` if they are all that the folder holds."""
+    """Shards `urls`, sorted, relative to `root`; `whole` if they are to be all that the folder holds.
+
+    `record` is index.json, {} without one; `unlisted` are shards in a whole folder that it does not list.
+    """
 
     root: Path
     urls: tuple[str, ...]
     whole: bool
+    record: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    unlisted: tuple[str, ...] = ()
+
+    @property
+    def entries(self) -> dict[str, Mapping[str, Any]]:
+        """What index.json says of each shard."""
+        return {entry["url"]: entry for entry in self.record.get("shardlist", ())}
 
 
 def locate(train: str) -> Location:
-    """Find the shards on this machine (urls.py: elsewhere). Raises UserError if there are none, and says
-    what was looked for."""
-    if train.startswith("pipe:"):
-        raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
-    root = Path(train).expanduser().absolute()
-    if root.is_dir():
-        urls = tuple(sorted(entry.name for entry in root.iterdir() if _is_shard(entry)))
-        if not urls:
-            raise UserError(f"There are no shards (*.tar) in {root}. {_MAKE}")
-        return Location(root, urls, whole=True)
-    paths = _expand(train)
-    if not paths:
-        raise UserError(f"There are no shards at {train}: no such folder, and no file it stands for. {_MAKE}")
-    folders = {str(path.parent) for path in paths}
-    root = Path(os.path.commonpath(sorted(folders)))
-    return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)
+    """Find the shards on this machine (urls.py: elsewhere): of a whole folder those that its index.json
+    lists, if it lists any, wherever in the folder they are. Raises UserError if there are none, and says
+    what was looked for, or if index.json is unfit."""
+    found = _look(train)
+    found = replace(found, record=read_record(found.root))
+    if not found.whole:
+        return found
+    listed = tuple(sorted(found.entries))
+    if not listed and not found.urls:
+        raise _no_shards(found.root)
+    unlisted = tuple(url for url in found.urls if url not in found.entries) if listed else ()
+    return replace(found, urls=listed or found.urls, unlisted=unlisted)
 
 
-def cache_folder() -> Path:
-    """Where what can be fetched or built again is kept: SHARDGAN_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("SHARDGAN_CACHE") or platformdirs.user_cache_dir("shardgan")).absolute()
+def locate_anew(train: str, announce: Callable[[str], None]) -> Location:
+    """All shards of a folder: those in it, and those in folders below that its index.json, if fit, lists.
+
+    Raises UserError if there are none, or `train` is no folder.
+    """
+    found = _look(train)
+    if not found.whole:
+        raise UserError(f"An index describes a whole folder of shards; {train} is not a folder.")
+    record: Mapping[str, Any] = {}
+    try:
+        record = read_record(found.root)
+    except UserError as error:
+        announce(f"{error} It is written anew.")
+    found = replace(found, record=record)
+    listed = (PurePosixPath(url).as_posix() for url in found.entries)
+    urls = {*found.urls, *(url for url in listed if _is_file(found.root / url))}
+    if not urls:
+        raise _no_shards(found.root)
+    return replace(found, urls=tuple(sorted(urls)))
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -59,6 +85,31 @@ def expand_braces(pattern: str) -> list[str]:
     if len(names) > _MOST_SHARDS:
         raise UserError(f"{pattern} stands for more than {_MOST_SHARDS} shards.")
     return names
+
+
+def _look(train: str) -> Location:
+    """What there is, whatever index.json says."""
+    if train.startswith("pipe:"):
+        raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
+    root = Path(train).expanduser().absolute()
+    if root.is_dir():
+        return Location(root, tuple(sorted(p.name for p in root.iterdir() if _is_shard(p))), whole=True)
+    paths = _expand(train)
+    if not paths:
+        raise UserError(f"There are no shards at {train}: no such folder, and no file it stands for. {_MAKE}")
+    folders = {str(path.parent) for path in paths}
+    root = Path(os.path.commonpath(sorted(folders)))
+    return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)
+
+
+def _no_shards(root: Path) -> UserError:
+    return UserError(f"There are no shards (*.tar) in {root}. {_MAKE}")
+
+
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_file()
+    return False
 
 
 def _is_shard(path: Path) -> bool:

@@ -11,12 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.config import UserError
-from pipeline.data.locate import cache_folder
+from pipeline.data.folders import cache_folder
 from pipeline.data.sidecar import LARGEST_LABEL, Table
+from pipeline.data.tar import MOST_HEADERS
 
 INDEX = "index.json"
 REBUILD = "run `shardgan prepare --index-only` on the folder"
 _SIDECARS = ".shardgan"
+_LARGEST_FILE = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def entry_shard(entry: Mapping[str, Any]) -> Shard:
 
 def places(root: Path) -> tuple[Path, Path]:
     """Where indices and sidecars may be: with the data, or, if that is read-only, in the user's cache."""
-    return root, cache_folder() / "index" / hashlib.sha256(str(root).encode()).hexdigest()[:24]
+    return root, cache_folder() / "index" / hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
 
 
 def sidecar_path(place: Path, url: str) -> Path:
@@ -121,21 +123,32 @@ def parse_record(data: bytes, path: str) -> dict[str, Any]:
 def _check_entry(path: str, entry: object) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
         raise UserError(f"{path}: an entry of `shardlist` has no `url`.")
-    url = PurePosixPath(entry["url"])
-    if url.is_absolute() or ".." in url.parts or "\0" in entry["url"] or "://" in entry["url"]:
-        raise UserError(f"{path}: {entry['url']!r} is not the name of a shard inside the folder.")
-    for key in ("nsamples", "filesize"):
-        if key in entry and not _is_count(entry[key]):
-            raise UserError(f"{path}: `{key}` of {url} is not a whole number.")
+    url = entry["url"]
+    if not _is_name(url):
+        raise UserError(f"{path}: {url!r} is not the name of a shard inside the folder.")
+    for key, most in (("nsamples", MOST_HEADERS), ("filesize", _LARGEST_FILE)):
+        if key in entry and not _is_count(entry[key], most):
+            raise UserError(f"{path}: `{key}` of {url} is not a whole number from 0 to {most:,}.")
     if not isinstance(entry.get("sha256", ""), str):
         raise UserError(f"{path}: `sha256` of {url} is not a text.")
-    labels = entry.get("labels", {})
+    labels, most = entry.get("labels", {}), entry.get("nsamples", MOST_HEADERS)
     if not isinstance(labels, dict) or not all(
-        label.isdecimal() and len(label) < 8 and int(label) <= LARGEST_LABEL and _is_count(count)
+        label.isdecimal() and len(label) < 8 and int(label) <= LARGEST_LABEL and _is_count(count, most)
         for label, count in labels.items()
     ):
-        raise UserError(f"{path}: `labels` of {url} does not map classes to counts.")
+        raise UserError(f"{path}: `labels` of {url} does not map classes to counts of its samples.")
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_name(url: str) -> bool:
+    """Of a file inside a folder, that can be one."""
+    path = PurePosixPath(url)
+    if path.is_absolute() or ".." in path.parts or "\0" in url or "://" in url:
+        return False
+    try:
+        return bool(os.fsencode(url))
+    except UnicodeEncodeError:
+        return False
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data import sidecar
-from pipeline.data.locate import cache_folder
+from pipeline.data.folders import cache_folder, shards_folder
 from pipeline.data.record import INDEX, Shard, parse_record, read_record, shard_of, sidecar_path
 from pipeline.data.shard_cache import ShardCache
 from pipeline.data.transfer import Patience, WrongBytesError, download, names_in, read
@@ -38,13 +38,11 @@ class RemoteShards:
     @property
     def home(self) -> Path:
         """Where its index and sidecars are on this machine: the same whatever credentials are used."""
-        return cache_folder() / "index" / hashlib.sha256(str(self.folder).encode()).hexdigest()[:24]
+        return cache_folder() / "index" / hashlib.sha256(os.fsencode(str(self.folder))).hexdigest()[:24]
 
     @property
     def cache(self) -> ShardCache:
-        chosen = self.settings.folder
-        folder = Path(os.path.expandvars(chosen)).expanduser() if chosen else cache_folder() / "shards"
-        return ShardCache(folder.absolute(), int(self.settings.gb * 1e9))
+        return ShardCache(shards_folder(self.settings), int(self.settings.gb * 1e9))
 
     def record(self, tell: Callable[[str], None]) -> dict[str, Any]:
         """index.json: as `shardgan prepare --index-only` made it here, else the folder's own; {} if none."""

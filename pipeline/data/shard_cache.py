@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,9 @@ from pipeline.data.record import Shard
 from pipeline.data.transfer import Patience
 
 _POLL_S = 0.05
+# Names of this cache's own files. Whatever else is in the folder is somebody's, and stays.
+_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
+_PART = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.(\d{1,19})\.part", re.ASCII)
 
 Fetch = Callable[[Path], None]  # makes the file there whole, or raises
 
@@ -134,10 +138,10 @@ class ShardCache:
         """Remove what has not been read for longest until `size` more bytes fit; False if they do not."""
         used, removable = 0, []
         for entry in self.folder.iterdir():
-            if entry.suffix == ".part":
+            if part := _PART.fullmatch(entry.name):
                 if not _remove_unused(entry):  # else it was a killed process's
-                    used += int(entry.name.split(".")[1])
-            elif entry.suffix == ".tar":
+                    used += int(part[1])
+            elif _WHOLE.fullmatch(entry.name):
                 status = entry.stat()
                 used += status.st_size
                 if entry.stem not in keep:

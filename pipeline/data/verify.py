@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.config import UserError
 from pipeline.data import sidecar
 from pipeline.data.locate import Location, locate
-from pipeline.data.record import INDEX, places, read_record, sidecar_path
+from pipeline.data.record import INDEX, places, sidecar_path
 from pipeline.data.sidecar import Table
 
 Entry = Mapping[str, Any]  # of a shard in index.json; empty if it is not listed there
@@ -49,9 +49,8 @@ def verify(train: str, progress: Callable[[int, int], None] = lambda done, total
     UserError only where there is nothing to verify: no shards, or an index.json that is none.
     """
     location = locate(train)
-    known = {entry["url"]: entry for entry in read_record(location.root).get("shardlist", ())}
-    listed = sorted(known) if location.whole else []
-    urls = sorted({*location.urls, *listed})
+    known = location.entries
+    urls = sorted({*location.urls, *location.unlisted})
     sizes = {url: int(known.get(url, {}).get("filesize", 0)) or _size(location.root / url) for url in urls}
     total, done = sum(sizes.values()), 0
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import shutil
@@ -106,6 +107,26 @@ def test_the_cache_keeps_to_its_bound_and_to_what_is_read(
     assert sum(path.stat().st_size for path in shards_kept(cache)) <= limit
 
 
+def test_files_of_others_in_the_folder_of_the_cache_stay(
+    local: Index, server: FaultyServer, tmp_path: Path
+) -> None:
+    """They are neither removed nor counted; what a killed process has left of a transfer goes."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    theirs = ["mine.tar", f"{'A' * 64}.tar", "download.part", "x.5.part", f"{'a' * 64}.part", "notes"]
+    for name in theirs:
+        (kept / name).write_bytes(bytes(100_000))
+    (kept / f"{'a' * 64}.7.part").write_bytes(b"left")
+    limit = sum(sorted(shard.filesize for shard in local.shards)[-2:])
+    index = load_index(server.url, remote=Remote(folder=str(kept), gb=limit / 1e9))
+    with (kept / "download.part").open("rb") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        for shard in (0, 1, 2, 3):
+            os.close(index.open(shard))
+    ours = {f"{index.shards[shard].sha256}.tar" for shard in (2, 3)}
+    assert {path.name for path in kept.iterdir()} == {*theirs, *ours, ".lock"}
+
+
 def test_too_small_a_bound_is_refused(server: FaultyServer) -> None:
     index = load_index(server.url, remote=Remote(gb=1e-6))
     with pytest.raises(UserError, match=r"data.remote.gb=1e-06 is too little: two windows of 2 shards"):
@@ -164,6 +185,18 @@ def test_the_folder_of_the_cache_may_name_a_variable(
     monkeypatch.setenv("LOCAL_DISK", str(tmp_path))
     os.close(load_index(server.url, remote=Remote(folder="$LOCAL_DISK/kept")).open(0))
     assert len(list((tmp_path / "kept").glob("*.tar"))) == 1
+
+
+@pytest.mark.parametrize("folder", ["$NOSUCH/kept", "${NOSUCH}", "/$EMPTY/kept"])
+def test_a_folder_of_the_cache_by_a_variable_that_is_not_set(
+    server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMPTY", "")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"data.remote.folder=.* the variable (NOSUCH|EMPTY) is not set"):
+        load_index(server.url, remote=Remote(folder=folder)).open(0)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_prefetch_brings_what_is_wanted_and_leaves_no_thread(server: FaultyServer, cache: Path) -> None:
