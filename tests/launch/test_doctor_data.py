@@ -125,6 +125,18 @@ def test_a_relabelled_shard_is_found_by_its_sidecar(folder: Path) -> None:
     assert f"sample '{key}' has another label than was indexed" in found.text
 
 
+def test_shards_in_folders_below_that_are_listed(folder: Path) -> None:
+    record = json.loads((folder / "index.json").read_text())
+    (folder / "more").mkdir()
+    for entry, url in [(record["shardlist"][0], "more/a.tar"), (record["shardlist"][4], "b.TAR")]:
+        (folder / entry["url"]).rename(folder / url)
+        entry["url"] = url
+    (folder / "index.json").write_text(json.dumps(record))
+    found = examine(folder)
+    assert "5 shards, 500 images" in found["shards"].text and found["duplicates"].verdict == "ok"
+    assert "450 images trained on" in found["split"].text
+
+
 def test_no_shards(tmp_path: Path) -> None:
     found = examine(tmp_path)["shards"]
     assert found.verdict == "would fail" and "shardgan prepare" in found.text
