@@ -9,6 +9,7 @@ to back, and hashed on the way, so a stream from elsewhere would do as well as a
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import count
 from typing import BinaryIO, NamedTuple
@@ -19,6 +20,7 @@ BLOCK = 512
 LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped over, images refused
 _LARGEST_EXTENSION = 1 << 20  # of a member whose data describe the next one (long names)
 MOST_HEADERS = 1_000_000  # of one file: what is noted of its members stays below a gigabyte
+_NO_SIZE = "damaged: the member's size is not a number."
 _REGULAR = (b"0", b"\0", b"7")
 _FOLDER, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"5", b"x", b"g", b"L", b"K"
 
@@ -69,7 +71,8 @@ class TarReader:
             if kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
                 values = self._extension(header, start)
                 if kind != _PAX_GLOBAL:
-                    name, size = values.get("path", name), _decimal(values.get("size"), size)
+                    name = values.get("path", name)
+                    size = self._decimal(values["size"], start) if "size" in values else size
                 continue
             member_size = self._number(header[124:136], start) if size is None else size
             member_name = _name(header) if name is None else name
@@ -104,10 +107,7 @@ class TarReader:
 
     def _check(self, header: bytes, start: int) -> None:
         """The header's own checksum: the sum of its bytes, the checksum field read as blanks."""
-        try:
-            stated = int(header[148:156].strip(b" \0") or b"x", 8)
-        except ValueError:
-            stated = -1
+        stated = _octal(header[148:156])
         if sum(header) - sum(header[148:156]) + 8 * ord(" ") == stated:
             return
         if start:
@@ -120,10 +120,16 @@ class TarReader:
         """A size: octal digits, or big-endian binary marked by the first bit (GNU, for 8 GiB and more)."""
         if field[0] & 0x80:
             return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-        try:
-            return int(field.strip(b" \0") or b"0", 8)
-        except ValueError:
-            raise self.error(start, "damaged: the member's size is not a number.") from None
+        size = _octal(field) if field.strip(b" \0") else 0
+        if size is None:
+            raise self.error(start, _NO_SIZE)
+        return size
+
+    def _decimal(self, text: str, start: int) -> int:
+        """A size in an extended header."""
+        if not re.fullmatch("[0-9]{1,19}", text):
+            raise self.error(start, _NO_SIZE)
+        return int(text)
 
     def _extension(self, header: bytes, start: int) -> dict[str, str]:
         """What a pax or GNU entry says about the member after it: path and size, if given."""
@@ -170,5 +176,7 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _decimal(text: str | None, default: int | None) -> int | None:
-    return int(text) if text is not None and text.isdecimal() and len(text) < 20 else default
+def _octal(field: bytes) -> int | None:
+    """Octal digits, padded with blanks and zero bytes; None for anything else, signs included."""
+    digits = field.strip(b" \0")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]+", digits) else None

@@ -6,8 +6,10 @@ import gzip
 import io
 import random
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_shards import image_of, members_of, write_tar
 
@@ -169,6 +171,42 @@ def test_a_size_beyond_the_file_costs_no_memory(tmp_path: Path) -> None:
         scan_bytes(tmp_path, data)
 
 
+def header(size: bytes, kind: bytes = b"0") -> bytes:
+    """Of a member, its size written so, the checksum right."""
+    info = tarfile.TarInfo("a.png")
+    info.type = kind
+    data = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    data[124:136] = size.ljust(12, b"\0")
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "size", [b"-10", b"-1", b"-0", b"+5", b"1_0", b"0o17", b"8", b"1 2", b"1\0002", b"x"]
+)
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x"])
+def test_a_size_that_is_not_octal(tmp_path: Path, size: bytes, kind: bytes) -> None:
+    data = header(size, kind) + bytes(512) + header(b"0") + bytes(1024)
+    with pytest.raises(UserError, match=r"shard x\.tar, byte 0: damaged: the member's size is not a number"):
+        scan_bytes(tmp_path, data)
+
+
+@pytest.mark.parametrize("size", [b"12", b"00000000012", b" 12 ", b"    12\0", b"12\0 ", b" " * 12, b""])
+def test_a_size_is_padded_with_blanks_and_zeros(tmp_path: Path, size: bytes) -> None:
+    data = bytes(512) if size.strip() else b""
+    assert scan_bytes(tmp_path, header(size) + data + bytes(1024)).size.tolist() == [10 if data else 0]
+
+
+@pytest.mark.parametrize("size", [b"-10", b"1_0", b"0x1", "\u0663".encode(), b"9" * 20, b""])
+def test_a_size_in_an_extended_header_that_is_none(tmp_path: Path, size: bytes) -> None:
+    rest = b" size=" + size + b"\n"
+    record = next(b"%d" % n + rest for n in range(99) if len(b"%d" % n + rest) == n)  # begins with its length
+    extended = header(b"%o" % len(record), b"x") + record.ljust(512, b"\0")
+    with pytest.raises(UserError, match=r"shard x\.tar, byte 0: damaged: the member's size is not a number"):
+        scan_bytes(tmp_path, extended + header(b"0") + bytes(1024))
+
+
 def test_sidecar_comes_back_and_a_damaged_one_does_not(tmp_path: Path, shard: bytes) -> None:
     table = scan_bytes(tmp_path, shard)
     save(table, tmp_path / "deep" / "x.npz")
@@ -187,7 +225,14 @@ def test_sidecar_comes_back_and_a_damaged_one_does_not(tmp_path: Path, shard: by
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("offset", 10**9), ("offset", -1), ("size", 10**9), ("extension", 9), ("name_ends", 0)],
+    [
+        ("offset", 10**9),
+        ("offset", 2**63 - 1),
+        ("offset", -1),
+        ("size", 10**9),
+        ("extension", 9),
+        ("name_ends", 0),
+    ],
 )
 def test_a_sidecar_that_points_elsewhere_is_not_believed(
     tmp_path: Path, shard: bytes, column: str, value: int
@@ -195,4 +240,30 @@ def test_a_sidecar_that_points_elsewhere_is_not_believed(
     table = scan_bytes(tmp_path, shard)
     getattr(table, column)[-1] = value
     save(table, tmp_path / "x.npz")
+    assert load(tmp_path / "x.npz") is None
+
+
+@pytest.mark.parametrize("names", [b"\xff", "\u00fc".encode()[:1], b"\xed\xa0\x80"])
+def test_a_sidecar_whose_keys_are_no_text_is_not_believed(tmp_path: Path, shard: bytes, names: bytes) -> None:
+    table = scan_bytes(tmp_path, shard)
+    save(replace(table, names=names + table.names[len(names) :]), tmp_path / "x.npz")
+    assert load(tmp_path / "x.npz") is None
+
+
+def test_a_sidecar_whose_keys_end_in_the_middle_of_a_letter(tmp_path: Path) -> None:
+    members = [("\u00fc1.png", PNG), ("\u00fc2.png", PNG)]
+    table = scan(write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT), "x.tar")
+    save(table, tmp_path / "x.npz")
+    assert load(tmp_path / "x.npz") is not None
+    table.name_ends[0] += 1
+    save(table, tmp_path / "x.npz")
+    assert load(tmp_path / "x.npz") is None
+
+
+@pytest.mark.parametrize("filesize", [-1, 2**63, 2**64, np.inf])
+def test_a_sidecar_of_a_file_of_no_size(tmp_path: Path, shard: bytes, filesize: float) -> None:
+    save(scan_bytes(tmp_path, shard), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        columns = dict(file) | {"filesize": np.array(filesize, object if filesize == 2**64 else None)}
+    np.savez(tmp_path / "x.npz", **columns)
     assert load(tmp_path / "x.npz") is None
