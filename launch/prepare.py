@@ -107,4 +107,5 @@ def _index_only(source: str, out: str | None) -> None:
 
 def _say(samples: int, shards: int, classes: int, where: str) -> None:
     labels = f"of {classes} classes " if classes else ""
+    where = where.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
     click.echo(f"{samples:,} images {labels}in {shards} shard{'s' * (shards != 1)}: {where}")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from pipeline.config import UserError
+from pipeline.credentials import redacted
 from pipeline.data import sidecar
 from pipeline.data.decode import BadImageError, to_channels
 from pipeline.data.index import Index, Shard, load_index
@@ -66,7 +67,7 @@ def prepare(
     do not fit the options, or `out` is in use (leaving nothing behind), or if the disk is full.
     """
     target = Path(out).expanduser().absolute()
-    recipe = {"source": Path(source).resolve().name, **asdict(options)}
+    recipe = {**_told(source), **asdict(options)}
     if _is_done(target, recipe):
         announce(f"{target} is there already, made by the same command; remove it to make it anew.")
         return load_index(str(target), announce)
@@ -89,6 +90,14 @@ def prepare(
     return load_index(str(target), announce)
 
 
+def _told(source: str) -> dict[str, str]:
+    """What is kept of where the images come from: the name, and, as many have the same, the whole path."""
+    if source in KNOWN:
+        return {"source": source}
+    path = redacted(source) if "://" in source else os.path.realpath(Path(source).expanduser())
+    return {"source": Path(path).name, "path": path}
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -99,7 +108,8 @@ def _is_done(target: Path, recipe: dict[str, Any]) -> bool:
         return False
     if target.is_dir() and (target / INDEX).exists():
         before = read_record(target).get("prepared")
-        if isinstance(before, dict) and asdict(Options()) | before == recipe:
+        older = {"path": recipe["path"]} if "path" in recipe else {}  # versions did not note it
+        if isinstance(before, dict) and asdict(Options()) | older | before == recipe:
             return True
     raise UserError(f"{target} is there already. Give the name of a new folder, or remove that one.")
 
@@ -243,12 +253,17 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _report_skipped(written: list[Written], folder: Path, announce: Callable[[str], None]) -> None:
-    skipped = [" ".join(reason.split()) for result in written for reason in result.skipped]
+    skipped = [" ".join(_shown(reason).split()) for result in written for reason in result.skipped]
     if not skipped:
         return
-    (folder / _SKIPPED).write_text("".join(f"{reason}\n" for reason in skipped))
+    (folder / _SKIPPED).write_text("".join(f"{reason}\n" for reason in skipped), "utf-8")
     announce(f"{len(skipped)} images could not be read and are left out ({_SKIPPED} lists them):")
     for reason in skipped[:10]:
         announce(f"  {reason}")
     if len(skipped) > 10:
         announce(f"  … and {len(skipped) - 10} more")
+
+
+def _shown(text: str) -> str:
+    """Names of files need not be UTF-8: what of one cannot be written down is escaped."""
+    return text.encode(errors="backslashreplace").decode()

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.config import UserError
+from pipeline.credentials import redacted
 from pipeline.data import npy
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError
 from pipeline.data.index import Index, load_index
 from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.record import INDEX
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.tar import LARGEST_MEMBER
 
@@ -143,8 +145,10 @@ class Zip:
         try:
             with self._opened().open(self.files[number]) as file:
                 data = file.read(LARGEST_MEMBER + 1)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-            raise BadImageError(str(error)) from None
+        except OSError:
+            raise
+        except Exception as error:  # in a damaged zip each way of packing raises errors of its own
+            raise BadImageError(str(error) or type(error).__name__) from None
         if len(data) > LARGEST_MEMBER:
             raise BadImageError(f"larger than {LARGEST_MEMBER >> 20} MiB")
         return _open(data)
@@ -193,11 +197,11 @@ class Shards:
 def open_source(source: str, classes: Classes, announce: Callable[[str], None]) -> Source:
     """The images at a path: a folder, a zip, or shards. Raises UserError if it is none, or has no images."""
     if "://" in source:
-        raise UserError(f"{source} is not on this machine; copy it here to prepare it anew.")
+        raise UserError(f"{redacted(source)} is not on this machine; copy it here to prepare it anew.")
     path = Path(source).expanduser()
     if path.is_dir():
         images = sorted(filter(_is_image, _files(path)))
-        if not images and any(path.glob("*.tar")):
+        if not images and ((path / INDEX).exists() or any(path.glob("*.tar"))):
             return Shards(load_index(source, announce))
         return Folder(path.absolute(), tuple(images), *_classes(images, source, classes))
     if source.endswith(".tar"):
@@ -207,7 +211,7 @@ def open_source(source: str, classes: Classes, announce: Callable[[str], None]) 
             images = sorted(filter(_is_image, file.namelist()))
     except FileNotFoundError:
         raise UserError(f"There is no folder, zip, shard or known data set called {source}.") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise UserError(f"{source} is neither a folder nor a zip of images ({error}).") from None
     return Zip(path.absolute(), tuple(images), *_classes(images, source, classes))
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tiny_shards import contents, png
 
 from pipeline.config import UserError
@@ -107,3 +108,25 @@ def test_leftovers_of_a_killed_run_do_not_matter(pictures: Path, tmp_path: Path)
     (tmp_path / "out").mkdir()
     assert prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1).num_samples == 12
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -> None:
+    """They are not what is there already; the same folder by another path is."""
+    other = tmp_path / "other" / "pictures"
+    shutil.copytree(pictures, other)
+    (tmp_path / "link").symlink_to(pictures)
+    out = str(tmp_path / "out")
+    index = prepare(str(pictures), out, Options(size=8), workers=1)
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["prepared"]["path"] == str(pictures)
+    with pytest.raises(UserError, match="is there already"):
+        prepare(str(other), out, Options(size=8), workers=1)
+    assert prepare(str(tmp_path / "link"), out, Options(size=8), workers=1) == index
+
+
+def test_what_an_older_version_made_is_there_already(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare(str(pictures), str(out), Options(size=8), workers=1)
+    record = json.loads((out / "index.json").read_text())
+    del record["prepared"]["path"]
+    (out / "index.json").write_text(json.dumps(record))
+    assert prepare(str(pictures), str(out), Options(size=8), workers=1) == index
