@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pipeline.credentials import redacted, scrubbed
+from pipeline.credentials import reason, redacted, scrubbed
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -68,14 +68,10 @@ class Run:
 class Remote:
     """Shards that are not on this machine: whole ones are kept on its disk, shared by all ranks and runs."""
 
-    folder: str | None = (
-        None  # on a disk of the node's own; None: shards/ in $SHARDGAN_CACHE or ~/.cache/shardgan
-    )
+    folder: str | None = None  # on the node's own disk; None: shards/ in $SHARDGAN_CACHE or ~/.cache/shardgan
     gb: Positive = 50.0  # at most so much there; what has not been read for longest goes first
     stall_s: Positive = 30.0  # a transfer that brings nothing for so long is begun again
-    timeout_s: Annotated[float, Field(gt=0, le=500)] = (
-        300.0  # not here after so long: the run ends, saying why
-    )
+    timeout_s: Annotated[float, Field(gt=0, le=500)] = 300.0  # not here after so long: the run ends
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -233,15 +229,18 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     Raises UserError listing every problem at once, each with its path.
     """
     layers = [*([] if path is None else [_read(Path(path))]), *map(_parse_override, overrides)]
+    source = str(path) if path is not None else "the given settings"
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(_expand_shorthands(layer)) for layer in layers))
         values = OmegaConf.to_container(merged, resolve=True)
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        source = str(path) if path is not None else "the given settings"
         raise UserError("\n".join([f"{source} is not a valid config:", *_explain(error)])) from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+        given = [layer.get("data") for layer in layers] if error.full_key == "data.train" else ()
+        raise UserError(
+            f"{source}: {error.full_key or 'a value'} cannot be read: {reason(error, str(given))}"
+        ) from None
     if config.run.name is None:
         name = Path(path).stem if path is not None else "run"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
@@ -291,7 +290,7 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"There is no config file {path}.") from None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} cannot be read as YAML: {scrubbed(' '.join(str(error).split()))}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold `section: {{key: value}}`, as a config does.")
     return _string_keys(values)
@@ -307,12 +306,13 @@ def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 def _parse_override(text: str) -> dict[str, Any]:
     key, equals, _ = text.partition("=")
+    shown = scrubbed(redacted(text))
     if not equals or not key or key.startswith("-"):
-        raise UserError(f"`{text}` is not a setting of the form section.key=value.")
+        raise UserError(f"`{shown}` is not a setting of the form section.key=value.")
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"`{text}` cannot be read: {' '.join(str(error).split())}") from None
+        raise UserError(f"`{shown}` cannot be read: {reason(error, text)}") from None
     assert isinstance(values, dict)
     return _string_keys(values)
 
@@ -336,7 +336,7 @@ def _explain(error: ValidationError) -> Iterable[str]:
         if problem["type"] == "unexpected_keyword_argument":
             near = difflib.get_close_matches(path[-1], _keys_of(path[:-1]), n=1)
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_keys_of(path[:-1]))}"
-            yield f"  {where}: no such key{hint}"
+            yield scrubbed(f"  {where}: no such key{hint}")
         else:
             yield scrubbed(f"  {where}: {problem['msg']} (found {problem['input']!r})")
 

@@ -18,5 +18,15 @@ def redacted(url: str) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """A message with every URL in it redacted."""
-    return re.sub(r"\w+://[^\s'\"<>]+", lambda url: redacted(url[0]), text)
+    """A message with every URL in it redacted.
+
+    A URL ends at a quote or a bracket, unless that is before an @: a password may be of every character.
+    """
+    return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
+
+
+def reason(error: Exception, given: str) -> str:
+    """Why `given` cannot be read; of a URL without the part that is quoted, which may be of a password."""
+    if "://" in given:
+        return "write a URL in quotes, and $ in a password as %24."
+    return " ".join(str(error).split())

@@ -1,0 +1,84 @@
+"""What lets someone in is in no message, however a URL or a setting is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import refuse_credentials
+from pipeline import config
+from pipeline.config import UserError
+from pipeline.credentials import redacted, scrubbed
+from pipeline.data.prepare import Options, prepare
+
+
+@pytest.mark.parametrize("password", ["word", "wo'rd", 'wo"rd', "wo<>rd", "wo/rd", "wo'/rd", "wo#?'rd", "'"])
+@pytest.mark.parametrize("around", ["{}", "see '{}' there", '"{}",', "data.train={}", "[{0}, {0}]"])
+def test_a_url_in_a_message(password: str, around: str) -> None:
+    url = f"https://me:{password}@host/d"
+    assert redacted(url) == "https://host/d"
+    assert scrubbed(around.format(url)) == around.format("https://host/d")
+    with pytest.raises(UserError, match="a user, password or signature"):
+        refuse_credentials([around.format(url)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see 'https://host/a' and me@host",
+        "'https://host:8080/a','b@c'",
+        '{"u": "https://host/a", "v": "s3://bucket/a@b.tar"}',
+        "https://host/d is no URL",
+    ],
+)
+def test_a_message_without_credentials_stays(text: str) -> None:
+    assert scrubbed(text) == text
+    refuse_credentials([text])
+
+
+def test_two_urls_without_a_blank_between() -> None:
+    text = '{"u":"https://me:word@h/a","v":"https://me:word@h2/b?sig=1"}'
+    assert scrubbed(text) == '{"u":"https://h/a","v":"https://h2/b"}'
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "--data.train=https://me:secret@h/d",
+        "data.train:https://me:secret@h/d",
+        "=https://me:secret@h/d",
+        "data.train=https://me:secret${@h/d",
+        "data.train=https://me:${secret}@h/d",
+        "data.train=https://me:secret${oc.env:NOSUCH}@h/d",
+        "data.train=[https://me:secret@h/d",
+        "data.train='https://me:sec'ret@h/d",
+        "data.train={a: https://me:secret@h, b: https://me:secret@h",
+        "data.train=%https://me:secret@h/d",
+        "data.train=https://me:sec\1ret@h/d",
+        "data.train.x=https://me:secret@h/d",
+        "data.size=https://me:secret'@h/d",
+        "https://me:secret@h/d=3",
+    ],
+)
+def test_a_setting_that_is_none(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    for path in (None, tmp_path / "mine.yaml"):
+        with pytest.raises(UserError) as caught:
+            config.load(path, [setting])
+        assert not [word for word in ("me:", "secret", "sec'ret", "ret@") if word in str(caught.value)], (
+            caught
+        )
+        assert "None:" not in str(caught.value)
+
+
+def test_a_setting_that_is_no_url_is_shown() -> None:
+    with pytest.raises(UserError, match=r"`data.train=\[x` cannot be read: while parsing a flow sequence"):
+        config.load(None, ["data.train=[x"])
+    with pytest.raises(UserError, match=r"data.train cannot be read: .*NOSUCH' not found"):
+        config.load(None, ["data.train=${oc.env:NOSUCH}/faces"])
+
+
+def test_prepare_refuses_a_url(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^https://host/d is not on this machine"):
+        prepare("https://me:secret@host/d?sig=secret", str(tmp_path / "out"), Options(), workers=1)
