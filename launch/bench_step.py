@@ -140,7 +140,7 @@ class Ours:
         self._plan = training_plan(*split)
         self._state = State(plan=self._plan.fingerprint)
         self._gan = build(settings, self._state, self._ranks, batch_shape(data, 1))
-        self._stats = Stats(self.device)
+        self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
             tracker = open_tracker(settings, folder, True, None, lambda _: None)
             self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
@@ -154,7 +154,7 @@ class Ours:
             self._ranks,
             self._report,
             signals,
-            self._state.bad,
+            self._state,
         )
         self._reals = self._session.timed(self._batches(data.workers))
 

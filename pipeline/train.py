@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import config, loop
+from pipeline import STARTED_BY, config, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
@@ -83,7 +83,7 @@ def prepare_data(settings: Config, announce: bool) -> Index:
 
 
 def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) -> None:
-    signals = StopSignals(settings.run.stop_signal, settings.run.grace)
+    signals = StopSignals(settings.run.stop_signal, settings.run.grace, STARTED_BY)
     ranks = Ranks(launch, BACKSTOP, watch.progress)
     if ranks.device.type == "cpu":
         keep_freed_memory()
@@ -107,7 +107,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
     if settings.data.conditional:
         state.label_frequencies = label_frequencies(index, plan).tolist()
     gan = build(settings, state, ranks, batch)
-    stats = Stats(ranks.device)
+    stats = Stats(ranks.device, reports=batch.world * batch.rounds)
     state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
     ranks.from_main(lambda: open_folder(settings, folder))
     ranks.progress.cur_nimg = state.cur_nimg
@@ -115,7 +115,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
     try:
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
         cache = _open_cache(settings, index, ranks, report)
-        session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals, state.bad)
+        session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals, state)
         reals = training_batches(
             index,
             plan,
@@ -195,7 +195,7 @@ def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, ne
 
     state: that of a new run. new_data: go on although its data are not those of the checkpoint.
     """
-    found, complaints = ranks.from_main(lambda: checkpoint.newest_sound(folder / "checkpoints"))
+    found, complaints = ranks.from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
     for complaint in complaints if found and ranks.main else ():
         say(f"warning: {complaint}; falling back")
     if found is None:
@@ -232,7 +232,7 @@ def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> 
     tracker = open_tracker(settings, folder, True, state.wandb_id, say)
     state.wandb_id = ranks.from_main(lambda: tracker.run_id)
     total = round(settings.run.total_kimg * 1000)
-    return MainReport(folder, tracker, total, state.cur_nimg)
+    return MainReport(folder, tracker, total, state.cur_nimg, state.reported)
 
 
 def _introduce(

@@ -30,6 +30,7 @@ class Share:
 
     total: torch.Tensor
     weight: float
+    unit: float  # what all ranks' weights of one update come to
 
 
 class Drawn(Protocol):
@@ -211,13 +212,15 @@ class Engine(abc.ABC):
 
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
-        return Share(local, 1.0 if self.replicated else 1.0 / self.ranks.world)
+        world = float(self.ranks.world)
+        return Share(local, 1.0, world) if self.replicated else Share(local, 1.0 / world, 1.0)
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Share]:
         """What is charted of an update whose squared gradient norm was `squares`, the same on all ranks."""
         section = f"Gradients/{self.player.name}"
         skipped = (~squares.isfinite()).double()
-        return {f"{section}/norm": Share(squares, 1.0), f"{section}/skipped": Share(skipped, 1.0)}
+        values = {"norm": squares, "skipped": skipped}
+        return {f"{section}/{name}": Share(v, 1.0, float(self.ranks.world)) for name, v in values.items()}
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""

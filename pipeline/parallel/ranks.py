@@ -267,8 +267,9 @@ def end_process(status: int) -> NoReturn:
 class StopSignals:
     """Asks for a clean stop on SIGTERM, Ctrl-C or a signal of one's choice; a second Ctrl-C stops at once."""
 
-    def __init__(self, chosen: str, grace: float) -> None:
-        """chosen: "USR1", say. grace: seconds after which a stop that is not done is given up."""
+    def __init__(self, chosen: str, grace: float, started_by: int | None = None) -> None:
+        """chosen: "USR1", say. grace: seconds after which a stop that is not done is given up.
+        started_by: the launcher's pid, noted before anything that took long."""
         self.received: str | None = None
         self._grace = grace
         self._out_of_time = threading.Timer(min(grace, threading.TIMEOUT_MAX), self._give_up)
@@ -279,6 +280,8 @@ class StopSignals:
         # forwards nothing) must not leave this process training: the kernel tells us instead.
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            if started_by not in (None, os.getppid()):  # it is gone already
+                self._note(signal.SIGTERM, None)
 
     def _note(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.received == "SIGINT":

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,32 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 def find(folder: Path) -> list[int]:
     """cur_nimg of every checkpoint in a run's checkpoint folder, the newest first."""
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def replaced(checkpoint: Path) -> Path:
+    """Where an older one of the same cur_nimg lies while it is being replaced."""
+    return checkpoint.with_name(f".replaced-{checkpoint.name}")
+
+
+def exchange(new: Path, checkpoint: Path) -> None:
+    """Make a checkpoint exist by one rename. One that was there before (a run that was told to stop in its
+    reports saves where it has saved already) is put by, for whoever calls to remove."""
+    before = replaced(checkpoint)
+    if checkpoint.exists():
+        checkpoint.rename(before)
+    try:
+        new.rename(checkpoint)
+    except OSError:
+        if before.exists():
+            before.rename(checkpoint)
+        raise
 
 
 def describe_newest(folder: Path) -> str:
@@ -57,10 +77,31 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
+def take_up(folder: Path) -> tuple[Path | None, list[str]]:
+    """`newest_sound`, for the one process that may write: a run that goes on from there.
+
+    What a kill has left of an `exchange` is undone, and damaged checkpoints are set aside under other names,
+    so that they do not count as newest ones. Raises UserError if that cannot be.
+    """
+    try:
+        for before in folder.glob(".replaced-*"):
+            current = folder / before.name.removeprefix(".replaced-")
+            shutil.rmtree(before) if current.exists() else before.rename(current)
+        found, complaints = newest_sound(folder)
+        for nimg in find(folder):
+            if found is not None and nimg > int(found.name):
+                aside = folder / f".damaged-{nimg}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (folder / str(nimg)).rename(aside)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read or written: {error}") from None
+    return found, complaints
+
+
 def read_state(checkpoint: Path) -> State:
     """The part of a checkpoint that is not tensors."""
     values = json.loads((checkpoint / "state.json").read_text())
-    values["stats"] = [{k: (float(t), float(w)) for k, (t, w) in sums.items()} for sums in values["stats"]]
+    values["stats"] = [{k: tuple(map(float, v)) for k, v in sums.items()} for sums in values["stats"]]
     values["best"] = values.get("best") and (values["best"][0], int(values["best"][1]))
     return State(**values)
 

@@ -22,9 +22,9 @@ _NOTICED_S, _WAITING = 1.0, 0.1  # of waiting for a disk: seconds, and share of 
 class Health:
     """Judges every tick: warns of what a person should look at, ends what cannot go on."""
 
-    def __init__(self, run: Run, ranks: Ranks, report: Report) -> None:
-        self._run, self._ranks, self._report = run, ranks, report
-        self._in_a_row: dict[str, int] = {}
+    def __init__(self, run: Run, ranks: Ranks, report: Report, in_a_row: dict[str, int]) -> None:
+        """in_a_row: State.in_a_row, which is kept up to date."""
+        self._run, self._ranks, self._report, self._in_a_row = run, ranks, report, in_a_row
 
     def check(self, tick: Reduced) -> None:
         """Raises RunError when updates are not finite, or a rank trains something else."""
@@ -77,7 +77,7 @@ class Health:
             name = f"Gradients/{player}/skipped"
             if name not in tick.values or not tick.values[name]:
                 continue
-            updates = tick.weights[name] / self._ranks.world
+            updates = tick.updates[name]
             skipped = round(tick.values[name] * updates)
             where = "; ".join(
                 f"{chart} on {_ranks(ranks, self._ranks.world)}" for chart, ranks in tick.broken.items()

@@ -56,14 +56,18 @@ class Report:
 class MainReport(Report):
     """Writes metrics.jsonl, forwards to the tracker, and keeps a progress bar (or plain lines in a log)."""
 
-    def __init__(self, folder: Path, tracker: Tracker, total_nimg: int, cur_nimg: int) -> None:
+    def __init__(
+        self, folder: Path, tracker: Tracker, total_nimg: int, cur_nimg: int, reported: int | None = None
+    ) -> None:
+        """reported: up to where rows and sheets are done, if not up to cur_nimg; later ones are forgotten."""
+        reported = cur_nimg if reported is None else reported
         self._tracker = tracker
         self._total = total_nimg
         self._last = (time.monotonic(), cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
-        _forget_after(self._metrics, cur_nimg)
+        _forget_after(self._metrics, reported if cur_nimg else -1)
         self._unwritten: list[str] = []  # lines that a full or failing disk has not taken
-        resend(folder, tracker, cur_nimg)
+        resend(folder, tracker, reported)
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 
     def say(self, text: str) -> None:
@@ -195,12 +199,12 @@ def _score_changes(metrics: Path) -> Iterator[str]:
         yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
 
 
-def _forget_after(metrics: Path, cur_nimg: int) -> None:
+def _forget_after(metrics: Path, reported: int) -> None:
     """Drop rows that the checkpoint being resumed from does not know: the run will write them again."""
     if not metrics.exists():
         return
     rows = metrics.read_text().splitlines()
-    kept = [row for row in rows if _nimg(row) <= (cur_nimg if cur_nimg else -1)]
+    kept = [row for row in rows if _nimg(row) <= reported]
     if kept != rows:
         partial = metrics.with_name(".metrics.partial")
         partial.write_text("".join(f"{row}\n" for row in kept))

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
-from pipeline.run.checkpoint import FORMAT, describe, find
+from pipeline.run.checkpoint import FORMAT, describe, exchange, find, replaced
 from pipeline.run.state import State
 
 Tensors = dict[str, torch.Tensor]
@@ -50,7 +50,8 @@ class Saver:
     def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
         """Copy everything and begin to write it. The save before must be finished."""
         assert self._phase == "idle"
-        self._state = dataclasses.replace(state)
+        # What is added to meanwhile is for the next one.
+        self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
         for engine in players:
             if self._ranks.main or not engine.replicated:
@@ -119,11 +120,12 @@ class Saver:
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
         _sync(partial / "manifest.json")
         _sync(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        exchange(partial, final)
         _sync(self._folder)
+        shutil.rmtree(replaced(final), ignore_errors=True)
         best = self._state.best[1] if self._state.best else None
-        for old in find(self._folder)[self._keep :]:
+        upto = [nimg for nimg in find(self._folder) if nimg <= self._state.cur_nimg]
+        for old in upto[self._keep :]:
             if old != best:
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
 

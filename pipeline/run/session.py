@@ -63,21 +63,21 @@ class Session:
         ranks: Ranks,
         report: Report,
         signals: StopSignals,
-        bad: list[str],
+        state: State,
     ) -> None:
-        """bad: State.bad, which is added to."""
+        """state: whose lists of what was found so far are added to."""
         self.config, self.folder, self.index, self.heldout = config, folder, index, heldout
         self.ranks, self.report, self._signals = ranks, report, signals
         self._train_size = train_size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep)
         self._spectrum = ThreadPoolExecutor(1, "spectrum")
         self._sheets = Sheets(folder, ranks, report)
-        self._health = Health(config.run, ranks, report)
+        self._health = Health(config.run, ranks, report, state.in_a_row)
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
         self._waited = 0.0
         self._saved: float | None = None  # when a save last began
-        self._bad = BadImages(config.data.max_bad, bad, ranks, report)
+        self._bad = BadImages(config.data.max_bad, state.bad, ranks, report)
         self._clock = (time.perf_counter(), 0)
         self._unseen = Unseen(config.data, index, heldout, ranks)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-PartialSums = dict[str, tuple[float, float]]
+PartialSums = dict[str, tuple[float, float, float]]  # chart name → total, weight, weight of an update
 
 
 @dataclass
@@ -19,6 +19,7 @@ class State:
     reported: int = 0  # cur_nimg up to which all ticks, scores and sheets that were due are done
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
     bad: list[str] = field(default_factory=list)  # what is wrong with which training images, on any rank
+    in_a_row: dict[str, int] = field(default_factory=dict)  # for how many ticks what has been suspected
     stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
 
     def moved_to(self, new: State) -> State:

@@ -20,7 +20,7 @@ class Reduced:
     """A tick's statistics over all ranks, the same on each."""
 
     values: dict[str, float]  # chart name → value
-    weights: dict[str, float]  # chart name → how many reports it is the mean of
+    updates: dict[str, float]  # chart name → how many updates it is the mean of
     each: dict[str, list[float]]  # what was each rank's own → its value on every rank
     broken: dict[str, list[int]]  # chart name → ranks that reported something not finite
 
@@ -28,14 +28,16 @@ class Reduced:
 class Stats:
     """Running totals since the last tick: chart name → (sum over this rank, weight on this rank)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, reports: int = 1) -> None:
+        """reports: how often something averaged is reported in one update, over all ranks and rounds."""
+        self._device, self._reports = device, float(reports)
         self._totals: dict[str, torch.Tensor] = {}
         self._weights: dict[str, float] = {}
+        self._units: dict[str, float] = {}  # what the weights of one update come to, over all ranks
 
     def mean(self, name: str, value: torch.Tensor) -> None:
         """Average a scalar over everything that reports it: rounds, updates, ranks."""
-        self.add({name: Share(value.detach(), 1.0)})
+        self.add({name: Share(value.detach(), 1.0, self._reports)})
 
     def scores(self, of: str, logits: torch.Tensor) -> None:
         """D's mean logit on some images, and how often it says real (as the mean sign)."""
@@ -47,11 +49,13 @@ class Stats:
         """Add each rank's share of some statistics."""
         for name, share in shares.items():
             if name in self._totals:
+                if self._units[name] != share.unit:  # from a checkpoint of another world or strategy
+                    self._rescale(name, share.unit)
                 self._totals[name] += share.total
                 self._weights[name] += share.weight
             else:
                 self._totals[name] = share.total.to(self._device, torch.float64, copy=True)
-                self._weights[name] = share.weight
+                self._weights[name], self._units[name] = share.weight, share.unit
 
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
         """Start afresh; returns what has been reported on all ranks, and every rank's values of `mine`.
@@ -71,12 +75,13 @@ class Stats:
             per_rank[:count, ranks.rank] = (~totals.isfinite()).double()
         per_rank[count:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
         reduced: list[float] = ranks.sum(table).tolist()
-        self._totals.clear()
-        self._weights.clear()
+        units = dict(self._units)
+        for kept in (self._totals, self._weights, self._units):
+            kept.clear()
         rows = [reduced[start : start + world] for start in range(2 * count, len(reduced), world)]
         return Reduced(
             values=_complete({name: reduced[i] / reduced[count + i] for i, name in enumerate(names)}),
-            weights={name: reduced[count + i] for i, name in enumerate(names)},
+            updates={name: reduced[count + i] / units[name] for i, name in enumerate(names)},
             each=dict(zip(own, rows[count:], strict=True)),
             broken={
                 name: [rank for rank, flag in enumerate(row) if flag]
@@ -87,7 +92,10 @@ class Stats:
 
     def state(self) -> PartialSums:
         """What has been accumulated since the last tick on this rank, for a checkpoint."""
-        return {name: (float(total), self._weights[name]) for name, total in self._totals.items()}
+        return {
+            name: (float(total), self._weights[name], self._units[name])
+            for name, total in self._totals.items()
+        }
 
     def load(self, ranks: Ranks, saved: Sequence[PartialSums]) -> None:
         """Put back what `state` gave on each rank; in another world the first rank takes over all of it."""
@@ -95,14 +103,22 @@ class Stats:
             mine = saved[ranks.rank]
         else:
             names = sorted({name for sums in saved for name in sums})
-            pairs = {name: [sums[name] for sums in saved if name in sums] for name in names}
+            parts = {name: [sums[name] for sums in saved if name in sums] for name in names}
+            share = 1.0 if ranks.main else 0.0
             mine = {
-                name: (sum(t for t, _ in all_), sum(w for _, w in all_)) if ranks.main else (0.0, 0.0)
-                for name, all_ in pairs.items()
+                name: (share * sum(t for t, _, _ in all_), share * sum(w for _, w, _ in all_), all_[0][2])
+                for name, all_ in parts.items()
             }
-        for name, (total, weight) in mine.items():
+        for name, (total, weight, unit) in mine.items():
             self._totals[name] = torch.tensor(total, dtype=torch.float64, device=self._device)
-            self._weights[name] = weight
+            self._weights[name], self._units[name] = weight, unit
+
+    def _rescale(self, name: str, unit: float) -> None:
+        """Let what was reported before weigh as much per update as what is reported now."""
+        factor = unit / self._units[name]
+        self._totals[name] *= factor
+        self._weights[name] *= factor
+        self._units[name] = unit
 
 
 def _complete(values: dict[str, float]) -> dict[str, float]:

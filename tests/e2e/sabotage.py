@@ -174,14 +174,14 @@ def _read_only(ranks: Ranks, folder: Path) -> Iterator[None]:
 @contextmanager
 def _signal_in_score(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """One rank, and only that, is told to stop in the middle of the second evaluation."""
-    right, count = pipeline.run.session.evaluate, iter(range(10**9))
+    right, count = pipeline.run.session.evaluate_generator, iter(range(10**9))
 
     def signalled(*arguments: Any) -> Any:
         if ranks.rank == BAD_RANK and next(count) == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
         return right(*arguments)
 
-    with patch.object(pipeline.run.session, "evaluate", signalled):
+    with patch.object(pipeline.run.session, "evaluate_generator", signalled):
         yield
 
 

@@ -85,12 +85,18 @@ def test_a_run_falls_back_says_so_and_ends_at_the_same_weights(worlds, tmp_path,
         worlds.sgd[1].path / "checkpoints" / str(half + BATCH), copy.path / "checkpoints" / str(half + BATCH)
     )
     DAMAGES["flipped"](copy.path / "checkpoints" / str(half + BATCH) / "D-00000.safetensors")
-    settings = [f"run.name={copy.path.name}", f"run.out={tmp_path}"]
+    shutil.copytree(copy.path / "checkpoints" / str(half + BATCH), copy.path / "checkpoints" / "9999")
+    settings = [f"run.name={copy.path.name}", f"run.out={tmp_path}", "run.keep=1"]
     assert pipeline.train.main([str(worlds.folder / "sgd.yaml"), *settings]) == 0
     output = capfd.readouterr().out
-    assert output.count("warning:") == 1 and "D-00000.safetensors" in output and "falling back" in output
+    warnings = [line for line in output.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == 2
+    assert all("D-00000.safetensors" in line and "falling back" in line for line in warnings)
     assert largest_difference(copy.exported(), worlds.sgd[1].exported()) <= 1e-6
     assert [r["cur_nimg"] for r in copy.rows] == [r["cur_nimg"] for r in worlds.sgd[1].rows]
+    # The damaged ones have not been taken for the newest, of which so many are kept.
+    left = {p.name for p in (copy.path / "checkpoints").iterdir()}
+    assert left == {str(AFTER_20), f".damaged-{half + BATCH}", ".damaged-9999"}
 
 
 ELASTIC = {

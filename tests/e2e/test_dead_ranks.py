@@ -126,6 +126,7 @@ def jobs(place, at_once) -> dict[str, Callable[[], object]]:
         "frozen": at_once.submit(place.halt, "forward-0", signal.SIGSTOP, "accelerate"),
         "stuck": at_once.submit(place.halt, "forward-1", None, "shardgan"),
         "waiting": at_once.submit(place.halt, "forward-1,collective-0", signal.SIGSTOP, "shardgan"),
+        "saving": at_once.submit(place.halt, "save-1", signal.SIGSTOP, "shardgan"),
         "restarted": at_once.submit(place.halt, "forward-1", signal.SIGKILL, "restarting"),
         "slow": at_once.submit(run, watched, place.folder),
         "failed": at_once.submit(place.halt, "forward-1", "raise", "shardgan"),
@@ -172,6 +173,12 @@ def test_the_main_rank_frozen_in_an_update(jobs):
 def test_the_main_rank_frozen_in_a_collective(jobs):
     broken = jobs["waiting"]()
     assert_ended_by_name(broken, 0, "has not answered for 15 s: it is frozen", "in the backward of [GD]")
+    assert_goes_on(broken, jobs["unbroken"]())
+
+
+def test_a_rank_frozen_in_a_save(jobs):
+    broken = jobs["saving"]()
+    assert_ended_by_name(broken, 1, "has not answered for 15 s: it is frozen", "saving a checkpoint")
     assert_goes_on(broken, jobs["unbroken"]())
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -18,6 +19,13 @@ import pytest
 from launching import ADAM, RunFolder, Started, accelerate, identical, run, shardgan, train, without_clocks
 
 OFTEN = ["run.checkpoint_kimg=0.06", "run.tick_kimg=0.06"]
+MINE = "networks_of_mine"
+SEVERAL_BUCKETS = [  # of DDP's, whose order of summation a new process would choose anew
+    f"G.kind={MINE}:Painter",
+    "G.options.width=512",
+    f"D.kind={MINE}:Critic",
+    "D.options.width=400",
+]
 
 
 @dataclass
@@ -105,12 +113,14 @@ def test_killed_in_the_middle(worlds):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("strategy", "world", "kills"), [("ddp", 2, 50), ("ddp", 3, 10), ("fsdp2", 2, 10), ("zero2", 2, 10)]
+    ("strategy", "world", "kills", "networks"),
+    [("ddp", 2, 50, []), ("ddp", 3, 10, SEVERAL_BUCKETS), ("fsdp2", 2, 10, []), ("zero2", 2, 10, [])],
 )
-def test_killed_at_random(tmp_path, strategy, world, kills):
+def test_killed_at_random(tmp_path, strategy, world, kills, networks):
     """Of two rows a kill, so that the run outlasts the kills."""
+    shutil.copy(Path(__file__).parent / f"{MINE}.py", tmp_path)
     (tmp_path / "adam.yaml").write_text(ADAM)
-    settings = ["adam.yaml", *OFTEN, f"run.total_kimg={0.12 * kills}", "run.out=."]
+    settings = ["adam.yaml", *OFTEN, *networks, f"run.total_kimg={0.12 * kills}", "run.out=."]
     unbroken = train(
         accelerate(world, *settings, "run.name=unbroken", file=f"{strategy}.yaml"), tmp_path / "unbroken"
     )

@@ -30,11 +30,11 @@ def warnings() -> Warnings:
 
 
 def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", **run: int) -> Health:
-    return Health(Run(**run), SimpleNamespace(world=world, strategy=strategy), warnings)  # type: ignore[arg-type]
+    return Health(Run(**run), SimpleNamespace(world=world, strategy=strategy), warnings, {})  # type: ignore[arg-type]
 
 
-def tick(values=None, weights=None, each=None, broken=None) -> Reduced:
-    return Reduced(values or {}, weights or {}, each or {}, broken or {})
+def tick(values=None, updates=None, each=None, broken=None) -> Reduced:
+    return Reduced(values or {}, updates or {}, each or {}, broken or {})
 
 
 def test_d_that_wins_is_told_once_and_again_only_after_it_has_not_won(warnings):
@@ -82,13 +82,23 @@ def test_the_replica_that_differs_is_named(warnings):
 
 
 def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
-    weights = {"Gradients/G/skipped": 30.0}  # ten updates of three ranks
+    updates = {"Gradients/G/skipped": 10.0}
     broken = {"Loss/G/adversarial": [2]}
     judge = health(warnings, max_skipped=2)
-    judge.check(tick({"Gradients/G/skipped": 0.2}, weights, broken=broken))
+    judge.check(tick({"Gradients/G/skipped": 0.2}, updates, broken=broken))
     assert "2 of the 10 updates of G" in warnings.told[0] and "on rank 2" in warnings.told[0]
     with pytest.raises(RunError, match=r"3 of the 10 updates of G.*max_skipped = 2"):
-        judge.check(tick({"Gradients/G/skipped": 0.3}, weights, broken=broken))
+        judge.check(tick({"Gradients/G/skipped": 0.3}, updates, broken=broken))
+
+
+def test_a_suspicion_outlives_a_restart(warnings):
+    """Two scores in a row, in two jobs: what the first has counted is part of the run's state."""
+    counted: dict[str, int] = {}
+    for _ in range(2):
+        assert warnings.told == []
+        judge = Health(Run(), SimpleNamespace(world=1, strategy="single"), warnings, counted)  # type: ignore[arg-type]
+        judge.compare_score("kid", 2.5, (1.0, 100))
+    assert len(warnings.told) == 1
 
 
 def test_a_score_far_behind_its_best_is_told_when_it_stays_there(warnings):
