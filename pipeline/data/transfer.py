@@ -94,10 +94,16 @@ def download(
     StoppedError.
     """
 
-    async def get(filesystem: Any, progress: Callback) -> None:
-        await filesystem._get_file(folder.url(name), str(target), callback=progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        # By another name: gcsfs removes what it fails to fetch, and `target` may be open and locked.
+        link = Path(scratch) / "link"
 
-    _persist(folder, name, get, patience, most, check, tell)
+        async def get(filesystem: Any, progress: Callback) -> None:
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.absolute())
+            await filesystem._get_file(folder.url(name), str(link), callback=progress)
+
+        _persist(folder, name, get, patience, most, check, tell)
 
 
 def read(

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from faulty_server import FaultyServer
+from fsspec.implementations.http import HTTPFileSystem
 from remote_shards import NAMES, QUICK, close_all, shards_kept
 from tiny_shards import SIZE
 
@@ -105,6 +106,30 @@ def test_the_cache_keeps_to_its_bound_and_to_what_is_read(
     index.fetch_ahead(3, (), threading.Event())
     assert (cache / "shards" / f"{index.shards[3].sha256}.tar").exists()
     assert sum(path.stat().st_size for path in shards_kept(cache)) <= limit
+
+
+@pytest.mark.parametrize("fault", ["cut", "says more", "stall"])
+def test_a_protocol_that_removes_what_it_could_not_fetch(
+    local: Index, server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """As gcsfs does: the next attempt goes to the file that is locked all the same."""
+    get = HTTPFileSystem._get_file
+
+    async def get_or_remove(self: HTTPFileSystem, url: str, to: str, **options: object) -> None:
+        try:
+            await get(self, url, to, **options)
+        except BaseException:
+            Path(to).unlink(missing_ok=True)
+            raise
+
+    monkeypatch.setattr(HTTPFileSystem, "_get_file", get_or_remove)
+    index = load_index(server.url, remote=QUICK)
+    server.hurt(NAMES[2], fault)
+    reader, here = Reader(index, 2), Reader(local, 2)
+    assert [reader.read(2, row) for row in range(13)] == [here.read(2, row) for row in range(13)]
+    reader.close()
+    here.close()
+    assert len(shards_kept(cache)) == 1 and server.asked[NAMES[2]] == 2
 
 
 def test_files_of_others_in_the_folder_of_the_cache_stay(
