@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, resnet
 from pipeline.gan.draws import derive_seed
+from pipeline.gan.penalised import check_penalty, penalised_names
 
 Player = Literal["G", "D"]
 
@@ -48,7 +49,8 @@ def check_networks(config: Config, num_classes: int) -> None:
 
     Builds G and D without memory or arithmetic (meta device), and sends a batch of two through a user's own
     network; one that cannot do without is tried on the CPU. Raises UserError if one cannot be built, if
-    G's images are not [N, channels, size, size], or if D's logits are not [N].
+    G's images are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty covers
+    nothing.
     """
     data = config.data
     image = (2, data.channels, data.size, data.size)
@@ -138,12 +140,12 @@ def _check_shape(
             network(**arguments)
         return
     try:
-        out = _forward(network, arguments, given, "meta")
+        module, out = _forward(network, arguments, given, "meta")
     except UserError:
         raise
     except Exception:  # perhaps only because there is no arithmetic on meta
         try:
-            out = _forward(network, arguments, given, "cpu")
+            module, out = _forward(network, arguments, given, "cpu")
         except Exception as error:
             reason = _reason(error)
             raise UserError(f"{_title(config, player)} cannot be built and run: {reason}") from error
@@ -151,12 +153,17 @@ def _check_shape(
     if found != list(due):
         what = "images" if player == "G" else "logits"
         raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
+    penalty = config.penalty.G if player == "G" else config.penalty.D
+    check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
 
 
-def _forward(network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str) -> Any:
+def _forward(
+    network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str
+) -> tuple[nn.Module, Any]:
     with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
-        return network(**arguments)(torch.zeros(given), labels)
+        module = network(**arguments)
+        return module, module(torch.zeros(given), labels)
 
 
 class _Unfilled(TorchFunctionMode):

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from pipeline.config import UserError, WeightPenalty
+
 KERNEL_LAYERS = (_ConvNd, nn.Linear)  # _ConvNd: transposed convolutions too
 
 # A kernel as a layer of its own holds it, plain or under the older hooks for spectral and weight norm.
@@ -28,6 +30,18 @@ def penalised_names(module: nn.Module, on: Literal["weights", "all"]) -> frozens
         return frozenset(name for name, _ in module.named_parameters())
     kernels = {id(parameter) for layer in module.modules() for parameter in _kernels(layer)}
     return frozenset(name for name, parameter in module.named_parameters() if id(parameter) in kernels)
+
+
+def check_penalty(player: str, module: nn.Module, penalty: WeightPenalty, names: frozenset[str]) -> None:
+    """Raise UserError for a weight penalty that covers nothing: `names`, as `penalised_names` gave them, has
+    no parameter of the module that trains."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if (penalty.l2 or penalty.l1) and not names & trained:
+        raise UserError(
+            f"penalty.{player} covers nothing: no kernel of {type(module).__name__} trains, be it of a "
+            "convolution or a linear layer. Set penalty.on=all to penalise every parameter, or "
+            f"penalty.{player}.l2=0 and penalty.{player}.l1=0."
+        )
 
 
 def _kernels(layer: nn.Module) -> Iterator[nn.Parameter]:

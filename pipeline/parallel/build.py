@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from pipeline.gan.penalised import check_penalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.ema import Ema
@@ -25,6 +26,8 @@ def build_players(
 
     examples: small inputs of each player, on the device.
     """
+    for network, player in zip(networks, players, strict=True):
+        check_penalty(player.name, network, player.penalty, player.penalised)
     whole_G = copy.deepcopy(networks[0]).to(ranks.device)  # before a strategy wraps it
     G, D = (
         _engine(network, player, ranks, batch, example)

@@ -58,6 +58,8 @@ class LocalPenalty:
 
         gradients: one for each of `weights`, equal in shape; `scale` is the loss scale they carry, if any.
         """
+        if not gradients:
+            return
         if self.coefficients.l2:
             torch._foreach_add_(gradients, self.weights, alpha=2 * self.coefficients.l2 * scale)
         if self.coefficients.l1:

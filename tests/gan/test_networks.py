@@ -106,6 +106,13 @@ class Fails(D):
     def forward(self, x, c):
         return self.out(x)
 
+class NoKernel(nn.Module):
+    def __init__(self, size, channels, num_classes):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(channels))
+    def forward(self, x, c):
+        return x.mean((2, 3)) @ self.w
+
 class Raises(nn.Module):
     def __init__(self, **arguments):
         super().__init__()
@@ -148,7 +155,7 @@ def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
         ("mynets.nets:TwoAxes", r"gives \[2, 1\] .* logits are \[2\]"),
         ("mynets.nets:Tuple", r"gives tuple .* logits are \[2\]"),
         ("mynets.nets:Fails", r"RuntimeError: .*nets\.py, line 38"),
-        ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 43"),
+        ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 50"),
         ("mynets.nets:G", r"TypeError: .*z_dim"),
         ("mynets.nets:Missing", r"AttributeError: .*Missing"),
         ("mynets.missing:D", r"cannot be imported: ModuleNotFoundError: .*mynets\.missing"),
@@ -160,6 +167,13 @@ def test_a_users_mistake_is_told_in_one_line(users, kind, message):
     with pytest.raises(UserError, match=message) as caught:
         check_networks(config(f"D.kind={kind}"), 0)
     assert f"D.kind={kind}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_penalty_that_would_cover_nothing_is_refused_before_anything_is_spawned(users):
+    settings = ("D.kind=mynets.nets:NoKernel", "penalty.D.l2=1e-3")
+    check_networks(config(*settings, "penalty.on=all"), 0)
+    with pytest.raises(UserError, match=r"penalty\.D covers nothing: no kernel of NoKernel"):
+        check_networks(config(*settings), 0)
 
 
 def test_options_cannot_contradict_the_config(users):

@@ -1,11 +1,13 @@
 """Which parameters a weight penalty covers."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from pipeline.config import UserError, WeightPenalty
 from pipeline.gan.dcgan import Discriminator, Generator
-from pipeline.gan.penalised import penalised_names
+from pipeline.gan.penalised import check_penalty, penalised_names
 
 
 class Mixed(nn.Module):
@@ -72,3 +74,20 @@ def test_dcgan():
     assert penalised_names(D, "weights") == {f"blocks.{i}.conv.{original}" for i in (0, 1)} | {
         f"to_logit.{original}"
     }
+
+
+def test_a_penalty_that_covers_nothing_is_refused():
+    network = nn.Sequential(nn.Embedding(3, 4), nn.BatchNorm1d(4))
+
+    def check(on: str, penalty: WeightPenalty) -> None:
+        check_penalty("D", network, penalty, penalised_names(network, on))
+
+    check("all", WeightPenalty(l2=1e-3)), check("weights", WeightPenalty())
+    for penalty in (WeightPenalty(l2=1e-3), WeightPenalty(l1=1e-3)):
+        with pytest.raises(UserError, match=r"penalty\.D covers nothing.*penalty\.on=all"):
+            check("weights", penalty)
+    network.append(nn.Linear(4, 1))
+    check("weights", WeightPenalty(l2=1e-3))
+    network[2].requires_grad_(False)  # a constant has no gradient
+    with pytest.raises(UserError, match="covers nothing"):
+        check("weights", WeightPenalty(l2=1e-3))

@@ -83,3 +83,10 @@ def test_all_penalties_are_where_the_weights_are():
     """Also one that is not used; `meta` stands in for a device that is not the CPU."""
     values = LocalPenalty(WeightPenalty(l1=1e-3), [torch.empty(3, device="meta")]).values()
     assert {value.device.type for value in values.values()} == {"meta"} and len(values) == 2
+
+
+def test_a_rank_without_a_penalised_fragment_has_nothing_to_add():
+    penalty = LocalPenalty(WeightPenalty(l2=1e-3, l1=1e-3), [])
+    penalty.add_gradient([])
+    assert {float(value) for value in penalty.values().values()} == {0.0}
+    assert float(penalty.gradient(penalty.values())["penalty"]) == 0.0
