@@ -108,7 +108,7 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
 
 @contextmanager
 def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
-    """A bar over the images that pass through the extractor; those in the cache need not."""
+    """A bar over the images that pass through the extractor, at most; those in the cache need not."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -41,7 +41,7 @@ from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
 from pipeline.run.session import Session, shapes
-from pipeline.run.spectrum import record
+from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.tracker import open_tracker
@@ -281,6 +281,7 @@ def _conclude(folder: Path, gan: Gan, state: State, report: Report, completed: b
         return
     export(folder, folder / "export")
     report.summary(record(folder, shapes(gan)))
+    report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     _leave(folder, DONE, state.cur_nimg)
     report.conclude(state.cur_nimg)
 

@@ -72,11 +72,15 @@ def real_features(
 
     Raises UserError if there are fewer than two images, or if a shard cannot be read.
     """
-    images = min(images, plan.size)
-    if images < 2:
+    if plan.size < 2:
         raise CommonError(
             f"{plan.size} images are held out, too few to compare with. Raise data.holdout (now "
             f"{data.holdout:g}) or use more images."
+        )
+    images = min(images, plan.size)
+    if images < 2:
+        raise CommonError(
+            f"score.train_images={images} is too few to compare with: 0 for none, or 2 and more."
         )
     key: dict[str, object] = {
         "index": index.fingerprint,

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -42,6 +42,9 @@ class Report:
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Show a picture that has been written."""
+
+    def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
+        """Show a picture, where there is somewhere to show it; `draw` writes it."""
 
     def summary(self, values: Mapping[str, float]) -> None:
         """How the run ended, beside its charts."""
@@ -100,6 +103,15 @@ class MainReport(Report):
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         self._tracker.image(key, path, cur_nimg, caption(cur_nimg))
+
+    def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
+        try:
+            path = draw() if self._tracker.where else None
+        except OSError as error:  # a picture less is no reason to stop
+            self.warn("Picture not written", f"The picture {key} could not be written: {error}.")
+        else:
+            if path is not None:
+                self.image(key, path, cur_nimg)
 
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)

@@ -66,6 +66,36 @@ def record(folder: Path, players: Mapping[str, Shapes]) -> dict[str, float]:
     return largest | ranks
 
 
+def draw(folder: Path) -> Path | None:
+    """A picture of spectrum.jsonl: a panel per kernel, a line per checkpoint, the later the darker.
+
+    None if there is nothing to draw. Raises OSError when it cannot be written.
+    """
+    from matplotlib.figure import Figure  # here, as it takes a second to import
+
+    file = folder / "spectrum.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    names = [name for name in (rows[-1] if rows else ()) if name != "cur_nimg"]
+    if not names:
+        return None
+    across = -(-len(names) // 2)
+    figure = Figure(figsize=(4 * across, 6), layout="constrained")
+    panels = figure.subplots(-(-len(names) // across), across, squeeze=False).flat
+    for panel, name in zip(panels, names, strict=False):
+        for number, row in enumerate(rows, start=1):
+            label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(rows)) else None
+            values, shade = row.get(name, []), str(0.8 * (1 - number / len(rows)))
+            panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
+        panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
+        panel.legend(frameon=False)
+    path, last = folder / "samples" / "spectra.png", str(rows[-1]["cur_nimg"])
+    partial = path.with_name(f".{path.name}")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(partial, format="png", dpi=100, metadata={"chart": "Weights/spectra", "cur_nimg": last})
+    partial.replace(path)
+    return path
+
+
 def _stable_rank(values: Tensor) -> float:
     """Σ σ² / max σ²: how many directions carry the kernel; 0 of one that has vanished."""
     squares = values.double().square()

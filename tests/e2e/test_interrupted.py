@@ -241,12 +241,12 @@ def test_wandb_has_every_chart_and_picture_and_no_step_twice(tracked, of_one):
         assert row == pytest.approx({k: v for k, v in written[step].items() if "/" in k})
     assert any("Metrics/kid_efflite0" in row for row in charted)
     pictures = {
-        k: v for part in tracked for row in part.history for k, v in row.items() if k[:7] == "Samples"
+        k: v for part in tracked for row in part.history for k, v in row.items() if isinstance(v, dict)
     }
-    assert pictures.keys() == {"Samples/fakes", "Samples/reals"}
+    assert pictures.keys() == {"Samples/fakes", "Samples/reals", "Weights/spectra"}
     for part in tracked:
         for row in part.history:
-            for value in (v for k, v in row.items() if k.startswith("Samples/")):
+            for value in (row[key] for key in pictures if key in row):
                 assert (part.files / value["path"]).stat().st_size > 100
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from launch.evaluate import evaluate
 from launch.sample import sample, slerp
 from pipeline.config import UserError
+from pipeline.run.export import export
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
@@ -121,3 +122,20 @@ def test_slerp_keeps_its_ends_and_its_length():
     assert torch.allclose(angles, angles[:, :1].expand_as(angles), atol=1e-3)
     opposite = slerp(torch.ones(1, 1), -torch.ones(1, 1), torch.linspace(0, 1, 3))
     assert opposite.flatten().tolist() == [1.0, 0.0, -1.0]
+
+
+def test_the_model_cards_lines_make_images(run, tmp_path):
+    """As a stranger would run them, in the exported folder."""
+    export(run, tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().partition("```python")[2].partition("```")[0]
+    check = "\nassert images.shape == (16, 1, 28, 28) and -1 <= images.min() <= images.max() <= 1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path / "out", env=environment, check=True)
+
+
+def test_an_export_that_does_not_fit_is_one_message(run, tmp_path):
+    line = f"ulimit -f 8; exec {sys.executable} -m launch.cli export {run} --out {tmp_path / 'out'}"  # 8 KiB
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert "could not be written" in ended.stderr and not list((tmp_path / "out").glob("*.safetensors"))

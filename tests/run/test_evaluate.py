@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import os
 import socket
+import sys
 import tarfile
 from datetime import timedelta
 from pathlib import Path
@@ -256,11 +258,22 @@ class Script(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images, (32, 64)).mean(1).flatten(1)
 
 
-def test_features_of_a_users_own(real, monkeypatch):
+def test_features_of_a_users_own(real, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     own = load_features("test_evaluate:Pixels")
     assert own(real[0][:3]).shape == (3, 4)
     assert own.version.startswith("1-") and len(own.version) > 10 and not own.canonical
+    code = (
+        "from test_evaluate import Pixels\nclass Mine(Pixels):\n  def extract(self, pixels):\n    return {}"
+    )
+    versions = []
+    for body in ("super().extract(pixels)", "super().extract(pixels) / 2"):
+        (tmp_path / "mine.py").write_text(code.format(body))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        importlib.invalidate_caches()
+        versions.append(load_features("mine:Mine").version)
+    assert versions[0] != versions[1]  # kept features of real images are those of this code
     for wrong, message in (
         ("test_evaluate:NoName", "calls itself 'inception'"),
         ("test_evaluate:Script", "not a class derived from pipeline.run.features.Extractor"),
