@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -39,7 +41,7 @@ class Fsdp2Engine(MasterEngine):
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         module.to(ranks.device)
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
-        self._modules = _shard(module)
+        self._modules = _shard(module, ranks.device)
         # Taken now: on a live module, named_parameters() may give a block's gathered copies instead.
         self._sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
         masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
@@ -89,18 +91,23 @@ class Fsdp2Engine(MasterEngine):
             parameter.grad = None
 
 
-def _shard(module: nn.Module) -> list[FSDPModule]:
+def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
     """Shard block by block, then what is left as the root; returns all FSDP modules.
 
     Parameters stay fp32, and autocast computes in bf16, as under every other strategy. A policy that casts
     whole blocks would halve what is gathered, but it also casts norms, and BatchNorm refuses bf16 weights
     beside its fp32 statistics.
     """
+    refuse_ties(module)
+    # Left to itself, FSDP2 shards over the GPUs that torch was built for, be they there and asked for or not.
+    # The group that all ranks have joined waits as long as it should; one made anew for a mesh would not.
+    world = dist.group.WORLD
+    assert world is not None
+    mesh = DeviceMesh.from_group(world, device.type)
     # Said explicitly: by default the root stays gathered, and a pass without gradients would leave stale
     # weights there for the next one.
-    refuse_ties(module)
     for part in (*_blocks(module), module):
-        fully_shard(part, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
