@@ -21,6 +21,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.pace import Pace
+from pipeline.parallel.passing import Buffers, Kept
 from pipeline.parallel.ranks import Ranks
 
 
@@ -70,6 +71,8 @@ class Engine(abc.ABC):
         # Which parameters train is the user's choice at construction: freezing for the other player's
         # turn must not wake up one that was never meant to move.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
+        self._buffers = Buffers(module)
+        self._skipped: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
 
     # What a strategy says
 
@@ -143,8 +146,11 @@ class Engine(abc.ABC):
         self.ranks.progress.turn = self.player.name
         self.hold()
         frozen.hold()
+        kept, self._skipped = Kept(self._buffers, frozen._buffers), None
         try:
             yield
+            if self._skipped is not None:
+                kept.put_back(self._skipped)
         finally:
             self.zero_grad()
             self.settle()
@@ -209,6 +215,18 @@ class Engine(abc.ABC):
         """What training changes in this rank's network besides its fragments. (Parameters that do not train
         are as the network's class makes them, every time.)"""
         return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
+
+    def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
+        decided alike everywhere. Not finite where a penalty's value is not, either."""
+        for value in penalties.values():
+            squares = squares.add(value, alpha=0)
+        return self.ranks.sum(squares.to(self.ranks.device))
+
+    def skipping(self, squares: torch.Tensor) -> torch.Tensor:
+        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks."""
+        self._skipped = ~squares.isfinite()
+        return self._skipped
 
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""

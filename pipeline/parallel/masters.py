@@ -36,6 +36,7 @@ class MasterEngine(Engine):
         self._penalised = [masters[f.name] for f in fragments if f.penalised]
         self.penalty = LocalPenalty.over(fragments, player.penalty)
         self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
+        start_momentum(self._optimizer, masters.values())
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -59,13 +60,12 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
-        squares = sum_of_squares(gradients).to(self.ranks.device)
-        if not self.replicated:  # 8 bytes: clipping and skipping must be decided alike everywhere
-            squares = self.ranks.sum(squares)
+        squares = sum_of_squares(gradients)
+        squares = squares.to(self.ranks.device) if self.replicated else self.agreed(squares, penalties)
         self._clip(gradients, squares)
         # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
         # the update alike, decided on the device.
-        self._optimizer.found_inf = (~squares.isfinite()).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = self.skipping(squares).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         if self.loss_scale is not None:
             squares = self.loss_scale.update(squares)
@@ -90,6 +90,7 @@ class MasterEngine(Engine):
                 else torch.empty_like(master, requires_grad=False).copy_(value.view(master.shape))
                 for key, value in state.items()
             }
+        start_momentum(self._optimizer, self._masters.values())
 
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
@@ -108,3 +109,16 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch
     if settings.kind == "adamw":
         return torch.optim.AdamW(parameters, weight_decay=settings.decoupled_decay, **adam)  # type: ignore[arg-type]
     return torch.optim.Adam(parameters, **adam)  # type: ignore[arg-type]
+
+
+def start_momentum(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
+    """Give SGD the momentum it starts from, where it has none yet: zeros, which change nothing (0·μ + g = g).
+
+    Torch makes the buffer in the first step, as memory that nobody wrote to, for the kernel to fill; a first
+    update that is skipped leaves it so, and the next one multiplies in whatever it holds.
+    """
+    if optimizer.defaults.get("momentum"):
+        for master in masters:
+            state = optimizer.state[master]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(master, requires_grad=False)

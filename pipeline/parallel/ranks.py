@@ -127,6 +127,7 @@ class Ranks:
         self.progress = progress or Progress()  # for whoever watches over this rank
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.keep_gathered = launch.keep_gathered
+        self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         # Control flags must not queue behind gradients: they travel on a group of their own.

@@ -21,10 +21,10 @@ from pipeline.config import UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Engine, PlayerSettings, Share
 from pipeline.parallel.fragments import Fragment, sum_of_squares
-from pipeline.parallel.masters import make_optimizer
+from pipeline.parallel.masters import make_optimizer, start_momentum
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
-from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed
+from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed, waiting_for
 
 # DeepSpeed calls collectives by names that the newest torch has others for.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -41,16 +41,17 @@ class ZeroEngine(Engine):
         shapes = {name: p.shape for name, p in named.items()}
         self._twin = copy.deepcopy(module).to("meta")  # without DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
-        self._ds, *_ = import_deepspeed(ranks.device).initialize(
-            model=module,
-            optimizer=self._optimizer,
-            config=deepspeed_config(
-                ranks, player.optimizer, batch, elements=sum(p.numel() for p in named.values())
-            ),
-            dist_init_required=False,
-        )
+        elements = sum(p.numel() for p in named.values())
+        with waiting_for(ranks.timeout):
+            self._ds, *_ = import_deepspeed(ranks.device).initialize(
+                model=module,
+                optimizer=self._optimizer,
+                config=deepspeed_config(ranks, player.optimizer, batch, elements),
+                dist_init_required=False,
+            )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
         self._flat, places = self._masters(named)
+        start_momentum(self._optimizer, [self._flat])
         self._offsets = [offset for offset, _, _ in places.values()]
         self._fragments = [
             Fragment(
@@ -63,6 +64,7 @@ class ZeroEngine(Engine):
             for name, (offset, start, count) in places.items()
         ]
         self.penalty = LocalPenalty.over(self._fragments, player.penalty)
+        self._penalties: dict[str, torch.Tensor] = {}
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._last_round, self._bare, self._asked = True, False, False
         self._r1_round: AbstractContextManager[Any] | None = None
@@ -109,6 +111,7 @@ class ZeroEngine(Engine):
             zero.update_lp_params()
         else:
             zero._reassign_or_swap_out_partitioned_parameters(0)
+            self._masters_written()
 
     # Forward and backward
 
@@ -160,17 +163,26 @@ class ZeroEngine(Engine):
     # The step
 
     def step(self) -> dict[str, Share]:
-        penalties = self.penalty.values()
+        self._penalties = penalties = self.penalty.values()
         self._asked = False
         self._ds.step()
+        self._masters_written()
         if not self._asked:  # not finite: stage 3, and any with offloading, skip that by themselves
             self._note(torch.full_like(self._squares, torch.inf))
         gradient = self.chart("Gradients", self.penalty.gradient(penalties))
         return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
 
-    def _note(self, squares: torch.Tensor) -> None:
-        """Remember an update's squared gradient norm."""
+    def _note(self, squares: torch.Tensor) -> torch.Tensor:
+        """Remember an update's squared gradient norm; returns whether it is skipped."""
         self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
+        return self.skipping(squares)
+
+    def _masters_written(self) -> None:
+        """Stage 3 gathers on a stream of its own, which waits for no other: on a GPU the next gather might
+        read a partition that the optimizer has not finished. Once in a turn, after a step in which DeepSpeed
+        waits for the device anyway."""
+        if self._stage == 3 and self.ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Called by the optimizer's step, with the averaged gradient of the flat partition in place."""
@@ -185,12 +197,12 @@ class ZeroEngine(Engine):
         self.penalty.add_gradient(
             [part for part, f in zip(parts, self._fragments, strict=True) if f.penalised]
         )
-        squares = self.ranks.sum(sum_of_squares(parts).to(self.ranks.device))
+        squares = self.agreed(sum_of_squares(parts), self._penalties)
         if self.player.optimizer.clip is not None:
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        optimizer.found_inf = (~squares.isfinite()).float().to(gradient.device)  # type: ignore[attr-defined]
-        self._note(squares)
+        skipped = self._note(squares)
+        optimizer.found_inf = skipped.float().to(gradient.device)  # type: ignore[attr-defined]
         self._asked = True
 
     # The rest
@@ -215,6 +227,7 @@ class ZeroEngine(Engine):
                     flat = whole.setdefault(key, torch.zeros_like(self._flat, requires_grad=False))
                     flat[offset : offset + fragment.data.numel()] = value.to(flat.device).view(-1)
         self._optimizer.state[self._flat] = whole
+        start_momentum(self._optimizer, [self._flat])
 
 
 def _mapped(p: Any) -> tuple[int, int, int]:

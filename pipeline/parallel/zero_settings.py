@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
 from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
@@ -94,6 +97,8 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elem
                 f"The DeepSpeed config says {section}.enabled={enabled}, the launcher mixed_precision="
                 f"{ranks.precision}. Set it to auto there."
             )
+    # It waits for the device in every pass and step, to report what is not printed.
+    given.setdefault("timers", {"throughput": {"enabled": False}})
     zero.setdefault("reduce_bucket_size", min(elements, _BUCKET))
     # Each rank gets the sum of its own part only, which is half of what an all-reduce sends.
     zero.setdefault("use_multi_rank_bucket_allreduce", False)
@@ -117,6 +122,16 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elem
             },
         }
     )
+
+
+@contextmanager
+def waiting_for(timeout: timedelta) -> Iterator[None]:
+    """Collectives of the process groups that are made inside wait for so long. DeepSpeed leaves its own at
+    10 minutes (NCCL) or 30 (gloo), which slow work on one rank may well take."""
+    before = set(c10d._world.pg_map)
+    yield
+    for group in set(c10d._world.pg_map) - before:
+        c10d._set_pg_timeout(timeout, group)
 
 
 def import_deepspeed(device: torch.device) -> Any:

@@ -1,7 +1,8 @@
 """What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT [EARLIER]`.
 
 The parity matrix; two of its cases continued from the checkpoints that the launch before, of another
-strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; and fp16.
+strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; fp16; and
+updates that are skipped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import dirac
 import half
+import skips
 import wire
 from safetensors.torch import save_file
 
@@ -33,6 +35,7 @@ def main(out: Path, earlier: Path | None) -> None:
     found = {dirac.name(*lambdas): dirac.train(ranks, *lambdas) for lambdas in dirac.LAMBDAS}
     found["wire.json"] = wire.record(ranks)
     found["overflow.json"] = half.train(ranks, out)
+    found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
     if ranks.main:
         for name, value in found.items():
             (out / name).write_text(json.dumps(value))

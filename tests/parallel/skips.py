@@ -1,0 +1,146 @@
+"""Updates that are skipped, tried in the ranks of a launch: one rank's images, loss or penalty is not finite.
+
+Each case is trained twice, once with such tries before every update and once without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.distributed import distributed_c10d as c10d
+
+from launch import parity
+from launch.parity import Case
+from pipeline.data.stream import Batch
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.run.stats import Stats
+from pipeline.step import Gan, update_D, update_G
+
+_NETWORKS = (
+    "G.options={width: 5, norm: batch}",
+    "D.options={width: 5, norm: batch, spectral_norm: true}",
+    "penalty.l2=1e-3",
+)
+_SGD, _ADAM = (
+    tuple(f"optim.{player}.{key}" for player in "GD" for key in keys)
+    for keys in (("kind=sgd", "lr=0.02", "momentum=0.5"), ("kind=adam", "lr=1e-3"))
+)
+CASES = {
+    "sgd": Case("sgd", (*_NETWORKS, *_SGD)),
+    "adam-clipped-rounds": Case(
+        "adam-clipped-rounds", (*_NETWORKS, *_ADAM, "optim.G.clip=0.5", "optim.D.clip=0.3"), rounds=2
+    ),
+}
+TRIES = ("D-images", "D-loss", "D-penalty", "G-loss", "G-penalty")
+_UPDATES = 2
+Tensors = dict[str, torch.Tensor]
+Turn = Callable[[Gan, bool], None]  # of these players, on infinite images or not
+
+
+def record(ranks: Ranks) -> dict[str, dict[str, list[str]]]:
+    """For each case and each kind of try: what it changed on some rank, which should be nothing; and "after"
+    all: in what the training with tries ends up to be another than the one without."""
+    return {name: _record(case, ranks) for name, case in CASES.items()}
+
+
+def settled(ranks: Ranks) -> dict[str, Any]:
+    """What libraries were to leave to us: each process group's timeout in seconds, and under ZeRO whether
+    DeepSpeed's timer is on."""
+    gan, _ = parity.start(CASES["sgd"], parity.initial_state(CASES["sgd"]), ranks)
+    engine: Any = gan.G
+    return {
+        "timeouts": [_timeout(group) / timedelta(seconds=1) for group in c10d._world.pg_map],
+        "timer": ranks.strategy.startswith("zero") and engine._ds.tput_timer.config.enabled,
+    }
+
+
+def _timeout(group: Any) -> timedelta:
+    found: timedelta = group._get_backend(torch.device("cpu")).options._timeout
+    return found
+
+
+def _record(case: Case, ranks: Ranks) -> dict[str, list[str]]:
+    changed: dict[str, list[str]] = {kind: [] for kind in TRIES}
+
+    def tries(player: str, gan: Gan, turn: Turn) -> None:
+        for kind in (kind for kind in TRIES if kind.startswith(player)):
+            before = _snapshot(gan, moments=False)
+            with _spoilt(kind, gan, ranks) as (spoilt, images):
+                turn(spoilt, images)
+            changed[kind] += _differing(before, _snapshot(gan, moments=False))
+
+    after = _differing(_train(case, ranks, lambda *_: None), _train(case, ranks, tries))
+    everyone = ranks.gather_objects(changed | {"after": after})
+    return {kind: sorted({name for mine in everyone for name in mine[kind]}) for kind in everyone[0]}
+
+
+def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) -> Tensors:
+    """What some updates make of it all; `tries` is called with a player and their turn before each turn."""
+    state, stats = parity.initial_state(case), Stats(ranks.device)
+    gan, batches = parity.start(case, state, ranks)
+    for nimg in range(0, _UPDATES * case.batch, case.batch):
+        reals = next(batches)
+
+        def turn_of_D(gan: Gan, infinite: bool, reals: Batch = reals, nimg: int = nimg) -> None:
+            images = torch.full(reals.images.shape, torch.inf) if infinite else reals.images
+            update_D(gan, reals._replace(images=images), nimg, stats)
+
+        def turn_of_G(gan: Gan, _infinite: bool, nimg: int = nimg) -> None:
+            update_G(gan, nimg + case.batch, stats)
+
+        for player, turn in (("D", turn_of_D), ("G", turn_of_G)):
+            tries(player, gan, turn)
+            turn(gan, False)
+        gan.G_ema.update(gan.ema_beta)
+    return _snapshot(gan, moments=True)
+
+
+@contextmanager
+def _spoilt(kind: str, gan: Gan, ranks: Ranks) -> Iterator[tuple[Gan, bool]]:
+    """The same players on all ranks but the last, on which something is not a number for once."""
+    player, _, what = kind.partition("-")
+    if ranks.rank != ranks.world - 1:
+        yield gan, False
+    elif what == "loss":
+        right = getattr(gan.losses, player.lower())
+
+        def loss(*logits: torch.Tensor) -> torch.Tensor:
+            return right(*logits) * float("nan")
+
+        yield replace(gan, losses=replace(gan.losses, **{player.lower(): loss})), False
+    elif what == "penalty":
+        values = LocalPenalty.values
+
+        def spoilt(self: LocalPenalty) -> Tensors:
+            return {part: value * float("nan") for part, value in values(self).items()}
+
+        with patch.object(LocalPenalty, "values", spoilt):
+            yield gan, False
+    else:
+        yield gan, True
+
+
+def _snapshot(gan: Gan, moments: bool) -> Tensors:
+    """Copies of all that this rank trains. (Moments are there from the first update on.)"""
+    found = {f"{e.player.name}/{name}": t.clone() for e in (gan.G, gan.D) for name, t in _state(e, moments)}
+    return found | {f"G_ema/{n}": average.clone() for n, average in enumerate(gan.G_ema.averages)}
+
+
+def _state(engine: Engine, moments: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from ((f.name, f.data) for f in engine.fragments)
+    yield from engine.buffers().items()
+    for fragment, state in zip(engine.fragments, engine.optimizer_state() if moments else (), strict=False):
+        yield from ((f"{fragment.name}/{key}", value) for key, value in state.items())
+
+
+def _differing(a: Tensors, b: Tensors) -> list[str]:
+    assert a.keys() == b.keys()
+    return [name for name, tensor in a.items() if not torch.equal(tensor, b[name])]

@@ -1,0 +1,53 @@
+"""An update that is skipped on one rank's account is skipped on all, and leaves no trace on any."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import skips
+import torch
+from launches import LAUNCHED
+from torch import nn
+
+from pipeline.parallel.passing import Buffers, Kept
+
+
+@pytest.mark.parametrize("case", skips.CASES)
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_a_skipped_update_changes_nothing_and_the_next_is_as_if_it_had_not_been(launched, name, case):
+    """Weights, running statistics, u and v of spectral norm, G_ema; after it moments too. The very first
+    updates are among those skipped, when momentum has not been written to."""
+    changed = json.loads((launched(name) / "skips.json").read_text())[case]
+    assert changed.keys() == {*skips.TRIES, "after"}
+    assert {kind: names for kind, names in changed.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_collectives_of_every_library_wait_as_long_as_ours(launched, name):
+    settled = json.loads((launched(name) / "settled.json").read_text())
+    strategy, world = name.split("-")
+    assert len(settled["timeouts"]) >= (2 if strategy.startswith("zero") else int(world) > 1)
+    assert set(settled["timeouts"]) <= {120}  # what launch.parity asks for
+    assert settled["timer"] is False
+
+
+def test_buffers_of_all_kinds_are_put_back_where_told_and_others_are_left_alone():
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    network.register_buffer("cache", torch.zeros(2, dtype=torch.int32))
+    network.register_buffer("none", None)
+    network.register_buffer("constant", torch.ones(2, dtype=torch.bool))  # the only one of its type
+    buffers = Buffers(network)
+    before = {name: b.clone() for name, b in network.named_buffers()}
+    for skipped in (True, False):
+        kept = Kept(buffers)
+        network(torch.full((2, 3, 4, 4), torch.inf))
+        network.cache = torch.ones(3, dtype=torch.int32)  # another tensor in its place
+        spoilt = {name: b.clone() for name, b in network.named_buffers()}
+        kept.put_back(torch.tensor(skipped))
+        after = dict(network.named_buffers())
+        for name in before.keys() - {"cache"}:
+            torch.testing.assert_close(
+                after[name], (before if skipped else spoilt)[name], rtol=0, atol=0, equal_nan=True
+            )
+        assert torch.equal(after["cache"], spoilt["cache"])
