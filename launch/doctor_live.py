@@ -15,12 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch.doctor_place import allocated
-from launch.finding import Finding, Job, in_bytes, ok, warning, would_fail
-from launch.train import cores, environment_of, free_port
+from launch import doctor_worker
+from launch.doctor_place import allocated, allocated_cpus
+from launch.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.train import environment_of
 from launch.workers import launch, launcher_file, run
 
-Node = dict[str, Any]  # as doctor_worker.describe tells it
+Node = dict[str, Any]  # as doctor_worker.describe and .place tell it
 
 _TIMEOUT_S = 300.0
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
@@ -40,26 +41,59 @@ _CURES = {
 
 def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
     """Start as many processes as there are places for, and compare what they tell."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    per_node = min(job.gpus, gpus or cores())
-    nodes = allocated()
-    module = ["launch.doctor_worker", config, *settings]
-    where = f"{max(1, len(nodes))} x {per_node} processes"
+    nodes, module = _nodes_elsewhere(), ["launch.doctor_worker", config, *settings]
+    where = ", ".join(nodes) or "this machine"
     try:
-        if len(nodes) > 1:
-            ended = _on_nodes(job.strategy, nodes, per_node, module, on_cpu=not gpus)
+        places = [doctor_worker.place()]
+        if nodes:
+            ended = _srun(nodes, [sys.executable, "-m", "launch.doctor_worker"], dict(os.environ))
+            places = places_told(ended)
+        if nodes and (ended.returncode or len(places) < len(nodes)):
+            return [_failed(f"{where}, asked for their GPUs,", ended)]
+        per_node, on_cpu = fitting(job.gpus, places)
+        where = f"{len(places)} x {per_node} processes"
+        one = per_node * len(places) == 1
+        strategy = "single" if one else job.strategy if job.strategy != "single" else "ddp"
+        if nodes:
+            ended = _on_nodes(strategy, nodes, per_node, module, on_cpu, places[0]["port"])
         else:
-            strategy = "single" if per_node == 1 else job.strategy if job.strategy != "single" else "ddp"
-            ended = launch(strategy, per_node, module, on_cpu=not gpus, timeout=_TIMEOUT_S)
+            ended = launch(strategy, per_node, module, on_cpu=on_cpu, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)]
     found = told(ended)
     if found is None:
-        why = "\n".join([f"{where} failed:", *reasons(ended.stdout + ended.stderr)])
-        return [would_fail("live", why, "Mend what is said there.")]
-    return [*compare(found["nodes"]), *speed(found)]
+        return [_failed(where, ended)]
+    return [*unlike(places), *compare(found["nodes"]), *speed(found)]
+
+
+def _nodes_elsewhere() -> list[str]:
+    """Of the allocation that this is called in; none if there is no other than this machine."""
+    nodes = allocated()
+    return [] if nodes == [os.environ.get("SLURMD_NODENAME")] else nodes
+
+
+def places_told(ended: subprocess.CompletedProcess[str]) -> list[Node]:
+    """What each node said of itself, in the order of the nodes."""
+    lines = [line for line in ended.stdout.splitlines() if line.startswith('{"place"')]
+    return sorted(map(json.loads, lines), key=lambda place: int(place["place"]))
+
+
+def fitting(asked: int, places: Sequence[Node]) -> tuple[int, bool]:
+    """Processes per node that all have room for, and whether they run on CPUs."""
+    gpus = min(place["gpus"] for place in places)
+    return min(asked, gpus or min(place["cores"] for place in places)), gpus == 0
+
+
+def unlike(places: Sequence[Node]) -> Iterator[Finding]:
+    """Nodes that were given different numbers of GPUs."""
+    if len({place["gpus"] for place in places}) > 1:
+        text = "; ".join(f"{place['node']} {counted(place['gpus'], 'GPU')}" for place in places)
+        yield warning("live: GPUs", text, "Ask for them by --gpus-per-node, and see `nvidia-smi -L` there.")
+
+
+def _failed(what: str, ended: subprocess.CompletedProcess[str]) -> Finding:
+    why = "\n".join([f"{what} failed:", *reasons(ended.stdout + ended.stderr)])
+    return would_fail("live", why, "Mend what is said there.")
 
 
 def told(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
@@ -125,19 +159,29 @@ def speed(found: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _on_nodes(
-    strategy: str, nodes: list[str], per_node: int, module: list[str], on_cpu: bool
+    strategy: str, nodes: list[str], per_node: int, module: list[str], on_cpu: bool, port: int
 ) -> subprocess.CompletedProcess[str]:
     """One launcher on each node of this Slurm allocation."""
     world, count = len(nodes) * per_node, str(len(nodes))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher_file(strategy)]
     accelerate += ["--num_machines", count, "--num_processes", str(world)]
-    accelerate += ["--main_process_ip", nodes[0], "--main_process_port", str(free_port())]
-    srun = ["srun", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1", "--kill-on-bad-exit=1"]
+    accelerate += ["--main_process_ip", nodes[0], "--main_process_port", str(port)]
     # Each task must expand its own node's number: hence a shell, and single quotes.
     command = f'{shlex.join(accelerate)} --machine_rank "$SLURM_NODEID" -m {shlex.join(module)}'
-    shell = ["bash", "-c", f"exec {command}"]
     environment = environment_of(per_node, on_cpu)
-    environment["SRUN_CPUS_PER_TASK"] = (
-        os.environ.get("SLURM_CPUS_PER_TASK") or os.environ["SLURM_CPUS_ON_NODE"]
-    )
-    return run([*srun, *shell], environment, _TIMEOUT_S)
+    if "OMP_NUM_THREADS" not in os.environ:  # what it says is of this machine
+        environment["OMP_NUM_THREADS"] = str(max(1, (allocated_cpus() or 1) // per_node))
+    return _srun(nodes, ["bash", "-c", f"exec {command}"], environment)
+
+
+def _srun(
+    nodes: list[str], command: list[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """One task on each node, with all that the job has there, also beside a shell that has it already."""
+    count = str(len(nodes))
+    srun = ["srun", "--overlap", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"]
+    # As in slurm/train.sbatch: all of our variables, and CPUs counted in one way.
+    for name in ("SLURM_EXPORT_ENV", "SLURM_CPUS_PER_GPU", "SLURM_TRES_PER_TASK"):
+        environment.pop(name, None)
+    environment["SRUN_CPUS_PER_TASK"] = str(allocated_cpus() or 1)
+    return run([*srun, "--kill-on-bad-exit=1", *command], environment, _TIMEOUT_S)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from launch.doctor_networks import Players
-from launch.finding import Finding, Job, in_bytes, ok, some, warning, would_fail
+from launch.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from launch.train import check_space, is_free
 from pipeline.config import UserError
 from pipeline.data.index import Index
@@ -36,12 +38,12 @@ _DELICATE = {
 
 def examine(job: Job) -> list[Finding]:
     """The findings that do not depend on data or networks."""
-    return [*versions(job), *rendezvous(job), *features(job), *tracker(job)]
+    return [*versions(job), *rendezvous(job), *processors(job), *features(job), *tracker(job)]
 
 
 def versions(job: Job) -> Iterator[Finding]:
     """Supported ones, and whether they are those that are tested together."""
-    required = _requirements(importlib.metadata.requires("shardgan") or ())
+    required = _requirements(_required())
     tested = _requirements(_CONSTRAINTS.read_text().splitlines())
     here, outside, untested = [], [], []
     for name, reason in _DELICATE.items():
@@ -51,7 +53,7 @@ def versions(job: Job) -> Iterator[Finding]:
             outside.append(f"{name} is not installed")
             continue
         here.append(f"{name} {version}")
-        if not required[name].specifier.contains(version, prereleases=True):
+        if name in required and not required[name].specifier.contains(version, prereleases=True):
             outside.append(f"{name} {version} is not {required[name].specifier}: {reason}")
         elif not tested[name].specifier.contains(version.partition("+")[0], prereleases=True):
             untested.append(f"{name} {version}, tested is {str(tested[name].specifier).removeprefix('==')}")
@@ -65,8 +67,19 @@ def versions(job: Job) -> Iterator[Finding]:
         yield ok("versions", f"{', '.join(here)}: as tested together")
 
 
-def _requirements(lines: object) -> dict[str, Requirement]:
-    assert isinstance(lines, tuple | list)
+def _required() -> Sequence[str]:
+    """What the project asks for: as installed, else, found by PYTHONPATH alone, as its checkout says."""
+    try:
+        return importlib.metadata.requires("shardgan") or ()
+    except importlib.metadata.PackageNotFoundError:
+        checkout = Path(__file__).parents[1] / "pyproject.toml"
+        if not checkout.exists():
+            return ()
+        found: list[str] = tomllib.loads(checkout.read_text())["project"]["dependencies"]
+        return found
+
+
+def _requirements(lines: Sequence[str]) -> dict[str, Requirement]:
     found = (Requirement(line) for line in lines if line and not line.startswith("#"))
     return {requirement.name: requirement for requirement in found}
 
@@ -128,6 +141,22 @@ def rendezvous(job: Job) -> Iterator[Finding]:
         return
     names = hosts[0] if len(hosts) == 1 else f"{hosts[0]} and {len(hosts) - 1} more"
     yield ok("rendezvous", f"{names}: known by name; port {port} is free here")
+
+
+def processors(job: Job) -> Iterator[Finding]:
+    """Inside an allocation: enough for processes and loaders. Many clusters give one to who asks for none."""
+    cpus, workers = allocated_cpus(), job.settings.data.workers
+    needed = job.gpus * (1 + workers)
+    if cpus is not None and cpus < needed:
+        text = f"{counted(cpus, 'CPU')} per node for {job.gpus} processes with {workers} loaders each"
+        yield warning("processors", text, f"Ask for --cpus-per-task={needed}, or lower data.workers.")
+
+
+def allocated_cpus() -> int | None:
+    """Per task, else of the node of this allocation that has least; None outside one."""
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
+    asked = os.environ.get("SLURM_CPUS_PER_TASK")
+    return int(asked) if asked else min(map(int, per_node), default=None)
 
 
 def allocated() -> list[str]:

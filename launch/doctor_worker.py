@@ -1,4 +1,7 @@
-"""One rank of `shardgan doctor --live`: where it is, what it sees there, and how fast the ranks talk."""
+"""One rank of `shardgan doctor --live`: where it is, what it sees there, and how fast the ranks talk.
+
+Without arguments, on each node before there are ranks: what it has room for.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 
 from launch.nodes import code, versions
+from launch.train import cores, free_port
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index
@@ -49,6 +53,18 @@ def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
     return seen | {"config": _digest(config.dump(resolved)), "data": index.fingerprint}
 
 
+def place() -> dict[str, Any]:
+    """What this node has room for, and a port that is free on it."""
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return {
+        "place": os.environ.get("SLURM_NODEID", "0"),
+        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "gpus": 0 if on_cpu else torch.cuda.device_count(),
+        "cores": cores(),
+        "port": free_port(),
+    }
+
+
 def all_reduce(ranks: Ranks, count: int) -> float:
     """Seconds that the ranks take to add up so many numbers: the median of a few times."""
     numbers, times = torch.ones(count, device=ranks.device), []
@@ -71,5 +87,8 @@ def _digest(text: str) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        print(json.dumps(place()), flush=True)
+        sys.exit()
     main(sys.argv[1], sys.argv[2:])
     end_process(0)

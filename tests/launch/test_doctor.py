@@ -275,6 +275,21 @@ def test_a_full_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "warning" and "100 B free" in found.text
 
 
+def test_versions_of_a_project_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by PYTHONPATH: its own file says what it asks for."""
+
+    def missing(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    expected = list(doctor_place.versions(job()))
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert list(doctor_place.versions(job())) == expected
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda n: "0.1" if n == "wandb" else real(n))
+    (found,) = doctor_place.versions(job())
+    assert found.verdict == "would fail" and "wandb 0.1 is not >=" in found.text
+
+
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     real, other = importlib.metadata.version, {"deepspeed": "0.17.6"}
     monkeypatch.setattr(importlib.metadata, "version", lambda name: other.get(name) or real(name))

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from launch import doctor_live, workers
+from launch import doctor_live, doctor_place, workers
 from launch.cli import cli
 from launch.doctor import fails
 from launch.train import free_port
@@ -113,3 +113,26 @@ def test_a_launcher_that_lasts_too_long_leaves_nothing_running(tmp_path: Path) -
         workers.run(["bash", "-c", script], dict(os.environ), timeout=2.0)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int((tmp_path / "pid").read_text())).wait(timeout=60)
+
+
+def test_places_are_what_the_nodes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
+        f'{{"place": "{n}", "node": "n{n}", "gpus": {gpus}, "cores": 8, "port": {n}}}'
+        for n, gpus in ((1, 3), (0, 4))
+    ]
+    ended = subprocess.CompletedProcess([], 0, "\n".join(["srun: queued", *lines]), "")
+    places = doctor_live.places_told(ended)
+    assert [place["node"] for place in places] == ["n0", "n1"]
+    assert doctor_live.fitting(8, places) == (3, False) and doctor_live.fitting(2, places) == (2, False)
+    (unlike,) = doctor_live.unlike(places)
+    assert unlike.verdict == "warning" and unlike.text == "n0 4 GPUs; n1 3 GPUs"
+    none = [place | {"gpus": 0} for place in places]
+    assert doctor_live.fitting(16, none) == (8, True) and not list(doctor_live.unlike(none))
+
+
+def test_a_shell_of_salloc_is_told_cpus_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "72(x2),36")
+    assert doctor_place.allocated_cpus() == 36
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert doctor_place.allocated_cpus() == 8
