@@ -6,12 +6,19 @@ The processes themselves say what went wrong; what they cannot say, the signal t
 from __future__ import annotations
 
 import logging
+import os
 import runpy
 import signal
 import sys
 
+# To the whole of a Slurm step: for the training processes, which save and leave.
+_TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
+
 
 def main() -> None:
+    if os.environ.get("SHARDGAN_NODE"):  # node.sh was deaf to them, but container runtimes forget that
+        for number in _TO_THE_STEP:
+            signal.signal(number, signal.SIG_IGN)
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew
     try:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import index_copies
 from pipeline import config
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
@@ -62,27 +63,25 @@ def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int,
         raise UserError("run.out and run.name must not contain a line break.")
     check_same(settings, folder)
     check_space(Path(settings.run.out))
-    description = folder / "slurm" / f"nodes-{os.environ['SLURM_JOB_ID']}.json"
+    _warn_of_few_cpus(settings, node)
+    index_copies.bring(settings.data)
+    # Another name after each requeue: what a node has in its cache may be of the start before.
+    description = folder / "slurm" / f"nodes-{os.environ['SLURM_JOB_ID']}-{_restarts()}.json"
     try:
         description.parent.mkdir(parents=True, exist_ok=True)
-        description.write_text(json.dumps(describe(settings, node), indent=1))
+        partial = description.with_suffix(".partial")
+        partial.write_text(json.dumps(describe(settings, node), indent=1))
+        partial.replace(description)
     except OSError as error:
         raise UserError(f"{description.parent} cannot be written ({error.strerror}). Set run.out.") from None
     return folder, description, node, _port(), settings.run.stop_signal
 
 
 def check(settings: Config, first: Path, node: str) -> None:
-    """Raises UserError where this node differs from the first, which described itself in a file."""
-    deadline = time.monotonic() + _SEEN_WITHIN
-    while not first.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    try:
-        there: Description = json.loads(first.read_text())
-    except OSError:
-        raise UserError(
-            f"the run folder {first.parent.parent} is not the one of the first node: it must lie on a file "
-            "system that all nodes share. Set run.out."
-        ) from None
+    """Raises UserError where this node differs from the first, which described itself in a file, or cannot
+    do its share. What is known of the data where the job was submitted is brought here."""
+    there = _read(first)
+    index_copies.bring(settings.data)
     here = describe(settings, node)
     other = there["node"]
     differing = [
@@ -113,6 +112,56 @@ def check(settings: Config, first: Path, node: str) -> None:
     if here["shards"] != there["shards"]:
         train = redacted(str(settings.data.train))
         raise UserError(f"the shards of data.train={train} are not those that {other} sees.")
+    _check_gpus(int(here["procs"]))
+
+
+def _read(first: Path) -> Description:
+    """What the first node wrote, once the shared file system shows all of it here."""
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while True:
+        try:
+            there: Description = json.loads(first.read_text())
+            return there
+        except (OSError, ValueError) as error:
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            if isinstance(error, ValueError):
+                raise UserError(
+                    f"{first} is not whole here {_SEEN_WITHIN} s after the first node wrote it: the file "
+                    "system that the nodes share lags. Submit again, or set run.out to another one."
+                ) from None
+            raise UserError(
+                f"the run folder {first.parent.parent} is not the one of the first node: it must lie on a "
+                "file system that all nodes share. Set run.out."
+            ) from None
+
+
+def _check_gpus(procs: int) -> None:
+    """A GPU for each process here, unless they are to train on CPUs. Raises UserError."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus < procs:
+        found = f"torch {torch.__version__} can use {gpus} GPUs here"
+        raise UserError(
+            f"{procs} processes, but {found}. Ask for as many by --gpus-per-node, or lower SHARDGAN_PROCS; "
+            "if they are there (`nvidia-smi -L`), install a torch that fits the node's driver (bash "
+            "launch/setup.sh). ACCELERATE_USE_CPU=1 trains on CPUs."
+        )
+
+
+def _warn_of_few_cpus(settings: Config, node: str) -> None:
+    """Many clusters give one CPU to a task that asks for none."""
+    cpus, procs = (int(os.environ.get(name) or 0) for name in ("SHARDGAN_CPUS", "SHARDGAN_PROCS"))
+    if cpus and (needed := procs * (1 + settings.data.workers)) > cpus:
+        print(
+            f"warning: {node}: {cpus} CPUs for {procs} processes with {settings.data.workers} loaders each "
+            f"(data.workers), which wait for each other. Ask for --cpus-per-task={needed}.",
+            file=sys.stderr,
+        )
 
 
 def describe(settings: Config, node: str) -> Description:
@@ -165,6 +214,10 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
 def _port() -> int:
     """SHARDGAN_PORT, or a port that no other job on this node has; another one after a requeue."""
     from launch.train import is_free
@@ -176,8 +229,8 @@ def _port() -> int:
         raise UserError(f"port {asked} is in use. Set SHARDGAN_PORT to another one, or leave it unset.")
     if asked is not None:
         return int(asked)
-    job, restarts = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    start = 12_000 + (job * 16 + restarts) % 20_000  # below the ports that systems hand out by themselves
+    # Below the ports that systems hand out by themselves.
+    start = 12_000 + (int(os.environ["SLURM_JOB_ID"]) * 16 + _restarts()) % 20_000
     free = next((port for port in range(start, start + 100) if is_free(port)), None)
     if free is None:
         raise UserError(f"ports {start} to {start + 99} are all in use. Set SHARDGAN_PORT.")

@@ -10,15 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import UserError
+from launch import index_copies
+from pipeline import config
+from pipeline.config import Data, UserError
 from pipeline.credentials import scrubbed
 
 ROOT = Path(__file__).parents[1]
 _CODE = ("pipeline", "launch", "slurm")
+_INDEX = "index"  # what is known of the data, beside them
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,18 @@ class Resources:
     def environment(self) -> dict[str, str]:
         """What node.sh goes by."""
         found = {"SHARDGAN_PROCS": str(self.procs), "SHARDGAN_PRECISION": self.precision}
-        return found | ({"SHARDGAN_STRATEGY": self.strategy} if self.strategy else {})
+        found |= {"SHARDGAN_STRATEGY": self.strategy} if self.strategy else {}
+        # Nodes may have GPUs that Slurm does not hide from who asked for none.
+        return found | ({} if self.gpus else {"ACCELERATE_USE_CPU": "${ACCELERATE_USE_CPU:-1}"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch file, and those of its options that are ours to say: on sbatch's command line they win over
+    the user's SBATCH_* variables, in the file they would lose."""
+
+    text: str
+    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,33 +79,30 @@ class ArrayJob:
 
 def render(
     name: str, folder: Path, script: str, arguments: Sequence[str], resources: Resources, **more: str
-) -> str:
+) -> Batch:
     """The batch file of a job in `folder`, running slurm/`script` of the code there. Raises UserError."""
-    plain = re.sub(r"[^\w.+=-]", "_", name, flags=re.ASCII)
-    log = f"{folder}/{'%A_%a' if 'array' in more else '%j'}.log"
-    directives = {
-        "job-name": plain,
+    ours = {
+        "job-name": re.sub(r"[^\w.+=-]", "_", name, flags=re.ASCII),
         **resources.directives(),
         **more,
         "chdir": str(Path.cwd()),
-        "output": log,
-        "open-mode": "append",
-        "signal": "B:USR1@120",
+        "output": f"{folder}/{'%A_%a' if 'array' in more else '%j'}.log",
     }
+    directives = {**ours, "open-mode": "append", "signal": "B:USR1@120"}
     for path in (str(folder), str(Path.cwd())):
         if not path.isprintable() or {"%", "\\"} & set(path):
             raise UserError(
                 f"{path!r}: Slurm gives % and \\ in the path of a log another meaning. Choose another "
                 "run.name or run.out, or call from another folder."
             )
-    settings = {"SHARDGAN_CODE": f"{folder}/code", **resources.environment()}
-    # Python as it is here, unless told otherwise: the environment of the job is the submitter's.
-    settings["SHARDGAN_VENV"] = f"${{SHARDGAN_VENV-{shlex.quote(sys.prefix)}}}"
+    settings = {"SHARDGAN_CODE": f"{folder}/code", "SHARDGAN_INDEX": f"{folder}/{_INDEX}"}
+    # Python as it is here, unless told otherwise (SHARDGAN_VENV, or a container, which has its own).
+    settings |= {"VIRTUAL_ENV": sys.prefix, **resources.environment()}
     exports = [
         f"export {key}={value if value.startswith('${') else shlex.quote(value)}"
         for key, value in settings.items()
     ]
-    return "\n".join(
+    text = "\n".join(
         [
             "#!/usr/bin/env bash",
             *(f"#SBATCH --{key}={_quoted(value)}" for key, value in directives.items()),
@@ -101,20 +112,22 @@ def render(
             "",
         ]
     )
+    return Batch(text, tuple(f"--{key}={value}" for key, value in ours.items()))
 
 
-def check(text: str) -> None:
+def check(batch: Batch) -> None:
     """Ask Slurm whether it would take a batch file. Raises UserError if not, or if there is no Slurm."""
     if shutil.which("sbatch") is None:
         raise UserError(
             "There is no `sbatch` on this machine, so no Slurm to submit to. Call this on a login node of "
             "the cluster; here, `shardgan train` trains."
         )
-    _sbatch("--test-only", text=text)
+    _sbatch("--test-only", *batch.options, text=batch.text)
 
 
-def keep_code(folder: Path) -> None:
-    """The code as it is now, for a job in `folder`: what waits in the queue is not changed by later edits."""
+def keep(folder: Path, data: Iterable[Data]) -> None:
+    """For a job in `folder`: the code as it is now, as what waits in the queue is not changed by later edits,
+    and what the cache of this machine knows of the data. Raises UserError."""
     try:
         shutil.rmtree(folder / "code", ignore_errors=True)
         for name in _CODE:
@@ -122,19 +135,21 @@ def keep_code(folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / "code" / name, ignore=ignored)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Set run.out.") from None
+    for one in data:
+        index_copies.keep(one, folder / _INDEX)
 
 
-def submit(folder: Path, text: str, *options: str, name: str = "job.sbatch") -> str:
+def submit(folder: Path, batch: Batch, *options: str, name: str = "job.sbatch") -> str:
     """Write a batch file into its folder and hand it in; returns the job's id.
 
     Raises UserError with what Slurm has against the job.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(batch.text)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}. Set run.out.") from None
-    return _sbatch("--parsable", *options, str(folder / name)).strip().split(";")[0]
+    return _sbatch("--parsable", *batch.options, *options, str(folder / name)).strip().split(";")[0]
 
 
 def refuse_credentials(texts: Sequence[str]) -> None:
@@ -160,24 +175,38 @@ def submit_array(
     `gather` is what `python -m` is to run when all have ended, well or badly. Everything is written to
     `folder`: the list, the batch files, the code as it is now, the logs.
     """
-    refuse_credentials([word for line in lines for word in line])
+    words = [word for line in lines for word in line]
+    refuse_credentials(words)
+    if broken := next((word for word in words if "\n" in word), None):
+        raise UserError(f"{broken!r} has a line break, and a list of runs has one run per line. Take it out.")
+    data = {str(found.train): found for found in (config.load(line[0], line[1:]).data for line in lines)}
     folder = folder.absolute()
     array = f"1-{len(lines)}%{throttle}"
-    text = render(name, folder, "array.sbatch", [f"{folder}/runs.txt"], resources, array=array)
-    check(text)
+    batch = render(name, folder, "array.sbatch", [f"{folder}/runs.txt"], resources, array=array)
+    check(batch)
+    if gather is not None:  # looked at before anything runs
+        one = Resources(time=resources.time, partition=resources.partition, account=resources.account)
+        after = render(f"{name}-gather", folder, "gather.sbatch", gather, one)
+        check(after)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "runs.txt").write_text("".join(f"{shlex.join(line)}\n" for line in lines))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from None
-    keep_code(folder)
-    job = submit(folder, text)
-    if gather is None:
-        return ArrayJob(job, None, folder)
-    one = Resources(time=resources.time, partition=resources.partition, account=resources.account)
-    text = render(f"{name}-gather", folder, "gather.sbatch", gather, one)
-    then = submit(folder, text, f"--dependency=afterany:{job}", name="gather.sbatch")
-    return ArrayJob(job, then, folder)
+    keep(folder, data.values())
+    job = submit(folder, batch)
+    return ArrayJob(job, None if gather is None else _submit_after(job, folder, after), folder)
+
+
+def _submit_after(job: str, folder: Path, batch: Batch) -> str:
+    """The job that gathers when an array has ended; without it the array does not stay either."""
+    try:
+        return submit(folder, batch, f"--dependency=afterany:{job}", name="gather.sbatch")
+    except UserError as error:
+        _call("scancel", job)
+        raise UserError(
+            f"{error} That was about the job that gathers; job {job}, the runs, is cancelled."
+        ) from None
 
 
 def state(job: str) -> str | None:

@@ -55,7 +55,9 @@ def submit(
 
     resolved = under_a_free_name(configs.load(config, settings))
     procs = procs or gpus or 1
-    cpus = cpus or procs * (1 + resolved.data.workers)
+    if gpus and procs > gpus:
+        raise configs.UserError(f"--procs {procs} need a GPU each, but --gpus is {gpus}.")
+    cpus = _enough(cpus, procs, resolved.data.workers)
     resources = slurm.Resources(
         nodes, gpus, procs, cpus, strategy, mixed_precision, time, partition, account
     )  # fmt: skip
@@ -66,26 +68,38 @@ def submit(
     _refuse_twice(run)
     slurm.refuse_credentials([str(resolved.data.train)])
     folder = _free_folder(run / "slurm")
-    text = slurm.render(str(resolved.run.name), folder, "train.sbatch", [f"{folder}/config.yaml"], resources)
+    batch = slurm.render(str(resolved.run.name), folder, "train.sbatch", [f"{folder}/config.yaml"], resources)
     if not dry_run:
-        slurm.check(text)
+        slurm.check(batch)
     _examine(resolved, run, resources)
     if dry_run:
-        click.echo(text, nl=False)
+        click.echo(batch.text, nl=False)
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(configs.dump(resolved))
-    slurm.keep_code(folder)
-    job = slurm.submit(folder, text)
+    slurm.keep(folder, [resolved.data])
+    job = slurm.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")
     _tell(job, run, folder, resources)
+
+
+def _enough(cpus: int | None, procs: int, workers: int) -> int:
+    """CPUs per node to ask for; a warning if the user's are few."""
+    needed = procs * (1 + workers)
+    if cpus is not None and cpus < needed:
+        click.echo(
+            f"warning: --cpus {cpus} for {procs} processes with {workers} loaders each (data.workers), which "
+            f"wait for each other: {needed} are needed.",
+            err=True,
+        )
+    return cpus or needed
 
 
 def _examine(settings: Config, run: Path, resources: Resources) -> None:
     """What `shardgan doctor` finds, told if it matters. A run that has begun had its data read before."""
     from rich.console import Console
 
-    from launch.doctor import examine, fails, job_of, show
+    from launch.doctor import _bar, examine, fails, job_of, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.train import prepare_data
@@ -95,9 +109,10 @@ def _examine(settings: Config, run: Path, resources: Resources) -> None:
         batch_shape(settings.data, resources.nodes * resources.procs)
         prepare_data(settings, announce=False)
         return
-    found = examine(
-        job_of(settings, resources.nodes, resources.procs, resources.strategy, resources.precision)
-    )
+    job = job_of(settings, resources.nodes, resources.procs, resources.strategy, resources.precision)
+    click.echo("Looking at everything first; all shards are read …", err=True)
+    with _bar() as progress:
+        found = examine(job, progress)
     remarkable = [finding for finding in found if finding.verdict != "ok"]
     if remarkable:
         show(remarkable, Console(stderr=True))

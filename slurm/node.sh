@@ -24,6 +24,16 @@ local=${SHARDGAN_LOCAL:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardgan-$(id -u)}
 mkdir -p "$local/tmp" 2>/dev/null && [ -O "$local" ] && [ -w "$local/tmp" ] ||
     fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
 umask "$umask_before"
+# Python's helper processes meet at sockets in TMPDIR, whose whole names may have 107 letters; 34 of them are theirs.
+temporary=$local/tmp
+if [ ${#temporary} -gt 73 ]; then
+    [ -z "$SHARDGAN_LOCAL" ] || fail "SHARDGAN_LOCAL=$local is too long for the names of sockets in it: give a folder" \
+        "whose name has at most 69 letters"
+    temporary=/tmp/shardgan-$(id -u)/tmp
+    (umask 077 && mkdir -p "$temporary") 2>/dev/null && [ -O "$temporary" ] && [ -w "$temporary" ] ||
+        fail "$local is too long for the names of sockets in it, and $temporary cannot be written. Set SHARDGAN_LOCAL" \
+            "to a folder on the nodes' own disks whose name has at most 69 letters"
+fi
 
 venv=${SHARDGAN_VENV-${VIRTUAL_ENV:-$PWD/.venv}}
 case $venv in
@@ -41,14 +51,14 @@ case $venv in
     ?*) python=$venv/bin/python ;;
     *) python=python3 ;;
 esac
-if [ -n "$SHARDGAN_CONTAINER" ]; then
+if [[ -n $SHARDGAN_CONTAINER || $SHARDGAN_SRUN == *--container* ]]; then
     [ -n "${SHARDGAN_VENV-}" ] || python=python3
 elif ! command -v "$python" >/dev/null; then
     fail "no virtual environment at $venv. Make it on a file system that all nodes see" \
         "(bash launch/setup.sh), and set SHARDGAN_VENV to it"
 fi
 
-export TMPDIR=$local/tmp SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
+export TMPDIR=$temporary SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local/inductor}
 export WANDB_MODE=${WANDB_MODE:-offline}
 # Our code first, then what lies where the job runs (your own networks), and never the folder one is in.
@@ -57,12 +67,20 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN} TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NC
 if [ -n "$SHARDGAN_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$SHARDGAN_INTERFACE GLOO_SOCKET_IFNAME=$SHARDGAN_INTERFACE
 fi
-[ -n "$SLURM_GPUS_ON_NODE" ] || export ACCELERATE_USE_CPU=1
-[ -z "$ACCELERATE_USE_CPU" ] || export DS_ACCELERATOR=cpu
+# GPUs need not be a resource that Slurm gives out. Allocated ones that cannot be used are no reason to train on CPUs:
+# `check` refuses.
+if [ -z "$ACCELERATE_USE_CPU" ]; then
+    unset ACCELERATE_USE_CPU
+    [[ -n $SLURM_GPUS_ON_NODE || $(nvidia-smi -L 2>/dev/null || true) == "GPU "* ]] || export ACCELERATE_USE_CPU=1
+fi
+case ${ACCELERATE_USE_CPU,,} in 1 | true | yes) export DS_ACCELERATOR=cpu ;; esac
 export SHARDGAN_PROCS=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
 procs=$SHARDGAN_PROCS
-world=$((SLURM_NNODES * procs))
+[[ $procs =~ ^[1-9][0-9]{0,3}$ ]] || fail "SHARDGAN_PROCS=$procs is not a number of processes"
+nodes=$SLURM_JOB_NUM_NODES # not of this step, as SLURM_NNODES
+world=$((nodes * procs))
 cpus=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}
+export SHARDGAN_CPUS=$cpus
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
 strategy=${SHARDGAN_STRATEGY:-$([ $world = 1 ] && echo single || echo ddp)}
 
@@ -78,7 +96,7 @@ elif [ "$1" = plan ]; then
     shift
     [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
     [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
-    echo "$strategy on $SLURM_NNODES nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
+    echo "$strategy on $nodes nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
     run launch.nodes plan "$world" "$@"
 elif [ "$1" = check ]; then
     shift
@@ -86,12 +104,12 @@ elif [ "$1" = check ]; then
 fi
 shift
 # A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
-# it or take them down, is deaf to it.
+# it or take them down, is deaf to it (launch/launcher.py makes it so again: a container may have undone this).
 trap '' USR1 USR2 HUP TERM
 export PET_SIGNALS_TO_HANDLE=SIGINT
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
 run launch.launcher --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \
-    --num_machines "$SLURM_NNODES" --num_processes "$world" --machine_rank "$SLURM_NODEID" \
+    --num_machines "$nodes" --num_processes "$world" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$SHARDGAN_HEAD" --main_process_port "$SHARDGAN_HEAD_PORT" \
     --mixed_precision "$ACCELERATE_MIXED_PRECISION" -m pipeline.train "$@"

@@ -51,10 +51,15 @@ KillWait={kill_wait}
 SlurmdTimeout=10
 MinJobAge=3600
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=n1 NodeAddr={n1} CPUs=8 Gres=gpu:4
 NodeName=n2 NodeAddr={n2} CPUs=8 Gres=gpu:4
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0 PreemptMode=OFF
+PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF Hidden=YES
+PartitionName=spare Nodes=n1,n2 PreemptMode=REQUEUE Hidden=YES
+PartitionName=gentle Nodes=n1,n2 PreemptMode=REQUEUE GraceTime=100 Hidden=YES
 """
 
 
@@ -170,7 +175,7 @@ class Cluster:
         _until(lambda: self.idle_or_busy() == 2, "both nodes being up", lambda: self.run("sinfo").stdout)
 
     def idle_or_busy(self) -> int:
-        lines = self.run("sinfo", "--noheader", "--Node", "--format=%T").stdout.split()
+        lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").stdout.split()
         return sum(state in ("idle", "mixed", "allocated", "completing") for state in lines)
 
     def processes(self, name: str) -> list[str]:
@@ -209,10 +214,10 @@ class Cluster:
         return ended
 
     def clients(self) -> Path:
-        """A folder with sbatch, squeue and sinfo for a PATH outside, as if this process ran on the head."""
+        """A folder with Slurm's commands for a PATH outside, as if this process ran on the head."""
         folder = self.folder / "clients"
         folder.mkdir(exist_ok=True)
-        for name in ("sbatch", "squeue", "sinfo"):
+        for name in ("sbatch", "scancel", "squeue", "sinfo"):
             enter = " ".join([shutil.which("nsenter") or "", *self.machines["head"].enter()[1:]])
             command = f'{enter} --wd="$PWD" {shutil.which(name, path=_PATH)} "$@"'
             (folder / name).write_text(

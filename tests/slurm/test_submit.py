@@ -104,7 +104,7 @@ def test_starting_over_takes_a_free_name_once_and_for_all(project, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--partition", "nope"], "Invalid partition name specified. Partitions here: main."),
+        (["--partition", "nope"], "Invalid partition name specified. Partitions here: main, urgent, "),
         (["--nodes", "3"], "Requested node configuration is not available"),
         (["--time", "soon"], "Invalid --time specification"),
         (["run.name=a%j"], "Slurm gives % and \\ in the path of a log another meaning"),

@@ -35,6 +35,7 @@ def test_the_log_tells_both_halves(project, preempted):
     log = project.log(preempted[0])
     assert log.count("ddp on 2 nodes x 1 processes") == 2 == log.count("ddp on 2 x cpu")
     assert "Stopped at kimg" in log and "requeue 1 of at most 100" in log and "Finished at kimg 2.4" in log
+    assert "warning: n1: 1 CPUs for 1 processes with 1 loaders each" in log, "as Slurm has it if not asked"
     assert "Traceback" not in log and "error" not in log.replace("slurmstepd-n1: error: ***", "")
 
 

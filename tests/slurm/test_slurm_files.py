@@ -1,0 +1,211 @@
+"""What is written for Slurm and what is said to it, seen from outside: no cluster is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from launching import FASHION, ROOT
+
+from launch import index_copies, nodes, slurm
+from launch.submit import submit
+from pipeline import config
+from pipeline.config import Config, Data, UserError
+from pipeline.data.index import load_index
+from pipeline.data.record import places
+
+URL = "https://me:secret@host/data"
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A Slurm that takes every job but those that wait for another, and notes what it is told."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(f"data: {{train: {FASHION}, size: 28, channels: 1, workers: 3}}\n")
+    folder, note = tmp_path / "slurm", tmp_path / "said"
+    folder.mkdir()
+    for name in ("sbatch", "scancel", "sinfo"):
+        (folder / name).write_text(
+            f'#!/bin/bash\necho "{name} $*" >> {note}\n'
+            '[[ "$*" != *--dependency* ]] || { echo "sbatch: error: too many jobs" >&2; exit 1; }\n'
+            'echo "${REPLY_OF_SBATCH:-17}"\n'
+        )
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return lambda: note.read_text().splitlines() if note.exists() else []
+
+
+def hand_in(*lines: list[str], gather: list[str] | None = None) -> slurm.ArrayJob:
+    resources = slurm.Resources(time="10", partition="long")
+    return slurm.submit_array(lines, Path("runs/array"), resources, name="a", throttle=1, gather=gather)
+
+
+def test_an_array_whose_gathering_job_is_refused_does_not_run(said) -> None:
+    with pytest.raises(UserError, match=r"too many jobs.*job 17, the runs, is cancelled"):
+        hand_in(["tiny.yaml"], gather=["launch.gather", "runs.txt"])
+    calls = [line.split()[:2] for line in said()]
+    assert [call[0] for call in calls] == ["sbatch"] * 4 + ["scancel"] and calls[-1] == ["scancel", "17"]
+    assert [call[1] for call in calls[:2]] == ["--test-only"] * 2, (
+        "both are looked at before one is handed in"
+    )
+
+
+def test_a_line_break_would_be_another_line(said) -> None:
+    with pytest.raises(UserError, match="has a line break"):
+        hand_in(["tiny.yaml", "run.name=a\nb"])
+    assert not said() and not Path("runs").exists()
+
+
+def test_what_is_asked_for_wins_over_the_users_variables(said) -> None:
+    hand_in(["tiny.yaml"])
+    line = said()[-1]
+    for option in (
+        "--time=10",
+        "--partition=long",
+        "--job-name=a",
+        "--array=1-1%1",
+        "--cpus-per-task=1",
+        "--output=",
+    ):
+        assert option in line
+    assert "--account" not in line and "--signal" not in line
+
+
+def test_no_secret_is_in_the_files_of_an_array(said) -> None:
+    with pytest.raises(UserError, match="a user, password or signature in a URL") as refused:
+        hand_in(["tiny.yaml", f"data.train={URL}"])
+    assert "secret" not in str(refused.value) and not said() and not Path("runs").exists()
+
+
+def test_the_log_of_an_array_names_the_run_and_tells_no_secret(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "train.sbatch").write_text('printf "<%s>" "$@" > arguments\n')
+    (tmp_path / "runs.txt").write_text(
+        f"tiny.yaml 'run.name=of mine' data.train={URL}\ntiny.yaml 'run.name=\n"
+    )
+
+    def element(number: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", str(ROOT / "slurm" / "array.sbatch"), "runs.txt"],
+            check=False,
+            cwd=tmp_path,
+            env={
+                "PATH": os.environ["PATH"],
+                "SHARDGAN_CODE": str(tmp_path),
+                "SLURM_ARRAY_TASK_ID": f"{number}",
+            },
+            capture_output=True,
+            text=True,
+        )
+
+    assert element(1).stdout == "runs.txt, line 1: of mine\n"
+    assert (tmp_path / "arguments").read_text() == f"<tiny.yaml><run.name=of mine><data.train={URL}>"
+    assert (element(2).returncode, element(2).stderr) == (
+        2,
+        "error: runs.txt, line 2: a quote is not closed\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (["--procs", "4"], ["--procs 4 need a GPU each, but --gpus is 2."]),
+        (["--cpus", "2"], ["warning: --cpus 2 for 2 processes with 3 loaders each", "all shards are read …"]),
+    ],
+)
+def test_what_submit_says(said, arguments: list[str], texts: list[str]) -> None:
+    line = ["tiny.yaml", "--nodes", "1", "--gpus", "2", "--dry-run", *arguments]
+    result = CliRunner().invoke(submit, line)
+    assert all(text in result.stderr + str(result.exception) for text in texts)
+
+
+def test_gpus_that_were_not_asked_for_are_not_used(said) -> None:
+    texts = [slurm.render("a", Path("f"), "s", [], slurm.Resources(gpus=gpus)).text for gpus in (0, 1)]
+    assert ["ACCELERATE_USE_CPU" in text for text in texts] == [True, False]
+
+
+# nodes
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    (tmp_path / "tiny.yaml").write_text(f"data: {{train: {FASHION}, size: 28, channels: 1, workers: 3}}\n")
+    return config.load(tmp_path / "tiny.yaml", [f"run.out={tmp_path}/runs", "run.name=r"])
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SHARDGAN_PROCS": "2", "SHARDGAN_CPUS": "1"}
+    for name, value in here.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_few_cpus_are_told_of(settings: Config, job: None, capsys: pytest.CaptureFixture[str]) -> None:
+    _, description, *_ = nodes.plan(settings, 2, "n1")
+    assert description.name == "nodes-7-2.json", "what a node still sees of the start before is not this"
+    assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (told := capsys.readouterr().err)
+    assert "Ask for --cpus-per-task=8." in told
+
+
+def test_a_file_system_that_lags(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At first there is half of the description to be seen, and later nothing but that."""
+    _, description, *_ = nodes.plan(settings, 2, "n1")
+    whole = description.read_text()
+    description.write_text(whole[:20])
+    later = threading.Timer(0.5, lambda: description.write_text(whole))
+    later.start()
+    nodes.check(settings, description, "n2")
+    later.join()
+    description.write_text("")
+    monkeypatch.setattr(nodes, "_SEEN_WITHIN", 0.3)
+    with pytest.raises(UserError, match="is not whole here"):
+        nodes.check(settings, description, "n2")
+
+
+def test_gpus_that_torch_cannot_use(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    _, description, *_ = nodes.plan(settings, 2, "n1")
+    nodes.check(settings, description, "n1")  # on CPUs, as the environment of the tests asks for
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises(UserError, match=r"2 processes, but torch \S+ can use 1 GPUs here\. Ask for as many"):
+        nodes.check(settings, description, "n1")
+
+
+# the index
+
+
+def test_an_index_of_the_cache_goes_with_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of data that cannot be written: nothing of it lies beside them."""
+    bare = tmp_path / "data"
+    bare.mkdir()
+    for shard in FASHION.glob("*.tar"):
+        (bare / shard.name).symlink_to(shard)
+    data = replace(Data(), train=str(bare))
+    known = load_index(str(bare))
+    login, node = tmp_path / "login", tmp_path / "node"
+    monkeypatch.setenv("SHARDGAN_CACHE", str(login))
+    index_copies.keep(data, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists(), "it lies beside the data"
+    cached = places(bare)[1]
+    cached.parent.mkdir(parents=True)
+    cached.mkdir()
+    for name in ("index.json", ".shardgan"):
+        (bare / name).rename(cached / name)
+    index_copies.keep(data, tmp_path / "kept")
+    monkeypatch.setenv("SHARDGAN_CACHE", str(node))
+    monkeypatch.setenv("SHARDGAN_INDEX", str(tmp_path / "kept"))
+    index_copies.bring(data)
+    told: list[str] = []
+    assert load_index(str(bare), told.append).fingerprint == known.fingerprint and not told
+    copy = places(bare)[1] / "index.json"
+    copy.write_text("newer")
+    index_copies.bring(data)
+    assert copy.read_text() == "newer"
+    os.utime(copy, (0, 0))
+    index_copies.bring(data)
+    assert copy.read_bytes() == (cached / "index.json").read_bytes()

@@ -1,0 +1,131 @@
+"""Jobs among settings of clusters and users that could lead them astray: each trains a little."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launching import BIN, FASHION, rows_written
+
+pytestmark = pytest.mark.long
+SHORT = "run.total_kimg=0.12"
+
+# Its first word goes to a file, python3 is the one of the tests; it forgets which signals were ignored.
+IMAGE = """
+import os, signal, sys
+for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+with open(os.environ["RUN_IN_IMAGE"], "a") as file:
+    print(sys.argv[1], file=file)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@pytest.fixture(autouse=True)
+def queue_left_empty(project) -> Iterator[None]:
+    yield
+    project.cluster.run("scancel", "--user=root")
+
+
+@pytest.fixture
+def image(project) -> dict[str, str]:
+    """A command to put before python, as a container's."""
+    (project.path / "image.py").write_text(IMAGE)
+    noted = project.path / "run-in-image"
+    noted.unlink(missing_ok=True)
+    return {
+        "SHARDGAN_CONTAINER": f"{sys.executable} {project.path}/image.py",
+        "RUN_IN_IMAGE": str(noted),
+    }
+
+
+@pytest.fixture
+def elsewhere(project) -> Iterator[str]:
+    """Shards without an index, on a web server that the nodes reach."""
+    shards = project.path / "shards"
+    shards.mkdir()
+    for shard in FASHION.glob("*.tar"):
+        (shards / shard.name).symlink_to(shard)
+    serve = [sys.executable, "-m", "http.server", "8123", "--directory", str(shards)]
+    server = subprocess.Popen(
+        [*project.cluster.machines["head"].enter(), *serve],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield "http://head:8123/"
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"SLURM_EXPORT_ENV": "NONE"},  # as after sbatch --export=NONE
+        {"SBATCH_EXPORT": "SHARDGAN_VENV,SHARDGAN_LOCAL,ACCELERATE_USE_CPU,OMP_NUM_THREADS"},
+        {"SBATCH_CPUS_PER_GPU": "2"},
+    ],
+)
+def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(project, options) -> None:
+    name, gpus = next(iter(options)), "--gpus-per-node=1"
+    job = project.sbatch(
+        "--nodes=2", gpus, "slurm/train.sbatch", "configs/tiny.yaml", f"run.name={name}", SHORT, **options
+    )
+    assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
+    assert project.run(name).done
+
+
+def test_options_for_srun_reach_every_step(project) -> None:
+    """As a plugin for containers needs them: also what is looked at before, and the gathering job."""
+    mark, marks = project.path / "mark.sh", project.path / "marks"
+    mark.write_text(f'#!/bin/sh\necho "$SLURM_JOB_ID $SLURMD_NODENAME" >> {marks}\n')
+    mark.chmod(0o755)
+    options = {"SHARDGAN_SRUN": f"--task-prolog={mark}"}
+    job = project.sbatch(
+        "--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=marked", SHORT, **options
+    )
+    (project.path / "marked.txt").write_text("configs/tiny.yaml run.name=marked\n")
+    line = (f"--dependency=afterok:{job}", "slurm/gather.sbatch", "launch.gather", "marked.txt")
+    gather = project.sbatch(*line, **options)
+    assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
+    assert project.cluster.ended(gather)["JobState"] == "COMPLETED", project.log(gather)
+    seen = marks.read_text().splitlines()
+    assert sorted(seen)[:5] == [f"{job} n1"] * 3 + [f"{job} n2"] * 2 and seen[5:] == [f"{gather} n1"]
+
+
+def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(
+    project, image, elsewhere
+) -> None:
+    """The image's own python3, not that of the login node; the index from a cache that only that one has. And
+    what was asked for wins over SBATCH_*."""
+    alone = f"{project.cluster.local}/home"  # on the disk of the head
+    environment = project.environment | image | {"HOME": alone, "PYTHONPATH": str(project.path)}
+    del environment["SHARDGAN_VENV"]
+    environment |= {"SBATCH_TIMELIMIT": "1", "SBATCH_JOB_NAME": "theirs", "SBATCH_OUTPUT": f"{alone}/log"}
+
+    def shardgan(*arguments: str) -> str:
+        line = (str(BIN / "shardgan"), *arguments)
+        return project.cluster.run(*line, cwd=project.path, **environment).stdout
+
+    shardgan("prepare", "--index-only", elsewhere)
+    name = "from elsewhere"
+    settings = (f"data.train={elsewhere}", f"run.name={name}", SHORT)
+    said = shardgan("submit", "configs/tiny.yaml", "--nodes=2", "--gpus=0", "--time=30", *settings)
+    job = said.split()[1].rstrip(":")
+    seen = project.cluster.ended(job)
+    assert seen["JobState"] == "COMPLETED", project.log(job)
+    assert (seen["JobName"], seen["TimeLimit"]) == ("from_elsewhere", "00:30:00")
+    assert seen["StdOut"] == str(project.run(name).path / "slurm" / "1" / f"{job}.log")
+    assert set(Path(image["RUN_IN_IMAGE"]).read_text().split()) == {"python3"}
+
+
+def test_a_runtime_that_forgets_which_signals_are_ignored(project, image) -> None:
+    """The launcher lives on while its processes save, all the same."""
+    line = ("--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=forgetful", "run.total_kimg=24")
+    job, run = project.sbatch(*line, **image), project.run("forgetful")
+    project.cluster.until(job, lambda _: rows_written(run.path, 2)())
+    project.preempt(job)
+    project.cluster.until(job, lambda seen: seen["Restarts"] == "1")
+    assert run.stopped_at > 0
