@@ -7,6 +7,7 @@ shuffled once, by a fixed seed, so that every shard is a fair sample of the whol
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import io
 import json
 import multiprocessing
@@ -91,11 +92,12 @@ def prepare(
 
 
 def _told(source: str) -> dict[str, str]:
-    """What is kept of where the images come from: the name, and, as many have the same, the whole path."""
+    """What is kept of where the images come from: the name, and, as many have the same, a digest of the path
+    (data that are published need not tell it)."""
     if source in KNOWN:
         return {"source": source}
     path = redacted(source) if "://" in source else os.path.realpath(Path(source).expanduser())
-    return {"source": Path(path).name, "path": path}
+    return {"source": Path(path).name, "path": hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}
 
 
 def _cores() -> int:

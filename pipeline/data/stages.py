@@ -28,28 +28,40 @@ Decoded = tuple[NDArray[np.uint8], int]
 Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
 
 
-def load_stages(names: Sequence[str]) -> tuple[Stage, ...]:
-    """A user's own stages, each named as package.module:name, which may lie in the current folder.
+class OwnStage:
+    """A user's own stage by its name, package.module:name, which may lie in the current folder.
 
-    Raises UserError for one that cannot be imported, or called.
+    A worker that is not forked finds it by that name too: what it is made of, a lambda say, need not pickle.
+    Raises UserError if it cannot be imported, or called.
     """
-    if names and str(Path.cwd()) not in sys.path:  # under `python -m` it is, under the shardgan command not
-        sys.path.insert(0, str(Path.cwd()))
-    stages = []
-    for name in names:
+
+    def __init__(self, name: str) -> None:
+        if str(Path.cwd()) not in sys.path:  # under `python -m` it is, under the shardgan command not
+            sys.path.insert(0, str(Path.cwd()))
+        self._name = name
         module, _, attribute = name.partition(":")
         try:
-            stages.append(getattr(importlib.import_module(module), attribute))
+            self._stage: Stage = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(
                 f"data.stages: {name} (package.module:name) cannot be imported: {reason}"
             ) from error
-        if not callable(stages[-1]):
+        if not callable(self._stage):
             raise UserError(
                 f"data.stages: {name} is not a stage, which is called with an iterator of samples."
             )
-    return tuple(stages)
+
+    def __call__(self, samples: Iterable[Sample]) -> Iterable[Sample]:
+        return self._stage(samples)
+
+    def __reduce__(self) -> tuple[type[OwnStage], tuple[str]]:
+        return type(self), (self._name,)
+
+
+def load_stages(names: Sequence[str]) -> tuple[Stage, ...]:
+    """A user's own stages. Raises UserError, see `OwnStage`."""
+    return tuple(map(OwnStage, names))
 
 
 def apply(stages: Sequence[Stage], sample: Sample) -> Sample:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from pipeline.data.stream import (
     check_images,
     heldout_batches,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_users_stage_before_decoding(make_shards: MakeShards) -> None:
@@ -98,6 +103,23 @@ def test_stages_by_name(own_stages: None, make_shards: MakeShards) -> None:
         strict=True,
     ):
         assert (a.labels == b.labels).all() and (a.images == 255 - b.images)[:valid].all()  # type: ignore[union-attr]
+
+
+def test_a_stage_made_of_a_lambda_reaches_a_worker_that_is_not_forked(own_stages: None) -> None:
+    """As they are not beside a GPU: it travels by its name."""
+    (stage,) = load_stages(["stages_of_mine:few"])
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(sys.modules["stages_of_mine"].few)
+    samples = "[{'__key__': key} for key in ('a2', 'a3')]"
+    line = f"import pickle, sys; print(list(pickle.load(sys.stdin.buffer)({samples})))"
+    ended = subprocess.run(
+        [sys.executable, "-c", line],
+        input=pickle.dumps(stage),
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert ended.stdout == b"[{'__key__': 'a3'}]\n"
 
 
 @pytest.mark.parametrize(
