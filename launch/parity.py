@@ -67,37 +67,48 @@ class Case:
         )
 
 
+def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
+    return tuple(f"optim.{player}.{key}" for player in "GD" for key in (f"kind={kind}", *keys))
+
+
+SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
+ADAM = _optimizers("adam", "lr=1e-3")
+CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
+
+
+def shared_batch(world: int) -> int:
+    """Images that `world` ranks can share in two rounds: as many for 1, 2, 3 and 6 ranks."""
+    return next(n for n in itertools.count(12) if n % (2 * world) == 0)
+
+
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
     what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice,
     residual networks, parameters that do not train, tied ones (which FSDP2 does not do).
-
-    The batch is one that `world` ranks can share in two rounds: the same for 1, 2, 3 and 6 ranks.
     """
-    batch = next(n for n in itertools.count(12) if n % (2 * world) == 0)
+    batch = shared_batch(world)
     penalties = {
         "none": (),
         "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
         "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
     }
-    clips = {"free": (), "clipped": ("optim.G.clip=0.5", "optim.D.clip=0.3")}
-    sgd = _optimizers("sgd", "lr=0.02", "momentum=0.5")
-    adam = _optimizers("adam", "lr=1e-3")
+    clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}
     found = []
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
         (1, 2), clips.items(), penalties.items()
     ):
         resumed = clip == "clipped" and rounds == 2  # what a checkpoint holds depends on neither
-        for kind, optimizer in {"sgd": sgd, "adam": adam}.items():
+        for kind, optimizer in {"sgd": SGD, "adam": ADAM}.items():
             if kind == "sgd" or penalty == "l2":
                 name, settings = f"{kind}-{penalty}-{clip}-{rounds}", (*optimizer, *lambdas, *clipping)
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
-        "r1": ("penalty.r1.gamma=1.0", "penalty.r1.interval=2"),
-        "r1-clipped": ("penalty.r1.gamma=1.0", "penalty.r1.interval=2", *clips["clipped"]),
+        "r1": R1,
+        "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),
-        "spectral-r1": ("D.options.spectral_norm=true", "penalty.r1.gamma=1.0", "penalty.r1.interval=2"),
+        "spectral-r1": ("D.options.spectral_norm=true", *R1),
         "group": ("G.options={width: 8, norm: group}", "D.options={width: 8, norm: group}"),
         "instance": ("G.options.norm=instance", "D.options.norm=instance"),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
@@ -115,12 +126,8 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     for name, settings in special.items():
         # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
         rounds = 1 if "spectral" in name else 2
-        found.append(Case(name, (*sgd, *penalties["l2"], *settings), rounds, batch))
+        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, batch))
     return found
-
-
-def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
-    return tuple(f"optim.{player}.{key}" for player in "GD" for key in (f"kind={kind}", *keys))
 
 
 def reals(case: Case, count: int) -> list[Batch]:

@@ -18,6 +18,14 @@ from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
 
+def untrained(case: Case) -> Tensors:
+    """Weights of G, D and G_ema before the first update."""
+    settings, state = case.config(world=1), initial_state(case)
+    players = {"G": build_G(settings, state.num_classes), "D": build_D(settings, state.num_classes)}
+    players["G_ema"] = players["G"]
+    return {f"{name}/{key}": p.detach() for name, module in players.items() for key, p in _trained(module)}
+
+
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
     settings, state, rows = case.config(world=1), initial_state(case), []

@@ -29,12 +29,20 @@ if TYPE_CHECKING:
 
     from launch.parity import Case
 
-    Trained = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
+    Tensors = dict[str, torch.Tensor]
+    Trained = tuple[Tensors, list[dict[str, float]]]
+    Difference = tuple[str, str, float]  # column, what, error
 
 COLUMNS = ("loss", "penalty", "gradient", "parameters", "EMA", "resume")
 WEIGHTS = 1e-6  # largest error of any weight after all updates, absolute
 VALUES = 1e-5  # of any chart, relative, but never stricter than a tenth of that absolutely
+# In bf16 and fp16 charts may be off by as much as a few roundings of a number with 8 or 11 bits.
+LOW_VALUES = {"bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
+# And the weights by this part of the way they have gone. That is not a matter of bits alone: where a gradient
+# is nearly zero, Adam takes a whole step to one side or the other.
+LOW_WAY = 0.05
 _RESUMED = "resumed/"
+_SKIP = "skip"  # a column in bf16 and fp16: is an update that overflows left out, and no other
 # Strategy → a DeepSpeed config with which even the smallest parameter is partitioned, as theirs are.
 PARTITION_ALL = {"zero3": Path(__file__).parent / "deepspeed" / "zero3-partition-all.json"}
 
@@ -42,8 +50,12 @@ PARTITION_ALL = {"zero3": Path(__file__).parent / "deepspeed" / "zero3-partition
 @click.command()
 @click.option("--strategies", help="With commas between them. Default: all six.")
 @click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU 2.")
-def selfcheck(strategies: str | None, procs: int | None) -> None:
+@click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -> None:
     """Train small GANs under every strategy and compare with plain torch, to float32's rounding.
+
+    With --mixed_precision bf16 or fp16 the comparison is with float32 too, to the rounding of fewer bits: a
+    few cases, fp16's loss scale, and an update that overflows and must be left out.
 
     Prints the worst error of each strategy and exits 1 if any is beyond rounding: paste the table into bug
     reports.
@@ -60,39 +72,79 @@ def selfcheck(strategies: str | None, procs: int | None) -> None:
     if gpus and (procs or 1) > gpus:
         raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
     procs = procs or gpus or 2
-    console, table, failures, missed = Console(), _table(), [], False
+    console, table, failures, missed = Console(), _table(mixed_precision), [], False
     with tempfile.TemporaryDirectory(prefix="shardgan-selfcheck-") as folder:
         for strategy in chosen:
             world = 1 if strategy == "single" else procs
             out = Path(folder) / strategy
             out.mkdir()
             with console.status(f"{strategy}, {world} process{'es' * (world > 1)} …"):
-                module = ["launch.parity", str(out)]
-                deepspeed = PARTITION_ALL.get(strategy)
-                ended = workers.launch(strategy, world, module, on_cpu=not gpus, deepspeed=deepspeed)
-                errors = (
-                    judge(out, strategy, world, "cuda" if gpus else "cpu") if ended.returncode == 0 else {}
-                )
-            if ended.returncode:
-                failures.append(f"{strategy} failed:\n{(ended.stdout + ended.stderr)[-3000:]}")
-            missed |= any(error > tolerance(column) for column, error in errors.items())
-            table.add_row(strategy, str(world), *_cells(errors))
+                errors, failure = _errors(strategy, world, out, "cuda" if gpus else "cpu", mixed_precision)
+            failures += [failure] if failure else []
+            missed |= any(error > tolerance(column, mixed_precision) for column, error in errors.items())
+            table.add_row(strategy, str(world), *_cells(errors, mixed_precision))
     console.print(table)
-    click.echo(_versions(procs))
+    click.echo(f"{_versions(procs)}; mixed_precision {mixed_precision}")
     for failure in failures:
         click.echo(failure, err=True)
     sys.exit(1 if failures or missed else 0)
 
 
-def judge(out: Path, strategy: str, world: int, device: str) -> dict[str, float]:
+def _errors(
+    strategy: str, world: int, out: Path, device: str, precision: str
+) -> tuple[dict[str, float], str | None]:
+    """What `judge` says of a strategy, trained into `out`; or nothing, and what its processes said."""
+    ended = workers.launch(
+        strategy,
+        world,
+        ["launch.parity" if precision == "no" else "launch.low_precision", str(out)],
+        on_cpu=device == "cpu",
+        deepspeed=PARTITION_ALL.get(strategy),
+        precision=precision,
+    )
+    if ended.returncode:
+        return {}, f"{strategy} failed:\n{(ended.stdout + ended.stderr)[-3000:]}"
+    return judge(out, strategy, world, device, precision), None
+
+
+def judge(out: Path, strategy: str, world: int, device: str, precision: str = "no") -> dict[str, float]:
     """Column → the worst error over all cases that a launch wrote to `out`."""
     from launch import parity
 
+    if precision != "no":
+        return _judge_low(out, world, device, precision)
     worst = dict.fromkeys(COLUMNS, 0.0)
     for case in parity.cases(world, strategy):
         for column, _, error in differences(read(out, case.name), expected(case, device)):
             worst[column] = max(worst[column], error)
     return worst
+
+
+def _judge_low(out: Path, world: int, device: str, precision: str) -> dict[str, float]:
+    from launch import low_precision, plain
+
+    worst = dict.fromkeys(columns(precision), 0.0)
+    for case in low_precision.cases(world):
+        trained, reference = read(out, case.name), expected(case, device)
+        found = [error for error in differences(trained, reference) if error[0] not in ("parameters", "EMA")]
+        found += part_of_the_way(trained[0], reference[0], plain.untrained(case))
+        for column, _, error in found:
+            worst[column] = max(worst[column], error)
+    rows = json.loads((out / low_precision.OVERFLOW).read_text())
+    worst[_SKIP] = 0.0 if low_precision.skipped_alone(rows, precision) else math.inf
+    return worst
+
+
+def part_of_the_way(trained: Tensors, reference: Tensors, untrained: Tensors) -> Iterator[Difference]:
+    """The error of all weights of G, D and G_ema together, as a part of how far they have gone."""
+    for player in ("G", "D", "G_ema"):
+        names = [name for name in reference if name.startswith(f"{player}/")]
+        error, way = (
+            sum(float((a[name].double() - reference[name].double()).square().sum()) for name in names)
+            for a in (trained, untrained)
+        )
+        part = math.sqrt(error / way) if math.isfinite(error) else math.inf
+        yield "EMA" if player == "G_ema" else "parameters", player, part
 
 
 def read(folder: Path, case: str) -> Trained:
@@ -112,7 +164,7 @@ def expected(case: Case, device: str = "cpu") -> Trained:
     return plain.train(case, device)
 
 
-def differences(trained: Trained, reference: Trained) -> Iterator[tuple[str, str, float]]:
+def differences(trained: Trained, reference: Trained) -> Iterator[Difference]:
     """(column, what, error) of everything that was trained; nan and what is missing are infinitely wrong."""
     (weights, rows), (true_weights, true_rows) = trained, reference
     unbroken = {name for name in weights if not name.startswith(_RESUMED)}
@@ -129,8 +181,14 @@ def differences(trained: Trained, reference: Trained) -> Iterator[tuple[str, str
             yield _column(chart), f"{chart} in update {update}", error if math.isfinite(error) else math.inf
 
 
-def tolerance(column: str) -> float:
+def columns(precision: str = "no") -> tuple[str, ...]:
+    return COLUMNS if precision == "no" else (*COLUMNS, _SKIP)
+
+
+def tolerance(column: str, precision: str = "no") -> float:
     """The largest error that is rounding."""
+    if precision != "no" and column not in ("resume", _SKIP):
+        return LOW_WAY if column in ("parameters", "EMA") else LOW_VALUES[precision]
     return WEIGHTS if column in ("parameters", "EMA", "resume") else VALUES
 
 
@@ -145,21 +203,25 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def _cells(errors: dict[str, float]) -> list[str]:
+def _cells(errors: dict[str, float], precision: str) -> list[str]:
     if not errors:
-        return ["[red]failed[/red]"] * len(COLUMNS)
-    return [
-        f"[green]{error:.0e} ✓[/green]" if error <= tolerance(column) else f"[red]{error:.0e} ✗[/red]"
-        for column, error in errors.items()
-    ]
+        return ["[red]failed[/red]"] * len(columns(precision))
+    cells = []
+    for column, error in errors.items():
+        number = "" if column == _SKIP else f"{error:.0e} "
+        right = error <= tolerance(column, precision)
+        cells.append(f"[green]{number}✓[/green]" if right else f"[red]{number}✗[/red]")
+    return cells
 
 
-def _table() -> Table:
+def _table(precision: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Worst error against plain torch", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("strategy", "procs", *COLUMNS):
+    table = Table(
+        title="Worst error against plain torch", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False
+    )
+    for name in ("strategy", "procs", *columns(precision)):
         table.add_column(name, no_wrap=True)
     return table
 

@@ -47,6 +47,7 @@ def launch(
     on_cpu: bool,
     *,
     deepspeed: Path | None = None,
+    precision: str = "no",
     environment: dict[str, str] | None = None,
     timeout: float = 1800,
 ) -> subprocess.CompletedProcess[str]:
@@ -55,7 +56,7 @@ def launch(
     deepspeed: a JSON config instead of the strategy's own. Raises subprocess.TimeoutExpired, with nothing
     left running.
     """
-    options = ["--num_processes", str(world)]
+    options = ["--num_processes", str(world), "--mixed_precision", precision]
     if strategy != "single":
         options += ["--main_process_port", str(free_port())]
     if deepspeed:

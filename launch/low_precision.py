@@ -1,0 +1,84 @@
+"""Small trainings in bf16 and fp16, whose error is what so few bits round, and no more.
+
+`accelerate launch --mixed_precision … -m launch.low_precision OUT` trains the cases below and writes what
+came out, and what became of an update that overflowed. `shardgan selfcheck --mixed_precision` compares with
+plain torch in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launch import parity
+from launch.parity import Case
+from pipeline.parallel.loss_scale import START
+from pipeline.parallel.ranks import Ranks, end_process
+from pipeline.run.stats import Stats
+from pipeline.step import train_step
+
+OVERFLOW = "overflow.json"
+# So large that one that is lost, or scaled with the loss, cannot hide behind the rounding.
+_PENALTIES = ("penalty.G.l2=5e-2", "penalty.D.l2=6e-2", "penalty.l1=1e-3")
+_CASES = {
+    "momentum": (*parity.SGD, *_PENALTIES),
+    "adam-clipped": (*parity.ADAM, *_PENALTIES, *parity.CLIPPED),
+    "r1-clipped": (*parity.SGD, *_PENALTIES, *parity.R1, *parity.CLIPPED),
+}
+
+
+def cases(world: int = 1) -> list[Case]:
+    """Momentum, Adam and R1, in two rounds of several images each: the gradient of a single one may overflow
+    at fp16's first loss scale, which leaves an update out."""
+    batch = 4 * parity.shared_batch(world)
+    return [Case(name, settings, 2, batch, resumed="adam" in name) for name, settings in _CASES.items()]
+
+
+def main(out: Path) -> None:
+    """Train every case in the launcher's precision, as launch.parity does, and write OUT/overflow.json."""
+    ranks = parity.join()
+    chosen = cases(ranks.world)
+    parity.train_all(chosen, ranks, out)
+    seen = overflow(chosen[0], ranks)
+    if ranks.main:
+        (out / OVERFLOW).write_text(json.dumps(seen))
+    ranks.leave()
+
+
+def overflow(case: Case, ranks: Ranks) -> list[dict[str, Any]]:
+    """For each of three updates, with nothing finite in D's gradient in the second: which weights changed,
+    D's loss scale after it if there is one, and the charted norm of D's gradient."""
+    state, rows = parity.initial_state(case), []
+    gan, batches = parity.start(case, state, ranks)
+    stats = Stats(ranks.device)
+    for update in range(3):
+        batch = next(batches)
+        if update == 1 and ranks.main:  # one rank's overflow is all ranks'
+            batch = batch._replace(images=torch.full(batch.images.shape, torch.inf))
+        before = parity.whole(gan)
+        state.cur_nimg = train_step(gan, iter([batch]), state.cur_nimg, stats)
+        after = parity.whole(gan)
+        changed = {name.partition("/")[0] for name, t in after.items() if not torch.equal(t, before[name])}
+        scale = gan.D.optimizer_state()[0].get("loss_scale")
+        norm = stats.reduce(ranks, {}).values["Gradients/D/norm"]
+        rows.append(
+            {"changed": sorted(changed), "scale": None if scale is None else float(scale), "norm": norm}
+        )
+    return rows
+
+
+def skipped_alone(rows: list[dict[str, Any]], precision: str) -> bool:
+    """Whether `overflow` saw D's second update, and no other, left out, and the loss scale halved for it."""
+    everything = ["D", "G", "G_ema"]
+    scales = [START, START / 2, START / 2] if precision == "fp16" else [None] * 3
+    changed = [row["changed"] for row in rows]
+    return changed == [everything, ["G", "G_ema"], everything] and [row["scale"] for row in rows] == scales
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    end_process(0)
