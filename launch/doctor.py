@@ -62,7 +62,7 @@ def doctor(
         found = [would_fail("config", str(error))]
     else:
         job = job_of(resolved, nodes, gpus, strategy, mixed_precision)
-        with _bar() as progress:
+        with bar() as progress:
             found = examine(job, progress)
         if live:
             from launch import doctor_live
@@ -207,7 +207,7 @@ def _rank_map(job: Job) -> Iterator[str]:
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def bar() -> Iterator[Progress]:
     """A progress bar for the bytes of the shards, on stderr, if that is a terminal."""
     from rich import progress
     from rich.console import Console

@@ -99,7 +99,7 @@ def _examine(settings: Config, run: Path, resources: Resources) -> None:
     """What `shardgan doctor` finds, told if it matters. A run that has begun had its data read before."""
     from rich.console import Console
 
-    from launch.doctor import _bar, examine, fails, job_of, show
+    from launch.doctor import bar, examine, fails, job_of, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.train import prepare_data
@@ -111,7 +111,7 @@ def _examine(settings: Config, run: Path, resources: Resources) -> None:
         return
     job = job_of(settings, resources.nodes, resources.procs, resources.strategy, resources.precision)
     click.echo("Looking at everything first; all shards are read …", err=True)
-    with _bar() as progress:
+    with bar() as progress:
         found = examine(job, progress)
     remarkable = [finding for finding in found if finding.verdict != "ok"]
     if remarkable:
