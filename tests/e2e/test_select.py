@@ -14,8 +14,10 @@ from launching import FASHION, run, shardgan
 from launching import Started as start
 from PIL import Image
 
-from launch import select_candidates, select_table, select_trials
-from launch.select_table import Outcome, Row, Table
+from launch.select import candidates as select_candidates
+from launch.select import table as select_table
+from launch.select import trials as select_trials
+from launch.select.table import Outcome, Row, Table
 from pipeline import config
 from pipeline.config import UserError
 

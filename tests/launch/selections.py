@@ -8,8 +8,9 @@ from pathlib import Path
 
 from launching import FASHION
 
-from launch import select_candidates, select_trials
-from launch.select_trials import Trial
+from launch.select import candidates as select_candidates
+from launch.select import trials as select_trials
+from launch.select.trials import Trial
 from pipeline import config
 from pipeline.config import Config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launch import bench_loader
+from launch.bench import loader as bench_loader
 from launch.cli import cli
 
 

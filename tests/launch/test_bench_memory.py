@@ -8,13 +8,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from launch import doctor_memory
 from launch.bench import bench
-from launch.bench_memory import held, held_in_theory, sent_in_theory
-from launch.doctor_networks import build_players
-from launch.finding import Job
-from launch.meter import storages
-from launch.penalty_worker import Clocked
+from launch.bench.memory import held, held_in_theory, sent_in_theory
+from launch.bench.meter import storages
+from launch.bench.penalty_worker import Clocked
+from launch.doctor import memory as doctor_memory
+from launch.doctor.finding import Job
+from launch.doctor.networks import build_players
 from launch.workers import launches, resnet_pair
 from pipeline.config import UserError, WeightPenalty, load
 from pipeline.gan.networks import build_D, build_G

@@ -7,8 +7,8 @@ import torch
 from click.testing import CliRunner
 
 from launch.bench import bench
-from launch.bench_rivals import BareMaths
-from launch.bench_step import Ours, _ratios, _unheeded
+from launch.bench.rivals import BareMaths
+from launch.bench.step import Ours, _ratios, _unheeded
 from pipeline.config import load
 from pipeline.gan.images import to_float
 

@@ -18,10 +18,13 @@ from click.testing import CliRunner, Result
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from launch import doctor, doctor_memory, doctor_networks, doctor_place
+from launch import doctor
 from launch.cli import cli
 from launch.doctor import examine, fails, job_of
-from launch.finding import Finding, Job
+from launch.doctor import memory as doctor_memory
+from launch.doctor import networks as doctor_networks
+from launch.doctor import place as doctor_place
+from launch.doctor.finding import Finding, Job
 from launch.train import ACCELERATE_FILES
 from pipeline import config
 from pipeline.gan.networks import build_D, build_G

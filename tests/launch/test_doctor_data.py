@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import doctor_data
-from launch.finding import Finding, Job
+from launch.doctor import data as doctor_data
+from launch.doctor.finding import Finding, Job
 from pipeline import config
 from pipeline.data import cache
 from pipeline.data.index import build_index, load_index

@@ -13,9 +13,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from launch import doctor_live, doctor_place, workers
+from launch import workers
 from launch.cli import cli
 from launch.doctor import fails
+from launch.doctor import live as doctor_live
+from launch.doctor import place as doctor_place
 from launch.train import free_port
 from pipeline.data.index import load_index
 
@@ -68,7 +70,7 @@ def _machine(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:
     launched = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     launched |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.doctor_worker", str(folder / "tiny.yaml")],
+        [sys.executable, "-m", "launch.doctor.worker", str(folder / "tiny.yaml")],
         cwd=here,
         env=os.environ | launched | {"PYTHONPATH": str(here)},
         stdout=subprocess.PIPE,

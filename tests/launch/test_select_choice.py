@@ -10,9 +10,12 @@ import pytest
 from launching import run, shardgan
 from selections import CONFIG, finish, selection
 
-from launch import select_candidates, select_plots, select_report, select_table
-from launch.select_candidates import Arm
-from launch.select_table import Outcome, Row, Table
+from launch.select import candidates as select_candidates
+from launch.select import plots as select_plots
+from launch.select import report as select_report
+from launch.select import table as select_table
+from launch.select.candidates import Arm
+from launch.select.table import Outcome, Row, Table
 from pipeline.config import UserError
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from selections import finish, selection
 
-from launch import select_run
-from launch.select_trials import Launch
+from launch.select import run as select_run
+from launch.select.trials import Launch
 from pipeline.config import UserError
 
 WRITES = "import json, os; print(json.dumps(dict(os.environ)))"

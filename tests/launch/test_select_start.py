@@ -10,8 +10,11 @@ import torch
 from launching import run, shardgan
 from selections import CONFIG, finish, refer, selection
 
-from launch import select_slurm, select_start, select_table, slurm
-from launch.select_trials import Launch
+from launch import slurm
+from launch.select import slurm as select_slurm
+from launch.select import start as select_start
+from launch.select import table as select_table
+from launch.select.trials import Launch
 from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.plan import heldout_plan

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from launch import parity
+from launch.selfcheck import parity
 from pipeline import config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from launch import low_precision, parity
+from launch.selfcheck import low_precision, parity
 from pipeline.parallel.ranks import Ranks
 
 CASES = ("adam-l2-clipped-2", "r1-clipped")

@@ -17,7 +17,7 @@ import skips
 import wire
 from safetensors.torch import save_file
 
-from launch import parity
+from launch.selfcheck import parity
 from pipeline.parallel.ranks import end_process
 
 CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves

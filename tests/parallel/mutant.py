@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from launch import parity
+from launch.selfcheck import parity
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import sum_of_squares

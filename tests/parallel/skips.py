@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from launch import parity
-from launch.parity import Case
+from launch.selfcheck import parity
+from launch.selfcheck.parity import Case
 from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks

@@ -10,7 +10,8 @@ import torch
 from launches import LAUNCHED
 from safetensors.torch import load_file
 
-from launch import parity, selfcheck
+from launch import selfcheck
+from launch.selfcheck import parity
 from pipeline.parallel.loss_scale import START, LossScale
 
 CASES = {case.name: case for case in parity.cases()}

@@ -9,7 +9,8 @@ import mutant
 import pytest
 from launches import run
 
-from launch import parity, selfcheck
+from launch import selfcheck
+from launch.selfcheck import parity
 from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ranks import read_launch

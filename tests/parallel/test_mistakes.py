@@ -8,7 +8,8 @@ import mutant
 import pytest
 from launches import run
 
-from launch import parity, selfcheck
+from launch import selfcheck
+from launch.selfcheck import parity
 
 CASES = {case.name: case for case in parity.cases()}
 EVERYWHERE = ("none", "doubled-penalty", "penalty-over-world", "gradients-left-in-D")

@@ -8,7 +8,8 @@ from in_ranks import CONTINUED
 from launches import EVERYWHERE, before
 from safetensors.torch import load_file
 
-from launch import parity, selfcheck
+from launch import selfcheck
+from launch.selfcheck import parity
 
 CASES = {case.name: case for case in parity.cases()}
 CELLS = [

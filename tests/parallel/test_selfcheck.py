@@ -10,7 +10,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from launch import low_precision, parity, selfcheck
+from launch import selfcheck
+from launch.selfcheck import low_precision, parity
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.weight_penalty import LocalPenalty

@@ -28,7 +28,7 @@ def test_collectives_of_every_library_wait_as_long_as_ours(launched, name):
     settled = json.loads((launched(name) / "settled.json").read_text())
     strategy, world = name.split("-")
     assert len(settled["timeouts"]) >= (2 if strategy.startswith("zero") else int(world) > 1)
-    assert set(settled["timeouts"]) <= {120}  # what launch.parity asks for
+    assert set(settled["timeouts"]) <= {120}  # what launch.selfcheck.parity asks for
     assert settled["timer"] is False
 
 

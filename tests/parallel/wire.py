@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launch import parity
-from launch.parity import Case
+from launch.selfcheck import parity
+from launch.selfcheck.parity import Case
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.stats import Stats

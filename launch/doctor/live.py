@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch import doctor_worker
-from launch.doctor_place import allocated, allocated_cpus
-from launch.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor import worker as doctor_worker
+from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.place import allocated, allocated_cpus
 from launch.train import environment_of
 from launch.workers import launch, launcher_file, run
 
-Node = dict[str, Any]  # as doctor_worker.describe and .place tell it
+Node = dict[str, Any]  # as worker.describe and .place tell it
 
 _TIMEOUT_S = 300.0
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
@@ -41,12 +41,12 @@ _CURES = {
 
 def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
     """Start as many processes as there are places for, and compare what they tell."""
-    nodes, module = _nodes_elsewhere(), ["launch.doctor_worker", config, *settings]
+    nodes, module = _nodes_elsewhere(), ["launch.doctor.worker", config, *settings]
     where = ", ".join(nodes) or "this machine"
     try:
         places = [doctor_worker.place()]
         if nodes:
-            ended = _srun(nodes, [sys.executable, "-m", "launch.doctor_worker"], dict(os.environ))
+            ended = _srun(nodes, [sys.executable, "-m", "launch.doctor.worker"], dict(os.environ))
             places = places_told(ended)
         if nodes and (ended.returncode or len(places) < len(nodes)):
             return [_failed(f"{where}, asked for their GPUs,", ended)]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.doctor_networks import Players
-from launch.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.networks import Players
 from launch.train import check_space, is_free
 from pipeline.config import UserError
 from pipeline.data.index import Index
@@ -23,7 +23,7 @@ from pipeline.data.locate import cache_folder
 from pipeline.run.features import load_features
 from pipeline.run.wandb_mode import choose_mode
 
-_CONSTRAINTS = Path(__file__).parent / "constraints.txt"
+_CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _PORT = 29500  # Accelerate's, if it is told no other
 
 # Packages that a run depends on to the version, and what is known to go wrong outside the supported range.
@@ -72,7 +72,7 @@ def _required() -> Sequence[str]:
     try:
         return importlib.metadata.requires("shardgan") or ()
     except importlib.metadata.PackageNotFoundError:
-        checkout = Path(__file__).parents[1] / "pyproject.toml"
+        checkout = Path(__file__).parents[2] / "pyproject.toml"
         if not checkout.exists():
             return ()
         found: list[str] = tomllib.loads(checkout.read_text())["project"]["dependencies"]

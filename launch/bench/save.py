@@ -29,7 +29,7 @@ def command(strategies: str, procs: int, params: float, times: int, images: int)
     for strategy, world in launches(strategies, [procs]):
         show_progress(strategy, world)
         settings = [str(times), *resnet_pair(params, 32, images, world)]
-        found = measure(strategy, world, "launch.save_worker", settings)
+        found = measure(strategy, world, "launch.bench.save_worker", settings)
         click.echo(json.dumps(found))
         seconds = (found[key] for key in ("copied", "waited_for", "alone", "beside"))
         size = f"{found['bytes'] / 2**20:,.0f} MiB"

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from launch.bench_memory import held_in_theory
-from launch.doctor_networks import Players
-from launch.doctor_place import moments_of
-from launch.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
-from launch.meter import LivePeak
+from launch.bench.memory import held_in_theory
+from launch.bench.meter import LivePeak
+from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.networks import Players
+from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
 from pipeline.gan.gradient_penalty import r1
 from pipeline.gan.images import to_float

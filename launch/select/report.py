@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.select_plots import curve, weights
-from launch.select_table import Row, Table
-from launch.select_trials import Trial
+from launch.select.plots import curve, weights
+from launch.select.table import Row, Table
+from launch.select.trials import Trial
 from pipeline import config
 from pipeline.credentials import redacted
 

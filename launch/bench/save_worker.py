@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from launch.penalty_worker import noise
+from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, read_launch

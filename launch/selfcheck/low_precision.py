@@ -1,8 +1,8 @@
 """Small trainings in bf16 and fp16, whose error is what so few bits round, and no more.
 
-`accelerate launch --mixed_precision … -m launch.low_precision OUT` trains the cases below and writes what
-came out, and what became of an update that overflowed. `shardgan selfcheck --mixed_precision` compares with
-plain torch in float32.
+`accelerate launch --mixed_precision … -m launch.selfcheck.low_precision OUT` trains the cases below and
+writes what came out, and what became of an update that overflowed. `shardgan selfcheck --mixed_precision`
+compares with plain torch in float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from launch import parity
-from launch.parity import Case
+from launch.selfcheck import parity
+from launch.selfcheck.parity import Case
 from pipeline.parallel.loss_scale import START
 from pipeline.parallel.ranks import Ranks, end_process
 from pipeline.run.stats import Stats
@@ -39,7 +39,7 @@ def cases(world: int = 1) -> list[Case]:
 
 
 def main(out: Path) -> None:
-    """Train every case in the launcher's precision, as launch.parity does, and write OUT/overflow.json."""
+    """Train every case in the launcher's precision, as parity.py does, and write OUT/overflow.json."""
     ranks = parity.join()
     chosen = cases(ranks.world)
     parity.train_all(chosen, ranks, out)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from launch.select_table import Row, Table
+from launch.select.table import Row, Table
 from pipeline.data.index import load_index
 from pipeline.data.plan import heldout_plan
 from pipeline.data.stages import load_stages

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from launch.select_candidates import Arm
+from launch.select.candidates import Arm
 from pipeline import config
 from pipeline.config import Config, UserError
 from pipeline.run.folder import DONE, check_same, finished

@@ -32,7 +32,7 @@ from pipeline.data.plan import training_plan
 from pipeline.data.prepare import tar_writer
 from pipeline.data.stream import training_batches
 
-_IMAGES = Path(__file__).parent.parent / "tests" / "assets" / "fashion-mnist-500"
+_IMAGES = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"
 _BATCH = 50
 _PER_SHARD = 250
 _KINDS: dict[str, tuple[int, Literal[1, 3], str]] = {

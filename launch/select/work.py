@@ -10,10 +10,14 @@ from pathlib import Path
 
 import click
 
-from launch import select_report, select_run, select_slurm, select_start, select_table
-from launch.select_run import Say
-from launch.select_table import Table
-from launch.select_trials import Launch, Trial
+from launch.select import report as select_report
+from launch.select import run as select_run
+from launch.select import slurm as select_slurm
+from launch.select import start as select_start
+from launch.select import table as select_table
+from launch.select.run import Say
+from launch.select.table import Table
+from launch.select.trials import Launch, Trial
 from launch.slurm import Resources
 from pipeline.config import Config
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
-from launch.select_trials import Launch, Trial
+from launch.select.trials import Launch, Trial
 from launch.train import ask_to_stop, cores, die_with_parent, process
 from pipeline.config import UserError
 

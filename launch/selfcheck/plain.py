@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch.parity import UPDATES, Case, Tensors, initial_state, reals
+from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, reals
 from pipeline.config import Config, Optimizer, WeightPenalty
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G

@@ -31,7 +31,7 @@ def command(strategies: str, procs: str, params: float, size: str, images: int) 
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         show_progress(strategy, world)
         settings = resnet_pair(params, int(size), images, world)
-        found.append(measure(strategy, world, "launch.memory_worker", settings))
+        found.append(measure(strategy, world, "launch.bench.memory_worker", settings))
         click.echo(json.dumps(found[-1]))
     _report(found, Console(width=110))
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm
-from launch.select_run import Say
-from launch.select_trials import Launch, Trial
+from launch.select.run import Say
+from launch.select.trials import Launch, Trial
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 

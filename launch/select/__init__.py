@@ -64,8 +64,9 @@ def select(
     continues where it was stopped. What comes out is in OUT/NAME: report.md, curve.png, table.json,
     table.csv, and best.yaml, ready to train.
     """
-    from launch import select_candidates, select_trials
-    from launch.select_work import Work
+    from launch.select import candidates as select_candidates
+    from launch.select import trials as select_trials
+    from launch.select.work import Work
     from launch.slurm import Resources
 
     if bool(grid) == bool(arms):

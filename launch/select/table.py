@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from launch.select_candidates import Arm
-from launch.select_trials import Trial
+from launch.select.candidates import Arm
+from launch.select.trials import Trial
 from pipeline.config import Config, UserError
 
 # What may be chosen by: the lower the better, and against held-out images, which fid50k_full is not.

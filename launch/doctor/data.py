@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import reserve
 from pipeline.data.decode import FORMATS

@@ -33,7 +33,7 @@ def command(strategies: str, procs: int, params: float, steps: int, size: str, i
     for strategy, world in launches(strategies, [procs]):
         show_progress(strategy, world)
         settings = resnet_pair(params, int(size), images, world)
-        found.append(measure(strategy, world, "launch.penalty_worker", [str(steps), *settings]))
+        found.append(measure(strategy, world, "launch.bench.penalty_worker", [str(steps), *settings]))
         click.echo(json.dumps(found[-1]))
     _report(found, Console())
 

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.select_run import shares
-from launch.select_trials import Launch, Trial
+from launch.select.run import shares
+from launch.select.trials import Launch, Trial
 from launch.train import check_space
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index

@@ -1,8 +1,8 @@
 """`shardgan selfcheck`: does every strategy train here, with these versions, what plain torch trains?
 
 Each strategy is started as in earnest, by `accelerate launch`, and runs all cases of the parity matrix
-(launch/parity.py); launch/plain.py trains them in one process without any of our engines. The tests judge
-by the same comparison.
+(parity.py); plain.py trains them in one process without any of our engines. The tests judge by the same
+comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from launch.parity import Case
+    from launch.selfcheck.parity import Case
 
     Tensors = dict[str, torch.Tensor]
     Trained = tuple[Tensors, list[dict[str, float]]]
@@ -44,7 +44,7 @@ LOW_WAY = 0.05
 _RESUMED = "resumed/"
 _SKIP = "skip"  # a column in bf16 and fp16: is an update that overflows left out, and no other
 # Strategy → a DeepSpeed config with which even the smallest parameter is partitioned, as theirs are.
-PARTITION_ALL = {"zero3": Path(__file__).parent / "deepspeed" / "zero3-partition-all.json"}
+PARTITION_ALL = {"zero3": Path(__file__).parents[1] / "deepspeed" / "zero3-partition-all.json"}
 
 
 @click.command()
@@ -97,7 +97,7 @@ def _errors(
     ended = workers.launch(
         strategy,
         world,
-        ["launch.parity" if precision == "no" else "launch.low_precision", str(out)],
+        ["launch.selfcheck.parity" if precision == "no" else "launch.selfcheck.low_precision", str(out)],
         on_cpu=device == "cpu",
         deepspeed=PARTITION_ALL.get(strategy),
         precision=precision,
@@ -109,7 +109,7 @@ def _errors(
 
 def judge(out: Path, strategy: str, world: int, device: str, precision: str = "no") -> dict[str, float]:
     """Column → the worst error over all cases that a launch wrote to `out`."""
-    from launch import parity
+    from launch.selfcheck import parity
 
     if precision != "no":
         return _judge_low(out, world, device, precision)
@@ -121,7 +121,7 @@ def judge(out: Path, strategy: str, world: int, device: str, precision: str = "n
 
 
 def _judge_low(out: Path, world: int, device: str, precision: str) -> dict[str, float]:
-    from launch import low_precision, plain
+    from launch.selfcheck import low_precision, plain
 
     worst = dict.fromkeys(columns(precision), 0.0)
     for case in low_precision.cases(world):
@@ -157,7 +157,7 @@ def read(folder: Path, case: str) -> Trained:
 @lru_cache
 def expected(case: Case, device: str = "cpu") -> Trained:
     """What plain torch makes of a case; trained once."""
-    from launch import parity, plain
+    from launch.selfcheck import parity, plain
 
     if device != "cpu":
         parity.ieee()

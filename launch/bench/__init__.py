@@ -7,11 +7,11 @@ import importlib
 import click
 
 _COMMANDS = {
-    "loader": "launch.bench_loader",
-    "memory": "launch.bench_memory",
-    "penalty": "launch.bench_penalty",
-    "save": "launch.bench_save",
-    "step": "launch.bench_step",
+    "loader": "launch.bench.loader",
+    "memory": "launch.bench.memory",
+    "penalty": "launch.bench.penalty",
+    "save": "launch.bench.save",
+    "step": "launch.bench.step",
 }
 
 

@@ -1,8 +1,8 @@
 """The parity matrix: the same small training under a strategy, and in plain single-process torch.
 
-`accelerate launch … -m launch.parity OUT` trains every case below under the strategy of the launcher and
-writes what came out; `launch.plain` trains them as a textbook would, with autograd on λ·Σp². What differs
-is an error of the strategy. `shardgan selfcheck` and the tests compare the two.
+`accelerate launch … -m launch.selfcheck.parity OUT` trains every case below under the strategy of the
+launcher and writes what came out; plain.py trains them as a textbook would, with autograd on λ·Σp². What
+differs is an error of the strategy. `shardgan selfcheck` and the tests compare the two.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Case:
                 f"data.batch_size={self.batch}",
                 f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
-                "G.kind=launch.smooth:SmoothGenerator",
-                "D.kind=launch.smooth:SmoothDiscriminator",
+                "G.kind=launch.selfcheck.smooth:SmoothGenerator",
+                "D.kind=launch.selfcheck.smooth:SmoothDiscriminator",
                 *(f"{player}.options={{width: 5, norm: none}}" for player in "GD"),
                 "ema.kimg=0.02",
                 *self.settings,
@@ -115,11 +115,17 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": (
             "data.size=32",
-            "G.kind=launch.smooth:SmoothResidualGenerator",
-            "D.kind=launch.smooth:SmoothResidualDiscriminator",
+            "G.kind=launch.selfcheck.smooth:SmoothResidualGenerator",
+            "D.kind=launch.selfcheck.smooth:SmoothResidualDiscriminator",
         ),
-        "frozen": ("G.kind=launch.smooth:FrozenGenerator", "D.kind=launch.smooth:FrozenDiscriminator"),
-        "tied": ("G.kind=launch.smooth:TiedGenerator", "D.kind=launch.smooth:TiedDiscriminator"),
+        "frozen": (
+            "G.kind=launch.selfcheck.smooth:FrozenGenerator",
+            "D.kind=launch.selfcheck.smooth:FrozenDiscriminator",
+        ),
+        "tied": (
+            "G.kind=launch.selfcheck.smooth:TiedGenerator",
+            "D.kind=launch.selfcheck.smooth:TiedDiscriminator",
+        ),
     }
     if strategy == "fsdp2":
         del special["tied"]

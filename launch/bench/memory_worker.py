@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from launch.meter import Traffic, footprint
-from launch.penalty_worker import noise
+from launch.bench.meter import Traffic, footprint
+from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, read_launch

@@ -19,7 +19,7 @@ from launch.train import ACCELERATE_FILES, STRATEGIES, cores
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from launch.finding import Finding, Job
+    from launch.doctor.finding import Finding, Job
     from pipeline.config import Config
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
@@ -52,7 +52,7 @@ def doctor(
     """
     from rich.console import Console
 
-    from launch.finding import would_fail
+    from launch.doctor.finding import would_fail
     from pipeline import config as configs
 
     console = Console()
@@ -65,7 +65,7 @@ def doctor(
         with bar() as progress:
             found = examine(job, progress)
         if live:
-            from launch import doctor_live
+            from launch.doctor import live as doctor_live
 
             found += doctor_live.examine(job, config, settings)
     show(found, console)
@@ -82,7 +82,7 @@ def job_of(
     """A job with the defaults of `shardgan train` where nothing is said."""
     import torch
 
-    from launch.finding import Job
+    from launch.doctor.finding import Job
 
     if gpus is None:
         gpus = 1 if strategy == "single" else torch.cuda.device_count() or min(cores(), 4)
@@ -91,7 +91,10 @@ def job_of(
 
 def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Finding]:
     """All checks that need no other process. `progress` hears how far the shards are read."""
-    from launch import doctor_data, doctor_memory, doctor_networks, doctor_place
+    from launch.doctor import data as doctor_data
+    from launch.doctor import memory as doctor_memory
+    from launch.doctor import networks as doctor_networks
+    from launch.doctor import place as doctor_place
 
     index, data = doctor_data.examine(job, progress)
     players, networks = doctor_networks.examine(job, index)
@@ -131,7 +134,7 @@ def show(found: Sequence[Finding], console: Console) -> None:
 
 def _config(job: Job) -> Iterator[Finding]:
     """That it can be read, or this would not be reached; and what an earlier start of the same run left."""
-    from launch.finding import ok, warning, would_fail
+    from launch.doctor.finding import ok, warning, would_fail
     from pipeline.config import UserError
     from pipeline.run.folder import check_same, finished
 
@@ -156,7 +159,7 @@ def _launcher(job: Job) -> Iterator[Finding]:
     import torch
     import yaml
 
-    from launch.finding import counted, ok, warning, would_fail
+    from launch.doctor.finding import counted, ok, warning, would_fail
 
     path = ACCELERATE_FILES / f"{job.strategy}.yaml"
     try:
@@ -179,7 +182,7 @@ def _launcher(job: Job) -> Iterator[Finding]:
 
 def _batch(job: Job) -> Iterator[Finding]:
     """How the global batch lies over ranks and rounds, and which rank is where."""
-    from launch.finding import ok, would_fail
+    from launch.doctor.finding import ok, would_fail
     from pipeline.config import UserError
     from pipeline.parallel.batch import batch_shape
 
@@ -194,7 +197,7 @@ def _batch(job: Job) -> Iterator[Finding]:
 
 def _rank_map(job: Job) -> Iterator[str]:
     """Which ranks are on which node: by its name, inside an allocation; of many nodes some."""
-    from launch.doctor_place import allocated
+    from launch.doctor.place import allocated
 
     names = allocated()
     for node in range(job.nodes):

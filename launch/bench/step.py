@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench_rivals import BareMaths, TutorialApart
+from launch.bench.rivals import BareMaths, TutorialApart
 from pipeline.config import Config, UserError, load
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.prepare import Options, prepare
@@ -42,7 +42,7 @@ from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
 from pipeline.train import build, prepare_data
 
-_SUBSET = Path(__file__).parent.parent / "tests" / "assets" / "fashion-mnist-500"
+_SUBSET = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"
 _TURN = 8  # updates of one contestant before the next one's turn
 _AHEAD = 4  # batches that a decoding process has ready when its turn comes
 _WARM_UP = 2
