@@ -40,6 +40,9 @@ class Report:
     def advance(self, cur_nimg: int) -> None:
         """Move the progress bar."""
 
+    def working(self, text: str) -> None:
+        """On the progress bar: what goes on between updates."""
+
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Show a picture that has been written."""
 
@@ -100,6 +103,10 @@ class MainReport(Report):
     def advance(self, cur_nimg: int) -> None:
         if self._bar is not None:
             self._bar[0].update(self._bar[1], completed=cur_nimg / 1000)
+
+    def working(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar[0].update(self._bar[1], status=text)
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         self._tracker.image(key, path, cur_nimg, caption(cur_nimg))
@@ -190,7 +197,11 @@ def _status(values: Mapping[str, float]) -> str:
         "img/s": ("Timing/img_per_sec", "{:.0f}"),
         "L_D": ("Loss/D/loss", "{:.3f}"),
         "L_G": ("Loss/G/loss", "{:.3f}"),
-        **{key.removeprefix("Metrics/"): (key, "{:.4f}") for key in values if _is_score(key)},
+        **{
+            key.removeprefix("Metrics/"): (key, "{:.4f}")
+            for key in values
+            if _is_score(key) and not key.endswith("_train")
+        },
     }
     return "  ".join(
         f"{label} {form.format(values[key])}" for label, (key, form) in shown.items() if key in values

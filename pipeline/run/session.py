@@ -75,6 +75,7 @@ class Session:
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
+        self._looked_at = 0  # images, real and generated, for the score that is being computed
         self._waited = 0.0
         self._saved: float | None = None  # when a save last began
         self._bad = BadImages(config.data.max_bad, state.bad, ranks, report)
@@ -192,6 +193,7 @@ class Session:
         meanwhile, as scoring many images takes longer than whoever tells us waits."""
         if not self.heldout.size or not self.config.score.metrics:
             return {}
+        self._looked_at = 0
         try:
             with self._off_the_clock():
                 if self._extractor is None:
@@ -224,10 +226,12 @@ class Session:
 
     # Pieces of the above
 
-    def _interrupt(self, *_: object) -> None:
+    def _interrupt(self, _: object, batches: tuple[Tensor, ...]) -> None:
         """Before each batch of a score: all ranks go through equally many."""
         if self.ranks.any(self._signals.received is not None)()[0]:
             raise _Interrupted
+        self._looked_at += len(batches[0]) * self.ranks.world
+        self.report.working(f"scoring: {self._looked_at:,} images")
 
     def _of_this_rank(self, gan: Gan) -> dict[str, float]:
         """What is compared between ranks: how fast they are, and their copies of replicated players."""
