@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -47,6 +48,8 @@ from pipeline.run.stats import Stats
 from pipeline.run.tracker import open_tracker
 from pipeline.step import Gan
 
+_PATIENCE_S = 60.0  # for the main rank to be the one that tells
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input,
@@ -59,7 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.argv[1:] = map(redacted, sys.argv[1:])  # which W&B for one notes and uploads
         batch = batch_shape(settings.data, launch.world)
     except (UserError, ValueError) as error:
-        return _refuse(error, tell=rank == 0)
+        if (
+            rank
+        ):  # the main rank says the same, and the launcher ends this one; it must not be the first to go
+            time.sleep(_PATIENCE_S)
+        return _refuse(error, tell=True)
     try:
         with Watch(launch, settings.run.timeout_s) as watch:
             _train(settings, launch, batch, watch)

@@ -157,17 +157,24 @@ def _slow_disk(updates: int, _ranks: Ranks, _folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _read_only(ranks: Ranks, folder: Path) -> Iterator[None]:
-    """The run folder cannot be written to from the 33rd update to the 47th."""
+    """The run folder cannot be written to from the 33rd update, by when all saves are done, to the 47th."""
+    begin, savers = pipeline.run.saving.Saver.begin, list[pipeline.run.saving.Saver]()
     commands = {
         33: [["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]],
         47: [["umount", "-l", folder]],
     }
 
+    def noted(self: pipeline.run.saving.Saver, *arguments: Any) -> None:
+        savers.append(self)
+        begin(self, *arguments)
+
     def change(count: int) -> None:
+        if count == 33:
+            savers[-1].finish()
         for command in commands.get(count, []) if ranks.main else []:
             subprocess.run(command, check=True)
 
-    with _after_updates(change):
+    with _after_updates(change), patch.object(pipeline.run.saving.Saver, "begin", noted):
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -139,8 +140,15 @@ def test_a_launcher_is_deaf_to_what_is_for_its_processes(tmp_path: Path, inside:
         "import signal\nnames = ('USR1', 'USR2', 'HUP', 'TERM', 'INT')\n"
         "print([signal.getsignal(getattr(signal, f'SIG{name}')) == signal.SIG_IGN for name in names])\n"
     )
+
+    def hearing() -> None:
+        """Whatever started the tests (nohup, a shell in the background) may be deaf to some itself."""
+        for name in ("USR1", "USR2", "HUP", "TERM", "INT"):
+            signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_DFL)
+
     ended = subprocess.run(
         [sys.executable, "-m", "launch.launcher"], check=True, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=hearing,
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"} | ({"SHARDGAN_NODE": "n7"} if inside else {}),
     )  # fmt: skip
     assert json.loads(ended.stdout.lower()) == [inside] * 4 + [False]
