@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,18 +12,33 @@ from launches import before, run
 
 
 @pytest.fixture(scope="session")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """ "strategy-world" → the folder that `in_ranks` filled there. Launches when first asked."""
+def launched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Path]]:
+    """ "strategy-world" → the folder that `in_ranks` filled there.
 
-    @lru_cache
-    def launch(name: str) -> Path:
-        earlier = before(name)
-        arguments = [] if earlier is None else [str(launch(earlier))]
-        out = tmp_path_factory.mktemp(name)
-        run(name, ["in_ranks", str(out), *arguments])
-        return out
+    All that the chosen tests ask for are launched in turn, two at a time: one alone mostly waits for itself.
+    """
+    launches: dict[str, Future[Path]] = {}
+    pool = ThreadPoolExecutor(2)
 
-    return launch
+    def launch(name: str) -> Future[Path]:
+        if name not in launches:
+            first = before(name)
+            earlier = None if first is None else launch(first)  # queued before this one, so under way by then
+            launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier)
+        return launches[name]
+
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and "launched" in item.fixturenames:
+            launch(item.callspec.params["name"])
+    yield lambda name: launch(name).result()
+    pool.shutdown(cancel_futures=True)
+
+
+def _launch(name: str, out: Path, earlier: Future[Path] | None) -> Path:
+    run(name, ["in_ranks", str(out), *([] if earlier is None else [str(earlier.result())])])
+    return out
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from launch import selfcheck, workers
 
 HERE = Path(__file__).parent
 
-# "strategy-world", in the order in which they are launched: each continues checkpoints of the one before.
+# "strategy-world", in the order in which they are launched, two at a time.
 LAUNCHES = (
     "single-1", "fsdp2-2", "ddp-2", "zero2-2", "zero1-2", "zero3-2", "fsdp2-3", "zero2-3", "ddp-3", "zero3-3",
 )  # fmt: skip
@@ -20,9 +20,9 @@ LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 
 def before(name: str) -> str | None:
-    """The launch whose checkpoints this one continues."""
+    """The launch whose checkpoints this one continues: not the one that it runs beside, but one earlier."""
     order = (*LAUNCHES, *LONG)
-    return order[order.index(name) - 1] if name != order[0] else None
+    return order[max(0, order.index(name) - 2)] if name != order[0] else None
 
 
 def run(name: str, module: list[str], deepspeed: Path | None = None) -> None:
