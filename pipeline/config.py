@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,12 +23,10 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 
 from pipeline.credentials import reason, redacted, scrubbed
+from pipeline.errors import UserError as UserError  # is part of this module
+from pipeline.layers import read_file, read_override
 
 _STRICT = ConfigDict(extra="forbid")
-
-
-class UserError(ValueError):
-    """What the user can mend: shown as one message without a traceback, exit status 2."""
 
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,9 +37,28 @@ Norm = Literal["batch", "group", "instance", "none"]
 
 
 def _plain_name(name: str | None) -> str | None:
-    if name is not None and (not name or name.startswith(".") or Path(name).name != name):
+    if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
     return name
+
+
+def _place(text: str) -> str:
+    """A path on this machine without `~` and `$VARIABLE`; a URL as it is."""
+    if "://" in text:
+        plain = text if "@" in text else text.replace(" ", "-")  # a key of S3 may hold blanks, a login none
+        if not re.fullmatch(r"\w+://((?!://)[^\s\x00-\x1f])+", plain):
+            raise ValueError("is neither a path nor one URL")
+        return text
+    path = os.path.expandvars(text)
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError("there is no such home folder; write the path out") from None
+
+
+Place = Annotated[str, AfterValidator(_place)]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -47,7 +66,7 @@ class Run:
     """What a run is called, how long it lasts and how often it reports. Every kimg may be fractional."""
 
     name: Annotated[str | None, AfterValidator(_plain_name)] = None  # None: the config file's stem
-    out: str = "runs"
+    out: Place = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     total_kimg: Positive = 1000.0  # thousands of real images shown to D
     tick_kimg: Positive = 4.0  # a line in metrics.jsonl and a point in every chart
@@ -78,7 +97,7 @@ class Remote:
 class Data:
     """Which images, at what size, and which of them are never trained on."""
 
-    train: str | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
+    train: Place | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
     size: Count = 32  # pixels, height = width
     channels: Literal[1, 3] = 3
     conditional: bool = False  # train on the shards' .cls labels
@@ -228,7 +247,8 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
     Raises UserError listing every problem at once, each with its path.
     """
-    layers = [*([] if path is None else [_read(Path(path))]), *map(_parse_override, overrides)]
+    layers = [] if path is None else [read_file(Path(path), Config)]
+    layers += [read_override(text, Config) for text in overrides]
     source = str(path) if path is not None else "the given settings"
     try:
         merged = OmegaConf.merge(*(OmegaConf.create(_expand_shorthands(layer)) for layer in layers))
@@ -243,7 +263,11 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         ) from None
     if config.run.name is None:
         name = Path(path).stem if path is not None else "run"
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+        try:
+            run = dataclasses.replace(config.run, name=name)
+        except ValidationError:
+            raise UserError(f"{path}: no run can be called {name!r}. Set run.name.") from None
+        config = dataclasses.replace(config, run=run)
     _check(config)
     return config
 
@@ -284,39 +308,6 @@ def _check(config: Config) -> None:
         raise UserError("\n".join(["The settings do not fit together:", *(f"  {p}" for p in problems)]))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except FileNotFoundError:
-        raise UserError(f"There is no config file {path}.") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {scrubbed(' '.join(str(error).split()))}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold `section: {{key: value}}`, as a config does.")
-    return _string_keys(values)
-
-
-def _string_keys(values: dict[Any, Any]) -> dict[str, Any]:
-    """Keys as written: YAML 1.1 reads the key `on` of `penalty: {on: all}` as True."""
-    return {
-        "on" if key is True else str(key): _string_keys(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-    }
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, equals, _ = text.partition("=")
-    shown = scrubbed(redacted(text))
-    if not equals or not key or key.startswith("-"):
-        raise UserError(f"`{shown}` is not a setting of the form section.key=value.")
-    try:
-        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"`{shown}` cannot be read: {reason(error, text)}") from None
-    assert isinstance(values, dict)
-    return _string_keys(values)
-
-
 def _expand_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
     """penalty.l2 → penalty.G.l2 and penalty.D.l2, in each layer, so that a later layer still wins."""
     penalty = layer.get("penalty")
@@ -338,7 +329,8 @@ def _explain(error: ValidationError) -> Iterable[str]:
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_keys_of(path[:-1]))}"
             yield scrubbed(f"  {where}: no such key{hint}")
         else:
-            yield scrubbed(f"  {where}: {problem['msg']} (found {problem['input']!r})")
+            said = problem["msg"].removeprefix("Value error, ")
+            yield scrubbed(f"  {where}: {said} (found {problem['input']!r})")
 
 
 def _keys_of(path: list[str]) -> list[str]:

@@ -14,7 +14,9 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
     "pipeline.credentials": (),
-    "pipeline.config": ("pipeline.credentials",),
+    "pipeline.errors": (),
+    "pipeline.layers": ("pipeline.credentials", "pipeline.errors"),
+    "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.layers"),
     "pipeline.gan": ("pipeline.config",),
     "pipeline.data": ("pipeline.config", "pipeline.credentials"),
     "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),

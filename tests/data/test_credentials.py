@@ -73,8 +73,8 @@ def test_a_setting_that_is_none(setting: str, tmp_path: Path) -> None:
 
 
 def test_a_setting_that_is_no_url_is_shown() -> None:
-    with pytest.raises(UserError, match=r"`data.train=\[x` cannot be read: while parsing a flow sequence"):
-        config.load(None, ["data.train=[x"])
+    with pytest.raises(UserError, match=r"`data.size=\[x` cannot be read: while parsing a flow sequence"):
+        config.load(None, ["data.size=[x"])
     with pytest.raises(UserError, match=r"data.train cannot be read: .*NOSUCH' not found"):
         config.load(None, ["data.train=${oc.env:NOSUCH}/faces"])
 

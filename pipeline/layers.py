@@ -1,0 +1,146 @@
+"""One layer of settings, a YAML file or one `key=value`, as nested dictionaries.
+
+YAML guesses the type of a plain scalar: `007` is 7, `1e3` a number, `on` a boolean, ` #` starts a comment.
+Settings have types, so the type of the setting decides and the guess is dropped: a text stays as it was
+written, and a number is read in decimal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.credentials import reason, redacted, scrubbed
+from pipeline.errors import UserError
+
+Layer = dict[str, Any]
+_NULL = ("null", "Null", "NULL", "~")
+
+
+def read_file(path: Path, section: type) -> Layer:
+    """The settings in a YAML file. section: the dataclass that they belong to. Raises UserError."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        values = OmegaConf.to_container(OmegaConf.create(text))
+        written = yaml.load(text, yaml.BaseLoader)  # builds texts, lists and dictionaries, nothing else
+    except FileNotFoundError:
+        raise UserError(f"There is no config file {path}.") from None
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {scrubbed(' '.join(str(error).split()))}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold `section: {{key: value}}`, as a config does.")
+    layer: Layer = _typed(section, _string_keys(values), _string_keys(written))
+    return layer
+
+
+def read_override(text: str, section: type) -> Layer:
+    """The setting in `section.key=value`. section: the dataclass that it belongs to. Raises UserError."""
+    key, equals, value = text.partition("=")
+    shown = scrubbed(redacted(text))
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"`{shown}` is not a setting of the form section.key=value.")
+    if not value.strip():
+        raise UserError(f"`{shown}` has no value. (Is it a shell variable that is not set?)")
+    if _is_text(_hint(section, key.split("."))):
+        return _nested(key, _unquoted(value.strip()))
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        written = _nested(key, yaml.load(value, yaml.BaseLoader))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"`{shown}` cannot be read: {reason(error, text)}") from None
+    assert isinstance(values, dict)
+    layer: Layer = _typed(section, _string_keys(values), _string_keys(written))
+    return layer
+
+
+def _nested(key: str, value: Any) -> Layer:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(Layer, value)
+
+
+def _unquoted(value: str) -> str | None:
+    """A text from the command line: as it stands, but for quotes around all of it."""
+    if value in _NULL:
+        return None
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        try:
+            inner = yaml.load(value, yaml.BaseLoader)
+        except yaml.YAMLError:
+            return value
+        return inner if isinstance(inner, str) else value
+    return value
+
+
+def _string_keys(values: Any) -> Any:
+    """Keys as written: YAML 1.1 reads the key `on` of `penalty: {on: all}` as True."""
+    if not isinstance(values, dict):
+        return values
+    return {"on" if key is True else str(key): _string_keys(value) for key, value in values.items()}
+
+
+def _typed(hint: Any, value: Any, written: Any) -> Any:
+    """What YAML made of a value, corrected by its type. written: the same value with all scalars as texts."""
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(written, dict):
+        hints = typing.get_type_hints(hint)
+        return {key: _typed(_shorthand(key, hints), entry, written.get(key)) for key, entry in value.items()}
+    if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
+        return [_typed(_item(hint), *pair) for pair in zip(value, written, strict=True)]
+    if value is None or isinstance(value, str | list | dict) or not isinstance(written, str):
+        return value
+    if _is_text(hint):
+        return written
+    return _number(written, value) if _kinds(hint) & {int, float} else value
+
+
+def _number(written: str, value: Any) -> Any:
+    """In decimal: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    for kind in (int, float):
+        try:
+            return kind(written)
+        except ValueError:
+            continue
+    plain = isinstance(value, bool) or written.lstrip("+-")[:2].lower() in ("0x", "0o", "0b", ".i", ".n")
+    return value if plain else written
+
+
+def _hint(section: Any, path: list[str]) -> Any:
+    """The type of the setting at `path`; None if there is no such setting."""
+    for part in path:
+        if not dataclasses.is_dataclass(section):
+            return None
+        section = typing.get_type_hints(section).get(part)
+    return section
+
+
+def _shorthand(key: str, hints: dict[str, Any]) -> Any:
+    """The type of a key; of `penalty.l2`, which stands for both players' keys, theirs."""
+    return hints.get(key, _hint(hints.get("G"), [key]))
+
+
+def _item(hint: Any) -> Any:
+    """The type of the entries of a list."""
+    return next((arg for arg in typing.get_args(hint) if arg is not Ellipsis), None)
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The plain types that a hint admits."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return {kind for arg in typing.get_args(hint) for kind in _kinds(arg)}
+    if origin is Literal:
+        return {type(arg) for arg in typing.get_args(hint)}
+    if origin is typing.Annotated:
+        return _kinds(typing.get_args(hint)[0])
+    return {hint} if isinstance(hint, type) else set()
+
+
+def _is_text(hint: Any) -> bool:
+    return str in _kinds(hint)

@@ -1,0 +1,114 @@
+"""Settings mean what their type says, however YAML would have read them; paths are treated in one way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline import config
+from pipeline.config import UserError
+
+WORDS = ["007", "20251125", "1e3", "3e12345", "on", "no", "1:30", "0x1f", "2025-11-25", "0.50", "a#b"]
+
+
+def load(*settings, path=None):
+    return config.load(path, ["data.train=shards", *settings])
+
+
+def written(tmp_path, text):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_text_stays_as_it_was_written(word, tmp_path):
+    given = load(f"run.name={word}", f"track.tags=[{word}]")
+    in_file = load(path=written(tmp_path, f"run: {{name: {word}}}\ntrack:\n  tags:\n  - {word}\n"))
+    for found in (given, in_file):
+        assert (found.run.name, found.track.tags) == (word, (word,))
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_the_resolved_config_loads_as_itself(word, tmp_path):
+    found = load(f"run.name={word}", f"track.tags=[{word}]", "penalty.l2=1e-3", "G.norm=none")
+    assert config.load(written(tmp_path, config.dump(found))) == found
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [("/a b/c #d", "/a b/c #d"), ("'/a: b'", "/a: b"), ("x: y", "x: y"), ("[a]", "[a]"), ('"007"', "007")],
+)
+def test_a_path_may_hold_what_means_something_to_yaml(place, found):
+    assert load(f"data.train={place}").data.train == found
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"), [("064", 64), ("1e2", 100), ("0x10", 16), ("+8", 8), ("1_000", 1000)]
+)
+def test_a_number_is_decimal(setting, found, tmp_path):
+    for made in (
+        load(f"data.batch_size={setting}"),
+        load(path=written(tmp_path, f"data: {{batch_size: {setting}}}")),
+    ):
+        assert made.data.batch_size == found
+
+
+def test_lists_of_numbers_and_shorthands_are_decimal_too():
+    made = load("optim.G.betas=[0, 0.99]", "penalty.l2=010", "run.total_kimg=1e3")
+    assert (made.optim.G.betas, made.penalty.G.l2, made.penalty.D.l2) == ((0.0, 0.99), 10.0, 10.0)
+    assert made.run.total_kimg == 1000.0
+
+
+@pytest.mark.parametrize("setting", ["run.name=null", "data.folds=null", "optim.D.clip=~"])
+def test_null_is_no_value_where_there_may_be_none(setting):
+    assert load(setting) == load()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("run.name=", "`run.name=` has no value"),
+        ("run.name= ", "has no value"),
+        ("data.train=", "has no value"),
+        ("penalty.l2=", "has no value"),
+        ("run.name=''", "must be a plain folder name"),
+        ("run.name='  '", "must be a plain folder name"),
+        ("run.name=a/b", "must be a plain folder name"),
+        ("run.timeout_s=1:30", "should be a valid number"),
+        ("data.batch_size=6 4", "should be a valid integer"),
+        ("G.norm=off", "(found 'off')"),
+        ("run.out=$NOT_SET_ANYWHERE/runs", "the variable $NOT_SET_ANYWHERE is not set"),
+        ("run.out=~nobody-of-that-name/runs", "no such home folder"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(setting, said):
+    with pytest.raises(UserError) as refused:
+        load(setting)
+    assert said in str(refused.value)
+    assert "Value error" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [".hidden.yaml", ".yaml"])
+def test_a_config_file_that_gives_no_name_is_refused(name, tmp_path):
+    file = tmp_path / name
+    file.write_text("data: {train: shards}\n")
+    with pytest.raises(UserError, match=r"Set run\.name"):
+        config.load(file)
+
+
+@pytest.mark.parametrize("key", ["run.out", "data.train"])
+@pytest.mark.parametrize(("text", "path"), [("~/x", "/home/ann/x"), ("$SCRATCH/x", "/scratch/ann/x")])
+def test_paths_are_expanded_alike(key, text, path, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("SCRATCH", "/scratch/ann")
+    section, name = key.split(".")
+    values = {"data": {"train": "x"}} | {section: {name: text}}
+    in_file = config.load(written(tmp_path, json.dumps(values)))
+    for found in (load(f"{key}={text}"), in_file):
+        assert getattr(getattr(found, section), name) == path
+
+
+def test_a_url_is_no_path():
+    assert load("data.train=s3://bucket/$x/~y").data.train == "s3://bucket/$x/~y"
