@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.paths import UserPath
 from pipeline.config import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ METRICS = {
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=UserPath())
 @click.option(
     "--metrics",
     default="kid",

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from launch.paths import UserPath
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write to.")
+@click.argument("run", type=UserPath())
+@click.option("--out", type=UserPath(), required=True, help="Folder to write to.")
 def export(run: Path, out: Path) -> None:
     """Write G_ema, G and D of RUN's newest checkpoint: whole, fp32, safetensors, with a model card."""
     from pipeline.run.export import export as write

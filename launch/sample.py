@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from launch.paths import UserPath
 from pipeline.config import UserError
 
 if TYPE_CHECKING:
@@ -20,13 +21,15 @@ _STEPS = 8  # images from one end of an interpolation to the other
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The PNG to write."
-)
+@click.argument("run", type=UserPath())
+@click.option("--out", type=UserPath(), required=True, help="The picture to write: .png, .jpg or .webp.")
 @click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Other seeds, others.")
-@click.option("--interpolate", is_flag=True, help=f"Rows of {_STEPS} images from one latent to another.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option(
+    "--interpolate",
+    is_flag=True,
+    help=f"Rows of {_STEPS} images, each from one latent to another; a last row is filled.",
+)
 @click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
 def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None) -> None:
     """Images from the moving average of G in the run folder RUN, as one picture."""
@@ -35,8 +38,10 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
     from pipeline.gan.draws import Draws
     from pipeline.run.evaluate import from_latents
     from pipeline.run.export import load_generator, load_run
-    from pipeline.run.grid import save_grid
+    from pipeline.run.grid import FORMATS, save_grid
 
+    if out.suffix.lower() not in FORMATS:
+        raise UserError(f"--out {out}: not a picture that can be written ({', '.join(FORMATS)}).")
     settings, checkpoint, state = load_run(run)
     G = load_generator(settings, checkpoint, state)
     draws = Draws(seed, settings.G.z_dim, _frequencies(state, classes))

@@ -12,6 +12,7 @@ from torch import nn
 
 from pipeline import config
 from pipeline.config import Config, UserError
+from pipeline.credentials import redacted
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
@@ -88,15 +89,19 @@ def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
 
 def _model_card(settings: Config, state: State) -> str:
     """What a stranger needs to use the files."""
-    data, G = settings.data, settings.G
-    label = "a class label c (int64 [N]), " if state.num_classes else ""
+    data, G, penalty = settings.data, settings.G, settings.penalty
+    shape = f"{data.channels}, {data.size}, {data.size}"
+    colour = "grey" if data.channels == 1 else "RGB"
+    label = ", and class labels c, int64 [N]" if state.num_classes else ""
     labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
+    classes = f"one of {state.num_classes} classes, " if state.num_classes else ""
+    own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, settings.D.kind)) if ":" in kind)
+    needs = f"\nIts networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
     return f"""# {settings.run.name}
 
-A generator G and a discriminator D trained by ShardGAN on {state.cur_nimg:,} images of
-`{data.train}` ({data.size}x{data.size}, {data.channels} channel{"s" if data.channels > 1 else ""}), loss
-`{settings.loss.kind}`, L2 penalties λ_G = {settings.penalty.G.l2:g}, λ_D = {settings.penalty.D.l2:g} on
-`{settings.penalty.on}`.
+A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}), trained by ShardGAN on
+the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,}, counting repeats.
+Loss `{settings.loss.kind}`; L2 penalties λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 
 | file | what |
 |---|---|
@@ -104,9 +109,12 @@ A generator G and a discriminator D trained by ShardGAN on {state.cur_nimg:,} im
 | `G.safetensors`, `D.safetensors` | the players as they ended |
 | `config.yaml` | the resolved config; `shardgan train` reproduces the run from it |
 
-All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1) (float32
-[N, {G.z_dim}]), {label}and gives images in [-1, 1].
+All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1), float32
+[N, {G.z_dim}]{label}, and gives images in [-1, 1], float32 [N, {shape}].
 
+To use it, install ShardGAN (`pip install .` in its source folder), which brings the modules `pipeline` and
+`launch`, and run this in the folder of these files:
+{needs}
 ```python
 import torch
 from safetensors.torch import load_file
@@ -116,6 +124,7 @@ from pipeline.gan.networks import build_G
 
 G = build_G(config.load("config.yaml"), num_classes={state.num_classes})
 G.load_state_dict(load_file("G_ema.safetensors"))
-images = G.eval()(torch.randn(16, {G.z_dim}){labels})
+with torch.no_grad():
+    images = G.eval()(torch.randn(16, {G.z_dim}){labels})
 ```
 """

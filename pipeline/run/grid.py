@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name of the file
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "PNG": {"optimize": True},
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"lossless": True},
+}
 _GAP = 2  # white pixels between images and around the sheet
 _PLEASANT = 56  # smaller images are enlarged until their sides are at least so long
 
@@ -49,19 +56,23 @@ def save_grid(
     scale: int | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tile(images, columns, scale)` as a PNG, and in it, as text, the notes.
+    """Write `tile(images, columns, scale)` in the format of the path's suffix; into a PNG also the notes, as
+    text.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Raises ValueError for a suffix that is not in FORMATS, OSError.
     """
     path = Path(path)
+    if (kind := FORMATS.get(path.suffix.lower())) is None:
+        raise ValueError(f"{path.name} does not end in {', '.join(FORMATS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    info = PngInfo()
-    for name, note in (notes or {}).items():
-        info.add_text(name, note)
+    options = dict(_OPTIONS[kind])
+    if kind == "PNG":
+        options["pnginfo"] = info = PngInfo()
+        for name, note in (notes or {}).items():
+            info.add_text(name, note)
     try:
-        sheet = Image.fromarray(tile(images, columns, scale))
-        sheet.save(partial, format="PNG", optimize=True, pnginfo=info)
+        Image.fromarray(tile(images, columns, scale)).save(partial, format=kind, **options)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

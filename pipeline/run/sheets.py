@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from pipeline.parallel.ranks import Ranks
@@ -22,11 +23,19 @@ class Sheets:
 
     def fakes(self, make: Callable[[], Tensor], columns: int, cur_nimg: int) -> Tensor | None:
         """make: the images, uint8 [GRID, C, H, W], called on the one rank that writes, and returned there."""
-        return self._save("Samples/fakes", make, f"fakes{cur_nimg // 1000:06d}.png", columns, cur_nimg)
+        return self._save("Samples/fakes", make, self._free_name(cur_nimg), columns, cur_nimg)
 
     def reals(self, make: Callable[[], Tensor]) -> None:
         """As `fakes`, once."""
         self._save("Samples/reals", make, "reals.png", 8, 0)
+
+    def _free_name(self, cur_nimg: int) -> str:
+        """fakes<kimg>.png; if that is a sheet of another moment of this kimg, a name that sorts after it."""
+        kimg, rest = divmod(cur_nimg, 1000)
+        plain = f"fakes{kimg:06d}.png"
+        return (
+            plain if shown_at(self._folder / plain) in (None, cur_nimg) else f"fakes{kimg:06d}_{rest:03d}.png"
+        )
 
     def _save(
         self, key: str, make: Callable[[], Tensor], name: str, columns: int, cur_nimg: int
@@ -43,6 +52,15 @@ class Sheets:
                 except OSError as error:  # a picture less is no reason to stop training
                     self._report.warn("Sheet not written", f"{path} could not be written: {error}.")
         return images
+
+
+def shown_at(sheet: Path) -> int | None:
+    """The cur_nimg of a sheet of a run; None if there is no such sheet."""
+    try:
+        with Image.open(sheet) as picture:
+            return int(picture.info["cur_nimg"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
 
 
 def spread(images: Tensor) -> float:

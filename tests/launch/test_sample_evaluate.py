@@ -99,6 +99,28 @@ def test_sample_of_chosen_classes_and_interpolations(run, tmp_path):
     assert (steps < np.abs(tiles[:, 0] - tiles[:, -1]).mean(axis=(1, 2))[:, None]).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("x.png", "PNG"), ("x.jpg", "JPEG"), ("x.JPEG", "JPEG"), ("x.webp", "WEBP")]
+)
+def test_a_samples_format_is_that_of_its_name(run, tmp_path, name, kind):
+    call(sample, run, "--out", tmp_path / name, "--count", 4)
+    with Image.open(tmp_path / name) as picture:
+        assert picture.format == kind
+
+
+@pytest.mark.parametrize("name", ["walk.gif", "walk.mp4", "x.txt", "folder"])
+def test_a_sample_in_no_known_format_is_refused(run, tmp_path, name):
+    with pytest.raises(UserError, match="not a picture that can be written"):
+        call(sample, run, "--out", tmp_path / name)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_home_folder_is_understood_where_the_shell_leaves_it(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call(sample, run, "--out=~/x.png", "--count", 4)
+    assert (tmp_path / "x.png").exists()
+
+
 @pytest.mark.parametrize(("classes", "message"), [("3,11", "no class 11"), ("shirt", "not numbers")])
 def test_sample_refuses_classes_there_are_not(run, tmp_path, classes, message):
     with pytest.raises(UserError, match=message):
@@ -129,8 +151,16 @@ def test_the_model_cards_lines_make_images(run, tmp_path):
     export(run, tmp_path / "out")
     code = (tmp_path / "out" / "README.md").read_text().partition("```python")[2].partition("```")[0]
     check = "\nassert images.shape == (16, 1, 28, 28) and -1 <= images.min() <= images.max() <= 1"
+    check += "\nassert not images.requires_grad"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path / "out", env=environment, check=True)
+
+
+def test_the_model_card_says_what_was_shown_not_owned(run, tmp_path):
+    export(run, tmp_path / "out")
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "of which D was shown 64, counting repeats" in card
+    assert "one of 10 classes, grey" in card and "pip install" in card
 
 
 def test_an_export_that_does_not_fit_is_one_message(run, tmp_path):

@@ -1,5 +1,7 @@
 """Sheets of images, read back from the file."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from PIL import Image
 
 from pipeline.gan.images import to_uint8
 from pipeline.run.grid import save_grid, tile
+from pipeline.run.report import Report
+from pipeline.run.sheets import Sheets, shown_at
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -44,3 +48,29 @@ def test_quantisation_rounds_clamps_and_inverts_the_reading_of_stored_images():
     assert torch.equal(to_uint8(stored.float() / 127.5 - 1), stored)
     outside = torch.tensor([-2.0, 2.0, torch.nan, torch.inf, -torch.inf])
     assert to_uint8(outside).tolist() == [0, 255, 0, 255, 0]
+
+
+def test_what_no_format_is_named_by_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\.png"):
+        save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), tmp_path / "x.gif", columns=2)
+
+
+def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
+    """In the order of training, and under the same name when a resumed run makes one again."""
+    sheets = Sheets(tmp_path, OneRank(), Report())
+    moments = [0, 512, 1024, 1536, 1984, 50_048]
+    for time in range(2):
+        for shade, cur_nimg in enumerate(moments):
+            sheets.fakes(lambda s=shade: torch.full((4, 1, 8, 8), s, dtype=torch.uint8), 2, cur_nimg)
+        found = sorted((tmp_path / "samples").iterdir())
+        assert [shown_at(path) for path in found] == moments, time
+    names = [path.name for path in found]
+    assert names[:3] == ["fakes000000.png", "fakes000000_512.png", "fakes000001.png"]
+    assert names[-1] == "fakes000050.png"
+
+
+class OneRank:
+    """As much of Ranks as sheets use."""
+
+    main = True
+    agreeing = staticmethod(nullcontext)
