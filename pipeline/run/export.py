@@ -96,12 +96,12 @@ def _model_card(settings: Config, state: State) -> str:
     labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
     classes = f"one of {state.num_classes} classes, " if state.num_classes else ""
     own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, settings.D.kind)) if ":" in kind)
-    needs = f"\nIts networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
+    needs = f"Its networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
     return f"""# {settings.run.name}
 
-A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}), trained by ShardGAN on
-the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,}, counting repeats.
-Loss `{settings.loss.kind}`; L2 penalties λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
+A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
+trained by ShardGAN on the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,},
+counting repeats. Loss `{settings.loss.kind}`; L2 penalties λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 
 | file | what |
 |---|---|
@@ -113,7 +113,7 @@ All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1),
 [N, {G.z_dim}]{label}, and gives images in [-1, 1], float32 [N, {shape}].
 
 To use it, install ShardGAN (`pip install .` in its source folder), which brings the modules `pipeline` and
-`launch`, and run this in the folder of these files:
+`launch`, and run this in the folder of these files.
 {needs}
 ```python
 import torch
