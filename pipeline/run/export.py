@@ -101,7 +101,8 @@ def _model_card(settings: Config, state: State) -> str:
 
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
 trained by ShardGAN on the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,},
-counting repeats. Loss `{settings.loss.kind}`; L2 penalties λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
+counting repeats. Loss `{settings.loss.kind}`; L2 penalties
+λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 
 | file | what |
 |---|---|
