@@ -23,6 +23,7 @@ from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.pace import Pace
 from pipeline.parallel.passing import Buffers, Kept
 from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.seeding import seed_generators
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ class Engine(abc.ABC):
         mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
         tensors = [drawn.z[mine], None if drawn.c is None else drawn.c[mine], *local]
         for number in range(self.batch.rounds):
-            torch.manual_seed(drawn.seed + self.ranks.rank * self.batch.rounds + number)
+            seed_generators(drawn.seed + self.ranks.rank * self.batch.rounds + number, self.ranks.device)
             part = slice(number * self.batch.images, (number + 1) * self.batch.images)
             with self.accumulating(last=number == self.batch.rounds - 1):
                 yield tuple(
@@ -219,9 +220,7 @@ class Engine(abc.ABC):
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
         decided alike everywhere. Not finite where a penalty's value is not, either."""
-        for value in penalties.values():
-            squares = squares.add(value, alpha=0)
-        return self.ranks.sum(squares.to(self.ranks.device))
+        return self.ranks.sum(spoilt(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks."""
@@ -234,12 +233,21 @@ class Engine(abc.ABC):
         return Share(local, 1.0, world) if self.replicated else Share(local, 1.0 / world, 1.0)
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Share]:
-        """What is charted of an update whose squared gradient norm was `squares`, the same on all ranks."""
+        """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
+        on all ranks. An overflow by which the loss scale finds its size is not charted as skipped."""
         section = f"Gradients/{self.player.name}"
-        skipped = (~squares.isfinite()).double()
+        skipped = self._skipped if self.loss_scale is None else ~squares.isfinite()
+        assert skipped is not None
         values = {"norm": squares, "skipped": skipped}
         return {f"{section}/{name}": Share(v, 1.0, float(self.ranks.world)) for name, v in values.items()}
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""
         return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
+
+
+def spoilt(squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A squared norm, not finite where some penalty's value is not."""
+    for value in penalties.values():
+        squares = squares.add(value, alpha=0)
+    return squares

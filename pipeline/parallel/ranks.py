@@ -170,17 +170,19 @@ class Ranks:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, given to all; its UserError is raised on all."""
-        value: T | None = None
-        failure: str | None = None
+        self.progress.moves += 1
+        answer: list[Any] = [None, None]  # what was made, or why it could not be
         if self.main:
             try:
-                value = make()
+                answer[0] = make()
             except UserError as error:
-                failure = str(error)
-        value, failure = self.gather_objects((value, failure))[0]
+                answer[1] = str(error)
+        if self._control is not None:
+            dist.broadcast_object_list(answer, src=0, group=self._control)
+        value, failure = answer
         if failure is not None:
             raise CommonError(failure)
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[no-any-return]
 
     def from_machine(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank of each machine, given to the others of that machine."""
