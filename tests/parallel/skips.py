@@ -99,7 +99,7 @@ def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) ->
         for player, turn in (("D", turn_of_D), ("G", turn_of_G)):
             tries(player, gan, turn)
             turn(gan, False)
-        gan.G_ema.update(gan.ema_beta)
+        gan.G_ema.update(gan.ema_beta(nimg))
     return _snapshot(gan, moments=True)
 
 
