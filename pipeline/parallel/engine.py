@@ -74,6 +74,7 @@ class Engine(abc.ABC):
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module)
         self._skipped: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
+        self._found_inf = torch.zeros((), device=ranks.device)  # likewise, as optimizers take it
 
     # What a strategy says
 
@@ -223,9 +224,11 @@ class Engine(abc.ABC):
         return self.ranks.sum(spoilt(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
-        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks."""
-        self._skipped = ~squares.isfinite()
-        return self._skipped
+        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
+        optimizer's found_inf, 1.0 or 0.0 in fp32."""
+        self._skipped = not_finite(squares)
+        self._found_inf = self._skipped.float()
+        return self._found_inf
 
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
@@ -236,14 +239,18 @@ class Engine(abc.ABC):
         """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
         on all ranks. An overflow by which the loss scale finds its size is not charted as skipped."""
         section = f"Gradients/{self.player.name}"
-        skipped = self._skipped if self.loss_scale is None else ~squares.isfinite()
-        assert skipped is not None
+        skipped = self._found_inf if self.loss_scale is None else not_finite(squares)
         values = {"norm": squares, "skipped": skipped}
         return {f"{section}/{name}": Share(v, 1.0, float(self.ranks.world)) for name, v in values.items()}
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""
         return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
+
+
+def not_finite(squares: torch.Tensor) -> torch.Tensor:
+    """Whether a sum of squares is infinite or NaN, in two launches where isfinite takes five."""
+    return ~(squares < torch.inf)
 
 
 def spoilt(squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

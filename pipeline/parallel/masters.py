@@ -67,7 +67,7 @@ class MasterEngine(Engine):
         self._clip(gradients, squares)
         # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
         # the update alike, decided on the device.
-        self._optimizer.found_inf = self.skipping(squares).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = self.skipping(squares)  # type: ignore[attr-defined]
         self._optimizer.step()
         if self.loss_scale is not None:
             squares = self.loss_scale.update(squares)

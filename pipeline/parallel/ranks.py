@@ -116,6 +116,11 @@ class Ranks:
         for name in list(os.environ):
             if name.startswith(_PLUGIN_VARIABLES):
                 del os.environ[name]
+        # When a rank fails, it is for the watch to name it and to end the others. Left to itself, NCCL ends
+        # them first: at its first error, and where its own thread has been silent for 480 seconds.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # abort communicators, not the process
+        silence = max(480, round(timeout.total_seconds()))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
