@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import PlayerSettings, spoilt
+from pipeline.parallel.engine import PlayerSettings, poisoned
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
 from pipeline.parallel.ranks import Ranks
@@ -44,7 +44,7 @@ class ReplicatedEngine(MasterEngine):
         super().__init__(module, player, ranks, batch, masters, fragments)
         self._ddp = _wrap(module) if ranks.world > 1 else None
         self._penalties: dict[str, torch.Tensor] = {}
-        self._finite = torch.ones((), device=ranks.device)  # NaN in a turn that a penalty spoils
+        self._factor = torch.ones((), device=ranks.device)  # of the loss, in this turn
         self._settle_buckets(example)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
@@ -56,8 +56,8 @@ class ReplicatedEngine(MasterEngine):
         if not self.frozen:
             self._penalties = self.penalty.values()
             if self._ddp is not None:
-                total = torch.stack(list(self._penalties.values())).sum()
-                self._finite = (1 + 0 * total).to(self.ranks.device, torch.float32)
+                one = torch.ones((), device=self.ranks.device)
+                self._factor = poisoned(one, self._penalties).float()
 
     def penalties(self) -> dict[str, torch.Tensor]:
         return self._penalties
@@ -65,11 +65,11 @@ class ReplicatedEngine(MasterEngine):
     def backward(self, loss: torch.Tensor) -> None:
         """Makes the loss NaN if any penalty is not finite on this rank: all ranks then skip together, as the
         all-reduce of the gradients spreads the NaN. (Sharded players agree on their gradients' norm.)"""
-        super().backward(loss if self._ddp is None else loss * self._finite)
+        super().backward(loss if self._ddp is None else loss * self._factor)
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Every rank has the whole gradient, so its norm needs no message."""
-        return spoilt(squares, penalties).to(self.ranks.device)
+        return poisoned(squares, penalties).to(self.ranks.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.pace import Pace
 from pipeline.parallel.passing import Buffers, Kept
@@ -221,7 +221,7 @@ class Engine(abc.ABC):
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
         decided alike everywhere. Not finite where a penalty's value is not, either."""
-        return self.ranks.sum(spoilt(squares, penalties).to(self.ranks.device))
+        return self.ranks.sum(poisoned(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
@@ -248,13 +248,8 @@ class Engine(abc.ABC):
         return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
 
 
-def not_finite(squares: torch.Tensor) -> torch.Tensor:
-    """Whether a sum of squares is infinite or NaN, in two launches where isfinite takes five."""
-    return ~(squares < torch.inf)
-
-
-def spoilt(squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A squared norm, not finite where some penalty's value is not."""
-    for value in penalties.values():
-        squares = squares.add(value, alpha=0)
-    return squares
+def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The value; NaN if some penalty is not finite."""
+    for penalty in penalties.values():
+        value = value.add(penalty, alpha=0)
+    return value
