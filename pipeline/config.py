@@ -200,6 +200,7 @@ class Ema:
     """G_ema, the moving average of G that is sampled, scored and exported."""
 
     kimg: NonNegative = 10.0  # half-life; 0: G itself
+    rampup: Annotated[float, Field(ge=0, le=1)] = 0.05  # at most this share of cur_nimg; 0: no limit
 
 
 @dataclass(frozen=True, config=_STRICT)

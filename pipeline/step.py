@@ -9,7 +9,7 @@ weights, which needs no autograd and no communication (pipeline/parallel/weight_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.config import R1
@@ -35,7 +35,7 @@ class Gan:
     r1: R1
     batch_size: int  # global, per D update
     D_steps: int
-    ema_beta: float
+    ema_beta: Callable[[int], float]  # cur_nimg before an update → the share of G_ema that it keeps
 
     def latents(self, player: str, cur_nimg: int) -> Drawn:
         return self.draws.latents(player, cur_nimg, self.batch_size)
@@ -47,11 +47,12 @@ class Gan:
 
 def train_step(gan: Gan, reals: Iterator[Batch], cur_nimg: int, stats: Stats) -> int:
     """One alternating update; returns cur_nimg after it. Nothing in it waits for the device."""
+    beta = gan.ema_beta(cur_nimg)
     for _ in range(gan.D_steps):
         update_D(gan, next(reals), cur_nimg, stats)
         cur_nimg += gan.batch_size
     update_G(gan, cur_nimg, stats)
-    gan.G_ema.update(gan.ema_beta)
+    gan.G_ema.update(beta)
     return cur_nimg
 
 

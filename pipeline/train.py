@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         raise CommonError(
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )
-    settings, folder = ranks.from_main(lambda: find_folder(settings))
+    settings, folder = ranks.from_main(lambda: find_folder(settings, say))
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
@@ -193,7 +194,7 @@ def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Ga
         r1=settings.penalty.r1,
         batch_size=data.batch_size,
         D_steps=settings.loss.D_steps,
-        ema_beta=ema_beta(settings.images_per_update, settings.ema.kimg),
+        ema_beta=partial(ema_beta, settings.images_per_update, settings.ema.kimg, settings.ema.rampup),
     )
 
 

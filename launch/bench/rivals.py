@@ -33,7 +33,7 @@ class BareMaths:
         self.G = _channels_last(build_G(config, 0), device)
         self.D = _channels_last(build_D(config, 0), device)
         self.G_ema = copy.deepcopy(self.G)
-        self._beta = ema_beta(config.images_per_update, config.ema.kimg)
+        self._beta = ema_beta(config.images_per_update, config.ema.kimg, rampup=0, cur_nimg=0)
         self._optimizer_G = _adam(self.G, config.optim.G, fused=True)
         self._optimizer_D = _adam(self.D, config.optim.D, fused=True)
         self._device, self._bf16 = device, bf16

@@ -62,6 +62,7 @@ class Case:
                 "D.kind=launch.selfcheck.smooth:SmoothDiscriminator",
                 *(f"{player}.options={{width: 5, norm: none}}" for player in "GD"),
                 "ema.kimg=0.02",
+                "ema.rampup=0.5",
                 *self.settings,
             ],
         )

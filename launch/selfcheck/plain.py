@@ -52,7 +52,8 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         parts = {"adversarial": _g_loss(settings.loss.kind, D(G(z, fake_c), fake_c))}
         parts |= _penalties(G, settings.penalty.G, settings.penalty.on)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, settings.optim.G.clip))
-        beta = 0.5 ** ((nimg - start) / (1000 * settings.ema.kimg))
+        half_life = min(1000 * settings.ema.kimg, settings.ema.rampup * start)
+        beta = 0.5 ** ((nimg - start) / half_life) if start else 0.0
         for name, p in G.named_parameters():
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
     tensors = {f"G/{name}": p.detach() for name, p in _trained(G)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import PlayerSettings
+from pipeline.parallel.engine import PlayerSettings, poisoned
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
 from pipeline.parallel.ranks import Ranks
@@ -41,8 +42,9 @@ class ReplicatedEngine(MasterEngine):
             Fragment(name, 0, p.shape, p.detach(), name in player.penalised) for name, p in masters.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
-        self._penalties = self.penalty.values()
         self._ddp = _wrap(module) if ranks.world > 1 else None
+        self._penalties: dict[str, torch.Tensor] = {}
+        self._factor = torch.ones((), device=ranks.device)  # of the loss, in this turn
         self._settle_buckets(example)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
@@ -53,16 +55,21 @@ class ReplicatedEngine(MasterEngine):
     def hold(self) -> None:
         if not self.frozen:
             self._penalties = self.penalty.values()
+            if self._ddp is not None:
+                one = torch.ones((), device=self.ranks.device)
+                self._factor = poisoned(one, self._penalties).float()
 
     def penalties(self) -> dict[str, torch.Tensor]:
         return self._penalties
 
     def backward(self, loss: torch.Tensor) -> None:
-        """A penalty that is not finite on one rank alone makes the gradient so, which all ranks average: else
-        the others would update without it. (Sharded players agree on their gradients' norm, penalties
-        included.)"""
-        total = torch.stack(list(self._penalties.values())).sum().to(loss.device, torch.float32)
-        super().backward(loss * (1 + 0 * total))
+        """Makes the loss NaN if any penalty is not finite on this rank: all ranks then skip together, as the
+        all-reduce of the gradients spreads the NaN. (Sharded players agree on their gradients' norm.)"""
+        super().backward(loss if self._ddp is None else loss * self._factor)
+
+    def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Every rank has the whole gradient, so its norm needs no message."""
+        return poisoned(squares, penalties).to(self.ranks.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

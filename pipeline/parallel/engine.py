@@ -18,11 +18,12 @@ from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.pace import Pace
 from pipeline.parallel.passing import Buffers, Kept
 from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.seeding import seed_generators
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Engine(abc.ABC):
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module)
         self._skipped: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
+        self._found_inf = torch.zeros((), device=ranks.device)  # likewise, as optimizers take it
 
     # What a strategy says
 
@@ -168,7 +170,7 @@ class Engine(abc.ABC):
         mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
         tensors = [drawn.z[mine], None if drawn.c is None else drawn.c[mine], *local]
         for number in range(self.batch.rounds):
-            torch.manual_seed(drawn.seed + self.ranks.rank * self.batch.rounds + number)
+            seed_generators(drawn.seed + self.ranks.rank * self.batch.rounds + number, self.ranks.device)
             part = slice(number * self.batch.images, (number + 1) * self.batch.images)
             with self.accumulating(last=number == self.batch.rounds - 1):
                 yield tuple(
@@ -219,14 +221,14 @@ class Engine(abc.ABC):
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
         decided alike everywhere. Not finite where a penalty's value is not, either."""
-        for value in penalties.values():
-            squares = squares.add(value, alpha=0)
-        return self.ranks.sum(squares.to(self.ranks.device))
+        return self.ranks.sum(poisoned(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
-        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks."""
-        self._skipped = ~squares.isfinite()
-        return self._skipped
+        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
+        optimizer's found_inf, 1.0 or 0.0 in fp32."""
+        self._skipped = not_finite(squares)
+        self._found_inf = self._skipped.float()
+        return self._found_inf
 
     def share(self, local: torch.Tensor) -> Share:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
@@ -234,12 +236,20 @@ class Engine(abc.ABC):
         return Share(local, 1.0, world) if self.replicated else Share(local, 1.0 / world, 1.0)
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Share]:
-        """What is charted of an update whose squared gradient norm was `squares`, the same on all ranks."""
+        """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
+        on all ranks. An overflow by which the loss scale finds its size is not charted as skipped."""
         section = f"Gradients/{self.player.name}"
-        skipped = (~squares.isfinite()).double()
+        skipped = self._found_inf if self.loss_scale is None else not_finite(squares)
         values = {"norm": squares, "skipped": skipped}
         return {f"{section}/{name}": Share(v, 1.0, float(self.ranks.world)) for name, v in values.items()}
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""
         return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
+
+
+def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The value; NaN if some penalty is not finite."""
+    for penalty in penalties.values():
+        value = value.add(penalty, alpha=0)
+    return value

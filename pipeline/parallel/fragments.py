@@ -45,6 +45,11 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_square_sum(_flat(t)) for t in tensors]).sum()
 
 
+def not_finite(squares: torch.Tensor) -> torch.Tensor:
+    """Whether a sum of squares is infinite or NaN; no host sync. isfinite takes five launches, this two."""
+    return ~(squares < torch.inf)
+
+
 def checksum(tensors: Sequence[torch.Tensor]) -> float:
     """Changes with any single bit of fp32 tensors; a whole number that float64 holds. Waits for them."""
     total = sum(int(_flat(t).view(torch.int32).sum(dtype=torch.int64)) for t in tensors)

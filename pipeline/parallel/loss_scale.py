@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.parallel.fragments import not_finite
+
 START = 2.0**16
 _LARGEST = 2.0**24
 _PATIENCE = 2000  # updates in a row that must be finite before the scale is doubled
@@ -40,7 +42,7 @@ class LossScale:
         For an update that is skipped that is the last one's norm: overflows are how the scale is found, and
         no error, unless there is no smaller scale to try.
         """
-        overflow = ~squares.isfinite()
+        overflow = not_finite(squares)
         found = overflow & (self._scale > 1.0)
         finite = torch.where(overflow, 0.0, self._finite + 1)
         grow = finite >= _PATIENCE

@@ -51,7 +51,10 @@ class MasterEngine(Engine):
         return self.penalty.values()
 
     def backward(self, loss: torch.Tensor) -> None:
-        (self.scaled(loss) / self.batch.rounds).backward()  # type: ignore[no-untyped-call]
+        loss = self.scaled(loss)
+        if self.batch.rounds > 1:
+            loss = loss / self.batch.rounds
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> dict[str, Share]:
         self.collect_gradients()
@@ -60,12 +63,11 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
-        squares = sum_of_squares(gradients)
-        squares = squares.to(self.ranks.device) if self.replicated else self.agreed(squares, penalties)
+        squares = self.agreed(sum_of_squares(gradients), penalties)
         self._clip(gradients, squares)
         # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
         # the update alike, decided on the device.
-        self._optimizer.found_inf = self.skipping(squares).float()  # type: ignore[attr-defined]
+        self._optimizer.found_inf = self.skipping(squares)  # type: ignore[attr-defined]
         self._optimizer.step()
         if self.loss_scale is not None:
             squares = self.loss_scale.update(squares)

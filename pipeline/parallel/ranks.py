@@ -116,6 +116,11 @@ class Ranks:
         for name in list(os.environ):
             if name.startswith(_PLUGIN_VARIABLES):
                 del os.environ[name]
+        # When a rank fails, it is for the watch to name it and to end the others. Left to itself, NCCL ends
+        # them first: at its first error, and where its own thread has been silent for 480 seconds.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # abort communicators, not the process
+        silence = max(480, round(timeout.total_seconds()))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
@@ -170,17 +175,19 @@ class Ranks:
 
     def from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, given to all; its UserError is raised on all."""
-        value: T | None = None
-        failure: str | None = None
+        self.progress.moves += 1
+        answer: list[Any] = [None, None]  # what was made, or why it could not be
         if self.main:
             try:
-                value = make()
+                answer[0] = make()
             except UserError as error:
-                failure = str(error)
-        value, failure = self.gather_objects((value, failure))[0]
+                answer[1] = str(error)
+        if self._control is not None:
+            dist.broadcast_object_list(answer, src=0, group=self._control)
+        value, failure = answer
         if failure is not None:
             raise CommonError(failure)
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[no-any-return]
 
     def from_machine(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank of each machine, given to the others of that machine."""

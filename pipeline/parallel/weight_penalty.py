@@ -33,8 +33,10 @@ class LocalPenalty:
         """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used."""
         l2 = self.coefficients.l2
         device = self.weights[0].device if self.weights else None
-        none = torch.zeros((), dtype=torch.float64, device=device)  # unpenalised: no pass over the weights
-        values = {"l2_penalty": l2 * sum_of_squares(self.weights) if l2 else none}
+        if l2:
+            values = {"l2_penalty": l2 * sum_of_squares(self.weights)}
+        else:  # unpenalised: no pass over the weights
+            values = {"l2_penalty": torch.zeros((), dtype=torch.float64, device=device)}
         if self.coefficients.l1:
             values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
         return values

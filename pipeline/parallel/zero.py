@@ -173,7 +173,7 @@ class ZeroEngine(Engine):
         return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
 
     def _note(self, squares: torch.Tensor) -> torch.Tensor:
-        """Remember an update's squared gradient norm; returns whether it is skipped."""
+        """Remember an update's squared gradient norm; returns whether it is skipped, as found_inf."""
         self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
         return self.skipping(squares)
 
@@ -201,8 +201,7 @@ class ZeroEngine(Engine):
         if self.player.optimizer.clip is not None:
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        skipped = self._note(squares)
-        optimizer.found_inf = skipped.float().to(gradient.device)  # type: ignore[attr-defined]
+        optimizer.found_inf = self._note(squares).to(gradient.device)  # type: ignore[attr-defined]
         self._asked = True
 
     # The rest

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import TypeAdapter
 
 from pipeline import config
-from pipeline.config import Config, UserError
+from pipeline.config import Config, Ema, UserError
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
 REFERENCE = "reference.json"  # what its scores are against
@@ -23,15 +25,19 @@ _FREE = {
 }
 
 
-def find_folder(settings: Config) -> tuple[Config, Path]:
-    """The folder of this run, there or not; and the config, under a new name with run.resume=false.
+def find_folder(settings: Config, announce: Callable[[str], None]) -> tuple[Config, Path]:
+    """The folder of this run, there or not; and the config that it goes on with, under a new name with
+    run.resume=false.
 
     Raises UserError when the folder holds a run of other settings.
     """
     settings = under_a_free_name(settings)
     folder = Path(settings.run.out) / str(settings.run.name)
     check_same(settings, folder)
-    return settings, folder
+    resumed = as_begun(settings, folder)
+    if resumed != settings:
+        announce(f"note: {folder} began without ema.rampup and continues without it")
+    return resumed, folder
 
 
 def open_folder(settings: Config, folder: Path) -> None:
@@ -62,12 +68,29 @@ def under_a_free_name(settings: Config) -> Config:
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=name, resume=True))
 
 
+def as_begun(settings: Config, folder: Path) -> Config:
+    """The settings, with ema.rampup off if the run in `folder` began without it and no other is asked for."""
+    if not (folder / "config.yaml").exists() or settings.ema.rampup != Ema().rampup:
+        return settings
+    off = dataclasses.replace(settings.ema, rampup=0.0)
+    return settings if _begun(folder).ema.rampup else dataclasses.replace(settings, ema=off)
+
+
+def _begun(folder: Path) -> Config:
+    """The config of the run in `folder`. One written before there was ema.rampup means none."""
+    path = folder / "config.yaml"
+    begun = config.load(path)
+    if "rampup" in (yaml.safe_load(path.read_text()).get("ema") or {}):
+        return begun
+    return dataclasses.replace(begun, ema=dataclasses.replace(begun.ema, rampup=0.0))
+
+
 def check_same(settings: Config, folder: Path) -> None:
     """Refuse to continue a run with settings that would make it another run."""
     if not (folder / "config.yaml").exists():
         return
-    before = _settings(config.load(folder / "config.yaml"))
-    now = _settings(settings)
+    before = _settings(_begun(folder))
+    now = _settings(as_begun(settings, folder))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
     changed = [
         f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)

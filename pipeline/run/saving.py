@@ -56,11 +56,12 @@ class Saver:
         for engine in players:
             if self._ranks.main or not engine.replicated:
                 averages = G_ema.averages if engine is G_ema.engine else None
-                contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = _pieces(engine, averages)
-        buffers = {f"{e.player.name}/{name}": b for e in players for name, b in e.buffers().items()}
+                pieces = _pieces(engine, averages)
+                copies = {key: _copy(t).reshape(-1) if t.ndim else _copy(t) for key, t in pieces.items()}
+                contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = copies
+        buffers = {f"{e.player.name}/{name}": _copy(b) for e in players for name, b in e.buffers().items()}
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers
-        copies = {file: {key: _copy(t) for key, t in tensors.items()} for file, tensors in contents.items()}
-        self._start("writing", lambda: _write(self._partial, copies))
+        self._start("writing", lambda: _write(self._partial, contents))
 
     @property
     def flags(self) -> tuple[bool, bool]:
@@ -152,24 +153,22 @@ def _by_rank(reasons: Sequence[str | None], world: int) -> Iterator[str]:
 
 
 def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
-    """One rank's part of a player as flat named pieces."""
+    """One rank's part of a player: named tensors of any memory layout, none of them copied."""
     tensors: Tensors = {}
     states = engine.optimizer_state()
     for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
         where = f"{fragment.name}@{fragment.start}"
-        tensors[f"weights/{where}"] = fragment.data.reshape(-1)
+        tensors[f"weights/{where}"] = fragment.data
         if averages is not None:
-            tensors[f"ema/{where}"] = averages[place].reshape(-1)
+            tensors[f"ema/{where}"] = averages[place]
         for kind, value in state.items():
-            if value.ndim == 0:  # Adam's step
-                tensors[f"{kind}/{fragment.name}"] = value
-            else:
-                tensors[f"{kind}/{where}"] = value.reshape(-1)
+            # Adam's step is one number for the whole parameter.
+            tensors[f"{kind}/{fragment.name if value.ndim == 0 else where}"] = value
     return tensors
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """In host memory, untouched by the updates that follow."""
+    """In host memory and contiguous, untouched by the updates that follow."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

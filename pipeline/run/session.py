@@ -294,8 +294,11 @@ def _squares(engine: Engine) -> dict[str, Tensor]:
 
 
 def _peak_memory_gb(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU, or in all when it trains on a CPU."""
+    """The most memory this process has held: on the GPU since the last call, or in all when it trains on a
+    CPU, whose peak cannot be reset."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -26,12 +27,18 @@ class Reduced:
 
 
 class Stats:
-    """Running totals since the last tick: chart name → (sum over this rank, weight on this rank)."""
+    """Running totals since the last tick: chart name → (sum over this rank, weight on this rank).
+
+    What is reported waits until a name comes again, mostly in the next update, and is then added in a few
+    launches for all names together.
+    """
 
     def __init__(self, device: torch.device, reports: int = 1) -> None:
         """reports: how often something averaged is reported in one update, over all ranks and rounds."""
         self._device, self._reports = device, float(reports)
-        self._totals: dict[str, torch.Tensor] = {}
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._places: dict[str, int] = {}  # where in the totals a name is
+        self._totals = torch.zeros(0, dtype=torch.float64, device=device)
         self._weights: dict[str, float] = {}
         self._units: dict[str, float] = {}  # what the weights of one update come to, over all ranks
 
@@ -46,16 +53,14 @@ class Stats:
         self.mean(f"Loss/signs/{of}", logits.sign().mean())
 
     def add(self, shares: Mapping[str, Share]) -> None:
-        """Add each rank's share of some statistics."""
+        """Add each rank's share of some statistics: scalars, which nobody writes to afterwards."""
         for name, share in shares.items():
-            if name in self._totals:
-                if self._units[name] != share.unit:  # from a checkpoint of another world or strategy
-                    self._rescale(name, share.unit)
-                self._totals[name] += share.total
-                self._weights[name] += share.weight
-            else:
-                self._totals[name] = share.total.to(self._device, torch.float64, copy=True)
-                self._weights[name], self._units[name] = share.weight, share.unit
+            if name in self._waiting:
+                self._add_waiting()
+            if self._units.setdefault(name, share.unit) != share.unit:
+                self._rescale(name, share.unit)  # from a checkpoint of another world or strategy
+            self._waiting[name] = share.total.to(self._device, non_blocking=True)
+            self._weights[name] = self._weights.get(name, 0.0) + share.weight
 
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
         """Start afresh; returns what has been reported on all ranks, and every rank's values of `mine`.
@@ -63,12 +68,13 @@ class Stats:
         Collective, one all-reduce. All ranks must have reported the same names, as they do when all run
         the same updates.
         """
-        names, own = sorted(self._totals), sorted(mine)
+        self._add_waiting()
+        names, own = sorted(self._places), sorted(mine)
         count, world = len(names), ranks.world
         table = torch.zeros(2 * count + (count + len(own)) * world, dtype=torch.float64, device=self._device)
         per_rank = table[2 * count :].view(count + len(own), world)
         if names:
-            totals = torch.stack([self._totals[name] for name in names])
+            totals = self._totals[[self._places[name] for name in names]]
             weights = [self._weights[name] for name in names]
             table[:count] = totals
             table[count : 2 * count] = torch.tensor(weights, dtype=torch.float64)
@@ -76,7 +82,8 @@ class Stats:
         per_rank[count:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
         reduced: list[float] = ranks.sum(table).tolist()
         units = dict(self._units)
-        for kept in (self._totals, self._weights, self._units):
+        self._totals = self._totals[:0]
+        for kept in (self._places, self._weights, self._units):
             kept.clear()
         rows = [reduced[start : start + world] for start in range(2 * count, len(reduced), world)]
         return Reduced(
@@ -92,10 +99,9 @@ class Stats:
 
     def state(self) -> PartialSums:
         """What has been accumulated since the last tick on this rank, for a checkpoint."""
-        return {
-            name: (float(total), self._weights[name], self._units[name])
-            for name, total in self._totals.items()
-        }
+        self._add_waiting()
+        totals = zip(self._places, self._totals.tolist(), strict=True)
+        return {name: (total, self._weights[name], self._units[name]) for name, total in totals}
 
     def load(self, ranks: Ranks, saved: Sequence[PartialSums]) -> None:
         """Put back what `state` gave on each rank; in another world the first rank takes over all of it."""
@@ -109,14 +115,29 @@ class Stats:
                 name: (share * sum(t for t, _, _ in all_), share * sum(w for _, w, _ in all_), all_[0][2])
                 for name, all_ in parts.items()
             }
-        for name, (total, weight, unit) in mine.items():
-            self._totals[name] = torch.tensor(total, dtype=torch.float64, device=self._device)
-            self._weights[name], self._units[name] = weight, unit
+        self._places = {name: place for place, name in enumerate(mine)}
+        totals = [total for total, _, _ in mine.values()]
+        self._totals = torch.tensor(totals, dtype=torch.float64, device=self._device)
+        self._weights = {name: weight for name, (_, weight, _) in mine.items()}
+        self._units = {name: unit for name, (_, _, unit) in mine.items()}
+
+    def _add_waiting(self) -> None:
+        """Add to each name's total what waits for it: neighbours of one dtype together."""
+        waiting, self._waiting = self._waiting, {}
+        new = sorted(waiting.keys() - self._places.keys(), key=lambda name: (str(waiting[name].dtype), name))
+        if new:
+            self._places |= {name: place for place, name in enumerate(new, start=len(self._places))}
+            self._totals = torch.cat([self._totals, self._totals.new_zeros(len(new))])
+        ordered = enumerate(sorted(waiting, key=self._places.__getitem__))
+        for _, run in groupby(ordered, lambda at: (self._places[at[1]] - at[0], waiting[at[1]].dtype)):
+            names = [name for _, name in run]
+            start = self._places[names[0]]
+            self._totals[start : start + len(names)].add_(torch.stack([waiting[name] for name in names]))
 
     def _rescale(self, name: str, unit: float) -> None:
         """Let what was reported before weigh as much per update as what is reported now."""
         factor = unit / self._units[name]
-        self._totals[name] *= factor
+        self._totals[self._places[name]].mul_(factor)
         self._weights[name] *= factor
         self._units[name] = unit
 

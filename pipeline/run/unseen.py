@@ -13,6 +13,7 @@ from pipeline.data.stream import Batch, heldout_batches
 from pipeline.gan.images import to_float
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.seeding import seed_generators
 from pipeline.run.stats import Stats
 
 
@@ -48,7 +49,7 @@ class Unseen:
         if self._batch is None:
             return
         buffers = {name: b.clone() for name, b in D.module.named_buffers()}
-        torch.manual_seed(0)
+        seed_generators(0, self._ranks.device)
         with torch.no_grad(), D.autocast():
             logits = D.module(to_float(self._batch.images), self._batch.labels)
         for name, buffer in D.module.named_buffers():

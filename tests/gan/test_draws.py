@@ -103,6 +103,17 @@ def test_grid_columns(frequencies, columns):
 
 
 def test_ema_half_life():
-    assert ema_beta(10_000, 10) == 0.5
-    assert ema_beta(64, 10) ** (10_000 / 64) == pytest.approx(0.5)
-    assert ema_beta(64, 0) == 0.0 and ema_beta(0, 10) == 1.0
+    assert ema_beta(10_000, 10, 0, 0) == 0.5
+    assert ema_beta(64, 10, 0, 0) ** (10_000 / 64) == pytest.approx(0.5)
+    assert ema_beta(64, 0, 0, 0) == 0.0 and ema_beta(0, 10, 0, 0) == 1.0
+
+
+def test_ema_half_life_is_at_most_a_share_of_the_images_shown():
+    """Closed form: 2^(−images / min(kimg·1000, rampup·cur_nimg)); nothing is kept before the first image."""
+    assert ema_beta(64, 10, 0.05, 0) == 0.0
+    assert ema_beta(64, 10, 0.05, 64) == pytest.approx(2 ** (-64 / 3.2), rel=1e-12)
+    assert ema_beta(64, 10, 0.05, 1280) == pytest.approx(0.5, rel=1e-12)
+    assert ema_beta(64, 10, 0.05, 100_000) == pytest.approx(2 ** (-64 / 5_000), rel=1e-12)
+    assert ema_beta(64, 10, 0.05, 200_000) == ema_beta(64, 10, 0.05, 10**9) == ema_beta(64, 10, 0, 64)
+    assert ema_beta(64, 0, 0.05, 10**6) == 0.0
+    assert ema_beta(64, 10, 1e-300, 1) == 0.0

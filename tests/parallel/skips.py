@@ -5,6 +5,7 @@ Each case is trained twice, once with such tries before every update and once wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -52,12 +53,13 @@ def record(ranks: Ranks) -> dict[str, dict[str, list[str]]]:
 
 
 def settled(ranks: Ranks) -> dict[str, Any]:
-    """What libraries were to leave to us: each process group's timeout in seconds, and under ZeRO whether
-    DeepSpeed's timer is on."""
+    """What libraries were to leave to us: each process group's timeout in seconds, what NCCL does when ranks
+    fail, and under ZeRO whether DeepSpeed's timer is on."""
     gan, _ = parity.start(CASES["sgd"], parity.initial_state(CASES["sgd"]), ranks)
     engine: Any = gan.G
     return {
         "timeouts": [_timeout(group) / timedelta(seconds=1) for group in c10d._world.pg_map],
+        "nccl": {name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL_")},
         "timer": ranks.strategy.startswith("zero") and engine._ds.tput_timer.config.enabled,
     }
 
@@ -99,7 +101,7 @@ def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) ->
         for player, turn in (("D", turn_of_D), ("G", turn_of_G)):
             tries(player, gan, turn)
             turn(gan, False)
-        gan.G_ema.update(gan.ema_beta)
+        gan.G_ema.update(gan.ema_beta(nimg))
     return _snapshot(gan, moments=True)
 
 

@@ -17,7 +17,7 @@ from pipeline.parallel.ranks import read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
 from pipeline.run.health import FORWARD
-from pipeline.run.session import Session
+from pipeline.run.session import Session, _peak_memory_gb
 
 
 def test_whole_g_ema_is_there_from_asking_until_the_next_update():
@@ -90,3 +90,11 @@ def test_a_rank_without_a_penalised_fragment_has_nothing_to_add():
     penalty.add_gradient([])
     assert {float(value) for value in penalty.values().values()} == {0.0}
     assert float(penalty.gradient(penalty.values())["penalty"]) == 0.0
+
+
+def test_peak_memory_on_a_gpu_is_that_of_one_tick(monkeypatch):
+    peaks = [3e9]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peaks.append(1e9))
+    gpu = torch.device("cuda:0")
+    assert [_peak_memory_gb(gpu), _peak_memory_gb(gpu)] == [3.0, 1.0]

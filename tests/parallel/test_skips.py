@@ -30,6 +30,10 @@ def test_collectives_of_every_library_wait_as_long_as_ours(launched, name):
     assert len(settled["timeouts"]) >= (2 if strategy.startswith("zero") else int(world) > 1)
     assert set(settled["timeouts"]) <= {120}  # what launch.selfcheck.parity asks for
     assert settled["timer"] is False
+    assert settled["nccl"] == {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+        "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "480",
+    }
 
 
 def test_buffers_of_all_kinds_are_put_back_where_told_and_others_are_left_alone():

@@ -54,3 +54,17 @@ def test_sharded_players_agree_on_one_scalar_each(launched, name):
     """The squared gradient norm, for clipping and skipping alike; DeepSpeed takes its own at stage 3."""
     calls = [tuple(call) for call in recorded(launched, name)["plain"]["update"]]
     assert calls.count(("allreduce_", 8)) == {"ddp": 0, "zero3": 4}.get(name.rsplit("-", 1)[0], 2)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_an_answer_of_the_main_rank_is_sent_once_and_no_rank_sends_another(launched, name):
+    record = recorded(launched, name)["from_main"]
+    assert {operation for operation, _ in record["calls"]} == {"broadcast_"}
+    assert wire.ANSWER < sum(size for _, size in record["calls"]) < wire.ANSWER + 500
+    assert record["got"] == [[wire.ANSWER, "failed: no such folder"]] * int(name.rsplit("-", 1)[1])
+
+
+@pytest.mark.parametrize("name", ["single-1"])
+def test_a_rank_alone_sends_nothing(launched, name):
+    record = recorded(launched, name)["from_main"]
+    assert record == {"calls": [], "got": [[wire.ANSWER, "failed: no such folder"]]}

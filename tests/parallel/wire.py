@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
+from pipeline.config import UserError
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -25,6 +26,7 @@ CASES = {
     "clipped": Case("clipped", OPTIMIZER, rounds=2),
     "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
 }
+ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 
 
@@ -43,8 +45,23 @@ class Wire(TorchDispatchMode):
 
 
 def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """For each case: the calls of its third update, those of a tick after it, and the players' sizes."""
-    return {name: _record(case, ranks) for name, case in CASES.items()}
+    """For each case: the calls of its third update, those of a tick after it, and the players' sizes. And
+    those of an answer from the main rank, with what every rank got of it."""
+    return {name: _record(case, ranks) for name, case in CASES.items()} | {"from_main": _from_main(ranks)}
+
+
+def _from_main(ranks: Ranks) -> dict[str, Any]:
+    with Wire() as wire:
+        answer = ranks.from_main(lambda: "x" * ANSWER)
+    try:
+        failure = str(ranks.from_main(_fail))
+    except CommonError as error:
+        failure = f"failed: {error}"
+    return {"calls": wire.calls, "got": ranks.gather_objects((len(answer), failure))}
+
+
+def _fail() -> None:
+    raise UserError("no such folder")
 
 
 def _record(case: Case, ranks: Ranks) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.parallel.engine import Share
 from pipeline.run.stats import Stats
@@ -43,3 +44,53 @@ def test_the_same_world_goes_on_from_the_very_sums():
     stats = Stats(torch.device("cpu"), 3)
     stats.load(ALONE, [saved])
     assert stats.state() == saved
+
+
+def test_totals_are_those_of_adding_every_report_by_itself():
+    """Bit for bit: in fp32, fp64 and bool, with rounds, a name that comes late and one that is left out."""
+    generator = torch.Generator().manual_seed(0)
+    stats, alone = Stats(torch.device("cpu"), 1), {}
+
+    def report(name: str, value: torch.Tensor) -> None:
+        stats.add({name: Share(value, 1.0, 1.0)})
+        alone[name] = alone.get(name, torch.zeros((), dtype=torch.float64)) + value
+
+    for update in range(7):
+        for _ in range(2):
+            report("Loss/D/adversarial", torch.randn((), generator=generator))
+            report("Loss/scores/real", torch.randn((), generator=generator))
+        report("Loss/D/l2_penalty", torch.rand((), generator=generator, dtype=torch.float64))
+        if update % 3:
+            report("Loss/D/r1_penalty", torch.rand((), generator=generator))
+        report("Gradients/D/skipped", torch.tensor(update == 4))
+        report("Loss/G/adversarial", torch.randn((), generator=generator))
+        if update == 3:  # saved and gone on with in the middle
+            saved, stats = stats.state(), Stats(torch.device("cpu"), 1)
+            stats.load(ALONE, [saved])
+    assert {name: total for name, (total, _, _) in stats.state().items()} == {
+        name: float(total) for name, total in alone.items()
+    }
+    assert stats.reduce(ALONE, {}).updates["Loss/D/adversarial"] == 14
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_takes_two_launches_for_each_type_however_many_charts_there_are():
+    stats = Stats(torch.device("cpu"), 1)
+    update = {f"Loss/{n}": Share(torch.tensor(float(n)), 1.0, 1.0) for n in range(30)}
+    update |= {f"Gradients/{n}": Share(torch.tensor(float(n)).double(), 1.0, 1.0) for n in range(30)}
+    for _ in range(2):
+        stats.add(update)
+    with Launches() as launches:
+        stats.add(update)
+    assert launches.count == 4

@@ -1,0 +1,102 @@
+"""What a save copies: every tensor once, to host memory, and nothing on the device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.parallel.fragments import Fragment
+from pipeline.run.saving import Saver
+from pipeline.run.state import State
+
+RANKS: Any = SimpleNamespace(
+    rank=0, world=1, main=True, strategy="single", barrier=lambda: None,
+    gather_objects=lambda value: [value], any=lambda *flags: lambda: list(flags),
+)  # fmt: skip
+
+
+class Made(TorchDispatchMode):
+    """The bytes of new tensors on each kind of device, views not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        for tensor in tree_leaves(out):
+            if torch.is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:
+                kind = tensor.device.type
+                self.bytes[kind] = self.bytes.get(kind, 0) + tensor.numel() * tensor.element_size()
+        return out
+
+
+def player(device: str) -> Any:
+    """A replicated player as ddp.py keeps it, channels last in memory, with Adam's moments."""
+    shapes = {"conv.weight": (8, 4, 3, 3), "conv.bias": (8,)}
+    data = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    data = {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in data.items()}
+    moments = [{"step": torch.ones(()), "exp_avg": torch.rand_like(t)} for t in data.values()]
+    return SimpleNamespace(
+        player=SimpleNamespace(name="G"),
+        replicated=True,
+        fragments=[Fragment(name, 0, t.shape, t, True) for name, t in data.items()],
+        optimizer_state=lambda: moments,
+        buffers=lambda: {"running_mean": torch.zeros(8, device=device)},
+    )
+
+
+def averages_of(engine: Any) -> Any:
+    return SimpleNamespace(engine=engine, averages=[f.data.clone() for f in engine.fragments])
+
+
+def held(engine: Any, averages: Any) -> int:
+    tensors = [f.data for f in engine.fragments] + averages.averages + list(engine.buffers().values())
+    tensors += [t for state in engine.optimizer_state() for t in state.values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def begin(saver: Saver, engine: Any, averages: Any) -> Made:
+    """Copy the player for a checkpoint; what that made."""
+    with Made() as made:
+        saver.begin([engine], averages, State(cur_nimg=12))
+    return made
+
+
+def test_a_save_makes_nothing_on_the_device_and_one_copy_in_host_memory(tmp_path):
+    with FakeTensorMode():
+        engine = player("cuda")
+        averages, buffers = averages_of(engine), engine.buffers()
+        engine.buffers = lambda: buffers
+        saver = Saver(tmp_path, RANKS, keep=1)
+        saver._start = lambda *_: None  # fake tensors cannot be written
+        made = begin(saver, engine, averages)
+        assert made.bytes == {"cpu": held(engine, averages)}
+
+
+def test_on_a_cpu_everything_is_copied_once_and_stored_in_the_order_of_the_whole_tensor(tmp_path):
+    torch.manual_seed(0)
+    engine = player("cpu")
+    averages, buffers = averages_of(engine), engine.buffers()
+    engine.buffers = lambda: buffers
+    saver = Saver(tmp_path, RANKS, keep=1)
+    made = begin(saver, engine, averages)
+    expected = held(engine, averages)
+    before = [f.data.clone() for f in engine.fragments]
+    with torch.no_grad():
+        for fragment in engine.fragments:
+            fragment.data.zero_()  # the next update
+    assert saver.finish() == []
+    assert made.bytes == {"cpu": expected}
+    stored = load_file(tmp_path / "12" / "G-00000.safetensors")
+    assert stored["weights/conv.weight@0"].tolist() == before[0].contiguous().flatten().tolist()
+    assert stored["exp_avg/conv.weight@0"].shape == (8 * 4 * 9,)
+    assert stored["step/conv.weight"].shape == ()
+    assert load_file(tmp_path / "12" / "buffers-00000.safetensors")["G/running_mean"].shape == (8,)
