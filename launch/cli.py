@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -49,7 +50,17 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Exit status: 0 done or cleanly stopped, 2 bad input (one message), 1 anything else."""
+    """Exit status: 0 done, or stopped by a scheduler's signal, 130 stopped by Ctrl-C, 2 bad input (one
+    message), 1 anything else."""
+    try:
+        _call()
+    except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would interrupt the way out
+        click.echo("stopped", err=True)
+        sys.exit(130)
+
+
+def _call() -> None:
     from pipeline.config import UserError
 
     try:
@@ -60,9 +71,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""`python -m launch.launcher …` is `accelerate launch …` without its traceback when a process has failed.
+"""`python -m launch.launcher …` is `accelerate launch …` that passes stop signals on to the training
+processes, and shows no traceback of its own when one of them has failed.
 
 The processes themselves say what went wrong; what they cannot say, the signal that ended one, is added here.
 """
@@ -10,15 +11,15 @@ import os
 import runpy
 import signal
 import sys
+from contextlib import suppress
 
-# To the whole of a Slurm step: for the training processes, which save and leave.
-_TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
+import psutil
+
+from pipeline.run import stop
 
 
 def main() -> None:
-    if os.environ.get("SHARDGAN_NODE"):  # node.sh was deaf to them, but container runtimes forget that
-        for number in _TO_THE_STEP:
-            signal.signal(number, signal.SIG_IGN)
+    _Launcher()
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew
     try:
@@ -27,10 +28,42 @@ def main() -> None:
         if type(error).__name__ != "ChildFailedError":
             raise
         rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+        if failure.exitcode in (stop.INTERRUPTED, stop.TERMINATED):
+            sys.exit(failure.exitcode)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+class _Launcher:
+    """Passes the first signal on to every training process, also to those that are yet to start.
+
+    They agree, save and leave; torch's launcher would give them 30 seconds, and then report a failure.
+    """
+
+    def __init__(self) -> None:
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # by torch's launcher: none of ours
+        self._asked = set[int]()
+        self._number: int | None = None
+        self._signals = stop.StopSignals("USR1", "USR2", on_stop=self._stop, on_tick=self._pass_on)
+        stop.hold()  # for the training processes, until they listen
+        os.environ[stop.LAUNCHER] = str(os.getpid())
+
+    def _stop(self, number: int) -> None:
+        self._number = number
+
+    def _pass_on(self) -> None:
+        if self._number is None:
+            return
+        children = psutil.Process().children()
+        if not children and not self._asked and not os.times().children_user:  # none yet, nor any before
+            os._exit(self._signals.status)
+        for child in children:
+            if child.pid not in self._asked:
+                self._asked.add(child.pid)
+                with suppress(psutil.NoSuchProcess):
+                    child.send_signal(self._number)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
+
+from pipeline.run import stop
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
@@ -34,15 +37,15 @@ def train(
 ) -> None:
     """Train what CONFIG describes; the same command again resumes.
 
-    Settings of the form section.key=value go over the file. Ctrl-C saves and stops; a second one stops at
-    once.
+    Settings of the form section.key=value go over the file. Ctrl-C saves and stops (exit status 130); another
+    one, more than a second later, ends at once.
     """
     import torch
 
     from pipeline import config as configs
     from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import check_same
+    from pipeline.run.folder import check_same, finished, under_a_free_name
     from pipeline.train import prepare_data
 
     gpus = torch.cuda.device_count()
@@ -63,16 +66,18 @@ def train(
         )
         click.echo(f"\n# the resolved config\n{configs.dump(resolved)}", nl=False)
         return
-    folder = Path(resolved.run.out) / str(resolved.run.name)
-    if resolved.run.resume:
-        check_same(resolved, folder)
+    named = under_a_free_name(resolved)
+    folder = Path(named.run.out) / str(named.run.name)
+    check_same(resolved, folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
         sys.stdout.flush()
+        stop.hold()
         os.execve(sys.executable, line, environment)
-    sys.exit(_run(line, environment, resolved.run.stop_signal))
+    status = _run(line, environment, resolved.run.stop_signal)
+    sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
 
 
 def check_space(out: Path, needed_mb: int = 64) -> None:
@@ -125,43 +130,45 @@ def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
 
 
 def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:
-    """Run the launcher; a signal here asks the workers, who agree, save and leave in good order."""
-    launcher = subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        preexec_fn=die_with_parent,  # noqa: PLW1509
+    """Run the launcher, and pass on the first signal; returns the exit status."""
+    launcher = start(command, environment)
+    signals = stop.StopSignals(
+        stop_signal, on_stop=lambda number: ask_to_stop(launcher, number), on_kill=lambda: kill(launcher)
     )
-    asked = False
-
-    def forward(number: int, _frame: object) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            os.killpg(launcher.pid, signal.SIGKILL)
-        elif not asked:
-            asked = True
-            ask_to_stop(launcher)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.Signals[f"SIG{stop_signal}"]):
-        signal.signal(number, forward)
-    return 0 if launcher.wait() == 0 else 1
+    status = launcher.wait()
+    signals.close()
+    if status in (stop.INTERRUPTED, stop.TERMINATED):
+        click.echo("Stopped before training began.")
+        return stop.INTERRUPTED if signals.interrupted else 0
+    if status == 0 and signals.interrupted:
+        return stop.INTERRUPTED
+    return 0 if status == 0 else 1
 
 
-def ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to one worker is enough: all agree. The launcher itself would report a failure."""
+def start(command: list[str], environment: dict[str, str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a training or its launcher, in a session of its own; it stops when this process ends.
+
+    how: passed on to Popen.
+    """
+    environment = environment | {stop.LAUNCHER: str(os.getpid())}
+    with stop.held():  # it is asked to stop only once it can answer
+        return subprocess.Popen(command, env=environment, start_new_session=True, **how)
+
+
+def ask_to_stop(started: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
+    """number: the signal; a launcher does not listen for SIGCONT, and gets SIGTERM instead."""
+    started.send_signal(signal.SIGTERM if number == signal.SIGCONT else number)
+
+
+def kill(started: subprocess.Popen[bytes]) -> None:
+    """With all that it has started."""
     import psutil
 
-    workers = psutil.Process(launcher.pid).children()
-    if workers:
-        workers[0].terminate()
-    else:
-        launcher.terminate()
-
-
-def die_with_parent() -> None:
-    """No orphan trains on when this process is killed without a chance to pass it on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(started.pid)
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def cores() -> int:

@@ -11,13 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from pipeline import STARTED_BY, config, loop
+from pipeline import config, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
@@ -34,7 +34,7 @@ from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
 from pipeline.parallel.engine import PlayerSettings
-from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, end_process, read_launch
+from pipeline.parallel.ranks import CommonError, Launch, Ranks, end_process, read_launch
 from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
@@ -46,6 +46,7 @@ from pipeline.run.session import Session, shapes
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.run.stop import INTERRUPTED, StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import Gan
 
@@ -53,8 +54,17 @@ _PATIENCE_S = 60.0  # for the main rank to be the one that tells
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input,
-    1 another failure that has been told."""
+    """Train; the process handles signals afterwards as it did before.
+
+    Returns the exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 130 stopped by
+    Ctrl-C (of several processes: 0, or their launcher would report a failure), 2 bad input, 1 another failure
+    that has been told.
+    """
+    with closing(StopSignals()) as signals:
+        return _main(arguments, signals)
+
+
+def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         launch = read_launch()
@@ -62,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = config.load(path, overrides)
         sys.argv[1:] = map(redacted, sys.argv[1:])  # which W&B for one notes and uploads
         batch = batch_shape(settings.data, launch.world)
+        signals.configure(settings.run.stop_signal, settings.run.grace)
     except (UserError, ValueError) as error:
         if (
             rank
@@ -70,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(error, tell=True)
     try:
         with Watch(launch, settings.run.timeout_s) as watch:
-            _train(settings, launch, batch, watch)
+            completed = _train(settings, launch, batch, watch, signals)
     except JobEndedError:
         return 1
     except CommonError as error:
@@ -78,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except UserError as error:
         return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
-    return 0
+    return INTERRUPTED if signals.interrupted and not completed and launch.strategy == "single" else 0
 
 
 def prepare_data(settings: Config, announce: bool) -> Index:
@@ -90,9 +101,10 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     return index
 
 
-def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) -> None:
-    signals = StopSignals(settings.run.stop_signal, settings.run.grace, STARTED_BY)
-    ranks = Ranks(launch, BACKSTOP, watch.progress)
+def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, signals: StopSignals) -> bool:
+    """Whether the run is finished, rather than stopped."""
+    with signals.joining() if launch.world > 1 else nullcontext():
+        ranks = Ranks(launch, BACKSTOP, watch.progress)
     if ranks.device.type == "cpu":
         keep_freed_memory()
     with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
@@ -109,7 +121,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
         ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
-        return
+        return True
     plan, heldout = _plans(settings, index)
     state = State(plan=plan.fingerprint, data=index.fingerprint)
     if settings.data.conditional:
@@ -143,11 +155,13 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         )
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
-        ranks.from_main(lambda: _conclude(folder, gan, state, report, completed))
+        asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
+        ranks.from_main(lambda: _conclude(folder, gan, state, report, asked))
     finally:
         report.close()
-        signals.heeded()
+        signals.done()
     ranks.leave()
+    return completed
 
 
 def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
@@ -281,11 +295,15 @@ def _leave(folder: Path, name: str, cur_nimg: int) -> None:
         raise UserError(f"{folder / name} could not be written: {error}") from None
 
 
-def _conclude(folder: Path, gan: Gan, state: State, report: Report, completed: bool) -> None:
-    """Leave the marker that says how the run ended, and the exported networks if it is done."""
-    if not completed:
+def _conclude(folder: Path, gan: Gan, state: State, report: Report, asked: str | None) -> None:
+    """Leave the marker that says how the run ended, and the exported networks if it is done.
+
+    asked: why it was stopped; None: it is done.
+    """
+    if asked is not None:
         _leave(folder, STOPPED, state.cur_nimg)
-        report.say(f"Stopped at kimg {state.cur_nimg / 1000:g}; the same command continues from there.")
+        kimg = f"{state.cur_nimg / 1000:g}"
+        report.say(f"Stopped at kimg {kimg} {asked}; the same command continues from there.")
         return
     export(folder, folder / "export")
     report.summary(record(folder, shapes(gan)))
@@ -301,4 +319,4 @@ def _refuse(error: Exception, tell: bool) -> int:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    end_process(_main(None, StopSignals()))  # which listens to the last

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import os
-import signal
 import statistics
 import tarfile
 import tempfile
@@ -32,12 +30,13 @@ from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Launch, Ranks, StopSignals
+from pipeline.parallel.ranks import Launch, Ranks
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.run.stop import StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
 from pipeline.train import build, prepare_data
@@ -218,12 +217,8 @@ class Ours:
 
 def _unheeded() -> StopSignals:
     """What the loop asks after every update, while signals go on to end this process at once."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
-    signals = StopSignals("USR1", math.inf)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signals = StopSignals()
+    signals.close()
     return signals
 
 

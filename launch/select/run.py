@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
-from types import FrameType
 
 from launch.select.trials import Launch, Trial
-from launch.train import ask_to_stop, cores, die_with_parent, process
+from launch.train import ask_to_stop, cores, kill, process, start
 from pipeline.config import UserError
+from pipeline.run.stop import StopSignals
 
 Say = Callable[[str], None]
 Ended = Callable[[Trial, str], None]
@@ -39,11 +38,11 @@ def hold(folder: Path, say: Say) -> int:
 
 def run(
     todo: Sequence[Trial], launch: Launch, jobs: int, folder: Path, lock: int, say: Say, ended: Ended
-) -> bool:
+) -> StopSignals:
     """Train the trials, `jobs` at a time; `ended` hears of each, with what went wrong or "".
 
     folder: the selection's, where logs go. lock: from `hold`, kept by the trials too.
-    Returns False if asked to stop (SIGTERM, Ctrl-C) before all were trained; those at work save and leave.
+    Returns the signals there were: asked to stop before all are trained, those at work save and leave.
     If `ended` raises, no more are started, those at work are asked to stop, and then it is raised here.
     """
     logs = folder / "logs"
@@ -52,10 +51,11 @@ def run(
     if todo:
         say(f"Training now, with logs in {logs}: {'; '.join(trial.name for trial in todo[:jobs])}")
     crew = _Crew(launch, jobs, logs, lock, ended)
-    with _handling(lambda _number, _frame: crew.stop()), ThreadPoolExecutor(jobs) as pool:
+    signals = StopSignals(on_stop=lambda _: crew.stop(), on_kill=crew.kill)
+    with closing(signals), ThreadPoolExecutor(jobs) as pool:
         for outcome in [pool.submit(crew.train, trial) for trial in todo]:
             outcome.result()
-    return not crew.stopped.is_set()
+    return signals
 
 
 def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
@@ -111,13 +111,12 @@ class _Crew:
         """Start no more; those at work save and leave."""
         self.stopped.set()
         for child in list(self._running):
-            self._ask(child)
+            ask_to_stop(child)
 
-    def _ask(self, child: subprocess.Popen[bytes]) -> None:
-        import psutil
-
-        with suppress(psutil.NoSuchProcess):
-            child.terminate() if self._launch.strategy == "single" else ask_to_stop(child)
+    def kill(self) -> None:
+        """End those at work, unsaved."""
+        for child in list(self._running):
+            kill(child)
 
     def _call(self, trial: Trial, log: Path, share: dict[str, str]) -> int:
         """Train in a process of its own; returns its exit status."""
@@ -126,32 +125,20 @@ class _Crew:
         environment |= share
         environment.pop("WANDB_RUN_ID", None)  # or all trials would be one run there
         with log.open("wb") as output:
-            child = subprocess.Popen(
+            child = start(
                 line,
-                env=environment,
+                environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
                 pass_fds=[self._lock],
-                preexec_fn=die_with_parent,  # noqa: PLW1509
             )
             self._running.add(child)
             if self.stopped.is_set():  # just now, by one who did not see this child yet
-                self._ask(child)
+                ask_to_stop(child)
             status = child.wait()
             self._running.discard(child)
         return status
-
-
-@contextmanager
-def _handling(ask: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _complaint(log: Path, status: int) -> str:

@@ -20,6 +20,7 @@ from launch.select.table import Table
 from launch.select.trials import Launch, Trial
 from launch.slurm import Resources
 from pipeline.config import Config
+from pipeline.run.stop import INTERRUPTED
 
 
 @dataclass
@@ -48,11 +49,13 @@ class Work:
         lock = select_run.hold(self.folder, self.say)
         self._note()
         todo = self.todo  # another select may have been at work until now
-        completed = select_run.run(todo, self.launch, jobs, self.folder, lock, self.say, self._ended)
+        signals = select_run.run(todo, self.launch, jobs, self.folder, lock, self.say, self._ended)
         found = self._conclude()
         os.close(lock)
-        if not completed:
-            self.say("Stopped; the same command continues.")
+        if signals.received is not None:
+            self.say(f"Stopped {signals.received}; the same command continues.")
+            if signals.interrupted:
+                raise SystemExit(INTERRUPTED)
         elif found.minimum is None:
             raise click.ClickException(_nothing(found, self.folder / "logs"))
 

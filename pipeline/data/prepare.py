@@ -6,14 +6,12 @@ shuffled once, by a fixed seed, so that every shard is a fair sample of the whol
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import io
 import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +33,7 @@ from pipeline.data.plan import permutation
 from pipeline.data.record import INDEX, read_record, shard_of, sidecar_path, write_record
 from pipeline.data.sources import Classes, Fit, Source, open_source
 from pipeline.data.staging import FULL, Written, finished, note, noted, staging
+from pipeline.data.workers import end_with_parent
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _SKIPPED = "skipped.txt"
@@ -178,8 +177,7 @@ def _adopt(images: Source, options: Options, folder: Path) -> None:
     global _job
     _job = (images, options, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the pool
-    if sys.platform == "linux":  # and if the parent is killed, nobody else would, nor give back the folder
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()  # if that is killed, nobody else would end this one and give back the folder
 
 
 def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:

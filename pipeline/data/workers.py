@@ -110,19 +110,23 @@ def _no_main_module(method: str | None) -> Iterator[None]:
 
 
 def _die_with_the_rank(_: int) -> None:
-    """In a worker: end as soon as the training process does, however it ended.
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a child of multiprocessing: end as soon as the parent does, however it ended.
 
     DataLoader's own watchdog looks for another parent, which a fork server's child never gets, and which,
     kept alive by that child, never ends: without this, both would outlive a killed rank for good.
     """
-    rank = multiprocessing.parent_process()
-    assert rank is not None
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        rank.join()
+        parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, name="watch-rank", daemon=True).start()
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def _shut_down(items: Any, processes: set[multiprocessing.process.BaseProcess]) -> None:

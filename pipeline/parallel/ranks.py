@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from pipeline.parallel.zero_settings import read_settings
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
+_LONG_S = 10.0  # after which a person wonders what is being waited for
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 # What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
@@ -122,7 +121,8 @@ class Ranks:
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
-        state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
+        with _said_if_long(launch):
+            state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
@@ -236,6 +236,24 @@ class Ranks:
             dist.destroy_process_group()
 
 
+@contextmanager
+def _said_if_long(launch: Launch) -> Iterator[None]:
+    """Say, once per machine, what this rank waits for while the others have not come."""
+    where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = (
+        f"Waiting at {where} until all {launch.world} processes are there (by the environment this one has "
+        f"RANK={launch.rank} of WORLD_SIZE={launch.world}); Ctrl-C ends it."
+    )
+    timer = threading.Timer(_LONG_S, print, (text,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if launch.world > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _machine() -> tuple[str, str]:
     """Equal for processes that see each other in /proc: those of one kernel and, in it, one container."""
     if sys.platform != "linux":
@@ -270,44 +288,3 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-class StopSignals:
-    """Asks for a clean stop on SIGTERM, Ctrl-C or a signal of one's choice; a second Ctrl-C stops at once."""
-
-    def __init__(self, chosen: str, grace: float, started_by: int | None = None) -> None:
-        """chosen: "USR1", say. grace: seconds after which a stop that is not done is given up.
-        started_by: the launcher's pid, noted before anything that took long."""
-        self.received: str | None = None
-        self._grace = grace
-        self._out_of_time = threading.Timer(min(grace, threading.TIMEOUT_MAX), self._give_up)
-        self._out_of_time.daemon = True
-        for number in (signal.SIGTERM, signal.Signals[f"SIG{chosen}"], signal.SIGINT):
-            signal.signal(number, self._note)
-        # A launcher that dies without a word (SIGKILL, or `accelerate launch` of one process, which
-        # forwards nothing) must not leave this process training: the kernel tells us instead.
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-            if started_by not in (None, os.getppid()):  # it is gone already
-                self._note(signal.SIGTERM, None)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            raise KeyboardInterrupt
-        if self.received is None:
-            self._out_of_time.start()
-        self.received = signal.Signals(number).name
-
-    def heeded(self) -> None:
-        """The run has come to its end."""
-        self._out_of_time.cancel()
-
-    def _give_up(self) -> None:
-        """Whoever sent the signal is about to kill this process: better to end with a word."""
-        print(
-            f"error: told to stop by {self.received}, and not done within run.grace = {self._grace:g} s. "
-            "The same command continues from the newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
-        end_process(1)

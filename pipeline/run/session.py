@@ -24,7 +24,7 @@ from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
-from pipeline.parallel.ranks import Ranks, RunError, StopSignals
+from pipeline.parallel.ranks import Ranks, RunError
 from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents
@@ -37,6 +37,7 @@ from pipeline.run.saving import Saver
 from pipeline.run.sheets import GRID, Sheets, spread
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.run.stop import StopSignals
 from pipeline.run.unseen import Unseen
 
 if TYPE_CHECKING:
