@@ -42,7 +42,7 @@ def train(
     from pipeline import config as configs
     from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import check_same
+    from pipeline.run.folder import check_same, finished, refuse_running
     from pipeline.train import prepare_data
 
     gpus = torch.cuda.device_count()
@@ -66,6 +66,8 @@ def train(
     folder = Path(resolved.run.out) / str(resolved.run.name)
     if resolved.run.resume:
         check_same(resolved, folder)
+        if not finished(folder, resolved):
+            refuse_running(folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
@@ -144,7 +146,8 @@ def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> i
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.Signals[f"SIG{stop_signal}"]):
         signal.signal(number, forward)
-    return 0 if launcher.wait() == 0 else 1
+    status = launcher.wait()
+    return status if status in (0, 2) else 1
 
 
 def ask_to_stop(launcher: subprocess.Popen[bytes]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import ema_beta
+from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
@@ -37,7 +38,7 @@ from pipeline.parallel.ranks import CommonError, Launch, Ranks, StopSignals, end
 from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
-from pipeline.run.folder import DONE, REFERENCE, STOPPED, find_folder, finished, open_folder
+from pipeline.run.folder import DONE, REFERENCE, STOPPED, claim_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
@@ -68,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(_PATIENCE_S)
         return _refuse(error, tell=True)
     try:
-        with Watch(launch, settings.run.timeout_s) as watch:
-            _train(settings, launch, batch, watch)
+        with Watch(launch, settings.run.timeout_s) as watch, ExitStack() as held:
+            _train(settings, launch, batch, watch, held)
     except JobEndedError:
         return 1
     except CommonError as error:
@@ -89,7 +90,7 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     return index
 
 
-def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) -> None:
+def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, held: ExitStack) -> None:
     signals = StopSignals(settings.run.stop_signal, settings.run.grace, STARTED_BY)
     ranks = Ranks(launch, BACKSTOP, watch.progress)
     if ranks.device.type == "cpu":
@@ -103,7 +104,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         raise CommonError(
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )
-    settings, folder = ranks.from_main(lambda: find_folder(settings))
+    settings, folder, still_ours = _claim(settings, ranks, signals, held)
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
@@ -118,7 +119,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
     state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
     ranks.from_main(lambda: open_folder(settings, folder))
     ranks.progress.cur_nimg = state.cur_nimg
-    report = _open_report(settings, folder, state, ranks)
+    report = _open_report(settings, folder, state, ranks, still_ours)
     try:
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
         cache = _open_cache(settings, index, ranks, report)
@@ -147,6 +148,22 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch) ->
         report.close()
         signals.heeded()
     ranks.leave()
+
+
+def _claim(
+    settings: Config, ranks: Ranks, signals: StopSignals, held: ExitStack
+) -> tuple[Config, Path, Callable[[], None]]:
+    """Hold this run's folder until `held` is closed; config, folder, and a check that it is still held."""
+    locks: list[Lock] = []
+
+    def claim() -> tuple[Config, Path]:
+        config, folder, lock = claim_folder(settings, say, lambda: signals.received is not None)
+        if lock is not None:
+            locks.append(held.enter_context(lock))
+        return config, folder
+
+    config, folder = ranks.from_main(claim)
+    return config, folder, locks[0].check if locks else lambda: None
 
 
 def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
@@ -231,7 +248,9 @@ def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, ne
     return saved
 
 
-def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> Report:
+def _open_report(
+    settings: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
+) -> Report:
     """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
     if not ranks.main:
         state.wandb_id = ranks.from_main(lambda: state.wandb_id)
@@ -239,7 +258,7 @@ def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> 
     tracker = open_tracker(settings, folder, True, state.wandb_id, say)
     state.wandb_id = ranks.from_main(lambda: tracker.run_id)
     total = round(settings.run.total_kimg * 1000)
-    return MainReport(folder, tracker, total, state.cur_nimg, state.reported)
+    return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
 
 
 def _introduce(
@@ -282,6 +301,7 @@ def _leave(folder: Path, name: str, cur_nimg: int) -> None:
 
 def _conclude(folder: Path, gan: Gan, state: State, report: Report, completed: bool) -> None:
     """Leave the marker that says how the run ended, and the exported networks if it is done."""
+    report.still_ours()
     if not completed:
         _leave(folder, STOPPED, state.cur_nimg)
         report.say(f"Stopped at kimg {state.cur_nimg / 1000:g}; the same command continues from there.")

@@ -15,12 +15,15 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 ARROWS = {
     "pipeline.credentials": (),
     "pipeline.config": ("pipeline.credentials",),
+    "pipeline.holder": (),
+    "pipeline.lock": ("pipeline.config", "pipeline.holder"),
     "pipeline.gan": ("pipeline.config",),
-    "pipeline.data": ("pipeline.config", "pipeline.credentials"),
+    "pipeline.data": ("pipeline.config", "pipeline.credentials", "pipeline.lock"),
     "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.config",
         "pipeline.credentials",
+        "pipeline.lock",
         "pipeline.gan",
         "pipeline.data",
         "pipeline.parallel",
