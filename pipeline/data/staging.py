@@ -91,8 +91,7 @@ def publish(folder: Path, target: Path) -> None:
         folder.replace(target)
     except OSError as error:
         raise _NotPublishedError(
-            f"All shards are in {folder}, but that could not be renamed to {target}: {error.strerror}. Do so by "
-            "hand."
+            f"All shards are in {folder}, which could not be renamed to {target}: {error.strerror}. Rename it."
         ) from None
 
 
