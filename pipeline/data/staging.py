@@ -91,7 +91,7 @@ def publish(folder: Path, target: Path) -> None:
         folder.replace(target)
     except OSError as error:
         raise _NotPublishedError(
-            f"All shards are in {folder}, which could not be renamed to {target}: {error.strerror}. Rename it."
+            f"All shards are in {folder}, which could not be renamed to {target}: {error.strerror}."
         ) from None
 
 

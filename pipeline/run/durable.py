@@ -18,7 +18,7 @@ _LACKING_FOR_FOLDERS = _LACKING | {errno.EACCES, errno.EPERM, errno.EBADF, errno
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file that others may read as any new file here: the library's are its owner's alone.
+    """Write a safetensors file with the mode of any new file here; the library's own is for its owner alone.
 
     Raises OSError or SafetensorError.
     """
