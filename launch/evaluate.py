@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -136,7 +136,7 @@ def _show(title: str, scores: dict[str, float]) -> None:
 
 
 def _append(file: Path, entry: dict[str, object]) -> None:
-    """One more line of the JSON list in `file`, which is whole at any moment."""
+    """One more line of the JSON list in `file`, which is whole at any moment; or say why there is none."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         entries = json.loads(file.read_text()) if file.exists() else []
@@ -144,6 +144,9 @@ def _append(file: Path, entry: dict[str, object]) -> None:
             raise ValueError("not a list")
         partial.write_text(json.dumps([*entries, entry], indent=1) + "\n")
         partial.replace(file)
-    except (OSError, ValueError) as error:
-        partial.unlink(missing_ok=True)
+    except OSError as error:  # another person's run, or one on a read-only disk
+        with suppress(OSError):
+            partial.unlink()
+        click.echo(f"These scores could not be kept in {file}: {error.strerror or error}.", err=True)
+    except ValueError as error:
         raise UserError(f"The scores could not be added to {file}: {error}") from None

@@ -33,7 +33,7 @@ def main() -> None:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.exit(2 if failure.exitcode == 2 else 1)
 
 
 class _Launcher:

@@ -45,7 +45,7 @@ def train(
     from pipeline import config as configs
     from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import check_same, finished, under_a_free_name
+    from pipeline.run.folder import check_same, finished, refuse_running, under_a_free_name
     from pipeline.train import prepare_data
 
     gpus = torch.cuda.device_count()
@@ -68,7 +68,9 @@ def train(
         return
     named = under_a_free_name(resolved)
     folder = Path(named.run.out) / str(named.run.name)
-    check_same(resolved, folder)
+    check_same(named, folder)
+    if not finished(folder, named):
+        refuse_running(folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
@@ -142,7 +144,7 @@ def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> i
         return stop.INTERRUPTED if signals.interrupted else 0
     if status == 0 and signals.interrupted:
         return stop.INTERRUPTED
-    return 0 if status == 0 else 1
+    return status if status in (0, 2) else 1
 
 
 def start(command: list[str], environment: dict[str, str], **how: Any) -> subprocess.Popen[bytes]:

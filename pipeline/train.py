@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import ema_beta
+from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
@@ -38,7 +39,7 @@ from pipeline.parallel.ranks import CommonError, Launch, Ranks, end_process, rea
 from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.run import checkpoint
 from pipeline.run.export import export
-from pipeline.run.folder import DONE, REFERENCE, STOPPED, find_folder, finished, open_folder
+from pipeline.run.folder import DONE, REFERENCE, STOPPED, claim_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
@@ -80,8 +81,8 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
             time.sleep(_PATIENCE_S)
         return _refuse(error, tell=True)
     try:
-        with Watch(launch, settings.run.timeout_s) as watch:
-            completed = _train(settings, launch, batch, watch, signals)
+        with Watch(launch, settings.run.timeout_s) as watch, ExitStack() as held:
+            completed = _train(settings, launch, batch, watch, signals, held)
     except JobEndedError:
         return 1
     except CommonError as error:
@@ -101,8 +102,10 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     return index
 
 
-def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, signals: StopSignals) -> bool:
-    """Whether the run is finished, rather than stopped."""
+def _train(
+    settings: Config, launch: Launch, batch: BatchShape, watch: Watch, signals: StopSignals, held: ExitStack
+) -> bool:
+    """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
     with signals.joining() if launch.world > 1 else nullcontext():
         ranks = Ranks(launch, BACKSTOP, watch.progress)
     if ranks.device.type == "cpu":
@@ -116,7 +119,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, si
         raise CommonError(
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )
-    settings, folder = ranks.from_main(lambda: find_folder(settings, say))
+    settings, folder, still_ours = _claim(settings, ranks, signals, held)
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
@@ -131,7 +134,7 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, si
     state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
     ranks.from_main(lambda: open_folder(settings, folder))
     ranks.progress.cur_nimg = state.cur_nimg
-    report = _open_report(settings, folder, state, ranks)
+    report = _open_report(settings, folder, state, ranks, still_ours)
     try:
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
         cache = _open_cache(settings, index, ranks, report)
@@ -162,6 +165,22 @@ def _train(settings: Config, launch: Launch, batch: BatchShape, watch: Watch, si
         signals.done()
     ranks.leave()
     return completed
+
+
+def _claim(
+    settings: Config, ranks: Ranks, signals: StopSignals, held: ExitStack
+) -> tuple[Config, Path, Callable[[], None]]:
+    """Hold this run's folder until `held` is closed; config, folder, and a check that it is still held."""
+    locks: list[Lock] = []
+
+    def claim() -> tuple[Config, Path]:
+        config, folder, lock = claim_folder(settings, say, lambda: signals.received is not None)
+        if lock is not None:
+            locks.append(held.enter_context(lock))
+        return config, folder
+
+    config, folder = ranks.from_main(claim)
+    return config, folder, locks[0].check if locks else lambda: None
 
 
 def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
@@ -246,7 +265,9 @@ def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, ne
     return saved
 
 
-def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> Report:
+def _open_report(
+    settings: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
+) -> Report:
     """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
     if not ranks.main:
         state.wandb_id = ranks.from_main(lambda: state.wandb_id)
@@ -254,7 +275,7 @@ def _open_report(settings: Config, folder: Path, state: State, ranks: Ranks) -> 
     tracker = open_tracker(settings, folder, True, state.wandb_id, say)
     state.wandb_id = ranks.from_main(lambda: tracker.run_id)
     total = round(settings.run.total_kimg * 1000)
-    return MainReport(folder, tracker, total, state.cur_nimg, state.reported)
+    return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
 
 
 def _introduce(
@@ -300,6 +321,7 @@ def _conclude(folder: Path, gan: Gan, state: State, report: Report, asked: str |
 
     asked: why it was stopped; None: it is done.
     """
+    report.still_ours()
     if asked is not None:
         _leave(folder, STOPPED, state.cur_nimg)
         kimg = f"{state.cur_nimg / 1000:g}"

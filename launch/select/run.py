@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import threading
@@ -15,33 +14,35 @@ from queue import SimpleQueue
 from launch.select.trials import Launch, Trial
 from launch.train import ask_to_stop, cores, kill, process, start
 from pipeline.config import UserError
+from pipeline.lock import LOCK, Lock, take
 from pipeline.run.stop import StopSignals
 
 Say = Callable[[str], None]
 Ended = Callable[[Trial, str], None]
 
 
-def hold(folder: Path, say: Say) -> int:
-    """Lock a selection's folder, for this process and its trials; returns the lock's file descriptor.
+def hold(folder: Path, trials: Sequence[Trial], say: Say) -> Lock:
+    """Lock a selection's folder, once nobody else is at work on it, nor on any of `trials`.
 
-    Waits for the trials of an earlier select that was killed: two of one name must not train at once.
+    Trials outlive a select that was killed, as they save before they end.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    lock = take(folder, say, wait=True)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"Another `shardgan select` is at work on {folder}, or its last trials are; waiting for them.")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        for trial in trials:
+            if (trial.folder / LOCK).exists():
+                take(trial.folder, say, wait=True).release()
+    except BaseException:
+        lock.release()
+        raise
     return lock
 
 
 def run(
-    todo: Sequence[Trial], launch: Launch, jobs: int, folder: Path, lock: int, say: Say, ended: Ended
+    todo: Sequence[Trial], launch: Launch, jobs: int, folder: Path, say: Say, ended: Ended
 ) -> StopSignals:
     """Train the trials, `jobs` at a time; `ended` hears of each, with what went wrong or "".
 
-    folder: the selection's, where logs go. lock: from `hold`, kept by the trials too.
+    folder: the selection's, where logs go.
     Returns the signals there were: asked to stop before all are trained, those at work save and leave.
     If `ended` raises, no more are started, those at work are asked to stop, and then it is raised here.
     """
@@ -50,7 +51,7 @@ def run(
     jobs = min(jobs, max(1, len(todo)))
     if todo:
         say(f"Training now, with logs in {logs}: {'; '.join(trial.name for trial in todo[:jobs])}")
-    crew = _Crew(launch, jobs, logs, lock, ended)
+    crew = _Crew(launch, jobs, logs, ended)
     signals = StopSignals(on_stop=lambda _: crew.stop(), on_kill=crew.kill)
     with closing(signals), ThreadPoolExecutor(jobs) as pool:
         for outcome in [pool.submit(crew.train, trial) for trial in todo]:
@@ -84,8 +85,8 @@ def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
 class _Crew:
     """Trains trials in threads of its own, each in its share of the machine, until told to stop."""
 
-    def __init__(self, launch: Launch, jobs: int, logs: Path, lock: int, ended: Ended) -> None:
-        self._launch, self._logs, self._lock, self._ended = launch, logs, lock, ended
+    def __init__(self, launch: Launch, jobs: int, logs: Path, ended: Ended) -> None:
+        self._launch, self._logs, self._ended = launch, logs, ended
         self.stopped = threading.Event()
         self._running, self._telling = set[subprocess.Popen[bytes]](), threading.Lock()
         self._shares = SimpleQueue[dict[str, str]]()
@@ -131,7 +132,6 @@ class _Crew:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                pass_fds=[self._lock],
             )
             self._running.add(child)
             if self.stopped.is_set():  # just now, by one who did not see this child yet

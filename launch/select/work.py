@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,12 +45,17 @@ class Work:
     def train(self, jobs: int) -> None:
         """On this machine, whatever is not done; then the table and the choice."""
         self._look(jobs)
-        lock = select_run.hold(self.folder, self.say)
-        self._note()
-        todo = self.todo  # another select may have been at work until now
-        signals = select_run.run(todo, self.launch, jobs, self.folder, lock, self.say, self._ended)
-        found = self._conclude()
-        os.close(lock)
+        with select_run.hold(self.folder, self.trials, self.say) as lock:
+            self._note()
+            todo = self.todo  # another select may have been at work until now
+
+            def ended(trial: Trial, problem: str) -> None:
+                lock.check()
+                self._ended(trial, problem)
+
+            signals = select_run.run(todo, self.launch, jobs, self.folder, self.say, ended)
+            lock.check()
+            found = self._conclude()
         if signals.received is not None:
             self.say(f"Stopped {signals.received}; the same command continues.")
             if signals.interrupted:
@@ -65,19 +69,19 @@ class Work:
             self.train(jobs)
             return
         self._look(None)
-        self._note()
-        select_slurm.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
+        with select_run.hold(self.folder, self.trials, self.say):
+            self._note()
+            select_slurm.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
 
     def collect(self) -> None:
         """Train nothing. What has failed is known by what the last call noted, and by the logs of jobs."""
         now = select_start.common(self.trials, self.launch)
         self._refuse({"candidates": now["candidates"]})  # however they are trained
-        lock = select_run.hold(self.folder, self.say)
-        waiting = {trial.name for trial in self.todo}
-        noted = select_table.failures(self.folder) | select_slurm.failures(self.trials, self.folder)
-        self.failures |= {name: problem for name, problem in noted.items() if name in waiting}
-        found = self._conclude()
-        os.close(lock)
+        with select_run.hold(self.folder, (), self.say):
+            waiting = {trial.name for trial in self.todo}
+            noted = select_table.failures(self.folder) | select_slurm.failures(self.trials, self.folder)
+            self.failures |= {name: problem for name, problem in noted.items() if name in waiting}
+            found = self._conclude()
         if found.minimum is None and not any(row.pending for row in found.rows):
             raise click.ClickException(_nothing(found, self.folder))
 

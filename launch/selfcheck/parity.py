@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline import config
 from pipeline.config import Config
@@ -26,6 +25,7 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, end_process, read_launch
 from pipeline.run import checkpoint
+from pipeline.run.durable import save_tensors
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
@@ -180,7 +180,7 @@ def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
     for number, case in enumerate(chosen):
         tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
-            save_file(tensors, out / f"{case.name}.safetensors")
+            save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
         if number == 0:
             # All is imported by now. DeepSpeed collects garbage for every engine that it makes, which takes

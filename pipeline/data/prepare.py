@@ -32,8 +32,9 @@ from pipeline.data.known import KNOWN
 from pipeline.data.plan import permutation
 from pipeline.data.record import INDEX, read_record, shard_of, sidecar_path, write_record
 from pipeline.data.sources import Classes, Fit, Source, open_source
-from pipeline.data.staging import FULL, Written, finished, note, noted, staging
+from pipeline.data.staging import FULL, Written, finished, note, noted, publish, staging
 from pipeline.data.workers import end_with_parent
+from pipeline.lock import LockLostError
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _SKIPPED = "skipped.txt"
@@ -73,7 +74,7 @@ def prepare(
         return load_index(str(target), announce)
     images = KNOWN[source](announce) if source in KNOWN else open_source(source, options.classes, announce)
     resolved = _resolve(images, options)
-    with staging(target, json.dumps([recipe, images.fingerprint()])) as folder:
+    with staging(target, json.dumps([recipe, images.fingerprint()]), announce) as folder:
         jobs = _jobs(images, resolved.per_shard)
         if kept := finished(folder):
             announce(f"{kept} of {len(jobs)} shards are there from an earlier try; going on with the others.")
@@ -86,7 +87,7 @@ def prepare(
         if images.classes:
             extra["classes"] = list(images.classes)
         write_record(folder, images.name, shards, extra)
-        folder.replace(target)
+        publish(folder, target)
     return load_index(str(target), announce)
 
 
@@ -188,6 +189,8 @@ def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
     try:
         written = _write_tar(path, number, rows)
         note(folder, number, written)
+    except LockLostError:
+        raise
     except BaseException:
         path.unlink(missing_ok=True)
         raise

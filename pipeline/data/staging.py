@@ -7,23 +7,20 @@ on a disk that was full, the same command goes on with the shards that have none
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipeline.config import UserError
 from pipeline.data.record import Shard
+from pipeline.lock import LOCK, HeldError, Lock, LockLostError, take
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PATIENCE = 2.0  # seconds: the workers of one that was killed hold the folder until they are gone
 _NOTES, _RECIPE = ".progress", "recipe"
 
 
@@ -36,17 +33,19 @@ class Written:
 
 
 @contextmanager
-def staging(target: Path, recipe: str) -> Iterator[Path]:
-    """The folder to write to, ours alone. To be renamed to `target` when all is there.
+def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
+    """The folder to write to, ours alone. To be renamed to `target`, by `publish`, when all is there.
 
     It holds what an earlier call with the same `recipe` has finished, and nothing else.
     """
+    global _lock
     folder = target.with_name(f".{target.name}.partial")
-    lock = _lock(folder, target)
+    _lock = _take(folder, target, announce)
     try:
         _clear(folder, recipe)
         yield folder
         shutil.rmtree(target / _NOTES)
+        shutil.rmtree(target / LOCK)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -56,41 +55,63 @@ def staging(target: Path, recipe: str) -> Iterator[Path]:
             "A process that prepares images was killed, most likely for want of memory. Run the same command "
             "again with fewer --workers: it goes on from there."
         ) from None
+    except (LockLostError, _NotPublishedError):
+        raise
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)  # what was asked for cannot be made
         raise
     finally:
-        if not finished(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        with suppress(LockLostError):
+            _lock.check()
+            if not finished(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        _lock.release()
 
 
-def _lock(folder: Path, target: Path) -> int:
+_lock: Lock  # of the folder that this process, or the one it is a worker of, writes to
+
+
+def _take(folder: Path, target: Path, announce: Callable[[str], None]) -> Lock:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        return take(folder, announce)
+    except HeldError as error:
+        raise UserError(
+            f"Another `shardgan prepare` is writing {target} at this moment: {error.holder}."
+        ) from None
+
+
+class _NotPublishedError(UserError):
+    """All was made, and is kept."""
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Everything is there: give it its name. Raises UserError if that cannot be."""
+    _lock.check()
+    try:
+        folder.replace(target)
     except OSError as error:
-        raise UserError(f"{target.parent} cannot be written to: {error.strerror}.") from None
-    give_up = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                os.close(lock)
-                raise UserError(f"Another `shardgan prepare` is writing {target} at this moment.") from None
-            time.sleep(0.05)
+        raise _NotPublishedError(
+            f"All shards are in {folder}, which could not be renamed to {target}: {error.strerror}."
+        ) from None
 
 
 def _clear(folder: Path, recipe: str) -> None:
     note = folder / _NOTES / _RECIPE
-    if note.exists() and note.read_text() == recipe:
-        return
+    same = note.exists() and note.read_text() == recipe
     for left in folder.iterdir():
+        if left.name == LOCK or (same and not _is_unfinished(left)):
+            continue
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    note.parent.mkdir()
-    note.write_text(recipe)
+    if not same:
+        note.parent.mkdir()
+        note.write_text(recipe)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """A shard without a note: removed, as a process that was suspended may still have it open."""
+    number = path.stem.removeprefix("shard-")
+    finished = number.isdecimal() and (path.parent / _NOTES / f"{int(number)}.json").exists()
+    return path.suffix == ".tar" and not finished
 
 
 def finished(folder: Path) -> int:
@@ -108,7 +129,8 @@ def _kept(folder: Path) -> str:
 
 
 def note(folder: Path, number: int, written: Written) -> None:
-    """Shard `number` is whole."""
+    """Shard `number` is whole. Raises LockLostError if the folder is another's by now."""
+    _lock.check()
     path = folder / _NOTES / f"{number}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(written)))

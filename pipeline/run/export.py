@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 
 from pipeline import config
@@ -16,6 +15,7 @@ from pipeline.credentials import redacted
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
+from pipeline.run.durable import save_tensors
 from pipeline.run.state import State
 
 
@@ -60,7 +60,7 @@ def export(run: Path, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         for name, network in networks.items():
             tensors = {key: t.clone().contiguous() for key, t in network.state_dict().items()}
-            save_file(tensors, out / f".{name}.partial", {"format": "pt", "cur_nimg": str(state.cur_nimg)})
+            save_tensors(tensors, out / f".{name}.partial", {"format": "pt", "cur_nimg": str(state.cur_nimg)})
             os.replace(out / f".{name}.partial", out / f"{name}.safetensors")  # noqa: PTH105
             files.append(out / f"{name}.safetensors")
         (out / "config.yaml").write_text(config.dump(settings))

@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from pipeline import config
 from pipeline.config import Config, Ema, UserError
+from pipeline.lock import HeldError, Lock, refuse_held, take
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
 REFERENCE = "reference.json"  # what its scores are against
@@ -38,6 +39,49 @@ def find_folder(settings: Config, announce: Callable[[str], None]) -> tuple[Conf
     if resumed != settings:
         announce(f"note: {folder} began without ema.rampup and continues without it")
     return resumed, folder
+
+
+def claim_folder(
+    settings: Config, say: Callable[[str], None], stopped: Callable[[], bool]
+) -> tuple[Config, Path, Lock | None]:
+    """`find_folder`, and hold the folder as the only training in it; a finished run is not held (None).
+
+    say, stopped: see `take`. Raises UserError when another training is at work there, or as `find_folder`.
+    """
+    while True:
+        resolved, folder = find_folder(settings, say)
+        if finished(folder, resolved):
+            return resolved, folder, None
+        try:
+            lock = take(folder, say, stopped=stopped)
+        except HeldError as error:
+            if settings.run.resume:
+                raise _running(folder, error) from None
+            continue  # another has begun under this name just now: the next one is free
+        try:  # again: another may have begun, and ended, meanwhile
+            check_same(resolved, folder)
+        except UserError:
+            lock.release()
+            raise
+        if finished(folder, resolved):
+            lock.release()
+            return resolved, folder, None
+        return resolved, folder, lock
+
+
+def refuse_running(folder: Path) -> None:
+    """Raises UserError if a training on this machine is at work in a run folder, which is all that can be
+    seen at once."""
+    try:
+        refuse_held(folder)
+    except HeldError as error:
+        raise _running(folder, error) from None
+
+
+def _running(folder: Path, error: HeldError) -> UserError:
+    return UserError(
+        f"{folder} is being trained by {error.holder}. Stop that training, or give this one another run.name."
+    )
 
 
 def open_folder(settings: Config, folder: Path) -> None:

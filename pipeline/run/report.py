@@ -13,6 +13,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.lock import LockLostError
+from pipeline.run.durable import sync
 from pipeline.run.resend import caption, resend
 from pipeline.run.tracker import Tracker
 
@@ -30,6 +32,9 @@ class Report:
 
     def warn(self, title: str, text: str) -> None:
         """Tell the person, also by a W&B alert, of what is going wrong."""
+
+    def still_ours(self) -> None:
+        """To be called before the run folder is written to. Raises LockLostError if another has it now."""
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl and a point in every chart."""
@@ -63,11 +68,18 @@ class MainReport(Report):
     """Writes metrics.jsonl, forwards to the tracker, and keeps a progress bar (or plain lines in a log)."""
 
     def __init__(
-        self, folder: Path, tracker: Tracker, total_nimg: int, cur_nimg: int, reported: int | None = None
+        self,
+        folder: Path,
+        tracker: Tracker,
+        total_nimg: int,
+        cur_nimg: int,
+        reported: int | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """reported: up to where rows and sheets are done, if not up to cur_nimg; later ones are forgotten."""
+        """check: of the run folder's lock.
+        reported: up to where rows and sheets are done, if not up to cur_nimg; later ones are forgotten."""
         reported = cur_nimg if reported is None else reported
-        self._tracker = tracker
+        self._tracker, self._check = tracker, check
         self._total = total_nimg
         self._last = (time.monotonic(), cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
@@ -86,7 +98,15 @@ class MainReport(Report):
         self.say(f"warning: {text}")
         self._tracker.alert(title, text)
 
+    def still_ours(self) -> None:
+        try:
+            self._check()
+        except LockLostError:
+            self._tracker.abandon()
+            raise
+
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
+        self.still_ours()
         line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
         self._unwritten.append(json.dumps(line) + "\n")
         self._write()
@@ -150,7 +170,7 @@ class MainReport(Report):
                     file.write("".join(self._unwritten).encode())
                     file.flush()
                     if durably:
-                        os.fsync(file.fileno())
+                        sync(self._metrics)
                 except OSError:
                     file.truncate(end)  # no half lines
                     raise

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.config import Config
+from pipeline.config import Config, UserError
+from pipeline.lock import take
 from pipeline.run.tracker import Announce, Tracker, is_behind, open_tracker
 
 _Tell = Callable[[Tracker], None]
@@ -28,9 +29,15 @@ def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if it lacks something."""
     last = max((nimg for nimg, _ in _rows(folder)), default=-1)
     if config.track.wandb and is_behind(folder, last):
-        tracker = open_tracker(config, folder, True, None, announce)
-        resend(folder, tracker, last)
-        tracker.finish()
+        try:
+            lock = take(folder, announce)
+        except UserError as error:
+            announce(f"W&B may lack something of this run, which is not sent now: {error}")
+            return
+        with lock:
+            tracker = open_tracker(config, folder, True, None, announce)
+            resend(folder, tracker, last)
+            tracker.finish()
 
 
 def _rows(folder: Path) -> Iterator[tuple[int, _Tell]]:

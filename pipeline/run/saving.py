@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import FORMAT, describe, exchange, find, replaced
+from pipeline.run.durable import save_tensors, sync
 from pipeline.run.state import State
 
 Tensors = dict[str, torch.Tensor]
@@ -34,9 +33,12 @@ Lines = dict[str, Any]  # of the manifest: file name → bytes and SHA-256
 class Saver:
     """One rank's part in writing `folder`/<cur_nimg>. All ranks make the same calls."""
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        """keep: how many of the newest checkpoints outlive a new one (and the best, see State.best)."""
-        self._folder, self._ranks, self._keep = folder, ranks, keep
+    def __init__(
+        self, folder: Path, ranks: Ranks, keep: int, still_ours: Callable[[], None] = lambda: None
+    ) -> None:
+        """keep: how many of the newest checkpoints outlive a new one (and the best, see State.best).
+        still_ours: see Report."""
+        self._folder, self._ranks, self._keep, self._still_ours = folder, ranks, keep, still_ours
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Any] | None = None
         self._phase: Literal["idle", "writing", "finishing"] = "idle"
@@ -119,10 +121,11 @@ class Saver:
             "files": files | {"state.json": _seal(partial / "state.json")},
         }
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        _sync(partial / "manifest.json")
-        _sync(partial)
+        sync(partial / "manifest.json")
+        sync(partial)
+        self._still_ours()
         exchange(partial, final)
-        _sync(self._folder)
+        sync(self._folder)
         shutil.rmtree(replaced(final), ignore_errors=True)
         best = self._state.best[1] if self._state.best else None
         upto = [nimg for nimg in find(self._folder) if nimg <= self._state.cur_nimg]
@@ -181,20 +184,12 @@ def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NotFiniteError(f"{key.partition('@')[0]} in {name} is not finite")
         path = folder / f"{name}.safetensors"
-        save_file(tensors, path)
+        save_tensors(tensors, path)
         lines[path.name] = _seal(path)
     return lines
 
 
 def _seal(path: Path) -> Lines:
     """Make a file durable; its line of the manifest."""
-    _sync(path)
+    sync(path)
     return describe(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -70,7 +70,7 @@ class Session:
         self.config, self.folder, self.index, self.heldout = config, folder, index, heldout
         self.ranks, self.report, self._signals = ranks, report, signals
         self._train_size = train_size
-        self._saver = Saver(folder / "checkpoints", ranks, config.run.keep)
+        self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
         self._spectrum = ThreadPoolExecutor(1, "spectrum")
         self._sheets = Sheets(folder, ranks, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
@@ -195,6 +195,7 @@ class Session:
         if not self.heldout.size or not self.config.score.metrics:
             return {}
         self._looked_at = 0
+        self.report.still_ours()
         try:
             with self._off_the_clock():
                 if self._extractor is None:
@@ -210,6 +211,7 @@ class Session:
     def save(self, gan: Gan, state: State, stats: Stats) -> None:
         """A checkpoint that this or any other world can go on from."""
         with self._off_the_clock():
+            self.report.still_ours()
             self.report.flush()
             self._bad.exchange()
             state.stats = self.ranks.gather_objects(stats.state())

@@ -42,6 +42,7 @@ class Sheets:
     ) -> Tensor | None:
         path = self._folder / name
         images: Tensor | None = None
+        self._report.still_ours()
         with self._ranks.agreeing():
             if self._ranks.main:
                 images = make()

@@ -72,6 +72,9 @@ class Tracker(Protocol):
     def finish(self) -> None:
         """Hand over what is left, in bounded time: to be called on every way out. Later calls do nothing."""
 
+    def abandon(self) -> None:
+        """Hand over nothing more: another process goes on with the run."""
+
 
 class NullTracker:
     """Tracks nothing: on other ranks than the main one, and where tracking is off or broken."""
@@ -89,6 +92,8 @@ class NullTracker:
     def alert(self, title: str, text: str) -> None: ...
 
     def finish(self) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, announce: Announce) -> Tracker:
@@ -197,6 +202,9 @@ class WandbTracker:
             # Of a server it is not even now sure, as the client gives up after some hours without it: the
             # next start of the same command asks it.
             remember(self._folder, replace(self._tracked, has=self._last))
+
+    def abandon(self) -> None:
+        self._open = self._sound = False
 
     def _later(self, send: Send) -> None:
         if self._open and self._sound:

@@ -49,11 +49,8 @@ def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list
     line = [sys.executable, "-c", code]
     monkeypatch.setattr(select_run, "process", lambda *_: (line, dict(os.environ)))
     folder = tmp_path / "mine"
-    lock = select_run.hold(folder, told.append)
-    try:
-        return select_run.run(trials, Launch(), jobs, folder, lock, told.append, ended)
-    finally:
-        os.close(lock)
+    with select_run.hold(folder, trials, told.append):
+        return select_run.run(trials, Launch(), jobs, folder, told.append, ended)
 
 
 def test_what_begins_is_told_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):

@@ -1,0 +1,228 @@
+"""One process at a time in a folder, on any file system, without a person to clear up after a dead one.
+
+The lock of FOLDER is a file in FOLDER/.lock whose name is a number and whose content describes its holder. To
+take over from a holder that is gone, a process creates the file of the next number, which only one can, and
+removes the earlier one; a holder that was merely suspended finds its file gone, and writes no more.
+
+On the machine of a holder its process shows whether it is gone; in another container there, the `flock` on
+its file; and elsewhere its heartbeat, a number in the file that changes every BEAT_S seconds. Heartbeats are
+compared with each other, never with the clock of another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.errors import UserError
+from pipeline.holder import Holder, flock, read_holder
+
+LOCK = ".lock"
+BEAT_S = 15.0
+_MISSED = 3.3  # heartbeats; after so many the holder is gone
+_POLL_S = 0.1
+_PATIENCE_S = 1.0  # before a person is told what is waited for
+
+
+class HeldError(UserError):
+    """Another process is at work in the folder."""
+
+    def __init__(self, folder: Path, holder: Holder) -> None:
+        super().__init__(f"{folder} is in use by {holder}.")
+        self.holder = holder
+
+
+class LockLostError(UserError):
+    """Another process is, or may be, at work in a folder that this one held: it must write nothing more."""
+
+
+class Lock:
+    """A folder that this process holds, until it leaves the `with` block or calls `release`."""
+
+    def __init__(self, folder: Path, path: Path, file: int) -> None:
+        """file: `path`, open, and made by this process."""
+        self._folder, self._path, self._file = folder, path, file
+        self._holder = f"{json.dumps(asdict(Holder(flock(file))))}\n".encode()
+        self._beats, self._released = 0, threading.Event()
+        os.write(file, self._holder + self._beat)
+        threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
+
+    def check(self) -> None:
+        """To be called before anything is written; costs the reading of a small file.
+
+        Raises LockLostError if another process has taken over, as it may while this one is suspended.
+        """
+        try:
+            kept = self._path.read_bytes().startswith(self._holder)
+        except (FileNotFoundError, NotADirectoryError):
+            kept = False
+        except OSError:  # a failing disk: whoever writes to it will hear of that
+            return
+        if not kept:
+            folder, holder = self._folder, _newest(self._path.parent)[2]
+            what = f"{folder} was taken over by {holder}" if holder else f"The lock of {folder} was removed"
+            raise LockLostError(f"{what}. This process, perhaps suspended until now, writes no more.")
+
+    def release(self) -> None:
+        """Give the folder back, unless it was lost."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        os.close(self._file)  # first: NFS keeps what is removed while it is open
+        with suppress(OSError, LockLostError):
+            self.check()
+            self._path.unlink()
+            self._path.parent.rmdir()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    @property
+    def _beat(self) -> bytes:
+        return b"%010d\n" % self._beats
+
+    def _keep_beating(self) -> None:
+        """Thread. The file is opened anew each time, as network file systems pass on what was closed."""
+        while not self._released.wait(BEAT_S):
+            with suppress(OSError), self._path.open("r+b") as file:
+                if file.read(len(self._holder)) == self._holder:
+                    self._beats += 1
+                    file.write(self._beat)
+
+
+def take(
+    folder: Path,
+    say: Callable[[str], None],
+    wait: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Lock:
+    """Hold a folder, which is made if it is not there.
+
+    wait: for whoever is at work there (an earlier attempt of the same job is always waited for).
+    say: is told, once, what is waited for. stopped: whether to wait no longer.
+    Raises HeldError if another process is at work there, UserError if the folder cannot be written.
+    """
+    folder = folder.absolute()
+    place, pulse = folder / LOCK, _Pulse()
+    try:
+        while True:
+            _make(place)
+            numbers, path, holder = pulse.look(place)
+            state = holder.state(path) if holder else "unknown"
+            if not numbers or state == "gone" or (state == "unknown" and pulse.has_stopped):
+                if lock := _create(folder, numbers):
+                    return lock
+                time.sleep(random.uniform(0, _POLL_S))  # others try as well
+                continue
+            waiting = wait or (holder is not None and holder.precedes_us)
+            if holder and (state == "at work" or pulse.beats) and not waiting:
+                raise HeldError(folder, holder)
+            if stopped():
+                raise UserError(f"Stopped while waiting for {folder}, which is in use by {holder}.")
+            pulse.explain(folder, holder, waiting, say)
+            time.sleep(_POLL_S)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to: {error.strerror or error}.") from None
+
+
+def refuse_held(folder: Path) -> None:
+    """Write nothing. Raises HeldError if another process can be seen at once to be at work in a folder."""
+    _, path, holder = _newest(folder / LOCK)
+    if holder and not holder.precedes_us and holder.state(path) == "at work":
+        raise HeldError(folder, holder)
+
+
+class _Pulse:
+    """Whether the newest lock file of a folder changes."""
+
+    def __init__(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._seen: tuple[Path, bytes] | None = None
+        self._silent_s, self._explained = 0.0, False
+        self.beats = False
+
+    def look(self, place: Path) -> tuple[list[int], Path, Holder | None]:
+        numbers, path, content = _read(place)
+        holder, now = read_holder(content), time.monotonic()
+        if self._seen == (path, content):
+            self._silent_s += min(now - self._last, 10 * _POLL_S)  # this one may have been suspended as well
+        else:
+            before, self._seen, self._silent_s = self._seen, (path, content), 0.0
+            self.beats = before is not None and before[0] == path and read_holder(before[1]) == holder
+        self._last = now
+        return numbers, path, holder
+
+    @property
+    def has_stopped(self) -> bool:
+        return self._silent_s >= _MISSED * BEAT_S
+
+    def explain(self, folder: Path, holder: Holder | None, waiting: bool, say: Callable[[str], None]) -> None:
+        """What a person is waiting for, if it is not over in a moment."""
+        if self._explained or holder is None or time.monotonic() - self._began < _PATIENCE_S:
+            return
+        self._explained = True
+        what = "its end" if waiting else f"a sign of life, {_MISSED * BEAT_S:.0f} s at most"
+        say(f"{folder} is in use by {holder}; waiting for {what}.")
+
+
+def _make(place: Path) -> None:
+    with suppress(FileExistsError):  # also if it is given back, and so removed, at this moment
+        if place.is_file():  # as earlier versions left in selections
+            place.unlink()
+        place.mkdir(parents=True, exist_ok=True)
+
+
+def _create(folder: Path, seen: list[int]) -> Lock | None:
+    """Take over from the holders of the lock files `seen`; None if others were faster."""
+    number = max(seen, default=0) + 1
+    path = folder / LOCK / str(number)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except (FileExistsError, FileNotFoundError):
+        return None
+    try:
+        # Numbers begin anew once a folder was free: what was not seen belongs to one who came meanwhile.
+        if not set(_numbers(folder / LOCK)) <= {*seen, number}:
+            raise FileExistsError
+        lock = Lock(folder, path, file)
+        for earlier in seen:
+            (folder / LOCK / str(earlier)).unlink(missing_ok=True)
+    except OSError as error:
+        os.close(file)
+        path.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            return None
+        raise
+    return lock
+
+
+def _numbers(place: Path) -> list[int]:
+    return sorted(int(path.name) for path in place.iterdir() if path.name.isdecimal())
+
+
+def _read(place: Path) -> tuple[list[int], Path, bytes]:
+    """All numbers of lock files, and the newest one with its content."""
+    try:
+        numbers = _numbers(place)
+        path = place / str(max(numbers, default=0))
+        return numbers, path, path.read_bytes() if numbers else b""
+    except (FileNotFoundError, NotADirectoryError):  # given back at this moment
+        return [], place / "0", b""
+
+
+def _newest(place: Path) -> tuple[list[int], Path, Holder | None]:
+    numbers, path, content = _read(place)
+    return numbers, path, read_holder(content)
