@@ -8,6 +8,8 @@ import sys
 
 import click
 
+from pipeline import console
+
 # Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
 os.environ.setdefault("WDS_SECURE", "1")
 
@@ -50,6 +52,7 @@ def cli() -> None:
 
 def main() -> None:
     """Exit status: 0 done or cleanly stopped, 2 bad input (one message), 1 anything else."""
+    console.take()
     from pipeline.config import UserError
 
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, console
 from pipeline.config import UserError
 from pipeline.run.folder import DONE, REFERENCE, STOPPED
 
@@ -113,4 +113,5 @@ def _shown(value: float | None) -> str:
 
 
 if __name__ == "__main__":
+    console.take()
     sys.exit(main(sys.argv[1:]))

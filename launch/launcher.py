@@ -11,11 +11,14 @@ import runpy
 import signal
 import sys
 
+from pipeline import console
+
 # To the whole of a Slurm step: for the training processes, which save and leave.
 _TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 
 
 def main() -> None:
+    console.take()
     if os.environ.get("SHARDGAN_NODE"):  # node.sh was deaf to them, but container runtimes forget that
         for number in _TO_THE_STEP:
             signal.signal(number, signal.SIG_IGN)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import click
 
+from pipeline import console
+
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
@@ -70,7 +72,7 @@ def train(
     prepare_data(resolved, announce=True)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
-        sys.stdout.flush()
+        console.settle()
         os.execve(sys.executable, line, environment)
     sys.exit(_run(line, environment, resolved.run.stop_signal))
 

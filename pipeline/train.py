@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import STARTED_BY, config, loop
+from pipeline import STARTED_BY, config, console, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
@@ -300,4 +300,5 @@ def _refuse(error: Exception, tell: bool) -> int:
 
 
 if __name__ == "__main__":
+    console.take()
     end_process(main())
