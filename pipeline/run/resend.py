@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from pipeline.config import Config
+from pipeline.run.rows import rows
 from pipeline.run.tracker import Announce, Tracker, is_behind, open_tracker
 
 _Tell = Callable[[Tracker], None]
@@ -26,20 +26,18 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if it lacks something."""
-    last = max((nimg for nimg, _ in _rows(folder)), default=-1)
+    last = max((nimg for nimg, _ in _rows(folder, announce)), default=-1)
     if config.track.wandb and is_behind(folder, last):
         tracker = open_tracker(config, folder, True, None, announce)
         resend(folder, tracker, last)
         tracker.finish()
 
 
-def _rows(folder: Path) -> Iterator[tuple[int, _Tell]]:
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        values = json.loads(line)
-        nimg = int(values.pop("cur_nimg"))
-        values.pop("time", None)
-        yield nimg, partial(_tell_row, values, nimg)
+def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, _Tell]]:
+    for row in rows(folder / "metrics.jsonl", announce):
+        nimg = row.pop("cur_nimg")
+        row.pop("time", None)
+        yield nimg, partial(_tell_row, row, nimg)
 
 
 def _sheets(folder: Path) -> Iterator[tuple[int, _Tell]]:
