@@ -195,10 +195,11 @@ class Score:
 
 @dataclass(frozen=True, config=_STRICT)
 class Track:
-    """Weights & Biases. Online or offline is found out; the usual WANDB_* variables force it."""
+    """Weights & Biases. Online or offline is found out; the usual WANDB_* variables force it, and count for
+    whatever is not set here."""
 
     wandb: bool = True
-    project: str = "shardgan"
+    project: str | None = None  # None: WANDB_PROJECT, or else shardgan
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()
