@@ -9,6 +9,8 @@ import sys
 
 import click
 
+from pipeline import console
+
 # Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
 os.environ.setdefault("WDS_SECURE", "1")
 
@@ -52,6 +54,7 @@ def cli() -> None:
 def main() -> None:
     """Exit status: 0 done, or stopped by a scheduler's signal, 130 stopped by Ctrl-C, 2 bad input (one
     message), 1 anything else."""
+    console.take()
     try:
         _call()
     except (click.Abort, KeyboardInterrupt):

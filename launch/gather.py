@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+from pipeline import config, console
 from pipeline.config import UserError
 from pipeline.run.folder import DONE, REFERENCE, STOPPED
+from pipeline.run.rows import rows
 
 
 @dataclass
@@ -56,12 +57,13 @@ def _run(number: int, line: str) -> Run:
         return Run(f"line {number}", "cannot be read", problem=str(error))
     folder = Path(settings.run.out) / str(settings.run.name)
     last: dict[str, Any] = {}
+    damaged: list[str] = []
     try:
-        for text in (folder / "metrics.jsonl").read_text().splitlines():
-            last |= json.loads(text)
-    except (OSError, ValueError, TypeError):
-        pass  # not begun, or cut short while it was written: what is whole counts
-    return Run(str(folder), _state(folder), last, _reference(folder / REFERENCE))
+        for row in rows(folder / "metrics.jsonl", damaged.append):
+            last |= row
+    except OSError as error:
+        damaged.append(str(error))
+    return Run(str(folder), _state(folder), last, _reference(folder / REFERENCE), "\n".join(damaged))
 
 
 def _reference(file: Path) -> dict[str, Any]:
@@ -113,4 +115,5 @@ def _shown(value: float | None) -> str:
 
 
 if __name__ == "__main__":
+    console.take()
     sys.exit(main(sys.argv[1:]))

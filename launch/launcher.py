@@ -15,10 +15,12 @@ from contextlib import suppress
 
 import psutil
 
+from pipeline import console
 from pipeline.run import stop
 
 
 def main() -> None:
+    console.take()
     _Launcher()
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew

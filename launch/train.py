@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from pipeline import console
 from pipeline.run import stop
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -75,7 +76,7 @@ def train(
     prepare_data(resolved, announce=True)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
-        sys.stdout.flush()
+        console.settle()
         stop.hold()
         os.execve(sys.executable, line, environment)
     status = _run(line, environment, resolved.run.stop_signal)

@@ -75,7 +75,7 @@ class Run:
     eval_kimg: Positive = 100.0  # scores on held-out images
     keep: Count = 2  # newest checkpoints kept, and the one with the best score
     max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row; training goes on until then
-    max_skipped: Annotated[int, Field(ge=0)] = 10  # updates of a player between ticks, as not finite
+    max_skipped: Annotated[int, Field(ge=0)] = 10  # updates of a player, not finite: in a tick or in a row
     stop_signal: Signal = "USR1"  # save and stop, as on SIGTERM and Ctrl-C
     grace: Positive = 90.0  # seconds from being told to stop until all is saved and the processes have ended
     resume: bool = True  # False: start over under a new name, never over old files
@@ -215,10 +215,10 @@ class Score:
 
 @dataclass(frozen=True, config=_STRICT)
 class Track:
-    """Weights & Biases. Online or offline is found out; the usual WANDB_* variables force it."""
+    """Weights & Biases, online or offline as may be. Its WANDB_* variables count where nothing is set."""
 
     wandb: bool = True
-    project: str = "shardgan"
+    project: str | None = None  # None: WANDB_PROJECT, or else shardgan
     entity: str | None = None
     group: str | None = None
     tags: tuple[str, ...] = ()

@@ -34,6 +34,8 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
             session.save(gan, state, stats)
         session.advance(state.cur_nimg)
     session.finish_saves()
+    if not stopping:
+        session.check_end()
     return not stopping
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline import config, loop
+from pipeline import config, console, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
@@ -341,4 +341,5 @@ def _refuse(error: Exception, tell: bool) -> int:
 
 
 if __name__ == "__main__":
+    console.take()
     end_process(_main(None, StopSignals()))  # which listens to the last

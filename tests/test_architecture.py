@@ -19,9 +19,10 @@ ARROWS = {
     "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.layers"),
     "pipeline.holder": (),
     "pipeline.lock": ("pipeline.errors", "pipeline.holder"),
+    "pipeline.console": (),
     "pipeline.gan": ("pipeline.config",),
     "pipeline.data": ("pipeline.config", "pipeline.credentials", "pipeline.lock"),
-    "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),
+    "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.config",
         "pipeline.credentials",

@@ -21,7 +21,7 @@ from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.data.locate import cache_folder
 from pipeline.run.features import load_features
-from pipeline.run.wandb_mode import choose_mode
+from pipeline.run.wandb_mode import choose_mode, names
 
 _CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _PORT = 29500  # Accelerate's, if it is told no other
@@ -193,9 +193,10 @@ def tracker(job: Job) -> Iterator[Finding]:
         yield ok("W&B", "off (track.wandb=false)")
         return
     mode, reason = choose_mode()
+    called = names(job.settings)
     if mode == "online":
-        yield ok("W&B", "online: a key is configured and the server answers")
+        yield ok("W&B", f"online: a key is configured and the server answers; {called}")
     elif mode == "disabled":
         yield ok("W&B", "off (WANDB_MODE)")
     else:
-        yield ok("W&B", f"offline ({reason}); `wandb sync` uploads the run later")
+        yield ok("W&B", f"offline ({reason}); `wandb sync` uploads the run later; {called}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from pipeline.gan.networks import build_D, build_G
 from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator, load_run
 from pipeline.run.grid import tile
+from pipeline.run.rows import rows
 from pipeline.run.spectrum import spectra
 
 if TYPE_CHECKING:
@@ -192,8 +192,8 @@ def _reals(row: Row) -> NDArray[np.uint8]:
 
 
 def _metrics(row: Row) -> list[dict[str, Any]]:
-    file = row.outcomes[0].trial.folder / "metrics.jsonl"
-    return [line for line in map(json.loads, file.read_text().splitlines()) if line["cur_nimg"]]
+    found = rows(row.outcomes[0].trial.folder / "metrics.jsonl")
+    return [line for line in found if line["cur_nimg"]]
 
 
 def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:

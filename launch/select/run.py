@@ -124,7 +124,8 @@ class _Crew:
         how = self._launch
         line, environment = process(how.strategy, how.procs, how.precision, list(trial.arguments))
         environment |= share
-        environment.pop("WANDB_RUN_ID", None)  # or all trials would be one run there
+        for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # or all trials would be one run there, or look like one
+            environment.pop(name, None)
         with log.open("wb") as output:
             child = start(
                 line,

@@ -39,7 +39,8 @@ def submit(
     """
     if resources.gpus and launch.procs > resources.gpus:
         raise UserError(f"--procs {launch.procs} need a GPU each, but --gpus is {resources.gpus}.")
-    os.environ.pop("WANDB_RUN_ID", None)  # jobs inherit it, and all trials would be one run there
+    for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # jobs inherit them, and all trials would be one run there
+        os.environ.pop(name, None)
     resources = replace(
         resources,
         procs=launch.procs,

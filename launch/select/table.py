@@ -15,6 +15,8 @@ from typing import Any
 from launch.select.candidates import Arm
 from launch.select.trials import Trial
 from pipeline.config import Config, UserError
+from pipeline.run.report import say
+from pipeline.run.rows import rows
 
 # What may be chosen by: the lower the better, and against held-out images, which fid50k_full is not.
 _LEADING = {"kid": r"Metrics/kid_\w+", "fd": r"Metrics/(fd_\w+|fid)"}
@@ -236,15 +238,12 @@ def _leading(base: Config) -> str:
 
 def _read(trial: Trial, leading: str) -> Outcome | None:
     """A finished trial's last score; None if it was never scored."""
-    metrics = trial.folder / "metrics.jsonl"
-    if not metrics.is_file():
-        return None
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    scored = [(row, key) for row in rows for key in row if _leads(key, leading)]
+    lines = rows(trial.folder / "metrics.jsonl", say)
+    scored = [(row, key) for row in lines for key in row if _leads(key, leading)]
     if not scored:
         return None
     seconds, before = 0.0, 0
-    for row in rows:
+    for row in lines:
         if row.get("Timing/img_per_sec"):
             seconds += (row["cur_nimg"] - before) / row["Timing/img_per_sec"]
             before = row["cur_nimg"]

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from pipeline import console
 from pipeline.config import UserError
 from pipeline.parallel.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
@@ -285,6 +286,5 @@ def end_process(status: int) -> NoReturn:
     At the interpreter's own pace, threads of torch.distributed and DeepSpeed that outlive the objects they
     wait on abort the process now and then, and a launcher takes a finished training for a failed one.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    console.settle()
     os._exit(status)

@@ -264,5 +264,5 @@ def _is_broken_connection(error: BaseException) -> bool:
 
 def _abandon() -> None:
     if sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # a progress bar hides the cursor
+        print("\x1b[?25h")  # a progress bar hides the cursor
     os._exit(1)

@@ -3,19 +3,25 @@ every decision."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 
 from pipeline.config import Run
 from pipeline.parallel.ranks import Ranks, RunError
-from pipeline.run.report import Report
+from pipeline.run.report import Report, counted
 from pipeline.run.stats import Reduced
 
 BITS, FORWARD = "bits/", "forward"  # what each rank tells of itself: see Session.tick
-_PATIENCE = 25  # ticks in a row before a suspicion is told
+_PATIENCE = 25  # ticks in a row before a suspicion is told …
+_SOONEST = 5  # … or a quarter of a run that has few, but not fewer than these
 _SLOW = 1.5  # times the median rank
 _WON = 0.99  # mean sign of D's logits: 1, it tells every image apart
 _WORSE = 2.0  # times the best score
+_REMEDY = (
+    "Try a lower optim.{0}.lr or a limit on gradients (optim.{0}.clip); if it is always the same rank, "
+    "suspect its device."
+)
 _NOTICED_S, _WAITING = 1.0, 0.1  # of waiting for a disk: seconds, and share of the time
 
 
@@ -25,6 +31,7 @@ class Health:
     def __init__(self, run: Run, ranks: Ranks, report: Report, in_a_row: dict[str, int]) -> None:
         """in_a_row: State.in_a_row, which is kept up to date."""
         self._run, self._ranks, self._report, self._in_a_row = run, ranks, report, in_a_row
+        self._patience = max(_SOONEST, min(_PATIENCE, int(run.total_kimg / run.tick_kimg / 4)))
 
     def check(self, tick: Reduced) -> None:
         """Raises RunError when updates are not finite, or a rank trains something else."""
@@ -36,11 +43,29 @@ class Health:
             "D has told every real image from every fake for some time, which leaves G little to learn from. "
             "A smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger penalty.D.l2 "
             "gives G a chance.",
+            patience=self._patience,
         )
         self._find_stragglers(tick.each.get(FORWARD, []))
 
+    def check_end(self) -> None:
+        """Raises RunError when a run comes to its end without having moved of late."""
+        for player in "DG":
+            skipped, updates = self._stuck(player)
+            if skipped:
+                raise RunError(
+                    f"{skipped} of the last {counted(updates, 'update')} of {player} were not finite, and "
+                    "were skipped: training has diverged, and the run is not finished. "
+                    f"{_REMEDY.format(player)}"
+                )
+
     def compare_score(self, name: str, score: float, best: tuple[float, int] | None) -> None:
-        """Warn when the score has left its best behind."""
+        """Warn when the score has left its best behind, or is none."""
+        self._suspect(
+            "Score is no number",
+            not math.isfinite(score),
+            f"{name} is {score}: the features of generated or held-out images are not finite.",
+            patience=1,
+        )
         worse = best is not None and best[0] > 0 and score > _WORSE * best[0]
         was = f"{best[0]:.4g} at kimg {best[1] / 1000:g}" if best else ""
         self._suspect(
@@ -72,28 +97,39 @@ class Health:
         )
 
     def _count_skips(self, tick: Reduced) -> None:
-        """A few updates may be skipped; a training in which nothing moves has to be told."""
+        """A few updates may be skipped, but a training in which nothing moves ends. As a tick may have fewer
+        updates than may be skipped, those of ticks in a row that were skipped for the most part add up."""
         for player in "DG":
             name = f"Gradients/{player}/skipped"
-            if name not in tick.values or not tick.values[name]:
+            if name not in tick.values:
                 continue
-            updates = tick.updates[name]
+            updates = round(tick.updates[name])
             skipped = round(tick.values[name] * updates)
+            if 2 * skipped > updates:
+                before = self._stuck(player)
+                skipped, updates = before[0] + skipped, before[1] + updates
+                self._in_a_row |= {f"skipped/{player}": skipped, f"updates/{player}": updates}
+            else:
+                self._in_a_row |= {f"skipped/{player}": 0, f"updates/{player}": 0}
+            if not skipped:
+                continue
             where = "; ".join(
                 f"{chart} on {_ranks(ranks, self._ranks.world)}" for chart, ranks in tick.broken.items()
             )
             text = (
-                f"{skipped} of the {updates:g} updates of {player} since the last tick were not finite, and "
-                f"were skipped on all ranks{f' ({where})' if where else ''}."
+                f"{skipped} of the last {counted(updates, 'update')} of {player} were not finite, and were "
+                f"skipped on all ranks{f' ({where})' if where else ''}."
             )
             if skipped > self._run.max_skipped:
                 raise RunError(
                     f"{text} More than run.max_skipped = {self._run.max_skipped}: training has diverged. No "
-                    "such update has changed a weight, and the checkpoints are from before. Try a lower "
-                    f"optim.{player}.lr or a limit on gradients (optim.{player}.clip); if it is always the "
-                    "same rank, suspect its device."
+                    f"such update has changed a weight. {_REMEDY.format(player)}"
                 )
             self._report.warn("Updates skipped", text)
+
+    def _stuck(self, player: str) -> tuple[int, int]:
+        """Skipped updates and all updates of the newest ticks of which most were skipped."""
+        return self._in_a_row.get(f"skipped/{player}", 0), self._in_a_row.get(f"updates/{player}", 0)
 
     def _compare_replicas(self, each: Mapping[str, list[float]]) -> None:
         """Every rank's copy of a replicated player must have the same bits."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 import time
@@ -13,15 +11,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pipeline.config import UserError
 from pipeline.lock import LockLostError
 from pipeline.run.durable import sync
 from pipeline.run.resend import caption, resend
+from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.tracker import Tracker
 
 
 def say(text: str) -> None:
     """One line for the person or the log, at once."""
     print(text, flush=True)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 class Report:
@@ -82,9 +86,11 @@ class MainReport(Report):
         self._tracker, self._check = tracker, check
         self._total = total_nimg
         self._last = (time.monotonic(), cur_nimg)
+        self._bar: tuple[Progress, TaskID] | None = None
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
-        _forget_after(self._metrics, reported if cur_nimg else -1)
-        self._unwritten: list[str] = []  # lines that a full or failing disk has not taken
+        self._forget_after(reported if cur_nimg else -1)
+        self._unwritten: list[Row] = []  # what a full or failing disk has not taken
+        self._failing = False
         resend(folder, tracker, reported)
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 
@@ -107,8 +113,7 @@ class MainReport(Report):
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         self.still_ours()
-        line = {"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values}
-        self._unwritten.append(json.dumps(line) + "\n")
+        self._unwritten.append({"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values})
         self._write()
         self._tracker.log(values, cur_nimg)
         if self._bar is None:
@@ -147,10 +152,10 @@ class MainReport(Report):
         sheets = sorted((self._folder / "samples").glob("fakes*.png"))
         found = {
             "images": f"{sheets[-1]}   (real ones: {sheets[-1].with_name('reals.png')})" if sheets else "",
-            "metrics": str(self._metrics),
+            "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
             "W&B": self._tracker.where,
-            "scores": "; ".join(_score_changes(self._metrics)),
+            "scores": "; ".join(_score_changes(rows(self._metrics))),
         }
         self._end_bar()
         lines = [f"  {label:9} {text}" for label, text in found.items() if text]
@@ -158,29 +163,47 @@ class MainReport(Report):
 
     def close(self) -> None:
         self._end_bar()
+        self._write()
+        if self._unwritten:
+            self.warn("Metrics not written", f"{self._metrics} stays incomplete{self._missing()}.")
         self._tracker.finish()
 
     def _write(self, durably: bool = False) -> None:
-        """Append the lines that are due; what the disk does not take is kept for the next time."""
-        late = len(self._unwritten) > 1
+        """Append the rows that are due; what the disk does not take is kept for the next time."""
         try:
-            with self._metrics.open("ab") as file:
-                end = file.tell()
-                try:
-                    file.write("".join(self._unwritten).encode())
-                    file.flush()
-                    if durably:
-                        sync(self._metrics)
-                except OSError:
-                    file.truncate(end)  # no half lines
-                    raise
+            while self._unwritten:
+                append(self._metrics, self._unwritten[0])
+                del self._unwritten[0]
+            if durably and self._metrics.exists():
+                sync(self._metrics)
         except OSError as error:
-            if not late:
+            if not self._failing:
                 self.warn("Metrics not written", f"{self._metrics} cannot be written for now: {error}.")
-            return
-        if late:
-            self.say(f"{self._metrics} can be written again, and is complete.")
-        self._unwritten.clear()
+            self._failing = True
+        else:
+            if self._failing:
+                damaged: list[str] = []
+                rows(self._metrics, damaged.append)
+                whole = (
+                    "and is complete" if not damaged else f"without {counted(len(damaged), 'damaged row')}"
+                )
+                self.say(f"{self._metrics} can be written again, {whole}.")
+            self._failing = False
+
+    def _missing(self) -> str:
+        """Which rows the disk has not taken, if any."""
+        if not self._unwritten:
+            return ""
+        kimgs = ", ".join(f"{row['cur_nimg'] / 1000:g}" for row in self._unwritten)
+        return f", without {counted(len(self._unwritten), 'row')} that could not be written (kimg {kimgs})"
+
+    def _forget_after(self, reported: int) -> None:
+        """Drop rows that the checkpoint being resumed from does not know: the run will write them again."""
+        try:
+            rows(self._metrics, lambda text: self.say(f"warning: {text}"))
+            keep(self._metrics, lambda row: row["cur_nimg"] <= reported)
+        except OSError as error:
+            raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -232,30 +255,10 @@ def _is_score(key: str) -> bool:
     return key.startswith("Metrics/") and not key.endswith("_images")
 
 
-def _score_changes(metrics: Path) -> Iterator[str]:
+def _score_changes(found: list[Row]) -> Iterator[str]:
     """Each score as it was first, and as it is last."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    for key in dict.fromkeys(key for row in rows for key in row if _is_score(key)):
-        scored = [row for row in rows if key in row]
+    for key in dict.fromkeys(key for row in found for key in row if _is_score(key)):
+        scored = [row for row in found if key in row]
         first, last = scored[0], scored[-1]
         texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
         yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
-
-
-def _forget_after(metrics: Path, reported: int) -> None:
-    """Drop rows that the checkpoint being resumed from does not know: the run will write them again."""
-    if not metrics.exists():
-        return
-    rows = metrics.read_text().splitlines()
-    kept = [row for row in rows if _nimg(row) <= reported]
-    if kept != rows:
-        partial = metrics.with_name(".metrics.partial")
-        partial.write_text("".join(f"{row}\n" for row in kept))
-        partial.replace(metrics)
-
-
-def _nimg(row: str) -> float:
-    try:
-        return float(json.loads(row)["cur_nimg"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # the line a kill cut short

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -12,6 +11,7 @@ from PIL import Image
 
 from pipeline.config import Config, UserError
 from pipeline.lock import take
+from pipeline.run.rows import rows
 from pipeline.run.tracker import Announce, Tracker, is_behind, open_tracker
 
 _Tell = Callable[[Tracker], None]
@@ -27,7 +27,7 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if it lacks something."""
-    last = max((nimg for nimg, _ in _rows(folder)), default=-1)
+    last = max((nimg for nimg, _ in _rows(folder, announce)), default=-1)
     if config.track.wandb and is_behind(folder, last):
         try:
             lock = take(folder, announce)
@@ -40,13 +40,11 @@ def catch_up(config: Config, folder: Path, announce: Announce) -> None:
             tracker.finish()
 
 
-def _rows(folder: Path) -> Iterator[tuple[int, _Tell]]:
-    metrics = folder / "metrics.jsonl"
-    for line in metrics.read_text().splitlines() if metrics.exists() else ():
-        values = json.loads(line)
-        nimg = int(values.pop("cur_nimg"))
-        values.pop("time", None)
-        yield nimg, partial(_tell_row, values, nimg)
+def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, _Tell]]:
+    for row in rows(folder / "metrics.jsonl", announce):
+        nimg = row.pop("cur_nimg")
+        row.pop("time", None)
+        yield nimg, partial(_tell_row, row, nimg)
 
 
 def _sheets(folder: Path) -> Iterator[tuple[int, _Tell]]:

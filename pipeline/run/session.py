@@ -6,6 +6,7 @@ talk to a person) goes through an object that does nothing on the others.
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -221,6 +222,10 @@ class Session:
                 self._spectrum.submit(spectrum.record, self.folder, shapes(gan))
             self.new_best = False
 
+    def check_end(self) -> None:
+        """Raises RunError when the run has come to its end, but not by training."""
+        self._health.check_end()
+
     def finish_saves(self) -> None:
         """Wait until the last checkpoint is written. Raises RunError if it could not be."""
         self._heed(self._saver.finish())
@@ -251,9 +256,12 @@ class Session:
         name = next((key for names in wanted for key in scores if key.startswith(names)), None)
         if name is None:
             return
-        self._health.compare_score(name.removeprefix("Metrics/"), scores[name], state.best)
-        if state.best is None or scores[name] < state.best[0]:
-            state.best = (scores[name], state.cur_nimg)
+        score, best = scores[name], state.best
+        if best is not None and not math.isfinite(best[0]):
+            best = None
+        self._health.compare_score(name.removeprefix("Metrics/"), score, best)
+        if math.isfinite(score) and (best is None or score < best[0]):
+            state.best = (score, state.cur_nimg)
             self.new_best = True
 
     def _finish_last(self) -> list[str]:

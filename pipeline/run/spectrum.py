@@ -6,7 +6,6 @@ not hold up vanish.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.run.checkpoint import Pieces, find
+from pipeline.run.rows import append, rows
 
 Shapes = Mapping[str, torch.Size]  # parameter → shape of the whole
 
@@ -53,11 +53,9 @@ def record(folder: Path, players: Mapping[str, Shapes]) -> dict[str, float]:
                 for player, shapes in players.items()
                 for name, values in spectra(checkpoint, player, shapes).items()
             }
-            lines = file.read_text().splitlines() if file.exists() else []
-            if newest not in [json.loads(line)["cur_nimg"] for line in lines]:
+            if newest not in [row["cur_nimg"] for row in rows(file)]:
                 values = {name: [float(f"{s:.6g}") for s in v.tolist()] for name, v in found.items()}
-                with file.open("a") as out:
-                    out.write(json.dumps({"cur_nimg": newest, **values}) + "\n")
+                append(file, {"cur_nimg": newest, **values})
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             _log.warning("no spectrum of checkpoint %s: %s", newest, error)
             return {}
@@ -73,22 +71,21 @@ def draw(folder: Path) -> Path | None:
     """
     from matplotlib.figure import Figure  # here, as it takes a second to import
 
-    file = folder / "spectrum.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    names = [name for name in (rows[-1] if rows else ()) if name != "cur_nimg"]
+    lines = rows(folder / "spectrum.jsonl")
+    names = [name for name in (lines[-1] if lines else ()) if name != "cur_nimg"]
     if not names:
         return None
     across = -(-len(names) // 2)
     figure = Figure(figsize=(4 * across, 6), layout="constrained")
     panels = figure.subplots(-(-len(names) // across), across, squeeze=False).flat
     for panel, name in zip(panels, names, strict=False):
-        for number, row in enumerate(rows, start=1):
-            label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(rows)) else None
-            values, shade = row.get(name, []), str(0.8 * (1 - number / len(rows)))
+        for number, row in enumerate(lines, start=1):
+            label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(lines)) else None
+            values, shade = row.get(name, []), str(0.8 * (1 - number / len(lines)))
             panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
         panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
         panel.legend(frameon=False)
-    path, last = folder / "samples" / "spectra.png", str(rows[-1]["cur_nimg"])
+    path, last = folder / "samples" / "spectra.png", str(lines[-1]["cur_nimg"])
     partial = path.with_name(f".{path.name}")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(partial, format="png", dpi=100, metadata={"chart": "Weights/spectra", "cur_nimg": last})

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import yaml
 
@@ -30,12 +30,13 @@ from pipeline.run.wandb_files import (
     recall,
     remember,
 )
-from pipeline.run.wandb_mode import Mode, choose_mode
+from pipeline.run.wandb_mode import Mode, choose_mode, names
 
 if TYPE_CHECKING:
     import wandb
 
 Announce = Callable[[str], None]
+Resume = Literal["allow", "never"]  # whether W&B may know of the run already
 Send = Callable[["wandb.Run"], object]
 
 _INIT_S = 45.0  # how long the server may take to take up a run, before it is kept offline instead
@@ -116,8 +117,9 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
     if mode == "disabled":
         return NullTracker(run_id)
     known = recall(folder)
-    run_id = run_id or (known.run_id if known else os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
-    known = known if known and known.run_id == run_id else Tracked(run_id, online=False, has=-1)
+    run_id = run_id or (known.run_id if known else None)
+    if known is None or known.run_id != run_id:
+        known = Tracked(run_id or _new_id(folder), online=False, has=-1)
     for attempt in (mode, "offline") if mode == "online" else (mode,):
         if attempt == "offline" and known.online:
             # What the server has got of what was sent is not known here. A file beside it would hold a step
@@ -125,7 +127,7 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
             announce(f"W&B cannot be reached ({reason}). {_LATER}")
             return NullTracker(run_id)
         try:
-            run = _init(config, folder, run_id, attempt)
+            run, known = _open(config, folder, known, attempt, new=run_id is None)
             tracked = _now(run, folder, known)
         except Exception as error:
             reason = _told(error)
@@ -134,6 +136,9 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
             continue
         where, because = _where(run, folder), f" ({reason})" if reason else ""
         announce(f"W&B: {where}{because}")
+        wanted = os.environ.get("WANDB_RUN_ID", known.run_id)
+        if wanted != known.run_id:
+            announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {known.run_id}.")
         return WandbTracker(run, tracked, where, folder, announce)
     announce(f"W&B is off: {reason}")
     return NullTracker(run_id)
@@ -231,14 +236,37 @@ class WandbTracker:
             self._announce(f"W&B has stopped, training goes on without it: {_told(error)}. {_LATER}")
 
 
+def _new_id(folder: Path) -> str:
+    """The id of a run of which nothing is known yet: that of WANDB_RUN_ID, unless a run beside it has it."""
+    wanted = os.environ.get("WANDB_RUN_ID")
+    others = [recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json")]
+    return wanted if wanted and wanted not in [o.run_id for o in others if o] else secrets.token_hex(4)
+
+
+def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> tuple[wandb.Run, Tracked]:
+    """The run, and what is known of it. new: W&B must not know of its id yet, or it is another run's."""
+    from wandb.errors import UsageError
+
+    if not new:
+        return _init(config, folder, known, mode, "allow"), known
+    try:
+        return _init(config, folder, known, mode, "never"), known
+    except UsageError:
+        with suppress(Exception):
+            _end_service()  # which holds on to the other run's id
+        known = replace(known, run_id=secrets.token_hex(4))
+        return _init(config, folder, known, mode, "never"), known
+
+
 def _now(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
     """What W&B has of the run that was just opened, noted down."""
     if run.offline:
-        mend(folder, known.run_id)
+        mend(folder, known.run_id, Path(run.dir).parent / f"run-{known.run_id}.wandb")
         tracked = replace(known, has=max(known.has, last_step(folder, known.run_id)))
     else:
         leave_to_the_server(folder, known.run_id)
         tracked = replace(known, online=True, has=run.starting_step - 1)
+    tracked = replace(tracked, project=run.project, entity=run.entity or None)
     remember(folder, tracked)
     return tracked
 
@@ -251,19 +279,19 @@ def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: s
     run.log({key: picture, _X_AXIS: step / 1000}, step=step)
 
 
-def _init(config: Config, folder: Path, run_id: str | None, mode: Mode) -> wandb.Run:
+def _init(config: Config, folder: Path, known: Tracked, mode: Mode, resume: Resume) -> wandb.Run:
     import wandb
 
-    track = config.track
+    called = names(config, known.project, known.entity)
     run = wandb.init(
-        dir=folder,
-        project=track.project,
-        entity=track.entity,
-        group=track.group,
-        tags=track.tags,
-        name=config.run.name,
-        id=run_id,
-        resume="allow",
+        dir=folder.absolute(),
+        project=called.project,
+        entity=called.entity,
+        group=config.track.group,
+        tags=called.tags,
+        name=called.name,
+        id=known.run_id,
+        resume=resume,
         config=_public(config),
         mode=mode,
         save_code=False,

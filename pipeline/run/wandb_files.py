@@ -24,6 +24,8 @@ class Tracked:
     run_id: str
     online: bool  # it is on a server, and what it lacks is sent there; if not, it lies here for `wandb sync`
     has: int  # W&B has every step up to this one
+    project: str | None = None
+    entity: str | None = None
 
 
 def remember(folder: Path, tracked: Tracked) -> None:
@@ -51,19 +53,23 @@ def last_step(folder: Path, run_id: str) -> int:
     return max((step for path in files for step in steps(path.read_bytes())), default=-1)
 
 
-def mend(folder: Path, run_id: str) -> None:
+def mend(folder: Path, run_id: str, live: Path) -> None:
     """Make offline files whole that a kill has cut: `wandb sync` stops at one, and leaves those after it.
 
-    An incomplete last record is taken off, as its step is told again; a file without a beginning is passed
-    over.
+    An incomplete last record is taken off, as its step is told again; a file without a beginning gets a name
+    that `wandb sync` does not look for.
+
+    live: the file of the run that was just opened, which is left alone.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
-    for path in _files(folder, run_id)[:-1]:  # the last is of the run that was just opened
+    for path in _files(folder, run_id):
+        if path.samefile(live):
+            continue
         data = path.read_bytes()
         sound = max((end for _, end in _records(data)), default=0)
         if not any(Record.FromString(text).HasField("run") for text in records(data)):
-            path.with_suffix(".wandb.synced").touch()
+            path.rename(path.with_suffix(".wandb.incomplete"))
         elif sound < len(data):
             os.truncate(path, sound)
 
@@ -75,7 +81,8 @@ def leave_to_the_server(folder: Path, run_id: str) -> None:
 
 
 def _files(folder: Path, run_id: str) -> list[Path]:
-    return sorted(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
+    """In no order: their names hold the local time, which may go back."""
+    return list(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
 
 
 def steps(data: bytes) -> Iterator[int]:

@@ -8,18 +8,17 @@ same command again each time, and prints where the time went.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from pipeline import config
 from pipeline.run.checkpoint import find
+from pipeline.run.rows import rows
 
 
 def main(every: float, total: float, arguments: list[str]) -> None:
@@ -32,12 +31,16 @@ def main(every: float, total: float, arguments: list[str]) -> None:
         start, before = time.time(), _saved(folder)
         _attempt(arguments, min(every, total - (start - begun)))
         kills += 1
-        rows = [row for row in _rows(folder) if row["time"] > start and "Timing/sec_per_kimg" in row]
-        if not rows:
+        told = [
+            row
+            for row in rows(folder / "metrics.jsonl")
+            if row["time"] > start and "Timing/sec_per_kimg" in row
+        ]
+        if not told:
             spent["start"] += time.time() - start
             continue
-        pace = statistics.median(row["Timing/sec_per_kimg"] for row in rows)
-        first = rows[0]["time"] - start - pace * (rows[0]["Progress/kimg"] - before)
+        pace = statistics.median(row["Timing/sec_per_kimg"] for row in told)
+        first = told[0]["time"] - start - pace * (told[0]["Progress/kimg"] - before)
         kept = pace * (_saved(folder) - before)
         spent["start"] += first
         spent["train"] += kept
@@ -63,16 +66,6 @@ def _attempt(arguments: list[str], seconds: float) -> None:
 def _saved(folder: Path) -> float:
     """kimg of the newest checkpoint."""
     return next(iter(find(folder / "checkpoints")), 0) / 1000
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # cut short by a kill
-    return rows
 
 
 if __name__ == "__main__":

@@ -86,9 +86,50 @@ def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
     broken = {"Loss/G/adversarial": [2]}
     judge = health(warnings, max_skipped=2)
     judge.check(tick({"Gradients/G/skipped": 0.2}, updates, broken=broken))
-    assert "2 of the 10 updates of G" in warnings.told[0] and "on rank 2" in warnings.told[0]
-    with pytest.raises(RunError, match=r"3 of the 10 updates of G.*max_skipped = 2"):
+    assert "2 of the last 10 updates of G" in warnings.told[0] and "on rank 2" in warnings.told[0]
+    with pytest.raises(RunError, match=r"3 of the last 10 updates of G.*max_skipped = 2"):
         judge.check(tick({"Gradients/G/skipped": 0.3}, updates, broken=broken))
+
+
+@pytest.mark.parametrize("updates", [1, 3, 8])
+def test_ticks_of_fewer_updates_than_may_be_skipped_add_up_over_restarts(warnings, updates):
+    counted: dict[str, int] = {}
+    nothing_moves = tick({"Gradients/D/skipped": 1.0}, {"Gradients/D/skipped": float(updates)})
+    with pytest.raises(RunError, match=r"(\d+) of the last \1 updates of D .*max_skipped = 10"):
+        for _ in range(100):
+            judge = Health(Run(), SimpleNamespace(world=1, strategy="single"), warnings, counted)  # type: ignore[arg-type]
+            judge.check(nothing_moves)
+    assert len(warnings.told) == 10 // updates
+
+
+def test_skips_that_leave_most_of_a_tick_do_not_add_up(warnings):
+    judge = health(warnings)
+    for _ in range(50):
+        judge.check(tick({"Gradients/G/skipped": 0.25}, {"Gradients/G/skipped": 8.0}))
+    judge.check_end()
+    assert len(warnings.told) == 50
+
+
+def test_a_run_that_ends_without_moving_is_not_finished(warnings):
+    judge = health(warnings)
+    judge.check(tick({"Gradients/G/skipped": 0.75}, {"Gradients/G/skipped": 4.0}))
+    with pytest.raises(RunError, match=r"3 of the last 4 updates of G .* not finished"):
+        judge.check_end()
+    judge.check(tick({"Gradients/G/skipped": 0.0}, {"Gradients/G/skipped": 4.0}))
+    judge.check_end()
+
+
+def test_a_short_run_is_judged_too(warnings):
+    judge = health(warnings, total_kimg=40, tick_kimg=4)
+    for _ in range(5):
+        assert warnings.told == []
+        judge.check(tick({"Loss/signs/real": 1.0, "Loss/signs/fake": -1.0}))
+    assert len(warnings.told) == 1
+
+
+def test_a_score_that_is_no_number_is_told(warnings):
+    health(warnings).compare_score("kid", float("nan"), None)
+    assert len(warnings.told) == 1 and "kid is nan" in warnings.told[0]
 
 
 def test_a_suspicion_outlives_a_restart(warnings):

@@ -5,6 +5,7 @@ The real client and its real service process, against a server that can be told 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -288,6 +289,24 @@ def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
     first, second = [[row["_step"] for row in run.history] for run in offline_runs(tmp_path)]
     assert first == [0] and second == [tick * 100 for tick in range(1, TOTAL)]
+    sync(tmp_path)
+    assert_whole(tmp_path, server.run)
+
+
+def test_local_time_that_goes_back_does_not_keep_rows_from_wandb(tmp_path, server, monkeypatch):
+    """Folders are named by local time: one of another time zone, and one that a kill left without a row."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    stops = [(0, "Asia/Tokyo"), (7, "UTC"), (13, "Asia/Tokyo"), (TOTAL, "")]
+    for (start, zone), (stop, _) in itertools.pairwise(stops):
+        script = f"Job(Path({str(tmp_path)!r}), {start - 1}).train({start}, {stop}).end()"
+        line = [sys.executable, "-c", f"from tests.run.test_tracking_faults import *; {script}"]
+        subprocess.run(line, cwd=ROOT, env=os.environ | {"TZ": zone}, check=True)
+        if zone == "UTC":
+            written = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+            early = written.parents[1] / f"offline-run-20200101_000000-{written.stem.removeprefix('run-')}"
+            early.mkdir()
+            (early / written.name).write_bytes(written.read_bytes()[:7])
+    assert not list(tmp_path.glob("wandb/*/*.synced"))
     sync(tmp_path)
     assert_whole(tmp_path, server.run)
 

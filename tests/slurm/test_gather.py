@@ -19,7 +19,7 @@ def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder = Path("runs", name)
         folder.mkdir(parents=True)
         (folder / "metrics.jsonl").write_text(
-            json.dumps({"Progress/kimg": number, "Metrics/kid": 0.5}) + "\n"
+            json.dumps({"cur_nimg": number * 1000, "Progress/kimg": number, "Metrics/kid": 0.5}) + "\n"
         )
         (folder / "reference.json").write_text(json.dumps({"heldout": {"images": 20, "features": "f"}}))
         (folder / "DONE").write_text("1000\n")

@@ -1,0 +1,149 @@
+"""Standard output and standard error that can neither stop a process nor hold it up.
+
+A console may be full, closed, broken, read by nobody, or lack characters. Python raises or blocks for each of
+these, in the middle of whatever the process does. Here a thread does the writing: what the console does not
+accept is dropped, and what it accepts late is shown late.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import queue
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_MOMENT_S = 0.2  # how long a line waits for a console that is not known to be stuck: order and crashes
+_LAST_LINES_S = 5.0  # … and the last lines of a process for a slow one
+_MOST_WAITING = 10_000  # writes; a console further behind misses lines
+
+
+def take() -> None:
+    """Let this process write through threads from here on. Once, before libraries keep hold of the streams.
+
+    Streams that someone else has put in place (a notebook, a test) stay as they are.
+    """
+    for fd in range(3):  # or the next file that is opened becomes the console of whoever writes to it
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)
+    writers: dict[tuple[int, int], _Writer] = {}
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        if before is not getattr(sys, f"__{name}__"):
+            continue
+        if before is not None:
+            with suppress(OSError, ValueError):
+                before.flush()
+        place = os.fstat(fd)
+        writer = writers.setdefault((place.st_dev, place.st_ino), _Writer())  # of one file: lines keep order
+        encoding = getattr(before, "encoding", None) or "utf-8"
+        after = io.TextIOWrapper(_Outlet(name, fd, writer), encoding, "replace", line_buffering=True)
+        setattr(sys, name, after)
+        for handler in _log_handlers():
+            if handler.stream is before:
+                handler.setStream(after)
+
+
+def settle() -> None:
+    """Wait until all that was said so far is out, but not for a console that takes too long."""
+    deadline = time.monotonic() + _LAST_LINES_S
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.flush()
+        outlet = getattr(stream, "buffer", None)
+        if isinstance(outlet, _Outlet):
+            outlet.writer.wait(max(deadline - time.monotonic(), 0))
+
+
+class _Outlet(io.RawIOBase):
+    """A file descriptor for which any write succeeds at once."""
+
+    def __init__(self, name: str, fd: int, writer: _Writer) -> None:
+        self.name, self._fd, self.writer = f"<{name}>", fd, writer
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        content = bytes(data)
+        self.writer.put(self._fd, content)
+        return len(content)
+
+
+class _Writer:
+    """Writes what it is given in a thread of its own, in order."""
+
+    _waiting: queue.SimpleQueue[tuple[int, bytes, threading.Event]]
+    _last: threading.Event  # set once the newest of them is written
+    _started: bool
+
+    def __init__(self) -> None:
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)  # threads are not forked, and locks as they were
+
+    def put(self, fd: int, data: bytes) -> None:
+        """Returns once the data are written, or after a moment; at once as long as earlier ones are stuck."""
+        if not self._started:
+            self._started = True
+            threading.Thread(target=self._work, args=(self._waiting,), name="console", daemon=True).start()
+            util.Finalize(None, settle, exitpriority=0)
+        if self._waiting.qsize() >= _MOST_WAITING:
+            return
+        stuck, self._last = not self._last.is_set(), threading.Event()
+        last = self._last
+        self._waiting.put((fd, data, last))
+        if not stuck:
+            last.wait(_MOMENT_S)
+
+    def wait(self, seconds: float) -> None:
+        self._last.wait(seconds)
+
+    def _begin(self) -> None:
+        self._waiting, self._last, self._started = queue.SimpleQueue(), threading.Event(), False
+        self._last.set()
+
+    @staticmethod
+    def _work(waiting: queue.SimpleQueue[tuple[int, bytes, threading.Event]]) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
+        while True:
+            fd, data, done = waiting.get()
+            with suppress(OSError):
+                _write(fd, data)
+            done.set()
+
+
+def _write(fd: int, data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:  # whoever shares the console has made it non-blocking
+            select.select([], [fd], [])
+
+
+def _log_handlers() -> Iterator[logging.StreamHandler[io.TextIOBase]]:
+    """The handlers of all loggers that write to a stream."""
+    for logger in (logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))):
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                yield handler

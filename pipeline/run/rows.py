@@ -1,0 +1,111 @@
+"""Files of JSON lines (metrics.jsonl, spectrum.jsonl): written whole or not at all, read whatever they hold.
+
+A disk may fail in the middle of a row, and a machine may stop there. Then the file ends in half a row until
+it is next written to; and whoever reads it meanwhile goes on without that row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+_TAIL = 64 * 1024  # bytes read at once in search of the last whole row
+
+Row = dict[str, Any]
+
+
+def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list[Row]:
+    """Every whole row in order; none if there is no file.
+
+    complain: gets a line on each row that is not whole, a JSON object with `cur_nimg`. Raises OSError if the
+    file cannot be read.
+    """
+    found = []
+    for number, line in enumerate(_content(file).split(b"\n"), 1):
+        row = _parse(line)
+        if row is not None:
+            found.append(row)
+        elif line:
+            complain(f"{file}, line {number} is damaged, and is passed over: {_shown(line)}")
+    return found
+
+
+def append(file: Path, row: Mapping[str, Any]) -> None:
+    """Add a row, unless it is the last one already; what is left of a torn one before it is cut off.
+
+    Raises OSError if it is not all there; the next call cuts off what of it the disk kept all the same.
+    """
+    data = json.dumps(row).encode() + b"\n"
+    file_number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:
+        end = _cut_back(file_number)
+        if end < len(data) or os.pread(file_number, len(data), end - len(data)) != data:
+            _write(file_number, data, end)
+    finally:
+        os.close(file_number)  # which on network file systems is where a write may fail
+
+
+def keep(file: Path, wanted: Callable[[Row], bool]) -> None:
+    """Leave only whole rows that are wanted. Raises OSError."""
+    content = _content(file)
+    lines = ((line, _parse(line)) for line in content.splitlines(keepends=True))
+    kept = b"".join(line for line, row in lines if row is not None and line.endswith(b"\n") and wanted(row))
+    if kept == content:
+        return
+    if content.startswith(kept):  # needs no room, which a full disk does not have
+        os.truncate(file, len(kept))
+    else:
+        partial = file.with_name(f".{file.stem}.partial")
+        partial.write_bytes(kept)
+        partial.replace(file)
+
+
+def _write(file_number: int, data: bytes, end: int) -> None:
+    """In one go where the disk takes it, so that a kill comes before or after. Raises OSError, and then
+    nothing is left behind `end`, unless the disk does not take that either."""
+    left = data
+    try:
+        while left:
+            left = left[os.write(file_number, left) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file_number, end)
+        raise
+
+
+def _cut_back(file_number: int) -> int:
+    """Cut the file off behind its last whole row, and return where that is."""
+    size = end = os.fstat(file_number).st_size
+    while end:
+        start = max(end - _TAIL, 0)
+        found = os.pread(file_number, end - start, start).rfind(b"\n")
+        end = start + found + 1 if found >= 0 else start
+        if found >= 0:
+            break
+    if end < size:
+        os.ftruncate(file_number, end)
+    return end
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        return b""
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+        return {**row, "cur_nimg": int(row["cur_nimg"])}
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def _shown(line: bytes) -> str:
+    text = line.decode(errors="replace").replace("\0", "")
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -1,0 +1,163 @@
+"""Files of JSON lines are whole after any failure, and readers survive one that is not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launch import gather
+from launch.select.candidates import Arm
+from launch.select.table import _read
+from launch.select.trials import Trial
+from pipeline.config import load
+from pipeline.run.report import MainReport
+from pipeline.run.resend import catch_up
+from pipeline.run.rows import append, keep, rows
+from pipeline.run.tracker import NullTracker
+
+VALUES = {f"chart{k}": float(k) for k in range(60)}
+
+
+@contextmanager
+def full_at(size: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes: a write across that is cut short, and the next
+    fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def report(folder: Path, cur_nimg: int = 0) -> MainReport:
+    return MainReport(folder, NullTracker(), 1000, cur_nimg)
+
+
+def nimgs(folder: Path) -> list[int]:
+    """Of rows that anyone can parse; fails at one that is not whole."""
+    lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    return [json.loads(line)["cur_nimg"] for line in lines]
+
+
+@pytest.mark.parametrize("cut", ["at once", "only later"])
+def test_a_disk_that_fills_in_the_middle_of_a_row_costs_none(tmp_path, capsys, monkeypatch, cut):
+    mine = report(tmp_path)
+    for n in range(3):
+        mine.row(n, VALUES)
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "the disk takes nothing at all")
+
+    with full_at(size + 100), monkeypatch.context() as patch:
+        if cut == "only later":
+            patch.setattr(os, "ftruncate", refuse)
+        for n in range(3, 6):
+            mine.row(n, VALUES)
+        torn = (tmp_path / "metrics.jsonl").stat().st_size - size
+        assert torn == (100 if cut == "only later" else 0)
+        assert [row["cur_nimg"] for row in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2]
+    for n in range(6, 8):
+        mine.row(n, VALUES)
+    mine.close()
+    assert nimgs(tmp_path) == list(range(8))
+    said = capsys.readouterr().out
+    assert (
+        said.count("cannot be written for now") == 1
+        and said.count("can be written again, and is complete") == 1
+    )
+
+
+def test_rows_that_never_found_room_are_named_at_the_end(tmp_path, capsys):
+    mine = report(tmp_path)
+    mine.row(1000, VALUES)
+    with full_at((tmp_path / "metrics.jsonl").stat().st_size + 10):
+        mine.row(2000, VALUES)
+        mine.row(3500, VALUES)
+        mine.conclude(3500)
+        mine.close()
+    said = capsys.readouterr().out
+    missing = "without 2 rows that could not be written (kimg 2, 3.5)"
+    assert said.count(missing) == 2 and "complete." not in said.replace(f"incomplete, {missing}.", "")
+
+
+def test_a_row_that_was_written_before_its_write_failed_is_not_written_twice(tmp_path, monkeypatch):
+    close = os.close
+
+    def fail_once(number: int) -> None:
+        close(number)
+        monkeypatch.setattr(os, "close", close)
+        raise OSError(errno.EDQUOT, "no quota left")
+
+    mine = report(tmp_path)
+    monkeypatch.setattr(os, "close", fail_once)
+    mine.row(1, VALUES)
+    mine.row(2, VALUES)
+    assert nimgs(tmp_path) == [1, 2]
+
+
+TORN = [b'{"cur_nimg": 2, "a": 1', b"\0" * 90, b"\xff\xfe", b'{"a": 1}', b"[1]", b"7", b'{"cur_nimg": null}']
+
+
+@pytest.fixture(params=TORN, ids=range(len(TORN)))
+def torn(request, tmp_path) -> Path:
+    """metrics.jsonl of a run with a damaged row in the middle and a torn one at the end."""
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    for n in (1, 2):
+        append(file, {"cur_nimg": n, "time": 1.0, "Metrics/kid_x": 1 / n, "Timing/img_per_sec": 1.0})
+    whole = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(whole[0] + request.param + b"\n" + whole[1] + b'{"cur_nimg": 3, "Met')
+    return file
+
+
+def test_a_damaged_row_is_named_and_passed_over(torn):
+    said: list[str] = []
+    assert [row["cur_nimg"] for row in rows(torn, said.append)] == [1, 2]
+    assert [line.partition(" is damaged")[0] for line in said] == [f"{torn}, line {n}" for n in (2, 4)]
+
+
+def test_a_run_that_goes_on_names_it_and_has_none_from_then_on(torn, capsys):
+    mine = report(torn.parent, cur_nimg=2)
+    mine.row(3, {"Metrics/kid_x": 0.25})
+    mine.conclude(3)
+    assert nimgs(torn.parent) == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert said.count("is damaged") == 2 and "kid_x 1.000 at kimg 0.001, 0.250 at kimg 0.003" in said
+
+
+def test_a_finished_run_gather_and_select_survive_it(torn, capsys):
+    folder = torn.parent
+    list_of_runs = folder.parent / "runs.txt"
+    list_of_runs.write_text(f"{folder.parent / 'c.yaml'} run.name=run\n")
+    (folder.parent / "c.yaml").write_text(f"{{data: {{train: x}}, run: {{out: '{folder.parent}'}}}}")
+    settings = load(folder.parent / "c.yaml", ["run.name=run"])
+    assert gather.main([str(list_of_runs)]) == 1
+    table = capsys.readouterr().out
+    assert "0.5" in table and table.count("is damaged") == 2
+    outcome = _read(Trial(Arm("a", (), {}), 0, 0, settings, ()), r"Metrics/kid_\w+")
+    assert outcome is not None and (outcome.score, outcome.seconds) == (0.5, 2.0)
+    said: list[str] = []
+    catch_up(load(folder.parent / "c.yaml", ["run.name=run", "track.wandb=false"]), folder, said.append)
+    assert len(said) == 2
+
+
+def test_forgetting_needs_no_room(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    for n in range(4):
+        append(file, {"cur_nimg": n, **VALUES})
+    with full_at(10):
+        keep(file, lambda row: row["cur_nimg"] < 2)
+    assert nimgs(tmp_path) == [0, 1]

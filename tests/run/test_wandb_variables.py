@@ -1,0 +1,97 @@
+"""W&B's own variables: they count where the config says nothing, and never break a run or mix two."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, load
+from pipeline.run.tracker import open_tracker
+from pipeline.run.wandb_mode import choose_mode, names
+from tests.wandb_offline import offline_runs
+from tests.wandb_server import WandbServer, wandb_server
+
+pytestmark = pytest.mark.usefixtures("no_account")
+KEY = "fedcba9876543210" * 2 + "fedcba98"
+VARIABLES = {"WANDB_PROJECT": "faces", "WANDB_NAME": "nice", "WANDB_TAGS": "a, b", "WANDB_ENTITY": "lab"}
+
+
+def config(name: str, *settings: str) -> Config:
+    return load(None, ["data.train=shards", f"run.name={name}", *settings])
+
+
+def track(folder: Path, step: int, *settings: str) -> list[str]:
+    """One start of a command that tracks one row; what it says."""
+    said: list[str] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = open_tracker(config(folder.name, *settings), folder, True, None, said.append)
+    tracker.log({"Progress/kimg": step / 1000}, step)
+    tracker.finish()
+    return said
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_variable_counts_where_the_config_says_nothing(tmp_path, monkeypatch):
+    given(monkeypatch, **VARIABLES, WANDB_DIR=str(tmp_path / "elsewhere"), WANDB_RESUME="must")
+    track(tmp_path / "demo", 1)
+    (run,) = offline_runs(tmp_path / "demo")
+    assert (run.project, run.name, run.tags) == ("faces", "nice", ["a", "b"])
+    assert not (tmp_path / "elsewhere").exists()
+    ours = names(config("demo", "track.project=p", "track.entity=e", "track.tags=[t]"))
+    assert (ours.project, ours.entity, ours.name, ours.tags) == ("p", "e", "nice", ("t",))
+    assert str(names(config("demo"))) == "nice in project lab/faces"
+
+
+def test_nothing_given_is_our_project_under_the_runs_name(monkeypatch):
+    given(monkeypatch, **dict.fromkeys(VARIABLES, ""), WANDB_MODE="")
+    assert str(names(config("demo"))) == "demo in project shardgan"
+    assert choose_mode()[0] == "offline" and "WANDB_MODE" not in os.environ
+
+
+@pytest.mark.parametrize("value", ["true", "1"])
+def test_disabled_is_disabled(monkeypatch, value):
+    given(monkeypatch, WANDB_DISABLED=value)
+    assert choose_mode()[0] == "disabled"
+
+
+def test_a_run_stays_where_it_is_when_the_shell_changes(tmp_path, monkeypatch):
+    given(monkeypatch, WANDB_PROJECT="faces", WANDB_RESUME="never")
+    track(tmp_path / "demo", 1)
+    given(monkeypatch, WANDB_PROJECT="other", WANDB_RUN_ID="abcd")
+    said = track(tmp_path / "demo", 2)
+    runs = offline_runs(tmp_path / "demo")
+    assert {run.project for run in runs} == {"faces"} and len({run.run_id for run in runs}) == 1
+    assert sum(len(run.history) for run in runs) == 2
+    assert "WANDB_RUN_ID=abcd is another run's" in said[-1]
+
+
+def test_two_runs_of_one_id_in_the_shell_are_two_runs(tmp_path, monkeypatch):
+    given(monkeypatch, WANDB_RUN_ID="abcd")
+    track(tmp_path / "first", 1)
+    said = track(tmp_path / "second", 1)
+    (first,), (second,) = (offline_runs(tmp_path / name) for name in ("first", "second"))
+    assert first.run_id == "abcd" != second.run_id and "another run's" in said[-1]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch):
+    with wandb_server() as server:
+        given(monkeypatch, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        given(monkeypatch, WANDB__DISABLE_STATS="true", WANDB__GRAPHQL_RETRY_WAIT_MAX_SECONDS="0.2")
+        yield server
+
+
+def test_an_id_that_the_server_knows_from_elsewhere_is_left_alone(tmp_path, monkeypatch, server: WandbServer):
+    given(monkeypatch, WANDB_RUN_ID="abcd")
+    track(tmp_path / "here" / "demo", 1)
+    said = track(tmp_path / "there" / "demo", 1)
+    assert [run.steps for run in server.runs.values()] == [[1], [1]] and "abcd" in server.runs
+    assert server.url in said[0] and "another run's" in said[1]
+    track(tmp_path / "here" / "demo", 2)
+    assert server.runs["abcd"].steps == [1, 2]
