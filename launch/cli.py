@@ -10,6 +10,8 @@ import click
 
 # Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
 os.environ.setdefault("WDS_SECURE", "1")
+# For every process that is started from here: no file in the current folder hides a module.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 COMMANDS = {
     "prepare": "Turn images into tar shards with an index.",

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline import STARTED_BY, config, loop
+try:
+    from pipeline import STARTED_BY, config, loop
+except ImportError:  # a folder `pipeline` where this was started is found first
+    from pipeline.shadows import refuse_namespace
+
+    refuse_namespace()
+    raise
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
@@ -54,7 +60,7 @@ _PATIENCE_S = 60.0  # for the main rank to be the one that tells
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input,
     1 another failure that has been told."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(text) if (text := os.environ.get("RANK", "")).isdecimal() else 0
     try:
         launch = read_launch()
         path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]

@@ -15,12 +15,15 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 ARROWS = {
     "pipeline.credentials": (),
     "pipeline.config": ("pipeline.credentials",),
-    "pipeline.gan": ("pipeline.config",),
-    "pipeline.data": ("pipeline.config", "pipeline.credentials"),
+    "pipeline.shadows": (),
+    "pipeline.plugins": ("pipeline.config",),
+    "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
+    "pipeline.data": ("pipeline.config", "pipeline.credentials", "pipeline.plugins"),
     "pipeline.parallel": ("pipeline.config", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.config",
         "pipeline.credentials",
+        "pipeline.plugins",
         "pipeline.gan",
         "pipeline.data",
         "pipeline.parallel",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.train import ACCELERATE_FILES, STRATEGIES, cores
+from launch.processes import ACCELERATE_FILES, STRATEGIES, cores
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,9 +14,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
+from launch.processes import cores, process
 from launch.select.trials import Launch, Trial
-from launch.train import ask_to_stop, cores, die_with_parent, process
+from launch.train import ask_to_stop, die_with_parent
 from pipeline.config import UserError
+from pipeline.parallel.environment import threads
 
 Say = Callable[[str], None]
 Ended = Callable[[Trial, str], None]
@@ -65,8 +67,8 @@ def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
     """
     import torch
 
-    threads = max(1, cores() // (jobs * launch.procs))
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+    each = threads(os.environ) or max(1, cores() // (jobs * launch.procs))
+    share = {"OMP_NUM_THREADS": str(each)}
     gpus = torch.cuda.device_count()
     if not gpus:
         return [share] * jobs

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.config import UserError
+from pipeline.parallel.environment import check_interfaces, clear_for, flag, whole_number
 from pipeline.parallel.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
 
@@ -28,20 +29,6 @@ Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
-
-# What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
-# plain Accelerate state would act on these on its own (one DeepSpeed engine for two players, say).
-_PLUGIN_VARIABLES = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_GRADIENT_",
-    "FSDP_",
-)
 
 
 class CommonError(UserError):
@@ -74,14 +61,16 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
     Raises UserError for a launcher set-up that would quietly train something else.
     """
     env = dict(os.environ) if environ is None else environ
-    rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    env = {name: value for name, value in env.items() if value}
+    rank, world = _place(env)
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
     if "WORLD_SIZE" not in env and env.get("MASTER_PORT"):
         raise UserError(
             "The launcher was told to start several processes but its file says distributed_type: NO, so "
-            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy)."
+            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy); for "
+            "one process, unset MASTER_PORT."
         )
     strategy = _strategy(env)
     zero = read_settings(env) if strategy.startswith("zero") else None
@@ -89,20 +78,41 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
     return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
 
 
+def _place(env: dict[str, str]) -> tuple[int, int]:
+    """Rank and world size. Raises UserError for a place that the launcher cannot have given."""
+    world, rank = whole_number(env, "WORLD_SIZE", 1), whole_number(env, "RANK", 0)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        whole_number(env, name, 0)
+    if rank >= world:
+        raise UserError(f"The variables RANK={rank} and WORLD_SIZE={world} do not go together. Unset both.")
+    if _started_alone(env) and world > 1:
+        raise UserError(
+            f"This is the only process that was started here, but WORLD_SIZE={world}, a variable of another "
+            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`, which"
+            " does."
+        )
+    if world > 1:
+        check_interfaces(env)
+    return rank, world
+
+
+def _started_alone(env: dict[str, str]) -> bool:
+    """Accelerate sets the precision for every process that it starts; several it leaves to torchrun, or to
+    DeepSpeed's launchers."""
+    several = "TORCHELASTIC_RUN_ID" in env or flag(env, "ACCELERATE_USE_DEEPSPEED")
+    return "ACCELERATE_MIXED_PRECISION" in env and not several
+
+
 def _strategy(env: dict[str, str]) -> Strategy:
-    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
+    if flag(env, "ACCELERATE_USE_DEEPSPEED"):
         return _ZERO[read_settings(env)["zero_optimization"]["stage"]]
-    if _is_true(env.get("ACCELERATE_USE_FSDP")):
+    if flag(env, "ACCELERATE_USE_FSDP"):
         if env.get("FSDP_VERSION") != "2":
             raise UserError(
                 "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
             )
         return "fsdp2"
-    return "ddp" if "WORLD_SIZE" in env else "single"
-
-
-def _is_true(value: str | None) -> bool:
-    return (value or "").lower() in ("1", "true", "yes")
+    return "ddp" if "WORLD_SIZE" in env and not _started_alone(env) else "single"
 
 
 class Ranks:
@@ -113,10 +123,8 @@ class Ranks:
 
     def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
-        for name in list(os.environ):
-            if name.startswith(_PLUGIN_VARIABLES):
-                del os.environ[name]
-        cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
+        clear_for(os.environ, alone=launch.strategy == "single")
+        cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(

@@ -25,7 +25,7 @@ from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
 from launch.doctor.finding import Finding, Job
-from launch.train import ACCELERATE_FILES
+from launch.processes import ACCELERATE_FILES
 from pipeline import config
 from pipeline.gan.networks import build_D, build_G
 
