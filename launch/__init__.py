@@ -8,9 +8,9 @@ import sys
 def _refuse_another_pipeline() -> None:
     """End this process if `pipeline` is not the package beside this one."""
     found = importlib.util.find_spec("pipeline")
-    places = (
-        [place for place in (found.submodule_search_locations or [found.origin]) if place] if found else []
-    )
+    places: list[str] = []
+    if found is not None:
+        places = list(found.submodule_search_locations or [str(found.origin)])
     ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pipeline")
     if ours in map(os.path.abspath, places):
         return

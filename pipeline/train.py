@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse(error, tell=rank == 0)
         return error.status
     except UserError as error:
-        return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
+        _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
+        return error.status
     return 0
 
 

@@ -95,8 +95,8 @@ def threads(environ: Mapping[str, str]) -> int | None:
         return None
     if not (text.isdecimal() and int(text)):
         raise UserError(
-            f"The variable OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is not a number of threads. Unset it, or"
-            " set it to 1 or more."
+            f"The variable OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is not a number of threads. "
+            "Unset it, or set it to 1 or more."
         )
     return int(text)
 
@@ -107,6 +107,6 @@ def check_interfaces(environ: Mapping[str, str]) -> None:
     here = [name for _, name in socket.if_nameindex()]
     if wanted and not set(wanted) & set(here):
         raise UserError(
-            f"The variable GLOO_SOCKET_IFNAME={','.join(wanted)}: this machine has no such network interface, only"
+            f"The variable GLOO_SOCKET_IFNAME={','.join(wanted)}: this machine has no such interface, but "
             f" {', '.join(here)}. Unset it, or name one of these."
         )

@@ -34,8 +34,6 @@ _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 class CommonError(UserError):
     """A UserError that every rank knows of: the main rank tells."""
 
-    status = 2
-
 
 class RunError(CommonError):
     """What ends a run that began well, whatever the user gave it: exit status 1."""
@@ -88,8 +86,7 @@ def _place(env: dict[str, str]) -> tuple[int, int]:
     if _started_alone(env) and world > 1:
         raise UserError(
             f"This is the only process that was started here, but WORLD_SIZE={world}, a variable of another "
-            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`, which"
-            " does."
+            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`."
         )
     if world > 1:
         check_interfaces(env)
