@@ -53,7 +53,9 @@ def cli() -> None:
 def main() -> None:
     """Exit status: 0 done or cleanly stopped, 2 bad input (one message), 1 anything else."""
     from pipeline.config import UserError
+    from pipeline.home import provide_home
 
+    provide_home()
     try:
         cli.main(standalone_mode=False)
     except UserError as error:

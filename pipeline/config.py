@@ -26,9 +26,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 class UserError(ValueError):
-    """What the user can mend: shown as one message without a traceback."""
-
-    status = 2  # the command's exit status
+    """What the user can mend: shown as one message without a traceback, exit status 2."""
 
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

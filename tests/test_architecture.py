@@ -16,6 +16,7 @@ ARROWS = {
     "pipeline.credentials": (),
     "pipeline.config": ("pipeline.credentials",),
     "pipeline.shadows": (),
+    "pipeline.home": (),
     "pipeline.plugins": ("pipeline.config",),
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": ("pipeline.config", "pipeline.credentials", "pipeline.plugins"),

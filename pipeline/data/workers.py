@@ -68,9 +68,7 @@ class Loader(Iterator[Any]):
         before = set(multiprocessing.active_children())
         with _signals_blocked(), _no_main_module(method), _sigchld_as_before(), _refusal():
             if method is not None:
-                multiprocessing.get_context(
-                    method
-                ).Lock()  # torch's loader would end in a traceback of its own
+                multiprocessing.get_context(method).Lock()  # else torch's loader shows a traceback
             if method == "forkserver":
                 _start_fork_server(folder)
             self._items = iter(loader)

@@ -34,6 +34,8 @@ _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 class CommonError(UserError):
     """A UserError that every rank knows of: the main rank tells."""
 
+    status = 2
+
 
 class RunError(CommonError):
     """What ends a run that began well, whatever the user gave it: exit status 1."""
