@@ -7,6 +7,14 @@ A table of contents: load the config, meet the other ranks, build the parts, run
 
 from __future__ import annotations
 
+try:
+    from pipeline import STARTED_BY
+except ImportError:  # a folder `pipeline` where this was started is found first
+    from pipeline.shadows import refuse_namespace
+
+    refuse_namespace()
+    raise
+
 import os
 import sys
 import time
@@ -16,13 +24,7 @@ from pathlib import Path
 
 import torch
 
-try:
-    from pipeline import STARTED_BY, config, loop
-except ImportError:  # a folder `pipeline` where this was started is found first
-    from pipeline.shadows import refuse_namespace
-
-    refuse_namespace()
-    raise
+from pipeline import config, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve

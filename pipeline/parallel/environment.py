@@ -12,7 +12,7 @@ from collections.abc import Mapping, MutableMapping
 from pipeline.config import UserError
 
 # Who a process is among others: torchrun's names, which Accelerate, DeepSpeed and torch read.
-_RANK_VARIABLES = frozenset(
+RANK_VARIABLES = frozenset(
     "RANK LOCAL_RANK GROUP_RANK ROLE_RANK NODE_RANK CROSS_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE "
     "ROLE_WORLD_SIZE LOCAL_SIZE CROSS_SIZE ROLE_NAME MASTER_ADDR MASTER_PORT FORK_LAUNCHED".split()
 )
@@ -50,7 +50,7 @@ def left_over(environ: Mapping[str, str]) -> list[str]:
     """The variables by which another launcher, or its settings, would rule processes that we start."""
     prefixes = (*_TORCHRUN, *_FOREIGN, *_SETTINGS)
     return sorted(
-        name for name in environ if name in _RANK_VARIABLES or (name.startswith(prefixes) and name != _MEANT)
+        name for name in environ if name in RANK_VARIABLES or (name.startswith(prefixes) and name != _MEANT)
     )
 
 
@@ -60,7 +60,7 @@ def clear_for(environ: MutableMapping[str, str], alone: bool) -> None:
     alone: no launcher started it, so that whatever says how many there are is of someone else.
     """
     for name in list(environ):
-        others = alone and (name in _RANK_VARIABLES or name.startswith(_TORCHRUN))
+        others = alone and (name in RANK_VARIABLES or name.startswith(_TORCHRUN))
         if others or name.startswith((*_PLUGINS, *_FOREIGN)):
             del environ[name]
 
@@ -108,5 +108,5 @@ def check_interfaces(environ: Mapping[str, str]) -> None:
     if wanted and not set(wanted) & set(here):
         raise UserError(
             f"The variable GLOO_SOCKET_IFNAME={','.join(wanted)}: this machine has no such interface, but "
-            f" {', '.join(here)}. Unset it, or name one of these."
+            f"{', '.join(here)}. Unset it, or name one of these."
         )
