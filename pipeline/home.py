@@ -19,7 +19,7 @@ def provide_home() -> None:
     if not _has_account():
         os.environ.setdefault("USER", str(os.getuid()))  # asked for by torch's compiler
     home = Path(os.path.expanduser("~"))  # noqa: PTH111, which raises where there is none
-    if not home.is_absolute() or not home.is_dir():
+    if not home.is_absolute() or not home.is_dir() or home == Path("/"):
         os.environ["HOME"] = str(_folder_of_ours())
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
