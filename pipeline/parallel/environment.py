@@ -65,6 +65,30 @@ def clear_for(environ: MutableMapping[str, str], alone: bool) -> None:
             del environ[name]
 
 
+def place_of(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Rank and world size. Raises UserError for a place that the launcher cannot have given."""
+    world, rank = whole_number(environ, "WORLD_SIZE", 1), whole_number(environ, "RANK", 0)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        whole_number(environ, name, 0)
+    if rank >= world:
+        raise UserError(f"The variables RANK={rank} and WORLD_SIZE={world} do not go together. Unset both.")
+    if started_alone(environ) and world > 1:
+        raise UserError(
+            f"This is the only process that was started here, but WORLD_SIZE={world}, a variable of another "
+            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`."
+        )
+    if world > 1:
+        check_interfaces(environ)
+    return rank, world
+
+
+def started_alone(environ: Mapping[str, str]) -> bool:
+    """Accelerate sets the precision for every process that it starts; several it leaves to torchrun, or to
+    DeepSpeed's launchers."""
+    several = "TORCHELASTIC_RUN_ID" in environ or flag(environ, "ACCELERATE_USE_DEEPSPEED")
+    return "ACCELERATE_MIXED_PRECISION" in environ and not several
+
+
 def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
     """A variable that counts something; empty is unset. Raises UserError if it is no number, or negative."""
     text = environ.get(name, "").strip()

@@ -21,13 +21,14 @@ from accelerate import PartialState
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.config import UserError
-from pipeline.parallel.environment import check_interfaces, clear_for, flag, whole_number
+from pipeline.parallel.environment import clear_for, flag, place_of, started_alone
 from pipeline.parallel.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
+_PUNCTUAL_S = 20.0  # in which all ranks of a launch are there, as a rule
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 
@@ -62,7 +63,7 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
     """
     env = dict(os.environ) if environ is None else environ
     env = {name: value for name, value in env.items() if value}
-    rank, world = _place(env)
+    rank, world = place_of(env)
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
@@ -78,30 +79,6 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
     return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
 
 
-def _place(env: dict[str, str]) -> tuple[int, int]:
-    """Rank and world size. Raises UserError for a place that the launcher cannot have given."""
-    world, rank = whole_number(env, "WORLD_SIZE", 1), whole_number(env, "RANK", 0)
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        whole_number(env, name, 0)
-    if rank >= world:
-        raise UserError(f"The variables RANK={rank} and WORLD_SIZE={world} do not go together. Unset both.")
-    if _started_alone(env) and world > 1:
-        raise UserError(
-            f"This is the only process that was started here, but WORLD_SIZE={world}, a variable of another "
-            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`."
-        )
-    if world > 1:
-        check_interfaces(env)
-    return rank, world
-
-
-def _started_alone(env: dict[str, str]) -> bool:
-    """Accelerate sets the precision for every process that it starts; several it leaves to torchrun, or to
-    DeepSpeed's launchers."""
-    several = "TORCHELASTIC_RUN_ID" in env or flag(env, "ACCELERATE_USE_DEEPSPEED")
-    return "ACCELERATE_MIXED_PRECISION" in env and not several
-
-
 def _strategy(env: dict[str, str]) -> Strategy:
     if flag(env, "ACCELERATE_USE_DEEPSPEED"):
         return _ZERO[read_settings(env)["zero_optimization"]["stage"]]
@@ -111,7 +88,7 @@ def _strategy(env: dict[str, str]) -> Strategy:
                 "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
             )
         return "fsdp2"
-    return "ddp" if "WORLD_SIZE" in env and not _started_alone(env) else "single"
+    return "ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"
 
 
 class Ranks:
@@ -124,7 +101,8 @@ class Ranks:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
         cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-        state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
+        with _saying_who_is_missing(launch):
+            state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
@@ -241,6 +219,21 @@ def _machine() -> tuple[str, str]:
     if sys.platform != "linux":
         return platform.node(), ""
     return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
+
+
+@contextmanager
+def _saying_who_is_missing(launch: Launch) -> Iterator[None]:
+    """Inside, ranks wait for each other: after some seconds the main one says so."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    text = f"Rank 0 waits at {where} for all {launch.world} processes that WORLD_SIZE promises …"
+    timer = threading.Timer(_PUNCTUAL_S, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if launch.world > 1 and launch.rank == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files of the user's with the names of modules: where ours and Python's come first, and where that is refused."""
+"""Files of the user's with the names of modules: where they are passed by, and where they are refused."""
 
 from __future__ import annotations
 
@@ -61,10 +61,9 @@ def test_where_the_command_is_called_nothing_is_hidden(tmp_path: Path) -> None:
     assert run(tmp_path, SHARDGAN, "train", "x.yaml").stderr == "error: There is no config file x.yaml.\n"
     script = (
         "import launch.cli, os, sys, subprocess, launch.processes;"
-        "subprocess.run([sys.executable, '-c', 'import random, queue, torch, pipeline.train'], check=True);"
-        "os.environ.pop('PYTHONSAFEPATH');"
-        "subprocess.run([sys.executable, '-c', 'import random, queue, torch, pipeline.train'], check=True,"
-        " env=launch.processes.environment_of(1, True))"
+        "child = [sys.executable, '-c', 'import random, queue, copy, pipeline.config, launch.cli'];"
+        "subprocess.run(child, check=True); del os.environ['PYTHONSAFEPATH'];"
+        "subprocess.run(child, check=True, env=launch.processes.environment_of(1, True))"
     )
     ended = run(tmp_path, sys.executable, "-P", "-c", script)
     assert ended.returncode == 0, ended.stderr
