@@ -1,0 +1,24 @@
+"""How the processes of a training meet, and the commands that start them."""
+
+import importlib.util
+import os
+import sys
+
+
+def _refuse_another_pipeline() -> None:
+    """End this process if `pipeline` is not the package beside this one."""
+    found = importlib.util.find_spec("pipeline")
+    places: list[str] = []
+    if found is not None:
+        places = list(found.submodule_search_locations or [str(found.origin)])
+    ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pipeline")
+    if ours in map(os.path.abspath, places):
+        return
+    sys.stderr.write(
+        f"error: {next(iter(places), 'nothing')} hides ShardGAN's own module `pipeline` ({ours}). Rename "
+        "it, or take its folder off PYTHONPATH.\n"
+    )
+    sys.exit(2)
+
+
+_refuse_another_pipeline()

@@ -13,6 +13,8 @@ from pipeline import console
 
 # Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
 os.environ.setdefault("WDS_SECURE", "1")
+# For every process that is started from here: no file in the current folder hides a module.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 COMMANDS = {
     "prepare": "Turn images into tar shards with an index.",
@@ -65,7 +67,9 @@ def main() -> None:
 
 def _call() -> None:
     from pipeline.config import UserError
+    from pipeline.home import provide_home
 
+    provide_home()
     try:
         cli.main(standalone_mode=False)
     except UserError as error:

@@ -84,7 +84,7 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
     from pipeline.data.index import load_index
     from pipeline.data.plan import training_plan
     from pipeline.gan.draws import Draws
-    from pipeline.parallel.ranks import Ranks, read_launch
+    from pipeline.parallel.ranks import Launch, Ranks
     from pipeline.run.evaluate import evaluate_generator
     from pipeline.run.features import load_features
     from pipeline.run.references import references
@@ -99,7 +99,7 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
             f"{index.where} does not hold what this run was trained on, so images held out now may have been "
             "trained on then. Give the place of the original shards with --data."
         )
-    ranks = Ranks(read_launch(), timedelta(seconds=settings.run.timeout_s))
+    ranks = Ranks(Launch("single", "no", 0, 1), timedelta(seconds=settings.run.timeout_s))
     with _progress(extractor.to(ranks.device), score):
         real = references(settings, extractor, index, ranks)
         draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)

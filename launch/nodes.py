@@ -220,7 +220,7 @@ def _restarts() -> int:
 
 def _port() -> int:
     """SHARDGAN_PORT, or a port that no other job on this node has; another one after a requeue."""
-    from launch.train import is_free
+    from launch.processes import is_free
 
     asked = os.environ.get("SHARDGAN_PORT")
     if asked is not None and not (asked.isdecimal() and 0 < int(asked) < 65536):

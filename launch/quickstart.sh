@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
-venv=${VIRTUAL_ENV:-.venv}
+source launch/venv.sh
 shardgan=$venv/bin/shardgan
 
 data=data/fashion-mnist

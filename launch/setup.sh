@@ -1,26 +1,35 @@
 #!/usr/bin/env bash
 # Makes .venv in the project's folder and installs ShardGAN with what it needs, in the versions of
 # launch/constraints.txt. Quick when it has been done already. Usage: bash launch/setup.sh [extras, as fast,test]
-# An active virtual environment is used instead of making one. PYTHON chooses the interpreter.
+# An active environment, virtual or conda's (but not its base), is used instead of making one. PYTHON chooses the
+# interpreter of a new one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-fast}
 
-venv=${VIRTUAL_ENV:-$PWD/.venv}
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+source launch/venv.sh
 if [ ! -x "$venv/bin/python" ]; then
+    [ "$venv" != "${CONDA_PREFIX:-}" ] || fail "the conda environment $venv has no Python: conda install python=3.12"
     python=${PYTHON:-python3}
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-        echo "error: ShardGAN needs Python 3.11 or newer; set PYTHON to one ($python is not)." >&2
-        exit 2
-    }
+    is_new_enough "$python" || fail "ShardGAN needs Python 3.11 or newer; set PYTHON to one ($python is not)."
     echo "Making a virtual environment in $venv"
     "$python" -m venv "$venv"
 fi
+is_new_enough "$venv/bin/python" ||
+    fail "ShardGAN needs Python 3.11 or newer, which the active environment $venv has not. Deactivate it, or make another."
 
 stamp=$(cat pyproject.toml launch/constraints.txt | cksum)
 if [ "$(cat "$venv/.shardgan-$extras" 2>/dev/null)" = "$stamp $PWD" ]; then
     exit 0
 fi
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
+    fail "$venv has no pip, and ensurepip cannot bring it. Install it there: uv pip install --python $venv/bin/python pip"
 pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt "$@"; }
 echo "Installing torch (the largest part) …"
 pip torch

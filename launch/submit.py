@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.train import STRATEGIES
+from launch.processes import STRATEGIES
 
 if TYPE_CHECKING:
     from launch.slurm import Resources

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -14,11 +13,9 @@ from typing import Any
 
 import click
 
+from launch.processes import STRATEGIES, cores, launch_line, notes, process
 from pipeline import console
 from pipeline.run import stop
-
-STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
-ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 
 @click.command()
@@ -59,7 +56,8 @@ def train(
         raise configs.UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
     resolved = configs.load(config, settings)
     batch_shape(resolved.data, procs)
-    command = _command(strategy, procs, mixed_precision, [config, *settings])
+    line, environment = process(strategy, procs, mixed_precision, [config, *settings])
+    command = launch_line(strategy, procs, mixed_precision, [config, *settings])
     if dry_run:
         click.echo(
             ("" if gpus else "ACCELERATE_USE_CPU=1 ")
@@ -74,7 +72,8 @@ def train(
         refuse_running(folder)
     check_space(Path(resolved.run.out))
     prepare_data(resolved, announce=True)
-    line, environment = process(strategy, procs, mixed_precision, [config, *settings])
+    for note in notes():
+        click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: take this process's place, signals and exit status
         console.settle()
         stop.hold()
@@ -98,38 +97,6 @@ def check_space(out: Path, needed_mb: int = 64) -> None:
             f"No space left for the run: {place} has {free} MiB free. Make room, or set run.out to another "
             "disk."
         )
-
-
-def process(
-    strategy: str, procs: int, precision: str, arguments: list[str]
-) -> tuple[list[str], dict[str, str]]:
-    """What to run to train (command line and environment), for config and settings as `arguments`."""
-    import torch
-
-    environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
-    if strategy == "single":
-        environment["ACCELERATE_MIXED_PRECISION"] = precision
-        return [sys.executable, "-m", "pipeline.train", *arguments], environment
-    command = _command(strategy, procs, precision, arguments)
-    return [sys.executable, "-m", "launch.launcher", *command], environment
-
-
-def _command(strategy: str, procs: int, precision: str, arguments: list[str]) -> list[str]:
-    """What follows `accelerate launch`."""
-    launcher = ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
-    launcher += ["--num_processes", str(procs), "--mixed_precision", precision]
-    if strategy != "single":
-        launcher += ["--main_process_port", str(free_port())]
-    return [*launcher, "-m", "pipeline.train", *arguments]
-
-
-def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
-    environment = dict(os.environ)
-    if on_cpu:
-        environment |= {"ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
-    # Else torchrun gives every process one thread, and says so at length.
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // procs)))
-    return environment
 
 
 def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:
@@ -172,25 +139,3 @@ def kill(started: subprocess.Popen[bytes]) -> None:
         for each in (process, *process.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
                 each.kill()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen there, on all addresses of this machine."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return False
-        return True
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

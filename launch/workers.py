@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from launch.train import ACCELERATE_FILES, STRATEGIES, environment_of, free_port
+from launch.processes import ACCELERATE_FILES, STRATEGIES, environment_of, free_port
 from pipeline.config import UserError
 
 Found = dict[str, Any]

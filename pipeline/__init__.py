@@ -3,8 +3,10 @@
 import signal
 import sys
 
+from pipeline import shadows
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
 if "pipeline.train" in sys.orig_argv:  # python -m pipeline.train: a signal waits until train.py can answer it
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK,
-        (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
-    )
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+shadows.refuse(shadows.on_the_path())

@@ -7,6 +7,14 @@ A table of contents: load the config, meet the other ranks, build the parts, run
 
 from __future__ import annotations
 
+try:
+    from pipeline import STOP_SIGNALS  # noqa: F401
+except ImportError:  # a folder `pipeline` where this was started is found first
+    from pipeline.shadows import refuse_namespace
+
+    refuse_namespace()
+    raise
+
 import os
 import sys
 import time
@@ -30,6 +38,7 @@ from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import ema_beta
+from pipeline.home import provide_home
 from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
@@ -66,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(text) if (text := os.environ.get("RANK", "")).isdecimal() else 0
+    provide_home()
     try:
         launch = read_launch()
         path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
@@ -89,7 +99,8 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         _refuse(error, tell=rank == 0)
         return error.status
     except UserError as error:
-        return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
+        _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, tell=True)
+        return getattr(error, "status", 2)
     return INTERRUPTED if signals.interrupted and not completed and launch.strategy == "single" else 0
 
 

@@ -35,7 +35,8 @@ if [ ${#temporary} -gt 73 ]; then
             "to a folder on the nodes' own disks whose name has at most 69 letters"
 fi
 
-venv=${SHARDGAN_VENV-${VIRTUAL_ENV:-$PWD/.venv}}
+source "$SHARDGAN_CODE/launch/venv.sh"
+venv=${SHARDGAN_VENV-$venv}
 case $venv in
     *.tar | *.tar.*)
         [ -f "$venv" ] || fail "there is no $venv (SHARDGAN_VENV)"
@@ -61,8 +62,8 @@ fi
 export TMPDIR=$temporary SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local/inductor}
 export WANDB_MODE=${WANDB_MODE:-offline}
-# Our code first, then what lies where the job runs (your own networks), and never the folder one is in.
-export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE:$PWD${PYTHONPATH:+:$PYTHONPATH}
+# Our code first. Your own networks are found where the job runs too, but nothing there hides a module.
+export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE${PYTHONPATH:+:$PYTHONPATH}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if [ -n "$SHARDGAN_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$SHARDGAN_INTERFACE GLOO_SOCKET_IFNAME=$SHARDGAN_INTERFACE
@@ -73,7 +74,20 @@ if [ -z "$ACCELERATE_USE_CPU" ]; then
     unset ACCELERATE_USE_CPU
     [[ -n $SLURM_GPUS_ON_NODE || $(nvidia-smi -L 2>/dev/null || true) == "GPU "* ]] || export ACCELERATE_USE_CPU=1
 fi
-case ${ACCELERATE_USE_CPU,,} in 1 | true | yes) export DS_ACCELERATOR=cpu ;; esac
+case ${ACCELERATE_USE_CPU,,} in
+    1 | true | yes) export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} ;;
+    *) unset DS_ACCELERATOR ;;
+esac
+# What other launchers left in the shell that the job was submitted from; srun itself sets variables of MPI.
+for name in $(compgen -e); do
+    case $name in
+        ACCELERATE_USE_CPU) ;;
+        RANK | LOCAL_RANK | GROUP_RANK | ROLE_RANK | NODE_RANK | CROSS_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE | \
+            GROUP_WORLD_SIZE | ROLE_WORLD_SIZE | LOCAL_SIZE | CROSS_SIZE | ROLE_NAME | MASTER_ADDR | MASTER_PORT | \
+            FORK_LAUNCHED | TORCHELASTIC_* | PET_* | OMPI_* | PMI_* | PMIX_* | MV2_* | MPI_LOCALNRANKS | \
+            MPI_LOCALRANKID | ACCELERATE_* | FSDP_* | MEGATRON_LM_* | PARALLELISM_CONFIG_*) unset "$name" ;;
+    esac
+done
 export SHARDGAN_PROCS=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
 procs=$SHARDGAN_PROCS
 [[ $procs =~ ^[1-9][0-9]{0,3}$ ]] || fail "SHARDGAN_PROCS=$procs is not a number of processes"
@@ -82,6 +96,8 @@ world=$((nodes * procs))
 cpus=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}
 export SHARDGAN_CPUS=$cpus
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
+OMP_NUM_THREADS=${OMP_NUM_THREADS%%,*} # of a list for nested parallelism the first
+[[ $OMP_NUM_THREADS =~ ^[1-9][0-9]*$ ]] || fail "OMP_NUM_THREADS=$OMP_NUM_THREADS is not a number of threads"
 strategy=${SHARDGAN_STRATEGY:-$([ $world = 1 ] && echo single || echo ddp)}
 
 run() {

@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh fast,test
 export SHARDGAN_CACHE=${SHARDGAN_CACHE:-$(mktemp -d)} WANDB_MODE=${WANDB_MODE:-offline}
-python=${VIRTUAL_ENV:-$PWD/.venv}/bin/python
+source launch/venv.sh
+python=$venv/bin/python
 case " $* " in
     *" -m "*) exec "$python" -m pytest "$@" ;;
     *) exec "$python" -m pytest -m "not long" "$@" ;;

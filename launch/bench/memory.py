@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from launch.train import STRATEGIES
+from launch.processes import STRATEGIES
 from launch.workers import Found, launches, measure, resnet_pair, show_progress
 
 _MIB = 2**20

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.train import ACCELERATE_FILES, STRATEGIES, cores
+from launch.processes import ACCELERATE_FILES, STRATEGIES, cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,6 +95,7 @@ def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Fin
     from launch.doctor import memory as doctor_memory
     from launch.doctor import networks as doctor_networks
     from launch.doctor import place as doctor_place
+    from launch.doctor import surroundings as doctor_surroundings
 
     index, data = doctor_data.examine(job, progress)
     players, networks = doctor_networks.examine(job, index)
@@ -102,7 +103,7 @@ def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Fin
     if players is not None:
         num_classes = index.num_classes if index is not None and job.settings.data.conditional else 0
         found += [*doctor_memory.examine(job, players, num_classes), *doctor_place.space(job, players, index)]
-    return [*found, *doctor_place.examine(job)]
+    return [*found, *doctor_surroundings.examine(job), *doctor_place.examine(job)]
 
 
 def fails(found: Sequence[Finding]) -> bool:

@@ -18,8 +18,9 @@ from typing import Any
 from launch.doctor import worker as doctor_worker
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
 from launch.doctor.place import allocated, allocated_cpus
-from launch.train import environment_of
+from launch.processes import environment_of
 from launch.workers import launch, launcher_file, run
+from pipeline.parallel.environment import threads
 
 Node = dict[str, Any]  # as worker.describe and .place tell it
 
@@ -169,7 +170,7 @@ def _on_nodes(
     # Each task must expand its own node's number: hence a shell, and single quotes.
     command = f'{shlex.join(accelerate)} --machine_rank "$SLURM_NODEID" -m {shlex.join(module)}'
     environment = environment_of(per_node, on_cpu)
-    if "OMP_NUM_THREADS" not in os.environ:  # what it says is of this machine
+    if threads(os.environ) is None:  # what it says is of this machine
         environment["OMP_NUM_THREADS"] = str(max(1, (allocated_cpus() or 1) // per_node))
     return _srun(nodes, ["bash", "-c", f"exec {command}"], environment)
 

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from launch.doctor.networks import Players
-from launch.train import check_space, is_free
+from launch.processes import is_free
+from launch.train import check_space
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.data.locate import cache_folder
@@ -133,14 +134,13 @@ def rendezvous(job: Job) -> Iterator[Finding]:
         text = f"{job.nodes} nodes, but this allocation has {len(nodes)}"
         yield would_fail("rendezvous", text, "Lower --nodes, or allocate more.")
         return
-    port = int(os.environ.get("MASTER_PORT") or _PORT)
-    if job.strategy != "single" and not is_free(port):
-        text = f"port {port} is in use on {socket.gethostname()}"
-        cure = f"`shardgan train` picks a free one; else give --main_process_port, other than {port}."
+    if job.strategy != "single" and not is_free(_PORT):
+        text = f"port {_PORT} is in use on {socket.gethostname()}"
+        cure = f"`shardgan train` picks a free one; else give --main_process_port, other than {_PORT}."
         yield warning("rendezvous", text, cure)
         return
     names = hosts[0] if len(hosts) == 1 else f"{hosts[0]} and {len(hosts) - 1} more"
-    yield ok("rendezvous", f"{names}: known by name; port {port} is free here")
+    yield ok("rendezvous", f"{names}: known by name; port {_PORT} is free here")
 
 
 def processors(job: Job) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from launch.nodes import code, versions
-from launch.train import cores, free_port
+from launch.processes import cores, free_port
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from launch.train import STRATEGIES
+from launch.processes import STRATEGIES
 from pipeline.config import UserError
 
 

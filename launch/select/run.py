@@ -11,10 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
+from launch.processes import cores, process
 from launch.select.trials import Launch, Trial
-from launch.train import ask_to_stop, cores, kill, process, start
+from launch.train import ask_to_stop, kill, start
 from pipeline.config import UserError
 from pipeline.lock import LOCK, Lock, take
+from pipeline.parallel.environment import threads
 from pipeline.run.stop import StopSignals
 
 Say = Callable[[str], None]
@@ -66,8 +68,8 @@ def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
     """
     import torch
 
-    threads = max(1, cores() // (jobs * launch.procs))
-    share = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}
+    each = threads(os.environ) or max(1, cores() // (jobs * launch.procs))
+    share = {"OMP_NUM_THREADS": str(each)}
     gpus = torch.cuda.device_count()
     if not gpus:
         return [share] * jobs

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launch import workers
-from launch.train import STRATEGIES, cores
+from launch.processes import STRATEGIES, cores
 
 if TYPE_CHECKING:
     import torch

@@ -138,7 +138,7 @@ class Batches:
     def __call__(self, samples: Iterable[Decoded]) -> Iterator[Item | UserError]:
         decoded = iter(samples)
         for start in self._source.steps():
-            buffer = torch.empty(_bytes(self._shape), dtype=torch.uint8)
+            buffer = torch.empty(buffer_bytes(self._shape), dtype=torch.uint8)
             batch = unpack(buffer, self._shape)
             assert batch.labels is not None
             try:
@@ -163,7 +163,7 @@ class Batches:
         return flips(self._plan.seed, epochs, self._plan.samples(start, images))
 
 
-def _bytes(shape: Shape) -> int:
+def buffer_bytes(shape: Shape) -> int:
     return shape[0] * 8 + int(np.prod(shape))
 
 

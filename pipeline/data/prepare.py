@@ -14,6 +14,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,6 +167,11 @@ def _write_all(
             results[number] = future.result()
             done += count
             progress(done, total)
+    except BrokenProcessPool:
+        raise UserError(
+            "A process that writes shards was ended from outside: out of memory? The same command goes on "
+            "from there; fewer --workers take less."
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return [results[number] for number in sorted(results)]

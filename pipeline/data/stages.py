@@ -5,11 +5,8 @@ They work in anyone's `webdataset.DataPipeline`; stream.py makes the one that tr
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +20,7 @@ from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.spares import Spares
+from pipeline.plugins import import_named
 
 Decoded = tuple[NDArray[np.uint8], int]
 Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
@@ -36,17 +34,8 @@ class OwnStage:
     """
 
     def __init__(self, name: str) -> None:
-        if str(Path.cwd()) not in sys.path:  # under `python -m` it is, under the shardgan command not
-            sys.path.insert(0, str(Path.cwd()))
         self._name = name
-        module, _, attribute = name.partition(":")
-        try:
-            self._stage: Stage = getattr(importlib.import_module(module), attribute)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise UserError(
-                f"data.stages: {name} (package.module:name) cannot be imported: {reason}"
-            ) from error
+        self._stage: Stage = import_named(name, f"data.stages: {name} (package.module:name)")
         if not callable(self._stage):
             raise UserError(
                 f"data.stages: {name} is not a stage, which is called with an iterator of samples."

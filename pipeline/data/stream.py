@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import Data, UserError
 from pipeline.data.batches import Batch as Batch  # the class is part of this module
-from pipeline.data.batches import Batches, CachedDecode, PlannedDecode, Shape, Turns, unpack
+from pipeline.data.batches import Batches, CachedDecode, PlannedDecode, Shape, Turns, buffer_bytes, unpack
 from pipeline.data.cache import Cache
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
@@ -107,7 +107,7 @@ def training_batches(
         theirs = (turns.note, *stages, turns.check) if stages else ()
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, spares))
     pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, xflip, spares))
-    return TrainingBatches(Loader(pipeline, workers), shape, conditional, max_bad, bad)
+    return TrainingBatches(Loader(pipeline, workers, buffer_bytes(shape)), shape, conditional, max_bad, bad)
 
 
 def heldout_batches(

@@ -4,62 +4,190 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.process
+import multiprocessing.queues
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import types
 import weakref
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline.config import UserError
+from pipeline.data.sockets import socket_folder
+
 _PREFETCH = 4  # batches ahead, per worker
-_TIMEOUT = 600  # seconds without a batch: an error rather than a run that waits for ever
+_TIMEOUT_S = 600.0  # without a batch: an error rather than a run that waits for ever
+_LOOK_S = 5.0  # how often that is looked at
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+class WorkerError(UserError):
+    """A worker process is gone, or as good as gone."""
+
+    status = 1
 
 
 class Loader(Iterator[Any]):
     """Items of `pipeline`, in order, made by `workers` processes (0: in this one). They start at once.
 
-    Closed by `close()`, when collected, or at the end of the process.
+    An item is (tensor of item_bytes, …), or an error. Closed by `close()`, when collected, or at the end of
+    the process. Raises UserError if there can be no workers. Iterating raises WorkerError within seconds if
+    one has ended or cannot hand over its item, and after 10 minutes without an item.
     """
 
-    def __init__(self, pipeline: IterableDataset[Any], workers: int) -> None:
+    def __init__(self, pipeline: IterableDataset[Any], workers: int, item_bytes: int = 0) -> None:
         method = start_method() if workers else None
+        folder = socket_folder() if workers else ""
+        self._reasons, reasons = multiprocessing.Pipe(duplex=False)
+        self._pin = torch.cuda.is_available()
         loader: DataLoader[Any] = DataLoader(
             pipeline,
             batch_size=None,
+            collate_fn=_as_it_is if _fit_in_shared_memory(workers, item_bytes) else _as_array,
             num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin,
             prefetch_factor=_PREFETCH if workers else None,
-            timeout=_TIMEOUT if workers else 0,
-            worker_init_fn=_die_with_the_rank,
+            worker_init_fn=functools.partial(_begin, reasons, folder),
             multiprocessing_context=method,
             generator=torch.Generator(),  # or it would draw from, and so change, the global random state
         )
         before = set(multiprocessing.active_children())
-        if method == "forkserver":
-            _start_fork_server()
-        with _signals_blocked(), _no_main_module(method):
+        with _signals_blocked(), _no_main_module(method), _sigchld_as_before(), _refusal():
+            if method is not None:
+                multiprocessing.get_context(method).Lock()  # else torch's loader shows a traceback
+            if method == "forkserver":
+                _start_fork_server(folder)
             self._items = iter(loader)
-        processes = set(multiprocessing.active_children()) - before
-        self._finalizer = weakref.finalize(self, _shut_down, self._items, processes)
+        self._processes = set(multiprocessing.active_children()) - before
+        self._patience = _Patience(self._processes)
+        self._finalizer = weakref.finalize(self, _shut_down, self._items, self._processes, self._patience)
         # finalize() does run at exit, but perhaps after multiprocessing has begun to wait for its children.
         atexit.register(self._finalizer)
 
     def __next__(self) -> Any:
         if not self._finalizer.alive:
-            raise StopIteration  # closed: waiting for workers that are gone would take until the timeout
-        return next(self._items)
+            raise StopIteration  # closed: waiting for workers that are gone would never end
+        try:
+            with self._patience:
+                item = next(self._items)
+        except (RuntimeError, OSError, EOFError) as error:
+            if (reason := self._what_happened()) is None:
+                raise
+            self.close()
+            raise WorkerError(reason) from error
+        if isinstance(item, tuple | list) and isinstance(item[0], np.ndarray):
+            tensor = torch.from_numpy(item[0])
+            item = (tensor.pin_memory() if self._pin else tensor, *item[1:])
+        return item
 
     def close(self) -> None:
         self._finalizer()
         atexit.unregister(self._finalizer)
+
+    def _what_happened(self) -> str | None:
+        """Why an item did not come, if that is because of a worker."""
+        if self._patience.lost:
+            return f"The data workers have not made a batch within {_TIMEOUT_S:g} s, and were ended."
+        if self._processes and wait([process.sentinel for process in self._processes], timeout=1):
+            if self._reasons.poll():
+                return f"A data worker could not hand over a batch: {self._reasons.recv()}."
+            return next(_ending(process) for process in self._processes if not process.is_alive())
+        return None
+
+
+class _Patience:
+    """Ends the workers if an item that is waited for does not come; the loader sees that they are gone.
+
+    Seconds are counted while this process runs: one that is suspended does not lose patience.
+    """
+
+    def __init__(self, processes: set[multiprocessing.process.BaseProcess]) -> None:
+        self.lost = False
+        self.over = threading.Event()
+        self._processes, self._waiting, self._item = processes, False, 0
+        if processes:
+            threading.Thread(target=self._watch, name="watch-workers", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._item += 1
+        self._waiting = True
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting = False
+
+    def _watch(self) -> None:
+        item, waited = 0, 0.0
+        while not self.over.wait(_LOOK_S):
+            waited = waited + _LOOK_S if self._waiting and item == self._item else 0.0
+            item = self._item
+            if waited >= _TIMEOUT_S:
+                self.lost = True
+                for process in self._processes:
+                    process.kill()
+                return
+
+
+def _ending(process: multiprocessing.process.BaseProcess) -> str:
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"A data worker (pid {process.pid}) ended by itself, with status {code}."
+    name = signal.Signals(-code).name
+    why = {"SIGKILL": ": out of memory?", "SIGBUS": f": {_SHARED_MEMORY} is full?"}.get(name, "")
+    return f"A data worker (pid {process.pid}) was ended by {name}{why}"
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _as_array(item: Any) -> Any:
+    """In a worker: what goes through a pipe, in place of a tensor, which would go through shared memory."""
+    return (item[0].numpy(), *item[1:]) if isinstance(item, tuple) else item
+
+
+def _fit_in_shared_memory(workers: int, item_bytes: int) -> bool:
+    """Whether there is room for all tensors under way, of this machine's other ranks too."""
+    if not _SHARED_MEMORY.is_dir():
+        return True  # not on Linux
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    needed = ranks * workers * (_PREFETCH + 2) * item_bytes
+    return shutil.disk_usage(_SHARED_MEMORY).free >= needed
+
+
+@contextlib.contextmanager
+def _refusal() -> Iterator[None]:
+    """Raises UserError where processes, or the semaphores between them, cannot be had."""
+    try:
+        yield
+    except (OSError, ImportError) as error:
+        raise UserError(
+            f"Data workers cannot be started here ({error}). They need processes, and semaphores in "
+            f"{_SHARED_MEMORY}. Provide them, or set data.workers=0."
+        ) from error
+
+
+@contextlib.contextmanager
+def _sigchld_as_before() -> Iterator[None]:
+    """torch would raise an error in the middle of anything when a worker dies. Here it is seen when the
+    worker's next item is due."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def start_method() -> str:
@@ -72,16 +200,20 @@ def start_method() -> str:
     return "forkserver" if torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
 
 
-def _start_fork_server() -> None:
+def _start_fork_server(folder: str) -> None:
     """With what the workers need imported, once, and deaf to signals like them.
 
     It brings multiprocessing's resource tracker along, whose start lets SIGINT and SIGTERM through again:
-    so that comes first.
+    so that comes first. folder: for its socket.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipeline.data.stream"])
     resource_tracker.ensure_running()
-    with _signals_blocked():
-        forkserver.ensure_running()
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        with _signals_blocked():
+            forkserver.ensure_running()
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager
@@ -109,7 +241,17 @@ def _no_main_module(method: str | None) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _die_with_the_rank(_: int) -> None:
+def _begin(reasons: Connection, folder: str, _: int) -> None:
+    """In a worker: make sockets in `folder`, end with the training process, and when an item cannot be handed
+    over, which `reasons` is told."""
+    tempfile.tempdir = folder
+
+    def give_up(error: Exception, _item: object) -> NoReturn:
+        """What multiprocessing does in a thread of its own, where it would print this and go on."""
+        reasons.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        os._exit(1)
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]
     end_with_parent()
 
 
@@ -129,7 +271,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def _shut_down(items: Any, processes: set[multiprocessing.process.BaseProcess]) -> None:
+def _shut_down(items: Any, processes: set[multiprocessing.process.BaseProcess], patience: _Patience) -> None:
+    patience.over.set()
     if processes:
         items._shutdown_workers()  # what the iterator's own __del__ does; idempotent
     for process in processes:

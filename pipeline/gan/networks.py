@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import sys
-import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -19,6 +15,7 @@ from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, resnet
 from pipeline.gan.draws import derive_seed
 from pipeline.gan.penalised import check_penalty, penalised_names
+from pipeline.plugins import import_class, reason
 
 Player = Literal["G", "D"]
 
@@ -58,24 +55,6 @@ def check_networks(config: Config, num_classes: int) -> None:
     _check_shape(config, "D", num_classes, given=image, due=(2,))
 
 
-def import_class(path: str, title: str, base: type[Any]) -> type[Any]:
-    """The class at `package.module:Class`, also from the current folder. title: the setting it comes from.
-
-    Raises UserError if it cannot be imported or is not derived from `base`.
-    """
-    module_name, _, class_name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:  # there already under `python -m`, not under the shardgan command
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:
-        raise UserError(f"{title} cannot be imported: {_reason(error)}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
-        where = "torch.nn" if base is nn.Module else base.__module__
-        raise UserError(f"{title} is not a class derived from {where}.{base.__name__}.")
-    return found
-
-
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
@@ -86,7 +65,7 @@ def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{_title(config, player)} cannot be built: {_reason(error)}") from error
+            raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
 
 
 def _class_of(config: Config, player: Player) -> type[nn.Module]:
@@ -147,8 +126,7 @@ def _check_shape(
         try:
             module, out = _forward(network, arguments, given, "cpu")
         except Exception as error:
-            reason = _reason(error)
-            raise UserError(f"{_title(config, player)} cannot be built and run: {reason}") from error
+            raise UserError(f"{_title(config, player)} cannot be built and run: {reason(error)}") from error
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != list(due):
         what = "images" if player == "G" else "logits"
@@ -183,15 +161,3 @@ def _section(config: Config, player: Player) -> Generator | Discriminator:
 
 def _title(config: Config, player: Player) -> str:
     return f"{player}.kind={_section(config, player).kind}"
-
-
-def _reason(error: Exception) -> str:
-    """One line: what went wrong, and in which line of the user's code."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if f.filename != __file__ and not _is_installed(f.filename)]
-    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
-
-
-def _is_installed(filename: str) -> bool:
-    return filename.startswith("<") or "site-packages" in filename or filename == importlib.__file__

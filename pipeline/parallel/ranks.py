@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline import console
 from pipeline.config import UserError
+from pipeline.parallel.environment import clear_for, flag, place_of, started_alone
 from pipeline.parallel.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
 
@@ -28,20 +29,6 @@ Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
 _LONG_S = 10.0  # after which a person wonders what is being waited for
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
-
-# What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
-# plain Accelerate state would act on these on its own (one DeepSpeed engine for two players, say).
-_PLUGIN_VARIABLES = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_GRADIENT_",
-    "FSDP_",
-)
 
 
 class CommonError(UserError):
@@ -74,14 +61,16 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
     Raises UserError for a launcher set-up that would quietly train something else.
     """
     env = dict(os.environ) if environ is None else environ
-    rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    env = {name: value for name, value in env.items() if value}
+    rank, world = place_of(env)
     precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision not in ("no", "bf16", "fp16"):
         raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
     if "WORLD_SIZE" not in env and env.get("MASTER_PORT"):
         raise UserError(
             "The launcher was told to start several processes but its file says distributed_type: NO, so "
-            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy)."
+            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy); for "
+            "one process, unset MASTER_PORT."
         )
     strategy = _strategy(env)
     zero = read_settings(env) if strategy.startswith("zero") else None
@@ -90,19 +79,15 @@ def read_launch(environ: dict[str, str] | None = None) -> Launch:
 
 
 def _strategy(env: dict[str, str]) -> Strategy:
-    if _is_true(env.get("ACCELERATE_USE_DEEPSPEED")):
+    if flag(env, "ACCELERATE_USE_DEEPSPEED"):
         return _ZERO[read_settings(env)["zero_optimization"]["stage"]]
-    if _is_true(env.get("ACCELERATE_USE_FSDP")):
+    if flag(env, "ACCELERATE_USE_FSDP"):
         if env.get("FSDP_VERSION") != "2":
             raise UserError(
                 "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
             )
         return "fsdp2"
-    return "ddp" if "WORLD_SIZE" in env else "single"
-
-
-def _is_true(value: str | None) -> bool:
-    return (value or "").lower() in ("1", "true", "yes")
+    return "ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"
 
 
 class Ranks:
@@ -113,15 +98,13 @@ class Ranks:
 
     def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
-        for name in list(os.environ):
-            if name.startswith(_PLUGIN_VARIABLES):
-                del os.environ[name]
+        clear_for(os.environ, alone=launch.strategy == "single")
         # When a rank fails, it is for the watch to name it and to end the others. Left to itself, NCCL ends
         # them first: at its first error, and where its own thread has been silent for 480 seconds.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # abort communicators, not the process
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
-        cpu = _is_true(os.environ.get("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
+        cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         with _said_if_long(launch):
             state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):

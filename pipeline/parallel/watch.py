@@ -66,7 +66,7 @@ class Watch:
         self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
         self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
-        self._spread = int(os.environ.get("LOCAL_WORLD_SIZE", launch.world)) < launch.world
+        self._spread = int(os.environ.get("LOCAL_WORLD_SIZE") or launch.world) < launch.world
         self._still, self._unheard, self._silent = (Clock(timeout_s / 4) for _ in range(3))
         self._heard = False
         self._mine = Beat(launch.rank, Process())

@@ -15,6 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.environment import whole_number
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -39,7 +40,7 @@ def read_settings(env: Mapping[str, str]) -> Settings:
             raise UserError(f"The DeepSpeed config {file} cannot be read: {error}") from None
     else:
         settings = {
-            "zero_optimization": {"stage": int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))},
+            "zero_optimization": {"stage": whole_number(env, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)},
             "gradient_clipping": _number(env.get("ACCELERATE_GRADIENT_CLIPPING", "auto")),
         }
         device = env.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none").lower()
@@ -136,8 +137,8 @@ def waiting_for(timeout: timedelta) -> Iterator[None]:
 
 def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, kept on a CPU from compiling a kernel of its own (97 s) before it starts."""
+    os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Else it runs `numactl` to count devices, once for every bucket of gradients.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed

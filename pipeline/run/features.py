@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import UserError
-from pipeline.gan.networks import import_class
+from pipeline.plugins import import_class
 
 
 class Extractor(nn.Module, abc.ABC):

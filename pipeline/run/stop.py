@@ -19,11 +19,12 @@ from pathlib import Path
 
 import psutil
 
+from pipeline import STOP_SIGNALS
+
 LAUNCHER = "SHARDGAN_LAUNCHER"  # in a child's environment: the PID of its parent, whose end stops the child
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 TERMINATED = 143  # exit status of a rank that another signal ended before it had joined the others
 
-_HELD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LAUNCHERS = (
     *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
@@ -34,13 +35,13 @@ _APART_S = 1.0  # between two Ctrl-C that are not one
 
 def hold() -> None:
     """Keep stop signals pending for this thread and for the processes that it starts, until they listen."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """`hold` for what is started inside."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -89,7 +90,7 @@ class StopSignals:
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
         if self._installed:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def configure(self, chosen: str, grace_s: float) -> None:
         """chosen: one more signal, as "USR1". grace_s: seconds after which a stop is given up if not done."""
@@ -137,7 +138,9 @@ class StopSignals:
     # In the thread
 
     def _listen(self) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)  # the main thread may hold them for its children
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, STOP_SIGNALS
+        )  # the main thread may hold them for its children
         last = time.monotonic()
         while not self._closed.is_set():
             try:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import MakeShards
+from torch.utils.data import IterableDataset
 
+from pipeline.config import UserError
+from pipeline.data import sockets, workers
 from pipeline.data.index import load_index
+from pipeline.data.workers import Loader, WorkerError
 
 RANK = """
 import signal, sys, time
@@ -112,3 +122,129 @@ def test_exit_without_closing(make_shards: MakeShards, tmp_path: Path, then: str
         assert gone(workers, 30)
     finally:
         end(rank, workers)
+
+
+# Items that do not come
+
+
+class Items(IterableDataset[Any]):
+    """What a function gives, without end."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self._make()
+
+
+def tensor() -> tuple[torch.Tensor, str]:
+    return torch.arange(64, dtype=torch.uint8), "beside"
+
+
+def told(loader: Loader) -> str:
+    """What is said instead of an item, of which a few may still be under way."""
+    with pytest.raises(WorkerError) as failure:
+        for _ in range(20):
+            next(loader)
+    assert failure.value.status == 1 and not active_children()
+    return str(failure.value)
+
+
+def test_a_worker_that_is_killed_is_not_waited_for() -> None:
+    loader = Loader(Items(tensor), 2)
+    next(loader)
+    killed = active_children()[0].pid
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    assert f"(pid {killed}) was ended by SIGKILL: out of memory?" in told(loader)
+
+
+def test_a_worker_that_is_killed_disturbs_nothing_before_its_item_is_due() -> None:
+    """torch's handler would raise wherever the training happens to be."""
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = Loader(Items(tensor), 1)
+    assert signal.getsignal(signal.SIGCHLD) == before
+    loader.close()
+
+
+def test_a_worker_that_ends_by_itself() -> None:
+    assert "ended by itself, with status 7" in told(Loader(Items(lambda: os._exit(7)), 1))
+
+
+def test_an_item_that_cannot_be_handed_over() -> None:
+    assert "could not hand over a batch: " in (text := told(Loader(Items(lambda: (lambda: 0,)), 1)))
+    assert "pickle" in text and "\n" not in text
+
+
+def test_a_worker_that_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(workers, "_LOOK_S", 0.1)
+    assert "have not made a batch within 0.2 s" in told(Loader(Items(signal.pause), 1))
+
+
+def test_an_error_in_a_worker_is_its_own() -> None:
+    def fail() -> None:
+        raise RuntimeError("the paint ran out")
+
+    loader = Loader(Items(fail), 1)
+    with pytest.raises(RuntimeError, match="the paint ran out"):
+        next(loader)
+    loader.close()
+
+
+# Machines that lack something
+
+
+@pytest.fixture
+def long_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    return folder
+
+
+def test_a_folder_for_temporary_files_with_a_long_name(
+    make_shards: MakeShards, tmp_path: Path, long_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(long_folder))
+    rank, pids = start(tmp_path, make_shards([50, 50]), "forkserver", "exit")
+    try:
+        assert len(pids) == 2 and rank.wait(timeout=120) == 0
+    finally:
+        end(rank, pids)
+
+
+def test_where_sockets_can_be_made(
+    tmp_path: Path, long_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        assert sockets.socket_folder() == short and not list(Path(short).iterdir())
+        monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
+        monkeypatch.setattr(sockets, "_ELSEWHERE", ("/nowhere", short))
+        assert sockets.socket_folder() == short
+    with pytest.raises(UserError, match="Set TMPDIR to a folder"):
+        sockets.socket_folder()
+
+
+def test_little_shared_memory_is_passed_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def handed_over(free: int) -> tuple[torch.Tensor, str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+        loader = Loader(Items(tensor), 1, item_bytes=64)
+        (image, beside) = next(loader)
+        loader.close()
+        return image, beside
+
+    for free, shared in ((1 << 20, True), (100, False)):
+        image, beside = handed_over(free)
+        assert torch.equal(image, tensor()[0]) and beside == "beside"
+        assert image.is_shared() is shared
+
+
+def test_no_semaphores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("_multiprocessing.SemLock", refuse)
+    with pytest.raises(UserError, match=r"Permission denied.*data\.workers=0"):
+        Loader(Items(tensor), 1)

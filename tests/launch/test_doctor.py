@@ -25,7 +25,7 @@ from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
 from launch.doctor.finding import Finding, Job
-from launch.train import ACCELERATE_FILES
+from launch.processes import ACCELERATE_FILES
 from pipeline import config
 from pipeline.gan.networks import build_D, build_G
 
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "good.yaml").write_text(GOOD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(doctor_place, "_PORT", free_port())
     return tmp_path
 
 
@@ -310,7 +310,7 @@ def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr(doctor_place, "_PORT", port)
         (found,) = doctor_place.rendezvous(job())
     assert found.verdict == "warning" and f"port {port} is in use" in found.text
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")

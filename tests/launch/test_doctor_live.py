@@ -18,7 +18,7 @@ from launch.cli import cli
 from launch.doctor import fails
 from launch.doctor import live as doctor_live
 from launch.doctor import place as doctor_place
-from launch.train import free_port
+from launch.processes import free_port
 from pipeline.data.index import load_index
 
 ROOT = Path(__file__).parents[2]

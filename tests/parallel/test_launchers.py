@@ -34,6 +34,9 @@ def with_file(tmp_path, **settings):
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero1"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+        ({"WORLD_SIZE": "", "RANK": "", "LOCAL_WORLD_SIZE": "", "MASTER_PORT": ""}, "single"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "1", "RANK": "0"}, "single"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, "ddp"),
     ],
 )
 def test_the_strategy_is_the_launchers(environment, strategy):
@@ -44,6 +47,14 @@ def test_the_strategy_is_the_launchers(environment, strategy):
     ("environment", "told"),
     [
         ({"MASTER_PORT": "29500"}, "distributed_type: NO"),
+        ({"RANK": "abc"}, "RANK=abc is not a whole number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE=-2 is not a whole number"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "first"}, "LOCAL_RANK=first"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 and WORLD_SIZE=2 do not go together"),
+        ({"RANK": "1"}, "RANK=1 and WORLD_SIZE=1 do not go together"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "4", "RANK": "0"}, "another launcher"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "perhaps"}, "ACCELERATE_USE_FSDP=perhaps"),
+        ({"WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "nowhere0"}, "no such interface, but lo"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "fp8"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "ddp.yaml"),

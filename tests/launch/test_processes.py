@@ -1,0 +1,194 @@
+"""The environment that our commands start processes with, whatever shell they are called in."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.doctor import surroundings
+from launch.processes import environment_of, notes
+from launch.select import run as select_run
+from launch.select.trials import Launch
+from pipeline import config
+from pipeline.config import UserError
+from pipeline.home import provide_home
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH", "PYTHONSAFEPATH", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delitem(os.environ, name, raising=False)
+
+
+def test_variables_of_other_launchers_do_not_reach_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = (
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_PORT",
+        "PET_NNODES",
+        "TORCHELASTIC_RUN_ID",
+        "OMPI_COMM_WORLD_SIZE",
+    )
+    others += ("PMI_SIZE", "ACCELERATE_TORCH_DEVICE", "ACCELERATE_USE_FSDP", "FSDP_VERSION")
+    for name in others:
+        monkeypatch.setenv(name, "4")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    environment = environment_of(2, on_cpu=True)
+    assert not set(others) & environment.keys() and environment["NCCL_DEBUG"] == "INFO"
+    (note,) = [note for note in notes() if "launcher" in note]
+    assert "RANK" in note and "FSDP_VERSION" in note and "PMI_SIZE" not in note
+
+
+def test_a_process_that_is_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `shardgan evaluate` is."""
+    script = (
+        "import datetime; from pipeline.parallel.ranks import Launch, Ranks;"
+        "print(Ranks(Launch('single', 'no', 0, 1), datetime.timedelta(seconds=5)).world)"
+    )
+    stale = {
+        "RANK": "0",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    stale |= {"OMPI_COMM_WORLD_SIZE": "4", "PMI_SIZE": "4", "ACCELERATE_DEBUG_MODE": "perhaps"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=True, env=os.environ | stale, capture_output=True, text=True
+    )
+    assert ended.stdout.strip() == "1"
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "CORES"), ("4,2", "4"), (" 3 ", "3"), ("2", "2")])
+def test_threads_as_openmp_has_them(monkeypatch: pytest.MonkeyPatch, given: str, used: str) -> None:
+    monkeypatch.setattr("launch.processes.cores", lambda: 12)
+    monkeypatch.setattr(select_run, "cores", lambda: 12)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert environment_of(2, on_cpu=True)["OMP_NUM_THREADS"] == used.replace("CORES", "6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shares = select_run.shares(Launch(procs=2), jobs=3)
+    assert [share["OMP_NUM_THREADS"] for share in shares] == [used.replace("CORES", "2")] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("OMP_NUM_THREADS", value) for value in ("abc", "0", "-1", "1.5", ",2")),
+        ("ACCELERATE_USE_CPU", "perhaps"),
+        ("GLOO_SOCKET_IFNAME", "nowhere0"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        environment_of(2, on_cpu=True)
+
+
+def test_threads_wait_without_spinning_unless_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment_of(1, on_cpu=True)["OMP_WAIT_POLICY"] == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert environment_of(1, on_cpu=True)["OMP_WAIT_POLICY"] == "active"
+
+
+def test_a_wish_for_cpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "yes")
+    assert environment_of(1, on_cpu=False)["ACCELERATE_USE_CPU"] == "1"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    assert "ACCELERATE_USE_CPU" not in environment_of(1, on_cpu=False)
+
+
+def test_hidden_gpus_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert any(f"CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs" in note for note in notes())
+
+
+# Homes and accounts
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR", "USER"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def no_account(_: int) -> None:
+    raise KeyError("getpwuid(): uid not found: 12345")
+
+
+@pytest.mark.parametrize("home", [None, "", "/nowhere/at/all"])
+def test_a_home_where_there_is_none(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    provide_home()
+    assert Path("~").expanduser() == temporary / f"shardgan-{os.getuid()}" and os.environ["USER"]
+    assert Path("~").expanduser().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_home_that_cannot_be_written_is_left_where_it_is(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = temporary / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith(str(home)) and real(path, mode)
+    )
+    provide_home()
+    ours = str(temporary / f"shardgan-{os.getuid()}")
+    assert (os.environ["HOME"], os.environ["XDG_CACHE_HOME"], os.environ["MPLCONFIGDIR"]) == (
+        str(home),
+        ours,
+        ours,
+    )
+
+
+def test_a_usable_home_changes_nothing(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(temporary))
+    before = dict(os.environ)
+    provide_home()
+    assert dict(os.environ) == before and not list(temporary.iterdir())
+
+
+# What doctor says of it
+
+
+def test_doctor_sees_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long_folder: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = surroundings.Job(config.load(None, ["data.train=x", "run.name=x"]), 1, 2, "ddp", "no")
+    assert surroundings.examine(job) == []
+    (tmp_path / "random.py").touch()
+    (tmp_path / "pipeline").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "abc")
+    monkeypatch.setattr("tempfile.tempdir", str(long_folder))
+    found = {(finding.check, finding.verdict): finding.text for finding in surroundings.examine(job)}
+    assert "OMP_NUM_THREADS=abc" in found["variables", "would fail"]
+    assert "WORLD_SIZE" in found["variables", "warning"]
+    assert all(str(tmp_path / name) in found["modules", "warning"] for name in ("random.py", "pipeline"))
+    assert "no sockets fit" in found["data workers", "ok"]
+
+
+@pytest.fixture
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("long") / ("x" * 120)
+    folder.mkdir()
+    return folder
