@@ -85,7 +85,7 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     assert settings.data.train is not None
     index = load_index(settings.data.train, say if announce else lambda _: None, settings.data.remote)
     check_networks(settings, index.num_classes if settings.data.conditional else 0)
-    check_images(index, settings.data)
+    check_images(index, settings.data, say if announce else lambda _: None)
     return index
 
 

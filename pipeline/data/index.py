@@ -13,8 +13,9 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import Remote, UserError
 from pipeline.credentials import redacted
@@ -33,9 +34,11 @@ from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
 from pipeline.data.remote import RemoteShards, is_complete
+from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
 from pipeline.data.urls import is_url, locate_url
 from pipeline.data.walk import file_size, in_threads, scan_shard
 
+PassedOverKind = Literal["without_image", "unusable"]
 _TRANSFERS = 8  # at once, when all shards of a URL are indexed
 
 
@@ -49,11 +52,11 @@ class Index:
     class_names: tuple[str, ...] = ()
     remote: RemoteShards | None = None
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         return sum(shard.nsamples for shard in self.shards)
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """0 without labels, else the largest label + 1."""
         return max((max(shard.labels, default=-1) for shard in self.shards), default=-1) + 1
@@ -64,7 +67,7 @@ class Index:
         named = self.class_names[: self.num_classes]
         return named + tuple(str(label) for label in range(len(named), self.num_classes))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Samples per shard: what a plan is made from."""
         return tuple(shard.nsamples for shard in self.shards)
@@ -74,6 +77,15 @@ class Index:
         """Of names, counts and contents: equal for equal data, wherever it lies."""
         text = json.dumps([[shard.url, shard.nsamples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def passed_over(self, kind: PassedOverKind) -> PassedOver:
+        """The samples of all shards that are not used; some reasons if the shards are on this machine."""
+        found = [i for i, shard in enumerate(self.shards) if getattr(shard, kind)]
+        reasons: list[str] = []
+        for i in found if self.remote is None else ():
+            if len(reasons) < MOST_REASONS:
+                reasons += getattr(self.table(i), kind).reasons
+        return PassedOver(sum(getattr(self.shards[i], kind) for i in found), tuple(reasons[:MOST_REASONS]))
 
     @property
     def where(self) -> str:
@@ -189,9 +201,16 @@ def build_index(
 
 
 def _not_empty(index: Index) -> Index:
-    if not index.num_samples:
+    if index.num_samples:
+        return index
+    unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
+    if not unusable.count + without.count:
         raise UserError(f"There are no samples in the shards of {index.where}.")
-    return index
+    why = "".join(f" The first: {reason}" for reason in (*unusable.reasons, *without.reasons)[:1])
+    raise UserError(
+        f"None of the {unusable.count + without.count:,} samples in the shards of {index.where} can be used."
+        f"{why}{f' {REPAIR}' * (unusable.count > 0)}"
+    )
 
 
 def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:

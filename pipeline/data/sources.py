@@ -22,9 +22,8 @@ from pipeline.credentials import redacted
 from pipeline.data import npy
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError
 from pipeline.data.index import Index, load_index
-from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import INDEX
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.tar import LARGEST_MEMBER
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -187,7 +186,7 @@ class Shards:
             sample = self._reader.read(*self._place(number))
         except BadSampleError as error:
             raise BadImageError(str(error)) from None
-        return _open(next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample))
+        return _open(image_of(sample))
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))

@@ -1,0 +1,128 @@
+"""What is looked at in the data before training: whether they can be trained on, and what is odd in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.config import Data, UserError
+from pipeline.data.index import Index
+from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.samples import REPAIR
+from pipeline.data.stages import Decode, apply, load_stages
+
+MOST_EMPTY_CLASSES = 100_000  # without an image, of which the networks have room for each
+_CHECKED_SHARDS = 8
+_TRIES = 16  # images of one shard
+
+
+def check_images(index: Index, data: Data, announce: Callable[[str], None] = lambda _: None) -> None:
+    """Decode the first image of a few shards, so that what cannot be trained on is said before training.
+
+    What is odd, but within data.max_bad, is said by `announce`. Raises UserError for stages that cannot be
+    loaded or do not go with a cache, images that have another size than data.size or cannot be decoded
+    (unless data.max_bad allows for some), samples that are passed over where they are too many, if
+    data.conditional shards without labels, and too little room for shards of elsewhere, of which only one is
+    fetched for this.
+    """
+    if data.stages and data.cache != "none":
+        raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
+    if index.remote:
+        index.remote.check_room([shard.filesize for shard in index.shards], data.window)
+    for line in passed_over(index, data.max_bad):
+        announce(line)
+    if data.conditional:
+        for line in odd_labels(index, data.max_bad):
+            announce(f"warning: {line}")
+    _decode_some(index, data)
+
+
+def passed_over(index: Index, max_bad: int) -> list[str]:
+    """A line for each kind of sample that is not used. Raises UserError if they are too many.
+
+    Samples whose image cannot be used are bad images, of which there may be `max_bad`; those without an image
+    are no images, and may be half of all.
+    """
+    unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
+    if unusable.count > max_bad:
+        raise UserError(
+            f"{counted(unusable.count)} in {index.where} cannot be used, more than data.max_bad={max_bad}."
+            f"{first(unusable.reasons)} {REPAIR}"
+        )
+    if without.count > index.num_samples + unusable.count:
+        raise UserError(
+            f"{counted(without.count)} in {index.where} have no image, {index.num_samples:,} have one: these "
+            f"are hardly shards of images.{first(without.reasons)} {REPAIR}"
+        )
+    kinds = ((without, "without an image"), (unusable, "with an image that cannot be used"))
+    return [
+        f"{counted(what.count)} {text} {'is' if what.count == 1 else 'are'} passed over.{first(what.reasons)}"
+        for what, text in kinds
+        if what.count
+    ]
+
+
+def odd_labels(index: Index, max_bad: int) -> list[str]:
+    """Lines about labels that are missing, and classes without images. Raises UserError if they are too many.
+
+    A sample without a label is a bad one, of which there may be `max_bad`.
+    """
+    there = {label for shard in index.shards for label in shard.labels}
+    if not there:
+        raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
+    lines = []
+    missing = {shard.url: shard.nsamples - sum(shard.labels.values()) for shard in index.shards}
+    lacking = [url for url, count in missing.items() if count]
+    if lacking:
+        text = (
+            f"{sum(missing.values()):,} of the {index.num_samples:,} samples have no label, a number from 0 "
+            f"on in KEY.cls, the first in shard {lacking[0]}"
+        )
+        if sum(missing.values()) > max_bad:
+            raise UserError(f"data.conditional=true, but {text}: more than data.max_bad={max_bad}.")
+        lines.append(f"{text}; others stand in for them.")
+    empty = index.num_classes - len(there)
+    text = f"labels go up to {index.num_classes - 1:,}, but only {len(there):,} of these classes occur"
+    if empty > MOST_EMPTY_CLASSES:
+        raise UserError(
+            f"data.conditional=true, but {text}, and the networks would have room for each; at most "
+            f"{MOST_EMPTY_CLASSES:,} may be empty. Number the classes from 0 without gaps, or set "
+            "data.conditional=false."
+        )
+    if empty > len(there):
+        lines.append(
+            f"{text}: number the classes from 0 without gaps, or the networks are larger than need be."
+        )
+    return lines
+
+
+def _decode_some(index: Index, data: Data) -> None:
+    filled = [i for i, shard in enumerate(index.shards) if shard.nsamples]
+    chosen = filled[:1] if index.remote else filled[:: max(1, len(filled) // _CHECKED_SHARDS)]
+    num_classes = index.num_classes if data.conditional else None
+    reader, decoder = Reader(index, data.window), Decode(data.size, data.channels, num_classes)
+    stages = load_stages(data.stages)
+    bad: list[BadSampleError] = []
+    good = 0
+    try:
+        for shard in chosen:
+            for row in range(min(index.sizes[shard], _TRIES)):
+                try:
+                    decoder.one(apply(stages, reader.read(shard, row)))
+                    good += 1
+                    break
+                except BadSampleError as error:  # one does not speak for the others
+                    bad.append(error)
+                    if len(bad) > data.max_bad:
+                        raise bad[0] from None
+    finally:
+        reader.close()
+    if not good:
+        raise bad[0]
+
+
+def counted(count: int) -> str:
+    return f"{count:,} sample{'s' * (count != 1)}"
+
+
+def first(reasons: tuple[str, ...]) -> str:
+    return f" The first: {reasons[0]}" if reasons else ""
