@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pipeline.config import Data, UserError
 from pipeline.data.index import Index
 from pipeline.data.reader import BadSampleError, Reader
-from pipeline.data.samples import REPAIR
+from pipeline.data.samples import LABEL, REPAIR
 from pipeline.data.stages import Decode, apply, load_stages
 
 MOST_EMPTY_CLASSES = 100_000  # without an image, of which the networks have room for each
 _CHECKED_SHARDS = 8
 _TRIES = 16  # images of one shard
+_NUMBER = "Number the classes from 0 without gaps"
 
 
 def check_images(index: Index, data: Data, announce: Callable[[str], None] = lambda _: None) -> None:
@@ -28,15 +29,15 @@ def check_images(index: Index, data: Data, announce: Callable[[str], None] = lam
         raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
     if index.remote:
         index.remote.check_room([shard.filesize for shard in index.shards], data.window)
-    for line in passed_over(index, data.max_bad):
+    for line in check_passed_over(index, data.max_bad):
         announce(line)
     if data.conditional:
-        for line in odd_labels(index, data.max_bad):
-            announce(f"warning: {line}")
+        for text, advice in odd_labels(index, data.max_bad):
+            announce(f"warning: {text}. {advice}")
     _decode_some(index, data)
 
 
-def passed_over(index: Index, max_bad: int) -> list[str]:
+def check_passed_over(index: Index, max_bad: int) -> list[str]:
     """A line for each kind of sample that is not used. Raises UserError if they are too many.
 
     Samples whose image cannot be used are bad images, of which there may be `max_bad`; those without an image
@@ -45,54 +46,50 @@ def passed_over(index: Index, max_bad: int) -> list[str]:
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     if unusable.count > max_bad:
         raise UserError(
-            f"{counted(unusable.count)} in {index.where} cannot be used, more than data.max_bad={max_bad}."
+            f"{unusable.count:,} samples in {index.where} cannot be used, more than data.max_bad={max_bad}."
             f"{first(unusable.reasons)} {REPAIR}"
         )
     if without.count > index.num_samples + unusable.count:
         raise UserError(
-            f"{counted(without.count)} in {index.where} have no image, {index.num_samples:,} have one: these "
-            f"are hardly shards of images.{first(without.reasons)} {REPAIR}"
+            f"{without.count:,} samples in {index.where} have no image, only {index.num_samples:,} have one: "
+            f"are these shards of images?{first(without.reasons)} {REPAIR}"
         )
     kinds = ((without, "without an image"), (unusable, "with an image that cannot be used"))
     return [
-        f"{counted(what.count)} {text} {'is' if what.count == 1 else 'are'} passed over.{first(what.reasons)}"
+        f"{what.count:,} sample{'s' * (what.count != 1)} {text} passed over.{first(what.reasons)}"
         for what, text in kinds
         if what.count
     ]
 
 
-def odd_labels(index: Index, max_bad: int) -> list[str]:
-    """Lines about labels that are missing, and classes without images. Raises UserError if they are too many.
+def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
+    """What is odd about the labels, and what to do about it. Raises UserError for what is too odd.
 
     A sample without a label is a bad one, of which there may be `max_bad`.
     """
     there = {label for shard in index.shards for label in shard.labels}
     if not there:
         raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
-    lines = []
+    found = []
     missing = {shard.url: shard.nsamples - sum(shard.labels.values()) for shard in index.shards}
-    lacking = [url for url, count in missing.items() if count]
-    if lacking:
-        text = (
-            f"{sum(missing.values()):,} of the {index.num_samples:,} samples have no label, a number from 0 "
-            f"on in KEY.cls, the first in shard {lacking[0]}"
-        )
-        if sum(missing.values()) > max_bad:
-            raise UserError(f"data.conditional=true, but {text}: more than data.max_bad={max_bad}.")
-        lines.append(f"{text}; others stand in for them.")
+    if count := sum(missing.values()):
+        where = next(url for url, lacking in missing.items() if lacking)
+        text = f"{count:,} of the {index.num_samples:,} samples have no label, the first in shard {where}"
+        if count > max_bad:
+            raise UserError(
+                f"data.conditional=true, but {text}: more than data.max_bad={max_bad}. A label is {LABEL}."
+            )
+        found.append((text, f"Others stand in for them. A label is {LABEL}."))
     empty = index.num_classes - len(there)
-    text = f"labels go up to {index.num_classes - 1:,}, but only {len(there):,} of these classes occur"
+    text = f"labels go up to {index.num_classes - 1:,}, but only {len(there):,} of these classes have images"
     if empty > MOST_EMPTY_CLASSES:
         raise UserError(
-            f"data.conditional=true, but {text}, and the networks would have room for each; at most "
-            f"{MOST_EMPTY_CLASSES:,} may be empty. Number the classes from 0 without gaps, or set "
-            "data.conditional=false."
+            f"data.conditional=true, but {text}, and G and D would hold parameters for each; at most "
+            f"{MOST_EMPTY_CLASSES:,} may be empty. {_NUMBER}, or set data.conditional=false."
         )
     if empty > len(there):
-        lines.append(
-            f"{text}: number the classes from 0 without gaps, or the networks are larger than need be."
-        )
-    return lines
+        found.append((text, f"{_NUMBER}: G and D hold parameters for each."))
+    return found
 
 
 def _decode_some(index: Index, data: Data) -> None:
@@ -118,10 +115,6 @@ def _decode_some(index: Index, data: Data) -> None:
         reader.close()
     if not good:
         raise bad[0]
-
-
-def counted(count: int) -> str:
-    return f"{count:,} sample{'s' * (count != 1)}"
 
 
 def first(reasons: tuple[str, ...]) -> str:

@@ -117,8 +117,8 @@ def _refuse_none(found: Location) -> None:
         return
     if packed := [path.name for path in paths if _COMPRESSED.search(path.name)]:
         raise UserError(
-            f"There are no shards (*.tar) in {found.root}, but {packed[0]}: shards are not compressed. Unpack "
-            "it to a .tar (gunzip, unxz or the like)."
+            f"There are no shards (*.tar) in {found.root}, but {packed[0]}: shards are not compressed. "
+            "Unpack it to a .tar (gunzip, unxz or the like)."
         )
     raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
 

@@ -130,9 +130,7 @@ def parse_record(data: bytes, path: str) -> dict[str, Any]:
         _check_entry(path, entry)
         file = PurePosixPath(entry["url"]).as_posix()
         if seen.setdefault(file, entry) != entry:
-            raise UserError(
-                f"{path} lists shard {file} twice, and not in the same way. {REBUILD.capitalize()}."
-            )
+            raise UserError(f"{path} lists shard {file} twice, and not in the same way: {REBUILD}.")
     return record
 
 

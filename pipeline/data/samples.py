@@ -66,7 +66,7 @@ class Sample:
             label = parse_label(member.data or b"")
             self.labels += not self.labels or label != self.label
             self.label = label
-        if len(self.others) <= _NAMED:
+        if extension and len(self.others) <= _NAMED:
             self.others.append(extension)
 
     def _add_image(self, extension: str, member: Member) -> None:
@@ -90,7 +90,7 @@ class Sample:
 
     def lack(self) -> str:
         """What there is in place of an image."""
-        only = f", only {_listed(self.others)}" if any(self.others) else ""
+        only = f", only {_listed(self.others)}" if self.others else ""
         return f"sample '{shown(self.key)}' has no image ({', '.join(IMAGE_EXTENSIONS)}){only}."
 
 
@@ -149,4 +149,4 @@ def _problem(member: Member) -> str:
 
 def _listed(extensions: list[str]) -> str:
     more = ["…"] * (len(extensions) > _NAMED)
-    return ", ".join([*(shown(extension) or "''" for extension in extensions[:_NAMED]), *more])
+    return ", ".join([*map(shown, extensions[:_NAMED]), *more])

@@ -23,9 +23,9 @@ from pipeline.data.check import check_images as check_images  # is part of this 
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
 from pipeline.data.prefetch import Prefetch
-from pipeline.data.reader import Reader
+from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.spares import Spares
-from pipeline.data.stages import Decode, PlannedSamples, Stage, apply
+from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 from pipeline.data.workers import Loader
 
 
@@ -114,25 +114,40 @@ def heldout_batches(
     channels: int,
     conditional: bool,
     limit: int | None = None,
+    max_bad: int = 0,
     stages: Sequence[Stage] = (),
 ) -> Iterator[tuple[Batch, int]]:
     """The first `limit` held-out samples (None: all), each once over all ranks, as (batch, valid).
 
     They go through `stages` one by one and are decoded, in this process. Every rank gets equally many
     batches, all of `batch` images; of the last ones only the first `valid` (perhaps 0) images count, the
-    others are black. Nothing stands in for a damaged image, since scores on other images would not compare:
-    it raises UserError, as does one that does not fit.
+    others are black. For up to `max_bad` samples that were no good when they were indexed another stands in,
+    always the same; nothing does for bytes that have changed since: scores would no longer compare. Raises
+    UserError for those, and for one bad sample more.
     """
     decoder = Decode(size, channels, index.num_classes if conditional else None)
-    reader, ahead = Reader(index, plan.window), Prefetch(index)
+    reader, ahead, spares = Reader(index, plan.window), Prefetch(index), Spares(index, plan)
+    replaced = 0
+
+    def use(sample: Sample) -> Decoded:
+        return decoder.one(apply(stages, sample))
+
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
             ahead.want(pairs[:, 0].tolist())
             images = np.zeros((batch, channels, size, size), np.uint8)
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
-                images[i], labels[i] = decoder.one(apply(stages, reader.read(shard, row)))
-            yield Batch(torch.from_numpy(images), torch.from_numpy(labels) if conditional else None), valid
+                sample = reader.read(shard, row)
+                try:
+                    images[i], labels[i] = use(sample)
+                except BadSampleError as error:
+                    replaced += 1
+                    if replaced > max_bad:
+                        raise
+                    images[i], labels[i] = spares.replace((shard + row) % plan.size, error, use)
+            tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None
+            yield Batch(*tensors, spares.found()), valid
     finally:
         ahead.close()
         reader.close()
