@@ -20,6 +20,7 @@ from pipeline import STARTED_BY, config, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
+from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
 from pipeline.data.stages import load_stages
@@ -85,7 +86,7 @@ def prepare_data(settings: Config, announce: bool) -> Index:
     assert settings.data.train is not None
     index = load_index(settings.data.train, say if announce else lambda _: None, settings.data.remote)
     check_networks(settings, index.num_classes if settings.data.conditional else 0)
-    check_images(index, settings.data, say if announce else lambda _: None)
+    check_images(index, settings.data)
     return index
 
 
@@ -261,6 +262,7 @@ def _introduce(
         f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {batch}",
+        *(f"  {line}" for line in remarks(index, settings.data)),
     ]
     if index.remote:
         lines.append(f"  {index.remote}")

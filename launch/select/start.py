@@ -78,7 +78,7 @@ def check(base: Config, trials: Sequence[Trial], launch: Launch, jobs: int | Non
         check_space(Path(base.run.out))
     assert base.data.train is not None
     index = load_index(base.data.train, say, base.data.remote)
-    check_images(index, base.data, say)
+    check_images(index, base.data)
     if todo:
         _check_networks(todo, index)
     _check_references(trials, index, _features(base.score.features))

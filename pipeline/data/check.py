@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from pipeline.config import Data, UserError
 from pipeline.data.index import Index
 from pipeline.data.reader import BadSampleError, Reader
@@ -13,13 +11,13 @@ from pipeline.data.stages import Decode, apply, load_stages
 MOST_EMPTY_CLASSES = 100_000  # without an image, of which the networks have room for each
 _CHECKED_SHARDS = 8
 _TRIES = 16  # images of one shard
-_NUMBER = "Number the classes from 0 without gaps"
+_NUMBER = "Number the classes from 0 without gaps, as `shardgan prepare SHARDS OUT` does"
 
 
-def check_images(index: Index, data: Data, announce: Callable[[str], None] = lambda _: None) -> None:
+def check_images(index: Index, data: Data) -> None:
     """Decode the first image of a few shards, so that what cannot be trained on is said before training.
 
-    What is odd, but within data.max_bad, is said by `announce`. Raises UserError for stages that cannot be
+    Raises UserError for stages that cannot be
     loaded or do not go with a cache, images that have another size than data.size or cannot be decoded
     (unless data.max_bad allows for some), samples that are passed over where they are too many, if
     data.conditional shards without labels, and too little room for shards of elsewhere, of which only one is
@@ -29,12 +27,17 @@ def check_images(index: Index, data: Data, announce: Callable[[str], None] = lam
         raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
     if index.remote:
         index.remote.check_room([shard.filesize for shard in index.shards], data.window)
-    for line in check_passed_over(index, data.max_bad):
-        announce(line)
-    if data.conditional:
-        for text, advice in odd_labels(index, data.max_bad):
-            announce(f"warning: {text}. {advice}")
+    remarks(index, data)
     _decode_some(index, data)
+
+
+def remarks(index: Index, data: Data) -> list[str]:
+    """What is odd in the data, but no reason not to start, a line each. Raises UserError for what is one."""
+    labels = odd_labels(index, data.max_bad) if data.conditional else []
+    return [
+        *check_passed_over(index, data.max_bad),
+        *(f"warning: {text}. {advice}" for text, advice in labels),
+    ]
 
 
 def check_passed_over(index: Index, max_bad: int) -> list[str]:

@@ -139,7 +139,7 @@ class Index:
         found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
         is_its = (entry.sha256, entry.filesize)
         table = next((t for t in found if t is not None and (t.sha256, t.filesize) == is_its), None)
-        return table or scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
+        return table if table is not None else scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
 
 
 def load_index(
@@ -154,6 +154,11 @@ def load_index(
     """
     if is_url(train):
         return _load_remote(train, announce, remote or Remote())
+    return not_empty(local_index(train, announce))
+
+
+def local_index(train: str, announce: Callable[[str], None]) -> Index:
+    """As load_index, for shards on this machine, which may all be empty."""
     location = locate(train)
     record, entries = location.record, location.entries
     _refuse_unlisted(location)
@@ -166,7 +171,7 @@ def load_index(
     )
     if location.whole and not entries:
         write_record(index.root, index.name, index.shards, {})
-    return _not_empty(index)
+    return index
 
 
 def build_index(
@@ -196,11 +201,12 @@ def build_index(
         shards=shards,
         class_names=tuple(str(text) for text in extra.get("classes", ())),
     )
-    write_record(index.root, index.name, _not_empty(index).shards, extra)
+    write_record(index.root, index.name, not_empty(index).shards, extra)
     return index
 
 
-def _not_empty(index: Index) -> Index:
+def not_empty(index: Index) -> Index:
+    """The index. Raises UserError, saying why, if there is no sample in its shards that can be used."""
     if index.num_samples:
         return index
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
@@ -229,7 +235,7 @@ def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) 
             f"The {INDEX} of {folder} does not give count, size, SHA-256 and labels of "
             f"{lacking[0]}{f' and {len(lacking) - 1} other shards' * (len(lacking) > 1)}; {build}."
         )
-    return _not_empty(_remote_index(shards, record, tuple(entry_shard(entries[name]) for name in wanted)))
+    return not_empty(_remote_index(shards, record, tuple(entry_shard(entries[name]) for name in wanted)))
 
 
 def _build_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
@@ -242,7 +248,7 @@ def _build_remote(train: str, announce: Callable[[str], None], settings: Remote)
         )
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
     found = in_threads(lambda name: shards.index(name, announce), names, announce, at_once=_TRANSFERS)
-    index = _not_empty(_remote_index(shards, {}, found))
+    index = not_empty(_remote_index(shards, {}, found))
     write_record(index.root, index.name, found, {})
     return index
 

@@ -103,6 +103,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
+def split_at_last_dot(name: str) -> tuple[str, str]:
+    """The same of a name that has a dot, for keys with dots in them."""
+    key, _, extension = name.rpartition(".")
+    return key, extension.lower()
+
+
 def parse_label(value: Any) -> int:
     """The class that a .cls stands for, as bytes, text or a number; -1 for everything that is no class."""
     if isinstance(value, bytes | str):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from pipeline.data.samples import (
     IMAGE_EXTENSIONS as IMAGE_EXTENSIONS,  # is part of this module
 )
 from pipeline.data.samples import (
-    LARGEST_LABEL,
+    LARGEST_LABEL as LARGEST_LABEL,  # likewise
+)
+from pipeline.data.samples import (
     MOST_REASONS,
     NONE,
     Image,
@@ -30,9 +32,10 @@ from pipeline.data.samples import (
     Sample,
     image_extension,
     shown,
+    split_at_last_dot,
     split_name,
 )
-from pipeline.data.tar import LARGEST_MEMBER, MOST_HEADERS, Member, TarReader
+from pipeline.data.tar import LARGEST_MEMBER, MOST_HEADERS, TarReader
 
 _VERSION = 1
 _EXTRA = "passed_over"  # JSON, only where there is something to say: what earlier versions wrote has none
@@ -82,8 +85,22 @@ def scan(path: Path, shard: str) -> Table:
     that is not so are passed over. Raises UserError, naming the shard and byte offset, for what is no whole
     tar.
     """
+    return _table(*_walk(path, shard))
+
+
+def scan_all_images(path: Path, shard: str) -> Table:
+    """As `scan`, but where a sample has several images each is one by itself, its key up to the last dot."""
+    walked = _walk(path, shard)
+    several = {sample.key for sample in walked[1] if len(sample.images) > 1}
+    return _table(*(_walk(path, shard, several) if several else walked))
+
+
+def _walk(
+    path: Path, shard: str, at_last_dot: Collection[str] = ()
+) -> tuple[TarReader, Collection[Sample], PassedOver]:
+    """The samples, and the members that belong to none. Keys of `at_last_dot` are taken apart there."""
     samples: dict[str, Sample] = {}
-    strays: list[Member] = []
+    strays: list[str] = []
     count = 0
     with path.open("rb") as file:
         tar = TarReader(file, shard)
@@ -92,20 +109,19 @@ def scan(path: Path, shard: str) -> Table:
             if name is None:
                 count += 1
                 if len(strays) < MOST_REASONS:
-                    strays.append(member._replace(data=None))
+                    text = f"'{shown(member.name)}' belongs to no sample KEY.extension."
+                    strays.append(str(tar.error(member.header, text)))
                 continue
+            if name[0] in at_last_dot:
+                name = split_at_last_dot(member.name)
             key, extension = name
             if key not in samples:
                 samples[key] = Sample(key, member.header)
             samples[key].add(extension, member)
-    return _table(tar, samples.values(), PassedOver(count, tuple(_stray(tar, member) for member in strays)))
+    return tar, samples.values(), PassedOver(count, tuple(strays))
 
 
-def _stray(tar: TarReader, member: Member) -> str:
-    return str(tar.error(member.header, f"'{shown(member.name)}' belongs to no sample KEY.extension."))
-
-
-def _table(tar: TarReader, samples: Iterable[Sample], strays: PassedOver) -> Table:
+def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> Table:
     used: list[Sample] = []
     images: list[Image] = []
     without: list[Sample] = []

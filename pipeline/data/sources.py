@@ -20,8 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data import npy
+from pipeline.data.all_images import load_all_images
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError
-from pipeline.data.index import Index, load_index
+from pipeline.data.index import Index
 from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import INDEX
 from pipeline.data.tar import LARGEST_MEMBER
@@ -201,10 +202,10 @@ def open_source(source: str, classes: Classes, announce: Callable[[str], None]) 
     if path.is_dir():
         images = sorted(filter(_is_image, _files(path)))
         if not images and ((path / INDEX).exists() or any(path.glob("*.tar"))):
-            return Shards(load_index(source, announce))
+            return Shards(load_all_images(source, announce))
         return Folder(path.absolute(), tuple(images), *_classes(images, source, classes))
     if source.endswith(".tar"):
-        return Shards(load_index(source, announce))
+        return Shards(load_all_images(source, announce))
     try:
         with zipfile.ZipFile(path) as file:
             images = sorted(filter(_is_image, file.namelist()))
