@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.config import Data, UserError
 from pipeline.data.index import Index
 from pipeline.data.reader import BadSampleError, Reader
-from pipeline.data.samples import LABEL, REPAIR
+from pipeline.data.samples import LABEL, REPAIR, counted, describe
 from pipeline.data.stages import Decode, apply, load_stages
 
 MOST_EMPTY_CLASSES = 100_000  # without an image, of which the networks have room for each
@@ -49,20 +49,15 @@ def check_passed_over(index: Index, max_bad: int) -> list[str]:
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     if unusable.count > max_bad:
         raise UserError(
-            f"{unusable.count:,} samples in {index.where} cannot be used, more than data.max_bad={max_bad}."
-            f"{first(unusable.reasons)} {REPAIR}"
+            f"{counted(unusable.count)} in {index.where} cannot be used, more than data.max_bad={max_bad}."
+            f"{unusable.first} {REPAIR}"
         )
     if without.count > index.num_samples + unusable.count:
         raise UserError(
-            f"{without.count:,} samples in {index.where} have no image, only {index.num_samples:,} have one: "
-            f"are these shards of images?{first(without.reasons)} {REPAIR}"
+            f"{counted(without.count)} in {index.where} without an image, only {index.num_samples:,} with one: "
+            f"are these shards of images?{without.first} {REPAIR}"
         )
-    kinds = ((without, "without an image"), (unusable, "with an image that cannot be used"))
-    return [
-        f"{what.count:,} sample{'s' * (what.count != 1)} {text} passed over.{first(what.reasons)}"
-        for what, text in kinds
-        if what.count
-    ]
+    return describe(without, unusable)
 
 
 def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
@@ -77,7 +72,8 @@ def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
     missing = {shard.url: shard.nsamples - sum(shard.labels.values()) for shard in index.shards}
     if count := sum(missing.values()):
         where = next(url for url, lacking in missing.items() if lacking)
-        text = f"{count:,} of the {index.num_samples:,} samples have no label, the first in shard {where}"
+        have = "has" if count == 1 else "have"
+        text = f"{count:,} of the {counted(index.num_samples)} {have} no label, the first in shard {where}"
         if count > max_bad:
             raise UserError(
                 f"data.conditional=true, but {text}: more than data.max_bad={max_bad}. A label is {LABEL}."
@@ -118,7 +114,3 @@ def _decode_some(index: Index, data: Data) -> None:
         reader.close()
     if not good:
         raise bad[0]
-
-
-def first(reasons: tuple[str, ...]) -> str:
-    return f" The first: {reasons[0]}" if reasons else ""

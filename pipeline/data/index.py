@@ -34,7 +34,7 @@ from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
 from pipeline.data.remote import RemoteShards, is_complete
-from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
+from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver, counted, describe
 from pipeline.data.urls import is_url, locate_url
 from pipeline.data.walk import file_size, in_threads, scan_shard
 
@@ -202,6 +202,8 @@ def build_index(
         class_names=tuple(str(text) for text in extra.get("classes", ())),
     )
     write_record(index.root, index.name, not_empty(index).shards, extra)
+    for line in describe(index.passed_over("without_image"), index.passed_over("unusable")):
+        announce(line)
     return index
 
 
@@ -212,9 +214,10 @@ def not_empty(index: Index) -> Index:
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     if not unusable.count + without.count:
         raise UserError(f"There are no samples in the shards of {index.where}.")
-    why = "".join(f" The first: {reason}" for reason in (*unusable.reasons, *without.reasons)[:1])
+    why = unusable.first or without.first
     raise UserError(
-        f"None of the {unusable.count + without.count:,} samples in the shards of {index.where} can be used."
+        f"There are no images in the shards of {index.where} that can be used, of "
+        f"{counted(unusable.count + without.count)}."
         f"{why}{f' {REPAIR}' * (unusable.count > 0)}"
     )
 
@@ -289,10 +292,10 @@ def _shards(
 
 def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any]) -> Shard | None:
     """The shard as known from index.json and its sidecar; None if it must be walked."""
-    sidecars = [path for place in places(root) if (path := sidecar_path(place, url)).exists()]
-    if sidecars and {"nsamples", "filesize", "sha256", "labels"} <= entry.keys():
+    paths = [sidecar_path(place, url) for place in places(root)]
+    if {"nsamples", "filesize", "sha256", "labels"} <= entry.keys() and any(path.exists() for path in paths):
         return entry_shard(entry)
-    for path in sidecars:
+    for path in paths:
         table = sidecar.load(path)
         if table is not None and table.filesize == size and table.sha256 == entry.get("sha256", table.sha256):
             return shard_of(url, table)

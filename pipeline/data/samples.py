@@ -32,8 +32,18 @@ class PassedOver:
     count: int = 0
     reasons: tuple[str, ...] = ()
 
+    @property
+    def first(self) -> str:
+        return f" The first: {self.reasons[0]}" if self.reasons else ""
+
 
 NONE = PassedOver()
+
+
+def describe(without_image: PassedOver, unusable: PassedOver) -> list[str]:
+    """A line for each kind of sample that is passed over."""
+    kinds = ((without_image, "without an image"), (unusable, "with an image that cannot be used"))
+    return [f"{counted(what.count)} {text} passed over.{what.first}" for what, text in kinds if what.count]
 
 
 class Image(NamedTuple):
@@ -92,6 +102,10 @@ class Sample:
         """What there is in place of an image."""
         only = f", only {_listed(self.others)}" if self.others else ""
         return f"sample '{shown(self.key)}' has no image ({', '.join(IMAGE_EXTENSIONS)}){only}."
+
+
+def counted(samples: int) -> str:
+    return f"{samples:,} sample{'s' * (samples != 1)}"
 
 
 def split_name(name: str) -> tuple[str, str] | None:

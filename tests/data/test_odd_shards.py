@@ -86,7 +86,7 @@ def test_samples_without_an_image_may_be_half_of_all(tmp_path: Path) -> None:
     write_tar(tmp_path / "d" / "x.tar", texts + images)
     check_images(load_index(str(tmp_path / "d")), replace(DATA, max_bad=0))
     write_tar(tmp_path / "e" / "x.tar", texts + images[:2])
-    with pytest.raises(UserError, match=r"3 samples in .* have no image, only 2 have one.* sample 't0'"):
+    with pytest.raises(UserError, match=r"3 samples in .* without an image, only 2 with one.* sample 't0'"):
         check_images(load_index(str(tmp_path / "e")), DATA)
 
 
@@ -98,7 +98,7 @@ def test_images_that_cannot_be_used_count_against_max_bad(tmp_path: Path) -> Non
     said = remarks(index, replace(DATA, max_bad=1))
     assert len(said) == 1 and said[0].startswith("1 sample with an image that cannot be used passed over")
     with pytest.raises(
-        UserError, match=r"1 samples in .* more than data.max_bad=0.*'b' has 2 images .*prepare"
+        UserError, match=r"1 sample in .* more than data.max_bad=0.*'b' has 2 images .*prepare"
     ):
         check_images(index, replace(DATA, max_bad=0))
     assert set(ids(next(batches(index, plan)))) == {(0, 0), (0, 3)}
@@ -107,8 +107,8 @@ def test_images_that_cannot_be_used_count_against_max_bad(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (list(paired(0, 3)), "None of the 3 samples .* '0' has 2 images .* first dot .*shardgan prepare"),
-        ([("a.json", b"{}")], "None of the 1 samples .* 'a' has no image"),
+        (list(paired(0, 3)), "no images .* of 3 samples.* '0' has 2 images .* first dot .*shardgan prepare"),
+        ([("a.json", b"{}")], "no images .* of 1 sample\\..* 'a' has no image"),
         ([], "There are no samples"),
     ],
 )

@@ -176,12 +176,12 @@ def test_labels_that_are_not_there(make_shards: MakeShards, tmp_path: Path) -> N
     index, plan = open_all(tmp_path / "d")
     conditional = Data(size=SIZE, channels=1, conditional=True, max_bad=0)
     with pytest.raises(
-        UserError, match=r"1 of the 2 samples have no label, .*KEY.cls.* shard x.tar: more than"
+        UserError, match=r"1 of the 2 samples has no label, .*KEY.cls.* shard x.tar: more than"
     ):
         check_images(index, conditional)
     said: list[str] = []
     check_images(index, replace(conditional, max_bad=1), said.append)
-    assert len(said) == 1 and said[0].startswith("warning: 1 of the 2 samples have no label")
+    assert len(said) == 1 and said[0].startswith("warning: 1 of the 2 samples has no label")
     stream = batches(index, plan, conditional=True, max_bad=1)
     seen = list(islice(stream, 2))
     assert all((batch.labels == 3).all() and not batch.images[:, 0, 0, 7].any() for batch in seen)
