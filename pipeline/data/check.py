@@ -54,8 +54,8 @@ def check_passed_over(index: Index, max_bad: int) -> list[str]:
         )
     if without.count > index.num_samples + unusable.count:
         raise UserError(
-            f"{counted(without.count)} in {index.where} without an image, only {index.num_samples:,} with one: "
-            f"are these shards of images?{without.first} {REPAIR}"
+            f"{counted(without.count)} in {index.where} without an image, only {index.num_samples:,} with "
+            f"one.{without.first} {REPAIR}"
         )
     return describe(without, unusable)
 

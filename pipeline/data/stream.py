@@ -154,7 +154,10 @@ def heldout_batches(
 
 
 def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
-    """Share of each class among the samples of a plan, float64 [index.num_classes], from the index alone."""
+    """Share of each class among the samples of a plan, float64 [index.num_classes], from the index alone.
+
+    Raises UserError if there are labels, but not one in the plan.
+    """
     counts = np.zeros(index.num_classes, np.float64)
     for shard in np.flatnonzero(plan.counts).tolist():
         if plan.whole_shards:
@@ -164,6 +167,10 @@ def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
             labels = index.table(shard).label[plan.rows(shard)]
             there, times = np.unique(labels[labels >= 0], return_counts=True)
             counts[there] += times
+    if len(counts) and not counts.any():
+        raise UserError(
+            "None of the images that are trained on has a label (.cls); those that are held out do."
+        )
     frequencies: NDArray[np.float64] = counts / max(counts.sum(), 1.0)
     return frequencies
 

@@ -263,6 +263,21 @@ def test_label_frequencies_do_not_grow_with_shards_times_classes(
     assert frequencies.shape == (1_000_000,) and frequencies.sum() == pytest.approx(1)
 
 
+def test_labels_among_held_out_images_only(tmp_path: Path) -> None:
+    write_tar(tmp_path / "d" / "x.tar", [("a.png", image_of(0, 0)), ("a.cls", b"0")])
+    write_tar(tmp_path / "d" / "y.tar", [("b.png", image_of(0, 0))])
+    found = []
+    for fold in (0, 1):
+        index, plan = open_all(tmp_path / "d", folds=2, fold=fold)
+        try:
+            found.append(label_frequencies(index, plan).tolist())
+        except UserError as error:
+            found.append(str(error))
+    assert [1.0] in found and any(
+        "None of the images that are trained on has a label" in str(x) for x in found
+    )
+
+
 def calls(action: Callable[[], object]) -> int:
     """How many calls it takes, of Python's functions and others."""
     profile = cProfile.Profile()

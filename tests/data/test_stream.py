@@ -176,7 +176,7 @@ def test_labels_that_are_not_there(make_shards: MakeShards, tmp_path: Path) -> N
     index, plan = open_all(tmp_path / "d")
     conditional = Data(size=SIZE, channels=1, conditional=True, max_bad=0)
     with pytest.raises(
-        UserError, match=r"1 of the 2 samples has no label, .*KEY.cls.* shard x.tar: more than"
+        UserError, match=r"1 of the 2 samples has no label, .* shard x.tar: more than .*KEY.cls"
     ):
         check_images(index, conditional)
     said: list[str] = []
