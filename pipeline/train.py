@@ -29,6 +29,7 @@ from pipeline import config, console, loop
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
+from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
 from pipeline.data.stages import load_stages
@@ -308,6 +309,7 @@ def _introduce(
         f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {batch}",
+        *(f"  {line}" for line in remarks(index, settings.data)),
     ]
     if index.remote:
         lines.append(f"  {index.remote}")

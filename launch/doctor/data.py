@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +16,12 @@ from PIL import Image
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import reserve
+from pipeline.data.check import check_passed_over, odd_labels
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import heldout_plan, training_plan
-from pipeline.data.reader import BadSampleError, Reader, Sample
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
+from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.data.urls import is_url
 from pipeline.data.verify import Verified, verify
@@ -28,6 +30,7 @@ _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal
 _MOST_SAMPLES = 50_000_000  # of which duplicates are looked for: 8 bytes each
 _FEW_UPDATES = 20  # per epoch
+_REASONS = 3  # named in a finding about samples that are passed over
 
 
 def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | None, list[Finding]]:
@@ -47,7 +50,14 @@ def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | Non
             index = load_index(data.train)
     except UserError as error:
         return None, [would_fail("shards", str(error))]
-    checks = (labels, split, pictures, in_memory, lambda job, index: duplicates(job, index, verified))
+    checks = (
+        passed_over,
+        labels,
+        split,
+        pictures,
+        in_memory,
+        lambda job, index: duplicates(job, index, verified),
+    )
     for check in checks:
         try:
             found += check(job, index)
@@ -103,6 +113,32 @@ def _to_fetch(index: Index) -> int:
     return next(i for i, shard in enumerate(index.shards) if shard.nsamples)
 
 
+def passed_over(job: Job, index: Index) -> Iterator[Finding]:
+    """Samples and members that are not used, and why: a finding for each kind."""
+    unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
+    try:
+        check_passed_over(index, job.settings.data.max_bad)
+    except UserError as error:
+        yield would_fail("odd samples", str(error))
+        return
+    if without.count:
+        yield ok("no image", f"{counted(without.count, 'sample')} passed over\n{_first(without)}")
+    if unusable.count:
+        yield warning(
+            "odd samples", f"{counted(unusable.count, 'sample')} passed over\n{_first(unusable)}", REPAIR
+        )
+    strays = [index.table(i).strays for i in range(0 if index.remote else len(index.shards))]
+    if count := sum(found.count for found in strays):
+        first = PassedOver(count, tuple(reason for found in strays for reason in found.reasons))
+        yield ok("other files", f"{counted(count, 'file')} passed over\n{_first(first)}")
+
+
+def _first(what: PassedOver) -> str:
+    lines = what.reasons[:_REASONS]
+    more = what.count - len(lines)
+    return "\n".join([*lines, *[f"… and {more:,} more"] * (len(lines) and more > 0)])
+
+
 def labels(job: Job, index: Index) -> Iterator[Finding]:
     """A label for each image, if they are trained on."""
     counts = Counter[int]()
@@ -113,18 +149,19 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
         there = f"{index.num_classes} classes are there, not trained on" if labelled else "none"
         yield ok("labels", f"{there} (data.conditional=false)")
         return
-    if labelled < index.num_samples:
-        missing = [s.url for s in index.shards if sum(s.labels.values()) < s.nsamples]
-        yield would_fail(
-            "labels",
-            f"data.conditional=true, but {index.num_samples - labelled:,} of {index.num_samples:,} images "
-            f"have no label (.cls), the first in shard {missing[0]}",
-            "Set data.conditional=false, or prepare the images anew from sub-folders, one per class.",
-        )
+    try:
+        odd = odd_labels(index, job.settings.data.max_bad)
+    except UserError as error:
+        cure = "Prepare the images anew from sub-folders, one per class, or set data.conditional=false."
+        yield would_fail("labels", str(error), cure)
         return
-    empty = [index.classes[label] for label in range(index.num_classes) if not counts[label]]
-    if empty:
-        text = f"{len(empty)} of {index.num_classes} classes have no image: {', '.join(empty[:5])}"
+    for text, advice in odd:
+        yield warning("labels", text, advice)
+    if odd:
+        return
+    if empty := index.num_classes - len(counts):
+        names = (name for label, name in enumerate(index.classes) if label not in counts)
+        text = f"{empty:,} of {index.num_classes:,} classes have no image: {', '.join(islice(names, 5))}"
         yield warning("labels", text, "Nothing is learnt of them; number classes without gaps.")
         return
     low, high = min(counts.values()), max(counts.values())
@@ -188,7 +225,7 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
         expected = len(bad) / len(picked) * index.num_samples
         judge = would_fail if expected > data.max_bad else warning
         cure = f"Prepare the images anew, or raise data.max_bad={data.max_bad}."
-        yield judge("images", f"{text}\n{len(bad)} damaged: {some(bad, 2)}", cure)
+        yield judge("images", f"{text}\n{len(bad)} cannot be used: {some(bad, 2)}", cure)
     elif data.channels == 1 and any("grey" not in what for what in modes):
         cure = "Set data.channels=3 if colour matters."
         yield warning("images", f"{text}; trained in grey (data.channels=1)", cure)
@@ -222,7 +259,7 @@ def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator
     alike = np.flatnonzero(images[order][1:] == images[order][:-1])
     pairs = np.stack([order[alike], order[alike + 1]], axis=1)
     pairs_read = pairs[:: max(1, len(pairs) // _COMPARED)]
-    bodies = map(_image, _read(job, index, pairs_read.reshape(-1)))
+    bodies = map(image_of, _read(job, index, pairs_read.reshape(-1)))
     equal = np.array([a == b for a, b in zip(bodies, bodies, strict=True)], np.bool_)
     twice = round(len(pairs) * equal.mean()) if len(equal) else 0
     if not twice:
@@ -264,17 +301,12 @@ def _read(job: Job, index: Index, samples: NDArray[np.int64]) -> Iterator[Sample
         reader.close()
 
 
-def _image(sample: Sample) -> bytes:
-    data: bytes = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
-    return data
-
-
 def _what(sample: Sample) -> str:
     """Size, colours and format of an image, without decoding it."""
     if "npy" in sample:
         return "npy arrays"
     try:
-        with Image.open(io.BytesIO(_image(sample)), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(image_of(sample)), formats=FORMATS) as image:
             grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
             colours = "grey" if grey else image.mode
             return f"{image.width}x{image.height} {colours} {image.format}"

@@ -13,8 +13,9 @@ import os
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.config import Remote, UserError
 from pipeline.credentials import redacted
@@ -33,9 +34,11 @@ from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
 from pipeline.data.remote import RemoteShards, is_complete
+from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver, counted, describe
 from pipeline.data.urls import is_url, locate_url
 from pipeline.data.walk import file_size, in_threads, scan_shard
 
+PassedOverKind = Literal["without_image", "unusable"]
 _TRANSFERS = 8  # at once, when all shards of a URL are indexed
 
 
@@ -49,11 +52,11 @@ class Index:
     class_names: tuple[str, ...] = ()
     remote: RemoteShards | None = None
 
-    @property
+    @cached_property
     def num_samples(self) -> int:
         return sum(shard.nsamples for shard in self.shards)
 
-    @property
+    @cached_property
     def num_classes(self) -> int:
         """0 without labels, else the largest label + 1."""
         return max((max(shard.labels, default=-1) for shard in self.shards), default=-1) + 1
@@ -64,7 +67,7 @@ class Index:
         named = self.class_names[: self.num_classes]
         return named + tuple(str(label) for label in range(len(named), self.num_classes))
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Samples per shard: what a plan is made from."""
         return tuple(shard.nsamples for shard in self.shards)
@@ -74,6 +77,15 @@ class Index:
         """Of names, counts and contents: equal for equal data, wherever it lies."""
         text = json.dumps([[shard.url, shard.nsamples, shard.sha256] for shard in self.shards])
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def passed_over(self, kind: PassedOverKind) -> PassedOver:
+        """The samples of all shards that are not used; some reasons if the shards are on this machine."""
+        found = [i for i, shard in enumerate(self.shards) if getattr(shard, kind)]
+        reasons: list[str] = []
+        for i in found if self.remote is None else ():
+            if len(reasons) < MOST_REASONS:
+                reasons += getattr(self.table(i), kind).reasons
+        return PassedOver(sum(getattr(self.shards[i], kind) for i in found), tuple(reasons[:MOST_REASONS]))
 
     @property
     def where(self) -> str:
@@ -127,7 +139,7 @@ class Index:
         found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
         is_its = (entry.sha256, entry.filesize)
         table = next((t for t in found if t is not None and (t.sha256, t.filesize) == is_its), None)
-        return table or scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
+        return table if table is not None else scan_shard(self.root, entry.url, entry.filesize, entry.sha256)
 
 
 def load_index(
@@ -142,6 +154,11 @@ def load_index(
     """
     if is_url(train):
         return _load_remote(train, announce, remote or Remote())
+    return not_empty(local_index(train, announce))
+
+
+def local_index(train: str, announce: Callable[[str], None]) -> Index:
+    """As load_index, for shards on this machine, which may all be empty."""
     location = locate(train)
     record, entries = location.record, location.entries
     _refuse_unlisted(location)
@@ -154,7 +171,7 @@ def load_index(
     )
     if location.whole and not entries:
         write_record(index.root, index.name, index.shards, {})
-    return _not_empty(index)
+    return index
 
 
 def build_index(
@@ -184,14 +201,25 @@ def build_index(
         shards=shards,
         class_names=tuple(str(text) for text in extra.get("classes", ())),
     )
-    write_record(index.root, index.name, _not_empty(index).shards, extra)
+    write_record(index.root, index.name, not_empty(index).shards, extra)
+    for line in describe(index.passed_over("without_image"), index.passed_over("unusable")):
+        announce(line)
     return index
 
 
-def _not_empty(index: Index) -> Index:
-    if not index.num_samples:
+def not_empty(index: Index) -> Index:
+    """The index. Raises UserError, saying why, if there is no sample in its shards that can be used."""
+    if index.num_samples:
+        return index
+    unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
+    if not unusable.count + without.count:
         raise UserError(f"There are no samples in the shards of {index.where}.")
-    return index
+    why = unusable.first or without.first
+    raise UserError(
+        f"There are no images in the shards of {index.where} that can be used, of "
+        f"{counted(unusable.count + without.count)}."
+        f"{why}{f' {REPAIR}' * (unusable.count > 0)}"
+    )
 
 
 def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
@@ -210,7 +238,7 @@ def _load_remote(train: str, announce: Callable[[str], None], settings: Remote) 
             f"The {INDEX} of {folder} does not give count, size, SHA-256 and labels of "
             f"{lacking[0]}{f' and {len(lacking) - 1} other shards' * (len(lacking) > 1)}; {build}."
         )
-    return _not_empty(_remote_index(shards, record, tuple(entry_shard(entries[name]) for name in wanted)))
+    return not_empty(_remote_index(shards, record, tuple(entry_shard(entries[name]) for name in wanted)))
 
 
 def _build_remote(train: str, announce: Callable[[str], None], settings: Remote) -> Index:
@@ -223,7 +251,7 @@ def _build_remote(train: str, announce: Callable[[str], None], settings: Remote)
         )
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
     found = in_threads(lambda name: shards.index(name, announce), names, announce, at_once=_TRANSFERS)
-    index = _not_empty(_remote_index(shards, {}, found))
+    index = not_empty(_remote_index(shards, {}, found))
     write_record(index.root, index.name, found, {})
     return index
 
@@ -264,10 +292,10 @@ def _shards(
 
 def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any]) -> Shard | None:
     """The shard as known from index.json and its sidecar; None if it must be walked."""
-    sidecars = [path for place in places(root) if (path := sidecar_path(place, url)).exists()]
-    if sidecars and {"nsamples", "filesize", "sha256", "labels"} <= entry.keys():
+    paths = [sidecar_path(place, url) for place in places(root)]
+    if {"nsamples", "filesize", "sha256", "labels"} <= entry.keys() and any(path.exists() for path in paths):
         return entry_shard(entry)
-    for path in sidecars:
+    for path in paths:
         table = sidecar.load(path)
         if table is not None and table.filesize == size and table.sha256 == entry.get("sha256", table.sha256):
             return shard_of(url, table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from pipeline.data.folders import cache_folder as cache_folder  # is part of thi
 from pipeline.data.record import read_record
 
 _MOST_SHARDS = 1_000_000
+_SUFFIX = ".tar"  # .TAR likewise, except beside an index.json that does not list it
+_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
 
 
@@ -48,11 +51,13 @@ def locate(train: str) -> Location:
     found = replace(found, record=read_record(found.root))
     if not found.whole:
         return found
-    listed = tuple(sorted(found.entries))
-    if not listed and not found.urls:
-        raise _no_shards(found.root)
-    unlisted = tuple(url for url in found.urls if url not in found.entries) if listed else ()
-    return replace(found, urls=listed or found.urls, unlisted=unlisted)
+    entries = found.entries
+    if not entries:
+        _refuse_none(found)
+        return found
+    known = {PurePosixPath(url).as_posix() for url in entries}
+    unlisted = tuple(url for url in found.urls if url not in known and url.endswith(_SUFFIX))
+    return replace(found, urls=tuple(sorted(entries)), unlisted=unlisted)
 
 
 def locate_anew(train: str, announce: Callable[[str], None]) -> Location:
@@ -71,9 +76,9 @@ def locate_anew(train: str, announce: Callable[[str], None]) -> Location:
     found = replace(found, record=record)
     listed = (PurePosixPath(url).as_posix() for url in found.entries)
     urls = {*found.urls, *(url for url in listed if _is_file(found.root / url))}
-    if not urls:
-        raise _no_shards(found.root)
-    return replace(found, urls=tuple(sorted(urls)))
+    found = replace(found, urls=tuple(sorted(urls)))
+    _refuse_none(found)
+    return found
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -102,8 +107,20 @@ def _look(train: str) -> Location:
     return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)
 
 
-def _no_shards(root: Path) -> UserError:
-    return UserError(f"There are no shards (*.tar) in {root}. {_MAKE}")
+def _refuse_none(found: Location) -> None:
+    """Raises UserError if a folder holds no shards, or a broken link in the place of one."""
+    paths = sorted(found.root.iterdir())
+    for path in paths:
+        if path.name.lower().endswith(_SUFFIX) and path.is_symlink() and not path.exists():
+            raise UserError(f"shard {path} is a link to {path.readlink()}, which is not there.")
+    if found.urls:
+        return
+    if packed := [path.name for path in paths if _COMPRESSED.search(path.name)]:
+        raise UserError(
+            f"There are no shards (*.tar) in {found.root}, but {packed[0]}: shards are not compressed. "
+            "Unpack it to a .tar (gunzip, unxz or the like)."
+        )
+    raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
 
 
 def _is_file(path: Path) -> bool:
@@ -113,7 +130,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _is_shard(path: Path) -> bool:
-    return path.name.endswith(".tar") and not path.name.startswith(".") and path.is_file()
+    return path.name.lower().endswith(_SUFFIX) and not path.name.startswith(".") and path.is_file()
 
 
 def _expand(pattern: str) -> list[Path]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline.config import UserError
 from pipeline.data.index import Index
-from pipeline.data.sidecar import IMAGE_EXTENSIONS, Table
+from pipeline.data.samples import image_extension
+from pipeline.data.sidecar import Table
 
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
@@ -48,7 +49,7 @@ class Reader:
                 f"{self._index.mend(shard)}"
             )
         sample: Sample = {"__key__": table.key(row), "__url__": url}
-        sample[IMAGE_EXTENSIONS[table.extension[row]]] = data
+        sample[table.extensions[table.extension[row]]] = data
         if table.label[row] >= 0:
             sample["cls"] = b"%d" % table.label[row]
         return sample
@@ -71,6 +72,18 @@ class Reader:
             raise
         self._open[shard] = (file, table)
         return file, table
+
+
+def image_of(sample: Sample) -> bytes:
+    """The image of a webdataset sample, whatever extension it is under. Raises UserError if it has none."""
+    extension = image_extension(sample)
+    if extension is None:
+        raise UserError(
+            f"shard {sample.get('__url__')} sample {sample.get('__key__')} has no image left after the "
+            "stages before decoding."
+        )
+    data: bytes = sample[extension]
+    return data
 
 
 def _may_open(wanted: int) -> int:

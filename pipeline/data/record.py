@@ -12,34 +12,43 @@ from typing import Any
 
 from pipeline.config import UserError
 from pipeline.data.folders import cache_folder
-from pipeline.data.sidecar import LARGEST_LABEL, Table
+from pipeline.data.samples import LARGEST_LABEL
+from pipeline.data.sidecar import Table
 from pipeline.data.tar import MOST_HEADERS
 
 INDEX = "index.json"
 REBUILD = "run `shardgan prepare --index-only` on the folder"
 _SIDECARS = ".shardgan"
 _LARGEST_FILE = 2**63 - 1
+_PASSED_OVER = ("without_image", "unusable")  # in index.json only where there are any
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar. `url` is its name relative to the index's root; `labels` counts samples per class."""
+    """One tar. `url` is its name relative to the index's root; `labels` counts samples per class.
+
+    `without_image` and `unusable` count samples that are passed over: they are not among the `nsamples`.
+    """
 
     url: str
     nsamples: int
     filesize: int
     sha256: str
     labels: Mapping[int, int] = field(hash=False)
+    without_image: int = 0
+    unusable: int = 0
 
 
 def shard_of(url: str, table: Table) -> Shard:
-    return Shard(url, len(table), table.filesize, table.sha256, table.label_counts())
+    passed = {kind: getattr(table, kind).count for kind in _PASSED_OVER}
+    return Shard(url, len(table), table.filesize, table.sha256, table.label_counts(), **passed)
 
 
 def entry_shard(entry: Mapping[str, Any]) -> Shard:
     """A shard from a complete entry of index.json."""
     labels = {int(label): int(count) for label, count in entry["labels"].items()}
-    return Shard(entry["url"], entry["nsamples"], entry["filesize"], entry["sha256"], labels)
+    passed = {kind: entry.get(kind, 0) for kind in _PASSED_OVER}
+    return Shard(entry["url"], entry["nsamples"], entry["filesize"], entry["sha256"], labels, **passed)
 
 
 def places(root: Path) -> tuple[Path, Path]:
@@ -90,6 +99,7 @@ def _entry(shard: Shard) -> dict[str, Any]:
         "filesize": shard.filesize,
         "sha256": shard.sha256,
         "labels": labels,
+        **{kind: count for kind in _PASSED_OVER if (count := getattr(shard, kind))},
     }
 
 
@@ -115,8 +125,12 @@ def parse_record(data: bytes, path: str) -> dict[str, Any]:
         raise UserError(f"{path} has no `shardlist`. Remove it, or {REBUILD}.")
     if not isinstance(record.get("classes", []), list):
         raise UserError(f"{path}: `classes` is not a list of names.")
+    seen: dict[str, Mapping[str, Any]] = {}
     for entry in record["shardlist"]:
         _check_entry(path, entry)
+        file = PurePosixPath(entry["url"]).as_posix()
+        if seen.setdefault(file, entry) != entry:
+            raise UserError(f"{path} lists shard {file} twice, and not in the same way: {REBUILD}.")
     return record
 
 
@@ -126,7 +140,10 @@ def _check_entry(path: str, entry: object) -> None:
     url = entry["url"]
     if not _is_name(url):
         raise UserError(f"{path}: {url!r} is not the name of a shard inside the folder.")
-    for key, most in (("nsamples", MOST_HEADERS), ("filesize", _LARGEST_FILE)):
+    for key, most in (
+        ("filesize", _LARGEST_FILE),
+        *((key, MOST_HEADERS) for key in ("nsamples", *_PASSED_OVER)),
+    ):
         if key in entry and not _is_count(entry[key], most):
             raise UserError(f"{path}: `{key}` of {url} is not a whole number from 0 to {most:,}.")
     if not isinstance(entry.get("sha256", ""), str):

@@ -6,30 +6,50 @@ open cost megabytes, whatever the size of the data.
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
-import zlib
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import UserError
-from pipeline.data.tar import LARGEST_MEMBER, Member, TarReader
+from pipeline.data.samples import (
+    IMAGE_EXTENSIONS as IMAGE_EXTENSIONS,  # is part of this module
+)
+from pipeline.data.samples import (
+    LARGEST_LABEL as LARGEST_LABEL,  # likewise
+)
+from pipeline.data.samples import (
+    MOST_REASONS,
+    NONE,
+    Image,
+    PassedOver,
+    Sample,
+    image_extension,
+    shown,
+    split_at_last_dot,
+    split_name,
+)
+from pipeline.data.tar import LARGEST_MEMBER, MOST_HEADERS, TarReader
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
-_ARRAY = "npy"  # an image only where there is no other: beside one it is an embedding or the like
-LARGEST_LABEL = 999_999
 _VERSION = 1
+_EXTRA = "passed_over"  # JSON, only where there is something to say: what earlier versions wrote has none
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """The samples of one shard, in file order. Arrays have one entry per sample.
 
-    offset, size (int64): the image's bytes in the tar; extension (uint8): index into IMAGE_EXTENSIONS;
+    offset, size (int64): the image's bytes in the tar; extension (unsigned): index into `extensions`;
     label (int64): the `.cls` number, -1 if there is none; crc (uint32): of the image's bytes.
+
+    Not among them: samples without an image, samples whose image cannot be used (`unusable`), and members
+    that belong to no sample (`strays`).
     """
 
     filesize: int
@@ -38,9 +58,13 @@ class Table:
     name_ends: NDArray[np.int64]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
-    extension: NDArray[np.uint8]
+    extension: NDArray[np.unsignedinteger[Any]]
     label: NDArray[np.int64]
     crc: NDArray[np.uint32]
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS  # and others such as input.png, where a sample has them
+    without_image: PassedOver = NONE
+    unusable: PassedOver = NONE
+    strays: PassedOver = NONE
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -54,79 +78,65 @@ class Table:
         return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 
-@dataclass
-class _Sample:
-    key: str
-    header: int
-    extensions: set[str]
-    image: Member | None = None
-    extension: str = ""
-    crc: int = 0
-    label: int = -1
-
-
 def scan(path: Path, shard: str) -> Table:
     """Walk the tar at `path` and note its samples.
 
-    A sample is a run of members `KEY.extension` with the same KEY (up to the first dot of the file name, as
-    in webdataset); exactly one of them is an image. Raises UserError naming the shard and byte offset.
+    A sample is the members `KEY.extension` with the same KEY; one of them is the image. Samples of which
+    that is not so are passed over. Raises UserError, naming the shard and byte offset, for what is no whole
+    tar.
     """
-    samples: list[_Sample] = []
-    keys: set[str] = set()
+    return _table(*_walk(path, shard))
+
+
+def scan_all_images(path: Path, shard: str) -> Table:
+    """As `scan`, but where a sample has several images each is one by itself, its key up to the last dot."""
+    walked = _walk(path, shard)
+    several = {sample.key for sample in walked[1] if len(sample.images) > 1}
+    return _table(*(_walk(path, shard, several) if several else walked))
+
+
+def _walk(
+    path: Path, shard: str, at_last_dot: Collection[str] = ()
+) -> tuple[TarReader, Collection[Sample], PassedOver]:
+    """The samples, and the members that belong to none. Keys of `at_last_dot` are taken apart there."""
+    samples: dict[str, Sample] = {}
+    strays: list[str] = []
+    count = 0
     with path.open("rb") as file:
         tar = TarReader(file, shard)
         for member in tar:
-            folder, slash, base = member.name.rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot or "\0" in member.name:
-                continue  # not a sample's: webdataset passes over such names too
-            key, extension = folder + slash + stem, extension.lower()
-            if not samples or samples[-1].key != key:
-                _complete(tar, samples)
-                if key in keys:
-                    raise tar.error(member.header, f"sample {key!r} is there twice, or in two places.")
-                keys.add(key)
-                samples.append(_Sample(key, member.header, set()))
-            _add(tar, samples[-1], extension, member)
-        _complete(tar, samples)
-    return _table(tar, samples)
+            name = split_name(member.name)
+            if name is None:
+                count += 1
+                if len(strays) < MOST_REASONS:
+                    text = f"'{shown(member.name)}' belongs to no sample KEY.extension."
+                    strays.append(str(tar.error(member.header, text)))
+                continue
+            if name[0] in at_last_dot:
+                name = split_at_last_dot(member.name)
+            key, extension = name
+            if key not in samples:
+                samples[key] = Sample(key, member.header)
+            samples[key].add(extension, member)
+    return tar, samples.values(), PassedOver(count, tuple(strays))
 
 
-def _add(tar: TarReader, sample: _Sample, extension: str, member: Member) -> None:
-    if extension in sample.extensions:
-        raise tar.error(member.header, f"{member.name!r} is there twice.")
-    sample.extensions.add(extension)
-    if extension in IMAGE_EXTENSIONS:
-        if sample.image is not None and _ARRAY not in (extension, sample.extension):
-            raise tar.error(member.header, f"sample {sample.key!r} has two images.")
-        if sample.image is not None and extension == _ARRAY:
-            return
-        if member.data is None:
-            raise tar.error(member.header, f"{member.name!r} is larger than {LARGEST_MEMBER >> 20} MiB.")
-        sample.image, sample.extension = member._replace(data=None), extension
-        sample.crc = zlib.crc32(member.data)
-    elif extension == "cls":
-        text = (member.data or b"").strip()
-        # Something else than a number is no label; only a conditional run minds (see stream.check_images).
-        if text.isdigit() and len(text) < 20:
-            sample.label = int(text)
-            if sample.label > LARGEST_LABEL:
-                raise tar.error(member.header, f"label {sample.label} is above {LARGEST_LABEL}.")
-
-
-def _complete(tar: TarReader, samples: list[_Sample]) -> None:
-    if samples and samples[-1].image is None:
-        sample = samples[-1]
-        raise tar.error(
-            sample.header,
-            f"sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}), "
-            f"only {', '.join(sorted(sample.extensions))}.",
-        )
-
-
-def _table(tar: TarReader, samples: list[_Sample]) -> Table:
-    names = [sample.key.encode() for sample in samples]
-    images = [sample.image for sample in samples if sample.image is not None]
+def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> Table:
+    used: list[Sample] = []
+    images: list[Image] = []
+    without: list[Sample] = []
+    unusable: list[Sample] = []
+    for sample in samples:
+        if sample.image is None:
+            without.append(sample)
+        elif sample.problem():
+            unusable.append(sample)
+        else:
+            used.append(sample)
+            images.append(sample.image)
+    names = [sample.key.encode() for sample in used]
+    extensions = tuple(dict.fromkeys([*IMAGE_EXTENSIONS, *(image.extension for image in images)]))
+    numbers = {extension: number for number, extension in enumerate(extensions)}
     return Table(
         filesize=tar.size,
         sha256=tar.sha256,
@@ -134,10 +144,21 @@ def _table(tar: TarReader, samples: list[_Sample]) -> Table:
         name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
         offset=np.array([image.offset for image in images], np.int64),
         size=np.array([image.size for image in images], np.int64),
-        extension=np.array([IMAGE_EXTENSIONS.index(sample.extension) for sample in samples], np.uint8),
-        label=np.array([sample.label for sample in samples], np.int64),
-        crc=np.array([sample.crc for sample in samples], np.uint32),
+        extension=np.array(
+            [numbers[image.extension] for image in images], np.min_scalar_type(len(extensions))
+        ),
+        label=np.array([sample.label for sample in used], np.int64),
+        crc=np.array([image.crc for image in images], np.uint32),
+        extensions=extensions,
+        without_image=_passed_over(tar, without, Sample.lack),
+        unusable=_passed_over(tar, unusable, Sample.problem),
+        strays=strays,
     )
+
+
+def _passed_over(tar: TarReader, samples: Sequence[Sample], why: Callable[[Sample], str]) -> PassedOver:
+    reasons = (str(tar.error(sample.header, why(sample))) for sample in samples[:MOST_REASONS])
+    return PassedOver(len(samples), tuple(reasons))
 
 
 def save(table: Table, path: Path) -> None:
@@ -158,10 +179,38 @@ def save(table: Table, path: Path) -> None:
                 extension=table.extension,
                 label=table.label,
                 crc=table.crc,
+                **_extra(table),  # type: ignore[arg-type]  # no name of them is allow_pickle
             )
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _extra(table: Table) -> dict[str, NDArray[np.uint8]]:
+    """What is said only of odd shards: the extensions of their images, and what was passed over."""
+    known = (table.without_image, table.unusable, table.strays)
+    if table.extensions == IMAGE_EXTENSIONS and known == (NONE,) * 3:
+        return {}
+    extra = [table.extensions[len(IMAGE_EXTENSIONS) :], *((what.count, what.reasons) for what in known)]
+    return {_EXTRA: np.frombuffer(json.dumps(extra).encode(), np.uint8)}
+
+
+def _read_extra(data: bytes) -> dict[str, Any]:
+    """The arguments of Table that _extra wrote. Raises ValueError if they are none: anyone may have."""
+    extensions, *known = json.loads(data)
+    without_image, unusable, strays = (PassedOver(count, tuple(reasons)) for count, reasons in known)
+    for what in (without_image, unusable, strays):
+        texts = all(isinstance(reason, str) and reason.isprintable() for reason in what.reasons)
+        if not (isinstance(what.count, int) and len(what.reasons) <= what.count <= MOST_HEADERS and texts):
+            raise ValueError(what)
+    if not all(isinstance(text, str) and image_extension({text: b""}) for text in extensions):
+        raise ValueError(extensions)
+    return {
+        "extensions": (*IMAGE_EXTENSIONS, *extensions),
+        "without_image": without_image,
+        "unusable": unusable,
+        "strays": strays,
+    }
 
 
 def load(path: Path) -> Table | None:
@@ -179,9 +228,10 @@ def load(path: Path) -> Table | None:
                 name_ends=file["name_ends"].astype(np.int64),
                 offset=file["offset"].astype(np.int64),
                 size=file["size"].astype(np.int64),
-                extension=file["extension"].astype(np.uint8),
+                extension=file["extension"].astype(np.uint32),
                 label=file["label"].astype(np.int64),
                 crc=file["crc"].astype(np.uint32),
+                **(_read_extra(file[_EXTRA].tobytes()) if _EXTRA in file else {}),
             )
     except Exception:  # bytes made to do harm make numpy and zipfile raise nearly anything
         return None
@@ -202,7 +252,7 @@ def _plausible(table: Table) -> bool:
         and (table.size <= LARGEST_MEMBER).all()
         and (table.offset >= 0).all()
         and (table.offset <= table.filesize - table.size).all()
-        and (table.extension < len(IMAGE_EXTENSIONS)).all()
+        and (table.extension < len(table.extensions)).all()
         and (table.label >= -1).all()
         and (table.label <= LARGEST_LABEL).all()
         and (np.diff(table.name_ends, prepend=0) >= 0).all()

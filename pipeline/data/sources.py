@@ -20,11 +20,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data import npy
+from pipeline.data.all_images import load_all_images
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError
-from pipeline.data.index import Index, load_index
-from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.index import Index
+from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import INDEX
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
 from pipeline.data.tar import LARGEST_MEMBER
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -187,7 +187,7 @@ class Shards:
             sample = self._reader.read(*self._place(number))
         except BadSampleError as error:
             raise BadImageError(str(error)) from None
-        return _open(next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample))
+        return _open(image_of(sample))
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -202,10 +202,10 @@ def open_source(source: str, classes: Classes, announce: Callable[[str], None]) 
     if path.is_dir():
         images = sorted(filter(_is_image, _files(path)))
         if not images and ((path / INDEX).exists() or any(path.glob("*.tar"))):
-            return Shards(load_index(source, announce))
+            return Shards(load_all_images(source, announce))
         return Folder(path.absolute(), tuple(images), *_classes(images, source, classes))
     if source.endswith(".tar"):
-        return Shards(load_index(source, announce))
+        return Shards(load_all_images(source, announce))
     try:
         with zipfile.ZipFile(path) as file:
             images = sorted(filter(_is_image, file.namelist()))

@@ -17,8 +17,8 @@ from pipeline.data.decode import BadImageError, WrongSizeError, decode
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
 from pipeline.data.prefetch import Prefetch
-from pipeline.data.reader import BadSampleError, Reader, Sample
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
+from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.samples import LABEL, parse_label
 from pipeline.data.spares import Spares
 from pipeline.plugins import import_named
 
@@ -129,29 +129,36 @@ class PlannedSamples:
 
 
 class Decode:
-    """A stage: raw samples → (image uint8 [C, H, W], label or -1)."""
+    """A stage: raw samples → (image uint8 [C, H, W], label or -1).
 
-    def __init__(self, size: int, channels: int) -> None:
-        self._size, self._channels = size, channels
+    num_classes: the label must be one of so many; None: any will do, or none.
+    """
+
+    def __init__(self, size: int, channels: int, num_classes: int | None = None) -> None:
+        self._size, self._channels, self._num_classes = size, channels, num_classes
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
         for sample in samples:
             yield self.one(sample)
 
     def one(self, sample: Sample) -> Decoded:
-        """Raises UserError, naming shard and sample, for an image that does not fit, and its subclass
-        BadSampleError for one that cannot be decoded."""
+        """Raises BadSampleError, naming shard and sample, for an image that cannot be decoded or has another
+        size, or a label that is not there; UserError for a sample without an image."""
         where = f"shard {sample.get('__url__')} sample {sample.get('__key__')}"
-        data = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-        if data is None:
-            raise UserError(f"{where} has no image left after the stages before decoding.")
         try:
-            image = decode(data, self._size, self._channels)
+            image = decode(image_of(sample), self._size, self._channels)
         except WrongSizeError as wrong:
-            raise UserError(
+            raise BadSampleError(
                 f"{where} is {wrong.width}x{wrong.height} but data.size={self._size}; "
                 f"run `shardgan prepare … --size {self._size}`."
             ) from None
         except BadImageError as error:
             raise BadSampleError(f"{where} cannot be decoded: {error}.") from None
-        return image, int(sample.get("cls", -1))
+        label = parse_label(sample.get("cls"))
+        if self._num_classes is not None and label < 0:
+            raise BadSampleError(f"{where} has no label, {LABEL}; data.conditional=true asks for one.")
+        if self._num_classes is not None and label >= self._num_classes:
+            raise BadSampleError(
+                f"{where} has label {label}; those of the shards end at {self._num_classes - 1}."
+            )
+        return image, label

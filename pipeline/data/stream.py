@@ -15,19 +15,18 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from pipeline.config import Data, UserError
+from pipeline.config import UserError
 from pipeline.data.batches import Batch as Batch  # the class is part of this module
 from pipeline.data.batches import Batches, CachedDecode, PlannedDecode, Shape, Turns, buffer_bytes, unpack
 from pipeline.data.cache import Cache
+from pipeline.data.check import check_images as check_images  # is part of this module
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
 from pipeline.data.prefetch import Prefetch
-from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.spares import Spares
-from pipeline.data.stages import Decode, PlannedSamples, Stage, apply, load_stages
+from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 from pipeline.data.workers import Loader
-
-_CHECKED_SHARDS = 8
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -47,13 +46,7 @@ class TrainingBatches(Iterator[Batch]):
             raise item
         buffer, found = item
         batch = unpack(buffer, self._shape)._replace(bad=self._not_yet_said(found))
-        if not self._conditional:
-            return batch._replace(labels=None)
-        assert batch.labels is not None
-        if (batch.labels < 0).any():
-            self.close()
-            raise _unlabelled()
-        return batch
+        return batch if self._conditional else batch._replace(labels=None)
 
     def _not_yet_said(self, found: Sequence[str]) -> tuple[str, ...]:
         new = tuple(dict.fromkeys(text for text in found if text not in self._bad))
@@ -98,7 +91,7 @@ def training_batches(
     shape = (batch_size // world, channels, size, size)
     spares = Spares(index, plan) if max_bad else None
     source = PlannedSamples(index, plan, start, batch_size, rank, world, spares)
-    decoder = Decode(size, channels)
+    decoder = Decode(size, channels, index.num_classes if conditional else None)
     decoded: tuple[object, ...]
     if cache is not None:
         decoded = (CachedDecode(index, plan, source, decoder, cache, spares),)
@@ -121,33 +114,50 @@ def heldout_batches(
     channels: int,
     conditional: bool,
     limit: int | None = None,
+    max_bad: int = 0,
     stages: Sequence[Stage] = (),
 ) -> Iterator[tuple[Batch, int]]:
     """The first `limit` held-out samples (None: all), each once over all ranks, as (batch, valid).
 
     They go through `stages` one by one and are decoded, in this process. Every rank gets equally many
     batches, all of `batch` images; of the last ones only the first `valid` (perhaps 0) images count, the
-    others are black. Nothing stands in for a damaged image, since scores on other images would not compare:
-    it raises UserError, as does one that does not fit.
+    others are black. For up to `max_bad` samples that were no good when they were indexed another stands in,
+    always the same; nothing does for bytes that have changed since: scores would no longer compare. Raises
+    UserError for those, and for one bad sample more.
     """
-    reader, decoder, ahead = Reader(index, plan.window), Decode(size, channels), Prefetch(index)
+    decoder = Decode(size, channels, index.num_classes if conditional else None)
+    reader, ahead, spares = Reader(index, plan.window), Prefetch(index), Spares(index, plan)
+    replaced = 0
+
+    def use(sample: Sample) -> Decoded:
+        return decoder.one(apply(stages, sample))
+
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
             ahead.want(pairs[:, 0].tolist())
             images = np.zeros((batch, channels, size, size), np.uint8)
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
-                images[i], labels[i] = decoder.one(apply(stages, reader.read(shard, row)))
-            if conditional and (labels < 0).any():
-                raise _unlabelled()
-            yield Batch(torch.from_numpy(images), torch.from_numpy(labels) if conditional else None), valid
+                sample = reader.read(shard, row)
+                try:
+                    images[i], labels[i] = use(sample)
+                except BadSampleError as error:
+                    replaced += 1
+                    if replaced > max_bad:
+                        raise
+                    images[i], labels[i] = spares.replace((shard + row) % plan.size, error, use)
+            tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None
+            yield Batch(*tensors, spares.found()), valid
     finally:
         ahead.close()
         reader.close()
 
 
 def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
-    """Share of each class among the samples of a plan, float64 [index.num_classes], from the index alone."""
+    """Share of each class among the samples of a plan, float64 [index.num_classes], from the index alone.
+
+    Raises UserError if there are labels, but not one in the plan.
+    """
     counts = np.zeros(index.num_classes, np.float64)
     for shard in np.flatnonzero(plan.counts).tolist():
         if plan.whole_shards:
@@ -155,48 +165,15 @@ def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
                 counts[label] += count
         else:
             labels = index.table(shard).label[plan.rows(shard)]
-            counts += np.bincount(labels[labels >= 0], minlength=len(counts))
+            there, times = np.unique(labels[labels >= 0], return_counts=True)
+            counts[there] += times
+    if len(counts) and not counts.any():
+        raise UserError(
+            "None of the images that are trained on has a label (.cls); those that are held out do."
+        )
     frequencies: NDArray[np.float64] = counts / max(counts.sum(), 1.0)
     return frequencies
 
 
-def check_images(index: Index, data: Data) -> None:
-    """Decode the first image of a few shards, so that what cannot be trained on is said before training.
-
-    Raises UserError for stages that cannot be loaded or do not go with a cache, an image of another size than
-    data.size, one that cannot be decoded (unless data.max_bad allows for some), if data.conditional, shards
-    without labels, and too little room for shards of elsewhere, of which only one is fetched for this.
-    """
-    if data.stages and data.cache != "none":
-        raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
-    if index.remote:
-        index.remote.check_room([shard.filesize for shard in index.shards], data.window)
-    if data.conditional and not index.num_classes:
-        raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
-    filled = [i for i, shard in enumerate(index.shards) if shard.nsamples]
-    reader, decoder = Reader(index, data.window), Decode(data.size, data.channels)
-    stages = load_stages(data.stages)
-    try:
-        for i in filled[:1] if index.remote else filled[:: max(1, len(filled) // _CHECKED_SHARDS)]:
-            try:
-                decoder.one(apply(stages, reader.read(i, 0)))
-            except BadSampleError:  # one bad image does not speak for the others
-                if not data.max_bad:
-                    raise
-    finally:
-        reader.close()
-    for shard in index.shards if data.conditional else ():
-        if sum(shard.labels.values()) != shard.nsamples:
-            missing = shard.nsamples - sum(shard.labels.values())
-            raise UserError(
-                f"data.conditional=true, but {missing} of the {shard.nsamples} samples of shard {shard.url} "
-                "have no label: a .cls that holds one whole number."
-            )
-
-
 def too_many_bad(count: int, most: int, last: str) -> UserError:
     return UserError(f"{count} images cannot be used, more than data.max_bad={most}. The last one: {last}")
-
-
-def _unlabelled() -> UserError:
-    return UserError("data.conditional=true, but a sample has no label: a .cls that holds one whole number.")

@@ -22,17 +22,30 @@ _LARGEST_EXTENSION = 1 << 20  # of a member whose data describe the next one (lo
 MOST_HEADERS = 1_000_000  # of one file: what is noted of its members stays below a gigabyte
 _NO_SIZE = "damaged: the member's size is not a number."
 _REGULAR = (b"0", b"\0", b"7")
-_FOLDER, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"5", b"x", b"g", b"L", b"K"
+_FOLDER, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"5", b"g", b"L", b"K", b"S"
+_PAX = (b"x", b"X")
+_WITHOUT_DATA = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
+_SPARSE = "a sparse file"
+_COMPRESSED = {  # first bytes → how, and what unpacks it
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"BZh": ("bzip2", "bunzip2"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+}
 
 
 class Member(NamedTuple):
-    """A regular file in a tar. `name` is whatever the archive says: never use it as a path."""
+    """A file in a tar. `name` is whatever the archive says: never use it as a path.
+
+    irregular: what it is if it is no plain file (a link, which is never followed); data are then None.
+    """
 
     name: str
     header: int  # byte offset of its header
     offset: int  # byte offset of its data
     size: int
     data: bytes | None  # None if larger than LARGEST_MEMBER
+    irregular: str = ""
 
 
 class TarReader:
@@ -58,6 +71,7 @@ class TarReader:
     def __iter__(self) -> Iterator[Member]:
         name: str | None = None  # set by a long-name entry for the member that follows
         size: int | None = None
+        sparse = False
         for number in count():
             start = self.size
             if number > MOST_HEADERS:
@@ -68,19 +82,32 @@ class TarReader:
                 return
             self._check(header, start)
             kind = header[156:157]
-            if kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
+            if kind in (*_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
                 values = self._extension(header, start)
                 if kind != _PAX_GLOBAL:
-                    name = values.get("path", name)
+                    name = values.get("GNU.sparse.name", values.get("path", name))
                     size = self._decimal(values["size"], start) if "size" in values else size
+                    sparse = sparse or any(key.startswith("GNU.sparse.") for key in values)
                 continue
             member_size = self._number(header[124:136], start) if size is None else size
             member_name = _name(header) if name is None else name
-            name = size = None
-            if kind in _REGULAR:
+            if kind in _WITHOUT_DATA:
+                yield Member(member_name, start, self.size, 0, None, _WITHOUT_DATA[kind])
+            elif kind in _REGULAR and not sparse:
                 yield self._member(member_name, start, member_size)
             elif kind != _FOLDER:
-                raise self.error(start, f"{member_name!r} is a link or a device; shards hold plain files.")
+                yield self._irregular(header, member_name, start, member_size)
+            name = size = None
+            sparse = False
+
+    def _irregular(self, header: bytes, name: str, start: int, size: int) -> Member:
+        """A file that is stored in a way of its own, its data read over."""
+        kind = header[156:157]
+        more = header[482] if kind == _GNU_SPARSE else 0
+        while more:
+            more = self._read(BLOCK, "the map of a sparse file")[504]
+        what = _SPARSE if kind == _GNU_SPARSE or kind in _REGULAR else "a file of an unknown kind"
+        return self._member(name, start, size)._replace(data=None, irregular=what)
 
     def _member(self, name: str, start: int, size: int) -> Member:
         offset = self.size
@@ -112,8 +139,11 @@ class TarReader:
             return
         if start:
             raise self.error(start, "damaged: the checksum of this member header is wrong.")
-        if header[:2] == b"\x1f\x8b":
-            raise self.error(0, "compressed with gzip; shards are plain .tar files. Unpack it with gunzip.")
+        for first, (how, unpack) in _COMPRESSED.items():
+            if header.startswith(first):
+                raise self.error(
+                    0, f"compressed with {how}; shards are plain .tar files. Unpack it with {unpack}."
+                )
         raise self.error(0, "not a tar file.")
 
     def _number(self, field: bytes, start: int) -> int:

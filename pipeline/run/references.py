@@ -19,6 +19,7 @@ from pipeline.data.stream import heldout_batches
 from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
+from pipeline.run.report import say
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,11 @@ def _real_features(
             channels=data.channels,
             conditional=False,
             limit=images,
+            max_bad=data.max_bad,
             stages=load_stages(data.stages),
         ):
+            for problem in reals.bad:
+                say(f"warning: {problem} Another held-out image stands in for it.")
             features = torch.zeros(batch, extractor.dim, device=ranks.device)
             features[:count] = extractor(reals.images[:count].to(ranks.device))
             parts.append(features)

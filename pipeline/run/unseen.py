@@ -68,6 +68,7 @@ class Unseen:
             channels=self._data.channels,
             conditional=self._data.conditional,
             limit=count * world,
+            max_bad=self._data.max_bad,
             stages=load_stages(self._data.stages),
         )
         return next(batches)[0]

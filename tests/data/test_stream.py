@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -172,8 +173,19 @@ def test_labels_that_are_not_there(make_shards: MakeShards, tmp_path: Path) -> N
         next(batches(index, plan, conditional=True))
     some = [("a.png", image_of(0, 0)), ("a.cls", b"3"), ("b.png", image_of(0, 1)), ("b.cls", b"cat")]
     write_tar(tmp_path / "d" / "x.tar", some)
-    with pytest.raises(UserError, match=r"1 of the 2 samples of shard x.tar"):
-        check_images(load_index(str(tmp_path / "d")), Data(size=SIZE, channels=1, conditional=True))
+    index, plan = open_all(tmp_path / "d")
+    conditional = Data(size=SIZE, channels=1, conditional=True, max_bad=0)
+    with pytest.raises(
+        UserError, match=r"1 of the 2 samples has no label, .* shard x.tar: more than .*KEY.cls"
+    ):
+        check_images(index, conditional)
+    said: list[str] = []
+    check_images(index, replace(conditional, max_bad=1), said.append)
+    assert len(said) == 1 and said[0].startswith("warning: 1 of the 2 samples has no label")
+    stream = batches(index, plan, conditional=True, max_bad=1)
+    seen = list(islice(stream, 2))
+    assert all((batch.labels == 3).all() and not batch.images[:, 0, 0, 7].any() for batch in seen)
+    assert [len(batch.bad) for batch in seen] == [1, 0] and "sample b has no label" in seen[0].bad[0]
 
 
 def test_pickles_and_pipes_are_off() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import random
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 from tiny_shards import image_of, members_of, write_tar
 
 from pipeline.config import UserError
+from pipeline.data.samples import MOST_REASONS, PassedOver
 from pipeline.data.sidecar import Table, load, save, scan
 
 PNG = image_of(0, 0)
@@ -84,25 +88,130 @@ def test_zeroed_blocks_outside_the_images_are_noticed(tmp_path: Path, shard: byt
     for start in headers:
         with pytest.raises(UserError, match=r"shard x\.tar, byte \d+"):
             scan_bytes(tmp_path, shard[:start] + bytes(512) + shard[start + 512 :])
+        zeroed = shard[:start] + bytes(1024) + shard[start + 1024 :]
+        if start == headers[-1]:  # a tar that ends early and well: its last sample has a label, and no image
+            assert scan_bytes(tmp_path, zeroed).without_image.count == 1
+            continue
         with pytest.raises(UserError, match=r"shard x\.tar, byte \d+"):
-            scan_bytes(tmp_path, shard[:start] + bytes(1024) + shard[start + 1024 :])
+            scan_bytes(tmp_path, zeroed)
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("members", "kind", "reason"),
     [
-        ([("a.png", PNG), ("a.png", PNG)], "byte 1024: 'a.png' is there twice"),
-        ([("a.png", PNG), ("b.png", PNG), ("a.cls", b"1")], "byte 2048: sample 'a' is there twice"),
-        ([("a.png", PNG), ("b.cls", b"1")], "byte 1024: sample 'b' has no image .* only cls"),
-        ([("b.cls", b"1"), ("b.json", b"{}"), ("c.png", PNG)], "byte 0: sample 'b' has no image"),
-        ([("a.png", PNG), ("a.jpg", PNG)], "byte 1024: sample 'a' has two images"),
-        ([("a.png", PNG), ("a.cls", b"1000000")], "byte 1024: label 1000000"),
+        (
+            [("a.cls", b"1"), ("a.json", b"{}")],
+            "without_image",
+            r"sample 'a' has no image .* only cls, json\.",
+        ),
+        ([("README.md", b"# faces")], "without_image", "sample 'README' has no image .* only md"),
+        ([("a.", b"")], "without_image", r"sample 'a' has no image \(png, jpg, jpeg, webp, npy\)\.$"),
+        ([("a.png", PNG), ("a.png", PNG)], "unusable", r"sample 'a' has 2 images \(png, png\)\."),
+        ([("a.png", PNG), ("a.jpg", PNG)], "unusable", r"sample 'a' has 2 images \(png, jpg\)\."),
+        ([("a.npy", PNG), ("a.npy", PNG)], "unusable", r"sample 'a' has 2 images \(npy, npy\)\."),
+        (
+            [(f"22.{n:02d}.png", PNG) for n in range(5)],
+            "unusable",
+            r"sample '22' has 5 images \(00.png, 01.png, 02.png, …\): a key ends at the first dot of",
+        ),
+        (
+            [("a.input.png", PNG), ("a.target.png", PNG)],
+            "unusable",
+            r"sample 'a' has 2 images \(input.png, target.png\): a key ends at the first dot",
+        ),
+        (
+            [("a.png", PNG), ("a.cls", b"1"), ("a.cls", b"2")],
+            "unusable",
+            r"sample 'a' has 2 labels \(\.cls\)",
+        ),
+        ([("a\x1b[2J.txt", PNG)], "without_image", r"sample 'a\\x1b\[2J' has no image"),
+        ([("a" * 90 + ".txt", PNG)], "without_image", "sample '" + "a" * 60 + "…' has no image"),
     ],
 )
-def test_samples_that_are_not(tmp_path: Path, members: list, message: str) -> None:
-    path = write_tar(tmp_path / "x.tar", members)
-    with pytest.raises(UserError, match=f"shard x.tar, {message}"):
-        scan(path, "x.tar")
+@pytest.mark.parametrize("place", ["first", "between", "last"])
+def test_one_odd_sample_is_passed_over(
+    tmp_path: Path, members: list, kind: str, reason: str, place: str
+) -> None:
+    good = [[("x.png", image_of(0, 0)), ("x.cls", b"7")], [("y.png", image_of(0, 1))]]
+    good.insert(("first", "between", "last").index(place), members)
+    table = scan(write_tar(tmp_path / "x.tar", [m for part in good for m in part]), "x.tar")
+    data = (tmp_path / "x.tar").read_bytes()
+    assert content(table, data) == [("x", image_of(0, 0), 7), ("y", image_of(0, 1), -1)]
+    passed = getattr(table, kind)
+    assert passed.count == 1 and re.match(rf"shard x\.tar, byte \d+: {reason}", passed.reasons[0])
+    others = {"without_image", "unusable", "strays"} - {kind}
+    assert not any(getattr(table, other).count for other in others)
+
+
+@pytest.mark.parametrize(
+    ("members", "extension", "label"),
+    [
+        ([("a.input.png", PNG), ("a.output.txt", b"x")], "input.png", -1),
+        ([("a.Image.PNG", PNG), ("a.cls", b"3")], "image.png", 3),
+        ([("22.05.png", PNG), ("22.05.json", b"{}")], "05.png", -1),
+        ([("a.mask.png", b"mask"), ("a.edges.png", b"edges"), ("a.png", PNG)], "png", -1),
+        ([("a.png", PNG), ("a.mask.npy", b"mask")], "png", -1),
+        ([("a.emb.npy", b"embedding"), ("a.photo.png", PNG)], "photo.png", -1),
+        ([("a.photo.npy", PNG)], "photo.npy", -1),
+        ([("a.photo.jpg", b"photo"), ("a.npy", PNG)], "npy", -1),  # as it was, if there was one
+        ([("a.png", PNG), ("a.cls", b"1"), ("a.cls", b" 1\n")], "png", 1),
+        ([("a.png", PNG), ("a.txt", b""), ("a.txt", b"")], "png", -1),
+        ([("a.png", PNG), ("b.txt", b""), ("a.cls", b"5")], "png", 5),
+    ],
+)
+def test_which_member_is_the_image(tmp_path: Path, members: list, extension: str, label: int) -> None:
+    table = scan(write_tar(tmp_path / "x.tar", members), "x.tar")
+    data = (tmp_path / "x.tar").read_bytes()
+    assert content(table, data) == [(members[0][0].partition(".")[0], PNG, label)]
+    assert table.extensions[table.extension[0]] == extension
+
+
+def test_a_list_of_reasons_is_short(tmp_path: Path) -> None:
+    members = [(f"{row}.json", b"") for row in range(1000)] + [("a.png", PNG)]
+    table = scan(write_tar(tmp_path / "x.tar", members), "x.tar")
+    assert table.without_image.count == 1000 and len(table.without_image.reasons) == MOST_REASONS
+
+
+def test_sidecars_keep_what_was_passed_over(tmp_path: Path) -> None:
+    members = [("a.json", b""), ("README", b""), ("b.png", PNG), ("b.jpg", PNG), ("c.photo.png", PNG)]
+    table = scan(write_tar(tmp_path / "x.tar", members), "x.tar")
+    save(table, tmp_path / "x.npz")
+    again = load(tmp_path / "x.npz")
+    assert again is not None and again.extensions == table.extensions
+    for kind in ("without_image", "unusable", "strays"):
+        assert getattr(again, kind) == getattr(table, kind) and getattr(again, kind).count == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "[]",
+        "{",
+        '[[], [1, ["\\u001b[2J"]], [0, []], [0, []]]',
+        "[[], [-1, []], [0, []], [0, []]]",
+        '[[], [0, ["a"]], [0, []], [0, []]]',
+        "[[], [1000000000, []], [0, []], [0, []]]",
+        '[["exe"], [0, []], [0, []], [0, []]]',
+        "[[5], [0, []], [0, []], [0, []]]",
+        "[" * 100_000,
+    ],
+)
+def test_a_sidecar_that_lies_about_what_was_passed_over(tmp_path: Path, shard: bytes, extra: str) -> None:
+    save(scan_bytes(tmp_path, shard), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        columns = dict(file)
+    np.savez(tmp_path / "x.npz", **columns, passed_over=np.frombuffer(extra.encode(), np.uint8))
+    assert load(tmp_path / "x.npz") is None
+
+
+def test_sidecars_of_shards_without_anything_odd_are_as_they_were(tmp_path: Path, shard: bytes) -> None:
+    save(scan_bytes(tmp_path, shard), tmp_path / "x.npz")
+    with np.load(tmp_path / "x.npz") as file:
+        assert set(file) == {
+            *("version", "filesize", "sha256", "names", "name_ends"),
+            *("offset", "size", "extension", "label", "crc"),
+        }
+        assert int(file["version"]) == 1 and file["extension"].dtype == np.uint8
 
 
 def test_files_that_are_not_tars(tmp_path: Path, shard: bytes) -> None:
@@ -110,6 +219,9 @@ def test_files_that_are_not_tars(tmp_path: Path, shard: bytes) -> None:
         (b"", "an empty file"),
         (gzip.compress(shard), "compressed with gzip"),
         (b"<html>Not found</html>" * 100, "not a tar file"),
+        (bz2.compress(random.Random(0).randbytes(1000)), "compressed with bzip2"),
+        (lzma.compress(random.Random(0).randbytes(1000)), "compressed with xz"),
+        (b"\x28\xb5\x2f\xfd" + bytes(1000), "compressed with zstd"),
         (PNG * 20, "not a tar file"),
         (shard + shard, "something after the end"),
         (shard[: len(shard.rstrip(b"\0")) // 512 * 512 + 1024] + b"x" * 512, "two"),
@@ -118,15 +230,60 @@ def test_files_that_are_not_tars(tmp_path: Path, shard: bytes) -> None:
             scan_bytes(tmp_path, data)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (tarfile.SYMTYPE, "a link"),
+        (tarfile.LNKTYPE, "a link"),
+        (tarfile.CHRTYPE, "a device"),
+        (tarfile.BLKTYPE, "a device"),
+        (tarfile.FIFOTYPE, "a pipe"),
+        (tarfile.GNUTYPE_SPARSE, "a sparse file"),
+        (b"Z", "a file of an unknown kind"),
+    ],
+)
+def test_links_and_devices_are_passed_over(tmp_path: Path, kind: bytes, what: str) -> None:
+    """They are never followed, and the members behind them are read as ever."""
+    path, data = tmp_path / "x.tar", PNG if kind in (tarfile.GNUTYPE_SPARSE, b"Z") else b""
+    plain = [("b.png", image_of(0, 1)), ("c.png", image_of(0, 2)), ("c.txt", None)]
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content_ in [("a.png", None), ("a.txt", b""), *plain]:
+            info = tarfile.TarInfo(name)
+            if content_ is None:
+                info.type, info.linkname = kind, "/etc/passwd"
+            info.size = len(data if content_ is None else content_)
+            tar.addfile(info, io.BytesIO(data if content_ is None else content_))
+    table = scan(path, "x.tar")
+    assert content(table, path.read_bytes()) == [(f"{'bc'[i]}", image_of(0, i + 1), -1) for i in range(2)]
+    assert table.unusable == PassedOver(
+        1, (f"shard x.tar, byte 0: 'a.png' is {what}; shards hold plain files.",)
+    )
+
+
+def test_a_sparse_file_with_a_long_map(tmp_path: Path) -> None:
+    """Its header goes on in further blocks, and its data follow those."""
+    info = tarfile.TarInfo("a.png")
+    info.type, info.size = tarfile.GNUTYPE_SPARSE, 700
+    first = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    first[482] = 1
+    first[148:156] = b" " * 8
+    first[148:156] = b"%06o\0 " % sum(first)
+    maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    rest = write_tar(tmp_path / "rest.tar", [("b.png", PNG)]).read_bytes()
+    table = scan_bytes(tmp_path, bytes(first) + maps + b"x" * 700 + bytes(324) + rest)
+    assert [table.key(row) for row in range(len(table))] == ["b"] and table.unusable.count == 1
+
+
+def test_a_sparse_file_in_pax_headers(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        info = tarfile.TarInfo("a.png")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
-    with pytest.raises(UserError, match="link or a device"):
-        scan(path, "x.tar")
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, headers in [("GNUSparseFile.0/a.png", {"GNU.sparse.name": "a.png"}), ("b.png", {})]:
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(PNG), headers
+            tar.addfile(info, io.BytesIO(PNG))
+    table = scan(path, "x.tar")
+    assert [table.key(row) for row in range(len(table))] == ["b"]
+    assert "'a.png' is a sparse file" in table.unusable.reasons[0]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -155,12 +312,21 @@ def test_members_that_are_no_samples_are_passed_over(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(data))
     table = scan(path, "x.tar")
     assert [table.key(row) for row in range(len(table))] == ["some/a"]
+    assert table.strays.count == 2 and "'README' belongs to no sample" in table.strays.reasons[0]
 
 
-@pytest.mark.parametrize("label", [b"cat", b"", b"-1", b"1.5", b"9" * 5000])
+@pytest.mark.parametrize(
+    "label", [b"cat", b"", b"-1", b"1.5", b"3.0", b"1000000", b"9" * 5000, b"1 2", b"\xef\xbb\xbf3", b"\xb2"]
+)
 def test_a_label_that_is_no_number_is_none(tmp_path: Path, label: bytes) -> None:
     table = scan(write_tar(tmp_path / "x.tar", [("a.cls", label), ("a.png", PNG)]), "x.tar")
     assert table.label.tolist() == [-1] and table.label_counts() == {}
+
+
+@pytest.mark.parametrize("label", [b"3", b"3\n", b" 3 \r\n", b"003"])
+def test_a_label_is_a_whole_number(tmp_path: Path, label: bytes) -> None:
+    table = scan(write_tar(tmp_path / "x.tar", [("a.CLS", label), ("a.png", PNG)]), "x.tar")
+    assert table.label.tolist() == [3]
 
 
 def test_a_size_beyond_the_file_costs_no_memory(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import http.server
 import io
@@ -145,9 +146,74 @@ def test_no_shards(tmp_path: Path) -> None:
 def test_a_missing_label(folder: Path) -> None:
     rewrite(folder / "shard-000002.tar", lambda name, old: None if name.endswith("07.cls") else old)
     build_index(str(folder))
+    found = examine(folder, "data.conditional=true", "data.max_bad=0")["labels"]
+    assert found.verdict == "would fail" and "1 of the 500" in found.text and "shard-000002.tar" in found.text
     found = examine(folder, "data.conditional=true")["labels"]
-    assert found.verdict == "would fail" and "1 of 500" in found.text and "shard-000002.tar" in found.text
+    assert found.verdict == "warning" and "1 of the 500" in found.text and "KEY.cls" in found.cure
     assert examine(folder)["labels"].verdict == "ok"
+
+
+def identify(folder: Path, largest: int) -> None:
+    """Give one image a label far above those of the others, which are 0 to 9."""
+    rewrite(
+        folder / "shard-000000.tar",
+        lambda name, old: b"%d" % largest if name == "000000-000003.cls" else old,
+    )
+    build_index(str(folder))
+
+
+@pytest.mark.parametrize("largest", [20_000, 999_999])
+def test_labels_that_are_identifiers(folder: Path, largest: int) -> None:
+    identify(folder, largest)
+    found = examine(folder, "data.conditional=true")["labels"]
+    assert found.verdict == ("warning" if largest == 20_000 else "would fail")
+    assert f"labels go up to {largest:,}, but only 11 of these classes have images" in found.text
+    assert examine(folder)["labels"].verdict == "ok"
+
+
+def test_work_on_labels_does_not_grow_with_the_square_of_the_largest(folder: Path) -> None:
+    """Its calls are counted, for ten times the classes."""
+    counts = []
+    for largest in (100, 1000):
+        identify(folder, largest)
+        index, conditional = load_index(str(folder)), job(folder, "data.conditional=true")
+        profile = cProfile.Profile()
+        (found,) = profile.runcall(list, doctor_data.labels(conditional, index))
+        assert found.verdict == "warning"
+        counts.append(sum(entry.callcount for entry in profile.getstats()))
+    assert counts[1] < 12 * counts[0]
+
+
+def test_what_is_passed_over_is_said_with_its_reason(folder: Path) -> None:
+    def change(name: str, old: bytes) -> bytes | None:
+        return None if name.endswith("5.png") else old
+
+    rewrite(folder / "shard-000001.tar", change)
+    with tarfile.open(folder / "shard-000002.tar") as tar:
+        members = [(m.name, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
+    name, image = next((name, data) for name, data in members if name.endswith(".png"))
+    extra = [("README", b"faces"), ("LICENSE", b""), (name.replace(".png", ".jpg"), image)]
+    with tarfile.open(folder / "shard-000002.tar", "w") as tar:
+        for name, data in [*members, *extra]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    build_index(str(folder))
+    found = examine(folder)
+    assert found["no image"].verdict == "ok" and found["no image"].text.startswith("10 samples passed over\n")
+    assert "only cls" in found["no image"].text and found["no image"].text.endswith("… and 7 more")
+    assert (
+        found["odd samples"].verdict == "warning" and "has 2 images (png, jpg)" in found["odd samples"].text
+    )
+    assert (
+        found["other files"].verdict == "ok" and "'LICENSE' belongs to no sample" in found["other files"].text
+    )
+    found = examine(folder, "data.max_bad=0")
+    assert found["odd samples"].verdict == "would fail" and "data.max_bad=0" in found["odd samples"].text
+    rewrite(folder / "shard-000002.tar", lambda name, old: old if name.endswith(".cls") else None)
+    build_index(str(folder))
+    assert "100 samples" not in examine(folder)["shards"].text
+    assert examine(folder)["no image"].text.startswith("110 samples")
 
 
 def test_a_class_without_images(folder: Path) -> None:
@@ -155,7 +221,7 @@ def test_a_class_without_images(folder: Path) -> None:
         rewrite(path, lambda name, old: b"8" if name.endswith(".cls") and old == b"3" else old)
     build_index(str(folder))
     found = examine(folder, "data.conditional=true")["labels"]
-    assert found.verdict == "warning" and "1 of 10 classes" in found.text
+    assert found.verdict == "warning" and "1 of 10 classes have no image: Dress" in found.text
 
 
 @pytest.mark.parametrize(
