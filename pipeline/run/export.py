@@ -16,6 +16,7 @@ from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
 from pipeline.run.durable import save_tensors
+from pipeline.run.folder import begun
 from pipeline.run.state import State
 
 
@@ -29,7 +30,7 @@ def load_run(run: Path) -> tuple[Config, Path, State]:
     found, complaints = checkpoint.newest_sound(run / "checkpoints")
     if found is None:
         raise UserError("\n".join([f"{run} holds no intact checkpoint yet.", *complaints]))
-    return config.load(run / "config.yaml"), found, checkpoint.read_state(found)
+    return begun(run), found, checkpoint.read_state(found)
 
 
 def load_generator(settings: Config, found: Path, state: State) -> nn.Module:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline import config, train
 from pipeline.config import UserError
+from pipeline.run.export import export
 from pipeline.run.folder import check_same, find_folder
 
 OLD = ROOT / "tests" / "assets" / "run-of-format-2"
@@ -53,6 +54,11 @@ def test_it_resumes_and_ends_as_the_older_version_would_have(old, command, signa
     # The same command again: now config.yaml has the key.
     settings, _ = find_folder(config.load(command[0], command[1:]), print)
     assert settings.ema.rampup == 0.0
+
+
+def test_an_export_of_it_reproduces_it(old):
+    export(old.path, old.path / "export")
+    assert config.load(old.path / "export" / "config.yaml").ema.rampup == 0.0
 
 
 def test_the_ramp_up_cannot_be_switched_on_in_the_middle(old, command):
