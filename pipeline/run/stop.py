@@ -37,16 +37,6 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """`hold` for what is started inside."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopSignals:
     """Listens for SIGTERM, SIGINT, SIGHUP and further signals, and watches the launcher, in one thread.
 

@@ -3,9 +3,9 @@
     python stopping.py CONFIG OUT WORLD PAIRS SEED
 
 Every training is a forked child (or one per rank) of this process, which has imported everything, as that
-takes longer than all the rest. A run is continued until it is done, then another begins. Prints a JSON line
-per run: its folder and the pairs that it was stopped by. Fails if a stop left a traceback, a wrong exit
-status, or no STOPPED file.
+takes longer than all the rest. The first run is unbroken; the others are continued until they are done.
+Prints a JSON line per run: its folder and the pairs that it was stopped by. Fails if a stop left a traceback,
+a wrong exit status, or no STOPPED file.
 """
 
 from __future__ import annotations
@@ -150,11 +150,10 @@ def main() -> None:
     config, out, world, pairs, seed = sys.argv[1:]
     stopper = Stopper(config, Path(out), int(world), int(seed))
     left, number = int(pairs), 0
-    while left > 0:
-        number += 1
-        seen = stopper.run(f"run-{number}", min(left, 20))
-        left -= len(seen)
+    while left > 0 or number == 0:
+        seen = stopper.run(f"run-{number}", min(left, 20) if number else 0)
         print(json.dumps({"folder": f"{out}/run-{number}", "pairs": seen}), flush=True)
+        left, number = left - len(seen), number + 1
 
 
 if __name__ == "__main__":
