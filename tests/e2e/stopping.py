@@ -79,7 +79,8 @@ class Stopper:
         """Start or continue the run, and stop it where chance has it, unless it is done before."""
         self.starts += 1
         log = self.out / f"{name}-{self.starts}.log"
-        state, occurrence = self.random.choice(list(STATES)), self.random.randint(1, 3)
+        state = self.random.choice(list(STATES))
+        occurrence = 1 if state == "scoring" else self.random.randint(1, 3)
         ready, say_ready = os.pipe()
         wait, go = os.pipe()
         pids: list[int] = []
