@@ -108,7 +108,11 @@ class Stopper:
         os.close(go)
         said, folder = log.read_text(), self.out / name
         good = {0, 130} if self.world == 1 and pair else {0}
-        ended = (folder / "STOPPED").exists() if pair else (folder / "DONE").exists()
+        markers = [
+            "DONE",
+            *(["STOPPED"] if pair else []),
+        ]  # done if the pair came during the last update or score
+        ended = any((folder / marker).exists() for marker in markers)
         if not set(statuses) <= good or not ended or "Traceback" in said or "error:" in said:
             sys.exit(f"{state} ({occurrence}), {pair or 'no signal'}: exit statuses {statuses}\n{said}")
         return [f"{state}: {pair}"] if pair else []

@@ -81,7 +81,7 @@ def test_asked_to_end_it_saves_and_is_not_requeued(project):
 def test_pairs_of_signals_to_all_processes_and_to_the_script(project):
     """At once and in any order: to every process of the steps, to the batch script, to both."""
     total = "run.total_kimg=12"
-    job, whole = Job(project, "pairs", total), project.locally(2, "ddp", "unbroken", total)
+    whole, job = project.locally(2, "ddp", "unbroken", total), Job(project, "pairs", total)
     script, steps = "--batch --signal=TERM", ("--signal=TERM", "--signal=USR1")
     pairs = [*product(steps, steps), *product([script], steps), *product(steps, [script]), (script, script)]
     for pair in pairs:
