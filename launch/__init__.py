@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 
 
@@ -21,4 +22,10 @@ def _refuse_another_pipeline() -> None:
     sys.exit(2)
 
 
+if (
+    os.path.basename(sys.argv[0]) == "shardgan"
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # Until `cli.main` can answer Ctrl-C, it ends the process as it ends any other: without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 _refuse_another_pipeline()

@@ -18,10 +18,16 @@ import psutil
 from pipeline import console
 from pipeline.run import stop
 
+# To the whole of a Slurm step: for the training processes, which save and leave.
+_TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
+
 
 def main() -> None:
     console.take()
     _Launcher()
+    if os.environ.get("SHARDGAN_NODE"):  # node.sh was deaf to them, but container runtimes forget that
+        for number in _TO_THE_STEP:
+            signal.signal(number, signal.SIG_IGN)
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew
     try:

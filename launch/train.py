@@ -107,6 +107,8 @@ def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> i
     )
     status = launcher.wait()
     signals.close()
+    if signals.received is not None and status < 0:  # it had not got so far as to listen
+        status = stop.TERMINATED
     if status in (stop.INTERRUPTED, stop.TERMINATED):
         click.echo("Stopped before training began.")
         return stop.INTERRUPTED if signals.interrupted else 0
@@ -121,8 +123,7 @@ def start(command: list[str], environment: dict[str, str], **how: Any) -> subpro
     how: passed on to Popen.
     """
     environment = environment | {stop.LAUNCHER: str(os.getpid())}
-    with stop.held():  # it is asked to stop only once it can answer
-        return subprocess.Popen(command, env=environment, start_new_session=True, **how)
+    return subprocess.Popen(command, env=environment, start_new_session=True, **how)
 
 
 def ask_to_stop(started: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:

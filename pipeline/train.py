@@ -118,10 +118,7 @@ def _train(
     settings: Config, launch: Launch, batch: BatchShape, watch: Watch, signals: StopSignals, held: ExitStack
 ) -> bool:
     """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
-    with signals.joining() if launch.world > 1 else nullcontext():
-        ranks = Ranks(launch, BACKSTOP, watch.progress)
-    if ranks.device.type == "cpu":
-        keep_freed_memory()
+    ranks = _join(launch, watch, signals)
     with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
         if ranks.main:
             prepare_data(settings, announce=True)
@@ -177,6 +174,14 @@ def _train(
         signals.done()
     ranks.leave()
     return completed
+
+
+def _join(launch: Launch, watch: Watch, signals: StopSignals) -> Ranks:
+    with signals.joining() if launch.world > 1 else nullcontext():
+        ranks = Ranks(launch, BACKSTOP, watch.progress)
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
+    return ranks
 
 
 def _claim(

@@ -122,7 +122,6 @@ shift
 # A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
 # it or take them down, is deaf to it (launch/launcher.py makes it so again: a container may have undone this).
 trap '' USR1 USR2 HUP TERM
-export PET_SIGNALS_TO_HANDLE=SIGINT
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
 run launch.launcher --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \

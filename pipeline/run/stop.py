@@ -38,16 +38,6 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """`hold` for what is started inside."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class StopSignals:
     """Listens for SIGTERM, SIGINT, SIGHUP and further signals, and watches the launcher, in one thread.
 

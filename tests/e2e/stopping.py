@@ -3,9 +3,9 @@
     python stopping.py CONFIG OUT WORLD PAIRS SEED
 
 Every training is a forked child (or one per rank) of this process, which has imported everything, as that
-takes longer than all the rest. A run is continued until it is done, then another begins. Prints a JSON line
-per run: its folder and the pairs that it was stopped by. Fails if a stop left a traceback, a wrong exit
-status, or no STOPPED file.
+takes longer than all the rest. The first run is unbroken; the others are continued until they are done.
+Prints a JSON line per run: its folder and the pairs that it was stopped by. Fails if a stop left a traceback,
+a wrong exit status, or no STOPPED file.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Stopper:
         """Start or continue the run, and stop it where chance has it, unless it is done before."""
         self.starts += 1
         log = self.out / f"{name}-{self.starts}.log"
-        state, occurrence = self.random.choice(list(STATES)), self.random.randint(1, 3)
+        state = self.random.choice(list(STATES))
+        occurrence = 1 if state == "scoring" else self.random.randint(1, 3)
         ready, say_ready = os.pipe()
         wait, go = os.pipe()
         pids: list[int] = []
@@ -107,7 +108,11 @@ class Stopper:
         os.close(go)
         said, folder = log.read_text(), self.out / name
         good = {0, 130} if self.world == 1 and pair else {0}
-        ended = (folder / "STOPPED").exists() if pair else (folder / "DONE").exists()
+        markers = [
+            "DONE",
+            *(["STOPPED"] if pair else []),
+        ]  # done if the pair came during the last update or score
+        ended = any((folder / marker).exists() for marker in markers)
         if not set(statuses) <= good or not ended or "Traceback" in said or "error:" in said:
             sys.exit(f"{state} ({occurrence}), {pair or 'no signal'}: exit statuses {statuses}\n{said}")
         return [f"{state}: {pair}"] if pair else []
@@ -150,11 +155,10 @@ def main() -> None:
     config, out, world, pairs, seed = sys.argv[1:]
     stopper = Stopper(config, Path(out), int(world), int(seed))
     left, number = int(pairs), 0
-    while left > 0:
-        number += 1
-        seen = stopper.run(f"run-{number}", min(left, 20))
-        left -= len(seen)
+    while left > 0 or number == 0:
+        seen = stopper.run(f"run-{number}", min(left, 20) if number else 0)
         print(json.dumps({"folder": f"{out}/run-{number}", "pairs": seen}), flush=True)
+        left, number = left - len(seen), number + 1
 
 
 if __name__ == "__main__":

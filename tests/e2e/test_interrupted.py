@@ -115,8 +115,9 @@ def of_three(tmp_path_factory, in_pairs) -> tuple[RunFolder, Interrupted]:
     return whole.result(), halves
 
 
-def assert_as_if_nothing_had_happened(unbroken: RunFolder, broken: Interrupted) -> None:
-    assert broken.stopped.status == 0, broken.stopped.output
+def assert_as_if_nothing_had_happened(unbroken: RunFolder, broken: Interrupted, status: int = 130) -> None:
+    """status: of the command that was stopped, by Ctrl-C unless another is given."""
+    assert broken.stopped.status == status, broken.stopped.output
     assert broken.stopped_at % TICK and broken.stopped_at % EPOCH, "not in mid-tick and mid-epoch"
     assert not broken.was_done and "the same command continues" in broken.stopped.output
     assert broken.continued.status == 0, broken.continued.output
@@ -125,9 +126,13 @@ def assert_as_if_nothing_had_happened(unbroken: RunFolder, broken: Interrupted) 
     assert list(map(without_clocks, broken.run.rows)) == list(map(without_clocks, unbroken.rows))
 
 
-@pytest.mark.parametrize("signal", ["ctrl_c", "terminate"])
-def test_one_process(worlds, of_one, signal):
-    assert_as_if_nothing_had_happened(worlds.adam[1], of_one[signal])
+@pytest.mark.parametrize(
+    ("signal", "status", "name"), [("ctrl_c", 130, "SIGINT (Ctrl-C)"), ("terminate", 0, "SIGTERM")]
+)
+def test_one_process(worlds, of_one, signal, status, name):
+    assert_as_if_nothing_had_happened(worlds.adam[1], of_one[signal], status)
+    said = of_one[signal].stopped.output
+    assert f" on {name}; the same command continues from there." in said
 
 
 def test_two_processes(worlds, of_two):

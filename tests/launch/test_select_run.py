@@ -14,6 +14,7 @@ from selections import finish, selection
 from launch.select import run as select_run
 from launch.select.trials import Launch
 from pipeline.config import UserError
+from pipeline.run.stop import StopSignals
 
 WRITES = "import json, os; print(json.dumps(dict(os.environ)))"
 
@@ -44,7 +45,7 @@ def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
         select_run.shares(Launch("ddp", 2), 3)
 
 
-def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> bool:
+def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> StopSignals:
     """`run`, with `code` in the place of each training."""
     line = [sys.executable, "-c", code]
     monkeypatch.setattr(select_run, "process", lambda *_: (line, dict(os.environ)))
@@ -93,5 +94,6 @@ def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
     def ended(trial, problem):
         problems[trial.name] = problem
 
-    assert train(tmp_path, trials[:2], ended, monkeypatch, "raise SystemExit(3)", 1, [])
+    signals = train(tmp_path, trials[:2], ended, monkeypatch, "raise SystemExit(3)", 1, [])
+    assert signals.received is None
     assert all("exit status 3: without a word" in problem for problem in problems.values())

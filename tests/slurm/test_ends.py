@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from itertools import product
 
 import pytest
 from launching import rows_written
@@ -74,6 +75,27 @@ def test_asked_to_end_it_saves_and_is_not_requeued(project):
     seen = job.ended()
     assert seen["JobState"] == "COMPLETED" and seen["Restarts"] == "0" and job.run.stopped_at
     assert "was told to end" in job.log
+
+
+@pytest.mark.timeout(3600)
+def test_pairs_of_signals_to_all_processes_and_to_the_script(project):
+    """At once and in any order: to every process of the steps, to the batch script, to both."""
+    total = "run.total_kimg=12"
+    whole, job = project.locally(2, "ddp", "unbroken", total), Job(project, "pairs", total)
+    script, steps = "--batch --signal=TERM", ("--signal=TERM", "--signal=USR1")
+    pairs = [*product(steps, steps), *product([script], steps), *product(steps, [script]), (script, script)]
+    for pair in pairs:
+        job.at_work(1 + (len(job.run.rows) if job.run.path.exists() else 0))
+        sent = " & ".join(f"scancel {option} {job.id}" for option in pair)
+        project.cluster.run("bash", "-c", f"{sent}; wait")
+        seen = job.ended()
+        assert seen["JobState"] in ("COMPLETED", "FAILED") and "Traceback" not in job.log, (
+            f"{pair}\n{job.log}"
+        )
+        assert job.run.stopped_at and job.log.count("Stopped at kimg") == 1, f"{pair}\n{job.log}"
+        job.submit()
+    assert job.ended()["JobState"] == "COMPLETED"
+    assert_same_run(job.run, whole)
 
 
 def test_told_to_make_room_while_it_is_still_starting(project):

@@ -192,3 +192,35 @@ def test_a_launcher_is_deaf_to_what_is_for_its_processes(tmp_path: Path, inside:
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}"} | ({"SHARDGAN_NODE": "n7"} if inside else {}),
     )  # fmt: skip
     assert json.loads(ended.stdout.lower()) == [inside] * 4 + [False]
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
+def test_a_launcher_passes_signals_on_to_its_processes(tmp_path: Path, name: str) -> None:
+    """And outlives them, also if whatever started it (node.sh, a shell) ignored them, or let them kill it."""
+    fake = tmp_path / "accelerate" / "commands"
+    fake.mkdir(parents=True)
+    for folder in (fake.parent, fake):
+        (folder / "__init__.py").touch()
+    (fake / "launch.py").write_text(LAUNCHES_ONE)
+
+    def ignoring() -> None:
+        for each in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGTERM"):
+            signal.signal(getattr(signal, each), signal.SIG_IGN)
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "launch.launcher", name], check=False, cwd=ROOT, capture_output=True,
+        text=True, preexec_fn=ignoring, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert ended.returncode == 0 and ended.stdout == f"{name}\nstill here\n", ended.stderr
+
+
+# Instead of `accelerate launch`: one process, which says what it hears.
+LAUNCHES_ONE = """
+import os, signal, subprocess, sys
+wanted = getattr(signal, sys.argv[1])
+says = f"import signal; print(signal.sigwait([{int(wanted)}]).name, flush=True)"
+child = subprocess.Popen([sys.executable, "-c", says])
+os.kill(os.getpid(), wanted)
+child.wait()
+print("still here", flush=True)
+"""

@@ -1,0 +1,42 @@
+"""The command as a whole: how it ends when a person does not want to wait for it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from launch import cli
+
+SHARDGAN = Path(sys.executable).parent / "shardgan"
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, click.Abort])
+def test_ctrl_c_in_any_command_is_one_word_and_130(monkeypatch, capfd, raised):
+    def interrupted(**_: object) -> None:
+        raise raised
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli.cli, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 130
+    assert capfd.readouterr().err == "stopped\n"
+
+
+def test_ctrl_c_before_any_command_is_there():
+    """While Python is still importing what the command needs."""
+    script = f"""
+import os, signal, sys
+sys.argv[0] = {str(SHARDGAN)!r}
+sys.modules["click"] = None  # the first import that takes long
+import launch
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT and ended.stderr == ""
