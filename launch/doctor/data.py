@@ -146,7 +146,8 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
         counts.update(shard.labels)
     labelled = sum(counts.values())
     if not job.settings.data.conditional:
-        there = f"{index.num_classes} classes are there, not trained on" if labelled else "none"
+        classes = f"of {len(counts):,} class{'es' * (len(counts) != 1)}"
+        there = f"{classes}, not trained on" if labelled else "none"
         yield ok("labels", f"{there} (data.conditional=false)")
         return
     try:

@@ -185,7 +185,6 @@ def _reals(row: Row) -> NDArray[np.uint8]:
             channels=data.channels,
             conditional=False,
             limit=count,
-            max_bad=data.max_bad,
             stages=load_stages(data.stages),
         )
     )

@@ -17,11 +17,10 @@ _NUMBER = "Number the classes from 0 without gaps, as `shardgan prepare SHARDS O
 def check_images(index: Index, data: Data) -> None:
     """Decode the first image of a few shards, so that what cannot be trained on is said before training.
 
-    Raises UserError for stages that cannot be
-    loaded or do not go with a cache, images that have another size than data.size or cannot be decoded
-    (unless data.max_bad allows for some), samples that are passed over where they are too many, if
-    data.conditional shards without labels, and too little room for shards of elsewhere, of which only one is
-    fetched for this.
+    Raises UserError for stages that cannot be loaded or do not go with a cache, an image of another size than
+    data.size or one that cannot be decoded (unless data.max_bad allows for some), too many samples that are
+    passed over, if data.conditional labels that are missing or far apart, and too little room for shards of
+    elsewhere, of which only one is fetched for this.
     """
     if data.stages and data.cache != "none":
         raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")

@@ -200,8 +200,9 @@ def _read_extra(data: bytes) -> dict[str, Any]:
     extensions, *known = json.loads(data)
     without_image, unusable, strays = (PassedOver(count, tuple(reasons)) for count, reasons in known)
     for what in (without_image, unusable, strays):
+        counts = isinstance(what.count, int) and 0 <= what.count <= MOST_HEADERS
         texts = all(isinstance(reason, str) and reason.isprintable() for reason in what.reasons)
-        if not (isinstance(what.count, int) and len(what.reasons) <= what.count <= MOST_HEADERS and texts):
+        if not (counts and len(what.reasons) <= min(what.count, MOST_REASONS) and texts):
             raise ValueError(what)
     if not all(isinstance(text, str) and image_extension({text: b""}) for text in extensions):
         raise ValueError(extensions)
