@@ -19,6 +19,7 @@ from pipeline.data.stream import heldout_batches
 from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
+from pipeline.run.report import counted
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def real_features(
     """
     if plan.size < 2:
         raise CommonError(
-            f"{plan.size} images are held out, too few to compare with. Raise data.holdout (now "
+            f"{counted(plan.size, 'image')} held out: too few to compare with. Raise data.holdout (now "
             f"{data.holdout:g}) or use more images."
         )
     images = min(images, plan.size)
