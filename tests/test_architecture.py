@@ -17,7 +17,7 @@ ARROWS = {
     "pipeline.console": (),
     "pipeline.config": ("pipeline.credentials",),
     "pipeline.gan": ("pipeline.config",),
-    "pipeline.data": ("pipeline.config", "pipeline.credentials"),
+    "pipeline.data": ("pipeline.config", "pipeline.console", "pipeline.credentials"),
     "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.config",

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline import console
+
 _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT = 600  # seconds without a batch: an error rather than a run that waits for ever
 
@@ -115,6 +117,7 @@ def _die_with_the_rank(_: int) -> None:
     DataLoader's own watchdog looks for another parent, which a fork server's child never gets, and which,
     kept alive by that child, never ends: without this, both would outlive a killed rank for good.
     """
+    console.take()  # a fork server's child has streams of its own
     rank = multiprocessing.parent_process()
     assert rank is not None
 

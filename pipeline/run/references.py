@@ -120,7 +120,10 @@ def keep_to(file: Path, real: References) -> None:
         ]
         partial.unlink() if changed else partial.replace(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read or written: {error}") from None
+        raise UserError(
+            f"{file} cannot be read or written: {error}. If it is damaged, remove it: scores from here on "
+            "are then taken to compare with those before."
+        ) from None
     if changed:
         raise UserError(
             "\n  ".join(

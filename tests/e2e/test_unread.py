@@ -8,11 +8,12 @@ from pathlib import Path
 
 from launching import ADAM, DEADLINE, RunFolder, _environment, run, shardgan
 
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SHORT = ["--procs", "1", "score.metrics=[]", "run.total_kimg=0.06", "run.tick_kimg=0.03"]
 
 
 def test_a_run_whose_output_nobody_takes_is_finished(tmp_path):
-    """A pipe that is full from the start, a full disk, and a console without λ."""
+    """A pipe that is full from the start, a full disk, and a locale without λ."""
     (tmp_path / "adam.yaml").write_text(ADAM)
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -25,13 +26,14 @@ def test_a_run_whose_output_nobody_takes_is_finished(tmp_path):
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(
             shardgan("train", "adam.yaml", *SHORT),
-            check=False, cwd=tmp_path, env=_environment({"PYTHONIOENCODING": "ascii"}),
+            check=False, cwd=tmp_path, env=_environment(ASCII),
             stdout=write, stderr=full, timeout=DEADLINE,
         )  # fmt: skip
     os.close(read)
     os.close(write)
     folder = RunFolder(tmp_path / "runs" / "adam")
     assert ended.returncode == 0 and folder.done and len(folder.rows) == 2
+    assert "λ" in (folder.path / "export" / "README.md").read_text("utf-8")
 
 
 def test_a_run_in_which_nothing_moves_is_not_finished(tmp_path):
