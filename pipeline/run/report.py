@@ -198,9 +198,8 @@ class MainReport(Report):
     def _plain(self, cur_nimg: int, values: Mapping[str, float]) -> str:
         now, (then, before) = time.monotonic(), self._last
         self._last = now, cur_nimg
-        digits = 1 if self._total >= 10_000 else 3
         status = "  ".join(_status(values).values())
-        text = f"kimg {cur_nimg / 1000:8.{digits}f} / {self._total / 1000:g}  {status}"
+        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {status}"
         if cur_nimg > before:
             left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
             text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
