@@ -140,7 +140,7 @@ class MainReport(Report):
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
             "W&B": self._tracker.where,
-            "scores": "; ".join(_score_changes(rows(self._metrics))),
+            "scores": "; ".join(self._score_changes()),
         }
         self._end_bar()
         lines = [f"  {label:9} {text}" for label, text in found.items() if text]
@@ -167,12 +167,7 @@ class MainReport(Report):
             self._failing = True
         else:
             if self._failing:
-                damaged: list[str] = []
-                rows(self._metrics, damaged.append)
-                whole = (
-                    "and is complete" if not damaged else f"without {counted(len(damaged), 'damaged row')}"
-                )
-                self.say(f"{self._metrics} can be written again, {whole}.")
+                self.say(f"{self._metrics} can be written again, and is complete.")
             self._failing = False
 
     def _missing(self) -> str:
@@ -189,6 +184,19 @@ class MainReport(Report):
             keep(self._metrics, lambda row: row["cur_nimg"] <= reported)
         except OSError as error:
             raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
+
+    def _score_changes(self) -> Iterator[str]:
+        """Each score as it was first, and as it is last."""
+        try:
+            found = rows(self._metrics)
+        except OSError as error:
+            yield f"not shown, as {self._metrics} cannot be read: {error}"
+            return
+        for key in dict.fromkeys(key for row in found for key in row if _is_score(key)):
+            scored = [row for row in found if key in row]
+            first, last = scored[0], scored[-1]
+            texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
+            yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
 
     def _end_bar(self) -> None:
         if self._bar is not None:
@@ -260,12 +268,3 @@ def _status(values: Mapping[str, float]) -> dict[str, str]:
 
 def _is_score(key: str) -> bool:
     return key.startswith("Metrics/") and not key.endswith("_images")
-
-
-def _score_changes(found: list[Row]) -> Iterator[str]:
-    """Each score as it was first, and as it is last."""
-    for key in dict.fromkeys(key for row in found for key in row if _is_score(key)):
-        scored = [row for row in found if key in row]
-        first, last = scored[0], scored[-1]
-        texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
-        yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
