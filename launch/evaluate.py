@@ -139,14 +139,24 @@ def _append(file: Path, entry: dict[str, object]) -> None:
     """One more line of the JSON list in `file`, which is whole at any moment; or say why there is none."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        entries = json.loads(file.read_text()) if file.exists() else []
-        if not isinstance(entries, list):
-            raise ValueError("not a list")
+        entries = _entries(file)
         partial.write_text(json.dumps([*entries, entry], indent=1) + "\n")
         partial.replace(file)
     except OSError as error:  # another person's run, or one on a read-only disk
         with suppress(OSError):
             partial.unlink()
         click.echo(f"These scores could not be kept in {file}: {error.strerror or error}.", err=True)
-    except ValueError as error:
-        raise UserError(f"The scores could not be added to {file}: {error}") from None
+
+
+def _entries(file: Path) -> list[object]:
+    """What is in the list so far. A damaged file is kept under another name. Raises OSError."""
+    try:
+        entries = json.loads(file.read_bytes()) if file.exists() else []
+    except ValueError:
+        entries = None
+    if isinstance(entries, list):
+        return entries
+    aside = file.with_name(f"{file.stem}.damaged.json")
+    file.replace(aside)
+    click.echo(f"warning: {file} is damaged. It is kept as {aside}, and a new one is begun.", err=True)
+    return []

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         print("error: which list? python -m launch.gather FILE", file=sys.stderr)
         return 2
     try:
-        lines = Path(arguments[0]).read_text().splitlines()
+        lines = Path(arguments[0]).read_text("utf-8").splitlines()
     except (OSError, ValueError) as error:
         print(f"error: {arguments[0]} cannot be read: {error}", file=sys.stderr)
         return 2

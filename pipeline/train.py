@@ -51,7 +51,7 @@ from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, REFERENCE, STOPPED, claim_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
-from pipeline.run.report import MainReport, Report, say
+from pipeline.run.report import MainReport, Report, counted, say
 from pipeline.run.resend import catch_up
 from pipeline.run.session import Session, shapes
 from pipeline.run.spectrum import draw, record
@@ -132,7 +132,7 @@ def _train(
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
         ranks.from_main(lambda: catch_up(settings, folder, say))
-        ranks.from_main(lambda: say(f"{folder} is finished (its DONE file says so). Nothing to do."))
+        ranks.from_main(lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to go on."))
         return True
     plan, heldout = _plans(settings, index)
     state = State(plan=plan.fingerprint, data=index.fingerprint)
@@ -272,13 +272,20 @@ def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, ne
                 "are to change here, say so with run.new_data=true."
             )
         if saved.num_classes != state.num_classes:
-            raise CommonError(f"{folder} knows {saved.num_classes} classes, these data {state.num_classes}.")
+            raise CommonError(
+                f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
+            )
         saved = saved.moved_to(state)
         ranks.from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
         if ranks.main:
             say("warning: goes on with other data: scores from here on do not compare with those before")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
+    if ranks.main:
+        strategy, world = checkpoint.saved_by(found)
+        other = (strategy, world) != (ranks.strategy, ranks.world)
+        by = f", saved by {counted(world, 'process')} under {strategy}" if other else ""
+        say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{by})")
     return saved
 
 
@@ -308,8 +315,9 @@ def _introduce(
     size = {e.player.name: sum(f.shape.numel() for f in e.fragments) / 1e6 for e in (gan.G, gan.D)}
     penalty = settings.penalty
     lines = [
-        f"{settings.run.name}: {plan.size:,} training images in {len(index.shards)} shards, "
-        f"{heldout.size:,} held out; {settings.data.channels}x{settings.data.size}x{settings.data.size}",
+        f"{settings.run.name}: {counted(plan.size, 'training image')} in "
+        f"{counted(len(index.shards), 'shard')}, {heldout.size:,} held out; "
+        f"{settings.data.channels}x{settings.data.size}x{settings.data.size}",
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
         f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "

@@ -24,7 +24,13 @@ ARROWS = {
     "pipeline.plugins": ("pipeline.config",),
     "pipeline.shadows": (),
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
-    "pipeline.data": ("pipeline.config", "pipeline.credentials", "pipeline.lock", "pipeline.plugins"),
+    "pipeline.data": (
+        "pipeline.config",
+        "pipeline.console",
+        "pipeline.credentials",
+        "pipeline.lock",
+        "pipeline.plugins",
+    ),
     "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",

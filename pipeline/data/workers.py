@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline import console
 from pipeline.config import UserError
 from pipeline.data.sockets import socket_folder
 
@@ -261,6 +262,7 @@ def end_with_parent() -> None:
     DataLoader's own watchdog looks for another parent, which a fork server's child never gets, and which,
     kept alive by that child, never ends: without this, both would outlive a killed rank for good.
     """
+    console.take()  # a fork server's child has streams of its own
     parent = multiprocessing.parent_process()
     assert parent is not None
 

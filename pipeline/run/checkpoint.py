@@ -98,6 +98,12 @@ def take_up(folder: Path) -> tuple[Path | None, list[str]]:
     return found, complaints
 
 
+def saved_by(checkpoint: Path) -> tuple[str, int]:
+    """The strategy and the number of processes that wrote an intact checkpoint."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    return manifest["strategy"], manifest["world"]
+
+
 def read_state(checkpoint: Path) -> State:
     """The part of a checkpoint that is not tensors."""
     values = json.loads((checkpoint / "state.json").read_text())

@@ -64,8 +64,8 @@ def export(run: Path, out: Path) -> list[Path]:
             save_tensors(tensors, out / f".{name}.partial", {"format": "pt", "cur_nimg": str(state.cur_nimg)})
             os.replace(out / f".{name}.partial", out / f"{name}.safetensors")  # noqa: PTH105
             files.append(out / f"{name}.safetensors")
-        (out / "config.yaml").write_text(config.dump(settings))
-        (out / "README.md").write_text(_model_card(settings, state))
+        (out / "config.yaml").write_text(config.dump(settings), "utf-8")
+        (out / "README.md").write_text(_model_card(settings, state), "utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from None
     return [*files, out / "config.yaml", out / "README.md"]

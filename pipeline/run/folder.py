@@ -96,7 +96,7 @@ def open_folder(settings: Config, folder: Path) -> None:
         if not finished(folder, settings):  # it was, of a shorter run that is now gone on with
             (folder / DONE).unlink(missing_ok=True)
         partial = folder / ".config.partial"
-        partial.write_text(config.dump(settings))
+        partial.write_text(config.dump(settings), "utf-8")
         partial.replace(folder / "config.yaml")
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None

@@ -105,8 +105,10 @@ class Health:
                 continue
             updates = round(tick.updates[name])
             skipped = round(tick.values[name] * updates)
+            when = "since the last tick"
             if 2 * skipped > updates:
                 before = self._stuck(player)
+                when = "in the last ticks" if before[0] else when
                 skipped, updates = before[0] + skipped, before[1] + updates
                 self._in_a_row |= {f"skipped/{player}": skipped, f"updates/{player}": updates}
             else:
@@ -117,7 +119,7 @@ class Health:
                 f"{chart} on {_ranks(ranks, self._ranks.world)}" for chart, ranks in tick.broken.items()
             )
             text = (
-                f"{skipped} of the last {counted(updates, 'update')} of {player} were not finite, and were "
+                f"{skipped} of the {counted(updates, 'update')} of {player} {when} were not finite, and were "
                 f"skipped on all ranks{f' ({where})' if where else ''}."
             )
             if skipped > self._run.max_skipped:

@@ -19,7 +19,7 @@ from pipeline.data.stream import heldout_batches
 from pipeline.parallel.ranks import CommonError, Ranks
 from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
-from pipeline.run.report import say
+from pipeline.run.report import counted, say
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def real_features(
     """
     if plan.size < 2:
         raise CommonError(
-            f"{plan.size} images are held out, too few to compare with. Raise data.holdout (now "
+            f"{counted(plan.size, 'image')} held out: too few to compare with. Raise data.holdout (now "
             f"{data.holdout:g}) or use more images."
         )
     images = min(images, plan.size)
@@ -120,7 +120,10 @@ def keep_to(file: Path, real: References) -> None:
         ]
         partial.unlink() if changed else partial.replace(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read or written: {error}") from None
+        raise UserError(
+            f"{file} cannot be read or written: {error}. If it is damaged, remove it: scores from here on "
+            "are then taken to compare with those before."
+        ) from None
     if changed:
         raise UserError(
             "\n  ".join(

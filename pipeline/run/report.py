@@ -18,6 +18,8 @@ from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.tracker import Tracker
 
+_WIDE = 90  # columns of a terminal from which on there is room for a long progress bar
+
 
 def say(text: str) -> None:
     """One line for the person or the log, at once."""
@@ -25,7 +27,9 @@ def say(text: str) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """1 image, 2,000 images, 2 processes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
 
 
 class Report:
@@ -120,7 +124,8 @@ class MainReport(Report):
             self.say(self._plain(cur_nimg, values))
         else:
             progress, task = self._bar
-            progress.update(task, completed=cur_nimg / 1000, status=_status(values))
+            status = _fitting(_status(values), _room(progress, f"{self._total / 1000:g}"))
+            progress.update(task, completed=cur_nimg / 1000, status=status)
 
     def flush(self) -> None:
         self._write(durably=True)
@@ -155,7 +160,7 @@ class MainReport(Report):
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
             "W&B": self._tracker.where,
-            "scores": "; ".join(_score_changes(rows(self._metrics))),
+            "scores": "; ".join(self._score_changes()),
         }
         self._end_bar()
         lines = [f"  {label:9} {text}" for label, text in found.items() if text]
@@ -182,12 +187,7 @@ class MainReport(Report):
             self._failing = True
         else:
             if self._failing:
-                damaged: list[str] = []
-                rows(self._metrics, damaged.append)
-                whole = (
-                    "and is complete" if not damaged else f"without {counted(len(damaged), 'damaged row')}"
-                )
-                self.say(f"{self._metrics} can be written again, {whole}.")
+                self.say(f"{self._metrics} can be written again, and is complete.")
             self._failing = False
 
     def _missing(self) -> str:
@@ -205,6 +205,19 @@ class MainReport(Report):
         except OSError as error:
             raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
 
+    def _score_changes(self) -> Iterator[str]:
+        """Each score as it was first, and as it is last."""
+        try:
+            found = rows(self._metrics)
+        except OSError as error:
+            yield f"not shown, as {self._metrics} cannot be read: {error}"
+            return
+        for key in dict.fromkeys(key for row in found for key in row if _is_score(key)):
+            scored = [row for row in found if key in row]
+            first, last = scored[0], scored[-1]
+            texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
+            yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
+
     def _end_bar(self) -> None:
         if self._bar is not None:
             self._bar[0].stop()
@@ -213,7 +226,8 @@ class MainReport(Report):
     def _plain(self, cur_nimg: int, values: Mapping[str, float]) -> str:
         now, (then, before) = time.monotonic(), self._last
         self._last = now, cur_nimg
-        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {_status(values)}"
+        status = "  ".join(_status(values).values())
+        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {status}"
         if cur_nimg > before:
             left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
             text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
@@ -221,12 +235,13 @@ class MainReport(Report):
 
 
 def _bar(total_nimg: int, cur_nimg: int) -> tuple[Progress, TaskID]:
+    console = Console(file=sys.stdout)
     progress = Progress(
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=_bar_width(console)),
         TextColumn("{task.completed:.1f}/{task.total:g} kimg"),
         TextColumn("{task.fields[status]}"),
         TimeRemainingColumn(),
-        console=Console(file=sys.stdout),
+        console=console,
     )
     progress.start()
     task = progress.add_task("", total=total_nimg / 1000, status="")
@@ -234,8 +249,28 @@ def _bar(total_nimg: int, cur_nimg: int) -> tuple[Progress, TaskID]:
     return progress, task
 
 
-def _status(values: Mapping[str, float]) -> str:
-    """The few numbers a person watches."""
+def _bar_width(console: Console) -> int:
+    return 24 if console.width >= _WIDE else 10
+
+
+def _room(progress: Progress, total: str) -> int:
+    """Characters for the status, between bar, kimg and time that is left."""
+    return (
+        progress.console.width - _bar_width(progress.console) - 2 * len(total) - len(".0/ kimg 0:00:00 ") - 3
+    )
+
+
+def _fitting(status: Mapping[str, str], room: int) -> str:
+    """As much of it as there is room for; scores matter most."""
+    shown = dict(status)
+    for label in ("L_G", "L_D", "img/s"):
+        if len("  ".join(shown.values())) > room:
+            shown.pop(label, None)
+    return "  ".join(shown.values())
+
+
+def _status(values: Mapping[str, float]) -> dict[str, str]:
+    """The few numbers a person watches, each with its label, by label."""
     shown = {
         "img/s": ("Timing/img_per_sec", "{:.0f}"),
         "L_D": ("Loss/D/loss", "{:.3f}"),
@@ -246,19 +281,10 @@ def _status(values: Mapping[str, float]) -> str:
             if _is_score(key) and not key.endswith("_train")
         },
     }
-    return "  ".join(
-        f"{label} {form.format(values[key])}" for label, (key, form) in shown.items() if key in values
-    )
+    return {
+        label: f"{label} {form.format(values[key])}" for label, (key, form) in shown.items() if key in values
+    }
 
 
 def _is_score(key: str) -> bool:
     return key.startswith("Metrics/") and not key.endswith("_images")
-
-
-def _score_changes(found: list[Row]) -> Iterator[str]:
-    """Each score as it was first, and as it is last."""
-    for key in dict.fromkeys(key for row in found for key in row if _is_score(key)):
-        scored = [row for row in found if key in row]
-        first, last = scored[0], scored[-1]
-        texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
-        yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"

@@ -41,7 +41,12 @@ def catch_up(config: Config, folder: Path, announce: Announce) -> None:
 
 
 def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, _Tell]]:
-    for row in rows(folder / "metrics.jsonl", announce):
+    try:
+        found = rows(folder / "metrics.jsonl", announce)
+    except OSError as error:
+        announce(f"W&B may lack rows, as metrics.jsonl cannot be read: {error}")
+        return
+    for row in found:
         nimg = row.pop("cur_nimg")
         row.pop("time", None)
         yield nimg, partial(_tell_row, row, nimg)

@@ -33,7 +33,7 @@ from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.references import keep_to, references
-from pipeline.run.report import Report
+from pipeline.run.report import Report, counted
 from pipeline.run.saving import Saver
 from pipeline.run.sheets import GRID, Sheets, spread
 from pipeline.run.state import State
@@ -239,7 +239,7 @@ class Session:
         if self.ranks.any(self._signals.received is not None)()[0]:
             raise _Interrupted
         self._looked_at += len(batches[0]) * self.ranks.world
-        self.report.working(f"scoring: {self._looked_at:,} images")
+        self.report.working(f"scoring: {counted(self._looked_at, 'image')}")
 
     def _of_this_rank(self, gan: Gan) -> dict[str, float]:
         """What is compared between ranks: how fast they are, and their copies of replicated players."""
@@ -279,8 +279,8 @@ class Session:
             self.report.warn("Checkpoint not written", f"{complaint} Training goes on; earlier ones stand.")
         if self._saver.failures > self.config.run.max_failed_saves:
             raise RunError(
-                f"{self._saver.failures} checkpoints in a row could not be written (run.max_failed_saves = "
-                f"{self.config.run.max_failed_saves}). {_MAKE_ROOM}"
+                f"{counted(self._saver.failures, 'checkpoint')} in a row could not be written "
+                f"(run.max_failed_saves = {self.config.run.max_failed_saves}). {_MAKE_ROOM}"
             )
 
     @contextmanager

@@ -239,8 +239,10 @@ class WandbTracker:
 def _new_id(folder: Path) -> str:
     """The id of a run of which nothing is known yet: that of WANDB_RUN_ID, unless a run beside it has it."""
     wanted = os.environ.get("WANDB_RUN_ID")
-    others = [recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json")]
-    return wanted if wanted and wanted not in [o.run_id for o in others if o] else secrets.token_hex(4)
+    others = (recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json"))
+    if wanted and not any(other and other.run_id == wanted for other in others):
+        return wanted
+    return secrets.token_hex(4)
 
 
 def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> tuple[wandb.Run, Tracked]:

@@ -118,6 +118,7 @@ def of_three(tmp_path_factory, in_pairs) -> tuple[RunFolder, Interrupted]:
 def assert_as_if_nothing_had_happened(unbroken: RunFolder, broken: Interrupted, status: int = 130) -> None:
     """status: of the command that was stopped, by Ctrl-C unless another is given."""
     assert broken.stopped.status == status, broken.stopped.output
+    assert f"Resuming from kimg {broken.stopped_at / 1000:g} (" in broken.continued.output
     assert broken.stopped_at % TICK and broken.stopped_at % EPOCH, "not in mid-tick and mid-epoch"
     assert not broken.was_done and "the same command continues" in broken.stopped.output
     assert broken.continued.status == 0, broken.continued.output
@@ -174,7 +175,7 @@ def test_a_finished_run_is_left_alone(of_one, signals_kept, capfd):
     settings = [f"run.out={folder.parent}", "run.name=adam-1"]
     before = _contents(folder)
     assert pipeline.train.main([str(folder.parents[1] / "adam.yaml"), *settings]) == 0
-    assert "Nothing to do" in capfd.readouterr().out
+    assert "Nothing to do; raise run.total_kimg" in capfd.readouterr().out
     assert _contents(folder) == before
 
 

@@ -123,6 +123,18 @@ def test_a_slow_reader_gets_everything_in_order_with_what_its_encoding_lacks_rep
     assert lines == [*(f"? = {n}" for n in range(2000)), "no newline"]
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_command_ends_quietly_when_its_reader_has_left(stream):
+    read, write = os.pipe()
+    os.close(read)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write}
+    arguments = ["--help"] if stream == "stdout" else ["train", "nowhere.yaml", "--procs", "x"]
+    ended = subprocess.run([sys.executable, "-m", "launch.cli", *arguments], check=False, cwd=ROOT, **streams)  # type: ignore[call-overload]
+    os.close(write)
+    assert ended.returncode == (0 if stream == "stdout" else 2)
+    assert not (ended.stdout or b"") + (ended.stderr or b"")
+
+
 def test_streams_of_others_stay(capsys):
     from pipeline import console
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import gather
+from launch import evaluate, gather
 from launch.select.candidates import Arm
 from launch.select.table import _read
 from launch.select.trials import Trial
@@ -152,6 +152,17 @@ def test_a_finished_run_gather_and_select_survive_it(torn, capsys):
     said: list[str] = []
     catch_up(load(folder.parent / "c.yaml", ["run.name=run", "track.wandb=false"]), folder, said.append)
     assert len(said) == 2
+
+
+@pytest.mark.parametrize("content", [b'[{"a": 1}, {"b"', b"{}", b"", b"\xff"])
+def test_a_damaged_list_of_scores_is_kept_and_a_new_one_begun(tmp_path, capsys, content):
+    file = tmp_path / "scores.json"
+    file.write_bytes(content)
+    evaluate._append(file, {"c": 1})
+    evaluate._append(file, {"d": 2})
+    assert json.loads(file.read_text()) == [{"c": 1}, {"d": 2}]
+    assert (tmp_path / "scores.damaged.json").read_bytes() == content
+    assert capsys.readouterr().err.count("is damaged") == 1
 
 
 def test_forgetting_needs_no_room(tmp_path):

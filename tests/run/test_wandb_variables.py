@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.doctor.place import tracker as tracker_findings
 from pipeline.config import Config, load
 from pipeline.run.tracker import open_tracker
 from pipeline.run.wandb_mode import choose_mode, names
@@ -46,6 +48,12 @@ def test_a_variable_counts_where_the_config_says_nothing(tmp_path, monkeypatch):
     ours = names(config("demo", "track.project=p", "track.entity=e", "track.tags=[t]"))
     assert (ours.project, ours.entity, ours.name, ours.tags) == ("p", "e", "nice", ("t",))
     assert str(names(config("demo"))) == "nice in project lab/faces"
+
+
+def test_doctor_shows_what_counts(monkeypatch):
+    given(monkeypatch, **VARIABLES)
+    (finding,) = tracker_findings(SimpleNamespace(settings=config("demo")))  # type: ignore[arg-type]
+    assert "nice in project lab/faces" in finding.text
 
 
 def test_nothing_given_is_our_project_under_the_runs_name(monkeypatch):
