@@ -62,7 +62,7 @@ class Saver:
         buffers = {f"{e.player.name}/{name}": b for e in players for name, b in e.buffers().items()}
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers
         copies = {file: {key: _copy(t) for key, t in tensors.items()} for file, tensors in contents.items()}
-        self._start("writing", lambda: _write(self._partial, copies))
+        self._start("writing", lambda: _write(self._partial, copies, self._still_ours))
 
     @property
     def flags(self) -> tuple[bool, bool]:
@@ -110,6 +110,7 @@ class Saver:
     def _finish(self, files: Lines) -> None:
         """Add state and manifest, then make the checkpoint exist by renaming its folder."""
         partial, final = self._partial, self._folder / str(self._state.cur_nimg)
+        self._still_ours()
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))
         manifest = {
             "format": FORMAT,
@@ -139,6 +140,7 @@ class Saver:
             raise error
         reasons = self._ranks.gather_objects(str(error) if error else None)
         if self._ranks.main:
+            self._still_ours()
             shutil.rmtree(self._partial, ignore_errors=True)
         told = "; ".join(_by_rank(reasons, self._ranks.world))
         return f"Checkpoint {self._folder / str(self._state.cur_nimg)} could not be written: {told}."
@@ -176,8 +178,9 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
+def _write(folder: Path, contents: dict[str, Tensors], still_ours: Callable[[], None]) -> Lines:
     """Write and fsync this rank's files; their lines of the manifest."""
+    still_ours()
     folder.mkdir(parents=True, exist_ok=True)
     lines: Lines = {}
     for name, tensors in contents.items():
@@ -185,6 +188,7 @@ def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NotFiniteError(f"{key.partition('@')[0]} in {name} is not finite")
         path = folder / f"{name}.safetensors"
+        still_ours()
         save_tensors(tensors, path)
         lines[path.name] = _seal(path)
     return lines

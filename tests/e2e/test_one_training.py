@@ -71,7 +71,7 @@ def test_with_resume_false_both_train_under_names_of_their_own(folder):
     assert [one.wait().status for one in started] == [0, 0]
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["run", "run-2"]
     for name in ("run", "run-2"):
-        assert len(RunFolder(folder / "runs" / name).rows) == 2
+        assert len(RunFolder(folder / "runs" / name).rows) == 1
 
 
 def test_a_killed_one_is_followed_at_once(worlds, folder):
