@@ -131,7 +131,7 @@ def take(
             if holder and (state == "at work" or pulse.beats) and not waiting:
                 raise HeldError(folder, holder)
             if stopped():
-                raise UserError(f"Stopped while waiting for {folder}, which is in use by {holder}.")
+                raise UserError(f"Stopped while waiting for {folder}, in use by {holder or 'another'}.")
             pulse.explain(folder, holder, waiting, say)
             time.sleep(_POLL_S)
     except OSError as error:
