@@ -50,7 +50,7 @@ class Lock:
     def __init__(self, folder: Path, path: Path, file: int) -> None:
         """file: `path`, open, and made by this process."""
         self._folder, self._path, self._file = folder, path, file
-        self._holder = f"{json.dumps(asdict(Holder(flock(file))))}\n".encode()
+        self._holder = f"{json.dumps(asdict(Holder(os.path.realpath(path), flock(file))))}\n".encode()
         self._beats, self._released = 0, threading.Event()
         os.write(file, self._holder + self._beat)
         threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
