@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("suspended", ["between ticks", "in a save"])
+@pytest.mark.parametrize("suspended", ["in a save", pytest.param("between ticks", marks=pytest.mark.long)])
 def test_one_that_was_suspended_ends_without_writing_anything(worlds, folder, suspended):
     """SIGSTOP; another takes over and finishes; SIGCONT."""
     command = [sys.executable, "-c", QUICK, "adam.yaml", "run.name=run"]
