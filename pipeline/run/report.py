@@ -83,6 +83,7 @@ class MainReport(Report):
         self._total = total_nimg
         self._last = (time.monotonic(), cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
+        self.still_ours()
         _forget_after(self._metrics, reported if cur_nimg else -1)
         self._unwritten: list[str] = []  # lines that a full or failing disk has not taken
         resend(folder, tracker, reported)
