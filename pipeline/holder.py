@@ -70,7 +70,8 @@ def _job() -> tuple[str, tuple[int, ...]]:
 class Holder:
     """A process that holds a lock."""
 
-    flocked: bool  # whether it has a `flock` on the file of its lock
+    place: str  # of its lock file, without links
+    flocked: bool  # whether it has a `flock` on that file
     token: str = field(default_factory=lambda: uuid4().hex)
     host: str = field(default_factory=socket.gethostname)
     user: str = field(default_factory=_user)
@@ -99,7 +100,9 @@ class Holder:
             if state == "?" or (state == "T" and started == self.started):  # hidden, or suspended
                 return "unknown"
             if state not in "ZX" and started == self.started:
-                return "at work"
+                return (
+                    "at work" if self.place == os.path.realpath(lock) else "unknown"
+                )  # a copy of its folder
             if not self.flocked:
                 return "gone"
         # Its children may live on for a moment, and have the `flock` as well.

@@ -50,7 +50,7 @@ class Lock:
     def __init__(self, folder: Path, path: Path, file: int) -> None:
         """file: `path`, open, and made by this process."""
         self._folder, self._path, self._file = folder, path, file
-        self._holder = f"{json.dumps(asdict(Holder(flock(file))))}\n".encode()
+        self._holder = f"{json.dumps(asdict(Holder(os.path.realpath(path), flock(file))))}\n".encode()
         self._beats, self._released = 0, threading.Event()
         os.write(file, self._holder + self._beat)
         threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
@@ -131,7 +131,7 @@ def take(
             if holder and (state == "at work" or pulse.beats) and not waiting:
                 raise HeldError(folder, holder)
             if stopped():
-                raise UserError(f"Stopped while waiting for {folder}, which is in use by {holder}.")
+                raise UserError(f"Stopped while waiting for {folder}, in use by {holder or 'another'}.")
             pulse.explain(folder, holder, waiting, say)
             time.sleep(_POLL_S)
     except OSError as error:

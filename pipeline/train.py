@@ -141,7 +141,7 @@ def _train(
     gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device, reports=batch.world * batch.rounds)
     state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
-    ranks.from_main(lambda: open_folder(settings, folder))
+    ranks.from_main(lambda: open_folder(settings, folder, still_ours))
     ranks.progress.cur_nimg = state.cur_nimg
     report = _open_report(settings, folder, state, ranks, still_ours)
     try:

@@ -33,9 +33,8 @@ from pipeline.data.known import KNOWN
 from pipeline.data.plan import permutation
 from pipeline.data.record import INDEX, read_record, shard_of, sidecar_path, write_record
 from pipeline.data.sources import Classes, Fit, Source, open_source
-from pipeline.data.staging import FULL, Written, finished, note, noted, publish, staging
+from pipeline.data.staging import FULL, Written, discard, finished, note, noted, publish, staging
 from pipeline.data.workers import end_with_parent
-from pipeline.lock import LockLostError
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _SKIPPED = "skipped.txt"
@@ -195,10 +194,8 @@ def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
     try:
         written = _write_tar(path, number, rows)
         note(folder, number, written)
-    except LockLostError:
-        raise
     except BaseException:
-        path.unlink(missing_ok=True)
+        discard(path)
         raise
     return written
 

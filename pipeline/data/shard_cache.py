@@ -73,7 +73,7 @@ class ShardCache:
         with self._complaints():
             with self._locked(patience):
                 path = self.folder / f"{uuid4().hex}.0.part"
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 shard = make(path)
@@ -114,7 +114,7 @@ class ShardCache:
                 return None
             if not self._make_room(shard.filesize, keep) and not needed:
                 return None
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if _lock(file, fcntl.LOCK_EX):
                 return file, path
             os.close(file)
@@ -159,7 +159,7 @@ class ShardCache:
     def _locked(self, patience: Patience) -> Iterator[None]:
         """Alone in making room."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             while not _lock(file, fcntl.LOCK_EX):
                 if patience.over:

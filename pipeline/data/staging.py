@@ -47,6 +47,7 @@ def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda 
         shutil.rmtree(target / _NOTES)
         shutil.rmtree(target / LOCK)
     except OSError as error:
+        _lock.check()  # files that another has removed are no failure of the disk
         if error.errno not in FULL:
             raise
         raise UserError(f"No space left for {target} ({error.strerror}). {_kept(folder)}") from None
@@ -58,13 +59,11 @@ def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda 
     except (LockLostError, _NotPublishedError):
         raise
     except UserError:
-        shutil.rmtree(folder, ignore_errors=True)  # what was asked for cannot be made
+        discard(folder)  # what was asked for cannot be made
         raise
     finally:
-        with suppress(LockLostError):
-            _lock.check()
-            if not finished(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        if not finished(folder):
+            discard(folder)
         _lock.release()
 
 
@@ -78,6 +77,16 @@ def _take(folder: Path, target: Path, announce: Callable[[str], None]) -> Lock:
         raise UserError(
             f"Another `shardgan prepare` is writing {target} at this moment: {error.holder}."
         ) from None
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that is not to be kept, unless it is another process's by now."""
+    with suppress(LockLostError):
+        _lock.check()
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _NotPublishedError(UserError):

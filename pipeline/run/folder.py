@@ -84,12 +84,13 @@ def _running(folder: Path, error: HeldError) -> UserError:
     )
 
 
-def open_folder(settings: Config, folder: Path) -> None:
+def open_folder(settings: Config, folder: Path, still_ours: Callable[[], None]) -> None:
     """Make the folder, or mark the run in it as going on, with the config that it goes on with: once it is
     certain that it can.
 
-    Raises UserError when the folder cannot be written.
+    still_ours: see Report. Raises UserError when the folder cannot be written.
     """
+    still_ours()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOPPED).unlink(missing_ok=True)

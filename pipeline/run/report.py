@@ -92,9 +92,10 @@ class MainReport(Report):
         self._last = (time.monotonic(), cur_nimg)
         self._bar: tuple[Progress, TaskID] | None = None
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
-        self._forget_after(reported if cur_nimg else -1)
         self._unwritten: list[Row] = []  # what a full or failing disk has not taken
         self._failing = False
+        self.still_ours()
+        self._forget_after(reported if cur_nimg else -1)
         resend(folder, tracker, reported)
         self._bar = _bar(total_nimg, cur_nimg) if sys.stdout.isatty() else None
 

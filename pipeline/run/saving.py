@@ -63,7 +63,7 @@ class Saver:
                 contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = copies
         buffers = {f"{e.player.name}/{name}": _copy(b) for e in players for name, b in e.buffers().items()}
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers
-        self._start("writing", lambda: _write(self._partial, contents))
+        self._start("writing", lambda: _write(self._partial, contents, self._still_ours))
 
     @property
     def flags(self) -> tuple[bool, bool]:
@@ -111,6 +111,7 @@ class Saver:
     def _finish(self, files: Lines) -> None:
         """Add state and manifest, then make the checkpoint exist by renaming its folder."""
         partial, final = self._partial, self._folder / str(self._state.cur_nimg)
+        self._still_ours()
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))
         manifest = {
             "format": FORMAT,
@@ -140,6 +141,7 @@ class Saver:
             raise error
         reasons = self._ranks.gather_objects(str(error) if error else None)
         if self._ranks.main:
+            self._still_ours()
             shutil.rmtree(self._partial, ignore_errors=True)
         told = "; ".join(_by_rank(reasons, self._ranks.world))
         return f"Checkpoint {self._folder / str(self._state.cur_nimg)} could not be written: {told}."
@@ -175,8 +177,9 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
+def _write(folder: Path, contents: dict[str, Tensors], still_ours: Callable[[], None]) -> Lines:
     """Write and fsync this rank's files; their lines of the manifest."""
+    still_ours()
     folder.mkdir(parents=True, exist_ok=True)
     lines: Lines = {}
     for name, tensors in contents.items():
@@ -184,6 +187,7 @@ def _write(folder: Path, contents: dict[str, Tensors]) -> Lines:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NotFiniteError(f"{key.partition('@')[0]} in {name} is not finite")
         path = folder / f"{name}.safetensors"
+        still_ours()
         save_tensors(tensors, path)
         lines[path.name] = _seal(path)
     return lines

@@ -219,7 +219,7 @@ class Session:
             self._heed(self._finish_last())
             self._saver.begin([gan.G, gan.D], gan.G_ema, state)
             if self.ranks.main:  # of the checkpoint before, which is whole by now
-                self._spectrum.submit(spectrum.record, self.folder, shapes(gan))
+                self._spectrum.submit(spectrum.record, self.folder, shapes(gan), self.report.still_ours)
             self.new_best = False
 
     def check_end(self) -> None:

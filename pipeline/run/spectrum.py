@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -36,7 +36,9 @@ def spectra(checkpoint: Path, player: str, shapes: Shapes, largest: int = 3) -> 
     return found
 
 
-def record(folder: Path, players: Mapping[str, Shapes]) -> dict[str, float]:
+def record(
+    folder: Path, players: Mapping[str, Shapes], still_ours: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Add a line on a run's newest checkpoint to spectrum.jsonl, once; returns what of it fits a chart.
 
     For the rank that writes, in a thread beside training: it reads what has been written, and talks to no
@@ -55,6 +57,7 @@ def record(folder: Path, players: Mapping[str, Shapes]) -> dict[str, float]:
             }
             if newest not in [row["cur_nimg"] for row in rows(file)]:
                 values = {name: [float(f"{s:.6g}") for s in v.tolist()] for name, v in found.items()}
+                still_ours()
                 append(file, {"cur_nimg": newest, **values})
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             _log.warning("no spectrum of checkpoint %s: %s", newest, error)

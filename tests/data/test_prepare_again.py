@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from launching import run, shardgan
+from no_flock import without_flock
 from tiny_shards import contents, png
 
+from pipeline import lock
 from pipeline.config import UserError
 from pipeline.data.prepare import Options, prepare
 
@@ -131,3 +135,53 @@ def test_what_an_older_version_made_is_there_already(pictures: Path, tmp_path: P
     del record["prepared"]["path"]
     (out / "index.json").write_text(json.dumps(record))
     assert prepare(str(pictures), str(out), Options(size=8), workers=1) == index
+
+
+def try_to_prepare(pictures: Path, out: Path, said: multiprocessing.Queue) -> None:
+    try:
+        prepare(str(pictures), str(out), Options(size=32, per_shard=1), workers=1)
+    except UserError as error:
+        said.put(str(error))
+    else:
+        said.put("made")
+
+
+def begun(pictures: Path, out: Path, said: multiprocessing.Queue) -> list[psutil.Process]:
+    """The processes of one that is at work."""
+    for i in range(200):
+        shutil.copy(pictures / "dogs" / "0.png", pictures / "dogs" / f"more-{i}.png")
+    process = FORK.Process(target=try_to_prepare, args=(pictures, out, said))
+    process.start()
+    while not list(out.with_name(f".{out.name}.partial").glob(".progress/*.json")):
+        assert process.is_alive()
+        time.sleep(0.001)
+    one = psutil.Process(process.pid)
+    return [one, *one.children()]
+
+
+def test_of_two_one_is_refused_and_the_other_goes_on(pictures: Path, tmp_path: Path) -> None:
+    said = FORK.Queue()
+    first, *_ = begun(pictures, tmp_path / "out", said)
+    with pytest.raises(UserError, match=rf"Another `shardgan prepare` is writing .*/out .* pid {first.pid} "):
+        prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
+    assert said.get(timeout=60) == "made"
+    assert not list(tmp_path.glob(".*")) and not list((tmp_path / "out").glob(".lock*"))
+
+
+def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.5)
+    said = FORK.Queue()
+    processes = begun(pictures, tmp_path / "out", said)
+    for process in processes:
+        process.suspend()
+    prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
+    made = contents(tmp_path / "out")
+    for process in processes:
+        process.resume()
+    assert ".out.partial was removed" in said.get(timeout=60)
+    assert contents(tmp_path / "out") == made and not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_without_flock(pictures: Path, tmp_path: Path) -> None:
+    ended = run(shardgan("prepare", str(pictures), "out", "--size", "8"), tmp_path, **without_flock(tmp_path))
+    assert ended.status == 0 and (tmp_path / "out" / "index.json").exists(), ended.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from faulty_server import FaultyServer
 from fsspec.implementations.http import HTTPFileSystem
+from no_flock import ERRORS
 from remote_shards import NAMES, QUICK, close_all, shards_kept
 from tiny_shards import SIZE
 
@@ -257,3 +259,13 @@ def test_little_is_fetched_before_training(local: Index, server: FaultyServer) -
     there = [batch.images for batch, _ in heldout_batches(index, heldout_plan(*split), **options)]
     here = [batch.images for batch, _ in heldout_batches(local, heldout_plan(*split), **options)]
     assert all((a == b).all() for a, b in zip(there, here, strict=True))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_folder_without_flock_is_refused_in_one_line(server, cache, monkeypatch, error) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(getattr(errno, error), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"cannot be kept in \S+ \(no locks here\). Set data.remote.folder"):
+        load_index(server.url, remote=QUICK).open(0)

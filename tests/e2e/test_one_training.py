@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ADAM, RunFolder, Started, identical, rows_written, run, shardgan, without_clocks
+from launching import ADAM, ROOT, RunFolder, Started, identical, rows_written, run, shardgan, without_clocks
 from no_flock import without_flock
 
 LONG = "run.total_kimg=960"
@@ -58,9 +58,14 @@ def test_of_two_that_start_together_one_trains(worlds, folder, procs, flock):
 @pytest.mark.long
 @pytest.mark.parametrize("flock", [True, False])
 def test_of_two_that_start_together_one_trains_twenty_times(worlds, folder, flock):
-    environment = {} if flock else without_flock(folder)
+    """Forked, and let go at the same moment."""
+    pairs = [sys.executable, str(ROOT / "tests" / "e2e" / "training_pairs.py"), "20", "adam.yaml"]
+    ended = run([*pairs, "track.wandb=true"], folder, **({} if flock else without_flock(folder)))
+    assert ended.status == 0 and ended.output.splitlines() == ["0 2"] * 20, ended.output
     for n in range(20):
-        assert_one(*pair(folder, f"run-{n}", **environment), worlds.adam[1].rows)
+        logs = [(folder / f"pair-{n}-{number}.log").read_text() for number in range(2)]
+        errors = [line for log in logs for line in log.splitlines() if line.startswith("error:")]
+        assert_one(RunFolder(folder / "runs" / f"pair-{n}"), errors, worlds.adam[1].rows)
 
 
 def test_with_resume_false_both_train_under_names_of_their_own(folder):
@@ -71,7 +76,7 @@ def test_with_resume_false_both_train_under_names_of_their_own(folder):
     assert [one.wait().status for one in started] == [0, 0]
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["run", "run-2"]
     for name in ("run", "run-2"):
-        assert len(RunFolder(folder / "runs" / name).rows) == 2
+        assert len(RunFolder(folder / "runs" / name).rows) == 1
 
 
 def test_a_killed_one_is_followed_at_once(worlds, folder):
@@ -93,7 +98,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("suspended", ["between ticks", "in a save"])
+@pytest.mark.parametrize("suspended", ["in a save", pytest.param("between ticks", marks=pytest.mark.long)])
 def test_one_that_was_suspended_ends_without_writing_anything(worlds, folder, suspended):
     """SIGSTOP; another takes over and finishes; SIGCONT."""
     command = [sys.executable, "-c", QUICK, "adam.yaml", "run.name=run"]

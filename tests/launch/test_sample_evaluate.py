@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from launch.evaluate import evaluate
+from launch.export import export as export_command
 from launch.sample import sample, slerp
 from pipeline.config import UserError
 from pipeline.run.export import export
@@ -169,3 +170,32 @@ def test_an_export_that_does_not_fit_is_one_message(run, tmp_path):
     ended = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "could not be written" in ended.stderr and not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.fixture
+def read_only(run, tmp_path):
+    """The run as another person's, or on a disk that is mounted so."""
+    place = tmp_path / "theirs"
+    place.mkdir()
+    for options in (["--bind", str(run)], ["-o", "remount,bind,ro"]):
+        made = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True, check=False)
+        if made.returncode:
+            pytest.skip(f"nothing can be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_run_that_cannot_be_written_is_scored_all_the_same(read_only):
+    before = sorted(read_only.iterdir())
+    result = CliRunner().invoke(evaluate, [str(read_only)], catch_exceptions=False)
+    assert result.exit_code == 0 and "kid_efflite0" in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        f"These scores could not be kept in {read_only}/scores.json: Read-only file system."
+    )
+    assert sorted(read_only.iterdir()) == before
+
+
+def test_a_place_that_cannot_be_written_is_one_message(read_only, run):
+    for command, out in ((sample, read_only / "sheet.png"), (export_command, read_only / "out")):
+        with pytest.raises(UserError, match=rf"{out} could not be written: .*Read-only file system"):
+            call(command, run, "--out", out)

@@ -14,6 +14,7 @@ from selections import finish, selection
 from launch.select import run as select_run
 from launch.select.trials import Launch
 from pipeline.config import UserError
+from pipeline.lock import LockLostError, take
 from pipeline.run.stop import StopSignals
 
 WRITES = "import json, os; print(json.dumps(dict(os.environ)))"
@@ -97,3 +98,19 @@ def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
     signals = train(tmp_path, trials[:2], ended, monkeypatch, "raise SystemExit(3)", 1, [])
     assert signals.received is None
     assert all("exit status 3: without a word" in problem for problem in problems.values())
+
+
+def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_path):
+    _, trials = selection(tmp_path)
+    held = {folder: take(folder, print) for folder in (tmp_path / "mine", trials[1].folder)}
+    told: list[str] = []
+
+    def say(text: str) -> None:
+        told.append(text)
+        next(lock for folder, lock in held.items() if text.startswith(f"{folder} ")).release()
+
+    with select_run.hold(tmp_path / "mine", trials, say) as lock:
+        assert [text.split(" is in use by pid ")[0] for text in told] == list(map(str, held))
+        lock.check()
+    with pytest.raises(LockLostError):
+        lock.check()

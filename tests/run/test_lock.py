@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -217,6 +218,16 @@ def test_one_that_is_suspended_here_loses_its_place(tmp_path, locks, other, beat
         one.signal(signal.SIGCONT)
         assert "was taken over" in one.asked("check") and one.asked("leave") == "left"
         held.check()
+
+
+def test_a_copy_of_a_folder_is_not_held_by_who_holds_the_folder(tmp_path, locks, other, beats_often):
+    one = other()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    take(tmp_path / "copy", lambda _: None).release()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(HeldError):
+        take(tmp_path / "link", silent)
+    assert one.asked("check") == "fine"
 
 
 def test_the_clocks_of_two_machines_are_not_compared(tmp_path, other, beats_often):
