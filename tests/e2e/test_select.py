@@ -17,7 +17,7 @@ from PIL import Image
 from launch.select import candidates as select_candidates
 from launch.select import table as select_table
 from launch.select import trials as select_trials
-from launch.select.table import Outcome, Row, Table
+from launch.select.choice import Outcome, Row, Table
 from pipeline import config
 from pipeline.config import UserError
 

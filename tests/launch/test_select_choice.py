@@ -11,11 +11,11 @@ from launching import run, shardgan
 from selections import CONFIG, finish, selection
 
 from launch.select import candidates as select_candidates
-from launch.select import plots as select_plots
+from launch.select import weights as select_weights
 from launch.select import report as select_report
 from launch.select import table as select_table
 from launch.select.candidates import Arm
-from launch.select.table import Outcome, Row, Table
+from launch.select.choice import Outcome, Row, Table
 from pipeline.config import UserError
 
 
@@ -167,7 +167,7 @@ def test_names_are_shown_as_they_are(tmp_path, capsys):
 
 def test_named_candidates_are_told_apart_by_colour(tmp_path):
     rows = [Row(Arm(f"{n}", (), {}), [], {}) for n in range(25)]
-    styles = {str(style) for style in select_plots._styles(rows)}
+    styles = {str(style) for style in select_weights._styles(rows)}
     assert len(styles) == 25
 
 

@@ -1,0 +1,82 @@
+"""weights.png: what became of the weights of each candidate."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+
+from launch.select.choice import Row, Table
+from launch.select.drawing import new_figure, numbers, wrapped
+from pipeline.gan.networks import build_D, build_G
+from pipeline.run.export import load_run
+from pipeline.run.spectrum import spectra
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all names beside each other
+
+
+def weights(found: Table) -> Figure:
+    """Per player: norms of kernels over training, the penalty's share of the gradient, and one spectrum."""
+    rows = [row for row in found.rows if row.outcomes]
+    names = [wrapped(row.arm.label, _NAME) for row in rows]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    beside = max(1, min(len(rows), _ALL // (longest + 8)))
+    figure = new_figure(12, 6.8 + 0.18 * sum(name.count("\n") + 1 for name in names) / beside)
+    for player, panels in zip("GD", figure.subplots(2, 3), strict=True):
+        norms, shares, spectrum = panels
+        kernels = set()
+        for row, name, style in zip(rows, names, _styles(rows), strict=True):
+            lines = _metrics(row)
+            kimg = [line["cur_nimg"] / 1000 for line in lines]
+            for chart in [chart for chart in lines[-1] if chart.startswith(f"Weights/{player}/norm/")]:
+                norms.plot(kimg, [line.get(chart, math.nan) for line in lines], lw=1, label=name, **style)
+            share = [line.get(f"Gradients/{player}/penalty_share", math.nan) for line in lines]
+            shares.plot(kimg, share, label=name, **style)
+            kernel, values = _largest_spectrum(row, player)
+            kernels |= {kernel} - {""}
+            spectrum.plot(range(1, len(values) + 1), values, **style)
+        which = wrapped(kernels.pop(), 40) if len(kernels) == 1 else "each one's largest kernel"
+        norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
+        shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
+        spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
+    return figure
+
+
+def _styles(rows: list[Row]) -> list[dict[str, Any]]:
+    """How the lines of each candidate look: in order for the values of one number, else plainly different."""
+    from matplotlib import colormaps
+
+    if values := numbers(rows):
+        order = np.argsort(np.argsort(values, kind="stable"))
+        return [{"color": colour} for colour in colormaps["viridis"](0.9 * order / max(1, len(rows) - 1))]
+    colour_map, many = ("tab10", 10) if len(rows) <= 10 else ("tab20", 20)
+    dashes = ["-", "--", ":", "-."]
+    return [
+        {"color": colormaps[colour_map](i % many), "ls": dashes[i // many % len(dashes)]}
+        for i in range(len(rows))
+    ]
+
+
+def _metrics(row: Row) -> list[dict[str, Any]]:
+    file = row.outcomes[0].trial.folder / "metrics.jsonl"
+    return [line for line in map(json.loads, file.read_text().splitlines()) if line["cur_nimg"]]
+
+
+def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:
+    """A kernel's name and its singular values; none if the checkpoint is no longer there."""
+    try:
+        settings, checkpoint, state = load_run(row.outcomes[0].trial.folder)
+        network = (build_G if player == "G" else build_D)(settings, state.num_classes)
+        shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+        name, values = next(iter(spectra(checkpoint, player, shapes, largest=1).items()))
+    except (OSError, ValueError, SafetensorError):
+        return "", []
+    return name, values.tolist()
