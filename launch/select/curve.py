@@ -89,8 +89,8 @@ def _draw_scores(axes: Axes, found: Table, rows: list[Row], upright: bool) -> No
     for place, row in enumerate(rows):
         colour = DARK if row.arm in compared else GREY
         scores = [o.score for o in row.outcomes]
-        points([place] * len(scores), scores, "o", ms=4, color=LIGHT, zorder=1, label="trial")
-        bar(place, row, row.error, capsize=4, color=colour, zorder=2)
+        points([place] * len(scores), scores, "o", ms=4, color=LIGHT, zorder=3, label="trial")
+        bar(place, row, row.error, capsize=4, color=colour, zorder=1)
         label = "mean ± standard error" if row.arm in compared else "not compared: trials failed"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
         if best and found.penalty and found.rule == PAIRED and row.arm in compared and row.arm != best.arm:

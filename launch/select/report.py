@@ -34,8 +34,10 @@ def terminal(found: Table) -> str:
 
     width, out = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns, io.StringIO()
     console = Console(file=out, width=width, color_system=None)
+    unbounded = console.options.update(width=_NO_TERMINAL)
     for left_out in ([], [_TIME], [_TIME, _DIFFERENCE]):
-        fits = console.measure(_lines(found, left_out, _NAME)).maximum <= width
+        lines = _lines(found, left_out, _NAME)
+        fits = console.measure(lines, options=unbounded).maximum <= width
         if fits:
             break
     console.print(_lines(found, left_out, fold_all=not fits))
@@ -96,7 +98,8 @@ def _lines(found: Table, left_out: Sequence[int], name: int | None = None, fold_
 
 def _titles(found: Table, others: Sequence[str]) -> list[str]:
     first = found.rows[0].arm
-    return [first.title, "trials", found.score, f"minus {first.label}", *others, "time", ""]
+    other = first.label if len(first.label) <= _NAME else "the first"
+    return [first.title, "trials", found.score, f"minus {other}", *others, "time", ""]
 
 
 def _others(found: Table) -> list[str]:
@@ -112,7 +115,7 @@ def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
     """What is said of one arm: of the trials that are compared, or of all its own if it is left out."""
     counts = ((len(row.failures), "failed"), (len(row.pending), "not done"))
     lacking = ", ".join(f"{count} {what}" for count, what in counts if count)
-    marks = ((found.minimum, "best mean"), (found.choice, "chosen"))
+    marks = ((found.minimum, "best"), (found.choice, "chosen"))
     compared = {other.arm: other for other in found.comparable}
     first, of = (compared.get(other.arm, other) for other in (found.rows[0], row))
     return [
@@ -127,10 +130,13 @@ def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
 
 
 def _with_error(value: float, error: float, signed: bool = False) -> str:
+    """With three decimals, or more if the error has none among these."""
     if math.isnan(value):
         return "–"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    return text if math.isnan(error) else f"{text} ± {error:.3f}"
+    small = 0 < error < 5e-4 or (not error > 0 and 0 < abs(value) < 5e-4)
+    decimals = min(9, 1 - math.floor(math.log10(error if error > 0 else abs(value)))) if small else 3
+    text = f"{value:{'+' if signed else ''}.{decimals}f}"
+    return text if math.isnan(error) else f"{text} ± {error:.{decimals}f}"
 
 
 def _plain(value: float) -> str:
@@ -166,10 +172,10 @@ def _reason(found: Table, best: Row, choice: Row) -> str:
     key = found.penalty
     if key is None or len(best.outcomes) == 1:
         return "which has the best mean"
-    within = f"within one standard error of the best mean ({best.arm.name}), by the {found.rule} rule"
+    within = "within one standard error of"
     if choice.arm == best.arm:
-        return f"which has the best mean; no larger {key} is {within}"
-    return f"the largest {key} {within}"
+        return f"which has the best mean; no larger {key} is {within} it, by the {found.rule} rule"
+    return f"the largest {key} {within} the best mean ({best.arm.name}), by the {found.rule} rule"
 
 
 def _distances(found: Table, best: Row, choice: Row) -> list[str]:
@@ -190,9 +196,7 @@ def _distances(found: Table, best: Row, choice: Row) -> list[str]:
 def _rule(found: Table) -> str:
     """The rule that has chosen, in full."""
     if found.penalty is None:
-        return (
-            "The best mean is chosen: only the values of one λ have an order, from less to more regularised."
-        )
+        return "The best mean is chosen, as only the values of one λ stand in an order of regularisation."
     if found.rule == PAIRED:
         return (
             "The paired rule: of the candidates whose mean difference from the best, over trials of the same "

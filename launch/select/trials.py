@@ -84,12 +84,12 @@ def trials(
         )
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
-    slugs = [arm.slug for arm in candidates]
-    if clash := {slug for slug in slugs if slugs.count(slug) > 1}:
-        raise UserError(f"Two arms would be called {clash.pop()}.")
     _check_effective(candidates, overrides)
     resolved = {arm: config.load(path, [*overrides, *arm.settings]) for arm in candidates}
     _check_different(resolved)
+    slugs = [arm.slug for arm in candidates]
+    if clash := {slug for slug in slugs if slugs.count(slug) > 1}:
+        raise UserError(f"Two arms would be called {clash.pop()}.")
     for arm, changed in resolved.items():
         _check_comparable(arm, base, changed)
     made = []

@@ -45,8 +45,12 @@ def weights(found: Table) -> Figure:
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
-    handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=beside, fontsize=8, frameon=False)
+    title = rows[0].arm.title.replace("candidate", "")
+    legend = figure.legend(
+        *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=beside, fontsize=8
+    )
+    legend.set_title(title)
+    legend.set_frame_on(False)
     return figure
 
 

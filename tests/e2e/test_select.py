@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from dataclasses import replace
@@ -17,7 +16,6 @@ from PIL import Image
 from launch.select import candidates as select_candidates
 from launch.select import table as select_table
 from launch.select import trials as select_trials
-from launch.select.choice import Outcome, Row, Table
 from pipeline import config
 from pipeline.config import UserError
 
@@ -93,49 +91,6 @@ def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
     assert (last.run.seed, last.data.folds, last.data.fold, last.penalty.G.l2) == (1, 2, 1, 1.0)
     assert last.run.out == "there/mine/trials" and last.track.group == base.run.name == "mine"
     assert config.load(trials[-1].arguments[0], trials[-1].arguments[1:]) == last
-
-
-# The choice
-
-
-def table_of(job: str, scores: dict[str, list[float]]) -> Table:
-    """λ → one score per fold."""
-    arms = select_candidates.grid([f"penalty.l2={','.join(scores)}"])
-    _, trials = select_trials.trials(job, [], arms, 3, 1)
-    rows = []
-    for arm, values in zip(arms, scores.values(), strict=True):
-        mine = [t for t in trials if t.arm == arm]
-        failures = {t.name: "exit status 1" for t, v in zip(mine, values, strict=False) if math.isnan(v)}
-        done = [(t, v) for t, v in zip(mine, values, strict=False) if not math.isnan(v)]
-        rows.append(Row(arm, [Outcome(t, v, {}, 1.0) for t, v in done], failures))
-    return Table("kid_efflite0", rows)
-
-
-def chosen(job: str, scores: dict[str, list[float]]) -> tuple[str, str]:
-    found = table_of(job, scores)
-    return found.minimum.label, found.choice.label
-
-
-def test_the_largest_penalty_within_one_standard_error_is_chosen(job):
-    wide = {"0": [3.0, 3, 3], "0.01": [1.0, 2, 3], "1": [2.0, 2.5, 3], "100": [9.0, 9, 9]}
-    assert chosen(job, wide) == ("0.01", "1")  # 2 ± 0.577 reaches 2.5
-    narrow = wide | {"0.01": [1.9, 2.0, 2.1]}
-    assert chosen(job, narrow) == ("0.01", "0.01")
-    assert chosen(job, {"1": [2.0, 2, 2], "0": [2.0, 2, 2]}) == ("1", "1")
-    # One of which a trial failed has had an easier time of it, perhaps; as long as some are not through,
-    # only what all have finished counts.
-    assert chosen(job, {"0": [3.0, 3, 3], "0.01": [0.1, 0.1, math.nan]}) == ("0", "0")
-    assert chosen(job, {"0": [1.0, 1, 9], "0.01": [2.0, 2]}) == ("0", "0")
-    assert table_of(job, {"0": [1.0], "0.01": []}).choice is None
-    row = table_of(job, wide).rows[1]
-    assert row.mean == pytest.approx(2) and row.error == pytest.approx(3**-0.5)
-
-
-def test_differences_are_taken_within_folds(job):
-    """Folds differ far more than candidates do: paired, the difference is plain."""
-    first, second = table_of(job, {"0": [1.0, 5, 9], "1": [1.1, 5.1, 9.1]}).rows
-    assert second.against(first) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
-    assert first.error > 2
 
 
 # For real
