@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -88,17 +86,10 @@ def select(
     candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
     base, trials = select_trials.trials(config, settings, candidates, folds, seeds)
     launch = select_trials.Launch(strategy, procs, mixed_precision)
-    work = Work(base, trials, launch, (config, settings), _say, rule)
+    work = Work(base, trials, launch, (config, settings), click.echo, rule)
     if collect:
         work.collect()
     elif slurm:
         work.submit(Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs)
     else:
         work.train(jobs)
-
-
-def _say(text: str) -> None:
-    """Nobody there to read it, or no letters for it, is no reason to stop."""
-    with suppress(OSError, ValueError):
-        encoding = sys.stdout.encoding or "utf-8"
-        click.echo(text.encode(encoding, "replace").decode(encoding))

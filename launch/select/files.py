@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.config import UserError
@@ -19,11 +19,12 @@ def whole(path: Path) -> Iterator[Path]:
         partial.replace(path)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Make room or give the rights; the same "
-            "command with --collect then writes it."
+            f"{path} cannot be written: {error.strerror or error}. Make room, or allow it, and repeat the "
+            "command: finished trials stand."
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write(path: Path, text: str) -> None:

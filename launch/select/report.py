@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING
 from launch.doctor.finding import counted
 from launch.select import files
 from launch.select.choice import PAIRED, Row, Table
-from launch.select.curve import curve
 from launch.select.trials import Trial
-from launch.select.weights import weights
 from pipeline import config
 from pipeline.credentials import redacted
 
@@ -59,15 +57,6 @@ def write(
     files.write(folder / "best.yaml", head + config.dump(best))
     files.write(folder / "report.md", _report(found, trials))
     return [folder / "best.yaml", folder / "report.md"]
-
-
-def draw(folder: Path, found: Table) -> list[Path]:
-    """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
-    pictures = {"curve.png": curve(found), "weights.png": weights(found)}
-    for name, figure in pictures.items():
-        with files.whole(folder / name) as partial:
-            figure.savefig(partial, format="png")
-    return [folder / name for name in pictures]
 
 
 _DIFFERENCE, _TIME = 3, 4  # where these columns stand

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from launch.doctor.finding import counted
+from launch.select import plots as select_plots
 from launch.select import report as select_report
 from launch.select import run as select_run
 from launch.select import slurm as select_slurm
@@ -20,7 +21,7 @@ from launch.select.choice import Table
 from launch.select.run import Say
 from launch.select.trials import Launch, Trial
 from launch.slurm import Resources
-from pipeline.config import Config
+from pipeline.config import Config, UserError
 
 
 @dataclass
@@ -112,7 +113,10 @@ class Work:
         if problem:
             self.failures[trial.name] = problem
         now = self._table()
-        select_table.write(self.folder, now, self.base, self.trials)
+        try:
+            select_table.write(self.folder, now, self.base, self.trials)
+        except UserError as error:  # it is written again at the end
+            self.say(f"warning: {error}")
         problem = next((row.failures[trial.name] for row in now.rows if trial.name in row.failures), "")
         done = [o for row in now.rows for o in row.outcomes]
         scores = [f"{now.score} {o.score:.4f}" for o in done if o.trial == trial]
@@ -132,7 +136,7 @@ class Work:
             written += select_report.write(self.folder, found, self.trials, *self.given)
         self.say(select_report.terminal(found))
         if found.choice is not None:  # last, as pictures take a while
-            written += select_report.draw(self.folder, found)
+            written += select_plots.draw(self.folder, found)
             self.say("\n".join(map(str, written)))
         return found
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import FASHION, run, shardgan
+from launching import FASHION, RunFolder, run, shardgan
 from launching import Started as start
 from PIL import Image
 
+import pipeline.train
 from launch.select import candidates as select_candidates
 from launch.select import table as select_table
 from launch.select import trials as select_trials
@@ -20,7 +21,7 @@ from pipeline import config
 from pipeline.config import UserError
 
 CONFIG = f"""
-run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, eval_kimg: 1}}
+run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, snapshot_kimg: 0.016, eval_kimg: 0.032}}
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 16, workers: 0}}
 G: {{width: 8, norm: none, z_dim: 16}}
 D: {{width: 8, norm: none}}
@@ -93,10 +94,20 @@ def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
     assert config.load(trials[-1].arguments[0], trials[-1].arguments[1:]) == last
 
 
+def test_trials_are_scored_at_their_end_unless_the_command_says_otherwise(job):
+    arms = select_candidates.grid(["penalty.l2=0,1"])
+    base, (trial, *_) = select_trials.trials(job, [], arms, 2, 1)
+    assert (base.run.eval_kimg, base.run.snapshot_kimg, base.run.keep) == (0.032, 0.016, 2)
+    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (1e9, 1e9)
+    assert trial.settings.run.keep == 1
+    _, (trial, *_) = select_trials.trials(job, ["run.eval_kimg=0.016"], arms, 2, 1)
+    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (0.016, 1e9)
+
+
 # For real
 
 
-def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
+def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path, signals_kept):
     """A candidate that cannot be trained is reported, and stops neither the others nor the choice."""
     (tmp_path / "arms.yaml").write_text(ARMS)
     (tmp_path / "two.yaml").write_text("\n".join(ARMS.splitlines()[:2]))
@@ -126,6 +137,7 @@ def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in found["rows"]] == without_time
 
     check_what_is_written(whole)
+    check_that_the_best_trains(whole)
     check_references(job, whole)
 
 
@@ -138,6 +150,18 @@ def check_what_is_written(folder: Path) -> None:
     assert "| L2 | 2 |" in report and "| missing | 0 (2 failed) |" in report
     for picture in ("curve.png", "weights.png"):
         assert picture in report and min(Image.open(folder / picture).size) > 300
+
+
+def check_that_the_best_trains(folder: Path) -> None:
+    """With sheets and scores as the config says, where a trial has one score, at its end."""
+    here = [f"run.out={folder}", "run.total_kimg=0.032"]
+    assert pipeline.train.main([str(folder / "best.yaml"), *here]) == 0
+    best, trial = (RunFolder(folder / name) for name in ("whole-best", "trials/none,seed=0,fold=0"))
+    scored = [[row["cur_nimg"] for row in run.rows if "Metrics/kid_efflite0" in row] for run in (best, trial)]
+    assert scored == [[0, 32], [64]]
+    assert (best.path / "samples" / "reals.png").exists()
+    assert list((best.path / "samples").glob("fakes*.png"))
+    assert len(list((trial.path / "checkpoints").iterdir())) <= 2  # the newest, and the best
 
 
 def check_references(job: str, folder: Path) -> None:

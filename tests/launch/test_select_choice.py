@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 from launching import run, shardgan
+from PIL import Image
 from selections import CONFIG, finish, selection, table_of
 
 from launch.select import candidates as select_candidates
+from launch.select import files
+from launch.select import plots as select_plots
 from launch.select import report as select_report
 from launch.select import table as select_table
-from launch.select import weights as select_weights
 from launch.select.candidates import Arm
-from launch.select.choice import Row
+from launch.select.choice import PAIRED, Row
+from launch.select.trials import Launch
+from launch.select.work import Work
+from pipeline import config
 from pipeline.config import UserError
 
 # What is not there
@@ -35,7 +41,7 @@ def test_what_is_not_done_speaks_against_nobody(tmp_path):
 
 
 def test_collect_before_all_is_done_chooses_by_what_all_have(tmp_path):
-    """The pictures cannot be drawn here, as there are no weights: they come after the table."""
+    """The pictures do without images of G, as there are no checkpoints."""
     _, trials = selection(tmp_path)
     for trial, score in zip(trials, [2.0, 1.0, 2.1], strict=False):
         finish(trial, score)
@@ -46,9 +52,39 @@ def test_collect_before_all_is_done_chooses_by_what_all_have(tmp_path):
         ),
         tmp_path,
     )  # fmt: skip
+    assert ended.status == 0, ended.output
     table = json.loads((tmp_path / "mine" / "table.json").read_text())
     assert table["minimum"] == "penalty.l2=1" and table["rows"][1]["failed"] == {}, ended.output
     assert "1 (1 not done)" in ended.output
+    for picture in ("curve.png", "weights.png"):
+        assert min(Image.open(tmp_path / "mine" / picture).size) > 300
+
+
+def test_a_choice_that_no_longer_stands_is_taken_back(tmp_path):
+    """Run folders of trials were removed: they are to come again, and nothing says what was chosen."""
+    base, trials = selection(tmp_path)
+    for trial, score in zip(trials, [2.0, 1.0, 2.1, 1.1], strict=True):
+        finish(trial, score)
+    said = []
+    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+    work = Work(base, trials, Launch(), given, said.append, PAIRED)
+    work.collect()
+    best = tmp_path / "mine" / "best.yaml"
+    assert config.load(best).penalty.D.l2 == 1
+    for trial in trials[1::2]:
+        shutil.rmtree(trial.folder)
+    work.collect()
+    assert json.loads((tmp_path / "mine" / "table.json").read_text())["chosen"] is None
+    assert not best.exists() and "Not done: 2 trials, which may change the choice." in said[-1]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    files.write(tmp_path / "table.json", "as it was")
+    (tmp_path / ".table.json.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"table.json cannot be written: No space left"):
+        files.write(tmp_path / "table.json", "new" * 10_000)
+    assert (tmp_path / "table.json").read_text() == "as it was"
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
@@ -163,7 +199,7 @@ def test_names_are_shown_as_they_are(tmp_path):
 
 def test_named_candidates_are_told_apart_by_colour(tmp_path):
     rows = [Row(Arm(f"{n}", (), {}), [], {}) for n in range(25)]
-    styles = {str(style) for style in select_weights._styles(rows)}
+    styles = {str(style) for style in select_plots._styles(rows)}
     assert len(styles) == 25
 
 

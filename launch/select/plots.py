@@ -1,15 +1,18 @@
-"""weights.png: what became of the weights of each candidate."""
+"""The pictures of a selection: scores with what each G makes, and what became of the weights."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
 
+from launch.select import files
 from launch.select.choice import Row, Table
+from launch.select.curve import curve
 from launch.select.drawing import new_figure, numbers, wrapped
 from pipeline.gan.networks import build_D, build_G
 from pipeline.run.export import load_run
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all names beside each other
+
+
+def draw(folder: Path, found: Table) -> list[Path]:
+    """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
+    pictures = {"curve.png": curve(found), "weights.png": weights(found)}
+    for name, figure in pictures.items():
+        with files.whole(folder / name) as partial:
+            figure.savefig(partial, format="png")
+    return [folder / name for name in pictures]
 
 
 def weights(found: Table) -> Figure:
