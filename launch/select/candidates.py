@@ -11,6 +11,8 @@ from itertools import product
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import UserError
 
@@ -79,8 +81,8 @@ def grid(axes: Sequence[str]) -> list[Arm]:
 def arms(file: Path) -> list[Arm]:
     """Arms from a YAML file of `name: [key=value, …]`. Raises UserError if it is not one."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = OmegaConf.to_container(OmegaConf.load(file))  # which refuses a name that stands there twice
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--arms {file} cannot be read: {' '.join(str(error).split())}") from None
     listed = content.items() if isinstance(content, dict) else ()
     found = [

@@ -15,6 +15,7 @@ from pipeline.run.folder import DONE, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself gives to each trial.
 _FIXED = (
+    "run.total_kimg",
     "score",
     "data.train",
     "data.size",

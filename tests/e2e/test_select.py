@@ -71,6 +71,7 @@ def test_a_grid_that_cannot_be_read_is_refused(grid, message):
     [
         ("score.images=32", "score cannot differ between trials"),
         ("data.size=32", "data.size cannot differ"),
+        ("run.total_kimg=1", "run.total_kimg cannot differ"),
         ("run.seed=1", "use --seeds"),
         ("penalty.l3=1", "no such key"),
     ],

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from launching import run, shardgan
 from PIL import Image
-from selections import CONFIG, finish, selection, table_of
+from selections import finish, selection, table_of
 
 from launch.select import candidates as select_candidates
 from launch.select import files
@@ -203,8 +203,23 @@ def test_named_candidates_are_told_apart_by_colour(tmp_path):
     assert len(styles) == 25
 
 
-def test_no_candidate_is_an_arm(tmp_path):
-    (tmp_path / "job.yaml").write_text(CONFIG)
-    (tmp_path / "arms.yaml").write_text("{}\n")
-    with pytest.raises(UserError, match="not a list of arms"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}\n", "not a list of arms"),
+        ("", "not a list of arms"),
+        ("[none, L2]\n", "not a list of arms"),
+        ("just text\n", "not a list of arms"),
+        ("none: []\nL2: penalty.l2=1\n", "not a list of arms"),
+        ("none: []\nL2: [penalty.l2=1]\nL2: [penalty.l2=2]\n", "duplicate key L2"),
+    ],
+)
+def test_a_file_that_lists_no_arms_is_refused(tmp_path, text, message):
+    (tmp_path / "arms.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
         select_candidates.arms(tmp_path / "arms.yaml")
+
+
+def test_the_name_of_an_arm_is_one_line(tmp_path):
+    (tmp_path / "arms.yaml").write_text('"two\\nlines": [penalty.l2=1]\nλ = 2: [penalty.l2=2]\n', "utf-8")
+    assert [arm.name for arm in select_candidates.arms(tmp_path / "arms.yaml")] == ["two lines", "λ = 2"]
