@@ -15,10 +15,10 @@ INK, DARK, LIGHT, GREY, MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty one; width, height: in inches."""
+    """An empty one; width, height: in inches. At this resolution matplotlib draws up to 595 of them."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+    return Figure(figsize=(min(width, 400), min(height, 400)), dpi=110, layout="constrained")
 
 
 def wrapped(name: str, letters: int) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from selections import finish, selection, table_of
 
 from launch.select import candidates as select_candidates
+from launch.select import curve as select_curve
 from launch.select import files
 from launch.select import plots as select_plots
 from launch.select import report as select_report
@@ -85,6 +86,17 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         files.write(tmp_path / "table.json", "new" * 10_000)
     assert (tmp_path / "table.json").read_text() == "as it was"
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_a_full_disk_does_not_stop_the_trials(tmp_path):
+    base, trials = selection(tmp_path)
+    finish(trials[0])
+    said = []
+    work = Work(base, trials, Launch(), ("", ()), said.append, PAIRED)
+    work.folder.mkdir(exist_ok=True)
+    (work.folder / ".table.json.partial").symlink_to("/dev/full")
+    work._ended(trials[0], "")
+    assert said[0].startswith("warning: ") and "No space left" in said[0] and "[1/4]" in said[1]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
@@ -201,6 +213,52 @@ def test_named_candidates_are_told_apart_by_colour(tmp_path):
     rows = [Row(Arm(f"{n}", (), {}), [], {}) for n in range(25)]
     styles = {str(style) for style in select_plots._styles(rows)}
     assert len(styles) == 25
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ["penalty.l2=0,1e-3,1e-2"],
+        ["penalty.l2=0,1e-7:1e2:11"],
+        ["penalty.G.l2=0,0.01", "penalty.D.l2=0,0.001,0.01"],
+        [
+            "G.norm=none,batch,group",
+            "D.norm=none,batch",
+            "optim.G.betas=[0.123456789,0.9],[0.123456789,0.99]",
+        ],
+    ],
+    ids=["3", "12", "two keys", "12 long"],
+)
+def test_nothing_in_the_pictures_is_clipped_or_printed_over(tmp_path, grid):
+    _, trials = selection(tmp_path, grid=grid)
+    for trial in trials:
+        finish(trial)
+    arms = len({trial.arm for trial in trials})
+    found = table_of(trials, [[2.0 + 0.1 * i, 2.2] for i in range(arms)])
+    picture = select_curve.curve(found)
+    picture.draw_without_rendering()
+    scores, *panels = picture.axes
+    on_axis = [*scores.get_xticklabels(), *scores.get_yticklabels()]
+    titles = [panel.title for panel in panels if panel.get_title()]
+    assert_apart([text.get_window_extent() for text in (*on_axis, *titles)], picture.bbox)
+    assert_apart([legend.get_window_extent() for legend in picture.legends] + [scores.bbox], picture.bbox)
+    picture = select_plots.weights(found)
+    picture.draw_without_rendering()
+    (legend,) = picture.legends
+    assert len(legend.get_texts()) == arms
+    assert_apart([text.get_window_extent() for text in legend.get_texts()], picture.bbox)
+    assert_apart([legend.get_window_extent(), *(axes.bbox for axes in picture.axes)], picture.bbox)
+
+
+def assert_apart(boxes, within):
+    """Boxes of text and axes lie inside the picture and beside each other."""
+    for number, box in enumerate(boxes):
+        assert box.x0 >= within.x0 - 1 and box.x1 <= within.x1 + 1, box
+        assert box.y0 >= within.y0 - 1 and box.y1 <= within.y1 + 1, box
+        for other in boxes[:number]:
+            assert min(box.x1, other.x1) <= max(box.x0, other.x0) + 1 or (
+                min(box.y1, other.y1) <= max(box.y0, other.y0) + 1
+            ), (box, other)
 
 
 @pytest.mark.parametrize(
