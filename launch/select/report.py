@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table as Lines
 
 _NO_TERMINAL = 10_000  # columns: a log has as many as there are
+_DIFFERENCE, _TIME = 3, 4  # where columns of the table on a terminal stand
 _NAME = 24  # columns that a long name is folded to before others are left out
 
 
@@ -57,9 +58,6 @@ def write(
     files.write(folder / "best.yaml", head + config.dump(best))
     files.write(folder / "report.md", _report(found, trials))
     return [folder / "best.yaml", folder / "report.md"]
-
-
-_DIFFERENCE, _TIME = 3, 4  # where these columns stand
 
 
 def _lines(found: Table, left_out: Sequence[int], name: int | None = None, fold_all: bool = False) -> Lines:
