@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launch.processes import STRATEGIES
+from launch.select.choice import RULES
 from pipeline.config import UserError
 
 
@@ -38,6 +39,13 @@ from pipeline.config import UserError
 @click.option("--time", "limit", help="Of one stretch of a --slurm trial, which requeues itself until done.")
 @click.option("--partition", help="For --slurm. Default: the cluster's.")
 @click.option("--account", help="For --slurm. Default: yours.")
+@click.option(
+    "--rule",
+    type=click.Choice(RULES),
+    default=RULES[0],
+    show_default=True,
+    help="Of a grid over one λ: by differences in pairs of one fold and seed, or by means alone.",
+)
 @click.option("--collect", is_flag=True, help="Train nothing; table and report of what is done.")
 def select(
     config: str,
@@ -55,14 +63,16 @@ def select(
     limit: str | None,
     partition: str | None,
     account: str | None,
+    rule: str,
     collect: bool,
 ) -> None:
     """Choose λ (or anything else) by cross-validation.
 
     The data are cut into folds; each candidate is trained on all but one of them and scored on that one, for
-    every fold and seed. Each trial is a run of its own under OUT/NAME/trials, and the same command again
-    continues where it was stopped. What comes out is in OUT/NAME: report.md, curve.png, table.json,
-    table.csv, and best.yaml, ready to train.
+    every fold and seed. Of a grid over one λ the largest is chosen that is within one standard error of the
+    best, of anything else the best mean. Each trial is a run of its own under OUT/NAME/trials, scored once at
+    its end, and the same command again continues where it was stopped. What comes out is in OUT/NAME:
+    report.md, curve.png, table.json, table.csv, and best.yaml, ready to train.
     """
     from launch.select import candidates as select_candidates
     from launch.select import trials as select_trials
@@ -75,9 +85,8 @@ def select(
         raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
     candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
     base, trials = select_trials.trials(config, settings, candidates, folds, seeds)
-    work = Work(
-        base, trials, select_trials.Launch(strategy, procs, mixed_precision), (config, settings), click.echo
-    )
+    launch = select_trials.Launch(strategy, procs, mixed_precision)
+    work = Work(base, trials, launch, (config, settings), click.echo, rule)
     if collect:
         work.collect()
     elif slurm:

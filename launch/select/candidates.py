@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,13 @@ from itertools import product
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import UserError
+
+_LONGEST = 200  # bytes of a slug: a file's name has 255, of which seed, fold and suffix take some
+_MOST = 1000  # values of a range
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,34 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name, as part of a folder's."""
-        return re.sub(r"[^\w.=+,-]+", "_", self.name.replace(", ", ","))
+        """The name, as part of a folder's; one that would be too long for it ends in a hash."""
+        slug = re.sub(r"[^\w.=+,-]+", "_", self.name.replace(", ", ","))
+        if len(slug.encode()) <= _LONGEST:
+            return slug
+        digest = hashlib.sha256(slug.encode()).hexdigest()[:8]
+        return f"{slug.encode()[: _LONGEST - 9].decode(errors='ignore')}-{digest}"
+
+    @property
+    def label(self) -> str:
+        """The values of a grid, with as much of their keys as tells them apart; else the name."""
+        values = list(self.values.values())
+        if len(values) < 2:
+            return values[0] if values else self.name
+        _, keys, _ = _common(list(self.values))
+        return ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
+
+    @property
+    def title(self) -> str:
+        """What stands above labels: the keys of a grid, as penalty.{G,D}.l2."""
+        if len(self.values) < 2:
+            return next(iter(self.values), "candidate")
+        before, keys, behind = _common(list(self.values))
+        return f"{before}{{{','.join(keys)}}}{behind}" if before or behind else "candidate"
 
     def number(self, key: str) -> float | None:
         """A grid's value as a number, if it is one."""
         try:
-            return float(self.values[key])
+            return float(self.values[key].strip("'\""))
         except ValueError:
             return None
 
@@ -54,11 +81,15 @@ def grid(axes: Sequence[str]) -> list[Arm]:
 def arms(file: Path) -> list[Arm]:
     """Arms from a YAML file of `name: [key=value, …]`. Raises UserError if it is not one."""
     try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = OmegaConf.to_container(OmegaConf.load(file))  # which refuses a name that stands there twice
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--arms {file} cannot be read: {' '.join(str(error).split())}") from None
     listed = content.items() if isinstance(content, dict) else ()
-    found = [Arm(str(name), tuple(settings), {}) for name, settings in listed if _is_settings(settings)]
+    found = [
+        Arm(" ".join(str(name).split()), tuple(settings), {})
+        for name, settings in listed
+        if _is_settings(settings)
+    ]
     if len(found) < max(1, len(listed)):
         raise UserError(f"--arms {file}: not a list of arms, each as `name: [key=value, …]`.")
     return found
@@ -66,10 +97,35 @@ def arms(file: Path) -> list[Arm]:
 
 def _axis(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
-    if not (key and equals and values):
+    key, parts = key.strip(), _split(values)
+    if not (key and equals and values.strip()):
         raise UserError(f"--grid {text}: not of the form KEY=V1,V2,…")
-    found = [value for part in values.split(",") for value in _range(part.strip(), text)]
+    if parts is None:
+        raise UserError(f"--grid {text}: a bracket or quote is not closed.")
+    if not all(parts):
+        raise UserError(f"--grid {text}: a value is missing between two commas or at an end.")
+    found = [value for part in parts for value in _range(part, text)]
     return key, list(dict.fromkeys(found))
+
+
+def _split(values: str) -> list[str] | None:
+    """At the commas outside brackets and quotes, as YAML has them; None if one of these is not closed."""
+    parts, depth, quote, before = [""], 0, "", ","
+    for character in values:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and before in ",[{:":  # further inside a word it is an apostrophe
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+            if depth < 0:
+                return None
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+        before = before if character == " " else character
+    return None if depth or quote else [part.strip() for part in parts]
 
 
 def _range(part: str, axis: str) -> list[str]:
@@ -79,16 +135,17 @@ def _range(part: str, axis: str) -> list[str]:
     try:
         low, high, count = part.split(":")
         start, end, steps = math.log(float(low)), math.log(float(high)), int(count) - 1
-        if steps < 1 or not math.isfinite(start + end):
+        if not 1 <= steps < _MOST or not math.isfinite(start + end):
             raise ValueError
     except ValueError:
         if not re.match(r"[\d.+-]", part):
             return [part]  # a word, as package.module:Class
         raise UserError(
-            f"--grid {axis}: {part} is not LOW:HIGH:COUNT with 0 < LOW and 2 ≤ COUNT, as in 1e-6:1e-2:5."
+            f"--grid {axis}: {part} is not LOW:HIGH:COUNT with 0 < LOW and 2 ≤ COUNT ≤ {_MOST}, as in "
+            "1e-6:1e-2:5."
         ) from None
     between = (math.exp(start + (end - start) * i / steps) for i in range(1, steps))
-    return [_shortest(low), *(f"{value:.6g}" for value in between), _shortest(high)]
+    return [_shortest(low), *(_shortest(f"{value:.6g}") for value in between), _shortest(high)]
 
 
 def _shortest(written: str) -> str:
@@ -101,6 +158,18 @@ def _shortest(written: str) -> str:
         return written
     short = f"{value:g}"
     return short if float(short) == value or math.isnan(value) else repr(value)
+
+
+def _common(keys: Sequence[str]) -> tuple[str, list[str], str]:
+    """Dotted keys as what all begin with, what tells them apart, and what all end with."""
+    split = [key.split(".") for key in keys]
+    shortest = min(map(len, split))
+    before = next((n for n in range(shortest) if len({parts[n] for parts in split}) > 1), shortest - 1)
+    left = shortest - before
+    behind = next((n for n in range(left) if len({parts[-1 - n] for parts in split}) > 1), left - 1)
+    middle = [".".join(parts[before : len(parts) - behind]) for parts in split]
+    start, end = split[0][:before], split[0][len(split[0]) - behind :]
+    return "".join(f"{part}." for part in start), middle, "".join(f".{part}" for part in end)
 
 
 def _is_settings(value: object) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch import slurm
+from launch.select import files
 from launch.select.run import Say
 from launch.select.trials import Launch, Trial
 from pipeline.config import UserError
@@ -57,7 +58,7 @@ def submit(
         throttle=jobs,
         gather=["launch.cli", *map(redacted, command), "--collect"],
     )
-    (folder / "slurm" / "job").write_text(f"{array.job} {array.gather}\n")
+    files.write(folder / "slurm" / "job", f"{array.job} {array.gather}\n")
     say(
         f"Submitted: {len(todo)} trials as job {array.job}, {jobs} at once; job {array.gather} collects what "
         f"they find in {folder}. Logs: {folder / 'slurm'}."

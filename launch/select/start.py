@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.select import files
 from launch.select.run import shares
 from launch.select.trials import Launch, Trial
 from launch.train import check_space
@@ -54,13 +55,7 @@ def check_common(folder: Path, now: dict[str, Any]) -> None:
 def note_common(folder: Path, now: dict[str, Any]) -> None:
     """For later commands on the same folder, which are held to it. Raises UserError."""
     check_common(folder, now)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{_COMMON}"
-        partial.write_text(json.dumps(now, indent=1) + "\n")
-        partial.replace(folder / _COMMON)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Set run.out.") from None
+    files.write(folder / _COMMON, json.dumps(now, indent=1) + "\n")
 
 
 def check(base: Config, trials: Sequence[Trial], launch: Launch, jobs: int | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,7 @@ from pipeline.run.folder import DONE, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself gives to each trial.
 _FIXED = (
+    "run.total_kimg",
     "score",
     "data.train",
     "data.size",
@@ -26,6 +27,9 @@ _FIXED = (
     "data.fold",
 )
 _OURS = ("run.name", "run.out", "run.seed", "run.resume")
+# What a config says of these is meant for a training that someone watches: a trial is scored once, at its
+# end. Settings on the command line come after them.
+_RHYTHM = ("run.snapshot_kimg=1e9", "run.eval_kimg=1e9", "run.keep=1")
 
 
 @dataclass(frozen=True)
@@ -81,27 +85,65 @@ def trials(
         )
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
+    _check_effective(candidates, overrides)
+    resolved = {arm: config.load(path, [*overrides, *arm.settings]) for arm in candidates}
+    _check_different(resolved)
     slugs = [arm.slug for arm in candidates]
     if clash := {slug for slug in slugs if slugs.count(slug) > 1}:
         raise UserError(f"Two arms would be called {clash.pop()}.")
-    for arm in candidates:
-        _check_comparable(arm, base, config.load(path, [*overrides, *arm.settings]))
+    for arm, changed in resolved.items():
+        _check_comparable(arm, base, changed)
     made = []
     for seed, fold, arm in product(range(base.run.seed, base.run.seed + seeds), range(folds), candidates):
         arguments = (
+            *_RHYTHM,
             *overrides,
             *arm.settings,
             f"run.seed={seed}",
             f"data.folds={folds}",
             f"data.fold={fold}",
-            f"run.out='{folder / 'trials'}'",
-            f"run.name='{arm.slug},seed={seed},fold={fold}'",
-            f"track.group='{base.track.group or base.run.name}'",
+            f"run.out={_quoted(folder / 'trials')}",
+            f"run.name={_quoted(f'{arm.slug},seed={seed},fold={fold}')}",
+            f"track.group={_quoted(base.track.group or base.run.name)}",
         )
         trial = Trial(arm, seed, fold, config.load(path, arguments), (path, *arguments))
         _check_same(trial)
         made.append(trial)
     return base, made
+
+
+def _quoted(text: object) -> str:
+    """As YAML reads it back."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+def _check_effective(candidates: Sequence[Arm], overrides: Sequence[str]) -> None:
+    """Refuse a setting of the command line that a grid replaces in every trial."""
+    keys = list(candidates[0].values)
+    replaced = set[str]().union(*map(_both_players, keys))
+    for given in (setting.partition("=")[0].strip() for setting in overrides):
+        if _both_players(given) <= replaced:
+            others = sorted(replaced - {given}) if given not in keys else []
+            hint = f", or vary the other player alone: --grid {others[0]}=…" if len(others) == 1 else ""
+            raise UserError(
+                f"{given} on the command line has no effect, as --grid {', '.join(keys)} sets it in every "
+                f"trial. Leave it out{hint}."
+            )
+
+
+def _check_different(resolved: Mapping[Arm, Config]) -> None:
+    """Refuse two arms that are the same training."""
+    seen: dict[str, Arm] = {}
+    for arm, settings in resolved.items():
+        other = seen.setdefault(config.dump(settings), arm)
+        if other != arm:
+            raise UserError(f"{other.name} and {arm.name} are the same settings. Leave one of them out.")
+
+
+def _both_players(key: str) -> set[str]:
+    """penalty.l2 sets penalty.G.l2 and penalty.D.l2."""
+    section, _, name = key.partition(".")
+    return {f"penalty.{p}.{name}" for p in "GD"} if section == "penalty" and name in ("l2", "l1") else {key}
 
 
 def _check_comparable(arm: Arm, base: Config, changed: Config) -> None:

@@ -9,16 +9,18 @@ from pathlib import Path
 
 import click
 
+from launch.doctor.finding import counted
+from launch.select import plots as select_plots
 from launch.select import report as select_report
 from launch.select import run as select_run
 from launch.select import slurm as select_slurm
 from launch.select import start as select_start
 from launch.select import table as select_table
+from launch.select.choice import Table
 from launch.select.run import Say
-from launch.select.table import Table
 from launch.select.trials import Launch, Trial
 from launch.slurm import Resources
-from pipeline.config import Config
+from pipeline.config import Config, UserError
 from pipeline.run.stop import INTERRUPTED
 
 
@@ -31,6 +33,7 @@ class Work:
     launch: Launch
     given: tuple[str, tuple[str, ...]]  # config and settings, as on the command line
     say: Say
+    rule: str
     failures: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -92,8 +95,8 @@ class Work:
         self._table()
         arms, places = ({getattr(t, of) for t in self.trials} for of in ("arm", "place"))
         self.say(
-            f"{self.base.run.name}: {len(arms)} candidates x {len(places)} folds and seeds = "
-            f"{len(self.trials)} trials of {self.base.run.total_kimg:g} kimg, "
+            f"{self.base.run.name}: {counted(len(arms), 'candidate')} x {len(places)} folds and seeds = "
+            f"{counted(len(self.trials), 'trial')} of {self.base.run.total_kimg:g} kimg, "
             f"{len(self.trials) - len(self.todo)} of them done"
         )
 
@@ -110,14 +113,17 @@ class Work:
         select_table.write(self.folder, self._table(), self.base, self.trials)
 
     def _table(self) -> Table:
-        return select_table.table(self.base, self.trials, self.failures)
+        return select_table.table(self.base, self.trials, self.failures, self.rule)
 
     def _ended(self, trial: Trial, problem: str) -> None:
         """Note what went wrong with a trial that has ended, bring the table up to date, say so."""
         if problem:
             self.failures[trial.name] = problem
         now = self._table()
-        select_table.write(self.folder, now, self.base, self.trials)
+        try:
+            select_table.write(self.folder, now, self.base, self.trials)
+        except UserError as error:  # it is written again at the end
+            self.say(f"warning: {error}")
         problem = next((row.failures[trial.name] for row in now.rows if trial.name in row.failures), "")
         done = [o for row in now.rows for o in row.outcomes]
         scores = [f"{now.score} {o.score:.4f}" for o in done if o.trial == trial]
@@ -127,13 +133,18 @@ class Work:
         self.say(f"[{ended}/{len(self.trials)}] {trial.name}: {what}  after {minutes:.1f} min")
 
     def _conclude(self) -> Table:
-        """Tell, draw and write what is known by now."""
+        """Write, say and draw what is known by now."""
         found = self._table()
         select_table.write(self.folder, found, self.base, self.trials)
-        select_report.show(found)
-        if found.minimum is not None:
-            files = select_report.write(self.folder, found, self.trials, *self.given)
-            self.say("\n".join(str(file) for file in files))
+        written = [self.folder / "table.json"]
+        if found.choice is None:
+            (self.folder / "best.yaml").unlink(missing_ok=True)  # of a choice that no longer stands
+        else:
+            written += select_report.write(self.folder, found, self.trials, *self.given)
+        self.say(select_report.terminal(found))
+        if found.choice is not None:  # last, as pictures take a while
+            written += select_plots.draw(self.folder, found)
+            self.say("\n".join(map(str, written)))
         return found
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launching import FASHION, run, shardgan
+from launching import FASHION, RunFolder, run, shardgan
 from launching import Started as start
 from PIL import Image
 
+import pipeline.train
 from launch.select import candidates as select_candidates
 from launch.select import table as select_table
 from launch.select import trials as select_trials
-from launch.select.table import Outcome, Row, Table
 from pipeline import config
 from pipeline.config import UserError
 
 CONFIG = f"""
-run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, eval_kimg: 1}}
+run: {{total_kimg: 0.064, tick_kimg: 0.016, checkpoint_kimg: 0.016, snapshot_kimg: 0.016, eval_kimg: 0.032}}
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 16, workers: 0}}
 G: {{width: 8, norm: none, z_dim: 16}}
 D: {{width: 8, norm: none}}
@@ -72,6 +71,7 @@ def test_a_grid_that_cannot_be_read_is_refused(grid, message):
     [
         ("score.images=32", "score cannot differ between trials"),
         ("data.size=32", "data.size cannot differ"),
+        ("run.total_kimg=1", "run.total_kimg cannot differ"),
         ("run.seed=1", "use --seeds"),
         ("penalty.l3=1", "no such key"),
     ],
@@ -95,53 +95,20 @@ def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
     assert config.load(trials[-1].arguments[0], trials[-1].arguments[1:]) == last
 
 
-# The choice
-
-
-def table_of(job: str, scores: dict[str, list[float]]) -> Table:
-    """λ → one score per fold."""
-    arms = select_candidates.grid([f"penalty.l2={','.join(scores)}"])
-    _, trials = select_trials.trials(job, [], arms, 3, 1)
-    rows = []
-    for arm, values in zip(arms, scores.values(), strict=True):
-        mine = [t for t in trials if t.arm == arm]
-        failures = {t.name: "exit status 1" for t, v in zip(mine, values, strict=False) if math.isnan(v)}
-        done = [(t, v) for t, v in zip(mine, values, strict=False) if not math.isnan(v)]
-        rows.append(Row(arm, [Outcome(t, v, {}, 1.0) for t, v in done], failures))
-    return Table("kid_efflite0", rows)
-
-
-def chosen(job: str, scores: dict[str, list[float]]) -> tuple[str, str]:
-    found = table_of(job, scores)
-    return found.minimum.label, found.choice.label
-
-
-def test_the_largest_penalty_within_one_standard_error_is_chosen(job):
-    wide = {"0": [3.0, 3, 3], "0.01": [1.0, 2, 3], "1": [2.0, 2.5, 3], "100": [9.0, 9, 9]}
-    assert chosen(job, wide) == ("0.01", "1")  # 2 ± 0.577 reaches 2.5
-    narrow = wide | {"0.01": [1.9, 2.0, 2.1]}
-    assert chosen(job, narrow) == ("0.01", "0.01")
-    assert chosen(job, {"1": [2.0, 2, 2], "0": [2.0, 2, 2]}) == ("1", "1")
-    # One of which a trial failed has had an easier time of it, perhaps; as long as some are not through,
-    # only what all have finished counts.
-    assert chosen(job, {"0": [3.0, 3, 3], "0.01": [0.1, 0.1, math.nan]}) == ("0", "0")
-    assert chosen(job, {"0": [1.0, 1, 9], "0.01": [2.0, 2]}) == ("0", "0")
-    assert table_of(job, {"0": [1.0], "0.01": []}).choice is None
-    row = table_of(job, wide).rows[1]
-    assert row.mean == pytest.approx(2) and row.error == pytest.approx(3**-0.5)
-
-
-def test_differences_are_taken_within_folds(job):
-    """Folds differ far more than candidates do: paired, the difference is plain."""
-    first, second = table_of(job, {"0": [1.0, 5, 9], "1": [1.1, 5.1, 9.1]}).rows
-    assert second.against(first) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
-    assert first.error > 2
+def test_trials_are_scored_at_their_end_unless_the_command_says_otherwise(job):
+    arms = select_candidates.grid(["penalty.l2=0,1"])
+    base, (trial, *_) = select_trials.trials(job, [], arms, 2, 1)
+    assert (base.run.eval_kimg, base.run.snapshot_kimg, base.run.keep) == (0.032, 0.016, 2)
+    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (1e9, 1e9)
+    assert trial.settings.run.keep == 1
+    _, (trial, *_) = select_trials.trials(job, ["run.eval_kimg=0.016"], arms, 2, 1)
+    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (0.016, 1e9)
 
 
 # For real
 
 
-def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
+def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path, signals_kept):
     """A candidate that cannot be trained is reported, and stops neither the others nor the choice."""
     (tmp_path / "arms.yaml").write_text(ARMS)
     (tmp_path / "two.yaml").write_text("\n".join(ARMS.splitlines()[:2]))
@@ -171,6 +138,7 @@ def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path):
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in found["rows"]] == without_time
 
     check_what_is_written(whole)
+    check_that_the_best_trains(whole)
     check_references(job, whole)
 
 
@@ -183,6 +151,18 @@ def check_what_is_written(folder: Path) -> None:
     assert "| L2 | 2 |" in report and "| missing | 0 (2 failed) |" in report
     for picture in ("curve.png", "weights.png"):
         assert picture in report and min(Image.open(folder / picture).size) > 300
+
+
+def check_that_the_best_trains(folder: Path) -> None:
+    """With sheets and scores as the config says, where a trial has one score, at its end."""
+    here = [f"run.out={folder}", "run.total_kimg=0.032"]
+    assert pipeline.train.main([str(folder / "best.yaml"), *here]) == 0
+    best, trial = (RunFolder(folder / name) for name in ("whole-best", "trials/none,seed=0,fold=0"))
+    scored = [[row["cur_nimg"] for row in run.rows if "Metrics/kid_efflite0" in row] for run in (best, trial)]
+    assert scored == [[0, 32], [64]]
+    assert (best.path / "samples" / "reals.png").exists()
+    assert list((best.path / "samples").glob("fakes*.png"))
+    assert len(list((trial.path / "checkpoints").iterdir())) <= 2  # the newest, and the best
 
 
 def check_references(job: str, folder: Path) -> None:

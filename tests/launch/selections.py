@@ -10,6 +10,7 @@ from launching import FASHION
 
 from launch.select import candidates as select_candidates
 from launch.select import trials as select_trials
+from launch.select.choice import PAIRED, Outcome, Row, Table
 from launch.select.trials import Trial
 from pipeline import config
 from pipeline.config import Config
@@ -33,6 +34,18 @@ def selection(
     return select_trials.trials(
         str(folder / "job.yaml"), common, select_candidates.grid(grid), folds, seeds=1
     )
+
+
+def table_of(trials: Sequence[Trial], scores: Sequence[Sequence[float | None]], rule: str = PAIRED) -> Table:
+    """One list of scores per arm, trial by trial. None: it failed; fewer scores: the rest is to come."""
+    rows = []
+    for arm, values in zip(dict.fromkeys(t.arm for t in trials), scores, strict=True):
+        mine = [t for t in trials if t.arm == arm]
+        done = [(t, v) for t, v in zip(mine, values, strict=False)]
+        outcomes = [Outcome(t, v, {}, 1.0) for t, v in done if v is not None]
+        failures = {t.name: "exit status 1" for t, v in done if v is None}
+        rows.append(Row(arm, outcomes, failures, [t.name for t in mine[len(values) :]]))
+    return Table("kid_efflite0", rows, rule)
 
 
 def finish(trial: Trial, score: float = 1.0, cur_nimg: int = 64, name: str = "kid_efflite0") -> None:
