@@ -111,7 +111,7 @@ def test_leftovers_of_a_killed_run_do_not_matter(pictures: Path, tmp_path: Path)
 
 
 def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -> None:
-    """They are not what is there already; the same folder by another path is."""
+    """They are not what is there already; the same folder by another path is, and an exact copy of it."""
     other = tmp_path / "other" / "pictures"
     shutil.copytree(pictures, other)
     (tmp_path / "link").symlink_to(pictures)
@@ -119,9 +119,11 @@ def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -
     index = prepare(str(pictures), out, Options(size=8), workers=1)
     assert json.loads((tmp_path / "out" / "index.json").read_text())["prepared"]["path"]
     assert str(pictures) not in (tmp_path / "out" / "index.json").read_text()
-    with pytest.raises(UserError, match="is there already"):
-        prepare(str(other), out, Options(size=8), workers=1)
     assert prepare(str(tmp_path / "link"), out, Options(size=8), workers=1) == index
+    assert prepare(str(other), out, Options(size=8), workers=1) == index
+    shutil.copy(other / "cats" / "0.png", other / "cats" / "new.png")
+    with pytest.raises(UserError, match="is there already. Give the name of a new folder"):
+        prepare(str(other), out, Options(size=8), workers=1)
 
 
 def test_what_an_older_version_made_is_there_already(pictures: Path, tmp_path: Path) -> None:
