@@ -90,6 +90,7 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.data import prepare as data
+    from pipeline.data.labels import printable
     from pipeline.data.summary import Summary
 
     console, summaries = Console(stderr=True), list[Summary]()
@@ -107,7 +108,7 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
         )
     _say(index)
     for line in (line for summary in summaries for line in summary.lines(out)):
-        click.echo(f"  {line}")
+        click.echo(f"  {printable(line)}")
 
 
 def _index_only(source: str, out: str | None) -> None:

@@ -59,7 +59,7 @@ def label(listing: Listing, by: Classes, source: str, read: Callable[[str], byte
             raise UserError(f"{places[here[0]]} of {source} cannot be read: {error}.") from None
         found = _by_dataset_json(images, here[0], data, source)
         if found is not None:
-            listing.tables.remove(places[here[0]])
+            listing.take_labels(places[here[0]])
             return found
     return _by_folders(listing, len(shared), by, source)
 
@@ -147,7 +147,8 @@ def _by_dataset_json(images: Sequence[str], folder: str, data: bytes, source: st
         first = images[int(np.flatnonzero(values < 0)[0])]
         warnings.append(f"{counted(lacking, 'image')} without a label in {LABELS}, the first {first}")
     if given:
-        remarks.append(f"{LABELS} lists {counted(len(given), 'file')} that are no images here")
+        are = "is" if len(given) == 1 else "are"
+        remarks.append(f"{counted(len(given), 'file')} that {LABELS} lists {are} not among the images")
     found = renumbered(values, (), LABELS)
     return replace(found, warnings=tuple(warnings), remarks=(*remarks, *found.remarks))
 

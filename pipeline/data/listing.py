@@ -6,7 +6,8 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,11 @@ class Listing:
             kind = suffix if _SHORT_SUFFIX.fullmatch(suffix) else "other names"
             self.left_out.append(LeftOut(name, kind if suffix else "no suffix", "not the name of an image"))
 
+    def take_labels(self, name: str) -> None:
+        """A file that was left out is read after all, for the labels it holds."""
+        self.tables.remove(name)
+        self.left_out = [item for item in self.left_out if item.name != name]
+
     def leave_out(self, name: str, kind: str, reason: str) -> None:
         self.left_out.append(LeftOut(name, kind, reason))
 
@@ -79,6 +85,7 @@ def list_folder(root: Path, without: Path | None = None) -> Listing:
         for name in files:
             listing.add(above + name)
     listing.images.sort()
+    listing.tables.sort()
     return listing
 
 
@@ -112,6 +119,7 @@ def list_zip(members: Iterable[zipfile.ZipInfo]) -> tuple[Listing, dict[str, zip
     filled = {parent for name in (*found, *folders) for parent in _parents(_bare(name))}
     listing.empty += [name for name in map(_bare, folders) if name not in filled and not _hidden(name)]
     listing.images.sort()
+    listing.tables.sort()
     return listing, found
 
 
@@ -122,6 +130,14 @@ def _bare(folder: str) -> str:
 def _parents(name: str) -> Iterable[str]:
     while name := name.rpartition("/")[0]:
         yield name
+
+
+def by_kind(left_out: Sequence[LeftOut]) -> str:
+    """How many files of each kind, the most first: `.tif 2, hidden 1`."""
+    kinds = Counter(item.kind for item in left_out)
+    return ", ".join(
+        f"{kind} {count:,}" for kind, count in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))
+    )
 
 
 def parts(name: str) -> tuple[str, ...]:

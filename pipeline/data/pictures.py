@@ -72,6 +72,8 @@ def _opened(data: bytes) -> Picture:
         raise LeftOutError(
             "32-bit pixels", f"pixels of 32 bits (mode {image.mode}); convert it to 8 or 16 bits"
         )
+    if image.mode == "LAB":  # which Pillow converts to nothing else
+        return Picture(image.convert("RGB"), first)
     return Picture(ImageOps.exif_transpose(image), first)
 
 

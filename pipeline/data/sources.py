@@ -7,10 +7,9 @@ import hashlib
 import os
 import stat
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data.index import Index, load_index
 from pipeline.data.labels import Classes, Labels, label, renumbered
-from pipeline.data.listing import EXTENSIONS, LeftOut, Listing, list_folder, list_zip
+from pipeline.data.listing import EXTENSIONS, LeftOut, Listing, by_kind, list_folder, list_zip
 from pipeline.data.pictures import Fit, LeftOutError, Picture, open_picture
 from pipeline.data.reader import BadSampleError, Reader
 from pipeline.data.record import INDEX
@@ -256,15 +255,16 @@ def _open_folder(
     path: Path, source: str, classes: Classes, announce: Callable[[str], None], without: Path | None
 ) -> Source:
     root = path.absolute()
-    tars = any(path.glob("*.tar"))
-    if tars and (path / INDEX).exists():
+    tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
+    if tars and listed:
         return Shards(load_index(source, announce))
     listing = list_folder(root, without)
-    if not listing.images and (tars or (path / INDEX).exists()):
+    if not listing.images and (tars or listed):
         return Shards(load_index(source, announce))
     _refuse_none(listing, source)
     labels = label(listing, classes, source, lambda name: read_file(root / name, _LARGEST_LABELS))
-    return Folder(root, listing.images, labels, listing.left_out, listing.tables)
+    left_out = [replace(item, name=f"{root.name}/{item.name}") for item in listing.left_out]
+    return Folder(root, listing.images, labels, left_out, listing.tables)
 
 
 def _open_zip(path: Path, source: str, classes: Classes) -> Source:
@@ -275,21 +275,14 @@ def _open_zip(path: Path, source: str, classes: Classes) -> Source:
             listing, classes, source, lambda name: read_member(file, members[name], _LARGEST_LABELS)
         )
     found = [members[name] for name in listing.images]
-    return Zip(path.absolute(), found, listing.images, labels, listing.left_out, listing.tables)
+    left_out = [replace(item, name=f"{item.name} in {path.name}") for item in listing.left_out]
+    return Zip(path.absolute(), found, listing.images, labels, left_out, listing.tables)
 
 
 def _refuse_none(listing: Listing, source: str) -> None:
     if not listing.images:
         there = f" It has: {by_kind(listing.left_out)}." if listing.left_out else ""
         raise UserError(f"There are no images ({', '.join(sorted(EXTENSIONS))}) in {source}.{there}")
-
-
-def by_kind(left_out: Sequence[LeftOut]) -> str:
-    """How many files of each kind, the most first: `.tif 2, hidden 1`."""
-    kinds = Counter(item.kind for item in left_out)
-    return ", ".join(
-        f"{kind} {count:,}" for kind, count in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))
-    )
 
 
 def read_file(path: Path, most: int) -> bytes:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from pipeline.data.index import Index
 from pipeline.data.labels import Labels, some
-from pipeline.data.listing import LeftOut
+from pipeline.data.listing import LeftOut, by_kind
 from pipeline.data.origins import one_line
 from pipeline.data.pictures import Fit
-from pipeline.data.sources import by_kind
 
 _SKIPPED = "skipped.txt"
 _SAID = 10  # of its lines are shown
@@ -68,10 +67,14 @@ class Summary:
             counts.update(shard.labels)
         names = self.labelled.classes
         each = [counts[label] for label in range(len(names))]
-        if len(names) <= _NAMED:
+        numbers = all(name == str(label) for label, name in enumerate(names))
+        if len(names) <= _NAMED and not numbers:
             return ", ".join(f"{label} = {name} ({each[label]:,})" for label, name in enumerate(names))
-        spread = f"{min(each):,} images" + f" to {max(each):,}" * (max(each) > min(each))
-        return f"0 = {names[0]}, 1 = {names[1]}, ... {len(names) - 1:,} = {names[-1]}, with {spread} each"
+        shown = (
+            "numbers" if numbers else f"0 = {names[0]}, 1 = {names[1]}, ... {len(names) - 1} = {names[-1]}"
+        )
+        spread = f"{min(each):,}" + f" to {max(each):,}" * (max(each) > min(each))
+        return f"{shown}, of {spread} image{'s' * (max(each) != 1)} each"
 
 
 def list_left_out(

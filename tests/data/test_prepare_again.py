@@ -122,7 +122,7 @@ def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -
     assert prepare(str(tmp_path / "link"), out, Options(size=8), workers=1) == index
     assert prepare(str(other), out, Options(size=8), workers=1) == index
     shutil.copy(other / "cats" / "0.png", other / "cats" / "new.png")
-    with pytest.raises(UserError, match="is there already. Give the name of a new folder"):
+    with pytest.raises(UserError, match="Give the name of a new folder"):
         prepare(str(other), out, Options(size=8), workers=1)
 
 
