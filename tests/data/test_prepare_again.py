@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import MakeShards
 from tiny_shards import contents, png
 
 from pipeline.config import UserError
@@ -133,3 +134,95 @@ def test_what_an_older_version_made_is_there_already(pictures: Path, tmp_path: P
     del record["prepared"]["path"]
     (out / "index.json").write_text(json.dumps(record))
     assert prepare(str(pictures), str(out), Options(size=8), workers=1) == index
+
+
+def as_zip(folder: Path) -> Path:
+    return Path(shutil.make_archive(str(folder), "zip", folder))
+
+
+def test_a_changed_source(pictures: Path, tmp_path: Path) -> None:
+    """What is there was made of other images, and the same command says so, of a folder and of a zip."""
+    for kind in ("folder", "zip"):
+        out = tmp_path / kind
+
+        def again(kind: str = kind, out: Path = out) -> list[str]:
+            said: list[str] = []
+            source = as_zip(pictures) if kind == "zip" else pictures
+            prepare(str(source), str(out), Options(size=8), workers=1, announce=said.append)
+            return said
+
+        again()
+        before = contents(out)
+        assert "made by the same command" in again()[0]
+        (pictures / "cats" / "notes.txt").write_text("no image: nothing changes")
+        assert "made by the same command" in again()[0]
+        for number in range(3):
+            shutil.copy(pictures / "cats" / "0.png", pictures / "cats" / f"new-{number}.png")
+        with pytest.raises(
+            UserError, match=r"has 3 images more than when it was made\. Remove that folder, or"
+        ):
+            again()
+        for number in range(3):
+            (pictures / "cats" / f"new-{number}.png").unlink()
+        assert "made by the same command" in again()[0]
+        shutil.move(pictures / "cats" / "0.png", tmp_path / "0.png")
+        with pytest.raises(UserError, match="has 1 image fewer"):
+            again()
+        shutil.copy(pictures / "cats" / "1.png", pictures / "cats" / "0.png")
+        with pytest.raises(UserError, match=r"the images of .* have other names, sizes, times or labels"):
+            again()
+        shutil.move(tmp_path / "0.png", pictures / "cats" / "0.png")
+        assert "made by the same command" in again()[0] and contents(out) == before
+
+
+def test_changed_labels(pictures: Path, tmp_path: Path) -> None:
+    names = [f"{folder}/{n}.png" for folder, count in (("cats", 7), ("dogs", 5)) for n in range(count)]
+    for shift in (0, 1):
+        labels = [[name, (i + shift) % 3] for i, name in enumerate(names)]
+        (pictures / "dataset.json").write_text(json.dumps({"labels": labels}))
+        if not shift:
+            prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1)
+    with pytest.raises(UserError, match="other names, sizes, times or labels"):
+        prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1)
+
+
+def test_changed_shards(make_shards: MakeShards, tmp_path: Path) -> None:
+    root = make_shards([3, 2])
+    prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+    prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+    (root / "index.json").unlink()
+    make_shards([3, 2, 4])
+    with pytest.raises(UserError, match="has 4 images more than when it was made"):
+        prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+
+
+def test_a_source_that_moved_or_is_gone(pictures: Path, tmp_path: Path) -> None:
+    """Shards of images that have been put elsewhere, or deleted since, are as good as before."""
+    out, moved = str(tmp_path / "out"), tmp_path / "moved"
+    index = prepare(str(pictures), out, Options(size=8), workers=1)
+    pictures.rename(moved)
+    assert prepare(str(moved), out, Options(size=8), workers=1) == index
+    assert prepare(str(pictures), out, Options(size=8), workers=1) == index
+    with pytest.raises(UserError, match="There is no folder, zip"):
+        prepare(str(tmp_path / "never"), out, Options(size=8), workers=1)
+    (moved / "cats" / "0.png").unlink()
+    with pytest.raises(UserError, match="Give the name of a new folder"):
+        prepare(str(moved), out, Options(size=8), workers=1)
+
+
+def test_older_versions_kept_no_files_of_the_source(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare(str(pictures), str(out), Options(size=8), workers=1)
+    record = json.loads((out / "index.json").read_text())
+    del record["source"], record["prepared"]["background"]
+    (out / "index.json").write_text(json.dumps(record))
+    (pictures / "cats" / "0.png").unlink()
+    assert prepare(str(pictures), str(out), Options(size=8), workers=1) == index
+
+
+def test_shards_inside_their_source(pictures: Path) -> None:
+    """They are no part of it the next time."""
+    out = pictures / "shards"
+    for _ in range(2):
+        index = prepare(str(pictures), str(out), Options(size=8), workers=1)
+        assert index.num_samples == 12 and not (out / "skipped.txt").exists()
