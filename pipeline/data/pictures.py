@@ -6,7 +6,7 @@ import io
 import warnings
 from typing import Literal, NamedTuple
 
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.data import npy
 from pipeline.data.decode import FORMATS, LARGEST, BadImageError, to_channels
@@ -14,6 +14,8 @@ from pipeline.data.decode import FORMATS, LARGEST, BadImageError, to_channels
 Fit = Literal["crop", "pad", "stretch"]
 # Beyond what training reads: decoders of Pillow's own, or in its wheels, that run nothing and load nothing.
 _FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+_MOST = {"JPEG2000": LARGEST // 4, "AVIF": LARGEST // 2}  # pixels; their decoders take far more memory
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -63,8 +65,11 @@ def _opened(data: bytes) -> Picture:
         pixels = npy.read_pixels(data, header)
         return Picture(Image.fromarray(pixels.squeeze(axis=2 if header.channels == 1 else ())))
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    if image.width * image.height > LARGEST:
+    most = _MOST.get(image.format or "", LARGEST)
+    if image.width * image.height > most:
         raise LeftOutError("too many pixels", f"{image.width}x{image.height} pixels are too many")
+    if _tile(image) > most:
+        raise LeftOutError("too many pixels", f"tiles of {_tile(image):,} pixels are too many")
     # Photographs may carry a second image, of another lens or for a preview; that is no page.
     first = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     image.load()
@@ -75,6 +80,14 @@ def _opened(data: bytes) -> Picture:
     if image.mode == "LAB":  # which Pillow converts to nothing else
         return Picture(image.convert("RGB"), first)
     return Picture(ImageOps.exif_transpose(image), first)
+
+
+def _tile(image: Image.Image) -> int:
+    """Pixels of a tile, which in a TIFF may be larger than the image."""
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return 0
+    width, height = (int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    return width * height
 
 
 def fitted(
