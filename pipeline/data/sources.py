@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,8 +17,9 @@ from PIL import Image
 
 from pipeline.config import UserError
 from pipeline.credentials import redacted
+from pipeline.data.contents import read_file, read_member
 from pipeline.data.index import Index, load_index
-from pipeline.data.labels import Classes, Labels, label, renumbered
+from pipeline.data.labels import Classes, Labels, label, renumbered, some
 from pipeline.data.listing import EXTENSIONS, LeftOut, Listing, by_kind, list_folder, list_zip
 from pipeline.data.pictures import Fit, LeftOutError, Picture, open_picture
 from pipeline.data.reader import BadSampleError, Reader
@@ -198,8 +197,12 @@ class Shards:
         self._index, self._reader = index, Reader(index, len(index.shards))
         self._ends = np.cumsum(index.sizes)
         self.name = index.name
-        values = np.concatenate([index.table(shard).label for shard in range(len(index.shards))])
+        tables = [index.table(shard) for shard in range(len(index.shards))]
+        values = np.concatenate([table.label for table in tables])
         self.labelled = renumbered(values, index.class_names, "the shards")
+        if not len(values) or values.max() < 0:
+            keys = (table.key(row) for table in tables for row in range(len(table)))
+            self.labelled = replace(self.labelled, warnings=_about_folders(keys))
 
     def __len__(self) -> int:
         return len(self.labelled.values)
@@ -227,6 +230,17 @@ class Shards:
         return shard, number - int(self._ends[shard] - self._index.sizes[shard])
 
 
+def _about_folders(keys: Iterable[str]) -> tuple[str, ...]:
+    """A tar of class folders can be read as a shard, but a shard has its labels in .cls files."""
+    folders = sorted({key.rpartition("/")[0] for key in keys if "/" in key})
+    if len(folders) < 2:
+        return ()
+    return (
+        f"the folders {some(folders)} of the shards are not taken for classes. If they are, unpack the "
+        "shards and prepare the folder.",
+    )
+
+
 def open_source(
     source: str, classes: Classes, announce: Callable[[str], None], without: Path | None = None
 ) -> Source:
@@ -240,7 +254,7 @@ def open_source(
     if path.is_dir():
         return _open_folder(path, source, classes, announce, without)
     if source.lower().endswith(".tar"):
-        return Shards(load_index(source, announce))
+        return _open_shards(source, announce)
     try:
         return _open_zip(path, source, classes)
     except UserError:
@@ -248,7 +262,9 @@ def open_source(
     except FileNotFoundError:
         raise UserError(f"There is no folder, zip, shard or known data set called {source}.") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise UserError(f"{source} is neither a folder nor a zip of images ({error}).") from None
+        raise UserError(
+            f"{source} is neither a folder nor a zip of images ({error}). Unpack archives of other kinds."
+        ) from None
 
 
 def _open_folder(
@@ -257,14 +273,18 @@ def _open_folder(
     root = path.absolute()
     tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
     if tars and listed:
-        return Shards(load_index(source, announce))
+        return _open_shards(source, announce)
     listing = list_folder(root, without)
     if not listing.images and (tars or listed):
-        return Shards(load_index(source, announce))
+        return _open_shards(source, announce)
     _refuse_none(listing, source)
     labels = label(listing, classes, source, lambda name: read_file(root / name, _LARGEST_LABELS))
     left_out = [replace(item, name=f"{root.name}/{item.name}") for item in listing.left_out]
     return Folder(root, listing.images, labels, left_out, listing.tables)
+
+
+def _open_shards(source: str, announce: Callable[[str], None]) -> Source:
+    return Shards(load_index(source, announce))
 
 
 def _open_zip(path: Path, source: str, classes: Classes) -> Source:
@@ -283,34 +303,3 @@ def _refuse_none(listing: Listing, source: str) -> None:
     if not listing.images:
         there = f" It has: {by_kind(listing.left_out)}." if listing.left_out else ""
         raise UserError(f"There are no images ({', '.join(sorted(EXTENSIONS))}) in {source}.{there}")
-
-
-def read_file(path: Path, most: int) -> bytes:
-    """A whole regular file of at most so many bytes. Raises LeftOutError."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise LeftOutError("no regular files", "not a regular file")
-        if found.st_size > most:
-            raise LeftOutError("too large", f"larger than {most >> 20} MiB")
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
-            raise LeftOutError("links that lead nowhere", f"a link that leads nowhere ({reason})") from None
-        denied = error.errno in (errno.EACCES, errno.EPERM)
-        raise LeftOutError("no permission" if denied else "unreadable", reason) from None
-
-
-def read_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, most: int) -> bytes:
-    """A whole file in a zip, of at most so many bytes. Raises LeftOutError."""
-    try:
-        with file.open(member) as opened:
-            data = opened.read(most + 1)
-    except Exception as error:  # in a damaged zip each way of packing raises errors of its own
-        locked = isinstance(error, RuntimeError) and member.flag_bits & 1
-        reason = "encrypted" if locked else str(error) or type(error).__name__
-        raise LeftOutError("encrypted" if locked else "unreadable", reason) from None
-    if len(data) > most:
-        raise LeftOutError("too large", f"larger than {most >> 20} MiB")
-    return data

@@ -225,3 +225,13 @@ def test_shards_beside_pictures_of_them(make_shards: MakeShards, tmp_path: Path)
     prepare(str(root), str(tmp_path / "first"), Options(), workers=1)
     (root / "preview.gif").write_bytes(IMAGE)
     assert prepare(str(root), str(tmp_path / "second"), Options(), workers=1).num_samples == 7
+
+
+def test_folders_in_a_tar(tmp_path: Path) -> None:
+    """A tar of class folders is a shard without labels, and says so."""
+    members = [(f"photos/{folder}/{n}.png", IMAGE) for folder in ("cat", "dog") for n in range(2)]
+    source = write_tar(tmp_path / "photos" / "x.tar", members)
+    _, said, found = prepared(source)
+    assert not found and said[-1].startswith(
+        "warning: the folders photos/cat, photos/dog of the shards are not taken for classes."
+    )
