@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from pipeline.data.index import Index
+    from pipeline.data.labels import Classes
+    from pipeline.data.pictures import Fit
     from pipeline.data.prepare import Options
-    from pipeline.data.sources import Classes, Fit
 
 
 @click.command()
@@ -18,8 +20,14 @@ if TYPE_CHECKING:
 @click.option(
     "--fit",
     type=click.Choice(["crop", "pad", "stretch"]),
-    help="How an image gets to --size: cut to a square and scaled, shrunk if need be and set on black, or "
+    help="How an image gets to --size: cut to a square and scaled, shrunk if need be and padded, or "
     "distorted. Default: crop for files, pad for known data sets.",
+)
+@click.option(
+    "--background",
+    metavar="COLOUR",
+    help="What transparency is laid on and padding filled with: white, black or #rrggbb. Default: white "
+    "under transparency, black for padding.",
 )
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. Default: as each image is.")
 @click.option(
@@ -30,7 +38,8 @@ if TYPE_CHECKING:
     type=click.Choice(["top", "path", "none"]),
     default="top",
     show_default=True,
-    help="What names the class of an image: its first folder, all its folders (a/b), or nothing.",
+    help="What names the class of an image: its first folder (or the dataset.json of StyleGAN, if there is "
+    "one), all its folders (a/b), or nothing.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
 @click.option(
@@ -43,6 +52,7 @@ def prepare(
     out: str | None,
     size: int | None,
     fit: Fit | None,
+    background: str | None,
     channels: str | None,
     per_shard: int,
     classes: Classes,
@@ -54,8 +64,8 @@ def prepare(
     SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder,
     WebDataset shards (one, or a folder of them, as img2dataset makes it), or one of the known data sets
     fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same command writes the
-    same bytes, and after a kill goes on from there. Files that cannot be read are left out and listed in
-    OUT/skipped.txt.
+    same bytes, and after a kill goes on from there. Files that are no images or cannot be read are left out,
+    counted, and listed in OUT/skipped.txt; OUT/sources.txt says which file each sample was made of.
 
     With --index-only SOURCE is a folder that holds shards already; at an https://, s3:// or gs:// URL they
     are fetched once, and the index is kept on this machine.
@@ -70,7 +80,7 @@ def prepare(
     _prepare(
         source,
         out,
-        Options(size, fit, None if channels is None else int(channels), per_shard, classes),
+        Options(size, fit, None if channels is None else int(channels), per_shard, classes, background),
         workers,
     )
 
@@ -80,8 +90,10 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.data import prepare as data
+    from pipeline.data.labels import printable
+    from pipeline.data.summary import Summary
 
-    console = Console(stderr=True)
+    console, summaries = Console(stderr=True), list[Summary]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=None)
@@ -92,8 +104,11 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
             workers=workers,
             announce=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            report=summaries.append,
         )
-    _say(index.num_samples, len(index.shards), index.num_classes, index.where)
+    _say(index)
+    for line in (line for summary in summaries for line in summary.lines(out)):
+        click.echo(f"  {printable(line)}")
 
 
 def _index_only(source: str, out: str | None) -> None:
@@ -102,10 +117,14 @@ def _index_only(source: str, out: str | None) -> None:
     from pipeline.data.index import build_index
 
     index = build_index(source, lambda text: click.echo(text, err=True))
-    _say(index.num_samples, len(index.shards), index.num_classes, index.where)
+    _say(index)
 
 
-def _say(samples: int, shards: int, classes: int, where: str) -> None:
-    labels = f"of {classes} classes " if classes else ""
-    where = where.encode(errors="backslashreplace").decode()  # a path need not be UTF-8
-    click.echo(f"{samples:,} images {labels}in {shards} shard{'s' * (shards != 1)}: {where}")
+def _say(index: Index) -> None:
+    from pipeline.data.labels import counted, printable
+
+    labels = f" of {counted(index.num_classes, 'class')}" if index.num_classes else ""
+    click.echo(
+        f"{counted(index.num_samples, 'image')}{labels} in {counted(len(index.shards), 'shard')}: "
+        f"{printable(index.where)}"
+    )

@@ -19,6 +19,7 @@ from pipeline.data.cache import reserve
 from pipeline.data.check import check_passed_over, odd_labels
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
+from pipeline.data.origins import read_origins
 from pipeline.data.plan import heldout_plan, training_plan
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
 from pipeline.data.samples import REPAIR, PassedOver
@@ -30,6 +31,7 @@ _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal
 _MOST_SAMPLES = 50_000_000  # of which duplicates are looked for: 8 bytes each
 _FEW_UPDATES = 20  # per epoch
+_NAMED = 3  # pairs of equal images
 _REASONS = 3  # named in a finding about samples that are passed over
 
 
@@ -268,14 +270,28 @@ def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator
         return
     held = _held_out(job, index)
     apart = int((held[pairs_read[equal]].sum(axis=1) == 1).sum())
-    text = f"{twice:,} images are there more than once, byte for byte"
+    text = f"{counted(twice, 'image')} {'is' if twice == 1 else 'are'} there more than once, byte for byte"
     if apart:
         text += f"; {apart:,} of {int(equal.sum()):,} of them are trained on and held out"
+    text += "".join(f"\n{line}" for line in _named(index, pairs_read[equal][:_NAMED]))
     if max(twice, apart) > index.num_samples / 1000:
         cure = "Copies count double, and copies of held-out images flatter the score: remove them."
         yield warning("duplicates", text, cure)
     else:
         yield ok("duplicates", text)
+
+
+def _named(index: Index, pairs: NDArray[np.int64]) -> Iterator[str]:
+    """What the images of pairs [n, 2] were made of, as far as `shardgan prepare` has kept it."""
+    ends = np.cumsum(index.sizes)
+    shards = np.searchsorted(ends, pairs, side="right").reshape(-1).tolist()
+    firsts = [int(ends[shard]) - index.sizes[shard] for shard in shards]
+    rows = [number - first for number, first in zip(pairs.reshape(-1).tolist(), firsts, strict=True)]
+    keys = [index.table(shard).key(row) for shard, row in zip(shards, rows, strict=True)]
+    origins = read_origins(index.root, set(keys))
+    urls = [index.shards[shard].url for shard in shards]
+    names = [origins.get(key, f"{key} in {url}") for key, url in zip(keys, urls, strict=True)]
+    yield from (f"{a} = {b}" for a, b in zip(names[::2], names[1::2], strict=True))
 
 
 def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:

@@ -118,8 +118,8 @@ def _npy(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
     return np.asarray(image.convert("L" if channels == 1 else "RGB"))
 
 
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """The image in 8-bit grey (1) or RGB (3): 16 bits scaled down, transparency laid on white."""
+def to_channels(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+    """The image in 8-bit grey (1) or RGB (3): 16 bits scaled down, transparency laid on `background`."""
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode and "transparency" not in image.info:
         return image
@@ -129,5 +129,5 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
         image = Image.fromarray((values // 257).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert(mode)

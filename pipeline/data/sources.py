@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from stat import S_ISREG
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.config import UserError
 from pipeline.credentials import redacted
-from pipeline.data import npy
 from pipeline.data.all_images import load_all_images
-from pipeline.data.decode import FORMATS, LARGEST, BadImageError
+from pipeline.data.contents import read_file, read_member
 from pipeline.data.index import Index
+from pipeline.data.labels import Classes, Labels, label, renumbered, some
+from pipeline.data.listing import EXTENSIONS, LeftOut, Listing, by_kind, list_folder, list_zip
+from pipeline.data.pictures import Fit, LeftOutError, Picture, open_picture
 from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import INDEX
+from pipeline.data.samples import PassedOver
 from pipeline.data.tar import LARGEST_MEMBER
 
-Fit = Literal["crop", "pad", "stretch"]
-Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no
-_EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_LARGEST_LABELS = 128 << 20  # bytes of a dataset.json
 
 
 class Source(Protocol):
@@ -40,25 +39,35 @@ class Source(Protocol):
     @property
     def fit(self) -> Fit: ...
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by label; () if unlabelled."""
+    def labelled(self) -> Labels: ...
+    @property
+    def left_out(self) -> Sequence[LeftOut]:
+        """Files that are no images."""
         ...
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """One label per image [n], all -1 if unlabelled."""
+    def tables(self) -> Sequence[str]:
+        """Those of them that may hold labels, which nobody reads."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images there are."""
         ...
 
     def fingerprint(self) -> str:
         """Another one if any of the images has changed, for all that can be seen without reading them."""
         ...
 
-    def describe(self, number: int) -> str:
-        """What to call an image in a message."""
+    def path(self, number: int) -> str:
+        """Where an image is, relative to the source."""
         ...
 
-    def image(self, number: int) -> Image.Image:
-        """Raises BadImageError for what is no image, OSError for what cannot be read."""
+    def describe(self, number: int) -> str:
+        """What to call an image in a message that may be published: no path of this machine."""
+        ...
+
+    def image(self, number: int) -> Picture:
+        """Raises LeftOutError for what is no image, or cannot be read."""
         ...
 
 
@@ -71,15 +80,27 @@ class Arrays:
     labels: NDArray[np.int64]
     classes: tuple[str, ...]
     fit: Fit = "pad"
+    left_out: Sequence[LeftOut] = ()
+    tables: Sequence[str] = ()
+
+    @property
+    def labelled(self) -> Labels:
+        return Labels(self.labels, self.classes, "its authors")
+
+    def __len__(self) -> int:
+        return len(self.images)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
+    def path(self, number: int) -> str:
+        return f"image {number}"
+
     def describe(self, number: int) -> str:
         return f"image {number} of {self.name}"
 
-    def image(self, number: int) -> Image.Image:
-        return Image.fromarray(self.images[number])
+    def image(self, number: int) -> Picture:
+        return Picture(Image.fromarray(self.images[number]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,79 +108,82 @@ class Folder:
     """Image files anywhere under a folder."""
 
     root: Path
-    files: tuple[str, ...]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
+    files: Sequence[str]
+    labelled: Labels
+    left_out: Sequence[LeftOut]
+    tables: Sequence[str]
     fit: Fit = "crop"
 
     @property
     def name(self) -> str:
         return self.root.name
 
+    def __len__(self) -> int:
+        return len(self.files)
+
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.labelled.values.tobytes())
         for name in self.files:
             with suppress(OSError):  # which is then said when it is to be read
-                found = (self.root / name).stat()
+                found = os.stat(f"{self.root}/{name}")  # noqa: PTH116  a million of them
                 name = f"{name}\0{found.st_size}\0{found.st_mtime_ns}"
             digest.update(f"{name}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
-    def describe(self, number: int) -> str:
-        return str(self.root / self.files[number])
+    def path(self, number: int) -> str:
+        return self.files[number]
 
-    def image(self, number: int) -> Image.Image:
-        path = self.root / self.files[number]
-        found = path.stat()
-        if not S_ISREG(found.st_mode):
-            raise BadImageError("not a regular file")
-        if found.st_size > LARGEST_MEMBER:
-            raise BadImageError(f"larger than {LARGEST_MEMBER >> 20} MiB")
-        return _open(path.read_bytes())
+    def describe(self, number: int) -> str:
+        return f"{self.name}/{self.files[number]}"
+
+    def image(self, number: int) -> Picture:
+        return open_picture(read_file(self.root / self.files[number], LARGEST_MEMBER))
 
 
 @dataclass(eq=False)
 class Zip:
     """Image files in a zip. Nothing is unpacked to disk."""
 
-    path: Path
-    files: tuple[str, ...]
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
+    file: Path
+    members: Sequence[zipfile.ZipInfo]
+    files: Sequence[str]
+    labelled: Labels
+    left_out: Sequence[LeftOut]
+    tables: Sequence[str]
     fit: Fit = "crop"
     _zip: zipfile.ZipFile | None = field(default=None, repr=False)
     _process: int = 0
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        return self.file.stem
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def fingerprint(self) -> str:
-        found = self.path.stat()
-        return f"{found.st_size} {found.st_mtime_ns}"
+        digest = hashlib.sha256(self.labelled.values.tobytes())
+        for name, member in zip(self.files, self.members, strict=True):
+            text = f"{name}\0{member.file_size}\0{member.CRC}\0"
+            digest.update(text.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def path(self, number: int) -> str:
+        return self.files[number]
 
     def describe(self, number: int) -> str:
-        return f"{self.files[number]} in {self.path}"
+        return f"{self.files[number]} in {self.file.name}"
 
-    def image(self, number: int) -> Image.Image:
-        try:
-            with self._opened().open(self.files[number]) as file:
-                data = file.read(LARGEST_MEMBER + 1)
-        except OSError:
-            raise
-        except Exception as error:  # in a damaged zip each way of packing raises errors of its own
-            raise BadImageError(str(error) or type(error).__name__) from None
-        if len(data) > LARGEST_MEMBER:
-            raise BadImageError(f"larger than {LARGEST_MEMBER >> 20} MiB")
-        return _open(data)
+    def image(self, number: int) -> Picture:
+        return open_picture(read_member(self._opened(), self.members[number], LARGEST_MEMBER))
 
     def _opened(self) -> zipfile.ZipFile:
         """With a file position of this process's own. A fork shares what was read of the directory, which of
         a zip of a million files takes a gigabyte."""
         if self._zip is None:
-            self._zip, self._process = zipfile.ZipFile(self.path), os.getpid()
+            self._zip, self._process = zipfile.ZipFile(self.file), os.getpid()
         if self._process != os.getpid():
-            self._zip.fp, self._process = self.path.open("rb"), os.getpid()
+            self._zip.fp, self._process = self.file.open("rb"), os.getpid()
         return self._zip
 
 
@@ -167,102 +191,128 @@ class Shards:
     """The images and labels of WebDataset shards; whatever else their samples hold is left behind."""
 
     fit: Fit = "crop"
+    tables: Sequence[str] = ()
 
     def __init__(self, index: Index) -> None:
         self._index, self._reader = index, Reader(index, len(index.shards))
         self._ends = np.cumsum(index.sizes)
-        self.name, self.classes = index.name, index.class_names
-        tables = map(index.table, range(len(index.shards)))
-        self.labels: NDArray[np.int64] = np.concatenate([table.label for table in tables])
+        self.name = index.name
+        tables = [index.table(shard) for shard in range(len(index.shards))]
+        values = np.concatenate([table.label for table in tables])
+        self.left_out = [
+            item
+            for shard, table in zip(index.shards, tables, strict=True)
+            for kind, what in (("no image", table.without_image), ("unusable", table.unusable))
+            for item in _passed_over(shard.url, kind, what)
+        ]
+        self.labelled = renumbered(values, index.class_names, "the shards")
+        if not len(values) or values.max() < 0:
+            keys = (table.key(row) for table in tables for row in range(len(table)))
+            self.labelled = replace(self.labelled, warnings=_about_folders(keys))
+
+    def __len__(self) -> int:
+        return len(self.labelled.values)
 
     def fingerprint(self) -> str:
         return self._index.fingerprint
 
+    def path(self, number: int) -> str:
+        shard, row = self._place(number)
+        return f"{self._index.shards[shard].url}/{self._index.table(shard).key(row)}"
+
     def describe(self, number: int) -> str:
         shard, row = self._place(number)
-        return f"sample {self._index.table(shard).key(row)} of {self._index.path(shard)}"
+        return f"sample {self._index.table(shard).key(row)} of {self._index.shards[shard].url}"
 
-    def image(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Picture:
         try:
             sample = self._reader.read(*self._place(number))
         except BadSampleError as error:
-            raise BadImageError(str(error)) from None
-        return _open(image_of(sample))
+            raise LeftOutError("damaged", str(error)) from None
+        return open_picture(image_of(sample))
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, number, side="right"))
         return shard, number - int(self._ends[shard] - self._index.sizes[shard])
 
 
-def open_source(source: str, classes: Classes, announce: Callable[[str], None]) -> Source:
-    """The images at a path: a folder, a zip, or shards. Raises UserError if it is none, or has no images."""
+def _passed_over(shard: str, kind: str, what: PassedOver) -> Iterator[LeftOut]:
+    """The samples of a shard that have no image to use: the first of them one by one."""
+    yield from (LeftOut(shard, kind, reason) for reason in what.reasons)
+    if more := what.count - len(what.reasons):
+        yield LeftOut(shard, kind, f"{more:,} more samples like these", more)
+
+
+def _about_folders(keys: Iterable[str]) -> tuple[str, ...]:
+    """A tar of class folders can be read as a shard, but a shard has its labels in .cls files."""
+    folders = sorted({key.rpartition("/")[0] for key in keys if "/" in key})
+    if len(folders) < 2:
+        return ()
+    return (
+        f"the folders {some(folders)} of the shards are not taken for classes. If they are, unpack the "
+        "shards and prepare the folder.",
+    )
+
+
+def open_source(
+    source: str, classes: Classes, announce: Callable[[str], None], without: Path | None = None
+) -> Source:
+    """The images at a path: a folder (but those in the folder `without`), a zip, or shards.
+
+    Raises UserError if it is none, has no images, or labels that cannot be used.
+    """
     if "://" in source:
         raise UserError(f"{redacted(source)} is not on this machine; copy it here to prepare it anew.")
     path = Path(source).expanduser()
     if path.is_dir():
-        images = sorted(filter(_is_image, _files(path)))
-        if not images and ((path / INDEX).exists() or any(path.glob("*.tar"))):
-            return Shards(load_all_images(source, announce))
-        return Folder(path.absolute(), tuple(images), *_classes(images, source, classes))
-    if source.endswith(".tar"):
-        return Shards(load_all_images(source, announce))
+        return _open_folder(path, source, classes, announce, without)
+    if source.lower().endswith(".tar"):
+        return _open_shards(source, announce)
     try:
-        with zipfile.ZipFile(path) as file:
-            images = sorted(filter(_is_image, file.namelist()))
+        return _open_zip(path, source, classes)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"There is no folder, zip, shard or known data set called {source}.") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
-        raise UserError(f"{source} is neither a folder nor a zip of images ({error}).") from None
-    return Zip(path.absolute(), tuple(images), *_classes(images, source, classes))
-
-
-def _files(root: Path) -> Iterator[str]:
-    """Names of all files below, relative to it."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = os.path.relpath(folder, root)
-        yield from files if inside == "." else (f"{inside}/{name}" for name in files)
-
-
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return path.suffix.lower() in _EXTENSIONS and not hidden
-
-
-def _classes(files: list[str], source: str, by: Classes) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels and class names. Folders that hold all there is, as zips often have one, name no class."""
-    if not files:
-        raise UserError(f"There are no images ({', '.join(sorted(_EXTENSIONS))}) in {source}.")
-    folders = [PurePosixPath(name).parts[:-1] for name in files]
-    ends = list(zip(min(folders), max(folders), strict=False))
-    shared = next((i for i, (first, last) in enumerate(ends) if first != last), len(ends))
-    folders = [parts[shared : shared + 1 if by == "top" else None] for parts in folders]
-    if by == "none" or not any(folders):
-        return np.full(len(files), -1, np.int64), ()
-    if not all(folders):
         raise UserError(
-            f"{source} has images both in sub-folders, which would be the classes, and beside them "
-            f"({files[folders.index(())]}). Put every image into a sub-folder, or give --classes none."
+            f"{source} is neither a folder nor a zip of images ({error}). Unpack archives of other kinds."
+        ) from None
+
+
+def _open_folder(
+    path: Path, source: str, classes: Classes, announce: Callable[[str], None], without: Path | None
+) -> Source:
+    root = path.absolute()
+    tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
+    if tars and listed:
+        return _open_shards(source, announce)
+    listing = list_folder(root, without)
+    if not listing.images and (tars or listed):
+        return _open_shards(source, announce)
+    _refuse_none(listing, source)
+    labels = label(listing, classes, source, lambda name: read_file(root / name, _LARGEST_LABELS))
+    left_out = [replace(item, name=f"{root.name}/{item.name}") for item in listing.left_out]
+    return Folder(root, listing.images, labels, left_out, listing.tables)
+
+
+def _open_shards(source: str, announce: Callable[[str], None]) -> Source:
+    return Shards(load_all_images(source, announce))
+
+
+def _open_zip(path: Path, source: str, classes: Classes) -> Source:
+    with zipfile.ZipFile(path) as file:
+        listing, members = list_zip(file.infolist())
+        _refuse_none(listing, source)
+        labels = label(
+            listing, classes, source, lambda name: read_member(file, members[name], _LARGEST_LABELS)
         )
-    numbers = {name: number for number, name in enumerate(sorted(set(folders)))}
-    labels = np.array([numbers[parts] for parts in folders], np.int64)
-    return labels, tuple("/".join(parts) for parts in numbers)
+    found = [members[name] for name in listing.images]
+    left_out = [replace(item, name=f"{item.name} in {path.name}") for item in listing.left_out]
+    return Zip(path.absolute(), found, listing.images, labels, left_out, listing.tables)
 
 
-def _open(data: bytes) -> Image.Image:
-    try:
-        if data.startswith(npy.MAGIC):
-            header = npy.read_header(data)
-            return Image.fromarray(
-                npy.read_pixels(data, header).squeeze(axis=2 if header.channels == 1 else ())
-            )
-        image = Image.open(io.BytesIO(data), formats=(*FORMATS, "BMP"))
-        if image.width * image.height > LARGEST:
-            raise BadImageError(f"{image.width}x{image.height} pixels are too many")
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:  # its own message tells a memory address, another one each time
-        raise BadImageError(f"not a {', '.join(FORMATS)}, BMP or .npy image") from None
-    except Exception as error:  # damaged or hostile bytes make Pillow raise nearly anything
-        raise BadImageError(str(error) or type(error).__name__) from None
+def _refuse_none(listing: Listing, source: str) -> None:
+    if not listing.images:
+        there = f" It has: {by_kind(listing.left_out)}." if listing.left_out else ""
+        raise UserError(f"There are no images ({', '.join(sorted(EXTENSIONS))}) in {source}.{there}")

@@ -10,11 +10,12 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config import UserError
 from pipeline.data.record import Shard
@@ -24,12 +25,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOTES, _RECIPE = ".progress", "recipe"
 
 
+class Skipped(NamedTuple):
+    """An image that could not be read. `place` is where in its shard it would be, `kind` what it is counted
+    by."""
+
+    place: int
+    name: str
+    kind: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Written:
-    """One finished shard, and the images that could not be read for it, with the reason."""
+    """One finished shard, the images that could not be read for it, and how often what was done to others."""
 
     shard: Shard
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    facts: Mapping[str, int]
 
 
 @contextmanager
@@ -158,4 +170,4 @@ def noted(folder: Path, number: int) -> Written | None:
                     return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Written(shard, tuple(values["skipped"]))
+    return Written(shard, tuple(Skipped(*item) for item in values["skipped"]), values["facts"])

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import UserError
 from pipeline.data import sidecar
+from pipeline.data.labels import counted
 from pipeline.data.locate import Location, locate
 from pipeline.data.record import INDEX, places, sidecar_path
 from pipeline.data.sidecar import Table
@@ -78,7 +79,7 @@ def _verify(location: Location, url: str, known: Mapping[str, Entry]) -> Verifie
     except UserError as error:  # not a whole tar: it names shard and byte
         size = _size(location.root / url)
         shorter = "filesize" in entry and size != entry["filesize"]
-        more = f" It has {size:,} bytes, {INDEX} says {entry['filesize']:,}." if shorter else ""
+        more = f" It has {counted(size, 'byte')}, {INDEX} says {entry['filesize']:,}." if shorter else ""
         return Verified(url, (f"{error}{more}",))
     noted = [load for place in places(location.root) if (load := sidecar.load(sidecar_path(place, url)))]
     # A sidecar of another file than index.json speaks of is not used by anyone; it is made anew.
@@ -97,12 +98,12 @@ def _verify(location: Location, url: str, known: Mapping[str, Entry]) -> Verifie
 
 def _against_index(table: Table, entry: Entry, where: str) -> Iterator[str]:
     labels = {str(label): count for label, count in table.label_counts().items()}
-    found: dict[str, object] = {"filesize": table.filesize, "nsamples": len(table), "labels": labels}
-    names = {"filesize": "bytes", "nsamples": "samples"}
+    found: dict[str, Any] = {"filesize": table.filesize, "nsamples": len(table), "labels": labels}
+    names = {"filesize": "byte", "nsamples": "sample"}
     for key, value in found.items():
         if key in entry and entry[key] != value:
             what = (
-                f"{value:,} {names[key]}, {INDEX} says {entry[key]:,}"
+                f"{counted(value, names[key])}, {INDEX} says {entry[key]:,}"
                 if key in names
                 else (f"other labels than {INDEX} says")
             )
@@ -114,7 +115,7 @@ def _against_index(table: Table, entry: Entry, where: str) -> Iterator[str]:
 def _against_sidecar(table: Table, noted: Table, url: str) -> Sequence[str]:
     """Where exactly a shard differs from what was noted of it when it was indexed."""
     if len(table) != len(noted):
-        return [f"shard {url} has {len(table):,} samples, its sidecar lists {len(noted):,}."]
+        return [f"shard {url} has {counted(len(table), 'sample')}, its sidecar lists {len(noted):,}."]
     same = (table.crc == noted.crc) & (table.size == noted.size) & (table.offset == noted.offset)
     said = []
     for rows, problem in (
@@ -123,7 +124,7 @@ def _against_sidecar(table: Table, noted: Table, url: str) -> Sequence[str]:
     ):
         if len(rows):
             row = int(rows[0])
-            more = f" And so for {len(rows) - 1:,} more samples." if len(rows) > 1 else ""
+            more = f" And so for {counted(len(rows) - 1, 'more sample')}." if len(rows) > 1 else ""
             said.append(f"shard {url}, byte {table.offset[row]}: sample {table.key(row)!r} {problem}.{more}")
     if table.names != noted.names:
         said.append(f"shard {url} has other sample names than its sidecar lists.")

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -88,6 +89,31 @@ def npy_header(*shape: int) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
+def lies() -> dict[str, bytes]:
+    """Small files that say they are large, of the formats that only `prepare` reads."""
+    found = {}
+    for name in ("a.gif", "a.jp2", "a.avif", "a.bmp"):
+        file = io.BytesIO()
+        Image.new("RGB", (64, 64)).save(file, Image.registered_extensions()[name[1:]])
+        found[name] = bytearray(file.getvalue())
+    found["a.gif"][6:10] = (65535).to_bytes(2, "little") * 2
+    found["a.bmp"][18:26] = (60_000).to_bytes(4, "little") * 2
+    jp2, size = found["a.jp2"], (8192).to_bytes(4, "big") * 2
+    at, box = jp2.index(b"\xff\x51"), jp2.index(b"ihdr")
+    jp2[at + 6 : at + 14] = jp2[at + 22 : at + 30] = jp2[box + 4 : box + 12] = size
+    at = found["a.avif"].index(b"ispe") + 8
+    found["a.avif"][at : at + 8] = size
+    tile, data = zlib.compressobj(1), bytes(1 << 20)
+    body = b"".join(tile.compress(data) for _ in range(1 << 8)) + tile.flush()  # 16,384 x 16,384 of grey
+    small, large = dict.fromkeys((256, 257), 64), dict.fromkeys((322, 323), 16384)  # image and tile
+    tags = small | {258: 8, 259: 8, 262: 1, 277: 1} | large | {324: 200, 325: len(body)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    found["a.tif"] = bytearray(head.ljust(200, b"\0") + body)
+    found["a.ppm"] = bytearray(b"P6 99999999 99999999 255\n")
+    return {name: bytes(data) for name, data in found.items()}
+
+
 def corpus(folder: Path, canary: Path) -> dict[str, tuple[Callable[[], object], str | None]]:
     """What is done → how, and the one line that is due; None if it does no harm."""
     evil = pickle.dumps(Execute(canary))
@@ -137,7 +163,10 @@ def corpus(folder: Path, canary: Path) -> dict[str, tuple[Callable[[], object], 
             for _ in range(400):
                 member.write(bytes(1 << 20))
         file.writestr("../../b.png", bomb_png(30_000, 10, 30_001))
-    for source in ("huge", "bomb.zip"):
+    (folder / "lies").mkdir()
+    for name, data in lies().items():
+        (folder / "lies" / name).write_bytes(data)
+    for source in ("huge", "bomb.zip", "lies"):
         out = str(folder / f"{source}-out")
         action = lambda source=source, out=out: prepare(  # noqa: E731
             str(folder / source), out, Options(size=8), workers=1

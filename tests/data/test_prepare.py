@@ -52,7 +52,8 @@ def test_the_same_bytes_each_time(pictures: Path, tmp_path: Path) -> None:
     for name, workers in [("a", 1), ("b", 3)]:
         prepare(str(pictures), str(tmp_path / name), options, workers=workers)
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
-    assert list(a) == ["index.json", "shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    shards = [f"shard-{number:06d}.tar" for number in range(3)]
+    assert list(a) == ["index.json", *shards, "sources.txt"]
     assert a == b
     assert (
         hashlib.sha256(a["shard-000001.tar"]).hexdigest()
@@ -266,7 +267,12 @@ def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) ->
         command, [str(pictures), str(tmp_path / "out"), "--size", "8", "--channels", "3"]
     )
     assert run.exit_code == 0, run.output
-    assert run.output == f"12 images of 2 classes in 1 shard: {tmp_path}/out\n"
+    assert run.output.splitlines() == [
+        f"12 images of 2 classes in 1 shard: {tmp_path}/out",
+        "  8x8: 12 in colour, 5 cropped to a square",
+        "  classes, from folders: 0 = cats (7), 1 = dogs (5)",
+        f"  next: shardgan train CONFIG data.train={tmp_path}/out data.size=8 data.channels=3",
+    ]
     shards = make_shards([3, 4])
     run = CliRunner().invoke(command, [str(shards), "--index-only"])
     assert run.exit_code == 0 and "7 images in 2 shards" in run.output

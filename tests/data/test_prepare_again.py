@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import MakeShards
 from launching import run, shardgan
 from no_flock import without_flock
 from tiny_shards import contents, png
@@ -115,7 +116,7 @@ def test_leftovers_of_a_killed_run_do_not_matter(pictures: Path, tmp_path: Path)
 
 
 def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -> None:
-    """They are not what is there already; the same folder by another path is."""
+    """They are not what is there already; the same folder by another path is, and an exact copy of it."""
     other = tmp_path / "other" / "pictures"
     shutil.copytree(pictures, other)
     (tmp_path / "link").symlink_to(pictures)
@@ -123,9 +124,11 @@ def test_images_of_another_folder_of_that_name(pictures: Path, tmp_path: Path) -
     index = prepare(str(pictures), out, Options(size=8), workers=1)
     assert json.loads((tmp_path / "out" / "index.json").read_text())["prepared"]["path"]
     assert str(pictures) not in (tmp_path / "out" / "index.json").read_text()
-    with pytest.raises(UserError, match="is there already"):
-        prepare(str(other), out, Options(size=8), workers=1)
     assert prepare(str(tmp_path / "link"), out, Options(size=8), workers=1) == index
+    assert prepare(str(other), out, Options(size=8), workers=1) == index
+    shutil.copy(other / "cats" / "0.png", other / "cats" / "new.png")
+    with pytest.raises(UserError, match="Give the name of a new folder"):
+        prepare(str(other), out, Options(size=8), workers=1)
 
 
 def test_what_an_older_version_made_is_there_already(pictures: Path, tmp_path: Path) -> None:
@@ -185,3 +188,95 @@ def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_pat
 def test_a_file_system_without_flock(pictures: Path, tmp_path: Path) -> None:
     ended = run(shardgan("prepare", str(pictures), "out", "--size", "8"), tmp_path, **without_flock(tmp_path))
     assert ended.status == 0 and (tmp_path / "out" / "index.json").exists(), ended.output
+
+
+def as_zip(folder: Path) -> Path:
+    return Path(shutil.make_archive(str(folder), "zip", folder))
+
+
+def test_a_changed_source(pictures: Path, tmp_path: Path) -> None:
+    """What is there was made of other images, and the same command says so, of a folder and of a zip."""
+    for kind in ("folder", "zip"):
+        out = tmp_path / kind
+
+        def again(kind: str = kind, out: Path = out) -> list[str]:
+            said: list[str] = []
+            source = as_zip(pictures) if kind == "zip" else pictures
+            prepare(str(source), str(out), Options(size=8), workers=1, announce=said.append)
+            return said
+
+        again()
+        before = contents(out)
+        assert "made by the same command" in again()[0]
+        (pictures / "cats" / "notes.txt").write_text("no image: nothing changes")
+        assert "made by the same command" in again()[0]
+        for number in range(3):
+            shutil.copy(pictures / "cats" / "0.png", pictures / "cats" / f"new-{number}.png")
+        with pytest.raises(
+            UserError, match=r"has 3 images more than when it was made\. Remove that folder, or"
+        ):
+            again()
+        for number in range(3):
+            (pictures / "cats" / f"new-{number}.png").unlink()
+        assert "made by the same command" in again()[0]
+        shutil.move(pictures / "cats" / "0.png", tmp_path / "0.png")
+        with pytest.raises(UserError, match="has 1 image fewer"):
+            again()
+        shutil.copy(pictures / "cats" / "1.png", pictures / "cats" / "0.png")
+        with pytest.raises(UserError, match=r"the images of .* have other names, sizes, times or labels"):
+            again()
+        shutil.move(tmp_path / "0.png", pictures / "cats" / "0.png")
+        assert "made by the same command" in again()[0] and contents(out) == before
+
+
+def test_changed_labels(pictures: Path, tmp_path: Path) -> None:
+    names = [f"{folder}/{n}.png" for folder, count in (("cats", 7), ("dogs", 5)) for n in range(count)]
+    for shift in (0, 1):
+        labels = [[name, (i + shift) % 3] for i, name in enumerate(names)]
+        (pictures / "dataset.json").write_text(json.dumps({"labels": labels}))
+        if not shift:
+            prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1)
+    with pytest.raises(UserError, match="other names, sizes, times or labels"):
+        prepare(str(pictures), str(tmp_path / "out"), Options(size=8), workers=1)
+
+
+def test_changed_shards(make_shards: MakeShards, tmp_path: Path) -> None:
+    root = make_shards([3, 2])
+    prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+    prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+    (root / "index.json").unlink()
+    make_shards([3, 2, 4])
+    with pytest.raises(UserError, match="has 4 images more than when it was made"):
+        prepare(str(root), str(tmp_path / "out"), Options(), workers=1)
+
+
+def test_a_source_that_moved_or_is_gone(pictures: Path, tmp_path: Path) -> None:
+    """Shards of images that have been put elsewhere, or deleted since, are as good as before."""
+    out, moved = str(tmp_path / "out"), tmp_path / "moved"
+    index = prepare(str(pictures), out, Options(size=8), workers=1)
+    pictures.rename(moved)
+    assert prepare(str(moved), out, Options(size=8), workers=1) == index
+    assert prepare(str(pictures), out, Options(size=8), workers=1) == index
+    with pytest.raises(UserError, match="There is no folder, zip"):
+        prepare(str(tmp_path / "never"), out, Options(size=8), workers=1)
+    (moved / "cats" / "0.png").unlink()
+    with pytest.raises(UserError, match="Give the name of a new folder"):
+        prepare(str(moved), out, Options(size=8), workers=1)
+
+
+def test_older_versions_kept_no_files_of_the_source(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    index = prepare(str(pictures), str(out), Options(size=8), workers=1)
+    record = json.loads((out / "index.json").read_text())
+    del record["source"], record["prepared"]["background"]
+    (out / "index.json").write_text(json.dumps(record))
+    (pictures / "cats" / "0.png").unlink()
+    assert prepare(str(pictures), str(out), Options(size=8), workers=1) == index
+
+
+def test_shards_inside_their_source(pictures: Path) -> None:
+    """They are no part of it the next time."""
+    out = pictures / "shards"
+    for _ in range(2):
+        index = prepare(str(pictures), str(out), Options(size=8), workers=1)
+        assert index.num_samples == 12 and not (out / "skipped.txt").exists()

@@ -58,7 +58,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
         Path(os.fsdecode(folder + b"/" + name)).write_bytes(data)
     run = CliRunner().invoke(command, [os.fsdecode(folder), os.fsdecode(out), "--size", "8"])
     assert run.exit_code == 0, run.exception
-    assert "1 images could not be read" in run.output and "bad-\\udcfc.png: not a" in run.output
+    assert "1 image could not be read" in run.output and "bad-\\udcfc.png: not a" in run.output
     skipped = Path(os.fsdecode(out)) / "skipped.txt"
     assert "/bad-\\udcfc.png: not a" in skipped.read_text("ascii")
     said: list[str] = []

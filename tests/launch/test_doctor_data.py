@@ -20,6 +20,7 @@ from launch.doctor.finding import Finding, Job
 from pipeline import config
 from pipeline.data import cache
 from pipeline.data.index import build_index, load_index
+from pipeline.data.prepare import Options, prepare
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 
@@ -272,6 +273,20 @@ def test_copies(folder: Path) -> None:
     build_index(str(folder))
     found = examine(folder, "data.holdout=0.3")["duplicates"]
     assert found.verdict == "warning" and "100 images are there more than once" in found.text
+    assert "in shard-000001.tar = " in found.text and " in shard-000005.tar" in found.text
+
+
+def test_copies_by_the_names_of_their_files(tmp_path: Path) -> None:
+    """Shards that `shardgan prepare` made know which files their samples were."""
+    (tmp_path / "in").mkdir()
+    with tarfile.open(FASHION / "shard-000000.tar") as tar:
+        pictures = [tar.extractfile(m).read() for m in tar if m.name.endswith(".png")]  # type: ignore[union-attr]
+    for number, data in enumerate([*pictures[:40], pictures[7]]):
+        (tmp_path / "in" / f"photo {number}.png").write_bytes(data)
+    prepare(str(tmp_path / "in"), str(tmp_path / "out"), Options(), workers=1)
+    found = examine(tmp_path / "out")["duplicates"]
+    assert found.verdict == "warning" and "1 image is there more than once" in found.text
+    assert sorted(found.text.splitlines()[-1].split(" = ")) == ["photo 40.png", "photo 7.png"]
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
