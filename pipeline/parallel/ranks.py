@@ -101,7 +101,8 @@ class Ranks:
         clear_for(os.environ, alone=launch.strategy == "single")
         # When a rank fails, it is for the watch to name it and to end the others. Left to itself, NCCL ends
         # them first: at its first error, and where its own thread has been silent for 480 seconds.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")  # abort communicators, not the process
+        # 2: abort communicators, not the process. Not a default: torch's launcher has set 1 by now.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
