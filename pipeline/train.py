@@ -20,10 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from pipeline import config, console, loop
 from pipeline.config import Config, UserError
@@ -33,26 +30,22 @@ from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
 from pipeline.data.stages import load_stages
-from pipeline.data.stream import check_images, label_frequencies, training_batches
-from pipeline.gan.draws import Draws
-from pipeline.gan.losses import adversarial
-from pipeline.gan.networks import build_D, build_G, check_networks
-from pipeline.gan.penalised import penalised_names
-from pipeline.gan.schedules import ema_beta
+from pipeline.data.stream import TrainingBatches, check_images, label_frequencies, training_batches
+from pipeline.gan.networks import check_networks
 from pipeline.home import provide_home
 from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
-from pipeline.parallel.build import build_players
-from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.ranks import CommonError, Launch, Ranks, end_process, read_launch
 from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
+from pipeline.players import build
 from pipeline.run import checkpoint
 from pipeline.run.export import export
-from pipeline.run.folder import DONE, REFERENCE, STOPPED, claim_folder, finished, open_folder
+from pipeline.run.folder import DONE, STOPPED, claim_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, counted, say
 from pipeline.run.resend import catch_up
+from pipeline.run.resume import resume
 from pipeline.run.session import Session, shapes
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
@@ -140,7 +133,7 @@ def _train(
         state.label_frequencies = label_frequencies(index, plan).tolist()
     gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device, reports=batch.world * batch.rounds)
-    state = _resume(folder, gan, state, stats, ranks, settings.run.new_data)
+    state = resume(folder, gan, state, stats, ranks, settings.run.new_data)
     ranks.from_main(lambda: open_folder(settings, folder, still_ours))
     ranks.progress.cur_nimg = state.cur_nimg
     report = _open_report(settings, folder, state, ranks, still_ours)
@@ -148,23 +141,7 @@ def _train(
         report.say(_introduce(settings, index, plan, heldout, gan, ranks, batch))
         cache = _open_cache(settings, index, ranks, report)
         session = Session(settings, folder, index, heldout, plan.size, ranks, report, signals, state)
-        reals = training_batches(
-            index,
-            plan,
-            start=state.cur_nimg,
-            batch_size=settings.data.batch_size,
-            rank=ranks.rank,
-            world=ranks.world,
-            size=settings.data.size,
-            channels=settings.data.channels,
-            conditional=settings.data.conditional,
-            workers=settings.data.workers,
-            xflip=settings.data.xflip,
-            max_bad=settings.data.max_bad,
-            bad=state.bad,
-            stages=load_stages(settings.data.stages),
-            cache=cache,
-        )
+        reals = _open_reals(settings, index, plan, state, ranks, cache)
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
         asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
@@ -219,74 +196,28 @@ def _open_cache(settings: Config, index: Index, ranks: Ranks, report: Report) ->
         return None if path is None else Cache(path, index.sizes, data.size, data.channels)
 
 
-def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:
-    """The two players, G_ema, and what they play for."""
-    networks = (build_G(settings, state.num_classes), build_D(settings, state.num_classes))
-    players = tuple(
-        PlayerSettings(name, optimizer, penalty, penalised_names(network, settings.penalty.on))
-        for name, optimizer, penalty, network in (
-            ("G", settings.optim.G, settings.penalty.G, networks[0]),
-            ("D", settings.optim.D, settings.penalty.D, networks[1]),
-        )
-    )
+def _open_reals(
+    settings: Config, index: Index, plan: Plan, state: State, ranks: Ranks, cache: Cache | None
+) -> TrainingBatches:
+    """This rank's part of every global batch from where the run stands, on and on."""
     data = settings.data
-    draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
-    c = torch.zeros(2, dtype=torch.int64, device=ranks.device) if state.num_classes else None
-    z = torch.zeros(2, settings.G.z_dim, device=ranks.device)
-    images = torch.zeros(2, data.channels, data.size, data.size, device=ranks.device)
-    G, D, G_ema = build_players(networks, (players[0], players[1]), ranks, batch, ((z, c), (images, c)))
-    return Gan(
-        G=G,
-        D=D,
-        G_ema=G_ema,
-        losses=adversarial(settings.loss.kind),
-        draws=draws,
-        r1=settings.penalty.r1,
+    return training_batches(
+        index,
+        plan,
+        start=state.cur_nimg,
         batch_size=data.batch_size,
-        D_steps=settings.loss.D_steps,
-        ema_beta=partial(ema_beta, settings.images_per_update, settings.ema.kimg, settings.ema.rampup),
+        rank=ranks.rank,
+        world=ranks.world,
+        size=data.size,
+        channels=data.channels,
+        conditional=data.conditional,
+        workers=data.workers,
+        xflip=data.xflip,
+        max_bad=data.max_bad,
+        bad=state.bad,
+        stages=load_stages(data.stages),
+        cache=cache,
     )
-
-
-def _resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new_data: bool) -> State:
-    """Continue from the newest intact checkpoint, if there is one; returns where the run stands.
-
-    state: that of a new run. new_data: go on although its data are not those of the checkpoint.
-    """
-    found, complaints = ranks.from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
-    for complaint in complaints if found and ranks.main else ():
-        say(f"warning: {complaint}; falling back")
-    if found is None:
-        if complaints:
-            raise CommonError(
-                "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
-                + "\nBring one back, or start over under a new name with run.resume=false."
-            )
-        return state
-    saved = checkpoint.read_state(found)
-    if (saved.plan, saved.data) != (state.plan, state.data):
-        if not new_data:
-            raise CommonError(
-                f"{folder} was trained on other data, or on another split of them: resuming would mix the "
-                "two. Point data.train at the same shards, start over with run.resume=false, or, if the data "
-                "are to change here, say so with run.new_data=true."
-            )
-        if saved.num_classes != state.num_classes:
-            raise CommonError(
-                f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
-            )
-        saved = saved.moved_to(state)
-        ranks.from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
-        if ranks.main:
-            say("warning: goes on with other data: scores from here on do not compare with those before")
-    checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
-    stats.load(ranks, saved.stats)
-    if ranks.main:
-        strategy, world = checkpoint.saved_by(found)
-        other = (strategy, world) != (ranks.strategy, ranks.world)
-        by = f", saved by {counted(world, 'process')} under {strategy}" if other else ""
-        say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{by})")
-    return saved
 
 
 def _open_report(

@@ -50,6 +50,13 @@ ARROWS = {
         "pipeline.parallel.ema.Ema",
         "pipeline.run.stats.Stats",
     ),
+    "pipeline.players": (
+        "pipeline.config",
+        "pipeline.gan",
+        "pipeline.parallel",
+        "pipeline.run.state.State",
+        "pipeline.step.Gan",
+    ),
     "pipeline.loop": ("pipeline",),
     "pipeline.train": ("pipeline",),
     "launch": ("launch", "pipeline"),

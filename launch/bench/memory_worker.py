@@ -17,10 +17,10 @@ from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
-from pipeline.train import build
 
 _UPDATES = 3  # the first ones allocate, and some strategies learn the order of the layers from them
 

@@ -25,10 +25,10 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks, read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import import_deepspeed
+from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import Gan, train_step
-from pipeline.train import build
 
 _WARM_UP = 1  # pairs of steps that do not count
 

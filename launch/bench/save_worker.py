@@ -18,11 +18,11 @@ from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.players import build
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
-from pipeline.train import build
 
 
 def main(out: Path, times: int, settings: list[str]) -> None:

@@ -31,6 +31,7 @@ from pipeline.data.prepare import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Launch, Ranks
+from pipeline.players import build
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
@@ -39,7 +40,7 @@ from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
-from pipeline.train import build, prepare_data
+from pipeline.train import prepare_data
 
 _SUBSET = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"
 _TURN = 8  # updates of one contestant before the next one's turn

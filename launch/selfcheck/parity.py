@@ -24,13 +24,13 @@ from pipeline.config import Config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.players import build
 from pipeline.run import checkpoint
 from pipeline.run.durable import save_tensors
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import Gan, train_step
-from pipeline.train import build
 
 UPDATES = 5
 RESUMED_AFTER = 3

@@ -13,10 +13,10 @@ from pipeline import config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks
+from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
-from pipeline.train import build
 
 STEP = 0.5  # h, of both players' SGD
 UPDATES = 20

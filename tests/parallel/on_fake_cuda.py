@@ -31,10 +31,10 @@ from pipeline.data.stream import Batch
 from pipeline.gan.networks import build_G
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.whereabouts import Progress
+from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
-from pipeline.train import build
 
 GPU = torch.device("cuda:0")
 COMMON = ("data.train=none", "data.size=64", "data.batch_size=64", "penalty.l2=1e-4")
