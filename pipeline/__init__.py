@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from pipeline import shadows
+from pipeline.api import shadows
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
+from pipeline.api.shadows import SEARCHED_LAST
 from pipeline.config import UserError
 
 _OURS = Path(__file__).parent
@@ -16,13 +18,14 @@ _OURS = Path(__file__).parent
 def import_named(name: str, title: str) -> Any:
     """What `package.module:Name` stands for. title: the setting it comes from, for messages.
 
-    The current folder is searched last, so that no file in it hides a module of anyone else's. Raises
+    The current folder is searched late, so that no file in it hides a module of anyone else's. Raises
     UserError if it cannot be imported.
     """
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    last = os.environ.get(SEARCHED_LAST, "").split(os.pathsep)
+    for folder in (str(Path.cwd()), *filter(None, last)):
+        if folder not in sys.path:
+            sys.path.append(folder)
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 try:
     from pipeline import STOP_SIGNALS  # noqa: F401
 except ImportError:  # a folder `pipeline` where this was started is found first
-    from pipeline.shadows import refuse_namespace
+    from pipeline.api.shadows import refuse_namespace
 
     refuse_namespace()
     raise

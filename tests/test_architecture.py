@@ -21,8 +21,9 @@ ARROWS = {
     "pipeline.holder": (),
     "pipeline.home": (),
     "pipeline.lock": ("pipeline.errors", "pipeline.holder"),
-    "pipeline.plugins": ("pipeline.config",),
-    "pipeline.shadows": (),
+    "pipeline.plugins": ("pipeline.api.shadows", "pipeline.config"),
+    "pipeline.api": (),
+    "pipeline.api.command": ("launch.cli", "pipeline.api"),  # what is installed lies above everything
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": (
         "pipeline.config",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.processes import environment_of, notes
-from pipeline import shadows
+from pipeline.api import shadows
 from pipeline.config import UserError
 from pipeline.data.sockets import socket_folder
 

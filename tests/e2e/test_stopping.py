@@ -29,7 +29,7 @@ from launching import (
     without_clocks,
 )
 
-from launch.train import free_port
+from launch.processes import free_port
 
 STOPPING = Path(__file__).parent / "stopping.py"
 CONFIG = f"""{COMMON}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import shadows
+from pipeline.api import shadows
 from pipeline.config import UserError
 from pipeline.plugins import import_named
 
@@ -46,12 +46,27 @@ def test_a_folder_of_our_name_beside_a_bare_launch(tmp_path: Path) -> None:
     refused(run(tmp_path, sys.executable, "-m", "pipeline.train", "x.yaml"), tmp_path / "pipeline")
 
 
-@pytest.mark.parametrize("name", ["pipeline.py", "pipeline/nets.py", "pipeline/__init__.py", "random.py"])
+@pytest.mark.parametrize(
+    "name", ["pipeline.py", "pipeline/nets.py", "pipeline/__init__.py", "launch/__init__.py", "random.py"]
+)
 def test_on_PYTHONPATH(tmp_path: Path, name: str) -> None:
+    """The command passes it by; what starts without the command names it."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(TRAP)
     ended = run(ROOT.parent, SHARDGAN, "--version", PYTHONPATH=str(tmp_path))
-    refused(ended, tmp_path / name.partition("/")[0])
+    assert ended.returncode == 0 and ended.stdout.startswith("shardgan, version"), ended.stderr
+    if name == "random.py":
+        bare = run(ROOT.parent, sys.executable, "-m", "pipeline.train", "x.yaml", PYTHONPATH=str(tmp_path))
+        refused(bare, tmp_path / name)
+
+
+def test_classes_in_a_folder_of_PYTHONPATH_that_hides_a_module(tmp_path: Path) -> None:
+    """They are found all the same, after everything else."""
+    (tmp_path / "queue.py").write_text(TRAP)
+    (tmp_path / "nets_of_mine.py").write_text("import queue\nclass Net: kind = queue.Queue\n")
+    code = "from pipeline.plugins import import_named as f; print(f('nets_of_mine:Net', 'G.kind').kind)"
+    ended = run(ROOT, sys.executable, "-P", "-c", code, **{shadows.SEARCHED_LAST: str(tmp_path)})
+    assert "queue.Queue" in ended.stdout, ended.stderr
 
 
 def test_where_the_command_is_called_nothing_is_hidden(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ _LIBRARIES = frozenset(
 )
 _HARMLESS = frozenset({"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo"})
 _STANDARD = sys.stdlib_module_names - _HARMLESS
+ANYWHERE = _STANDARD | {"launch", "pipeline"}  # what no folder of PYTHONPATH may hide; libraries may be meant
+SEARCHED_LAST = "SHARDGAN_SEARCHED_LAST"  # the folders of PYTHONPATH that would: for a user's own classes
 _ENDINGS = (".py", ".pyc", ".so")
 _PATIENCE_S = 60.0
-_OURS = os.path.dirname(os.path.abspath(__file__))
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # pipeline/
 _ROOT = os.path.dirname(_OURS)
 
 
