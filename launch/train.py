@@ -43,7 +43,7 @@ def train(
     from pipeline import config as configs
     from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import check_same, finished, refuse_running, under_a_free_name
+    from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
     from pipeline.train import prepare_data
 
     gpus = torch.cuda.device_count()
@@ -58,15 +58,15 @@ def train(
     batch_shape(resolved.data, procs)
     line, environment = process(strategy, procs, mixed_precision, [config, *settings])
     command = launch_line(strategy, procs, mixed_precision, [config, *settings])
+    named = under_a_free_name(resolved)
+    folder = Path(named.run.out) / str(named.run.name)
     if dry_run:
         click.echo(
             ("" if gpus else "ACCELERATE_USE_CPU=1 ")
             + shlex.join(["accelerate", "launch", *map(redacted, command)])
         )
-        click.echo(f"\n# the resolved config\n{configs.dump(resolved)}", nl=False)
+        click.echo(f"\n# the resolved config\n{configs.dump(as_begun(resolved, folder))}", nl=False)
         return
-    named = under_a_free_name(resolved)
-    folder = Path(named.run.out) / str(named.run.name)
     check_same(named, folder)
     if not finished(folder, named):
         refuse_running(folder)

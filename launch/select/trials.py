@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.select.candidates import Arm
 from pipeline import config
 from pipeline.config import Config, UserError
-from pipeline.run.folder import DONE, check_same, finished
+from pipeline.run.folder import DONE, as_begun, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself gives to each trial.
 _FIXED = (
@@ -93,6 +93,18 @@ def trials(
         raise UserError(f"Two arms would be called {clash.pop()}.")
     for arm, changed in resolved.items():
         _check_comparable(arm, base, changed)
+    made = _trials(path, overrides, base, candidates, folds, seeds)
+    if any(as_begun(trial.settings, trial.folder) != trial.settings for trial in made):
+        # A selection that was begun without ema.rampup: trials with it would not compare with those.
+        made = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
+    return base, made
+
+
+def _trials(
+    path: str, overrides: Sequence[str], base: Config, candidates: Sequence[Arm], folds: int, seeds: int
+) -> list[Trial]:
+    """Raises UserError for one whose folder holds something else."""
+    folder = Path(base.run.out) / str(base.run.name)
     made = []
     for seed, fold, arm in product(range(base.run.seed, base.run.seed + seeds), range(folds), candidates):
         arguments = (
@@ -109,7 +121,7 @@ def trials(
         trial = Trial(arm, seed, fold, config.load(path, arguments), (path, *arguments))
         _check_same(trial)
         made.append(trial)
-    return base, made
+    return made
 
 
 def _quoted(text: object) -> str:

@@ -35,7 +35,7 @@ def find_folder(settings: Config, announce: Callable[[str], None]) -> tuple[Conf
     settings = under_a_free_name(settings)
     folder = Path(settings.run.out) / str(settings.run.name)
     check_same(settings, folder)
-    resumed = asbegun(settings, folder)
+    resumed = as_begun(settings, folder)
     if resumed != settings:
         announce(f"note: {folder} began without ema.rampup and continues without it")
     return resumed, folder
@@ -113,7 +113,7 @@ def under_a_free_name(settings: Config) -> Config:
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=name, resume=True))
 
 
-def asbegun(settings: Config, folder: Path) -> Config:
+def as_begun(settings: Config, folder: Path) -> Config:
     """The settings, with ema.rampup off if the run in `folder` began without it and no other is asked for."""
     if not (folder / "config.yaml").exists() or settings.ema.rampup != Ema().rampup:
         return settings
@@ -125,7 +125,7 @@ def begun(folder: Path) -> Config:
     """The config of the run in `folder`. One written before there was ema.rampup means none."""
     path = folder / "config.yaml"
     begun = config.load(path)
-    if "rampup" in (yaml.safe_load(path.read_text()).get("ema") or {}):
+    if "rampup" in (yaml.safe_load(path.read_text("utf-8")).get("ema") or {}):
         return begun
     return dataclasses.replace(begun, ema=dataclasses.replace(begun.ema, rampup=0.0))
 
@@ -135,7 +135,7 @@ def check_same(settings: Config, folder: Path) -> None:
     if not (folder / "config.yaml").exists():
         return
     before = _settings(begun(folder))
-    now = _settings(asbegun(settings, folder))
+    now = _settings(as_begun(settings, folder))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
     changed = [
         f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)

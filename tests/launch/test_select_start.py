@@ -33,6 +33,18 @@ def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
     assert not longer[1].done  # and goes on
 
 
+def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp_path):
+    """Without ema.rampup, which it did not have: else scores would not compare."""
+    _, trials = selection(tmp_path)
+    assert {trial.settings.ema.rampup for trial in trials} == {0.05}
+    finish(trials[1])
+    file = trials[1].folder / "config.yaml"
+    file.write_text(file.read_text().replace("  rampup: 0.05\n", ""))
+    _, trials = selection(tmp_path)
+    assert {trial.settings.ema.rampup for trial in trials} == {0.0}
+    assert all("ema.rampup=0" in trial.arguments for trial in trials)
+
+
 def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
     one = Launch()
     _, trials = selection(tmp_path)
