@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from pipeline import config, console
 from pipeline.config import UserError
-from pipeline.run.folder import DONE, REFERENCE, STOPPED
+from pipeline.run.folder import DONE, STOPPED, reference_of
 from pipeline.run.rows import rows
 
 
@@ -63,17 +62,7 @@ def _run(number: int, line: str) -> Run:
             last |= row
     except OSError as error:
         damaged.append(str(error))
-    return Run(str(folder), _state(folder), last, _reference(folder / REFERENCE), "\n".join(damaged))
-
-
-def _reference(file: Path) -> dict[str, Any]:
-    """Of each kind of score what it is against; {} if the run has none yet."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    parts = found.items() if isinstance(found, dict) else ()
-    return {part: about for part, about in parts if isinstance(about, dict)}
+    return Run(str(folder), _state(folder), last, reference_of(folder), "\n".join(damaged))
 
 
 def _compare(runs: Sequence[Run]) -> Iterator[str]:

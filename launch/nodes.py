@@ -193,7 +193,7 @@ def code() -> str:
     """A hash of the project's own files."""
     root = Path(__file__).parents[1]
     files = sorted(p for top in ("pipeline", "launch") for p in (root / top).rglob("*.py"))
-    return _digest([[str(p.relative_to(root)), p.read_text()] for p in files])
+    return _digest([[str(p.relative_to(root)), p.read_text("utf-8")] for p in files])
 
 
 def _shards(settings: Config) -> str:

@@ -146,7 +146,7 @@ def submit(folder: Path, batch: Batch, *options: str, name: str = "job.sbatch") 
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(batch.text)
+        (folder / name).write_text(batch.text, "utf-8")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}. Set run.out.") from None
     return _sbatch("--parsable", *batch.options, *options, str(folder / name)).strip().split(";")[0]
@@ -190,7 +190,7 @@ def submit_array(
         check(after)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "runs.txt").write_text("".join(f"{shlex.join(line)}\n" for line in lines))
+        (folder / "runs.txt").write_text("".join(f"{shlex.join(line)}\n" for line in lines), "utf-8")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}.") from None
     keep(folder, data.values())

@@ -76,7 +76,7 @@ def submit(
         click.echo(batch.text, nl=False)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configs.dump(resolved))
+    (folder / "config.yaml").write_text(configs.dump(resolved), "utf-8")
     slurm.keep(folder, [resolved.data])
     job = slurm.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")

@@ -39,6 +39,8 @@ Norm = Literal["batch", "group", "instance", "none"]
 def _plain_name(name: str | None) -> str | None:
     if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+    if name is not None and not name.isprintable():
+        raise ValueError("has characters that cannot be printed, or that this shell's locale does not know")
     return name
 
 

@@ -43,6 +43,8 @@ class HeldError(UserError):
 class LockLostError(UserError):
     """Another process is, or may be, at work in a folder that this one held: it must write nothing more."""
 
+    status = 1  # whatever the user gave
+
 
 class Lock:
     """A folder that this process holds, until it leaves the `with` block or calls `release`."""

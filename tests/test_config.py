@@ -76,6 +76,8 @@ def test_null_is_no_value_where_there_may_be_none(setting):
         ("run.name=''", "must be a plain folder name"),
         ("run.name='  '", "must be a plain folder name"),
         ("run.name=a/b", "must be a plain folder name"),
+        ("run.name=a\nb", "cannot be printed"),
+        ("run.name=\udcce\udca9", "cannot be printed"),
         ("run.timeout_s=1:30", "should be a valid number"),
         ("data.batch_size=6 4", "should be a valid integer"),
         ("G.norm=off", "(found 'off')"),

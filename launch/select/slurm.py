@@ -73,7 +73,7 @@ def failures(trials: Sequence[Trial], folder: Path) -> dict[str, str]:
     job, found = noted.read_text().split()[0], {}
     names = [
         next((word.partition("=")[2].strip("'") for word in words if word.startswith("run.name='")), "")
-        for words in map(shlex.split, listed.read_text().splitlines())
+        for words in map(shlex.split, listed.read_text("utf-8").splitlines())
     ]
     for trial in trials:
         if trial.done or trial.name not in names:

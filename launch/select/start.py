@@ -19,6 +19,7 @@ from pipeline.data.stream import check_images
 from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.run.features import Extractor, load_features
+from pipeline.run.folder import reference_of
 from pipeline.run.report import say
 
 _COMMON = "selection.json"
@@ -123,8 +124,8 @@ def _check_references(trials: Sequence[Trial], index: Index, extractor: Extracto
                 "more images."
             )
     for trial in trials:
-        file = trial.folder / "reference.json"
-        if not trial.done or not file.is_file():
+        before = reference_of(trial.folder).get("heldout")
+        if not trial.done or before is None:
             continue
         now = {
             "index": index.fingerprint,
@@ -132,8 +133,7 @@ def _check_references(trials: Sequence[Trial], index: Index, extractor: Extracto
             "features": [extractor.name, extractor.version],
             "images": min(trial.settings.score.images, plan(trial.place).size),
         }
-        before = json.loads(file.read_text())["heldout"]
-        changed = [f"{key} {before[key]} → {now[key]}" for key in now if before.get(key) != now[key]]
+        changed = [f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
                 f"{trial.name} is finished, and was scored against other images or by other features than "

@@ -15,6 +15,7 @@ from launch.select import files
 from launch.select.choice import PAIRED, Outcome, Row, Table
 from launch.select.trials import Trial
 from pipeline.config import Config, UserError
+from pipeline.run.folder import reference_of
 from pipeline.run.report import say
 from pipeline.run.rows import rows
 
@@ -152,8 +153,7 @@ def _check_references(found: Sequence[Outcome]) -> None:
     """Trials of one seed and fold must have been scored against the same images, by the same features."""
     seen: dict[tuple[int, int], tuple[Any, str]] = {}
     for outcome in found:
-        file = outcome.trial.folder / "reference.json"
-        about = json.loads(file.read_text())["heldout"] if file.is_file() else None
+        about = reference_of(outcome.trial.folder).get("heldout")
         other, name = seen.setdefault(outcome.place, (about, outcome.trial.name))
         if about != other:
             raise UserError(

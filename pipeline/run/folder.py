@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,16 @@ def under_a_free_name(settings: Config) -> Config:
     while (Path(settings.run.out) / name).exists():
         name, number = f"{settings.run.name}-{number}", number + 1
     return dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=name, resume=True))
+
+
+def reference_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each kind of score what a run's are against; {} if it has none yet, or they cannot be read."""
+    try:
+        found = json.loads((folder / REFERENCE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    parts = found.items() if isinstance(found, dict) else ()
+    return {part: about for part, about in parts if isinstance(about, dict)}
 
 
 def as_begun(settings: Config, folder: Path) -> Config:

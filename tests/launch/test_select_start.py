@@ -14,6 +14,7 @@ from launch import slurm
 from launch.select import slurm as select_slurm
 from launch.select import start as select_start
 from launch.select import table as select_table
+from launch.select.choice import PAIRED
 from launch.select.trials import Launch
 from pipeline.config import UserError
 from pipeline.data.index import load_index
@@ -43,6 +44,15 @@ def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp
     _, trials = selection(tmp_path)
     assert {trial.settings.ema.rampup for trial in trials} == {0.0}
     assert all("ema.rampup=0" in trial.arguments for trial in trials)
+
+
+def test_a_trial_whose_reference_cannot_be_read_is_taken_as_it_is(tmp_path):
+    base, trials = selection(tmp_path)
+    for trial in trials:
+        finish(trial)
+        (trial.folder / "reference.json").write_text('{"heldout": {"in')
+    assert len(select_table.table(base, trials, {}, PAIRED).comparable) == 2
+    select_start.check(base, trials, Launch(), 1)
 
 
 def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
