@@ -25,6 +25,7 @@ from unittest.mock import patch
 import torch
 
 import pipeline.loop
+import pipeline.players
 import pipeline.run.saving
 import pipeline.run.session
 import pipeline.train
@@ -72,7 +73,7 @@ def _nan_loss(player: str, calls: range, ranks: Ranks, _folder: Path) -> Iterato
 
         return replace(right, **{player: wrong})
 
-    with patch.object(pipeline.train, "adversarial", make):
+    with patch.object(pipeline.players, "adversarial", make):
         yield
 
 
@@ -82,7 +83,7 @@ def _nan_penalty(ranks: Ranks, _folder: Path) -> Iterator[None]:
     right, count = LocalPenalty.values, iter(range(10**9))
 
     def wrong(self: LocalPenalty) -> dict[str, torch.Tensor]:
-        bad = ranks.rank == BAD_RANK and next(count) == 42  # two when made, then D and G in turn
+        bad = ranks.rank == BAD_RANK and next(count) == 40  # D and G in turn
         return {part: value * (float("nan") if bad else 1.0) for part, value in right(self).items()}
 
     with patch.object(LocalPenalty, "values", wrong):
@@ -149,7 +150,7 @@ def _slow_disk(updates: int, _ranks: Ranks, _folder: Path) -> Iterator[None]:
 
     with (
         _after_updates(note),
-        patch.object(pipeline.run.saving.os, "fsync", slow),
+        patch.object(os, "fsync", slow),
         patch.object(pipeline.run.saving.Saver, "finish", waited_for),
     ):
         yield
