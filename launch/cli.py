@@ -13,8 +13,6 @@ from pipeline import console
 
 # Read when webdataset is imported: no pickles decoded, no shell commands run for shard names.
 os.environ.setdefault("WDS_SECURE", "1")
-# For every process that is started from here: no file in the current folder hides a module.
-os.environ["PYTHONSAFEPATH"] = "1"
 
 COMMANDS = {
     "prepare": "Turn images into tar shards with an index.",
@@ -59,6 +57,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     console.take()
+    os.environ["PYTHONSAFEPATH"] = "1"  # in children too, no file in the current folder hides a module
     try:
         _call()
     except (click.Abort, KeyboardInterrupt):

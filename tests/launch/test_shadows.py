@@ -77,8 +77,8 @@ def test_where_the_command_is_called_nothing_is_hidden(tmp_path: Path) -> None:
     script = (
         "import launch.cli, os, sys, subprocess, launch.processes;"
         "child = [sys.executable, '-c', 'import random, queue, copy, pipeline.config, launch.cli'];"
-        "subprocess.run(child, check=True); del os.environ['PYTHONSAFEPATH'];"
-        "subprocess.run(child, check=True, env=launch.processes.environment_of(1, True))"
+        "subprocess.run(child, check=True, env=launch.processes.environment_of(1, True));"
+        "launch.cli._call = lambda: subprocess.run(child, check=True); launch.cli.main()"
     )
     ended = run(tmp_path, sys.executable, "-P", "-c", script)
     assert ended.returncode == 0, ended.stderr

@@ -201,7 +201,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, alone, 
 
 def test_too_few_held_out_images_are_refused(alone):
     settings = config.load(None, [f"data.train={SHARDS}", "data.holdout=0"])
-    with pytest.raises(UserError, match=r"0 images are held out.*data\.holdout"):
+    with pytest.raises(UserError, match=r"0 images held out.*data\.holdout"):
         references.references(settings, load_features("efflite0"), load_index(str(SHARDS)), alone)
 
 
