@@ -58,6 +58,8 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     console.take()
     os.environ["PYTHONSAFEPATH"] = "1"  # in children too, no file in the current folder hides a module
+    if not os.environ.get("OMP_NUM_THREADS", "unset").strip():  # of an empty one libgomp would complain
+        del os.environ["OMP_NUM_THREADS"]
     try:
         _call()
     except (click.Abort, KeyboardInterrupt):
