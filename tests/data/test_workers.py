@@ -147,15 +147,27 @@ def told(loader: Loader) -> str:
     with pytest.raises(WorkerError) as failure:
         for _ in range(20):
             next(loader)
-    assert failure.value.status == 1 and not active_children()
+    assert failure.value.status == 1 and not children()
     return str(failure.value)
+
+
+_before: set[int | None] = set()  # children that earlier tests have left to the collection of garbage
+
+
+@pytest.fixture(autouse=True)
+def _children_of_others() -> None:
+    _before.clear()
+    _before.update(child.pid for child in active_children())
+
+
+def children() -> list[int]:
+    return [child.pid for child in active_children() if child.pid is not None and child.pid not in _before]
 
 
 def test_a_worker_that_is_killed_is_not_waited_for() -> None:
     loader = Loader(Items(tensor), 2)
     next(loader)
-    killed = active_children()[0].pid
-    assert killed is not None
+    killed = children()[0]
     os.kill(killed, signal.SIGKILL)
     assert f"(pid {killed}) was ended by SIGKILL: out of memory?" in told(loader)
 
