@@ -103,11 +103,14 @@ class Loader(Iterator[Any]):
         """Why an item did not come, if that is because of a worker."""
         if self._patience.lost:
             return f"The data workers have not made a batch within {_TIMEOUT_S:g} s, and were ended."
-        if self._processes and wait([process.sentinel for process in self._processes], timeout=1):
-            if self._reasons.poll():
-                return f"A data worker could not hand over a batch: {self._reasons.recv()}."
-            return next(_ending(process) for process in self._processes if not process.is_alive())
-        return None
+        by_sentinel = {process.sentinel: process for process in self._processes}
+        if not (ready := wait(by_sentinel, timeout=1) if by_sentinel else []):
+            return None
+        if self._reasons.poll():
+            return f"A data worker could not hand over a batch: {self._reasons.recv()}."
+        ended = by_sentinel[ready[0]]  # type: ignore[index]
+        ended.join()  # its sentinel is ready a moment before its status is there
+        return _ending(ended)
 
 
 class _Patience:
