@@ -108,7 +108,8 @@ def test_starting_over_takes_a_free_name_once_and_for_all(project, monkeypatch):
         (["--nodes", "3"], "Requested node configuration is not available"),
         (["--time", "soon"], "Invalid --time specification"),
         (["run.name=a%j"], "Slurm gives % and \\ in the path of a log another meaning"),
-        (['run.name="a\\nb"'], "Slurm gives % and \\ in the path of a log another meaning"),
+        (['run.name="a\\nb"'], "run.name: has characters that cannot be printed"),
+        (['run.out="a\\nb"'], "Slurm gives % and \\ in the path of a log another meaning"),
         (
             ["data.train=https://me:secret@host/data"],
             "https://host/data: a user, password or signature in a URL",
