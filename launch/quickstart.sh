@@ -20,6 +20,6 @@ cat <<TEXT
 
 Try next:
   $shardgan sample $run --out more.png --count 100 --interpolate
-  $shardgan train configs/fashion-mnist.yaml run.name=no-penalty penalty.l2=0 --procs 2 --mixed_precision bf16
+  $shardgan select configs/lambda.yaml --grid penalty.l2=0,1e-3:1:4 --folds 3      a pair in which λ shows
   $shardgan train configs/cifar10.yaml          after: $shardgan prepare cifar10 data/cifar10
 TEXT

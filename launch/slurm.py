@@ -81,6 +81,11 @@ def render(
     name: str, folder: Path, script: str, arguments: Sequence[str], resources: Resources, **more: str
 ) -> Batch:
     """The batch file of a job in `folder`, running slurm/`script` of the code there. Raises UserError."""
+    if not (ROOT / "slurm").is_dir():
+        raise UserError(
+            f"Slurm jobs need the project's folder slurm/, which is not part of what is installed in {ROOT}. "
+            "Install from a checkout: bash launch/setup.sh"
+        )
     ours = {
         "job-name": re.sub(r"[^\w.+=-]", "_", name, flags=re.ASCII),
         **resources.directives(),

@@ -22,6 +22,12 @@ from pipeline.data.record import places
 URL = "https://me:secret@host/data"
 
 
+def test_an_installation_without_the_batch_files_is_told_apart_from_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"folder slurm/, which is not part of what is installed"):
+        slurm.render("a", tmp_path / "run", "train.sbatch", [], slurm.Resources())
+
+
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A Slurm that takes every job but those that wait for another, and notes what it is told."""
