@@ -21,8 +21,9 @@ ANYWHERE = _STANDARD | {"launch", "pipeline"}  # what no folder of PYTHONPATH ma
 SEARCHED_LAST = "SHARDGAN_SEARCHED_LAST"  # the folders of PYTHONPATH that would: for a user's own classes
 _ENDINGS = (".py", ".pyc", ".so")
 _PATIENCE_S = 60.0
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # pipeline/
-_ROOT = os.path.dirname(_OURS)
+_HERE = os.path.dirname(os.path.abspath(__file__))  # pipeline/api/, or, as a wheel installs it, shardgan/
+_ROOT = os.path.dirname(_HERE if os.path.basename(_HERE) == "shardgan" else os.path.dirname(_HERE))
+_OURS = os.path.join(_ROOT, "pipeline")
 
 
 def on_the_path() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_the_clone_itself_and_pythons_own_folder_hide_nothing() -> None:
         ROOT, sys.executable, "-m", "launch.cli", "--version", PYTHONPATH=str(Path(os.__file__).parent)
     )
     assert ended.returncode == 0, ended.stderr
+
+
+def test_what_a_wheel_installs_hides_nothing_either(tmp_path: Path) -> None:
+    """There the folder is called shardgan, beside pipeline and launch."""
+    shutil.copytree(ROOT / "pipeline" / "api", tmp_path / "shardgan")
+    for name in ("pipeline", "launch"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    code = f"from shardgan import shadows; print(shadows.shadows_in({str(tmp_path)!r}))"
+    ended = run(tmp_path, sys.executable, "-P", "-c", code, PYTHONPATH=str(tmp_path))
+    assert ended.stdout == "[]\n", ended.stderr
 
 
 def test_what_is_no_module_or_hides_none(tmp_path: Path) -> None:
