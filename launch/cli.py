@@ -26,6 +26,7 @@ COMMANDS = {
     "selfcheck": "Compare every strategy with plain torch, on this machine.",
     "bench": "Measure ratios, side by side in one run.",
 }
+_ELSEWHERE = {"submit": "launch.slurm.submit"}
 
 
 class _Lazy(click.Group):
@@ -37,7 +38,8 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(importlib.import_module(f"launch.{cmd_name}"), cmd_name)
+        module = _ELSEWHERE.get(cmd_name, f"launch.{cmd_name}")
+        command: click.Command = getattr(importlib.import_module(module), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,9 +8,9 @@ import click
 
 if TYPE_CHECKING:
     from pipeline.data.index import Index
-    from pipeline.data.labels import Classes
-    from pipeline.data.pictures import Fit
-    from pipeline.data.prepare import Options
+    from pipeline.data.prepare.labels import Classes
+    from pipeline.data.prepare.pictures import Fit
+    from pipeline.data.prepare.writer import Options
 
 
 @click.command()
@@ -75,7 +75,7 @@ def prepare(
         return
     if out is None:
         raise click.UsageError("Where to? Give a folder OUT for the shards of SOURCE.")
-    from pipeline.data.prepare import Options
+    from pipeline.data.prepare.writer import Options
 
     _prepare(
         source,
@@ -89,9 +89,9 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from pipeline.data import prepare as data
-    from pipeline.data.labels import printable
-    from pipeline.data.summary import Summary
+    from pipeline.data.prepare import writer as data
+    from pipeline.data.prepare.labels import printable
+    from pipeline.data.prepare.summary import Summary
 
     console, summaries = Console(stderr=True), list[Summary]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -121,7 +121,7 @@ def _index_only(source: str, out: str | None) -> None:
 
 
 def _say(index: Index) -> None:
-    from pipeline.data.labels import counted, printable
+    from pipeline.data.prepare.labels import counted, printable
 
     labels = f" of {counted(index.num_classes, 'class')}" if index.num_classes else ""
     click.echo(

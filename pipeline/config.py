@@ -22,9 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from pipeline.config_layers import read_file, read_override
 from pipeline.credentials import reason, redacted, scrubbed
 from pipeline.errors import UserError as UserError  # is part of this module
-from pipeline.layers import read_file, read_override
 
 _STRICT = ConfigDict(extra="forbid")
 

@@ -37,7 +37,7 @@ from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import CommonError, Launch, Ranks, end_process, read_launch
-from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
+from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.players import build
 from pipeline.run import checkpoint
 from pipeline.run.export import export
@@ -112,10 +112,12 @@ def _train(
 ) -> bool:
     """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
     ranks = _join(launch, watch, signals)
-    with ranks.agreeing():  # the main rank first: it may have to build the index, which all others then read
+    with (
+        ranks.raise_together()
+    ):  # the main rank first: it may have to build the index, which all others then read
         if ranks.main:
             prepare_data(settings, announce=True)
-    with ranks.agreeing():
+    with ranks.raise_together():
         index = prepare_data(settings, announce=False)
     if len(set(ranks.gather_objects(index.fingerprint))) > 1:
         raise CommonError(
@@ -124,8 +126,10 @@ def _train(
     settings, folder, still_ours = _claim(settings, ranks, signals, held)
     watch.last_words = lambda: checkpoint.describe_newest(folder / "checkpoints")
     if finished(folder, settings):
-        ranks.from_main(lambda: catch_up(settings, folder, say))
-        ranks.from_main(lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to go on."))
+        ranks.broadcast_from_main(lambda: catch_up(settings, folder, say))
+        ranks.broadcast_from_main(
+            lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to go on.")
+        )
         return True
     plan, heldout = _plans(settings, index)
     state = State(plan=plan.fingerprint, data=index.fingerprint)
@@ -134,7 +138,7 @@ def _train(
     gan = build(settings, state, ranks, batch)
     stats = Stats(ranks.device, reports=batch.world * batch.rounds)
     state = resume(folder, gan, state, stats, ranks, settings.run.new_data)
-    ranks.from_main(lambda: open_folder(settings, folder, still_ours))
+    ranks.broadcast_from_main(lambda: open_folder(settings, folder, still_ours))
     ranks.progress.cur_nimg = state.cur_nimg
     report = _open_report(settings, folder, state, ranks, still_ours)
     try:
@@ -145,7 +149,7 @@ def _train(
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
         asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
-        ranks.from_main(lambda: _conclude(folder, gan, state, report, asked))
+        ranks.broadcast_from_main(lambda: _conclude(folder, gan, state, report, asked))
     finally:
         report.close()
         signals.done()
@@ -173,7 +177,7 @@ def _claim(
             locks.append(held.enter_context(lock))
         return config, folder
 
-    config, folder = ranks.from_main(claim)
+    config, folder = ranks.broadcast_from_main(claim)
     return config, folder, locks[0].check if locks else lambda: None
 
 
@@ -189,10 +193,10 @@ def _open_cache(settings: Config, index: Index, ranks: Ranks, report: Report) ->
     data = settings.data
     if data.cache == "none":
         return None
-    path, line = ranks.from_machine(lambda: reserve(index.sizes, data.size, data.channels))
+    path, line = ranks.broadcast_on_machine(lambda: reserve(index.sizes, data.size, data.channels))
     for text in dict.fromkeys(ranks.gather_objects(line)):
         report.say(f"  {text}")
-    with ranks.agreeing():
+    with ranks.raise_together():
         return None if path is None else Cache(path, index.sizes, data.size, data.channels)
 
 
@@ -225,10 +229,10 @@ def _open_report(
 ) -> Report:
     """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
     if not ranks.main:
-        state.wandb_id = ranks.from_main(lambda: state.wandb_id)
+        state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
     tracker = open_tracker(settings, folder, True, state.wandb_id, say)
-    state.wandb_id = ranks.from_main(lambda: tracker.run_id)
+    state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
     total = round(settings.run.total_kimg * 1000)
     return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
 

@@ -113,10 +113,10 @@ elif [ "$1" = plan ]; then
     [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
     [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
     echo "$strategy on $nodes nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
-    run launch.nodes plan "$world" "$@"
+    run launch.slurm.nodes plan "$world" "$@"
 elif [ "$1" = check ]; then
     shift
-    run launch.nodes check "$SHARDGAN_NODES" "$@"
+    run launch.slurm.nodes check "$SHARDGAN_NODES" "$@"
 fi
 shift
 # A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of

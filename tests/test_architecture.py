@@ -15,8 +15,8 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 ARROWS = {
     "pipeline.credentials": (),
     "pipeline.errors": (),
-    "pipeline.layers": ("pipeline.credentials", "pipeline.errors"),
-    "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.layers"),
+    "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors"),
+    "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.config_layers"),
     "pipeline.console": (),
     "pipeline.holder": (),
     "pipeline.home": (),

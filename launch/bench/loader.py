@@ -29,7 +29,7 @@ from pipeline.config import UserError
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.index import load_index
 from pipeline.data.plan import training_plan
-from pipeline.data.prepare import tar_writer
+from pipeline.data.prepare.writer import tar_writer
 from pipeline.data.stream import training_batches
 
 _IMAGES = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"

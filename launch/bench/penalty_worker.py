@@ -145,7 +145,7 @@ def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:
         value = torch.stack([1e-6 * p.pow(2).sum() for p in whole]).sum()
         if gradient:
             torch.autograd.grad(value, whole)
-    engine.settle()
+    engine.end_turn()
 
 
 def _full(p: torch.Tensor) -> torch.Tensor:

@@ -32,12 +32,12 @@ def main(out: Path, times: int, settings: list[str]) -> None:
     shape = batch_shape(resolved.data, ranks.world)
     gan = build(resolved, state, ranks, shape)
     reals, stats = noise(resolved, shape.local), Stats(ranks.device)
-    folder = Path(ranks.from_main(lambda: tempfile.mkdtemp(prefix="checkpoints-", dir=out.parent)))
+    folder = Path(ranks.broadcast_from_main(lambda: tempfile.mkdtemp(prefix="checkpoints-", dir=out.parent)))
     saver = Saver(folder, ranks, keep=1)
 
     def update() -> None:
         state.cur_nimg = train_step(gan, reals, state.cur_nimg, stats)
-        saver.advance(*ranks.any(*saver.flags)())
+        saver.advance(*ranks.poll_any(*saver.flags)())
 
     def begin() -> None:
         saver.begin([gan.G, gan.D], gan.G_ema, state)

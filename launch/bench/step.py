@@ -27,7 +27,7 @@ from rich.table import Table
 from launch.bench.rivals import BareMaths, TutorialApart
 from pipeline.config import Config, UserError, load
 from pipeline.data.plan import heldout_plan, training_plan
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Launch, Ranks

@@ -19,13 +19,13 @@ from pipeline.data.cache import reserve
 from pipeline.data.check import check_passed_over, odd_labels
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
-from pipeline.data.origins import read_origins
 from pipeline.data.plan import heldout_plan, training_plan
+from pipeline.data.prepare.origins import read_origins
+from pipeline.data.prepare.verify import Verified, verify
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
-from pipeline.data.urls import is_url
-from pipeline.data.verify import Verified, verify
 
 _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from launch.nodes import code, versions
 from launch.processes import cores, free_port
+from launch.slurm.nodes import code, versions
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index

@@ -77,7 +77,7 @@ def select(
     from launch.select import candidates as select_candidates
     from launch.select import trials as select_trials
     from launch.select.work import Work
-    from launch.slurm import Resources
+    from launch.slurm.jobs import Resources
 
     if bool(grid) == bool(arms):
         raise UserError("Give the candidates, either by --grid (once or more) or by --arms.")
@@ -85,7 +85,7 @@ def select(
         raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
     candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
     base, trials = select_trials.trials(config, settings, candidates, folds, seeds)
-    launch = select_trials.Launch(strategy, procs, mixed_precision)
+    launch = select_trials.LaunchOptions(strategy, procs, mixed_precision)
     work = Work(base, trials, launch, (config, settings), click.echo, rule)
     if collect:
         work.collect()

@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class ScoreTable:
     """All arms, and the choice, by the trials (seed and fold) that all have finished: only they compare."""
 
     score: str  # as in the charts, without "Metrics/"

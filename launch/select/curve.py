@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from launch.select.choice import PAIRED, Row, Table
+from launch.select.choice import PAIRED, Row, ScoreTable
 from launch.select.drawing import DARK, GREY, INK, LIGHT, MARK, new_figure, numbers, wrapped
 from pipeline.data.index import load_index
 from pipeline.data.plan import heldout_plan
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _UNDER, _BESIDE = (3, 5), (12, 1)  # columns and rows of a candidate's images
 
 
-def curve(found: Table) -> Figure:
+def curve(found: ScoreTable) -> Figure:
     """From left to right, images underneath, for the values of one number; from top to bottom, with room for
     names and images beside them, for anything else."""
     compared = {row.arm: row for row in found.comparable}
@@ -70,7 +70,7 @@ def _layout(count: int, upright: bool) -> tuple[Figure, Axes, list[Axes]]:
     return figure, axes, [figure.add_subplot(cells[i, 1]) for i in range(count + 1)]
 
 
-def _draw_scores(axes: Axes, found: Table, rows: list[Row], upright: bool) -> None:
+def _draw_scores(axes: Axes, found: ScoreTable, rows: list[Row], upright: bool) -> None:
     """Candidates at 0, 1, … on one axis, evenly: values of λ mostly are so in log, and one may be 0."""
     best, choice = found.minimum, found.choice
     compared = [row.arm for row in found.comparable]
@@ -108,7 +108,7 @@ def _draw_scores(axes: Axes, found: Table, rows: list[Row], upright: bool) -> No
         line(limit, color=MARK, lw=0.8, ls="--", label=label)
 
 
-def _label(axes: Axes, found: Table, rows: list[Row], names: list[str], upright: bool) -> None:
+def _label(axes: Axes, found: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
     means = [row.mean for row in rows]
     of_scores, of_names = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
     if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides what the others differ by

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from launch.select import files
-from launch.select.choice import Row, Table
+from launch.select.choice import Row, ScoreTable
 from launch.select.curve import curve
 from launch.select.drawing import new_figure, numbers, wrapped
 from pipeline.gan.networks import build_D, build_G
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all names beside each other
 
 
-def draw(folder: Path, found: Table) -> list[Path]:
+def draw(folder: Path, found: ScoreTable) -> list[Path]:
     """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
     pictures = {"curve.png": curve(found), "weights.png": weights(found)}
     for name, figure in pictures.items():
@@ -33,7 +33,7 @@ def draw(folder: Path, found: Table) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def weights(found: Table) -> Figure:
+def weights(found: ScoreTable) -> Figure:
     """Per player: norms of kernels over training, the penalty's share of the gradient, and one spectrum."""
     rows = [row for row in found.rows if row.outcomes]
     names = [wrapped(row.arm.label, _NAME) for row in rows]

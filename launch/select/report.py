@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from launch.doctor.finding import counted
 from launch.select import files
-from launch.select.choice import PAIRED, Row, Table
+from launch.select.choice import PAIRED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline import config
 from pipeline.credentials import redacted
@@ -27,7 +27,7 @@ _DIFFERENCE, _TIME = 3, 4  # where columns of the table on a terminal stand
 _NAME = 24  # columns that a long name is folded to before others are left out
 
 
-def terminal(found: Table) -> str:
+def terminal(found: ScoreTable) -> str:
     """The table, as wide as the terminal has room for ($COLUMNS, if set), what failed, and the choice."""
     from rich.console import Console
 
@@ -46,7 +46,7 @@ def terminal(found: Table) -> str:
 
 
 def write(
-    folder: Path, found: Table, trials: Sequence[Trial], path: str, overrides: Sequence[str]
+    folder: Path, found: ScoreTable, trials: Sequence[Trial], path: str, overrides: Sequence[str]
 ) -> list[Path]:
     """best.yaml and report.md; returns what was written. Raises UserError if it cannot be."""
     choice = found.choice
@@ -60,7 +60,9 @@ def write(
     return [folder / "best.yaml", folder / "report.md"]
 
 
-def _lines(found: Table, left_out: Sequence[int], name: int | None = None, fold_all: bool = False) -> Lines:
+def _lines(
+    found: ScoreTable, left_out: Sequence[int], name: int | None = None, fold_all: bool = False
+) -> Lines:
     """The table without the columns left out, its first at most `name` wide."""
     from rich.box import SIMPLE
     from rich.markup import escape
@@ -83,13 +85,13 @@ def _lines(found: Table, left_out: Sequence[int], name: int | None = None, fold_
     return lines
 
 
-def _titles(found: Table, others: Sequence[str]) -> list[str]:
+def _titles(found: ScoreTable, others: Sequence[str]) -> list[str]:
     first = found.rows[0].arm
     other = first.label if len(first.label) <= _NAME else "the first"
     return [first.title, "trials", found.score, f"minus {other}", *others, "time", ""]
 
 
-def _others(found: Table) -> list[str]:
+def _others(found: ScoreTable) -> list[str]:
     """Further scores that stand in the table."""
     names = {
         name for row in found.rows for o in row.outcomes for name in o.last if name.startswith("Metrics/")
@@ -98,7 +100,7 @@ def _others(found: Table) -> list[str]:
     return [name for name in plain if name != found.score and not name.endswith(("_images", "_train"))]
 
 
-def _cells(found: Table, row: Row, others: Sequence[str]) -> list[str]:
+def _cells(found: ScoreTable, row: Row, others: Sequence[str]) -> list[str]:
     """What is said of one arm: of the trials that are compared, or of all its own if it is left out."""
     counts = ((len(row.failures), "failed"), (len(row.pending), "not done"))
     lacking = ", ".join(f"{count} {what}" for count, what in counts if count)
@@ -130,11 +132,11 @@ def _plain(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def _failures(found: Table) -> list[tuple[str, str]]:
+def _failures(found: ScoreTable) -> list[tuple[str, str]]:
     return [failure for row in found.rows for failure in row.failures.items()]
 
 
-def verdict(found: Table) -> list[str]:
+def verdict(found: ScoreTable) -> list[str]:
     """The choice, in words that claim no more than the trials show."""
     best, choice = found.minimum, found.choice
     pending = sum(len(row.pending) for row in found.rows)
@@ -155,7 +157,7 @@ def verdict(found: Table) -> list[str]:
     return [*lines, *to_come]
 
 
-def _reason(found: Table, best: Row, choice: Row) -> str:
+def _reason(found: ScoreTable, best: Row, choice: Row) -> str:
     key = found.penalty
     if key is None or len(best.outcomes) == 1:
         return "which has the best mean"
@@ -165,7 +167,7 @@ def _reason(found: Table, best: Row, choice: Row) -> str:
     return f"the largest {key} {within} the best mean ({best.arm.name}), by the {found.rule} rule"
 
 
-def _distances(found: Table, best: Row, choice: Row) -> list[str]:
+def _distances(found: ScoreTable, best: Row, choice: Row) -> list[str]:
     """How far others are from the best."""
     lines = []
     if choice.arm != best.arm:
@@ -180,7 +182,7 @@ def _distances(found: Table, best: Row, choice: Row) -> list[str]:
     return lines
 
 
-def _rule(found: Table) -> str:
+def _rule(found: ScoreTable) -> str:
     """The rule that has chosen, in full."""
     if found.penalty is None:
         return "The best mean is chosen, as only the values of one λ stand in an order of regularisation."
@@ -196,7 +198,7 @@ def _rule(found: Table) -> str:
     )
 
 
-def _report(found: Table, trials: Sequence[Trial]) -> str:
+def _report(found: ScoreTable, trials: Sequence[Trial]) -> str:
     settings = trials[0].settings
     others = _others(found)
     titles = _titles(found, others)

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from launch.processes import cores, process
-from launch.select.trials import Launch, Trial
+from launch.select.trials import LaunchOptions, Trial
 from launch.train import ask_to_stop, kill, start
 from pipeline.config import UserError
 from pipeline.lock import LOCK, Lock, take
@@ -40,7 +40,7 @@ def hold(folder: Path, trials: Sequence[Trial], say: Say) -> Lock:
 
 
 def run(
-    todo: Sequence[Trial], launch: Launch, jobs: int, folder: Path, say: Say, ended: Ended
+    todo: Sequence[Trial], launch: LaunchOptions, jobs: int, folder: Path, say: Say, ended: Ended
 ) -> StopSignals:
     """Train the trials, `jobs` at a time; `ended` hears of each, with what went wrong or "".
 
@@ -61,7 +61,7 @@ def run(
     return signals
 
 
-def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
+def shares(launch: LaunchOptions, jobs: int) -> list[dict[str, str]]:
     """For each of the trials at a time its own part of the machine, as environment variables.
 
     Raises UserError if there are GPUs, but not one for each process.
@@ -87,7 +87,7 @@ def shares(launch: Launch, jobs: int) -> list[dict[str, str]]:
 class _Crew:
     """Trains trials in threads of its own, each in its share of the machine, until told to stop."""
 
-    def __init__(self, launch: Launch, jobs: int, logs: Path, ended: Ended) -> None:
+    def __init__(self, launch: LaunchOptions, jobs: int, logs: Path, ended: Ended) -> None:
         self._launch, self._logs, self._ended = launch, logs, ended
         self.stopped = threading.Event()
         self._running, self._telling = set[subprocess.Popen[bytes]](), threading.Lock()

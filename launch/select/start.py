@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.select import files
 from launch.select.run import shares
-from launch.select.trials import Launch, Trial
+from launch.select.trials import LaunchOptions, Trial
 from launch.train import check_space
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
@@ -25,7 +25,7 @@ from pipeline.run.report import say
 _COMMON = "selection.json"
 
 
-def common(trials: Sequence[Trial], launch: Launch) -> dict[str, Any]:
+def common(trials: Sequence[Trial], launch: LaunchOptions) -> dict[str, Any]:
     """What all trials of a selection share beside the config, now and later."""
     given = trials[0].arm.values
     return {
@@ -59,7 +59,7 @@ def note_common(folder: Path, now: dict[str, Any]) -> None:
     files.write(folder / _COMMON, json.dumps(now, indent=1) + "\n")
 
 
-def check(base: Config, trials: Sequence[Trial], launch: Launch, jobs: int | None) -> None:
+def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: int | None) -> None:
     """Refuse, once, what every trial would end with. Raises UserError.
 
     jobs: so many at a time on this machine; None: on others. An arm that cannot be built is not refused

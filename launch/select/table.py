@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.select import files
-from launch.select.choice import PAIRED, Outcome, Row, Table
+from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import Config, UserError
 from pipeline.run.folder import reference_of
@@ -23,7 +23,9 @@ from pipeline.run.rows import rows
 _LEADING = {"kid": r"Metrics/kid_\w+", "fd": r"Metrics/(fd_\w+|fid)"}
 
 
-def table(base: Config, trials: Sequence[Trial], failures: Mapping[str, str], rule: str = PAIRED) -> Table:
+def table(
+    base: Config, trials: Sequence[Trial], failures: Mapping[str, str], rule: str = PAIRED
+) -> ScoreTable:
     """From whatever trials are finished.
 
     Raises UserError if trials that stand side by side were scored against different images.
@@ -45,7 +47,7 @@ def table(base: Config, trials: Sequence[Trial], failures: Mapping[str, str], ru
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
     names = [name for o in found[:1] for name in o.last if _leads(name, leading)]
-    return Table(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows, rule)
+    return ScoreTable(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows, rule)
 
 
 def check_scored(base: Config, trials: Sequence[Trial]) -> None:
@@ -62,7 +64,7 @@ def check_scored(base: Config, trials: Sequence[Trial]) -> None:
         )
 
 
-def as_json(of: Table, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
+def as_json(of: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """Everything in the table, and the choice. Not a number is null."""
     first, best, chosen = of.rows[0], of.minimum, of.choice
     compared = {row.arm: row for row in of.comparable}
@@ -98,7 +100,7 @@ def as_json(of: Table, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, of: Table, base: Config, trials: Sequence[Trial]) -> None:
+def write(folder: Path, of: ScoreTable, base: Config, trials: Sequence[Trial]) -> None:
     """table.json and table.csv. Raises UserError if they cannot be written."""
     content = as_json(of, base, trials)
     files.write(folder / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")

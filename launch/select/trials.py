@@ -61,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchOptions:
     """How each trial is launched."""
 
     strategy: str = "single"

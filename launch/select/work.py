@@ -13,13 +13,13 @@ from launch.doctor.finding import counted
 from launch.select import plots as select_plots
 from launch.select import report as select_report
 from launch.select import run as select_run
-from launch.select import slurm as select_slurm
 from launch.select import start as select_start
 from launch.select import table as select_table
-from launch.select.choice import Table
+from launch.select.choice import ScoreTable
 from launch.select.run import Say
-from launch.select.trials import Launch, Trial
-from launch.slurm import Resources
+from launch.select.trials import LaunchOptions, Trial
+from launch.slurm import selection as select_slurm
+from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
 from pipeline.run.stop import INTERRUPTED
 
@@ -30,7 +30,7 @@ class Work:
 
     base: Config
     trials: Sequence[Trial]
-    launch: Launch
+    launch: LaunchOptions
     given: tuple[str, tuple[str, ...]]  # config and settings, as on the command line
     say: Say
     rule: str
@@ -112,7 +112,7 @@ class Work:
         select_start.note_common(self.folder, select_start.common(self.trials, self.launch))
         select_table.write(self.folder, self._table(), self.base, self.trials)
 
-    def _table(self) -> Table:
+    def _table(self) -> ScoreTable:
         return select_table.table(self.base, self.trials, self.failures, self.rule)
 
     def _ended(self, trial: Trial, problem: str) -> None:
@@ -132,7 +132,7 @@ class Work:
         what = problem or ", ".join(scores)
         self.say(f"[{ended}/{len(self.trials)}] {trial.name}: {what}  after {minutes:.1f} min")
 
-    def _conclude(self) -> Table:
+    def _conclude(self) -> ScoreTable:
         """Write, say and draw what is known by now."""
         found = self._table()
         select_table.write(self.folder, found, self.base, self.trials)
@@ -148,7 +148,7 @@ class Work:
         return found
 
 
-def _nothing(found: Table, logs: Path) -> str:
+def _nothing(found: ScoreTable, logs: Path) -> str:
     if any(row.outcomes for row in found.rows):
         return f"There is no trial that all candidates have finished; the logs are in {logs}"
     return f"No trial could be finished; their logs are in {logs}"

@@ -15,9 +15,9 @@ from pipeline.data.augment import flips
 from pipeline.data.cache import Cache
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
-from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample
-from pipeline.data.spares import Spares
+from pipeline.data.remote.prefetch import Prefetch
+from pipeline.data.replacements import Replacements
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 
 Item = tuple[torch.Tensor, tuple[str, ...]]
@@ -41,18 +41,22 @@ class PlannedDecode:
     that cannot be, and goes through the user's stages as well."""
 
     def __init__(
-        self, source: PlannedSamples, decoder: Decode, stages: Sequence[Stage], spares: Spares | None
+        self,
+        source: PlannedSamples,
+        decoder: Decode,
+        stages: Sequence[Stage],
+        replacements: Replacements | None,
     ) -> None:
-        self._source, self._decoder, self._stages, self._spares = source, decoder, stages, spares
+        self._source, self._decoder, self._stages, self._replacements = source, decoder, stages, replacements
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
         for position, sample in zip(self._source.positions(), samples, strict=False):
             try:
                 yield self._decoder.one(sample)
             except BadSampleError as error:
-                if self._spares is None:
+                if self._replacements is None:
                     raise
-                yield self._spares.replace(position, error, self._staged)
+                yield self._replacements.replace(position, error, self._staged)
 
     def _staged(self, sample: Sample) -> Decoded:
         return self._decoder.one(apply(self._stages, sample))
@@ -71,10 +75,10 @@ class CachedDecode:
         source: PlannedSamples,
         decoder: Decode,
         cache: Cache,
-        spares: Spares | None,
+        replacements: Replacements | None,
     ) -> None:
         self._index, self._plan, self._source = index, plan, source
-        self._decoder, self._cache, self._spares = decoder, cache, spares
+        self._decoder, self._cache, self._replacements = decoder, cache, replacements
 
     def __call__(self) -> Iterator[Decoded]:
         reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
@@ -90,9 +94,9 @@ class CachedDecode:
         try:
             decoded = self._decoder.one(reader.read(shard, row))
         except BadSampleError as error:
-            if self._spares is None:
+            if self._replacements is None:
                 raise
-            return self._spares.replace(position, error, self._decoder.one)
+            return self._replacements.replace(position, error, self._decoder.one)
         self._cache.put(shard, row, *decoded)
         return decoded
 
@@ -130,10 +134,10 @@ class Batches:
     """
 
     def __init__(
-        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, spares: Spares | None
+        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, replacements: Replacements | None
     ) -> None:
         self._source, self._plan, self._shape = source, plan, shape
-        self._xflip, self._spares = xflip, spares
+        self._xflip, self._replacements = xflip, replacements
 
     def __call__(self, samples: Iterable[Decoded]) -> Iterator[Item | UserError]:
         decoded = iter(samples)
@@ -146,7 +150,7 @@ class Batches:
             except UserError as error:
                 yield error
                 return
-            yield buffer, self._spares.found() if self._spares else ()
+            yield buffer, self._replacements.found() if self._replacements else ()
 
     def _fill(
         self, images: NDArray[np.uint8], labels: NDArray[np.int64], decoded: Iterator[Decoded], start: int

@@ -33,9 +33,9 @@ from pipeline.data.record import (
 from pipeline.data.record import (
     Shard as Shard,  # the class is part of this module
 )
-from pipeline.data.remote import RemoteShards, is_complete
+from pipeline.data.remote.fetch import RemoteShards, is_complete
+from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver, counted, describe
-from pipeline.data.urls import is_url, locate_url
 from pipeline.data.walk import file_size, in_threads, scan_shard
 
 PassedOverKind = Literal["without_image", "unusable"]
@@ -120,7 +120,7 @@ class Index:
         if self.remote:
             self.remote.ahead(self.shards[shard], keep, stop)
 
-    def table(self, shard: int) -> sidecar.Table:
+    def table(self, shard: int) -> sidecar.SampleTable:
         """Where the samples of a shard lie. Read from its sidecar; load_index has seen that there is one."""
         entry = self.shards[shard]
         table = self.remote.table(entry) if self.remote else self._local_table(entry)
@@ -135,7 +135,7 @@ class Index:
             )
         return table
 
-    def _local_table(self, entry: Shard) -> sidecar.Table:
+    def _local_table(self, entry: Shard) -> sidecar.SampleTable:
         found = (sidecar.load(sidecar_path(place, entry.url)) for place in places(self.root))
         is_its = (entry.sha256, entry.filesize)
         table = next((t for t in found if t is not None and (t.sha256, t.filesize) == is_its), None)

@@ -166,7 +166,7 @@ class Plan:
             shards += self._epoch_order(epoch + 1)[0][: missing * self._window].tolist()
         return list(dict.fromkeys(shards))
 
-    def spare(self, position: int, attempt: int) -> tuple[int, int]:
+    def replacement(self, position: int, attempt: int) -> tuple[int, int]:
         """The (shard, row) to use in place of the sample at a position; another one for every attempt.
 
         First from the same window, whose shards are at hand, and after some attempts from the whole epoch.

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.data.samples import image_extension
-from pipeline.data.sidecar import Table
+from pipeline.data.sidecar import SampleTable
 
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
@@ -31,7 +31,7 @@ class Reader:
     def __init__(self, index: Index, window: int) -> None:
         self._index = index
         self._limit = _may_open(window)
-        self._open: OrderedDict[int, tuple[int, Table]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[int, SampleTable]] = OrderedDict()
 
     def read(self, shard: int, row: int) -> Sample:
         """The sample as webdataset would give it: `__key__`, `__url__`, the image's bytes, `cls` if there.
@@ -58,7 +58,7 @@ class Reader:
         while self._open:
             os.close(self._open.popitem()[1][0])
 
-    def _shard(self, shard: int) -> tuple[int, Table]:
+    def _shard(self, shard: int) -> tuple[int, SampleTable]:
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]

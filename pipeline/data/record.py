@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.config import UserError
 from pipeline.data.folders import cache_folder
 from pipeline.data.samples import LARGEST_LABEL
-from pipeline.data.sidecar import Table
+from pipeline.data.sidecar import SampleTable
 from pipeline.data.tar import MOST_HEADERS
 
 INDEX = "index.json"
@@ -39,7 +39,7 @@ class Shard:
     unusable: int = 0
 
 
-def shard_of(url: str, table: Table) -> Shard:
+def shard_of(url: str, table: SampleTable) -> Shard:
     passed = {kind: getattr(table, kind).count for kind in _PASSED_OVER}
     return Shard(url, len(table), table.filesize, table.sha256, table.label_counts(), **passed)
 

@@ -42,7 +42,7 @@ _EXTRA = "passed_over"  # JSON, only where there is something to say: what earli
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class SampleTable:
     """The samples of one shard, in file order. Arrays have one entry per sample.
 
     offset, size (int64): the image's bytes in the tar; extension (unsigned): index into `extensions`;
@@ -78,7 +78,7 @@ class Table:
         return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 
-def scan(path: Path, shard: str) -> Table:
+def scan(path: Path, shard: str) -> SampleTable:
     """Walk the tar at `path` and note its samples.
 
     A sample is the members `KEY.extension` with the same KEY; one of them is the image. Samples of which
@@ -88,7 +88,7 @@ def scan(path: Path, shard: str) -> Table:
     return _table(*_walk(path, shard))
 
 
-def scan_all_images(path: Path, shard: str) -> Table:
+def scan_all_images(path: Path, shard: str) -> SampleTable:
     """As `scan`, but where a sample has several images each is one by itself, its key up to the last dot."""
     walked = _walk(path, shard)
     several = {sample.key for sample in walked[1] if len(sample.images) > 1}
@@ -121,7 +121,7 @@ def _walk(
     return tar, samples.values(), PassedOver(count, tuple(strays))
 
 
-def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> Table:
+def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> SampleTable:
     used: list[Sample] = []
     images: list[Image] = []
     without: list[Sample] = []
@@ -137,7 +137,7 @@ def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> T
     names = [sample.key.encode() for sample in used]
     extensions = tuple(dict.fromkeys([*IMAGE_EXTENSIONS, *(image.extension for image in images)]))
     numbers = {extension: number for number, extension in enumerate(extensions)}
-    return Table(
+    return SampleTable(
         filesize=tar.size,
         sha256=tar.sha256,
         names=b"".join(names),
@@ -161,7 +161,7 @@ def _passed_over(tar: TarReader, samples: Sequence[Sample], why: Callable[[Sampl
     return PassedOver(len(samples), tuple(reasons))
 
 
-def save(table: Table, path: Path) -> None:
+def save(table: SampleTable, path: Path) -> None:
     """Write beside, then rename: several processes may do so at once, and a reader sees all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -186,7 +186,7 @@ def save(table: Table, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _extra(table: Table) -> dict[str, NDArray[np.uint8]]:
+def _extra(table: SampleTable) -> dict[str, NDArray[np.uint8]]:
     """What is said only of odd shards: the extensions of their images, and what was passed over."""
     known = (table.without_image, table.unusable, table.strays)
     if table.extensions == IMAGE_EXTENSIONS and known == (NONE,) * 3:
@@ -196,7 +196,7 @@ def _extra(table: Table) -> dict[str, NDArray[np.uint8]]:
 
 
 def _read_extra(data: bytes) -> dict[str, Any]:
-    """The arguments of Table that _extra wrote. Raises ValueError if they are none: anyone may have."""
+    """The arguments of SampleTable that _extra wrote. Raises ValueError if they are none: anyone may have."""
     extensions, *known = json.loads(data)
     without_image, unusable, strays = (PassedOver(count, tuple(reasons)) for count, reasons in known)
     for what in (without_image, unusable, strays):
@@ -214,7 +214,7 @@ def _read_extra(data: bytes) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> Table | None:
+def load(path: Path) -> SampleTable | None:
     """The sidecar at `path`; None if there is none, or none this version can read (it is built anew)."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -222,7 +222,7 @@ def load(path: Path) -> Table | None:
                 return None  # not by `save`: unpacked it may be of any size
             if int(file["version"]) != _VERSION:
                 return None
-            table = Table(
+            table = SampleTable(
                 filesize=int(file["filesize"]),
                 sha256=file["sha256"].tobytes().hex(),
                 names=file["names"].tobytes(),
@@ -239,7 +239,7 @@ def load(path: Path) -> Table | None:
     return table if _plausible(table) and _are_keys(table.names, table.name_ends) else None
 
 
-def _plausible(table: Table) -> bool:
+def _plausible(table: SampleTable) -> bool:
     """Arrays that fit each other and the file: a sidecar may have come with the data, from anyone."""
     columns = (table.name_ends, table.offset, table.size, table.extension, table.label, table.crc)
     if len({column.shape for column in columns}) != 1 or table.offset.ndim != 1:
@@ -271,7 +271,7 @@ def _are_keys(names: bytes, ends: NDArray[np.int64]) -> bool:
     return bool((starts & 0xC0 != 0x80).all())
 
 
-def check(table: Table, shard: str, filesize: int, sha256: str | None) -> None:
+def check(table: SampleTable, shard: str, filesize: int, sha256: str | None) -> None:
     """Raises UserError if a freshly scanned shard is not the one its index speaks of."""
     if table.filesize != filesize or (sha256 is not None and table.sha256 != sha256):
         raise UserError(

@@ -16,10 +16,10 @@ from pipeline.config import UserError
 from pipeline.data.decode import BadImageError, WrongSizeError, decode
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
-from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.remote.prefetch import Prefetch
+from pipeline.data.replacements import Replacements
 from pipeline.data.samples import LABEL, parse_label
-from pipeline.data.spares import Spares
 from pipeline.plugins import import_named
 
 Decoded = tuple[NDArray[np.uint8], int]
@@ -69,7 +69,7 @@ class PlannedSamples:
 
     Step i stands for the global positions start + i * batch_size …; this rank's equal, contiguous slice of
     it is read. In a DataLoader worker k of K only steps k, k + K, … are. A damaged sample is replaced by a
-    spare one if there are `spares`; without, it is an error.
+    spare one if there are `replacements`; without, it is an error.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class PlannedSamples:
         batch_size: int,
         rank: int,
         world: int,
-        spares: Spares | None = None,
+        replacements: Replacements | None = None,
     ) -> None:
         if batch_size % world:
             raise ValueError(f"a batch of {batch_size} cannot be divided equally over {world} ranks")
         self._index, self._plan, self._batch_size = index, plan, batch_size
         self._local = batch_size // world
         self._start = start + rank * self._local
-        self._spares = spares
+        self._replacements = replacements
 
     def steps(self) -> Iterator[int]:
         """The global position of the first sample of each step that this worker reads."""
@@ -123,9 +123,9 @@ class PlannedSamples:
         try:
             return reader.read(shard, row)
         except BadSampleError as error:
-            if self._spares is None:
+            if self._replacements is None:
                 raise
-            return self._spares.replace(position, error, use=lambda sample: sample)
+            return self._replacements.replace(position, error, use=lambda sample: sample)
 
 
 class Decode:

@@ -22,9 +22,9 @@ from pipeline.data.cache import Cache
 from pipeline.data.check import check_images as check_images  # is part of this module
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
-from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader, Sample
-from pipeline.data.spares import Spares
+from pipeline.data.remote.prefetch import Prefetch
+from pipeline.data.replacements import Replacements
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 from pipeline.data.workers import Loader
 
@@ -89,17 +89,17 @@ def training_batches(
     process.
     """
     shape = (batch_size // world, channels, size, size)
-    spares = Spares(index, plan) if max_bad else None
-    source = PlannedSamples(index, plan, start, batch_size, rank, world, spares)
+    replacements = Replacements(index, plan) if max_bad else None
+    source = PlannedSamples(index, plan, start, batch_size, rank, world, replacements)
     decoder = Decode(size, channels, index.num_classes if conditional else None)
     decoded: tuple[object, ...]
     if cache is not None:
-        decoded = (CachedDecode(index, plan, source, decoder, cache, spares),)
+        decoded = (CachedDecode(index, plan, source, decoder, cache, replacements),)
     else:
         turns = Turns()
         theirs = (turns.note, *stages, turns.check) if stages else ()
-        decoded = (source, *theirs, PlannedDecode(source, decoder, stages, spares))
-    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, xflip, spares))
+        decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
+    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, xflip, replacements))
     return TrainingBatches(Loader(pipeline, workers, buffer_bytes(shape)), shape, conditional, max_bad, bad)
 
 
@@ -126,7 +126,7 @@ def heldout_batches(
     UserError for those, and for one bad sample more.
     """
     decoder = Decode(size, channels, index.num_classes if conditional else None)
-    reader, ahead, spares = Reader(index, plan.window), Prefetch(index), Spares(index, plan)
+    reader, ahead, replacements = Reader(index, plan.window), Prefetch(index), Replacements(index, plan)
     replaced = 0
 
     def use(sample: Sample) -> Decoded:
@@ -145,9 +145,9 @@ def heldout_batches(
                     replaced += 1
                     if replaced > max_bad:
                         raise
-                    images[i], labels[i] = spares.replace((shard + row) % plan.size, error, use)
+                    images[i], labels[i] = replacements.replace((shard + row) % plan.size, error, use)
             tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None
-            yield Batch(*tensors, spares.found()), valid
+            yield Batch(*tensors, replacements.found()), valid
     finally:
         ahead.close()
         reader.close()

@@ -44,7 +44,7 @@ def _tell_progress(futures: Sequence[Future[Shard]], announce: Callable[[str], N
             announce(f"  {len(futures) - len(pending)} of {len(futures)} shards indexed")
 
 
-def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> sidecar.Table:
+def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> sidecar.SampleTable:
     """Walk one shard and write its sidecar. Raises UserError if it is not whole, or not the one expected."""
     try:
         table = sidecar.scan(root / url, url)

@@ -52,7 +52,7 @@ class ReplicatedEngine(MasterEngine):
         output: torch.Tensor = wrapped(*inputs)
         return output
 
-    def hold(self) -> None:
+    def begin_turn(self) -> None:
         if not self.frozen:
             self._penalties = self.penalty.values()
             if self._ddp is not None:

@@ -18,16 +18,16 @@ from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.buffers import Buffers, BufferSnapshot
+from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
-from pipeline.parallel.pace import Pace
-from pipeline.parallel.passing import Buffers, Kept
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
 
 
 @dataclass(frozen=True)
-class Share:
+class Contribution:
     """A statistic's part on one rank: all ranks' totals over all ranks' weights is its value."""
 
     total: torch.Tensor
@@ -67,7 +67,7 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
-        self.pace = Pace(ranks.device)
+        self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         # Which parameters train is the user's choice at construction: freezing for the other player's
         # turn must not wake up one that was never meant to move.
@@ -101,7 +101,7 @@ class Engine(abc.ABC):
         """Accumulate the gradient of one round's loss; the rounds of an update are averaged."""
 
     @abc.abstractmethod
-    def step(self) -> dict[str, Share]:
+    def step(self) -> dict[str, Contribution]:
         """Add the weight penalties, clip, update. Returns what is to be charted: the penalties at the
         weights before the update, and the squared gradient norm (penalties included, before clipping)."""
 
@@ -120,10 +120,10 @@ class Engine(abc.ABC):
     def masters_changed(self) -> None:  # noqa: B027 (masters and parameters are mostly the same memory)
         """After fragments were written to from outside: bring the network's parameters in line."""
 
-    def hold(self) -> None:  # noqa: B027 (most strategies gather nothing)
+    def begin_turn(self) -> None:  # noqa: B027 (most strategies gather nothing)
         """Before a turn, in which no weight changes until its end: what is gathered in it may be kept."""
 
-    def settle(self) -> None:  # noqa: B027 (most strategies gather nothing)
+    def end_turn(self) -> None:  # noqa: B027 (most strategies gather nothing)
         """After a turn: let go of what its passes left gathered."""
 
     # What is the same under all of them
@@ -136,7 +136,7 @@ class Engine(abc.ABC):
         """
         self.ranks.progress.moves += 1
         self.ranks.progress.network = self.player.name
-        with self.autocast(), self.pace.measured():
+        with self.autocast(), self.forward_timer.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
     @contextmanager
@@ -146,17 +146,17 @@ class Engine(abc.ABC):
             parameter.requires_grad_(False)
         frozen.frozen = True
         self.ranks.progress.turn = self.player.name
-        self.hold()
-        frozen.hold()
-        kept, self._skipped = Kept(self._buffers, frozen._buffers), None
+        self.begin_turn()
+        frozen.begin_turn()
+        snapshot, self._skipped = BufferSnapshot(self._buffers, frozen._buffers), None
         try:
             yield
             if self._skipped is not None:
-                kept.put_back(self._skipped)
+                snapshot.restore(self._skipped)
         finally:
             self.zero_grad()
-            self.settle()
-            frozen.settle()
+            self.end_turn()
+            frozen.end_turn()
             frozen.frozen = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
@@ -230,20 +230,22 @@ class Engine(abc.ABC):
         self._found_inf = self._skipped.float()
         return self._found_inf
 
-    def share(self, local: torch.Tensor) -> Share:
+    def share(self, local: torch.Tensor) -> Contribution:
         """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
         world = float(self.ranks.world)
-        return Share(local, 1.0, world) if self.replicated else Share(local, 1.0 / world, 1.0)
+        return Contribution(local, 1.0, world) if self.replicated else Contribution(local, 1.0 / world, 1.0)
 
-    def outcome(self, squares: torch.Tensor) -> dict[str, Share]:
+    def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:
         """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
         on all ranks. An overflow by which the loss scale finds its size is not charted as skipped."""
         section = f"Gradients/{self.player.name}"
         skipped = self._found_inf if self.loss_scale is None else not_finite(squares)
         values = {"norm": squares, "skipped": skipped}
-        return {f"{section}/{name}": Share(v, 1.0, float(self.ranks.world)) for name, v in values.items()}
+        return {
+            f"{section}/{name}": Contribution(v, 1.0, float(self.ranks.world)) for name, v in values.items()
+        }
 
-    def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Share]:
+    def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
         """{part: sum over local fragments} → {"section/player/part": its share}."""
         return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
 

@@ -62,12 +62,12 @@ class Fsdp2Engine(MasterEngine):
         output: torch.Tensor = self.module(*inputs)
         return output
 
-    def hold(self) -> None:
+    def begin_turn(self) -> None:
         for module in self._modules if self.ranks.keep_gathered else ():
             module.set_reshard_after_forward(False, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)
 
-    def settle(self) -> None:
+    def end_turn(self) -> None:
         for module in self._modules:  # neither is recursive for sure: the root alone would not do
             module.set_reshard_after_forward(True, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config import Optimizer
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import Engine, PlayerSettings, Share
+from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -56,7 +56,7 @@ class MasterEngine(Engine):
             loss = loss / self.batch.rounds
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> dict[str, Share]:
+    def step(self) -> dict[str, Contribution]:
         self.collect_gradients()
         penalties = self.penalties()
         gradients = _gradients(self._masters.values())

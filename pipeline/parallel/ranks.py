@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from pipeline import console
 from pipeline.config import UserError
 from pipeline.parallel.environment import clear_for, flag, place_of, started_alone
-from pipeline.parallel.whereabouts import Progress
+from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.parallel.zero_settings import read_settings
 
 Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -158,7 +158,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._control)
         return values  # type: ignore[return-value]
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, given to all; its UserError is raised on all."""
         self.progress.moves += 1
         answer: list[Any] = [None, None]  # what was made, or why it could not be
@@ -174,14 +174,14 @@ class Ranks:
             raise CommonError(failure)
         return value  # type: ignore[no-any-return]
 
-    def from_machine(self, make: Callable[[], T]) -> T:
+    def broadcast_on_machine(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank of each machine, given to the others of that machine."""
         machines = self.gather_objects(_machine())
         first = machines.index(machines[self.rank])
         return self.gather_objects(make() if self.rank == first else None)[first]  # type: ignore[return-value]
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """Raise on every rank the UserError that any rank met inside, named by rank unless all met it."""
         failure: str | None = None
         try:
@@ -201,7 +201,7 @@ class Ranks:
         if self._control is not None:
             dist.barrier(group=self._control)
 
-    def any(self, *flags: bool) -> Callable[[], list[bool]]:
+    def poll_any(self, *flags: bool) -> Callable[[], list[bool]]:
         """Ask which flags any rank has raised. The answer comes when called, so that work fits between."""
         self.progress.moves += 1
         if self._control is None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeline.config import UserError
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import Engine, PlayerSettings, Share
+from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, start_momentum
 from pipeline.parallel.ranks import Ranks
@@ -154,7 +154,7 @@ class ZeroEngine(Engine):
         if not self._last_round:
             self._ds.step()  # counts the round, no more
 
-    def settle(self) -> None:
+    def end_turn(self) -> None:
         self._bare = False
 
     def zero_grad(self) -> None:
@@ -162,7 +162,7 @@ class ZeroEngine(Engine):
 
     # The step
 
-    def step(self) -> dict[str, Share]:
+    def step(self) -> dict[str, Contribution]:
         self._penalties = penalties = self.penalty.values()
         self._asked = False
         self._ds.step()

@@ -1,4 +1,4 @@
-"""Sheets of images: what a run saves as samples and `shardgan sample` writes."""
+"""SampleGrids of images: what a run saves as samples and `shardgan sample` writes."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Health:
                 )
 
     def _find_stragglers(self, seconds: list[float]) -> None:
-        """Only where a forward pass waits for nobody, see pipeline/parallel/pace.py."""
+        """Only where a forward pass waits for nobody, see pipeline/parallel/forward_timing.py."""
         if self._ranks.strategy in ("ddp", "zero1", "zero2") and len(seconds) > 1 and min(seconds):
             times = max(seconds) / statistics.median_low(seconds)
             self._suspect(

@@ -17,9 +17,9 @@ from pipeline.data.plan import HeldOutPlan, first_epoch, heldout_plan
 from pipeline.data.stages import load_stages
 from pipeline.data.stream import heldout_batches
 from pipeline.parallel.ranks import CommonError, Ranks
-from pipeline.run.cache import read_tensor, write_tensor
 from pipeline.run.features import Extractor
 from pipeline.run.report import counted, say
+from pipeline.run.tensor_cache import read_tensor, write_tensor
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def real_features(
     }
     kept = None if data.stages else read_tensor("real-features", key)  # a user's code may change
     # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
-    if not any(ranks.any(kept is None)()) and kept is not None:
+    if not any(ranks.poll_any(kept is None)()) and kept is not None:
         return kept.to(ranks.device), key
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
     if not data.stages:
@@ -142,7 +142,9 @@ def _real_features(
     """Features [images, d] of the first held-out images, each once, in the plan's order in any world."""
     parts, valid = [], []
     batch = min(batch, -(-images // ranks.world))
-    with ranks.agreeing():  # a shard that one rank cannot read ends all of them, before they wait for it
+    with (
+        ranks.raise_together()
+    ):  # a shard that one rank cannot read ends all of them, before they wait for it
         for reals, count in heldout_batches(
             index,
             plan,

@@ -21,7 +21,7 @@ def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new
 
     state: that of a new run. new_data: go on although its data are not those of the checkpoint.
     """
-    found, complaints = ranks.from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
+    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
     for complaint in complaints if found and ranks.main else ():
         say(f"warning: {complaint}; falling back")
     if found is None:
@@ -44,7 +44,7 @@ def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new
                 f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
             )
         saved = saved.moved_to(state)
-        ranks.from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
+        ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
         if ranks.main:
             say("warning: goes on with other data: scores from here on do not compare with those before")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)

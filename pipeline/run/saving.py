@@ -95,7 +95,7 @@ class Saver:
         while self._phase != "idle":
             if self._job is not None:
                 wait([self._job])
-            complaint = self.advance(*self._ranks.any(*self.flags)())
+            complaint = self.advance(*self._ranks.poll_any(*self.flags)())
             complaints += [complaint] if complaint else []
         return complaints
 

@@ -32,14 +32,14 @@ from pipeline.run.evaluate import evaluate_generator, from_latents
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import BITS, FORWARD, Health, slowest
+from pipeline.run.heldout import HeldOutImages
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report, counted
+from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
-from pipeline.run.sheets import GRID, Sheets, spread
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
-from pipeline.run.unseen import Unseen
 
 if TYPE_CHECKING:
     from pipeline.step import Gan
@@ -73,7 +73,7 @@ class Session:
         self._train_size = train_size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
         self._spectrum = ThreadPoolExecutor(1, "spectrum")
-        self._sheets = Sheets(folder, ranks, report)
+        self._grids = SampleGrids(folder, ranks, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
         self._extractor: Extractor | None = None
@@ -82,7 +82,7 @@ class Session:
         self._saved: float | None = None  # when a save last began
         self._bad = BadImages(config.data.max_bad, state.bad, ranks, report)
         self._clock = (time.perf_counter(), 0)
-        self._unseen = Unseen(config.data, index, heldout, ranks)
+        self._heldout_images = HeldOutImages(config.data, index, heldout, ranks)
 
     # Once, and as training goes
 
@@ -90,7 +90,7 @@ class Session:
         """Before the first update: what real images look like, and where G starts from. False if told to stop
         meanwhile."""
         if self.heldout.size:
-            self._sheets.reals(lambda: self._unseen.some(GRID))
+            self._grids.reals(lambda: self._heldout_images.some(GRID))
         self.snapshot(gan, 0)
         scores = self.evaluate(gan) if evaluate else {}
         if scores:
@@ -117,7 +117,7 @@ class Session:
         On the same message travels how a save that is under way gets on, which is then seen to as well.
         Raises RunError when too many saves have failed.
         """
-        answer = self.ranks.any(self._signals.received is not None, *self._saver.flags)
+        answer = self.ranks.poll_any(self._signals.received is not None, *self._saver.flags)
 
         def told() -> bool:
             stop, busy, failed = answer()
@@ -140,7 +140,7 @@ class Session:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         now, (then, before) = time.perf_counter(), self._clock
-        self._unseen.score(gan.D, stats)
+        self._heldout_images.score(gan.D, stats)
         for engine in (gan.D, gan.G):
             stats.add(engine.chart("Weights", _squares(engine)))
         mine = {
@@ -185,8 +185,8 @@ class Session:
         z, c = gan.draws.grid(GRID)
         make = from_latents(G_ema, z, c, self.ranks.device)
         with self._off_the_clock():
-            fakes = self._sheets.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
-        reals = self._unseen.images
+            fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
+        reals = self._heldout_images.images
         if fakes is not None and reals is not None and cur_nimg:
             self._health.compare_diversity(spread(fakes), spread(reals))
 
@@ -203,7 +203,7 @@ class Session:
                     self._extractor = load_features(self.config.score.features).to(self.ranks.device)
                     self._extractor.register_forward_pre_hook(self._interrupt)
                 real = references(self.config, self._extractor, self.index, self.ranks)
-                self.ranks.from_main(lambda: keep_to(self.folder / REFERENCE, real))
+                self.ranks.broadcast_from_main(lambda: keep_to(self.folder / REFERENCE, real))
                 G_ema, metrics = gan.G_ema.module(), self.config.score.metrics
                 return evaluate_generator(G_ema, gan.draws, real, self._extractor, self.ranks, metrics)
         except _Interrupted:
@@ -236,7 +236,7 @@ class Session:
 
     def _interrupt(self, _: object, batches: tuple[Tensor, ...]) -> None:
         """Before each batch of a score: all ranks go through equally many."""
-        if self.ranks.any(self._signals.received is not None)()[0]:
+        if self.ranks.poll_any(self._signals.received is not None)()[0]:
             raise _Interrupted
         self._looked_at += len(batches[0]) * self.ranks.world
         self.report.working(f"scoring: {counted(self._looked_at, 'image')}")
@@ -244,7 +244,7 @@ class Session:
     def _of_this_rank(self, gan: Gan) -> dict[str, float]:
         """What is compared between ranks: how fast they are, and their copies of replicated players."""
         players = (gan.G, gan.D)
-        pace = {FORWARD: sum(p.pace.take() for p in players)}
+        pace = {FORWARD: sum(p.forward_timer.take() for p in players)}
         if self.ranks.world == 1:
             return pace
         copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from pipeline.parallel.engine import Share
+from pipeline.parallel.engine import Contribution
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
@@ -44,7 +44,7 @@ class Stats:
 
     def mean(self, name: str, value: torch.Tensor) -> None:
         """Average a scalar over everything that reports it: rounds, updates, ranks."""
-        self.add({name: Share(value.detach(), 1.0, self._reports)})
+        self.add({name: Contribution(value.detach(), 1.0, self._reports)})
 
     def scores(self, of: str, logits: torch.Tensor) -> None:
         """D's mean logit on some images, and how often it says real (as the mean sign)."""
@@ -52,7 +52,7 @@ class Stats:
         self.mean(f"Loss/scores/{of}", logits.mean())
         self.mean(f"Loss/signs/{of}", logits.sign().mean())
 
-    def add(self, shares: Mapping[str, Share]) -> None:
+    def add(self, shares: Mapping[str, Contribution]) -> None:
         """Add each rank's share of some statistics: scalars, which nobody writes to afterwards."""
         for name, share in shares.items():
             if name in self._waiting:

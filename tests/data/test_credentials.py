@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import refuse_credentials
+from launch.slurm.jobs import refuse_credentials
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.credentials import redacted, scrubbed
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 
 
 @pytest.mark.parametrize("password", ["word", "wo'rd", 'wo"rd', "wo<>rd", "wo/rd", "wo'/rd", "wo#?'rd", "'"])

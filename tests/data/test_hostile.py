@@ -28,7 +28,7 @@ from pipeline.config import Data, UserError
 from pipeline.data import sidecar, tar
 from pipeline.data.index import load_index
 from pipeline.data.plan import training_plan
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stages import PlannedSamples
 from pipeline.data.stream import check_images, training_batches
 

@@ -15,8 +15,8 @@ import webdataset
 from tiny_shards import png
 
 from pipeline.config import UserError
-from pipeline.data import known
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare import known
+from pipeline.data.prepare.writer import Options, prepare
 
 
 def write_idx(path: Path, array: np.ndarray) -> str:

@@ -16,8 +16,8 @@ from pipeline.config import Data, UserError
 from pipeline.data import sidecar
 from pipeline.data.index import build_index, load_index
 from pipeline.data.plan import training_plan
+from pipeline.data.prepare.verify import verify
 from pipeline.data.stream import check_images, label_frequencies
-from pipeline.data.verify import verify
 
 URLS = ["b.TAR", "deep/er/s-2.tar", "s-0.tar"]
 

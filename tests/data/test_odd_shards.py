@@ -18,12 +18,12 @@ from streams import BATCH, batches, ids, open_all
 from tiny_shards import SIZE, Members, image_of, members_of, png, sample_of, write_tar
 
 from pipeline.config import Data, UserError
-from pipeline.data.all_images import load_all_images
 from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks
 from pipeline.data.index import build_index, load_index
 from pipeline.data.locate import Location
 from pipeline.data.plan import heldout_plan
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.all_images import load_all_images
+from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.reader import Reader
 from pipeline.data.stream import heldout_batches, label_frequencies
 

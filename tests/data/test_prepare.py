@@ -23,7 +23,7 @@ from launch.prepare import prepare as command
 from pipeline.config import UserError
 from pipeline.data.index import build_index, load_index
 from pipeline.data.plan import training_plan
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import training_batches
 
 ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"

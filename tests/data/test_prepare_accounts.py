@@ -23,8 +23,8 @@ from tiny_shards import png
 from launch.prepare import prepare as command
 from pipeline.config import UserError
 from pipeline.data.index import load_index
-from pipeline.data.prepare import Options, prepare
-from pipeline.data.summary import Summary
+from pipeline.data.prepare.summary import Summary
+from pipeline.data.prepare.writer import Options, prepare
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 12, 3), np.uint8)

@@ -19,7 +19,7 @@ from tiny_shards import contents, png
 
 from pipeline import lock
 from pipeline.config import UserError
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 
 FORK = multiprocessing.get_context("fork")
 

@@ -13,7 +13,7 @@ from tiny_shards import png
 
 from launch.prepare import prepare as command
 from pipeline.config import UserError
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 40), np.uint8)
 WAYS = [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2]

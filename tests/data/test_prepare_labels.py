@@ -15,8 +15,8 @@ from conftest import MakeShards
 from tiny_shards import png, write_tar
 
 from pipeline.config import UserError
-from pipeline.data.prepare import Options, prepare
-from pipeline.data.summary import Summary
+from pipeline.data.prepare.summary import Summary
+from pipeline.data.prepare.writer import Options, prepare
 
 IMAGE = png(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
 BAGS = [f"{n // 10:05d}/img{n:08d}.png" for n in range(40)]

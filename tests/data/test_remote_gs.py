@@ -12,9 +12,9 @@ import pytest
 from conftest import MakeShards
 
 from pipeline.config import Remote, UserError
-from pipeline.data import transfer
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.reader import Reader
+from pipeline.data.remote import transfer
 
 pytest.importorskip("gcsfs")
 emulator = pytest.importorskip("gcp_storage_emulator.server")

@@ -12,9 +12,9 @@ from conftest import MakeShards
 from moto.server import ThreadedMotoServer
 
 from pipeline.config import Remote, UserError
-from pipeline.data import transfer
 from pipeline.data.index import Index, build_index, load_index
 from pipeline.data.reader import Reader
+from pipeline.data.remote import transfer
 
 SIZES = [5, 7, 3]
 _numbers = count()

@@ -25,8 +25,8 @@ from tiny_shards import SIZE
 from pipeline.config import Data, Remote, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import heldout_plan, training_plan
-from pipeline.data.prefetch import Prefetch
 from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stream import check_images, heldout_batches, label_frequencies
 
 PROCESS = """

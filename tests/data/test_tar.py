@@ -18,18 +18,18 @@ from tiny_shards import image_of, members_of, write_tar
 
 from pipeline.config import UserError
 from pipeline.data.samples import MOST_REASONS, PassedOver
-from pipeline.data.sidecar import Table, load, save, scan
+from pipeline.data.sidecar import SampleTable, load, save, scan
 
 PNG = image_of(0, 0)
 
 
-def scan_bytes(folder: Path, data: bytes) -> Table:
+def scan_bytes(folder: Path, data: bytes) -> SampleTable:
     path = folder / "x.tar"
     path.write_bytes(data)
     return scan(path, "x.tar")
 
 
-def content(table: Table, data: bytes) -> list[tuple[str, bytes, int]]:
+def content(table: SampleTable, data: bytes) -> list[tuple[str, bytes, int]]:
     images = [data[o : o + n] for o, n in zip(table.offset.tolist(), table.size.tolist(), strict=True)]
     return [(table.key(row), images[row], int(table.label[row])) for row in range(len(table))]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pipeline.parallel.ranks import Ranks, end_process, read_launch
-from pipeline.parallel.watch import BACKSTOP, JobEndedError, Watch
+from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 
 TIMEOUT = 5.0
 

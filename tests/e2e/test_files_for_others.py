@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ADAM, FASHION, ROOT
 
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 from pipeline.run.export import export
 from pipeline.train import main
 

@@ -10,7 +10,7 @@ from launching import FASHION
 
 from launch.select import candidates as select_candidates
 from launch.select import trials as select_trials
-from launch.select.choice import PAIRED, Outcome, Row, Table
+from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline import config
 from pipeline.config import Config
@@ -36,7 +36,9 @@ def selection(
     )
 
 
-def table_of(trials: Sequence[Trial], scores: Sequence[Sequence[float | None]], rule: str = PAIRED) -> Table:
+def table_of(
+    trials: Sequence[Trial], scores: Sequence[Sequence[float | None]], rule: str = PAIRED
+) -> ScoreTable:
     """One list of scores per arm, trial by trial. None: it failed; fewer scores: the rest is to come."""
     rows = []
     for arm, values in zip(dict.fromkeys(t.arm for t in trials), scores, strict=True):
@@ -45,7 +47,7 @@ def table_of(trials: Sequence[Trial], scores: Sequence[Sequence[float | None]], 
         outcomes = [Outcome(t, v, {}, 1.0) for t, v in done if v is not None]
         failures = {t.name: "exit status 1" for t, v in done if v is None}
         rows.append(Row(arm, outcomes, failures, [t.name for t in mine[len(values) :]]))
-    return Table("kid_efflite0", rows, rule)
+    return ScoreTable("kid_efflite0", rows, rule)
 
 
 def finish(trial: Trial, score: float = 1.0, cur_nimg: int = 64, name: str = "kid_efflite0") -> None:

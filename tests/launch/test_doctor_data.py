@@ -20,7 +20,7 @@ from launch.doctor.finding import Finding, Job
 from pipeline import config
 from pipeline.data import cache
 from pipeline.data.index import build_index, load_index
-from pipeline.data.prepare import Options, prepare
+from pipeline.data.prepare.writer import Options, prepare
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 

@@ -13,7 +13,7 @@ import torch
 from launch.doctor import surroundings
 from launch.processes import environment_of, notes
 from launch.select import run as select_run
-from launch.select.trials import Launch
+from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.home import provide_home
@@ -50,8 +50,8 @@ def test_variables_of_other_launchers_do_not_reach_them(monkeypatch: pytest.Monk
 def test_a_process_that_is_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `shardgan evaluate` is."""
     script = (
-        "import datetime; from pipeline.parallel.ranks import Launch, Ranks;"
-        "print(Ranks(Launch('single', 'no', 0, 1), datetime.timedelta(seconds=5)).world)"
+        "import datetime; from pipeline.parallel.ranks import LaunchOptions, Ranks;"
+        "print(Ranks(LaunchOptions('single', 'no', 0, 1), datetime.timedelta(seconds=5)).world)"
     )
     stale = {
         "RANK": "0",
@@ -74,7 +74,7 @@ def test_threads_as_openmp_has_them(monkeypatch: pytest.MonkeyPatch, given: str,
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert environment_of(2, on_cpu=True)["OMP_NUM_THREADS"] == used.replace("CORES", "6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    shares = select_run.shares(Launch(procs=2), jobs=3)
+    shares = select_run.shares(LaunchOptions(procs=2), jobs=3)
     assert [share["OMP_NUM_THREADS"] for share in shares] == [used.replace("CORES", "2")] * 3
 
 

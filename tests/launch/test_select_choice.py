@@ -20,7 +20,7 @@ from launch.select import report as select_report
 from launch.select import table as select_table
 from launch.select.candidates import Arm
 from launch.select.choice import PAIRED, Row
-from launch.select.trials import Launch
+from launch.select.trials import LaunchOptions
 from launch.select.work import Work
 from pipeline import config
 from pipeline.config import UserError
@@ -68,7 +68,7 @@ def test_a_choice_that_no_longer_stands_is_taken_back(tmp_path):
         finish(trial, score)
     said = []
     given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
-    work = Work(base, trials, Launch(), given, said.append, PAIRED)
+    work = Work(base, trials, LaunchOptions(), given, said.append, PAIRED)
     work.collect()
     best = tmp_path / "mine" / "best.yaml"
     assert config.load(best).penalty.D.l2 == 1
@@ -92,7 +92,7 @@ def test_a_full_disk_does_not_stop_the_trials(tmp_path):
     base, trials = selection(tmp_path)
     finish(trials[0])
     said = []
-    work = Work(base, trials, Launch(), ("", ()), said.append, PAIRED)
+    work = Work(base, trials, LaunchOptions(), ("", ()), said.append, PAIRED)
     work.folder.mkdir(exist_ok=True)
     (work.folder / ".table.json.partial").symlink_to("/dev/full")
     work._ended(trials[0], "")

@@ -9,18 +9,18 @@ from selections import selection, table_of
 
 from launch.select import report as select_report
 from launch.select import table as select_table
-from launch.select.choice import PAIRED, UNPAIRED, Table
+from launch.select.choice import PAIRED, UNPAIRED, ScoreTable
 from pipeline import config
 
 
-def choose(tmp_path, scores: dict[str, list[float | None]], rule: str = PAIRED) -> Table:
+def choose(tmp_path, scores: dict[str, list[float | None]], rule: str = PAIRED) -> ScoreTable:
     """λ → a score per fold."""
     folds = max(2, *map(len, scores.values()))
     _, trials = selection(tmp_path, grid=[f"penalty.l2={','.join(scores)}"], folds=folds)
     return table_of(trials, list(scores.values()), rule)
 
 
-def chosen(found: Table) -> tuple[str, str]:
+def chosen(found: ScoreTable) -> tuple[str, str]:
     assert found.minimum is not None and found.choice is not None
     return found.minimum.arm.label, found.choice.arm.label
 

@@ -12,7 +12,7 @@ import torch
 from selections import finish, selection
 
 from launch.select import run as select_run
-from launch.select.trials import Launch
+from launch.select.trials import LaunchOptions
 from pipeline.config import UserError
 from pipeline.lock import LockLostError, take
 from pipeline.run.stop import StopSignals
@@ -29,21 +29,21 @@ def cores(monkeypatch):
 
 def test_cores_are_shared_by_all_processes_at_a_time(cores, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert select_run.shares(Launch("ddp", 2), 2) == [{"OMP_NUM_THREADS": "2"}] * 2
-    assert select_run.shares(Launch(), 16)[0] == {"OMP_NUM_THREADS": "1"}
+    assert select_run.shares(LaunchOptions("ddp", 2), 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert select_run.shares(LaunchOptions(), 16)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert select_run.shares(Launch(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
+    assert select_run.shares(LaunchOptions(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
 
 
 def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(Launch(), 3)]
+    alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(LaunchOptions(), 3)]
     assert alone == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
-    pairs = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(Launch("ddp", 2), 2)]
+    pairs = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(LaunchOptions("ddp", 2), 2)]
     assert pairs == ["7,5", "3,1"]
     with pytest.raises(UserError, match="--jobs 3 x --procs 2 need a GPU each"):
-        select_run.shares(Launch("ddp", 2), 3)
+        select_run.shares(LaunchOptions("ddp", 2), 3)
 
 
 def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> StopSignals:
@@ -52,7 +52,7 @@ def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list
     monkeypatch.setattr(select_run, "process", lambda *_: (line, dict(os.environ)))
     folder = tmp_path / "mine"
     with select_run.hold(folder, trials, told.append):
-        return select_run.run(trials, Launch(), jobs, folder, told.append, ended)
+        return select_run.run(trials, LaunchOptions(), jobs, folder, told.append, ended)
 
 
 def test_what_begins_is_told_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):

@@ -10,12 +10,12 @@ import torch
 from launching import run, shardgan
 from selections import CONFIG, finish, refer, selection
 
-from launch import slurm
-from launch.select import slurm as select_slurm
 from launch.select import start as select_start
 from launch.select import table as select_table
 from launch.select.choice import PAIRED
-from launch.select.trials import Launch
+from launch.select.trials import LaunchOptions
+from launch.slurm import jobs as slurm
+from launch.slurm import selection as select_slurm
 from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.plan import heldout_plan
@@ -52,11 +52,11 @@ def test_a_trial_whose_reference_cannot_be_read_is_taken_as_it_is(tmp_path):
         finish(trial)
         (trial.folder / "reference.json").write_text('{"heldout": {"in')
     assert len(select_table.table(base, trials, {}, PAIRED).comparable) == 2
-    select_start.check(base, trials, Launch(), 1)
+    select_start.check(base, trials, LaunchOptions(), 1)
 
 
 def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
-    one = Launch()
+    one = LaunchOptions()
     _, trials = selection(tmp_path)
     select_start.note_common(tmp_path / "mine", select_start.common(trials, one))
     assert json.loads((tmp_path / "mine" / "selection.json").read_text()) == {
@@ -67,8 +67,8 @@ def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
     _, other = selection(tmp_path, grid=["penalty.l1=0,1"])
     named = [replace(t, arm=replace(t.arm, values={})) for t in trials]
     for these, launch, what in [
-        (trials, Launch("ddp", 2), "strategy single → ddp; procs 1 → 2"),
-        (trials, Launch(precision="bf16"), "precision no → bf16"),
+        (trials, LaunchOptions("ddp", 2), "strategy single → ddp; procs 1 → 2"),
+        (trials, LaunchOptions(precision="bf16"), "precision no → bf16"),
         (other, one, "candidates .*penalty.l2.* → .*penalty.l1"),
         (named, one, "candidates .*--grid penalty.l2.* → .*--arms"),
     ]:
@@ -81,7 +81,7 @@ def test_a_later_command_that_differs_is_refused_as_such(tmp_path):
     _, trials = selection(tmp_path)
     for trial in trials:
         finish(trial)
-    select_start.note_common(tmp_path / "mine", select_start.common(trials, Launch()))
+    select_start.note_common(tmp_path / "mine", select_start.common(trials, LaunchOptions()))
     (tmp_path / "arms.yaml").write_text("none: []\n")
     before = sorted(tmp_path.rglob("*"))
     common = ["select", "job.yaml", f"run.out={tmp_path}", "run.name=mine", "--folds", "2"]
@@ -128,10 +128,10 @@ def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed,
     }  # fmt: skip
     finish(trials[0])
     refer(trials[0], about)
-    select_start.check(base, trials, Launch(), 1)
+    select_start.check(base, trials, LaunchOptions(), 1)
     refer(trials[0], about | changed)
     with pytest.raises(UserError, match=f"penalty.l2=0,seed=0,fold=0 is finished.*{message}"):
-        select_start.check(base, trials, Launch(), 1)
+        select_start.check(base, trials, LaunchOptions(), 1)
 
 
 # What `shardgan train` refuses
@@ -140,12 +140,12 @@ def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed,
 @pytest.mark.parametrize(
     ("setting", "launch", "message"),
     [
-        ("data.train=/nowhere", Launch(), "There are no shards at /nowhere"),
-        ("D.kind=nowhere:Nothing", Launch(), "nowhere"),
-        ("data.size=32", Launch(), "28"),
-        ("data.batch_size=16", Launch("ddp", 3), "penalty.l2=0: .*cannot be divided"),
-        ("score.features=nothing", Launch(), "no such features"),
-        ("run.out=/proc/nowhere", Launch(), "/proc .*run.out to another"),
+        ("data.train=/nowhere", LaunchOptions(), "There are no shards at /nowhere"),
+        ("D.kind=nowhere:Nothing", LaunchOptions(), "nowhere"),
+        ("data.size=32", LaunchOptions(), "28"),
+        ("data.batch_size=16", LaunchOptions("ddp", 3), "penalty.l2=0: .*cannot be divided"),
+        ("score.features=nothing", LaunchOptions(), "no such features"),
+        ("run.out=/proc/nowhere", LaunchOptions(), "/proc .*run.out to another"),
     ],
 )
 def test_what_no_trial_could_do_is_refused_once(tmp_path, setting, launch, message):
@@ -156,21 +156,21 @@ def test_what_no_trial_could_do_is_refused_once(tmp_path, setting, launch, messa
 
 def test_one_candidate_that_cannot_be_built_does_not_stop_the_others(tmp_path):
     base, trials = selection(tmp_path, grid=["D.kind=nowhere:Nothing,dcgan"])
-    select_start.check(base, trials, Launch(), 1)
+    select_start.check(base, trials, LaunchOptions(), 1)
 
 
 def test_a_batch_that_one_candidate_cannot_divide_is_told_with_its_name(tmp_path):
     base, trials = selection(tmp_path, grid=["data.batch_size=16,15"])
     with pytest.raises(UserError, match=r"data.batch_size=15: .*cannot be divided equally over 2"):
-        select_start.check(base, trials, Launch("ddp", 2), 1)
+        select_start.check(base, trials, LaunchOptions("ddp", 2), 1)
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
     base, trials = selection(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--jobs 2 x --procs 2 need a GPU each, but this machine has 2"):
-        select_start.check(base, trials, Launch("ddp", 2), 2)
-    select_start.check(base, trials, Launch("ddp", 2), None)  # on other machines
+        select_start.check(base, trials, LaunchOptions("ddp", 2), 2)
+    select_start.check(base, trials, LaunchOptions("ddp", 2), None)  # on other machines
 
 
 def test_bad_data_end_the_command_with_one_message(tmp_path):

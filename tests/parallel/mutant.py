@@ -102,8 +102,8 @@ def _other_player_neither_frozen_nor_cleaned() -> Any:
             yield
         finally:
             self.zero_grad()
-            self.settle()
-            frozen.settle()
+            self.end_turn()
+            frozen.end_turn()
             frozen.frozen = False
 
     return patch.object(Engine, "updating", updating)

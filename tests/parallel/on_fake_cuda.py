@@ -30,7 +30,7 @@ from pipeline.config import Config
 from pipeline.data.stream import Batch
 from pipeline.gan.networks import build_G
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.whereabouts import Progress
+from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats

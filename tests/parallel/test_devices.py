@@ -13,7 +13,7 @@ from pipeline.config import Optimizer, WeightPenalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
-from pipeline.parallel.whereabouts import Progress
+from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.parallel.zero import ZeroEngine
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.seeding import seed_generators
-from pipeline.parallel.whereabouts import Progress
+from pipeline.parallel.watch.whereabouts import Progress
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

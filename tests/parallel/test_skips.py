@@ -10,7 +10,7 @@ import torch
 from launches import LAUNCHED
 from torch import nn
 
-from pipeline.parallel.passing import Buffers, Kept
+from pipeline.parallel.buffers import Buffers, BufferSnapshot
 
 
 @pytest.mark.parametrize("case", skips.CASES)
@@ -44,11 +44,11 @@ def test_buffers_of_all_kinds_are_put_back_where_told_and_others_are_left_alone(
     buffers = Buffers(network)
     before = {name: b.clone() for name, b in network.named_buffers()}
     for skipped in (True, False):
-        kept = Kept(buffers)
+        kept = BufferSnapshot(buffers)
         network(torch.full((2, 3, 4, 4), torch.inf))
         network.cache = torch.ones(3, dtype=torch.int32)  # another tensor in its place
         spoilt = {name: b.clone() for name, b in network.named_buffers()}
-        kept.put_back(torch.tensor(skipped))
+        kept.restore(torch.tensor(skipped))
         after = dict(network.named_buffers())
         for name in before.keys() - {"cache"}:
             torch.testing.assert_close(

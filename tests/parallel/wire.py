@@ -52,9 +52,9 @@ def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
 
 def _from_main(ranks: Ranks) -> dict[str, Any]:
     with Wire() as wire:
-        answer = ranks.from_main(lambda: "x" * ANSWER)
+        answer = ranks.broadcast_from_main(lambda: "x" * ANSWER)
     try:
-        failure = str(ranks.from_main(_fail))
+        failure = str(ranks.broadcast_from_main(_fail))
     except CommonError as error:
         failure = f"failed: {error}"
     return {"calls": wire.calls, "got": ranks.gather_objects((len(answer), failure))}

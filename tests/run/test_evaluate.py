@@ -25,7 +25,8 @@ from pipeline.data.index import load_index
 from pipeline.data.locate import cache_folder
 from pipeline.gan.draws import Draws
 from pipeline.parallel.ranks import Ranks, read_launch
-from pipeline.run import cache, evaluate, references, scores
+from pipeline.run import evaluate, references, scores
+from pipeline.run import tensor_cache as cache
 from pipeline.run.features import Extractor, Inception, load_features
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"

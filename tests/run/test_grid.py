@@ -1,4 +1,4 @@
-"""Sheets of images, read back from the file."""
+"""SampleGrids of images, read back from the file."""
 
 from contextlib import nullcontext
 
@@ -10,7 +10,7 @@ from PIL import Image
 from pipeline.gan.images import to_uint8
 from pipeline.run.grid import save_grid, tile
 from pipeline.run.report import Report
-from pipeline.run.sheets import Sheets, shown_at
+from pipeline.run.sample_grids import SampleGrids, shown_at
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -57,7 +57,7 @@ def test_what_no_format_is_named_by_is_refused(tmp_path):
 
 def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
     """In the order of training, and under the same name when a resumed run makes one again."""
-    sheets = Sheets(tmp_path, OneRank(), Report())
+    sheets = SampleGrids(tmp_path, OneRank(), Report())
     moments = [0, 512, 1024, 1536, 1984, 50_048]
     for time in range(2):
         for shade, cur_nimg in enumerate(moments):
@@ -73,4 +73,4 @@ class OneRank:
     """As much of Ranks as sheets use."""
 
     main = True
-    agreeing = staticmethod(nullcontext)
+    raise_together = staticmethod(nullcontext)

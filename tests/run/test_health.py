@@ -12,7 +12,7 @@ from pipeline.parallel.fragments import checksum
 from pipeline.parallel.ranks import RunError
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.report import Report
-from pipeline.run.sheets import spread
+from pipeline.run.sample_grids import spread
 from pipeline.run.stats import Reduced
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import evaluate, gather
+from launch import evaluate
 from launch.select.candidates import Arm
 from launch.select.table import _read
 from launch.select.trials import Trial
+from launch.slurm import gather
 from pipeline.config import load
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.parallel.engine import Share
+from pipeline.parallel.engine import Contribution
 from pipeline.run.stats import Stats
 
 ALONE: Any = SimpleNamespace(rank=0, world=1, main=True, sum=lambda table: table)
@@ -22,7 +22,7 @@ def of_ranks(world: int, rounds: int, losses: list[float], unit: float) -> list[
         for loss in losses:
             for _ in range(rounds):
                 stats.mean("Loss/D/adversarial", torch.tensor(loss))
-            stats.add({"Gradients/D/skipped": Share(torch.tensor(loss > 1), unit / world, unit)})
+            stats.add({"Gradients/D/skipped": Contribution(torch.tensor(loss > 1), unit / world, unit)})
     return [stats.state() for stats in ranks]
 
 
@@ -32,7 +32,7 @@ def test_a_tick_begun_by_more_ranks_and_ended_by_one(world, rounds, unit):
     stats = Stats(torch.device("cpu"), 1)
     stats.load(ALONE, of_ranks(world, rounds, [1.0, 1.0, 1.0], unit))
     stats.mean("Loss/D/adversarial", torch.tensor(5.0))
-    stats.add({"Gradients/D/skipped": Share(torch.tensor(1.0), 1.0, 1.0)})
+    stats.add({"Gradients/D/skipped": Contribution(torch.tensor(1.0), 1.0, 1.0)})
     reduced = stats.reduce(ALONE, {})
     assert reduced.values["Loss/D/adversarial"] == pytest.approx(2.0, rel=1e-12)
     assert reduced.values["Gradients/D/skipped"] == pytest.approx(0.25, rel=1e-12)
@@ -52,7 +52,7 @@ def test_totals_are_those_of_adding_every_report_by_itself():
     stats, alone = Stats(torch.device("cpu"), 1), {}
 
     def report(name: str, value: torch.Tensor) -> None:
-        stats.add({name: Share(value, 1.0, 1.0)})
+        stats.add({name: Contribution(value, 1.0, 1.0)})
         alone[name] = alone.get(name, torch.zeros((), dtype=torch.float64)) + value
 
     for update in range(7):
@@ -87,8 +87,8 @@ class Launches(TorchDispatchMode):
 
 def test_an_update_takes_two_launches_for_each_type_however_many_charts_there_are():
     stats = Stats(torch.device("cpu"), 1)
-    update = {f"Loss/{n}": Share(torch.tensor(float(n)), 1.0, 1.0) for n in range(30)}
-    update |= {f"Gradients/{n}": Share(torch.tensor(float(n)).double(), 1.0, 1.0) for n in range(30)}
+    update = {f"Loss/{n}": Contribution(torch.tensor(float(n)), 1.0, 1.0) for n in range(30)}
+    update |= {f"Gradients/{n}": Contribution(torch.tensor(float(n)).double(), 1.0, 1.0) for n in range(30)}
     for _ in range(2):
         stats.add(update)
     with Launches() as launches:

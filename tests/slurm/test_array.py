@@ -7,7 +7,7 @@ import shlex
 import pytest
 from cluster import ENDED
 
-from launch import slurm
+from launch.slurm import jobs as slurm
 
 NAMES = ["l2 = 0", "it's", "three", "four"]
 LINES = [
@@ -22,7 +22,7 @@ def array(project):
     (project.path / "runs.txt").write_text("".join(f"{shlex.join(line)}\n" for line in LINES))
     job = project.sbatch("--array=1-4%2", "--nodes=1", "slurm/array.sbatch", "runs.txt")
     gather = project.sbatch(
-        f"--dependency=afterany:{job}", "slurm/gather.sbatch", "launch.gather", "runs.txt"
+        f"--dependency=afterany:{job}", "slurm/gather.sbatch", "launch.slurm.gather", "runs.txt"
     )
     at_once, unfinished = set(), set()
 
@@ -76,7 +76,12 @@ def test_from_python(project, monkeypatch):
     lines = [[line[0], f"run.name=of mine {n}"] for n, line in enumerate(LINES)]
     resources = slurm.Resources(nodes=1, procs=1, cpus=2, time="10")
     job = slurm.submit_array(
-        lines, folder, resources, name="selection", throttle=2, gather=["launch.gather", f"{folder}/runs.txt"]
+        lines,
+        folder,
+        resources,
+        name="selection",
+        throttle=2,
+        gather=["launch.slurm.gather", f"{folder}/runs.txt"],
     )
     project.cluster.run("scancel", job.job)  # what they would train has been seen above
     seen = project.cluster.ended(job.gather)

@@ -1,4 +1,4 @@
-"""`python -m launch.gather`: a table of the runs in a list, whatever is in the list."""
+"""`python -m launch.slurm.gather`: a table of the runs in a list, whatever is in the list."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import gather
+from launch.slurm import gather
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 from click.testing import CliRunner
 from launching import FASHION, ROOT
 
-from launch import index_copies, nodes, slurm
-from launch.submit import submit
+from launch.slurm import index_copies, nodes
+from launch.slurm import jobs as slurm
+from launch.slurm.submit import submit
 from pipeline import config
 from pipeline.config import Config, Data, UserError
 from pipeline.data.index import load_index
@@ -53,7 +54,7 @@ def hand_in(*lines: list[str], gather: list[str] | None = None) -> slurm.ArrayJo
 
 def test_an_array_whose_gathering_job_is_refused_does_not_run(said) -> None:
     with pytest.raises(UserError, match=r"too many jobs.*job 17, the runs, is cancelled"):
-        hand_in(["tiny.yaml"], gather=["launch.gather", "runs.txt"])
+        hand_in(["tiny.yaml"], gather=["launch.slurm.gather", "runs.txt"])
     calls = [line.split()[:2] for line in said()]
     assert [call[0] for call in calls] == ["sbatch"] * 4 + ["scancel"] and calls[-1] == ["scancel", "17"]
     assert [call[1] for call in calls[:2]] == ["--test-only"] * 2, (

@@ -87,7 +87,7 @@ def test_options_for_srun_reach_every_step(project) -> None:
         "--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=marked", SHORT, **options
     )
     (project.path / "marked.txt").write_text("configs/tiny.yaml run.name=marked\n")
-    line = (f"--dependency=afterok:{job}", "slurm/gather.sbatch", "launch.gather", "marked.txt")
+    line = (f"--dependency=afterok:{job}", "slurm/gather.sbatch", "launch.slurm.gather", "marked.txt")
     gather = project.sbatch(*line, **options)
     assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
     assert project.cluster.ended(gather)["JobState"] == "COMPLETED", project.log(gather)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from project import assert_same_run
 
-from launch.submit import submit
+from launch.slurm.submit import submit
 from pipeline import config
 from pipeline.config import UserError
 

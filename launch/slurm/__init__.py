@@ -1,0 +1,1 @@
+"""Slurm, one launcher among possible others."""

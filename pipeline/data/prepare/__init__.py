@@ -1,0 +1,1 @@
+"""What never runs in a rank: images → shards, and their verification."""

@@ -1,0 +1,94 @@
+"""What `shardgan prepare` says at its end: every file of the source is in it, as an image or as left out."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.index import Index
+from pipeline.data.prepare.labels import Labels, some
+from pipeline.data.prepare.listing import LeftOut, by_kind
+from pipeline.data.prepare.origins import one_line
+from pipeline.data.prepare.pictures import Fit
+
+_SKIPPED = "skipped.txt"
+_SAID = 10  # of its lines are shown
+_NAMED = 12  # classes are listed one by one
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was made of a source. `facts` counts images by what was done to them (see pictures.fitted)."""
+
+    index: Index
+    size: int
+    fit: Fit | None
+    background: str | None
+    facts: Mapping[str, int]
+    labelled: Labels
+    left_out: Sequence[LeftOut]
+    tables: Sequence[str]
+
+    def lines(self, out: str) -> Iterator[str]:
+        """For people. `out` is what they called the folder."""
+        yield f"{self.size}x{self.size}: {', '.join(self._images())}"
+        if self.labelled.classes:
+            yield f"classes, from {self.labelled.origin}: {self._classes()}"
+        yield from self.labelled.remarks
+        if self.left_out:
+            count = sum(item.count for item in self.left_out)
+            yield f"left out: {count:,} ({by_kind(self.left_out)}), listed in {_SKIPPED}"
+        if self.tables:
+            yield f"not read: {some(self.tables)} (labels are taken from folders or dataset.json)"
+        channels = 3 if self.facts.get("colour") else 1
+        yield (
+            f"next: shardgan train CONFIG data.train={shlex.quote(out)} data.size={self.size} "
+            f"data.channels={channels}"
+        )
+
+    def _images(self) -> Iterator[str]:
+        said = {
+            "colour": "in colour",
+            "grey": "in grey",
+            "transparent": f"with transparency, laid on {self.background or 'white'}",
+            "padded": f"padded with {self.background or 'black'}",
+            "cropped": "cropped to a square",
+            "stretched": "stretched to a square",
+            "enlarged": f"smaller than {self.size} and enlarged",
+            "first of several": "of several frames or pages, of which the first is taken",
+        }
+        return (f"{self.facts[fact]:,} {text}" for fact, text in said.items() if self.facts.get(fact))
+
+    def _classes(self) -> str:
+        counts = Counter[int]()
+        for shard in self.index.shards:
+            counts.update(shard.labels)
+        names = self.labelled.classes
+        each = [counts[label] for label in range(len(names))]
+        numbers = all(name == str(label) for label, name in enumerate(names))
+        if len(names) <= _NAMED and not numbers:
+            return ", ".join(f"{label} = {name} ({each[label]:,})" for label, name in enumerate(names))
+        shown = (
+            "numbers" if numbers else f"0 = {names[0]}, 1 = {names[1]}, ... {len(names) - 1} = {names[-1]}"
+        )
+        spread = f"{min(each):,}" + f" to {max(each):,}" * (max(each) > min(each))
+        return f"{shown}, of {spread} image{'s' * (max(each) != 1)} each"
+
+
+def list_left_out(
+    folder: Path, skipped: Sequence[LeftOut], others: Sequence[LeftOut], announce: Callable[[str], None]
+) -> None:
+    """Write skipped.txt. What looked like an image, and is none, is said at once."""
+    lines = [one_line(" ".join(f"{item.name}: {item.reason}".split())) for item in (*skipped, *others)]
+    if lines:
+        (folder / _SKIPPED).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    if skipped:
+        are = "image could not be read and is" if len(skipped) == 1 else "images could not be read and are"
+        announce(f"{len(skipped):,} {are} left out ({_SKIPPED} lists them):")
+    for line in lines[: min(len(skipped), _SAID)]:
+        announce(f"  {line}")
+    if len(skipped) > _SAID:
+        announce(f"  … and {len(skipped) - _SAID:,} more")

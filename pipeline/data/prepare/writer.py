@@ -1,0 +1,300 @@
+"""Images → tar shards, byte for byte the same each time, and their index.
+
+Shards are written by webdataset's own TarWriter, in the folder that staging.py keeps for them. Images are
+shuffled once, by a fixed seed, so that every shard is a fair sample of the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import webdataset
+from numpy.typing import NDArray
+
+from pipeline.config import UserError
+from pipeline.data import sidecar
+from pipeline.data.index import Index, Shard, load_index
+from pipeline.data.plan import permutation
+from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
+from pipeline.data.prepare.known import KNOWN
+from pipeline.data.prepare.labels import Classes
+from pipeline.data.prepare.listing import LeftOut
+from pipeline.data.prepare.origins import write_origins
+from pipeline.data.prepare.pictures import Fit, Fitted, LeftOutError, fitted, png
+from pipeline.data.prepare.sources import Source, open_source
+from pipeline.data.prepare.staging import Skipped, Written, discard, finished, note, noted, publish, staging
+from pipeline.data.prepare.summary import Summary, list_left_out
+from pipeline.data.record import shard_of, sidecar_path, write_record
+from pipeline.data.workers import end_with_parent
+
+_SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
+
+
+_COLOURS = {"white": "#ffffff", "black": "#000000"}
+
+Jobs = list[tuple[int, NDArray[np.int64]]]  # of each shard its number and which images go into it
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are written. None: as the source suggests (size, fit) or as each image is (channels).
+
+    background: what transparency is laid on and padding filled with: white, black or #rrggbb. None: white for
+    the one, black for the other.
+    """
+
+    size: int | None = None
+    fit: Fit | None = None
+    channels: int | None = None
+    per_shard: int = 1000
+    classes: Classes = "top"
+    background: str | None = None
+
+
+def prepare(
+    source: str,
+    out: str,
+    options: Options,
+    *,
+    workers: int | None = None,
+    announce: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[Summary], None] = lambda _: None,
+) -> Index:
+    """Write the images of `source` (a folder, a zip, shards, a known data set) as shards into a new folder.
+
+    `progress(done, total)` is called in images, `report` once, with what became of every file of the source.
+    Files that cannot be read are skipped, told by `announce` and listed in skipped.txt with all that are no
+    images; sources.txt says which file each sample was made of. If `out` was made by the same call before,
+    nothing is done; if such a call was killed, this one goes on with the shards that are missing. Raises
+    UserError if there are no images, they do not fit the options, or `out` is in use or made of files that
+    have changed since (leaving nothing behind), or if the disk is full.
+    """
+    options = replace(options, background=_colour(options.background))
+    target = Path(out).expanduser().absolute()
+    place = {"source": source} if source in KNOWN else where_from(source)
+    recipe = {**place, **asdict(options)}
+    before = made_before(target, recipe, asdict(Options()))
+    gone = source in KNOWN or not Path(source).expanduser().exists()
+    if before and gone and is_same_place(before, recipe):
+        return _is_there(target, announce)
+    images = _open(source, options.classes, announce, target)
+    fingerprint = images.fingerprint()
+    if before:
+        refuse_changed(target, source, before, recipe, len(images), fingerprint)
+        return _is_there(target, announce)
+    for warning in images.labelled.warnings:
+        announce(f"warning: {warning}")
+    resolved = _resolve(images, options)
+    with staging(target, json.dumps([recipe, fingerprint]), announce) as folder:
+        jobs = _jobs(images, resolved.per_shard)
+        if kept := finished(folder):
+            announce(f"{kept} of {len(jobs)} shards are there from an earlier try; going on with the others.")
+        written = _write_all(images, resolved, folder, jobs, workers or _cores(), progress)
+        skipped = [LeftOut(item.name, item.kind, item.reason) for shard in written for item in shard.skipped]
+        list_left_out(folder, skipped, images.left_out, announce)
+        shards = [result.shard for result in written if result.shard.nsamples]
+        if not shards:
+            raise _none_can_be_read(images, skipped[0].reason)
+        write_origins(folder, _origins(images, jobs, written))
+        extra: dict[str, Any] = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
+        if images.labelled.classes:
+            extra["classes"] = list(images.labelled.classes)
+        write_record(folder, images.name, shards, extra)
+        publish(folder, target)
+    index = load_index(str(target), announce)
+    report(_summary(index, resolved, images, written, [*skipped, *images.left_out]))
+    return index
+
+
+def _open(source: str, classes: Classes, announce: Callable[[str], None], target: Path) -> Source:
+    if source in KNOWN:
+        return KNOWN[source](announce)
+    return open_source(source, classes, announce, without=target)
+
+
+def _is_there(target: Path, announce: Callable[[str], None]) -> Index:
+    announce(f"{target} is there already, made by the same command; remove it to make it anew.")
+    return load_index(str(target), announce)
+
+
+def _colour(background: str | None) -> str | None:
+    if background is None:
+        return None
+    colour = _COLOURS.get(background.lower(), background.lower())
+    if not re.fullmatch("#[0-9a-f]{6}", colour):
+        raise UserError(f"{background!r} is no background: give white, black or #rrggbb.")
+    return next((name for name, code in _COLOURS.items() if code == colour), colour)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _resolve(images: Source, options: Options) -> Options:
+    """Fill in size and fit from the first image that can be read."""
+    size, reason = options.size, ""
+    for number in range(len(images)) if size is None else ():
+        try:
+            width, height = images.image(number).image.size
+        except LeftOutError as error:
+            reason = reason or str(error)
+            continue
+        if width != height:
+            raise UserError(
+                f"{images.describe(number)} is {width}x{height}, not square. Give --size N (and --fit crop, "
+                "pad or stretch)."
+            )
+        size = width
+        break
+    if size is None:
+        raise _none_can_be_read(images, reason)
+    resizes = options.size is not None
+    # Without --size nothing may change an image: another size than the first one's is then an error.
+    return replace(options, size=size, fit=(options.fit or images.fit) if resizes else None)
+
+
+def _none_can_be_read(images: Source, reason: str) -> UserError:
+    return UserError(f"None of the {len(images):,} images of {images.name} can be read: {reason}")
+
+
+def _jobs(images: Source, per_shard: int) -> Jobs:
+    order = permutation(len(images), _SHUFFLE_SEED)
+    starts = range(0, len(order), per_shard)
+    return [(number, order[start : start + per_shard]) for number, start in enumerate(starts)]
+
+
+def _write_all(
+    images: Source,
+    options: Options,
+    folder: Path,
+    jobs: Jobs,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> list[Written]:
+    done, total = 0, len(images)
+    results: dict[int, Written] = {}
+    progress(done, total)
+    # Forked, so that the workers have the source's arrays without a copy.
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)), multiprocessing.get_context("fork"), _adopt, (images, options, folder)
+    )
+    try:
+        futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
+        for future in as_completed(futures):
+            number, count = futures[future]
+            results[number] = future.result()
+            done += count
+            progress(done, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[number] for number in sorted(results)]
+
+
+_job: tuple[Source, Options, Path]  # of a worker process
+
+
+def _adopt(images: Source, options: Options, folder: Path) -> None:
+    global _job
+    _job = (images, options, folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the pool
+    end_with_parent()  # if that is killed, nobody else would end this one and give back the folder
+
+
+def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
+    folder = _job[2]
+    if (earlier := noted(folder, number)) is not None:
+        return earlier
+    path = folder / f"shard-{number:06d}.tar"
+    try:
+        written = _write_tar(path, number, rows)
+        note(folder, number, written)
+    except BaseException:
+        discard(path)
+        raise
+    return written
+
+
+def _write_tar(path: Path, number: int, rows: NDArray[np.int64]) -> Written:
+    images, options, folder = _job
+    skipped, facts = list[Skipped](), Counter[str]()
+    labels = images.labelled.values
+    with path.open("wb") as file, tar_writer(file) as tar:
+        for place, row in enumerate(rows.tolist()):
+            try:
+                made = _fit(images, row, options)
+            except LeftOutError as error:
+                skipped.append(Skipped(place, images.describe(row), error.kind, str(error)))
+                continue
+            sample = {"__key__": _key(number, place), "png": png(made.image)}
+            if labels[row] >= 0:
+                sample["cls"] = b"%d" % labels[row]
+            tar.write(sample)
+            facts.update(made.facts)
+    if len(skipped) == len(rows):
+        path.unlink()
+        return Written(Shard(path.name, 0, 0, "", {}), tuple(skipped), {})
+    table = sidecar.scan(path, path.name)
+    sidecar.save(table, sidecar_path(folder, path.name))
+    return Written(shard_of(path.name, table), tuple(skipped), dict(facts))
+
+
+def _key(number: int, place: int) -> str:
+    return f"{number:06d}-{place:06d}"
+
+
+def tar_writer(file: BinaryIO) -> Any:
+    """webdataset's writer, told to write the same bytes for the same samples: no times, no names."""
+    return webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
+
+
+def _fit(images: Source, row: int, options: Options) -> Fitted:
+    """An image at the size and in the channels wanted."""
+    assert options.size is not None
+    picture = images.image(row)
+    made = fitted(picture, options.size, options.fit, options.channels, options.background)
+    if made is None:
+        width, height = picture.image.size
+        raise UserError(
+            f"{images.describe(row)} is {width}x{height}, the first image {options.size}x{options.size}. "
+            "Give --size N (and --fit crop, pad or stretch)."
+        )
+    return made
+
+
+def _origins(images: Source, jobs: Jobs, written: list[Written]) -> Iterator[tuple[str, str]]:
+    for (number, rows), result in zip(jobs, written, strict=True):
+        absent = {item.place for item in result.skipped}
+        for place, row in enumerate(rows.tolist()):
+            if place not in absent:
+                yield _key(number, place), images.path(row)
+
+
+def _summary(
+    index: Index, options: Options, images: Source, written: list[Written], left_out: list[LeftOut]
+) -> Summary:
+    facts = Counter[str]()
+    for result in written:
+        facts.update(result.facts)
+    assert options.size is not None
+    return Summary(
+        index=index,
+        size=options.size,
+        fit=options.fit,
+        background=options.background,
+        facts=facts,
+        labelled=images.labelled,
+        left_out=left_out,
+        tables=images.tables,
+    )

@@ -1,0 +1,1 @@
+"""Shards that are not on this machine."""

@@ -1,0 +1,210 @@
+"""Shards of elsewhere on this node's disk: bounded, and shared by all ranks, workers and runs.
+
+A file is named by what is in it, its SHA-256, and has that name only when it is whole and checked. Locks are
+`flock`s on the files themselves, which the kernel lifts when a process dies, however it dies:
+
+- who reads NAME.tar holds a shared lock on it, who wants to remove it needs the exclusive one;
+- who fetches it holds the exclusive lock on NAME.SIZE.part: one process of the node does, the others wait;
+- who makes room, or begins to fetch, holds the lock on the folder's `.lock`, so that sums are right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+from pipeline.config import UserError
+from pipeline.data.record import Shard
+from pipeline.data.remote.transfer import Patience
+
+_POLL_S = 0.05
+# Names of this cache's own files. Whatever else is in the folder is somebody's, and stays.
+_WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
+_PART = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.(\d{1,19})\.part", re.ASCII)
+
+Fetch = Callable[[Path], None]  # makes the file there whole, or raises
+
+
+class ShardCache:
+    """Whole shards in `folder`, at most `limit` bytes of them."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self._limit = folder, limit
+
+    def open(self, shard: Shard, fetch: Fetch, patience: Patience) -> int:
+        """A file descriptor of the shard, fetched if need be. As long as it is open the file stays.
+
+        A shard that is asked for here is fetched although the cache be full of what is being read. Raises
+        UserError, also when another process has been fetching it for too long.
+        """
+        while True:
+            with self._complaints():
+                file = self._held(shard)
+                if file is None and (part := self._claim(shard, needed=True, keep=(), patience=patience)):
+                    file = self._fill(part, shard, fetch)
+            if file is not None:
+                return file
+            if patience.over:
+                raise UserError(
+                    f"shard {shard.url}: another process has been fetching it into {self.folder} for "
+                    f"{patience.timeout_s:g} s (data.remote.timeout_s)."
+                )
+            patience.pause(_POLL_S)
+
+    def ahead(self, shard: Shard, fetch: Fetch, patience: Patience, keep: Collection[str]) -> None:
+        """Fetch a shard for later, unless there is no room, or somebody else does.
+
+        None of the shards `keep` (SHA-256) has to go for it.
+        """
+        with self._complaints():
+            here = self.path(shard).exists()
+            part = None if here else self._claim(shard, needed=False, keep=keep, patience=patience)
+            if part is not None:
+                os.close(self._fill(part, shard, fetch))
+
+    def add(self, make: Callable[[Path], Shard], patience: Patience) -> Shard:
+        """Keep a shard of which nothing is known before `make` has fetched it."""
+        with self._complaints():
+            with self._locked(patience):
+                path = self.folder / f"{uuid4().hex}.0.part"
+                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                shard = make(path)
+                with self._locked(patience):
+                    path.replace(self.path(shard))
+                    self._make_room(0, keep=())
+                return shard
+            finally:
+                path.unlink(missing_ok=True)
+                os.close(file)
+
+    def path(self, shard: Shard) -> Path:
+        """Where a shard lies if it is here."""
+        return self.folder / f"{shard.sha256}.tar"
+
+    def _held(self, shard: Shard) -> int | None:
+        """The shard, locked against removal; None if it is not here."""
+        path = self.path(shard)
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if _lock(file, fcntl.LOCK_SH) and _is_at(file, path):
+            if os.fstat(file).st_size == shard.filesize:
+                os.utime(file)
+                return file
+            path.unlink(missing_ok=True)  # cut by a crash of the machine or a full disk
+        os.close(file)
+        return None
+
+    def _claim(
+        self, shard: Shard, needed: bool, keep: Collection[str], patience: Patience
+    ) -> tuple[int, Path] | None:
+        """The right and the room to fetch a shard; None if it is here, or being fetched, or does not fit."""
+        with self._locked(patience):
+            path = self.folder / f"{shard.sha256}.{shard.filesize}.part"
+            if self.path(shard).exists() or not _remove_unused(path):
+                return None
+            if not self._make_room(shard.filesize, keep) and not needed:
+                return None
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if _lock(file, fcntl.LOCK_EX):
+                return file, path
+            os.close(file)
+            return None
+
+    def _fill(self, part: tuple[int, Path], shard: Shard, fetch: Fetch) -> int:
+        file, path = part
+        try:
+            fetch(path)
+            path.replace(self.path(shard))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(file)
+            raise
+        fcntl.flock(
+            file, fcntl.LOCK_SH
+        )  # never waits: nobody locks what has just come, and for an instant at most
+        return file
+
+    def _make_room(self, size: int, keep: Collection[str]) -> bool:
+        """Remove what has not been read for longest until `size` more bytes fit; False if they do not."""
+        used, removable = 0, []
+        for entry in self.folder.iterdir():
+            if part := _PART.fullmatch(entry.name):
+                if not _remove_unused(entry):  # else it was a killed process's
+                    used += int(part[1])
+            elif _WHOLE.fullmatch(entry.name):
+                status = entry.stat()
+                used += status.st_size
+                if entry.stem not in keep:
+                    removable.append((status.st_mtime_ns, status.st_size, entry))
+        # A disk with less room than the bound bounds as well.
+        excess = max(used + size - self._limit, size - shutil.disk_usage(self.folder).free)
+        for _, freed, entry in sorted(removable):
+            if excess <= 0:
+                break
+            if _remove_unused(entry):
+                excess -= freed
+        return excess <= 0
+
+    @contextmanager
+    def _locked(self, patience: Patience) -> Iterator[None]:
+        """Alone in making room."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            while not _lock(file, fcntl.LOCK_EX):
+                if patience.over:
+                    raise UserError(f"{self.folder / '.lock'} has been locked for {patience.timeout_s:g} s.")
+                patience.pause(_POLL_S)
+            yield
+        finally:
+            os.close(file)
+
+    @contextmanager
+    def _complaints(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"The shards of elsewhere cannot be kept in {self.folder} ({error.strerror or error}). Set "
+                "data.remote.folder to a folder on a disk of this machine."
+            ) from None
+
+
+def _lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file unless someone holds a lock on it, which no one can take meanwhile."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    try:
+        if not _lock(file, fcntl.LOCK_EX):
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        os.close(file)

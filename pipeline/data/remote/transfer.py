@@ -1,0 +1,290 @@
+"""Files from https://, s3:// and gs:// as a whole: watched, tried again, and given up after a stated time.
+
+fsspec speaks the protocols. What it leaves open is decided here, alike for all of them: a transfer that
+stalls is broken off, what may pass is tried again at growing intervals, what cannot is said at once, and
+nothing is waited for longer than `data.remote.timeout_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.callbacks import Callback
+
+from pipeline.config import Remote, UserError
+from pipeline.credentials import scrubbed
+from pipeline.data.remote.urls import RemoteFolder
+
+_T = TypeVar("_T")
+
+_LOOK_S = 0.1  # how often a transfer is looked at
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
+_PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+
+
+class StoppedError(Exception):
+    """Nobody waits for this transfer any more."""
+
+
+class WrongBytesError(Exception):
+    """What has arrived is not what was to be fetched."""
+
+
+class _StalledError(Exception):
+    """A transfer that was broken off here because nothing came."""
+
+
+class _OverError(Exception):
+    """A transfer that was broken off here because the time was over."""
+
+
+class Patience:
+    """How long to go on with something: a deadline, a number of attempts, an event that ends it early."""
+
+    def __init__(
+        self, settings: Remote, stop: threading.Event | None = None, attempts: int | None = None
+    ) -> None:
+        self.attempts = attempts
+        self.stall_s, self.timeout_s = settings.stall_s, settings.timeout_s
+        self.deadline = time.monotonic() + settings.timeout_s
+        self._stop = stop or threading.Event()
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    def pause(self, seconds: float) -> None:
+        """Raises StoppedError when told to stop."""
+        if self._stop.wait(min(seconds, max(0.0, self.deadline - time.monotonic()))):
+            raise StoppedError
+
+    def check(self) -> None:
+        if self._stop.is_set():
+            raise StoppedError
+        if self.over:
+            raise _OverError
+
+
+def download(
+    folder: RemoteFolder,
+    name: str,
+    target: Path,
+    patience: Patience,
+    *,
+    most: int | None,
+    check: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Fetch one file, of at most so many bytes, into `target`; `check` may raise WrongBytesError afterwards.
+
+    Raises UserError, naming the file and what was wrong, FileNotFoundError if there is no such file, and
+    StoppedError.
+    """
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # By another name: gcsfs removes what it fails to fetch, and `target` may be open and locked.
+        link = Path(scratch) / "link"
+
+        async def get(filesystem: Any, progress: Callback) -> None:
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.absolute())
+            await filesystem._get_file(folder.url(name), str(link), callback=progress)
+
+        _persist(folder, name, get, patience, most, check, tell)
+
+
+def read(
+    folder: RemoteFolder,
+    name: str,
+    patience: Patience,
+    *,
+    most: int,
+    tell: Callable[[str], None] = lambda _: None,
+) -> bytes:
+    """The contents of a small file. Raises as download does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(scratch) / "file"
+        download(folder, name, target, patience, most=most, tell=tell)
+        return target.read_bytes()
+
+
+def names_in(folder: RemoteFolder, patience: Patience, tell: Callable[[str], None]) -> set[str]:
+    """What the server lists in the folder. Raises as download does."""
+    url = folder.url("")
+
+    async def ls(filesystem: Any, _: Callback) -> list[str]:
+        listed: list[str] = await filesystem._ls(url, detail=False)
+        return listed
+
+    listed = _persist(folder, "", ls, patience, None, lambda: None, tell)
+    return {name for entry in listed if (name := folder.name(entry))}
+
+
+def _persist(
+    folder: RemoteFolder,
+    name: str,
+    operation: Callable[[Any, Callback], Awaitable[_T]],
+    patience: Patience,
+    most: int | None,
+    check: Callable[[], None],
+    tell: Callable[[str], None],
+) -> _T:
+    """Do it until it is done, or there is no point or no time in going on."""
+    what = folder.show(name)
+    problem = ""
+    wrong: set[str] = set()
+    for attempt in count(1):
+        try:
+            result = _once(folder.scheme, operation, patience, most)
+            check()
+            return result
+        except (StoppedError, UserError):
+            raise
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{what} does not exist") from None
+        except _OverError:
+            problem, again = problem or "not all of it had come", True
+        except WrongBytesError as error:
+            problem, again = str(error), str(error) not in wrong
+            wrong.add(problem)
+        except Exception as error:  # whatever a protocol's library raises
+            problem, again = _problem(error)
+        if not again:
+            raise UserError(f"{what} cannot be fetched: {problem}.")
+        if attempt == 1:
+            tell(f"{what}: {problem}; trying again for up to {patience.timeout_s:g} s …")
+        last = attempt == patience.attempts
+        if not last:  # at another moment than other ranks
+            pause = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S)
+            patience.pause(pause * random.SystemRandom().uniform(0.5, 1))
+        if last or patience.over:
+            raise UserError(
+                f"{what} could not be fetched in {patience.timeout_s:g} s (data.remote.timeout_s), after "
+                f"{attempt} attempt{'s' * (attempt > 1)}: {problem}."
+            )
+    raise AssertionError
+
+
+def _once(
+    scheme: str, operation: Callable[[Any, Callback], Awaitable[_T]], patience: Patience, most: int | None
+) -> _T:
+    client = _client(scheme)
+    return asyncio.run_coroutine_threadsafe(
+        _watched(client, operation, patience, most), client.filesystem.loop
+    ).result()
+
+
+async def _watched(
+    client: _Client,
+    operation: Callable[[Any, Callback], Awaitable[_T]],
+    patience: Patience,
+    most: int | None,
+) -> _T:
+    progress = _Progress(most)
+
+    async def work() -> _T:
+        await client.connect()
+        return await operation(client.filesystem, progress)
+
+    task = asyncio.create_task(work())
+    seen, since = 0, time.monotonic()
+    try:
+        while not (await asyncio.wait({task}, timeout=_LOOK_S))[0]:
+            patience.check()
+            if progress.value > seen:
+                seen, since = progress.value, time.monotonic()
+            elif time.monotonic() - since > patience.stall_s:
+                raise _StalledError(f"nothing came for {patience.stall_s:g} s, after {seen:,} bytes")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=1)
+        if task.done() and not task.cancelled():
+            task.exception()  # looked at, or asyncio would complain
+
+
+class _Progress(Callback):  # type: ignore[misc]
+    """Counts what arrives, and refuses more than there should be."""
+
+    def __init__(self, most: int | None) -> None:
+        super().__init__()
+        self._most = most
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self._most is not None and self.value > self._most:
+            raise WrongBytesError(f"it has more than the {self._most:,} bytes it should have")
+
+
+class _Client:
+    """One protocol's connections, of one process."""
+
+    def __init__(self, scheme: str) -> None:
+        self.filesystem = _filesystem(scheme)
+        self._connecting = asyncio.Lock()
+
+    async def connect(self) -> None:
+        """Once, although several transfers may begin at the same time."""
+        if hasattr(self.filesystem, "set_session"):
+            async with self._connecting:
+                await self.filesystem.set_session()
+
+
+_clients: dict[tuple[str, int], _Client] = {}
+
+
+def _client(scheme: str) -> _Client:
+    """One per protocol and process: connections do not survive a fork."""
+    key = (scheme, os.getpid())
+    return _clients.get(key) or _clients.setdefault(key, _Client(scheme))
+
+
+def _filesystem(scheme: str) -> Any:
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme in ("http", "https"):
+        import aiohttp
+
+        # No limit to a whole transfer, which is watched; proxies and ~/.netrc as for curl; URLs as they are,
+        # since a signature may be of every character.
+        options["encoded"] = True
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True}
+    if scheme == "s3":
+        options["max_concurrency"] = 1  # else one file comes in parts of 50 MB, and looks stalled between
+    try:
+        return fsspec.filesystem(scheme, **options)
+    except ImportError:
+        raise UserError(
+            f"{scheme}:// needs one package more: pip install {_PACKAGES.get(scheme, scheme)}"
+        ) from None
+
+
+def _problem(error: Exception) -> tuple[str, bool]:
+    """What went wrong, without credentials, and whether it may go better another time."""
+    text = scrubbed(" ".join(str(error).split()))
+    status = next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
+    if isinstance(error, _StalledError):
+        return text, True
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return f"{error.strerror} on this machine; see data.remote.folder and data.remote.gb", False
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+        return (
+            f"not allowed ({status or text}). Credentials come from the URL or ~/.netrc (https), or from "
+            "where the tools of AWS and Google Cloud look for them"
+        ), False
+    if isinstance(status, int) and status >= 400:
+        return f"the server answers with HTTP {status}", status >= 500 or status in _PASSING
+    return f"{type(error).__name__}{': ' * bool(text)}{text[:300]}", True

@@ -1,0 +1,268 @@
+"""Ends the job, on all ranks and with one message, when a rank is gone, frozen or stuck.
+
+Every rank has two threads. One looks at its own main thread every second. The other publishes what was seen
+to the launcher's store, and reads the neighbour's: a rank that is gone or has fallen silent is named by the
+one before it. A rank that has itself not moved for the whole timeout compares all ranks: once none of them
+moves, the one furthest behind is to blame. Whoever finds something out first writes a verdict into the
+store and tells the person; everyone reads it and leaves. The traffic is a few short messages per rank and
+second, and the launcher's store outlives every rank.
+
+Time is counted in short steps: a job that was suspended as a whole (and its ranks with it) has not aged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import TracebackType
+from typing import Literal
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from pipeline.config import UserError
+from pipeline.parallel.ranks import CommonError, Launch, end_process, launcher_store
+from pipeline.parallel.watch.beats import Beat, Process, Verdict, read_beat, read_verdict
+from pipeline.parallel.watch.whereabouts import Progress, Whereabouts, look
+
+BACKSTOP = timedelta(hours=24)  # of collectives: slow work elsewhere is no reason to give up, a verdict is
+_PATIENCE_S = 10.0  # for the main rank to finish its reports once all is lost
+_TRAFFIC = 64 * 1024  # bytes read or written since the last look that tell a working rank from a waiting one
+_LOST_S = 10.0  # of silence: long enough to take a rank for gone when connections broke
+_BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|TCPStore|recvValue", re.IGNORECASE)
+
+
+class JobEndedError(Exception):
+    """A rank failed, and why has been told: nothing is left but to leave."""
+
+
+class Clock:
+    """How long something has lasted, in steps of a limited size."""
+
+    def __init__(self, longest_step_s: float) -> None:
+        self._longest, self._last, self.seconds = longest_step_s, time.monotonic(), 0.0
+
+    def advance(self, restart: bool = False) -> float:
+        now = time.monotonic()
+        self.seconds = 0.0 if restart else self.seconds + min(now - self._last, self._longest)
+        self._last = now
+        return self.seconds
+
+
+class Watch:
+    """Watches over this rank and its neighbour while it is entered; does nothing in a world of one."""
+
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        self.progress = Progress()
+        self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
+        self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
+        self._interval_s = min(1.0, timeout_s / 20)
+        self._spread = int(os.environ.get("LOCAL_WORLD_SIZE") or launch.world) < launch.world
+        self._still, self._unheard, self._silent = (Clock(timeout_s / 4) for _ in range(3))
+        self._heard = False
+        self._mine = Beat(launch.rank, Process())
+        self._neighbour: Beat | None = None
+        self._awake = False  # whether the neighbour was seen to move: what is left of an earlier try is not
+        self._suspicious = self._leaving = False
+        self._failure: Verdict | None = None
+        self._wake, self._over = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=target, name=f"watch-{target.__name__}", daemon=True)
+            for target in (self._look_inside, self._look_around)
+        ]
+
+    def __enter__(self) -> Watch:
+        if self._world > 1:
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        """Tell the others how this rank ends. Raises JobEndedError when all is told."""
+        if self._world == 1:
+            return False
+        if error is None or isinstance(error, CommonError):
+            self._say_goodbye(None)
+        elif isinstance(error, UserError | KeyboardInterrupt):  # told by this rank, in its own way
+            self._say_goodbye(Verdict(self._rank, str(error), told=True))
+            self._linger()
+        else:
+            if not (_is_broken_connection(error) and self._is_explained()):
+                traceback.print_exception(error)
+                reason = "".join(traceback.format_exception_only(error)).strip()
+                kimg = self.progress.cur_nimg / 1000
+                self._say_goodbye(self._verdict(f"{self._mine.name} failed at kimg {kimg:g}: {reason}"))
+            self._linger()
+            raise JobEndedError from None
+        return False
+
+    def _say_goodbye(self, failure: Verdict | None) -> None:
+        """Let the others know, before this process is gone."""
+        self._failure, self._leaving = failure, True
+        self._wake.set()
+        self._threads[1].join(_PATIENCE_S)
+
+    def _is_explained(self) -> bool:
+        """Connections are broken: wait until it is told which rank has gone. False if nobody finds out."""
+        self._suspicious = True
+        deadline = time.monotonic() + min(2.5 * _LOST_S, self._timeout_s / 2)
+        while self._threads[1].is_alive() and time.monotonic() < deadline:
+            if self._over.wait(self._interval_s):
+                return True
+        if not self._threads[1].is_alive() and not self._over.is_set():
+            where = os.environ["MASTER_ADDR"]
+            what = f"is cut off from other ranks and from the launcher on {where}, which must have ended"
+            self._tell(f"{self._mine.name} {what}: see what was said there.")
+            return True
+        return self._over.is_set()
+
+    def _linger(self) -> None:
+        """Until other machines have read the verdict: the launcher that keeps it may go when we do."""
+        if self._spread:
+            time.sleep(3 * self._interval_s)
+
+    # This rank
+
+    def _look_inside(self) -> None:
+        """Thread: note where the main thread is and for how long. No word to others, who may not answer."""
+        seen, moves = look(self.progress), 0
+        while not self._leaving and not self._over.is_set():
+            before, moves_before = seen, moves
+            seen, moves = look(self.progress), self.progress.moves
+            still = self._still.advance(restart=moves != moves_before or _has_moved(before, seen))
+            self._mine = dataclasses.replace(
+                self._mine,
+                moves=moves,
+                still_s=still,
+                waiting=seen.waiting,
+                cur_nimg=self.progress.cur_nimg,
+                at=seen.text,
+            )
+            unheard, self._heard = self._unheard.advance(restart=self._heard), False
+            if still >= self._timeout_s and unheard >= self._timeout_s / 2:
+                what = f"has not moved for {still:.0f} s, and the others cannot be asked"
+                self._end(self._verdict(self._mine.described(what)))
+            time.sleep(self._interval_s)
+
+    # The others
+
+    def _look_around(self) -> None:
+        """Thread: publish, read, judge. It ends where there is no store: the rank is then left to itself."""
+        with suppress(dist.DistError, RuntimeError):
+            store = launcher_store(timedelta(seconds=self._timeout_s))
+            number, launcher = 0, os.getppid()
+            while not self._over.is_set() and os.getppid() == launcher:  # else its store is gone with it
+                number += 1
+                leaving = self._leaving
+                dataclasses.replace(self._mine, number=number, left=leaving).publish(store)
+                if verdict := read_verdict(store):
+                    self._end(verdict)
+                elif verdict := self._judge(store):
+                    self._end(verdict.publish(store))
+                self._heard = True
+                if leaving:
+                    return
+                self._wake.wait(self._interval_s)
+
+    def _judge(self, store: Store) -> Verdict | None:
+        if self._failure is not None:
+            return self._failure
+        return self._judge_neighbour(store) or self._judge_all(store)
+
+    def _judge_neighbour(self, store: Store) -> Verdict | None:
+        """Gone, or silent for too long?"""
+        rank = (self._rank + 1) % self._world
+        beat, before = read_beat(store, rank), self._neighbour
+        self._neighbour = beat
+        moved = beat is not None and (before is None or beat.number != before.number)
+        self._awake |= moved and before is not None
+        silent = self._silent.advance(restart=moved)
+        if beat is None:
+            if silent >= self._timeout_s:
+                return self._verdict(f"rank {rank} has not started within {silent:.0f} s")
+            return None
+        if beat.left:
+            return None
+        if self._awake and not moved and beat.process.is_gone():
+            if (last := read_beat(store, rank)) is not None and last.left:
+                return None
+            return self._verdict(beat.described("is gone: killed (for want of memory?) or crashed"))
+        if silent >= (_LOST_S if self._suspicious else self._timeout_s):
+            state = "gone or cut off" if self._suspicious else "frozen or cut off"
+            what = f"has not answered for {silent:.0f} s: it is {state}"
+            return self._verdict(beat.described(what), frozen=beat.process)
+        return None
+
+    def _judge_all(self, store: Store) -> Verdict | None:
+        """Once no rank has moved for too long: who is furthest behind?"""
+        if self._still.seconds < self._timeout_s:
+            return None
+        beats = [read_beat(store, rank) for rank in range(self._world)]
+        working = [beat for beat in beats if beat is not None and not beat.left]
+        still = min(beat.still_s for beat in working)
+        if None in beats or still < self._timeout_s:
+            return None  # somebody is still at work (or frozen, which its neighbour finds out)
+        last = min(beat.moves for beat in working)
+        behind = [beat for beat in working if beat.moves == last]
+        behind = [beat for beat in behind if not beat.waiting] or behind
+        if len(behind) == 1:
+            return self._verdict(behind[0].described(f"is stuck: it has not moved for {still:.0f} s"))
+        lines = [f"  {beat.name}: {beat.place}" for beat in behind]
+        more = [f"  … and {len(lines) - 8} more"] if len(lines) > 8 else []
+        text = f"no rank has moved for {still:.0f} s, and these are equally far behind:"
+        return self._verdict("\n".join([text, *lines[:8], *more]))
+
+    def _verdict(self, text: str, frozen: Process | None = None) -> Verdict:
+        return Verdict(self._rank, text, frozen=frozen)
+
+    # The end
+
+    def _end(self, verdict: Verdict) -> None:
+        """Leave, whatever state the main thread is in; the main rank's has a moment to finish its reports."""
+        leave = threading.Timer(_PATIENCE_S, _abandon)
+        leave.daemon = True
+        leave.start()
+        if verdict.by == self._rank and not verdict.told:
+            self._tell(verdict.text)
+        if verdict.frozen is not None and verdict.frozen.is_near():
+            with suppress(ProcessLookupError):
+                os.kill(verdict.frozen.pid, signal.SIGKILL)
+        self._over.set()
+        if self._rank != 0 and not self._leaving:
+            self._linger()
+            end_process(1)
+
+    def _tell(self, text: str) -> None:
+        lead = "\n" if sys.stderr.isatty() else ""  # there may be a progress bar on this line
+        print(f"{lead}error: {text}", file=sys.stderr, flush=True)
+        print(f"The job ends on all {self._world} ranks. {self.last_words()}", file=sys.stderr, flush=True)
+
+
+def _has_moved(before: Whereabouts, now: Whereabouts) -> bool:
+    """Outside of updates, any work counts: another place in the code, or files being read or written. Inside,
+    a network may spin for ever, and only what all ranks do equally often counts."""
+    return not now.updating and (now.trace != before.trace or now.traffic - before.traffic >= _TRAFFIC)
+
+
+def _is_broken_connection(error: BaseException) -> bool:
+    """Whether it is what a rank meets when another one has gone."""
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or bool(_BROKEN.search(str(error)))
+    )
+
+
+def _abandon() -> None:
+    if sys.stdout.isatty():
+        print("\x1b[?25h")  # a progress bar hides the cursor
+    os._exit(1)

@@ -1,0 +1,74 @@
+"""Held-out images beside training: a few for the eye, and what D says of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Data
+from pipeline.data.index import Index
+from pipeline.data.plan import HeldOutPlan
+from pipeline.data.stages import load_stages
+from pipeline.data.stream import Batch, heldout_batches
+from pipeline.gan.images import to_float
+from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.seeding import seed_generators
+from pipeline.run.stats import Stats
+
+
+class HeldOutImages:
+    """Images that are never trained on."""
+
+    def __init__(self, data: Data, index: Index, plan: HeldOutPlan, ranks: Ranks) -> None:
+        """Reads as many as D sees at once, if so many are held out."""
+        self._data, self._index, self._plan, self._ranks = data, index, plan, ranks
+        self._batch: Batch | None = None
+        count = min(data.batch_size // ranks.world, data.batch_gpu or data.batch_size)
+        if plan.size >= count * ranks.world:
+            with ranks.raise_together():
+                batch = self._first(count, ranks.rank, ranks.world)
+            labels = None if batch.labels is None else batch.labels.to(ranks.device)
+            self._batch = Batch(batch.images.to(ranks.device), labels)
+
+    @property
+    def images(self) -> Tensor | None:
+        """This rank's, uint8 on its device; None if too few are held out."""
+        return None if self._batch is None else self._batch.images
+
+    def some(self, count: int) -> Tensor:
+        """The first of them, uint8 [at most count, C, H, W], read on this rank."""
+        return self._first(min(count, self._plan.size), 0, 1).images
+
+    def score(self, D: Engine, stats: Stats) -> None:
+        """D's mean logit on them: beside Loss/scores/real, its over-fitting.
+
+        Computed as in training (BatchNorm by batch, so that the two compare), and without a trace: the
+        buffers such a pass moves are put back.
+        """
+        if self._batch is None:
+            return
+        buffers = {name: b.clone() for name, b in D.module.named_buffers()}
+        seed_generators(0, self._ranks.device)
+        with torch.no_grad(), D.autocast():
+            logits = D.module(to_float(self._batch.images), self._batch.labels)
+        for name, buffer in D.module.named_buffers():
+            buffer.copy_(buffers[name])
+        stats.mean("Loss/scores/heldout", logits.float().mean())
+
+    def _first(self, count: int, rank: int, world: int) -> Batch:
+        """The first `count` for each of `world` ranks, this rank's part."""
+        batches = heldout_batches(
+            self._index,
+            self._plan,
+            batch=count,
+            rank=rank,
+            world=world,
+            size=self._data.size,
+            channels=self._data.channels,
+            conditional=self._data.conditional,
+            limit=count * world,
+            max_bad=self._data.max_bad,
+            stages=load_stages(self._data.stages),
+        )
+        return next(batches)[0]
