@@ -50,8 +50,8 @@ def _imported(name: str, source: str, modules: Mapping[str, str]) -> Iterator[st
 
 
 def room_of(module: str) -> str:
-    """The package of a file; a file beside packages is a room of its own. So is each file of pipeline/api: some
-    are the installed command, above everything, and some are needed everywhere."""
+    """The package of a file; a file beside packages is a room of its own. So is each file of
+    pipeline/api: some are the installed command, above everything, and some are needed everywhere."""
     parts = module.split(".")
     if len(parts) == 2 or parts[1] == "api":
         return f"{'/'.join(parts)}.py"
