@@ -33,11 +33,12 @@ ARROWS = {
         "pipeline.lock",
         "pipeline.plugins",
     ),
-    "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.gan.penalised"),
+    "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.gan.penalised"),
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",
         "pipeline.config",
         "pipeline.credentials",
+        "pipeline.errors",
         "pipeline.lock",
         "pipeline.plugins",
         "pipeline.gan",
