@@ -16,7 +16,8 @@ from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, first_epoch, heldout_plan
 from pipeline.data.stages import load_stages
 from pipeline.data.stream import heldout_batches
-from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.errors import CommonError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.report import counted, say
 from pipeline.run.tensor_cache import read_tensor, write_tensor
