@@ -84,7 +84,8 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
     from pipeline.data.index import load_index
     from pipeline.data.plan import split_of
     from pipeline.gan.draws import Draws
-    from pipeline.parallel.ranks import Launch, Ranks
+    from pipeline.parallel.launched import Launch
+    from pipeline.parallel.ranks import Ranks
     from pipeline.run.evaluate import evaluate_generator
     from pipeline.run.features import load_features
     from pipeline.run.references import references

@@ -24,18 +24,21 @@ from pathlib import Path
 
 from pipeline import config, console, loop
 from pipeline.config import Config, UserError
+from pipeline.console import end_process
 from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, split_of
 from pipeline.data.stream import TrainingBatches, check_images, label_frequencies, training_batches
+from pipeline.errors import CommonError
 from pipeline.gan.networks import check_networks
 from pipeline.home import provide_home
 from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
-from pipeline.parallel.ranks import CommonError, Launch, Ranks, end_process, read_launch
+from pipeline.parallel.launched import Launch, read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.players import build
 from pipeline.run import checkpoint

@@ -31,7 +31,8 @@ from pipeline.data.plan import split_of
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Launch, Ranks
+from pipeline.parallel.launched import Launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport

@@ -21,9 +21,11 @@ import torch
 
 from pipeline import config
 from pipeline.config import Config
+from pipeline.console import end_process
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run import checkpoint
 from pipeline.run.durable import save_tensors

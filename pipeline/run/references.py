@@ -15,7 +15,8 @@ from pipeline.config import Config, Data, UserError
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, split_of
 from pipeline.data.stream import heldout_batches
-from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.errors import CommonError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.report import counted, say
 from pipeline.run.tensor_cache import read_tensor, write_tensor
