@@ -128,7 +128,7 @@ class Engine(abc.ABC):
         that never come (DDP), or is silently wrong (ZeRO stage 3).
         """
         self.ranks.progress.moves += 1
-        self.ranks.progress.network = self.player.name
+        self.doing("forward")
         with self.autocast(), self.forward_timer.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
@@ -141,7 +141,6 @@ class Engine(abc.ABC):
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
         frozen.frozen, self.twice = True, twice
-        self.ranks.progress.turn = self.player.name
         self.begin_turn()
         frozen.begin_turn()
         snapshot, self._skipped = BufferSnapshot(self._buffers, frozen._buffers), None
@@ -156,6 +155,10 @@ class Engine(abc.ABC):
             frozen.frozen = self.twice = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
+
+    def doing(self, what: str) -> None:
+        """For whoever watches this rank."""
+        self.ranks.progress.doing = f"in the {what} of {self.player.name}"
 
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.

@@ -52,12 +52,14 @@ class MasterEngine(Engine):
         return self.penalty.values()
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.doing("backward")
         loss = self.scaled(loss)
         if self.batch.rounds > 1:
             loss = loss / self.batch.rounds
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, now: Rates) -> dict[str, Contribution]:
+        self.doing("step")
         set_rates(self._optimizer, now)
         self.collect_gradients()
         penalties = self.penalties()

@@ -47,7 +47,7 @@ class ZeroEngine(Engine):
             self._ds, *_ = import_deepspeed(ranks.device).initialize(
                 model=module,
                 optimizer=self._optimizer,
-                config=deepspeed_config(ranks, player.optimizer, batch, elements),
+                config=deepspeed_config(ranks.zero, ranks.precision, player.optimizer, batch, elements),
                 dist_init_required=False,
             )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
@@ -143,6 +143,7 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.doing("backward")
         self._ds.backward(self.scaled(loss))  # divides by the rounds itself
         if self._gathered is not None:
             self._gathered.__exit__(None, None, None)
@@ -156,6 +157,7 @@ class ZeroEngine(Engine):
     # The step
 
     def step(self, now: Rates) -> dict[str, Contribution]:
+        self.doing("step")
         set_rates(self._optimizer, now)
         self._penalties = penalties = self.penalty.values()
         self._asked = False
