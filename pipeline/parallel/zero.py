@@ -46,7 +46,7 @@ class ZeroEngine(Engine):
             self._ds, *_ = import_deepspeed(ranks.device).initialize(
                 model=module,
                 optimizer=self._optimizer,
-                config=deepspeed_config(ranks, player.optimizer, batch, elements),
+                config=deepspeed_config(ranks.zero, ranks.precision, player.optimizer, batch, elements),
                 dist_init_required=False,
             )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own

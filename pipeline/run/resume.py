@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.errors import CommonError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run import checkpoint
 from pipeline.run.folder import REFERENCE
 from pipeline.run.report import counted, say

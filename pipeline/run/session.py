@@ -23,9 +23,10 @@ from pipeline.config import Config
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch
+from pipeline.errors import RunError
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
-from pipeline.parallel.ranks import Ranks, RunError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents

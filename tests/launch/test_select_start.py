@@ -18,7 +18,7 @@ from launch.select.trials import LaunchOptions
 from launch.slurm import jobs as slurm
 from pipeline.config import UserError
 from pipeline.data.index import load_index
-from pipeline.data.plan import heldout_plan
+from pipeline.data.plan import split_of
 from pipeline.run.features import load_features
 
 # The same command, later
@@ -119,8 +119,8 @@ def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
 )
 def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed, message):
     base, trials = selection(tmp_path)
-    index, data = load_index(base.data.train), trials[0].settings.data
-    plan = heldout_plan(index.sizes, 0, data.window, data.holdout, data.folds, data.fold)
+    index = load_index(base.data.train)
+    plan = split_of(trials[0].settings, index).heldout()
     features = load_features("efflite0")
     about = {
         "index": index.fingerprint, "plan": plan.fingerprint, "images": 16,

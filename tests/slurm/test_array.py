@@ -75,7 +75,8 @@ def test_the_job_after_the_trials_collects(project, monkeypatch):
     project.cluster.run("scancel", job)  # what they would train has been seen above
     seen = project.cluster.ended(collecting)
     log = (folder / "slurm" / f"{collecting}.log").read_text()
-    assert seen["JobState"] == "COMPLETED" and "Not done: 4 trials" in log, log
+    assert seen["JobState"] == "COMPLETED" and "4 trials of 0.12 kimg" in log, log
+    assert "Nothing to choose by yet" in log
     lines = (folder / "slurm" / "runs.txt").read_text().splitlines()
     assert lines == [shlex.join(trial.arguments) for trial in trials]
     assert (folder / "slurm" / "code" / "pipeline" / "train.py").exists()
