@@ -114,9 +114,8 @@ def _train(
 ) -> bool:
     """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
     ranks = _join(launch, watch, signals)
-    with (
-        ranks.raise_together()
-    ):  # the main rank first: it may have to build the index, which all others then read
+    ranks.progress.doing = "reading the index of the data"
+    with ranks.raise_together():  # the main rank first: it may have to build what the others then read
         if ranks.main:
             prepare_data(settings, announce=True)
     with ranks.raise_together():
@@ -152,6 +151,7 @@ def _train(
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
         asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
+        ranks.progress.doing = "exporting"
         ranks.broadcast_from_main(lambda: _conclude(folder, gan, state, report, asked))
     finally:
         report.close()
@@ -216,6 +216,7 @@ def _open_report(
     settings: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
 ) -> Report:
     """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
+    ranks.progress.doing = "starting its reports"
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
