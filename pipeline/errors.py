@@ -1,7 +1,19 @@
-"""The error that people are shown."""
+"""The errors that people are shown."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
     """What the user can mend: shown as one message without a traceback, exit status 2."""
+
+
+class CommonError(UserError):
+    """A UserError that every rank raises: only the main rank shows it."""
+
+    status = 2
+
+
+class RunError(CommonError):
+    """Ends a run that began well, whatever the user gave it: exit status 1."""
+
+    status = 1

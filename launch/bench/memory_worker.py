@@ -16,7 +16,8 @@ from launch.bench.meter import Traffic, footprint
 from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run.state import State
 from pipeline.run.stats import Stats

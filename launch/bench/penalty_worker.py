@@ -22,7 +22,8 @@ from pipeline.config import WeightPenalty
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import import_deepspeed
 from pipeline.players import build

@@ -17,7 +17,8 @@ import torch
 from launch.bench.penalty_worker import noise
 from pipeline import config
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run.saving import Saver
 from pipeline.run.state import State

@@ -21,8 +21,10 @@ from launch.processes import cores, free_port
 from launch.slurm.nodes import code, versions
 from pipeline import config
 from pipeline.config import UserError
+from pipeline.console import end_process
 from pipeline.data.index import load_index
-from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 
 _SMALL, _LARGE = 1, 2**24  # fp32 numbers in an all-reduce
 _TIMEOUT_S = 120

@@ -16,8 +16,9 @@ import torch
 
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
+from pipeline.console import end_process
 from pipeline.parallel.loss_scale import START
-from pipeline.parallel.ranks import Ranks, end_process
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 

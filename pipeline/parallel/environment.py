@@ -1,7 +1,7 @@
 """Environment variables that launchers leave to the processes they start, and that others leave lying about.
 
 A PyTorchJob's pod, an MPI job or a debugging shell has variables of the same names as ours. Those of the
-launcher that did start a process are read by ranks.py; all others are cleared before a library obeys them.
+launcher that did start a process are read by launched.py; all others are cleared before a library obeys them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who am I, how many are we, on which device, under which strategy: read from what the launcher set up."""
+"""The processes training together: who this one is, and how they talk to each other."""
 
 from __future__ import annotations
 
@@ -8,86 +8,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from pipeline import console
-from pipeline.config import UserError
-from pipeline.parallel.environment import clear_for, flag, place_of, started_alone
+from pipeline.errors import CommonError, UserError
+from pipeline.parallel.environment import clear_for, flag
+from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.whereabouts import Progress
-from pipeline.parallel.zero_settings import read_settings
 
-Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-Precision = Literal["no", "bf16", "fp16"]
 T = TypeVar("T")
 _LONG_S = 10.0  # after which a person wonders what is being waited for
-_ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
-
-
-class CommonError(UserError):
-    """A UserError that every rank knows of: the main rank tells."""
-
-    status = 2
-
-
-class RunError(CommonError):
-    """What ends a run that began well, whatever the user gave it: exit status 1."""
-
-    status = 1
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher asked for, before anything is joined."""
-
-    strategy: Strategy
-    precision: Precision
-    rank: int
-    world: int
-    zero: dict[str, Any] | None = None  # DeepSpeed's settings as the launcher gave them
-    keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
-
-
-def read_launch(environ: dict[str, str] | None = None) -> Launch:
-    """Strategy, precision, rank and world size from the environment `accelerate launch` made.
-
-    Raises UserError for a launcher set-up that would quietly train something else.
-    """
-    env = dict(os.environ) if environ is None else environ
-    env = {name: value for name, value in env.items() if value}
-    rank, world = place_of(env)
-    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if precision not in ("no", "bf16", "fp16"):
-        raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
-    if "WORLD_SIZE" not in env and env.get("MASTER_PORT"):
-        raise UserError(
-            "The launcher was told to start several processes but its file says distributed_type: NO, so "
-            "each would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy); for "
-            "one process, unset MASTER_PORT."
-        )
-    strategy = _strategy(env)
-    zero = read_settings(env) if strategy.startswith("zero") else None
-    keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
-
-
-def _strategy(env: dict[str, str]) -> Strategy:
-    if flag(env, "ACCELERATE_USE_DEEPSPEED"):
-        return _ZERO[read_settings(env)["zero_optimization"]["stage"]]
-    if flag(env, "ACCELERATE_USE_FSDP"):
-        if env.get("FSDP_VERSION") != "2":
-            raise UserError(
-                "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
-            )
-        return "fsdp2"
-    return "ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"
 
 
 class Ranks:
@@ -106,7 +41,8 @@ class Ranks:
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-        with _said_if_long(launch):
+        self.progress = progress or Progress()  # for whoever watches this rank
+        with self.progress.during("joining the other ranks"), _said_if_long(launch):
             state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
@@ -114,7 +50,6 @@ class Ranks:
                 "each would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=1."
             )
         self.rank, self.world = launch.rank, launch.world
-        self.progress = progress or Progress()  # for whoever watches over this rank
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.keep_gathered = launch.keep_gathered
         self.timeout = timeout  # of collectives
@@ -251,24 +186,3 @@ def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:
     if launch.world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     return {"store": launcher_store(timeout), "rank": launch.rank, "world_size": launch.world}
-
-
-def launcher_store(timeout: timedelta) -> Store:
-    """A connection to the launcher's store, for this attempt alone.
-
-    The store outlives a restart of the ranks (`accelerate launch --max_restarts`), and torch, left to
-    itself, then reads the addresses of processes that are gone whenever it is the faster.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
-    return PrefixStore(f"shardgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def end_process(status: int) -> NoReturn:
-    """End this process here and now, when all is written and said.
-
-    At the interpreter's own pace, threads of torch.distributed and DeepSpeed that outlive the objects they
-    wait on abort the process now and then, and a launcher takes a finished training for a failed one.
-    """
-    console.settle()
-    os._exit(status)

@@ -46,7 +46,7 @@ class ZeroEngine(Engine):
             self._ds, *_ = import_deepspeed(ranks.device).initialize(
                 model=module,
                 optimizer=self._optimizer,
-                config=deepspeed_config(ranks, player.optimizer, batch, elements),
+                config=deepspeed_config(ranks.zero, ranks.precision, player.optimizer, batch, elements),
                 dist_init_required=False,
             )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
@@ -147,6 +147,7 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.doing("backward")
         self._ds.backward(self.scaled(loss))  # divides by the rounds itself
         if self._r1_round is not None:
             self._r1_round.__exit__(None, None, None)
@@ -163,6 +164,7 @@ class ZeroEngine(Engine):
     # The step
 
     def step(self) -> dict[str, Contribution]:
+        self.doing("step")
         self._penalties = penalties = self.penalty.values()
         self._asked = False
         self._ds.step()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d as c10d
@@ -16,9 +17,6 @@ from torch.distributed import distributed_c10d as c10d
 from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.environment import whole_number
-
-if TYPE_CHECKING:
-    from pipeline.parallel.ranks import Ranks
 
 Settings = dict[str, Any]
 _ONE_GROUP = 10**15  # elements in a stage-3 sub-group: all of them
@@ -68,12 +66,14 @@ def _number(text: str) -> float | str:
     return text if text in ("auto", "none", "None", "") else float(text)
 
 
-def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elements: int) -> Settings:
-    """The whole DeepSpeed config of one player, which has so many elements to train.
+def deepspeed_config(
+    given: Settings | None, precision: str, optimizer: Optimizer, batch: BatchShape, elements: int
+) -> Settings:
+    """The whole DeepSpeed config of one player with so many trainable elements.
 
-    Raises UserError where the launcher's numbers disagree with ours.
+    given: the launcher's. Raises UserError where its numbers disagree with ours.
     """
-    given: Settings = json.loads(json.dumps(ranks.zero))
+    given = copy.deepcopy(given or {})
     zero = given["zero_optimization"]
     ours: Settings = {
         "train_batch_size": batch.world * batch.local,
@@ -93,10 +93,10 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elem
         )
     for section in ("bf16", "fp16"):
         enabled = (given.pop(section, None) or {}).get("enabled", "auto")
-        if enabled not in ("auto", ranks.precision == section):
+        if enabled not in ("auto", precision == section):
             raise UserError(
                 f"The DeepSpeed config says {section}.enabled={enabled}, the launcher mixed_precision="
-                f"{ranks.precision}. Set it to auto there."
+                f"{precision}. Set it to auto there."
             )
     # It waits for the device in every pass and step, to report what is not printed.
     given.setdefault("timers", {"throughput": {"enabled": False}})
@@ -117,8 +117,8 @@ def deepspeed_config(ranks: Ranks, optimizer: Optimizer, batch: BatchShape, elem
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "torch_autocast": {
-                "enabled": ranks.low_precision is not None,
-                "dtype": str(ranks.low_precision or torch.bfloat16).removeprefix("torch."),
+                "enabled": precision != "no",
+                "dtype": "float16" if precision == "fp16" else "bfloat16",
                 "lower_precision_safe_modules": [],  # gradients are reduced in fp32
             },
         }

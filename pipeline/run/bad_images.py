@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.data.stream import too_many_bad
-from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.errors import CommonError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
 
 

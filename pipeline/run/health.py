@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping
 
 from pipeline.config import Run
-from pipeline.parallel.ranks import Ranks, RunError
+from pipeline.errors import RunError
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, counted
 from pipeline.run.stats import Reduced
 

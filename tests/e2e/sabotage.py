@@ -29,8 +29,10 @@ import pipeline.players
 import pipeline.run.saving
 import pipeline.run.session
 import pipeline.train
+from pipeline.console import end_process
 from pipeline.gan.losses import Adversarial, adversarial
-from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 BAD_RANK = 1

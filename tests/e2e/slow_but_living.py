@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
-from pipeline.parallel.ranks import Ranks, end_process, read_launch
+from pipeline.console import end_process
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 
 TIMEOUT = 5.0

@@ -17,7 +17,7 @@ LONG = "run.total_kimg=960"
 QUICK = """
 import sys
 from pipeline import lock
-from pipeline.parallel.ranks import end_process
+from pipeline.console import end_process
 from pipeline.train import main
 lock.BEAT_S = 1.0
 end_process(main(sys.argv[1:]))

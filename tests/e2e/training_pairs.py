@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pipeline import train
-from pipeline.parallel.ranks import end_process
+from pipeline.console import end_process
 
 
 def start(name: str, number: int, gate: int, arguments: list[str]) -> int:

@@ -50,7 +50,8 @@ def test_variables_of_other_launchers_do_not_reach_them(monkeypatch: pytest.Monk
 def test_a_process_that_is_alone_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `shardgan evaluate` is."""
     script = (
-        "import datetime; from pipeline.parallel.ranks import Launch, Ranks;"
+        "import datetime; from pipeline.parallel.launched import Launch;"
+        "from pipeline.parallel.ranks import Ranks;"
         "print(Ranks(Launch('single', 'no', 0, 1), datetime.timedelta(seconds=5)).world)"
     )
     stale = {

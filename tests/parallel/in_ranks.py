@@ -18,7 +18,7 @@ import wire
 from safetensors.torch import save_file
 
 from launch.selfcheck import parity
-from pipeline.parallel.ranks import end_process
+from pipeline.console import end_process
 
 CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves
 

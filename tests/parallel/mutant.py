@@ -16,11 +16,12 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import parity
+from pipeline.console import end_process
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import sum_of_squares
 from pipeline.parallel.fsdp2 import Fsdp2Engine
-from pipeline.parallel.ranks import Ranks, end_process
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 CASES = ("sgd-l2-free-1", "adam-l2-clipped-2")

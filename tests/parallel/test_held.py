@@ -13,7 +13,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.fsdp2 import refuse_ties
-from pipeline.parallel.ranks import read_launch
+from pipeline.parallel.launched import read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
 from pipeline.run.health import FORWARD
@@ -51,10 +51,8 @@ def test_the_launcher_says_whether_gathered_blocks_are_kept(said, kept):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
     def config(elements, **zero):
-        ranks = SimpleNamespace(
-            zero={"zero_optimization": {"stage": stage, **zero}}, precision="no", low_precision=None
-        )
-        return deepspeed_config(ranks, Optimizer(), BatchShape(2, 1, 2), elements)["zero_optimization"]
+        given = {"zero_optimization": {"stage": stage, **zero}}
+        return deepspeed_config(given, "no", Optimizer(), BatchShape(2, 1, 2), elements)["zero_optimization"]
 
     assert config(1000)["reduce_bucket_size"] == 1000
     assert config(10**9)["reduce_bucket_size"] < 10**8
@@ -73,7 +71,9 @@ def test_fsdp2_refuses_tied_parameters():
 def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_single_rank():
     """On a GPU it is two events per pass."""
     taken = []
-    player = SimpleNamespace(pace=SimpleNamespace(take=lambda: taken.append(1) or 0.5), replicated=True)
+    player = SimpleNamespace(
+        forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), replicated=True
+    )
     session = SimpleNamespace(ranks=SimpleNamespace(world=1))
     found = Session._of_this_rank(session, SimpleNamespace(G=player, D=player))
     assert found == {FORWARD: 1.0} and len(taken) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import mutant
 import pytest
@@ -13,7 +12,7 @@ from launch import selfcheck
 from launch.selfcheck import parity
 from pipeline.config import Optimizer, UserError
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.ranks import read_launch
+from pipeline.parallel.launched import read_launch
 from pipeline.parallel.zero_settings import deepspeed_config
 
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "RANK": "0"}
@@ -83,8 +82,7 @@ def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, settings,
 
 def completed(tmp_path, **settings):
     zero = read_launch(with_file(tmp_path, **settings)).zero
-    ranks = SimpleNamespace(zero=zero, precision="no", low_precision=None)
-    return deepspeed_config(ranks, Optimizer(clip=0.5), BatchShape(world=2, rounds=3, images=4), 1000)
+    return deepspeed_config(zero, "no", Optimizer(clip=0.5), BatchShape(world=2, rounds=3, images=4), 1000)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
 from pipeline.config import UserError
+from pipeline.errors import CommonError
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.ranks import CommonError, Ranks
+from pipeline.parallel.ranks import Ranks
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 

@@ -24,7 +24,8 @@ from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.locate import cache_folder
 from pipeline.gan.draws import Draws
-from pipeline.parallel.ranks import Ranks, read_launch
+from pipeline.parallel.launched import read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.run import evaluate, references, scores
 from pipeline.run import tensor_cache as cache
 from pipeline.run.features import Extractor, Inception, load_features

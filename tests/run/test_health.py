@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipeline.config import Run
+from pipeline.errors import RunError
 from pipeline.parallel.fragments import checksum
-from pipeline.parallel.ranks import RunError
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import spread

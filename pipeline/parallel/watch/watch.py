@@ -30,7 +30,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from pipeline.config import UserError
-from pipeline.parallel.ranks import CommonError, Launch, end_process, launcher_store
+from pipeline.console import end_process
+from pipeline.errors import CommonError
+from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.beats import Beat, Process, Verdict, read_beat, read_verdict
 from pipeline.parallel.watch.whereabouts import Progress, Whereabouts, look
 

@@ -1,0 +1,74 @@
+"""Strategy, precision, rank and world size: read from the environment that the launcher set up."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from pipeline.errors import UserError
+from pipeline.parallel.environment import flag, place_of, started_alone
+from pipeline.parallel.zero_settings import read_settings
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Precision = Literal["no", "bf16", "fp16"]
+_ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for, before the ranks meet."""
+
+    strategy: Strategy
+    precision: Precision
+    rank: int
+    world: int
+    zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
+    keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
+
+
+def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
+    """Raises UserError for a launcher set-up that would quietly train something else."""
+    env = {name: value for name, value in environ.items() if value}
+    rank, world = place_of(env)
+    precision = env.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16", "fp16"):
+        raise UserError(f"--mixed_precision {precision} is not one of no, bf16, fp16.")
+    if "WORLD_SIZE" not in env and env.get("MASTER_PORT"):
+        raise UserError(
+            "MASTER_PORT asks for several processes, but the launcher's file says distributed_type: NO: each "
+            "would train alone. Use --config_file launch/accelerate/ddp.yaml (or another strategy); for one "
+            "process, unset MASTER_PORT."
+        )
+    strategy, zero = _strategy(env)
+    keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
+
+
+def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
+    """The strategy, and DeepSpeed's settings if it has some."""
+    if flag(env, "ACCELERATE_USE_DEEPSPEED"):
+        settings = read_settings(env)
+        return _ZERO[settings["zero_optimization"]["stage"]], settings
+    if flag(env, "ACCELERATE_USE_FSDP"):
+        if env.get("FSDP_VERSION") != "2":
+            raise UserError(
+                "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
+            )
+        return "fsdp2", None
+    return ("ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"), None
+
+
+def launcher_store(timeout: timedelta) -> Store:
+    """A connection to the launcher's store, for this attempt alone.
+
+    The store outlives a restart of the ranks (`accelerate launch --max_restarts`); without a prefix of its
+    own, a faster rank may read addresses of processes that are gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(f"shardgan/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
