@@ -33,7 +33,14 @@ ARROWS = {
         "pipeline.lock",
         "pipeline.plugins",
     ),
-    "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.gan.penalised"),
+    "pipeline.parallel": (
+        "pipeline.config",
+        "pipeline.console",
+        "pipeline.errors",
+        "pipeline.gan.penalised",
+        "pipeline.gan.draws.Drawn",
+        "pipeline.gan.schedules.Rates",
+    ),
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",
         "pipeline.config",
