@@ -12,6 +12,7 @@ from typing import Any
 from pipeline import config, console
 from pipeline.config import UserError
 from pipeline.run.folder import DONE, STOPPED, reference_of
+from pipeline.run.references import differences
 from pipeline.run.rows import rows
 
 
@@ -69,13 +70,7 @@ def _compare(runs: Sequence[Run]) -> Iterator[str]:
     """Mark the runs whose scores are against something else than the first one's, and say what."""
     scored = [run for run in runs if run.reference]
     for run in scored[1:]:
-        first = scored[0].reference
-        apart = [
-            f"{part}.{key} {about.get(key)} (not {first[part].get(key)})"
-            for part, about in run.reference.items()
-            for key in (dict.fromkeys([*first[part], *about]) if part in first else ())
-            if about.get(key) != first[part].get(key)
-        ]
+        apart = differences(scored[0].reference, run.reference)
         if apart:
             run.mark = " *"
             yield (

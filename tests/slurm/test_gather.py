@@ -52,7 +52,7 @@ def test_scores_against_other_references_are_marked(listed: Path, capsys: pytest
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("runs/b *  done") and [line.count("*") for line in table] == [0, 0, 1, 0, 1]
     assert "runs/b is scored against other references than runs/a" in table[4]
-    assert "heldout.images 40 (not 20)" in table[4]
+    assert "heldout, images: 20 → 40" in table[4]
 
 
 def test_a_list_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
