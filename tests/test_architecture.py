@@ -15,6 +15,7 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
     "pipeline.credentials": (),
+    "pipeline.durable": (),
     "pipeline.errors": (),
     "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors"),
     "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.config_layers"),
@@ -30,6 +31,7 @@ ARROWS = {
         "pipeline.config",
         "pipeline.console",
         "pipeline.credentials",
+        "pipeline.durable",
         "pipeline.lock",
         "pipeline.plugins",
     ),
@@ -45,6 +47,7 @@ ARROWS = {
         "pipeline.STOP_SIGNALS",
         "pipeline.config",
         "pipeline.credentials",
+        "pipeline.durable",
         "pipeline.errors",
         "pipeline.lock",
         "pipeline.plugins",
