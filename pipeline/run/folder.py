@@ -70,6 +70,22 @@ def claim_folder(
         return resolved, folder, lock
 
 
+def hold_folder(
+    config: Config, ranks: Ranks, signals: StopSignals, held: ExitStack
+) -> tuple[Config, Path, Callable[[], None]]:
+    """`claim_folder` on the main rank, for all, until `held` is closed; also a check that it is still held."""
+    locks: list[Lock] = []
+
+    def claim() -> tuple[Config, Path]:
+        resolved, folder, lock = claim_folder(config, say, lambda: signals.received is not None)
+        if lock is not None:
+            locks.append(held.enter_context(lock))
+        return resolved, folder
+
+    resolved, folder = ranks.broadcast_from_main(claim)
+    return resolved, folder, locks[0].check if locks else lambda: None
+
+
 def refuse_running(folder: Path) -> None:
     """Raises UserError if a training on this machine is at work in a run folder, which is all that can be
     seen at once."""

@@ -235,6 +235,21 @@ class MainReport(Report):
         return text
 
 
+def open_report(
+    config: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
+) -> Report:
+    """Where the run reports to: nowhere on all ranks but the main one. Sets the tracker's run id in `state`."""
+    ranks.progress.doing = "starting its reports"
+    if not ranks.main:
+        state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
+        return Report()
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
+    tracker = open_tracker(config, folder, True, state.wandb_id, say)
+    state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
+    total = round(config.run.total_kimg * 1000)
+    return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
+
+
 def _bar(total_nimg: int, cur_nimg: int) -> tuple[Progress, TaskID]:
     console = Console(file=sys.stdout)
     progress = Progress(
