@@ -26,9 +26,7 @@ from pipeline.gan.resnet import Discriminator
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
-from pipeline.players import build
-from pipeline.run.state import State
-from pipeline.step import Gan
+from pipeline.players import Gan, build
 
 Found = dict[str, Any]
 
@@ -120,7 +118,7 @@ def begin(pair: list[str]) -> tuple[Ranks, Gan, Iterator[Batch], Found]:
     ranks = Ranks(read_launch(), timedelta(seconds=600))
     resolved = config.load(None, pair)
     shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, State(), ranks, shape)
+    gan = build(resolved, ranks, shape)
     images = torch.randint(
         0, 256, (shape.local, 3, resolved.data.size, resolved.data.size), dtype=torch.uint8
     )

@@ -11,12 +11,14 @@ import abc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
+from pipeline.gan.draws import Drawn
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.buffers import Buffers, BufferSnapshot
 from pipeline.parallel.forward_timing import ForwardTimer
@@ -33,19 +35,6 @@ class Contribution:
     total: torch.Tensor
     weight: float
     unit: float  # what all ranks' weights of one update come to
-
-
-class Drawn(Protocol):
-    """What is drawn at random for one global batch, the same on every rank."""
-
-    @property
-    def z(self) -> torch.Tensor: ...  # [batch_size, z_dim] fp32, CPU
-
-    @property
-    def c(self) -> torch.Tensor | None: ...  # [batch_size] int64, CPU
-
-    @property
-    def seed(self) -> int: ...  # of randomness inside the networks (dropout)
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
+        self.twice = False  # whether this turn differentiates the player's passes twice
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         # Which parameters train is the user's choice at construction: freezing for the other player's
@@ -85,8 +75,9 @@ class Engine(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def replicated(self) -> bool:
-        """Whether every rank holds all elements (else each element is on exactly one rank)."""
+    def copies(self) -> int:
+        """How many ranks hold each element: 1 if it is sharded over all ranks, their number if each holds
+        all. Between them, ranks next to each other hold one copy together."""
 
     @abc.abstractmethod
     def forward(self, *inputs: Any) -> torch.Tensor:
@@ -101,9 +92,12 @@ class Engine(abc.ABC):
         """Accumulate the gradient of one round's loss; the rounds of an update are averaged."""
 
     @abc.abstractmethod
-    def step(self) -> dict[str, Contribution]:
-        """Add the weight penalties, clip, update. Returns what is to be charted: the penalties at the
-        weights before the update, and the squared gradient norm (penalties included, before clipping)."""
+    def step(self, now: Rates) -> dict[str, Contribution]:
+        """Add the weight penalties, clip, update at the rates of `now`.
+
+        Returns charts: the penalties at the weights before the update, and the squared gradient norm
+        (penalties included, before clipping).
+        """
 
     @abc.abstractmethod
     def moments(self) -> list[dict[str, torch.Tensor]]:
@@ -140,11 +134,14 @@ class Engine(abc.ABC):
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
     @contextmanager
-    def updating(self, frozen: Engine) -> Iterator[None]:
-        """This player's turn: the other one is frozen, and gradients start and end empty."""
+    def updating(self, frozen: Engine, twice: bool = False) -> Iterator[None]:
+        """This player's turn: the other one is frozen, and gradients start and end empty.
+
+        twice: a gradient penalty differentiates this player's passes a second time.
+        """
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
-        frozen.frozen = True
+        frozen.frozen, self.twice = True, twice
         self.begin_turn()
         frozen.begin_turn()
         snapshot, self._skipped = BufferSnapshot(self._buffers, frozen._buffers), None
@@ -156,7 +153,7 @@ class Engine(abc.ABC):
             self.zero_grad()
             self.end_turn()
             frozen.end_turn()
-            frozen.frozen = False
+            frozen.frozen = self.twice = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
 
@@ -180,6 +177,19 @@ class Engine(abc.ABC):
                     None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
                 )
 
+    @property
+    def in_first_copy(self) -> bool:
+        """Whether this rank's fragments are part of the first copy, the one that is written to disk."""
+        return self.ranks.rank < self.ranks.world // self.copies
+
+    def total(self, local: torch.Tensor) -> torch.Tensor:
+        """A scalar summed over this rank's fragments → summed over all elements, the same on every rank; one
+        all-reduce of it, in place, where no rank holds all."""
+        if self.copies == self.ranks.world:
+            return local
+        total = self.ranks.sum(local)
+        return total if self.copies == 1 else total / self.copies
+
     def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank.
 
@@ -187,9 +197,10 @@ class Engine(abc.ABC):
         for the step.
         """
         for fragment, piece in zip(self.fragments, pieces, strict=True):
-            if not self.replicated:
+            if self.copies < self.ranks.world:
                 flat = torch.zeros(fragment.shape.numel(), device=self.ranks.device)
-                flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
+                if self.in_first_copy:
+                    flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
                 piece = self.ranks.sum(flat)
             yield fragment.name, piece.view(fragment.shape)
 
@@ -222,9 +233,9 @@ class Engine(abc.ABC):
         return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
-        decided alike everywhere. Not finite where a penalty's value is not, either."""
-        return self.ranks.sum(poisoned(squares, penalties).to(self.ranks.device))
+        """The squared gradient norm from this rank's part of it: the same everywhere, so that all ranks clip
+        and skip alike. Not finite if a penalty's value is not."""
+        return self.total(poisoned(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
@@ -232,11 +243,6 @@ class Engine(abc.ABC):
         self._skipped = not_finite(squares)
         self._found_inf = self._skipped.float()
         return self._found_inf
-
-    def share(self, local: torch.Tensor) -> Contribution:
-        """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
-        world = float(self.ranks.world)
-        return Contribution(local, 1.0, world) if self.replicated else Contribution(local, 1.0 / world, 1.0)
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:
         """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
@@ -249,8 +255,10 @@ class Engine(abc.ABC):
         }
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
-        """{part: sum over local fragments} → {"section/player/part": its share}."""
-        return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
+        """{part: sum over this rank's fragments} → {"section/player/part": its contribution}. Over all ranks
+        such sums come to `copies` times the whole."""
+        weight, unit = self.copies / self.ranks.world, float(self.copies)
+        return {f"{section}/{self.player.name}/{p}": Contribution(v, weight, unit) for p, v in local.items()}
 
 
 def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

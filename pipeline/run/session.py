@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from pipeline.errors import RunError
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
+from pipeline.players import Gan
 from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents
@@ -38,15 +38,12 @@ from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report, counted
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
+from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
 
-if TYPE_CHECKING:
-    from pipeline.step import Gan
-
 _MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
-_LEADING = {"kid": ("Metrics/kid",), "fd": ("Metrics/fd_", "Metrics/fid")}  # what checkpoints are compared by
 
 
 class _Interrupted(Exception):
@@ -256,13 +253,13 @@ class Session:
         pace = {FORWARD: sum(p.forward_timer.take() for p in players)}
         if self.ranks.world == 1:
             return pace
-        copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}
+        replicated = (p for p in players if p.copies == self.ranks.world)
+        copies = {p.player.name: [f.data for f in p.fragments] for p in replicated}
         return pace | {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
-        wanted = [_LEADING[metric] for metric in self.config.score.metrics if metric in _LEADING]
-        name = next((key for names in wanted for key in scores if key.startswith(names)), None)
+        name = leading_chart(self.config.score.metrics, list(scores))
         if name is None:
             return
         score, best = scores[name], state.best

@@ -22,8 +22,9 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, update_D, update_G
+from pipeline.step import update_D, update_G
 
 _NETWORKS = (
     "G.options={width: 5, norm: batch}",
@@ -95,13 +96,13 @@ def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) ->
             images = torch.full(reals.images.shape, torch.inf) if infinite else reals.images
             update_D(gan, reals._replace(images=images), nimg, stats)
 
-        def turn_of_G(gan: Gan, _infinite: bool, nimg: int = nimg) -> None:
-            update_G(gan, nimg + case.batch, stats)
+        def turn_of_G(gan: Gan, _infinite: bool, reals: Batch = reals, nimg: int = nimg) -> None:
+            update_G(gan, reals, nimg + case.batch, stats)
 
         for player, turn in (("D", turn_of_D), ("G", turn_of_G)):
             tries(player, gan, turn)
             turn(gan, False)
-        gan.G_ema.update(gan.ema_beta(nimg))
+        gan.G_ema.update(gan.at(nimg).ema_beta)
     return _snapshot(gan, moments=True)
 
 
