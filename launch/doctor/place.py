@@ -20,7 +20,7 @@ from launch.processes import is_free
 from launch.train import check_space
 from pipeline.config import UserError
 from pipeline.data.index import Index
-from pipeline.data.locate import cache_folder
+from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
 from pipeline.run.wandb_mode import choose_mode, names
 
