@@ -116,7 +116,7 @@ def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
 def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]:
     """Milliseconds for both ‖W‖² over fragments, and on gathered weights without and with autograd."""
     ways: dict[str, Callable[[Engine], object]] = {
-        "value_ms": partial(_over_fragments, ranks),
+        "value_ms": _over_fragments,
         "gathered_value_ms": partial(_gathered, ranks, gradient=False),
         "gathered_autograd_ms": partial(_gathered, ranks, gradient=True),
     }
@@ -128,10 +128,9 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def _over_fragments(ranks: Ranks, engine: Engine) -> torch.Tensor:
+def _over_fragments(engine: Engine) -> torch.Tensor:
     """As it is charted: each rank's sum over its own elements, and one all-reduce of a scalar."""
-    local = engine.penalty.values()["l2_penalty"]  # type: ignore[attr-defined]
-    return local if engine.replicated else ranks.sum(local)
+    return engine.total(engine.penalty.values()["l2_penalty"])  # type: ignore[attr-defined]
 
 
 def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:

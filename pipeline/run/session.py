@@ -256,7 +256,8 @@ class Session:
         pace = {FORWARD: sum(p.forward_timer.take() for p in players)}
         if self.ranks.world == 1:
             return pace
-        copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}
+        replicated = (p for p in players if p.copies == self.ranks.world)
+        copies = {p.player.name: [f.data for f in p.fragments] for p in replicated}
         return pace | {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
