@@ -19,7 +19,6 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
-from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -31,7 +30,7 @@ def main(out: Path, settings: list[str]) -> None:
     ranks = Ranks(read_launch(), timedelta(seconds=600))
     resolved = config.load(None, settings)
     shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, State(), ranks, shape)
+    gan = build(resolved, ranks, shape)
     reals, stats = noise(resolved, shape.local), Stats(ranks.device)
     for update in range(_UPDATES - 1):
         train_step(gan, reals, update * gan.batch_size, stats)

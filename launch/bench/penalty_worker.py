@@ -26,10 +26,9 @@ from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import import_deepspeed
-from pipeline.players import build
-from pipeline.run.state import State
+from pipeline.players import Gan, build
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, train_step
+from pipeline.step import train_step
 
 _WARM_UP = 1  # pairs of steps that do not count
 
@@ -62,7 +61,7 @@ def main(out: Path, steps: int, settings: list[str]) -> None:
     ranks = Ranks(read_launch(), timedelta(seconds=600))
     resolved = config.load(None, settings)
     shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, State(), ranks, shape)
+    gan = build(resolved, ranks, shape)
     found: dict[str, Any] = {"strategy": ranks.strategy, "world": ranks.world, "device": ranks.device.type}
     found |= {"images_per_rank": shape.local, "threads": torch.get_num_threads(), "torch": torch.__version__}
     for engine in (gan.G, gan.D):

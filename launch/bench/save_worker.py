@@ -31,7 +31,7 @@ def main(out: Path, times: int, settings: list[str]) -> None:
     ranks = Ranks(read_launch(), timedelta(seconds=600))
     resolved, state = config.load(None, settings), State()
     shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, state, ranks, shape)
+    gan = build(resolved, ranks, shape)
     reals, stats = noise(resolved, shape.local), Stats(ranks.device)
     folder = Path(ranks.broadcast_from_main(lambda: tempfile.mkdtemp(prefix="checkpoints-", dir=out.parent)))
     saver = Saver(folder, ranks, keep=1)
