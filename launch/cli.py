@@ -53,7 +53,7 @@ def main() -> None:
 
 def _call() -> None:
     from pipeline.config import UserError
-    from pipeline.home import provide_home
+    from pipeline.folders import provide_home
 
     provide_home()
     try:

@@ -32,8 +32,8 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, split_of
 from pipeline.data.stream import TrainingBatches, check_images, label_frequencies, training_batches
 from pipeline.errors import CommonError
+from pipeline.folders import provide_home
 from pipeline.gan.networks import check_networks
-from pipeline.home import provide_home
 from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
