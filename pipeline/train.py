@@ -24,7 +24,7 @@ from contextlib import ExitStack, closing
 from pipeline import console, loop
 from pipeline.config import Config, load
 from pipeline.errors import CommonError, UserError
-from pipeline.home import provide_home
+from pipeline.folders import provide_home
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.launched import Launch, read_launch
 from pipeline.parallel.ranks import Ranks

@@ -23,9 +23,11 @@ def conclude(
     ranks.progress.doing = "exporting"
     reasons = filter(None, ranks.gather_objects(received))
     ranks.broadcast_from_main(
-        lambda: _finish(folder, gan, state, report)
-        if completed
-        else _stop(folder, state, report, next(reasons, ""))
+        lambda: (
+            _finish(folder, gan, state, report)
+            if completed
+            else _stop(folder, state, report, next(reasons, ""))
+        )
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -14,6 +15,11 @@ from pydantic import TypeAdapter
 from pipeline import config
 from pipeline.config import Config, Ema, UserError
 from pipeline.lock import HeldError, Lock, refuse_held, take
+from pipeline.run.report import say
+
+if TYPE_CHECKING:
+    from pipeline.parallel.ranks import Ranks
+    from pipeline.run.stop import StopSignals
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
 REFERENCE = "reference.json"  # what its scores are against
@@ -73,7 +79,7 @@ def claim_folder(
 def hold_folder(
     config: Config, ranks: Ranks, signals: StopSignals, held: ExitStack
 ) -> tuple[Config, Path, Callable[[], None]]:
-    """`claim_folder` on the main rank, for all, until `held` is closed; also a check that it is still held."""
+    """`claim_folder` on the main rank, until `held` is closed; also a check that it is still held."""
     locks: list[Lock] = []
 
     def claim() -> tuple[Config, Path]:

@@ -25,7 +25,7 @@ def checked_index(config: Config, announce: bool) -> Index:
 
 
 def agreed_data(config: Config, ranks: Ranks) -> tuple[Index, Split]:
-    """The index on every rank, and what of it is trained on. Raises CommonError unless it is the same on all."""
+    """The index, and what of it is trained on. Raises CommonError unless it is the same on all ranks."""
     ranks.progress.doing = "reading the index of the data"
     with ranks.raise_together():  # the main rank first: it may have to build what the others then read
         if ranks.main:

@@ -72,7 +72,7 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
 
 
 def _moved(folder: Path, saved: State, state: State, new_data: bool) -> State:
-    """The saved state on the new data of `state`. Raises CommonError where that is not wanted or cannot be."""
+    """The saved state on the data of `state`. Raises CommonError if that is not wanted or impossible."""
     if not new_data:
         raise CommonError(
             f"{folder} was trained on other data, or on another split of them: resuming would mix the two. "

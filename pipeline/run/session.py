@@ -72,11 +72,8 @@ class Session:
         self._saved: float | None = None  # when a save last began
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
 
-    # Once, and as training goes
-
     def begin(self, gan: Gan, evaluate: bool) -> bool:
-        """Before the first update: real images, G's first ones and their scores. False if asked to stop
-        meanwhile."""
+        """Before the first update: sample grids and scores. False if asked to stop meanwhile."""
         if self._heldout.size:
             self._grids.reals(lambda: self._heldout.some(GRID))
         self.snapshot(gan, 0)
@@ -98,10 +95,10 @@ class Session:
         return self._progress.during("in an update", updating=True)
 
     def exchange(self) -> Callable[[], bool]:
-        """Send all ranks this one's flags: asked to stop, and how its save gets on.
+        """Send the other ranks this one's flags: whether it was asked to stop, and how its save gets on.
 
-        The result, called later, waits for the others' flags, moves the save on, and returns whether any rank
-        was asked to stop. It raises RunError when too many saves have failed.
+        The result waits for theirs, moves the save on and returns whether any rank was asked to stop. It
+        raises RunError when too many saves have failed.
         """
         answer = self._ranks.poll_any(self._signals.received is not None, *self._saver.flags)
 
@@ -163,7 +160,12 @@ class Session:
             self._report.flush()
             self._bad.exchange()
             state.stats = self._ranks.gather_objects(stats.state())
-            self._heed(self._finish_last())
+            start = time.perf_counter()
+            complaints = self._saver.finish()  # of the last save, done by now unless storage is slow
+            before, self._saved = self._saved, time.perf_counter()
+            if before is not None:
+                self._health.compare_wait(self._saved - start, self._saved - before)
+            self._heed(complaints)
             self._saver.begin([gan.G, gan.D], gan.G_ema, state)
             if self._ranks.main:  # of the checkpoint before, which is whole by now
                 self._spectrum.submit(spectrum.record, self._folder, shapes(gan), self._report.still_ours)
@@ -176,12 +178,13 @@ class Session:
         if self._saver.failures:
             raise RunError(f"The last checkpoint could not be written. {_MAKE_ROOM}")
 
-    def check_end(self) -> None:
-        """Raises RunError when the run reached its last image without training."""
-        self._health.check_end()
-
     def conclude(self, gan: Gan, state: State, completed: bool) -> None:
-        """Leave the marker that says how the run ended; export the networks of a completed one."""
+        """Leave the marker that says how the run ended; export the networks of a completed one.
+
+        Raises RunError when a run reached its end with its last updates skipped.
+        """
+        if completed:
+            self._health.check_end()
         conclude(self._folder, gan, state, self._report, self._ranks, self._signals.received, completed)
 
     # Pieces of the above
@@ -204,17 +207,8 @@ class Session:
             "Progress/bad_images": self._bad.known,
             "Resources/peak_mem_gb": max(each["memory"]),
             **self.clock.charts(each["seconds"], each["waited"], cur_nimg),
-            **(slowest(each[FORWARD]) if self._ranks.world > 1 else {}),
+            **slowest(each[FORWARD]),
         }
-
-    def _finish_last(self) -> list[str]:
-        """Complaints of the previous save, which takes no time to finish by now, or storage is slow."""
-        start, before = time.perf_counter(), self._saved
-        complaints = self._saver.finish()
-        self._saved = time.perf_counter()
-        if before is not None:
-            self._health.compare_wait(self._saved - start, self._saved - before)
-        return complaints
 
     def _heed(self, complaints: list[str]) -> None:
         """One failed save is no reason to stop; several in a row are."""

@@ -90,8 +90,8 @@ class StopSignals:
 
     @contextmanager
     def joining(self, alone: bool = False) -> Iterator[None]:
-        """While this rank waits for others, who may never come (alone: there are none): a signal ends it within
-        a second or two, with status INTERRUPTED or TERMINATED. The launcher then ends the others."""
+        """While this rank waits for others, who may never come (alone: there are none): a signal ends it in a
+        second or two, with status INTERRUPTED or TERMINATED. The launcher then ends the others."""
         self._joining = not alone
         try:
             yield

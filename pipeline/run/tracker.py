@@ -11,6 +11,7 @@ import io
 import os
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,14 +23,7 @@ import yaml
 
 from pipeline.config import Config, dump
 from pipeline.credentials import redacted
-from pipeline.run.wandb_files import (
-    Tracked,
-    last_step,
-    leave_to_the_server,
-    mend,
-    recall,
-    remember,
-)
+from pipeline.run.wandb_files import Tracked, last_step, leave_to_the_server, mend, recall, remember
 from pipeline.run.wandb_mode import Mode, choose_mode, names
 
 if TYPE_CHECKING:
@@ -116,6 +110,7 @@ def open_tracker(config: Config, folder: Path, main: bool, run_id: str | None, a
         return NullTracker(run_id)
     if mode == "disabled":
         return NullTracker(run_id)
+    sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
     known = recall(folder)
     run_id = run_id or (known.run_id if known else None)
     if known is None or known.run_id != run_id:
