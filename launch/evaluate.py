@@ -82,7 +82,7 @@ def evaluate(
 
 def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
     from pipeline.data.index import load_index
-    from pipeline.data.plan import training_plan
+    from pipeline.data.plan import split_of
     from pipeline.gan.draws import Draws
     from pipeline.parallel.launched import Launch
     from pipeline.parallel.ranks import Ranks
@@ -94,8 +94,7 @@ def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, flo
     extractor = load_features(score.features)
     assert data.train is not None
     index = load_index(data.train, click.echo, data.remote)
-    split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
-    if (training_plan(*split).fingerprint, index.fingerprint) != (state.plan, state.data):
+    if (split_of(settings, index).training().fingerprint, index.fingerprint) != (state.plan, state.data):
         raise UserError(
             f"{index.where} does not hold what this run was trained on, so images held out now may have been "
             "trained on then. Give the place of the original shards with --data."

@@ -1,9 +1,8 @@
-"""Every knob there is, as frozen dataclasses: defaults < YAML file < `key=value` on the command line.
+"""Every setting, as frozen dataclasses: defaults < YAML file < `key=value` on the command line.
 
-A config file holds only what differs from the defaults below; the resolved whole is written beside the
-results (`runs/<name>/config.yaml`) and reproduces the run when loaded. How many processes take part, and
-under which strategy and precision, is deliberately not here: that is read from the launcher, so the two
-cannot disagree.
+A config file holds only what differs from the defaults below. The resolved config is written to
+`runs/<name>/config.yaml`; loading it reproduces the run. The number of processes, the strategy and the
+precision are not settings: they are read from the launcher, so the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline.config_layers import read_file, read_override
 from pipeline.credentials import reason, redacted, scrubbed
-from pipeline.errors import UserError as UserError  # is part of this module
+from pipeline.errors import UserError as UserError  # part of this module
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -40,14 +39,14 @@ def _plain_name(name: str | None) -> str | None:
     if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
     if name is not None and not name.isprintable():
-        raise ValueError("has characters that cannot be printed, or that this shell's locale does not know")
+        raise ValueError("has characters that cannot be printed, or are not in this shell's locale")
     return name
 
 
 def _place(text: str) -> str:
-    """A path on this machine without `~` and `$VARIABLE`; a URL as it is."""
+    """A local path with `~` and `$VARIABLE` expanded; a URL unchanged."""
     if "://" in text:
-        plain = text if "@" in text else text.replace(" ", "-")  # a key of S3 may hold blanks, a login none
+        plain = text if "@" in text else text.replace(" ", "-")  # S3 keys may contain blanks, logins may not
         if not re.fullmatch(r"\w+://((?!://)[^\s\x00-\x1f])+", plain):
             raise ValueError("is neither a path nor one URL")
         return text
@@ -76,45 +75,45 @@ class Run:
     checkpoint_kimg: Positive = 50.0
     eval_kimg: Positive = 100.0  # scores on held-out images
     keep: Count = 2  # newest checkpoints kept, and the one with the best score
-    max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row; training goes on until then
-    max_skipped: Annotated[int, Field(ge=0)] = 10  # updates of a player, not finite: in a tick or in a row
+    max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row before the run ends
+    max_skipped: Annotated[int, Field(ge=0)] = 10  # non-finite updates of a player, in a tick or in a row
     stop_signal: Signal = "USR1"  # save and stop, as on SIGTERM and Ctrl-C
-    grace: Positive = 90.0  # seconds from being told to stop until all is saved and the processes have ended
+    grace: Positive = 90.0  # seconds from a stop signal to all processes saved and gone
     resume: bool = True  # False: start over under a new name, never over old files
-    new_data: bool = False  # go on with other shards than the run was trained on so far
-    timeout_s: Positive = 600.0  # a rank that does not answer for so long ends the job
+    new_data: bool = False  # resume with other shards than the run was trained on
+    timeout_s: Positive = 600.0  # a rank without a sign of life for this long ends the job
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Remote:
-    """Shards that are not on this machine: whole ones are kept on its disk, shared by all ranks and runs."""
+    """Remote shards, cached whole on the local disk and shared by all ranks and runs."""
 
     folder: str | None = None  # on the node's own disk; None: shards/ in $SHARDGAN_CACHE or ~/.cache/shardgan
-    gb: Positive = 50.0  # at most so much there; what has not been read for longest goes first
-    stall_s: Positive = 30.0  # a transfer that brings nothing for so long is begun again
-    timeout_s: Annotated[float, Field(gt=0, le=500)] = 300.0  # not here after so long: the run ends
+    gb: Positive = 50.0  # size limit; the least recently read shards are removed first
+    stall_s: Positive = 30.0  # a transfer without progress for this long is restarted
+    timeout_s: Annotated[float, Field(gt=0, le=500)] = 300.0  # a shard missing for this long ends the run
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Data:
-    """Which images, at what size, and which of them are never trained on."""
+    """Which images, at what size, and which of them are held out."""
 
     train: Place | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
     size: Count = 32  # pixels, height = width
     channels: Literal[1, 3] = 3
     conditional: bool = False  # train on the shards' .cls labels
-    batch_size: Count = 64  # global, per D update: divided over ranks and rounds
-    batch_gpu: Count | None = None  # at most so many images at once on one device; rounds follow
+    batch_size: Count = 64  # global, per D update; divided over ranks and rounds
+    batch_gpu: Count | None = None  # at most this many images at once on a device; rounds follow
     workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0: in the training process
-    window: Count = 16  # shards shuffled together; more: better shuffled, more open shards
+    window: Count = 16  # shards shuffled together; more mixes better, with more open files
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the samples held out, if folds is not set
-    xflip: bool = False  # mirror every other image, anew in each epoch
+    xflip: bool = False  # mirror half of the images, others in each epoch
     remote: Remote = Remote()
     stages: tuple[str, ...] = ()  # your own webdataset stages, each package.module:name, before decoding
-    cache: Literal["none", "ram"] = "none"  # ram: an image is decoded once, then kept in memory, if all fit
-    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that others stand in for; more end the run
-    folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of so many parts …
-    fold: Annotated[int, Field(ge=0)] = 0  # … namely this one
+    cache: Literal["none", "ram"] = "none"  # ram: decode each image once and keep it in memory, if all fit
+    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that are replaced by others; more end the run
+    folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of this many parts …
+    fold: Annotated[int, Field(ge=0)] = 0  # … this one
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -123,7 +122,7 @@ class Generator:
 
     kind: str = "dcgan"  # or resnet, or package.module:Class
     z_dim: Count = 128
-    width: Count = 64  # channels of the layer next to the image; each layer further in doubles it
+    width: Count = 64  # channels next to the image; doubled with each layer further in
     depth: Count = 1  # resnet: residual blocks per resolution
     norm: Norm = "batch"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -146,7 +145,7 @@ class Discriminator:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
-    """The adversarial part. `minimax` is the article's, `nonsaturating` Goodfellow's practical form of it."""
+    """The adversarial loss. `minimax` is the article's, `nonsaturating` Goodfellow's practical form."""
 
     kind: Literal["minimax", "nonsaturating", "hinge", "least_squares"] = "nonsaturating"
     D_steps: Count = 1  # D updates per G update, each on fresh reals and latents
@@ -154,7 +153,7 @@ class Loss:
 
 @dataclass(frozen=True, config=_STRICT)
 class WeightPenalty:
-    """λ of λ‖W‖² (l2) and of λ‖W‖₁ (l1): plain sums, neither means nor halved."""
+    """λ of λ‖W‖² (l2) and of λ‖W‖₁ (l1): plain sums, neither averaged nor halved."""
 
     l2: NonNegative = 0.0
     l1: NonNegative = 0.0
@@ -165,7 +164,7 @@ class R1:
     """(γ/2) E‖∇D(x)‖² on real images (Mescheder et al. 2018, eq. 9), every `interval` D updates."""
 
     gamma: NonNegative = 0.0
-    interval: Count = 16  # lazy regularisation: applied every so often, times so much (Karras et al. 2020)
+    interval: Count = 16  # lazy: applied every `interval` updates, times `interval` (Karras et al. 2020)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -193,6 +192,8 @@ class Optimizer:
 
 @dataclass(frozen=True, config=_STRICT)
 class Optimizers:
+    """One optimizer per player."""
+
     G: Optimizer = Optimizer()
     D: Optimizer = Optimizer()
 
@@ -217,7 +218,7 @@ class Score:
 
 @dataclass(frozen=True, config=_STRICT)
 class Track:
-    """Weights & Biases, online or offline as may be. Its WANDB_* variables count where nothing is set."""
+    """Weights & Biases, online or offline. Its WANDB_* variables apply where nothing is set here."""
 
     wandb: bool = True
     project: str | None = None  # None: WANDB_PROJECT, or else shardgan
@@ -228,6 +229,8 @@ class Track:
 
 @dataclass(frozen=True, config=_STRICT)
 class Config:
+    """All settings of a run."""
+
     run: Run = Run()
     data: Data = Data()
     G: Generator = Generator()
@@ -284,14 +287,16 @@ def dump(config: Config) -> str:
 
 
 def _check(config: Config) -> None:
-    """What no single key can know."""
+    """Refuse settings that are valid alone but not together."""
     problems = []
     if config.data.train is None:
-        problems.append("data.train: where are the images? A folder of shards, as `shardgan prepare` makes.")
+        problems.append(
+            "data.train: where are the images? Give a folder of shards (`shardgan prepare` makes one)."
+        )
     elif "://" in config.data.train and config.data.remote.timeout_s >= config.run.timeout_s:
         problems.append(
-            "data.remote.timeout_s must be less than run.timeout_s, or other ranks give up before one can "
-            "say which shard it waits for"
+            "data.remote.timeout_s must be less than run.timeout_s, or other ranks give up before the "
+            "waiting one can name its shard"
         )
     if config.data.folds is not None and config.data.fold >= config.data.folds:
         problems.append(f"data.fold: {config.data.fold} is not one of the folds 0 to {config.data.folds - 1}")

@@ -1,8 +1,7 @@
 """One layer of settings, a YAML file or one `key=value`, as nested dictionaries.
 
 YAML guesses the type of a plain scalar: `007` is 7, `1e3` a number, `on` a boolean, ` #` starts a comment.
-Settings have types, so the type of the setting decides and the guess is dropped: a text stays as it was
-written, and a number is read in decimal.
+Here the type of the setting decides instead: text stays as written, and numbers are read in decimal.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _NULL = ("null", "Null", "NULL", "~")
 
 
 def read_file(path: Path, section: type) -> Layer:
-    """The settings in a YAML file. section: the dataclass that they belong to. Raises UserError."""
+    """The settings in a YAML file. section: the dataclass they belong to. Raises UserError."""
     try:
         text = path.expanduser().read_text(encoding="utf-8")
         values = OmegaConf.to_container(OmegaConf.create(text))
@@ -35,19 +34,19 @@ def read_file(path: Path, section: type) -> Layer:
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {scrubbed(' '.join(str(error).split()))}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold `section: {{key: value}}`, as a config does.")
+        raise UserError(f"{path} is not a config: it must hold `section: {{key: value}}`.")
     layer: Layer = _typed(section, _string_keys(values), _string_keys(written))
     return layer
 
 
 def read_override(text: str, section: type) -> Layer:
-    """The setting in `section.key=value`. section: the dataclass that it belongs to. Raises UserError."""
+    """The setting in `section.key=value`. section: the dataclass it belongs to. Raises UserError."""
     key, equals, value = text.partition("=")
     shown = scrubbed(redacted(text))
     if not equals or not key or key.startswith("-"):
         raise UserError(f"`{shown}` is not a setting of the form section.key=value.")
     if not value.strip():
-        raise UserError(f"`{shown}` has no value. (Is it a shell variable that is not set?)")
+        raise UserError(f"`{shown}` has no value. (Is a shell variable unset?)")
     if _is_text(_hint(section, key.split("."))):
         return _nested(key, _unquoted(value.strip()))
     try:
@@ -67,7 +66,7 @@ def _nested(key: str, value: Any) -> Layer:
 
 
 def _unquoted(value: str) -> str | None:
-    """A text from the command line: as it stands, but for quotes around all of it."""
+    """Text from the command line, without quotes around all of it."""
     if value in _NULL:
         return None
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
@@ -87,7 +86,7 @@ def _string_keys(values: Any) -> Any:
 
 
 def _typed(hint: Any, value: Any, written: Any) -> Any:
-    """What YAML made of a value, corrected by its type. written: the same value with all scalars as texts."""
+    """YAML's value, corrected by its type. written: the same value with all scalars as text."""
     if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(written, dict):
         hints = typing.get_type_hints(hint)
         return {key: _typed(_shorthand(key, hints), entry, written.get(key)) for key, entry in value.items()}
@@ -101,7 +100,7 @@ def _typed(hint: Any, value: Any, written: Any) -> Any:
 
 
 def _number(written: str, value: Any) -> Any:
-    """In decimal: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    """Read in decimal: YAML 1.1 takes 010 for 8 and 1:30 for 90."""
     for kind in (int, float):
         try:
             return kind(written)
@@ -121,7 +120,7 @@ def _hint(section: Any, path: list[str]) -> Any:
 
 
 def _shorthand(key: str, hints: dict[str, Any]) -> Any:
-    """The type of a key; of `penalty.l2`, which stands for both players' keys, theirs."""
+    """The type of a key; for the shorthand `penalty.l2`, that of the players' own keys."""
     return hints.get(key, _hint(hints.get("G"), [key]))
 
 

@@ -25,7 +25,8 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
         asked_to_stop = session.stop_requested()
         before = state.cur_nimg
         if state.reported == before:  # else a stop has put the reports off
-            state.cur_nimg = train_step(gan, reals, before, stats)
+            with session.updating():
+                state.cur_nimg = train_step(gan, reals, before, stats)
         finished = state.cur_nimg >= total
         stopping = asked_to_stop()
         if not stopping:

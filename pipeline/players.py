@@ -22,6 +22,7 @@ from pipeline.step import Gan
 
 def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Gan:
     """The two players, G_ema, and what they play for."""
+    ranks.progress.doing = "building the networks"
     networks = (build_G(settings, state.num_classes), build_D(settings, state.num_classes))
     players = tuple(
         PlayerSettings(name, optimizer, penalty, penalised_names(network, settings.penalty.on))

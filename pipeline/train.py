@@ -29,8 +29,7 @@ from pipeline.credentials import redacted
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import HeldOutPlan, Plan, heldout_plan, training_plan
-from pipeline.data.stages import load_stages
+from pipeline.data.plan import HeldOutPlan, Plan, split_of
 from pipeline.data.stream import TrainingBatches, check_images, label_frequencies, training_batches
 from pipeline.errors import CommonError
 from pipeline.gan.networks import check_networks
@@ -115,9 +114,8 @@ def _train(
 ) -> bool:
     """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
     ranks = _join(launch, watch, signals)
-    with (
-        ranks.raise_together()
-    ):  # the main rank first: it may have to build the index, which all others then read
+    ranks.progress.doing = "reading the index of the data"
+    with ranks.raise_together():  # the main rank first: it may have to build what the others then read
         if ranks.main:
             prepare_data(settings, announce=True)
     with ranks.raise_together():
@@ -134,7 +132,8 @@ def _train(
             lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to go on.")
         )
         return True
-    plan, heldout = _plans(settings, index)
+    split = split_of(settings, index)
+    plan, heldout = split.training(), split.heldout()
     state = State(plan=plan.fingerprint, data=index.fingerprint)
     if settings.data.conditional:
         state.label_frequencies = label_frequencies(index, plan).tolist()
@@ -152,6 +151,7 @@ def _train(
         with closing(reals):
             completed = loop.train(gan, reals, state, stats, settings.run, session)
         asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
+        ranks.progress.doing = "exporting"
         ranks.broadcast_from_main(lambda: _conclude(folder, gan, state, report, asked))
     finally:
         report.close()
@@ -184,13 +184,6 @@ def _claim(
     return config, folder, locks[0].check if locks else lambda: None
 
 
-def _plans(settings: Config, index: Index) -> tuple[Plan, HeldOutPlan]:
-    """Which sample is trained on when, and which are never trained on."""
-    data, seed = settings.data, settings.run.seed
-    part = (index.sizes, seed, data.window, data.holdout, data.folds, data.fold)
-    return training_plan(*part), heldout_plan(*part)
-
-
 def _open_cache(settings: Config, index: Index, ranks: Ranks, report: Report) -> Cache | None:
     """Memory for decoded images, which the ranks of a machine share; None if not asked for, or too small."""
     data = settings.data
@@ -207,22 +200,14 @@ def _open_reals(
     settings: Config, index: Index, plan: Plan, state: State, ranks: Ranks, cache: Cache | None
 ) -> TrainingBatches:
     """This rank's part of every global batch from where the run stands, on and on."""
-    data = settings.data
     return training_batches(
         index,
         plan,
+        settings.data,
         start=state.cur_nimg,
-        batch_size=data.batch_size,
         rank=ranks.rank,
         world=ranks.world,
-        size=data.size,
-        channels=data.channels,
-        conditional=data.conditional,
-        workers=data.workers,
-        xflip=data.xflip,
-        max_bad=data.max_bad,
         bad=state.bad,
-        stages=load_stages(data.stages),
         cache=cache,
     )
 
@@ -231,6 +216,7 @@ def _open_report(
     settings: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
 ) -> Report:
     """Where the run reports to; on all ranks but the main one, nowhere. Notes the tracker's run id."""
+    ranks.progress.doing = "starting its reports"
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()

@@ -25,10 +25,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.index import load_index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.prepare.writer import tar_writer
 from pipeline.data.stream import training_batches
 
@@ -119,19 +119,9 @@ def _cached(shards: Path, size: int, channels: int) -> Batches:
 
 def _ours(shards: Path, size: int, channels: int, cache: Cache | None = None) -> Batches:
     index = load_index(str(shards))
-    return training_batches(
-        index,
-        training_plan(index.sizes, 0, 16, 0.0, None, 0),
-        start=0,
-        batch_size=_BATCH,
-        rank=0,
-        world=1,
-        size=size,
-        channels=channels,
-        conditional=True,
-        workers=0,
-        cache=cache,
-    )
+    colours: Literal[1, 3] = 1 if channels == 1 else 3
+    data = Data(size=size, channels=colours, conditional=True, batch_size=_BATCH, workers=0)
+    return training_batches(index, Split(index.sizes, 0, data.window).training(), data, cache=cache)
 
 
 def _theirs(shards: Path, channels: int) -> Batches:

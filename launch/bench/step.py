@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Protocol
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from launch.bench.rivals import BareMaths, TutorialApart
 from pipeline.config import Config, UserError, load
-from pipeline.data.plan import heldout_plan, training_plan
+from pipeline.data.plan import split_of
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
@@ -133,19 +134,19 @@ class Ours:
         self, settings: Config, folder: Path, precision: Literal["no", "bf16"], signals: StopSignals
     ) -> None:
         folder.mkdir(parents=True)
-        data, seed = settings.data, settings.run.seed
+        data = settings.data
         self._settings = settings
         self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=settings.run.timeout_s))
         self._index = prepare_data(settings, announce=False)
-        split = (self._index.sizes, seed, data.window, data.holdout, data.folds, data.fold)
-        self._plan = training_plan(*split)
+        split = split_of(settings, self._index)
+        self._plan = split.training()
         self._state = State(plan=self._plan.fingerprint)
         self._gan = build(settings, self._state, self._ranks, batch_shape(data, 1))
         self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
             tracker = open_tracker(settings, folder, True, None, lambda _: None)
             self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
-        plan = heldout_plan(*split)
+        plan = split.heldout()
         self._session = Session(
             settings,
             folder,
@@ -203,18 +204,7 @@ class Ours:
 
     def _batches(self, workers: int) -> Iterator[Batch]:
         data = self._settings.data
-        return training_batches(
-            self._index,
-            self._plan,
-            start=0,
-            batch_size=data.batch_size,
-            rank=0,
-            world=1,
-            size=data.size,
-            channels=data.channels,
-            conditional=data.conditional,
-            workers=workers,
-        )
+        return training_batches(self._index, self._plan, replace(data, workers=workers))
 
 
 def _unheeded() -> StopSignals:

@@ -19,7 +19,7 @@ from pipeline.data.cache import reserve
 from pipeline.data.check import check_passed_over, odd_labels
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import heldout_plan, training_plan
+from pipeline.data.plan import split_of
 from pipeline.data.prepare.origins import read_origins
 from pipeline.data.prepare.verify import Verified, verify
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
@@ -174,9 +174,9 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
 def split(job: Job, index: Index) -> Iterator[Finding]:
     """How many images are trained on and held out, and whether that is enough."""
     settings, data = job.settings, job.settings.data
-    part = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
     try:
-        training, heldout = training_plan(*part).size, heldout_plan(*part).size
+        parts = split_of(settings, index)
+        training, heldout = parts.training().size, parts.heldout().size
     except UserError as error:
         yield would_fail("split", str(error))
         return
@@ -296,8 +296,7 @@ def _named(index: Index, pairs: NDArray[np.int64]) -> Iterator[str]:
 
 def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:
     """Whether a sample is held out, in the order of shards and rows."""
-    settings, data = job.settings, job.settings.data
-    plan = heldout_plan(index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
+    plan = split_of(job.settings, index).heldout()
     held = np.zeros(index.num_samples, np.bool_)
     first = 0
     for shard, size in enumerate(index.sizes):

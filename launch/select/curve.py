@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from launch.select.choice import PAIRED, Row, ScoreTable
 from launch.select.drawing import DARK, GREY, INK, LIGHT, MARK, new_figure, numbers, wrapped
 from pipeline.data.index import load_index
-from pipeline.data.plan import heldout_plan
-from pipeline.data.stages import load_stages
+from pipeline.data.plan import split_of
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
 from pipeline.run.evaluate import from_latents
@@ -146,22 +145,8 @@ def _reals(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     assert data.train is not None
     try:
         index = load_index(data.train)
-        plan = heldout_plan(index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
-        batch, _ = next(
-            heldout_batches(
-                index,
-                plan,
-                batch=count,
-                rank=0,
-                world=1,
-                size=data.size,
-                channels=data.channels,
-                conditional=False,
-                limit=count,
-                max_bad=data.max_bad,
-                stages=load_stages(data.stages),
-            )
-        )
+        plan = split_of(settings, index).heldout()
+        batch, _ = next(heldout_batches(index, plan, data, batch=count, limit=count))
     except (OSError, ValueError):
         return None
     return tile(batch.images, shape[0])

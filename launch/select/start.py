@@ -14,7 +14,7 @@ from launch.select.trials import LaunchOptions, Trial
 from launch.train import check_space
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import HeldOutPlan, heldout_plan
+from pipeline.data.plan import HeldOutPlan, split_of
 from pipeline.data.stream import check_images
 from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
@@ -114,8 +114,7 @@ def _check_references(trials: Sequence[Trial], index: Index, extractor: Extracto
     @cache
     def plan(place: tuple[int, int]) -> HeldOutPlan:
         trial = next(trial for trial in trials if trial.place == place)
-        data = trial.settings.data
-        return heldout_plan(index.sizes, trial.seed, data.window, data.holdout, data.folds, data.fold)
+        return split_of(trial.settings, index).heldout()
 
     for place in dict.fromkeys(trial.place for trial in trials):
         if plan(place).size < 2:

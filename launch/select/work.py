@@ -11,6 +11,7 @@ import click
 
 from launch.doctor.finding import counted
 from launch.select import plots as select_plots
+from launch.select import queue as select_queue
 from launch.select import report as select_report
 from launch.select import run as select_run
 from launch.select import start as select_start
@@ -18,7 +19,6 @@ from launch.select import table as select_table
 from launch.select.choice import ScoreTable
 from launch.select.run import Say
 from launch.select.trials import LaunchOptions, Trial
-from launch.slurm import selection as select_slurm
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
 from pipeline.run.stop import INTERRUPTED
@@ -74,7 +74,7 @@ class Work:
         self._look(None)
         with select_run.hold(self.folder, self.trials, self.say):
             self._note()
-            select_slurm.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
+            select_queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
 
     def collect(self) -> None:
         """Train nothing. What has failed is known by what the last call noted, and by the logs of jobs."""
@@ -82,7 +82,7 @@ class Work:
         self._refuse({"candidates": now["candidates"]})  # however they are trained
         with select_run.hold(self.folder, (), self.say):
             waiting = {trial.name for trial in self.todo}
-            noted = select_table.failures(self.folder) | select_slurm.failures(self.trials, self.folder)
+            noted = select_table.failures(self.folder) | select_queue.failures(self.trials, self.folder)
             self.failures |= {name: problem for name, problem in noted.items() if name in waiting}
             found = self._conclude()
         if found.minimum is None and not any(row.pending for row in found.rows):
@@ -104,7 +104,7 @@ class Work:
         """Everything that can be known before anything starts; jobs: None where other machines train."""
         self._refuse(select_start.common(self.trials, self.launch))
         if self.todo:
-            select_slurm.refuse_queued(self.folder)
+            select_queue.refuse_queued(self.folder)
         select_start.check(self.base, self.trials, self.launch, jobs)
 
     def _note(self) -> None:

@@ -68,7 +68,7 @@ def submit(
     _refuse_twice(run)
     slurm.refuse_credentials([str(resolved.data.train)])
     folder = _free_folder(run / "slurm")
-    batch = slurm.render(str(resolved.run.name), folder, "train.sbatch", [f"{folder}/config.yaml"], resources)
+    batch = slurm.render(str(resolved.run.name), folder, ["train.sbatch", f"{folder}/config.yaml"], resources)
     if not dry_run:
         slurm.check(batch)
     _examine(resolved, run, resources)

@@ -11,15 +11,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
+from pipeline.data.index import Index
 
 Ints = NDArray[np.int64]
-_P = TypeVar("_P", bound="Plan")
 
 _VERSION = 1  # of the order itself: part of the fingerprint, raised when the same seed gives another order
 _SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS, _SPARE = range(5)  # what a permutation is for
@@ -42,23 +41,54 @@ class Split:
 
     Whole shards are held out where that meets the wished share; else every shard gives some of its rows.
     `folds` cuts the data into so many disjoint parts that together are all of it and holds out number
-    `fold`; without it the share `holdout` is held out (0: nothing).
+    `fold`; without it the share `holdout` is held out (0: nothing). `window` is for the plans: how many
+    shards of `sizes` samples are shuffled together.
     """
 
-    def __init__(self, sizes: Ints, seed: int, holdout: float, folds: int | None, fold: int) -> None:
-        self._sizes, self._seed, self._folds, self._fold = sizes, seed, folds, fold
-        self._starts: Ints = np.cumsum(sizes) - sizes
-        total = int(sizes.sum())
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        seed: int,
+        window: int,
+        holdout: float = 0.0,
+        folds: int | None = None,
+        fold: int = 0,
+    ) -> None:
+        self.seed, self.window = seed, window
+        self._sizes = counts = np.asarray(sizes, np.int64)
+        self._share, self._folds, self._fold = (None if folds else holdout), folds, (fold if folds else 0)
+        self._starts: Ints = np.cumsum(counts) - counts
+        total = int(counts.sum())
         if folds is not None and total < folds:
             raise UserError(f"{total} samples cannot be cut into {folds} folds (data.folds).")
         self._wanted = 0 if folds is not None else _wanted(total, holdout)
-        order = permutation(len(sizes), seed, _SPLIT_SHARDS)
-        shards = _fold_shards(sizes, order, folds, fold) if folds else _some(sizes, order, self._wanted)
+        order = permutation(len(counts), seed, _SPLIT_SHARDS)
+        shards = _fold_shards(counts, order, folds, fold) if folds else _some(counts, order, self._wanted)
         self.by_shard = shards is not None
         if shards is not None:
-            self.held: Ints = np.where(np.isin(np.arange(len(sizes)), shards), sizes, 0)
+            self.held: Ints = np.where(np.isin(np.arange(len(counts)), shards), counts, 0)
         else:
-            self.held = self._before(self._starts + sizes) - self._before(self._starts)
+            self.held = self._before(self._starts + counts) - self._before(self._starts)
+
+    def training(self) -> Plan:
+        """The plan of what is trained on. Raises UserError if that is nothing."""
+        plan = Plan(self, _TRAINING)
+        if not plan.size:
+            raise UserError("There is nothing to train on: no samples, or all of them are held out.")
+        return plan
+
+    def heldout(self) -> HeldOutPlan:
+        """The plan of the others. Its size may be 0."""
+        return HeldOutPlan(self, _HELD_OUT)
+
+    def trained_once(self) -> HeldOutPlan:
+        """What is trained on, each sample once, in one fixed shuffled order."""
+        return HeldOutPlan(self, _TRAINING)
+
+    def fingerprint(self, part: int) -> str:
+        """Equal for plans of the same samples in the same order."""
+        about = (_VERSION, part, self.seed, self.window, self._share, self._folds, self._fold)
+        return hashlib.sha256(repr(about).encode() + self._sizes.tobytes()).hexdigest()[:32]
 
     def counts(self, part: int) -> Ints:
         """Samples of each shard in a part [shards]."""
@@ -72,7 +102,7 @@ class Split:
             return np.arange(n if everything else 0, dtype=np.int64)
         slots = self._starts[shard] + np.arange(n, dtype=np.int64)
         held = self._before(slots + 1) > self._before(slots)
-        rows = permutation(n, self._seed, _SPLIT_ROWS, shard)[held == (part == _HELD_OUT)]
+        rows = permutation(n, self.seed, _SPLIT_ROWS, shard)[held == (part == _HELD_OUT)]
         return np.sort(rows)
 
     def _before(self, slot: Ints) -> Ints:
@@ -124,18 +154,18 @@ def _fold_shards(sizes: Ints, order: Ints, folds: int, fold: int) -> Ints | None
 class Plan:
     """Order of one part of the data, epoch after epoch without end. `size` is the samples of an epoch."""
 
-    def __init__(self, split: Split, part: int, seed: int, window: int, fingerprint: str) -> None:
-        self._split, self._part, self._seed, self._window = split, part, seed, window
+    def __init__(self, split: Split, part: int) -> None:
+        self._split, self._part, self._seed, self._window = split, part, split.seed, split.window
         self._counts = split.counts(part)
         self._present = np.flatnonzero(self._counts)
         self.size = int(self._counts.sum())
-        self.fingerprint = fingerprint
+        self.fingerprint = split.fingerprint(part)
         # Caches, not state: two epochs meet in a batch that wraps, and two windows in any batch.
         self._epoch_order: Callable[[int], tuple[Ints, Ints]] = lru_cache(2)(self._order)
         self._window_samples: Callable[[int, int], Ints] = lru_cache(2)(self._shuffle)
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[Split, int, int, int, str]]:
-        return type(self), (self._split, self._part, self._seed, self._window, self.fingerprint)
+    def __reduce__(self) -> tuple[type[Plan], tuple[Split, int]]:
+        return type(self), (self._split, self._part)
 
     def epoch(self, position: int) -> float:
         """How many times the data have been gone through after `position` images."""
@@ -225,8 +255,7 @@ class Plan:
 
 
 class HeldOutPlan(Plan):
-    """The held-out samples (`first_epoch`: the others), each once, in one fixed (shuffled) order, so that the
-    first n are a fair n."""
+    """Samples to look at once each, in one fixed shuffled order, so that the first n are a fair n."""
 
     def chunks(
         self, rank: int, world: int, batch: int, limit: int | None = None
@@ -244,45 +273,7 @@ class HeldOutPlan(Plan):
             yield self.samples(mine, count), count
 
 
-def training_plan(
-    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
-) -> Plan:
-    """The plan of what is trained on: shards of `sizes` samples, less what is held out.
-
-    Raises UserError if nothing is left to train on.
-    """
-    plan = _plan(Plan, _TRAINING, sizes, seed, window, holdout, folds, fold)
-    if not plan.size:
-        raise UserError("There is nothing to train on: no samples, or all of them are held out.")
-    return plan
-
-
-def heldout_plan(
-    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
-) -> HeldOutPlan:
-    """The plan of what training_plan(the same arguments) leaves out. Its size may be 0."""
-    return _plan(HeldOutPlan, _HELD_OUT, sizes, seed, window, holdout, folds, fold)
-
-
-def first_epoch(
-    sizes: Sequence[int], seed: int, window: int, holdout: float, folds: int | None, fold: int
-) -> HeldOutPlan:
-    """What training_plan(the same arguments) trains on, each sample once, in one fixed shuffled order."""
-    return _plan(HeldOutPlan, _TRAINING, sizes, seed, window, holdout, folds, fold)
-
-
-def _plan(
-    kind: type[_P],
-    part: int,
-    sizes: Sequence[int],
-    seed: int,
-    window: int,
-    holdout: float,
-    folds: int | None,
-    fold: int,
-) -> _P:
-    array = np.asarray(sizes, np.int64)
-    share = None if folds is not None else holdout
-    text = repr((_VERSION, part, seed, window, share, folds, fold if folds else 0)).encode() + array.tobytes()
-    split = Split(array, seed, holdout, folds, fold)
-    return kind(split, part, seed, window, hashlib.sha256(text).hexdigest()[:32])
+def split_of(config: Config, index: Index) -> Split:
+    """What of the data a run with this config trains on and what it holds out."""
+    data = config.data
+    return Split(index.sizes, config.run.seed, data.window, data.holdout, data.folds, data.fold)

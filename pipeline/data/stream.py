@@ -15,7 +15,7 @@ import torch
 import webdataset
 from numpy.typing import NDArray
 
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from pipeline.data.batches import Batch as Batch  # the class is part of this module
 from pipeline.data.batches import Batches, CachedDecode, PlannedDecode, Shape, Turns, buffer_bytes, unpack
 from pipeline.data.cache import Cache
@@ -25,7 +25,7 @@ from pipeline.data.plan import HeldOutPlan, Plan
 from pipeline.data.reader import BadSampleError, Reader, Sample
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.replacements import Replacements
-from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
+from pipeline.data.stages import Decode, Decoded, PlannedSamples, apply, load_stages
 from pipeline.data.workers import Loader
 
 
@@ -63,35 +63,29 @@ class TrainingBatches(Iterator[Batch]):
 def training_batches(
     index: Index,
     plan: Plan,
+    data: Data,
     *,
-    start: int,
-    batch_size: int,
-    rank: int,
-    world: int,
-    size: int,
-    channels: int,
-    conditional: bool,
-    workers: int,
-    xflip: bool = False,
-    max_bad: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
     bad: Collection[str] = (),
-    stages: Sequence[Stage] = (),
     cache: Cache | None = None,
 ) -> TrainingBatches:
     """This rank's batches from global position `start` on, without end: step i covers the positions
     start + i * batch_size …, of which the rank gets its contiguous batch_size / world.
 
-    Worker processes start at once (0: decode in this process, as asked). `stages` are put between reading and
-    decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
-    decoded once (and `stages` have no place). Up to `max_bad` different damaged images are replaced by others
-    of the plan, `bad`, met earlier in the run, included. Iterating raises UserError for one more, for a shard
-    that cannot be read or an image that does not fit; `close()` ends the workers, as does the end of the
-    process.
+    Worker processes start at once (0: decode in this process, as asked). data.stages are put between reading
+    and decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
+    decoded once (and stages have no place). Up to data.max_bad different damaged images are replaced by
+    others of the plan, `bad`, met earlier in the run, included. Iterating raises UserError for one more, for
+    a shard that cannot be read or an image that does not fit; `close()` ends the workers, as does the end of
+    the process.
     """
-    shape = (batch_size // world, channels, size, size)
-    replacements = Replacements(index, plan) if max_bad else None
-    source = PlannedSamples(index, plan, start, batch_size, rank, world, replacements)
-    decoder = Decode(size, channels, index.num_classes if conditional else None)
+    shape = (data.batch_size // world, data.channels, data.size, data.size)
+    stages = load_stages(data.stages)
+    replacements = Replacements(index, plan) if data.max_bad else None
+    source = PlannedSamples(index, plan, start, data.batch_size, rank, world, replacements)
+    decoder = Decode(data.size, data.channels, index.num_classes if data.conditional else None)
     decoded: tuple[object, ...]
     if cache is not None:
         decoded = (CachedDecode(index, plan, source, decoder, cache, replacements),)
@@ -99,35 +93,33 @@ def training_batches(
         turns = Turns()
         theirs = (turns.note, *stages, turns.check) if stages else ()
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
-    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, xflip, replacements))
-    return TrainingBatches(Loader(pipeline, workers, buffer_bytes(shape)), shape, conditional, max_bad, bad)
+    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, data.xflip, replacements))
+    loader = Loader(pipeline, data.workers, buffer_bytes(shape))
+    return TrainingBatches(loader, shape, data.conditional, data.max_bad, bad)
 
 
 def heldout_batches(
     index: Index,
     plan: HeldOutPlan,
+    data: Data,
     *,
     batch: int,
-    rank: int,
-    world: int,
-    size: int,
-    channels: int,
-    conditional: bool,
+    rank: int = 0,
+    world: int = 1,
     limit: int | None = None,
-    max_bad: int = 0,
-    stages: Sequence[Stage] = (),
+    conditional: bool = False,
 ) -> Iterator[tuple[Batch, int]]:
     """The first `limit` held-out samples (None: all), each once over all ranks, as (batch, valid).
 
-    They go through `stages` one by one and are decoded, in this process. Every rank gets equally many
-    batches, all of `batch` images; of the last ones only the first `valid` (perhaps 0) images count, the
-    others are black. For up to `max_bad` samples that were no good when they were indexed another stands in,
-    always the same; nothing does for bytes that have changed since: scores would no longer compare. Raises
-    UserError for those, and for one bad sample more.
+    They go through data.stages one by one and are decoded, in this process. Every rank gets equally many
+    batches, all of `batch` images, with labels if `conditional`; of the last ones only the first `valid`
+    (perhaps 0) images count, the others are black. Up to data.max_bad samples that were no good when they
+    were indexed are replaced, always by the same ones; bytes that have changed since are not: scores would no
+    longer compare. Raises UserError for those, and for one bad sample more.
     """
-    decoder = Decode(size, channels, index.num_classes if conditional else None)
+    decoder = Decode(data.size, data.channels, index.num_classes if conditional else None)
     reader, ahead, replacements = Reader(index, plan.window), Prefetch(index), Replacements(index, plan)
-    replaced = 0
+    stages, replaced = load_stages(data.stages), 0
 
     def use(sample: Sample) -> Decoded:
         return decoder.one(apply(stages, sample))
@@ -135,7 +127,7 @@ def heldout_batches(
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
             ahead.want(pairs[:, 0].tolist())
-            images = np.zeros((batch, channels, size, size), np.uint8)
+            images = np.zeros((batch, data.channels, data.size, data.size), np.uint8)
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
                 sample = reader.read(shard, row)
@@ -143,7 +135,7 @@ def heldout_batches(
                     images[i], labels[i] = use(sample)
                 except BadSampleError as error:
                     replaced += 1
-                    if replaced > max_bad:
+                    if replaced > data.max_bad:
                         raise
                     images[i], labels[i] = replacements.replace((shard + row) % plan.size, error, use)
             tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None

@@ -16,11 +16,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
 from pipeline.config import Norm, UserError
-from pipeline.gan.layers import norm_layer, normalise_kernels
+from pipeline.gan.layers import SLOPE, Activation, activation_layer, norm_layer, normalise_kernels
 from pipeline.gan.penalised import KERNEL_LAYERS
 
 SIZES = (28, 32, 64, 128)
-_SLOPE = 0.2  # of D's leaky ReLUs (Radford et al. 2016, section 3)
 
 
 class Generator(nn.Module):
@@ -40,6 +39,7 @@ class Generator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         self.start, hidden = _start_and_hidden(size, width)
@@ -47,8 +47,8 @@ class Generator(nn.Module):
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None  # N(0, 1), as z is
         inputs = 2 * z_dim if num_classes else z_dim
         self.project = nn.Linear(inputs, outwards[0] * self.start**2, bias=norm == "none")
-        blocks = [Up(a, b, norm, dropout) for a, b in pairwise(outwards[:-1])]
-        self.blocks = nn.Sequential(*blocks, Up(outwards[-2], channels, norm))
+        blocks = [Up(a, b, norm, activation, dropout) for a, b in pairwise(outwards[:-1])]
+        self.blocks = nn.Sequential(*blocks, Up(outwards[-2], channels, norm, activation))
         _initialise(self, norm, gain=math.sqrt(2))
         if spectral_norm:
             normalise_kernels(self)
@@ -80,14 +80,16 @@ class Discriminator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
         start, hidden = _start_and_hidden(size, width)
-        blocks = [Down(a, b, norm, dropout) for a, b in pairwise(hidden)]
-        self.blocks = nn.Sequential(Down(channels, hidden[0], "none", dropout, bias=norm == "none"), *blocks)
+        first = Down(channels, hidden[0], "none", activation, dropout, bias=norm == "none")
+        blocks = [Down(a, b, norm, activation, dropout) for a, b in pairwise(hidden)]
+        self.blocks = nn.Sequential(first, *blocks)
         self.to_logit = nn.Conv2d(hidden[-1], 1, start, bias=norm == "none")
         self.embed = nn.Embedding(num_classes, hidden[-1]) if num_classes else None
-        _initialise(self, norm, gain=math.sqrt(2 / (1 + _SLOPE**2)))
+        _initialise(self, norm, gain=math.sqrt(2 / (1 + SLOPE**2)))
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, std=_std(self.to_logit, norm, 1.0))
         if spectral_norm:
@@ -104,12 +106,14 @@ class Discriminator(nn.Module):
 
 
 class Up(nn.Module):
-    """Norm, ReLU, dropout, and a transposed convolution to twice the size: [N, a, H, W] → [N, b, 2H, 2W]."""
+    """Norm, activation, dropout, transposed convolution to twice the size: [N, a, H, W] → [N, b, 2H, 2W]."""
 
-    def __init__(self, inputs: int, outputs: int, norm: Norm, dropout: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, norm: Norm, activation: Activation, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm = norm_layer(norm, inputs)
-        self.activation = nn.ReLU()
+        self.activation = activation_layer(activation)
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.ConvTranspose2d(inputs, outputs, 4, 2, 1, bias=norm == "none")
 
@@ -119,15 +123,21 @@ class Up(nn.Module):
 
 
 class Down(nn.Module):
-    """A convolution to half the size, norm, leaky ReLU, dropout: [N, a, 2H, 2W] → [N, b, H, W]."""
+    """A convolution to half the size, norm, activation, dropout: [N, a, 2H, 2W] → [N, b, H, W]."""
 
     def __init__(
-        self, inputs: int, outputs: int, norm: Norm, dropout: float, bias: bool | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        norm: Norm,
+        activation: Activation,
+        dropout: float,
+        bias: bool | None = None,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, 4, 2, 1, bias=norm == "none" if bias is None else bias)
         self.norm = norm_layer(norm, outputs)
-        self.activation = nn.LeakyReLU(_SLOPE)
+        self.activation = activation_layer(activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,12 +1,17 @@
-"""Layers that every network family offers by the same config keys: norms and spectral norm."""
+"""Layers that every network family offers by the same keys: norms, activations and spectral norm."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline.config import Norm
 from pipeline.gan.penalised import KERNEL_LAYERS
+
+Activation = Literal["relu", "leaky_relu", "silu"]
+SLOPE = 0.2  # of leaky ReLUs (Radford et al. 2016, section 3)
 
 
 def norm_layer(kind: Norm, channels: int) -> nn.Module:
@@ -18,6 +23,10 @@ def norm_layer(kind: Norm, channels: int) -> nn.Module:
     if kind == "group":
         return nn.GroupNorm(_groups(channels), channels)
     return nn.Identity()
+
+
+def activation_layer(kind: Activation) -> nn.Module:
+    return {"relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(SLOPE), "silu": nn.SiLU()}[kind]
 
 
 def normalise_kernels(module: nn.Module) -> None:

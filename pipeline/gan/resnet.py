@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
 from pipeline.config import Norm, UserError
-from pipeline.gan.layers import norm_layer, normalise_kernels
+from pipeline.gan.layers import Activation, activation_layer, norm_layer, normalise_kernels
 
 SIZES = (32, 64, 128, 256)
 _START = 4  # pixels of the smallest features
@@ -42,6 +42,7 @@ class Generator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         outwards = _channels(size, width)[::-1]
@@ -49,11 +50,11 @@ class Generator(nn.Module):
         self.project = nn.Linear(2 * z_dim if num_classes else z_dim, outwards[0] * _START**2)
         blocks: list[nn.Module] = []
         for inputs, outputs in pairwise(outwards):
-            blocks += [Residual(inputs, inputs, norm, dropout) for _ in range(depth - 1)]
-            blocks.append(Residual(inputs, outputs, norm, dropout, resample="up"))
+            blocks += [Residual(inputs, inputs, norm, activation, dropout) for _ in range(depth - 1)]
+            blocks.append(Residual(inputs, outputs, norm, activation, dropout, resample="up"))
         to_image = nn.Conv2d(outwards[-1], channels, 3, padding=1)
-        head = nn.Sequential(norm_layer(norm, outwards[-1]), nn.ReLU(), to_image, nn.Tanh())
-        self.blocks = nn.Sequential(*blocks, head)
+        head = (norm_layer(norm, outwards[-1]), activation_layer(activation), to_image, nn.Tanh())
+        self.blocks = nn.Sequential(*blocks, nn.Sequential(*head))
         _initialise(self, norm)
         _normal(self.project, gain=1.0)
         _normal(to_image, gain=1.0)  # not √2: leaves tanh room on either side
@@ -88,16 +89,19 @@ class Discriminator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
         *halving, last = _channels(size, width)
         blocks: list[nn.Module] = []
         for number, (inputs, outputs) in enumerate(pairwise([channels, *halving])):
-            blocks.append(Residual(inputs, outputs, norm, dropout, resample="down", of_image=number == 0))
-            blocks += [Residual(outputs, outputs, norm, dropout) for _ in range(depth - 1)]
-        blocks.append(Residual(halving[-1], last, norm, dropout))
-        blocks += [Residual(last, last, norm, dropout) for _ in range(depth - 1)]
-        self.blocks = nn.Sequential(*blocks, nn.ReLU())
+            blocks.append(
+                Residual(inputs, outputs, norm, activation, dropout, resample="down", of_image=number == 0)
+            )
+            blocks += [Residual(outputs, outputs, norm, activation, dropout) for _ in range(depth - 1)]
+        blocks.append(Residual(halving[-1], last, norm, activation, dropout))
+        blocks += [Residual(last, last, norm, activation, dropout) for _ in range(depth - 1)]
+        self.blocks = nn.Sequential(*blocks, activation_layer(activation))
         self.to_logit = nn.Linear(last, 1)
         self.embed = nn.Embedding(num_classes, last) if num_classes else None
         _initialise(self, norm)
@@ -120,9 +124,8 @@ class Discriminator(nn.Module):
 class Residual(nn.Module):
     """x + branch(x), twice or half the size if asked: [N, a, H, W] → [N, b, H', W'].
 
-    Branch: (norm, ReLU, 3×3 convolution) twice, enlarging before the first, shrinking after the second, with
-    dropout before the second. of_image: the block that sees the image, which is neither normalised nor
-    rectified.
+    Branch: (norm, activation, 3×3 convolution) twice, enlarging before the first, shrinking after the second,
+    with dropout before the second. of_image: the block that sees the image, which it takes as it is.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class Residual(nn.Module):
         inputs: int,
         outputs: int,
         norm: Norm,
+        activation: Activation = "relu",
         dropout: float = 0.0,
         resample: Literal["up", "down"] | None = None,
         of_image: bool = False,
@@ -138,10 +142,10 @@ class Residual(nn.Module):
         hidden = outputs if of_image else min(inputs, outputs)
         bias = norm == "none"  # a norm has shifts of its own, and takes away those of what it reads
         self.norm1 = nn.Identity() if of_image else norm_layer(norm, inputs)
-        self.activation1 = nn.Identity() if of_image else nn.ReLU()
+        self.activation1 = nn.Identity() if of_image else activation_layer(activation)
         self.conv1 = nn.Conv2d(inputs, hidden, 3, padding=1, bias=bias)
         self.norm2 = norm_layer(norm, hidden)
-        self.activation2 = nn.ReLU()
+        self.activation2 = activation_layer(activation)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(hidden, outputs, 3, padding=1, bias=bias)
         self.match = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)

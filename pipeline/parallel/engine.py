@@ -135,7 +135,7 @@ class Engine(abc.ABC):
         that never come (DDP), or is silently wrong (ZeRO stage 3).
         """
         self.ranks.progress.moves += 1
-        self.ranks.progress.network = self.player.name
+        self.doing("forward")
         with self.autocast(), self.forward_timer.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
@@ -145,7 +145,6 @@ class Engine(abc.ABC):
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
         frozen.frozen = True
-        self.ranks.progress.turn = self.player.name
         self.begin_turn()
         frozen.begin_turn()
         snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
@@ -160,6 +159,10 @@ class Engine(abc.ABC):
             frozen.frozen = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
+
+    def doing(self, what: str) -> None:
+        """For whoever watches this rank."""
+        self.ranks.progress.doing = f"in the {what} of {self.player.name}"
 
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.

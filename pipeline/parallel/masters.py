@@ -51,12 +51,14 @@ class MasterEngine(Engine):
         return self.penalty.values()
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.doing("backward")
         loss = self.scaled(loss)
         if self.batch.rounds > 1:
             loss = loss / self.batch.rounds
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> dict[str, Contribution]:
+        self.doing("step")
         self.collect_gradients()
         penalties = self.penalties()
         gradients = _gradients(self._masters.values())

@@ -41,7 +41,8 @@ class Ranks:
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-        with _said_if_long(launch):
+        self.progress = progress or Progress()  # for whoever watches this rank
+        with self.progress.during("joining the other ranks"), _said_if_long(launch):
             state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
@@ -49,7 +50,6 @@ class Ranks:
                 "each would train alone. On a machine without GPUs set ACCELERATE_USE_CPU=1."
             )
         self.rank, self.world = launch.rank, launch.world
-        self.progress = progress or Progress()  # for whoever watches over this rank
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.keep_gathered = launch.keep_gathered
         self.timeout = timeout  # of collectives

@@ -147,6 +147,7 @@ class ZeroEngine(Engine):
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.doing("backward")
         self._ds.backward(self.scaled(loss))  # divides by the rounds itself
         if self._r1_round is not None:
             self._r1_round.__exit__(None, None, None)
@@ -163,6 +164,7 @@ class ZeroEngine(Engine):
     # The step
 
     def step(self) -> dict[str, Contribution]:
+        self.doing("step")
         self._penalties = penalties = self.penalty.values()
         self._asked = False
         self._ds.step()

@@ -8,7 +8,6 @@ from torch import Tensor
 from pipeline.config import Data
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
-from pipeline.data.stages import load_stages
 from pipeline.data.stream import Batch, heldout_batches
 from pipeline.gan.images import to_float
 from pipeline.parallel.engine import Engine
@@ -61,14 +60,11 @@ class HeldOutImages:
         batches = heldout_batches(
             self._index,
             self._plan,
+            self._data,
             batch=count,
             rank=rank,
             world=world,
-            size=self._data.size,
-            channels=self._data.channels,
-            conditional=self._data.conditional,
             limit=count * world,
-            max_bad=self._data.max_bad,
-            stages=load_stages(self._data.stages),
+            conditional=self._data.conditional,
         )
         return next(batches)[0]

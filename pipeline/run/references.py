@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pipeline.config import Config, Data, UserError
 from pipeline.data.index import Index
-from pipeline.data.plan import HeldOutPlan, first_epoch, heldout_plan
-from pipeline.data.stages import load_stages
+from pipeline.data.plan import HeldOutPlan, split_of
 from pipeline.data.stream import heldout_batches
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
@@ -47,12 +46,12 @@ def references(settings: Config, extractor: Extractor, index: Index, ranks: Rank
     Raises UserError if fewer than two images are held out, or if a shard cannot be read.
     """
     data, score = settings.data, settings.score
-    split = (index.sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
-    heldout, about = real_features(extractor, index, heldout_plan(*split), ranks, data, score.images)
+    split = split_of(settings, index)
+    heldout, about = real_features(extractor, index, split.heldout(), ranks, data, score.images)
     wanted = score.train_images or (score.images if "nn" in score.metrics else 0)
     if not wanted:
         return References(heldout, None, False, {"heldout": about})
-    plan = first_epoch(*split)
+    plan = split.trained_once()
     train, about_train = real_features(extractor, index, plan, ranks, data, wanted)
     return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
 
@@ -147,17 +146,7 @@ def _real_features(
         ranks.raise_together()
     ):  # a shard that one rank cannot read ends all of them, before they wait for it
         for reals, count in heldout_batches(
-            index,
-            plan,
-            batch=batch,
-            rank=ranks.rank,
-            world=ranks.world,
-            size=data.size,
-            channels=data.channels,
-            conditional=False,
-            limit=images,
-            max_bad=data.max_bad,
-            stages=load_stages(data.stages),
+            index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=images
         ):
             for problem in reals.bad:
                 say(f"warning: {problem} Another held-out image stands in for it.")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,7 @@ class Session:
         """state: whose lists of what was found so far are added to."""
         self.config, self.folder, self.index, self.heldout = config, folder, index, heldout
         self.ranks, self.report, self._signals = ranks, report, signals
+        self._progress = ranks.progress
         self._train_size = train_size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
         self._spectrum = ThreadPoolExecutor(1, "spectrum")
@@ -107,10 +108,15 @@ class Session:
         """The same batches, with a note of how long training waited for them and what was bad in them."""
         while True:
             start = time.perf_counter()
-            batch = next(reals)
+            with self._progress.during("waiting for data"):
+                batch = next(reals)
             self._waited += time.perf_counter() - start
             self._bad.name(batch.bad)
             yield batch
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Around an update, in which a rank that makes no progress is stuck, however busy it is."""
+        return self._progress.during("in an update", updating=True)
 
     def stop_requested(self) -> Callable[[], bool]:
         """Ask whether any rank was told to stop; the answer, the same on all, comes when called.
@@ -138,6 +144,7 @@ class Session:
         Raises RunError when the figures say that the run cannot go on.
         """
         cur_nimg = state.cur_nimg
+        self._progress.doing = "reporting"
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         now, (then, before) = time.perf_counter(), self._clock
@@ -185,7 +192,7 @@ class Session:
         G_ema = gan.G_ema.module()
         z, c = gan.draws.grid(GRID)
         make = from_latents(G_ema, z, c, self.ranks.device)
-        with self._off_the_clock():
+        with self._off_the_clock("drawing samples"):
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
         reals = self._heldout_images.images
         if fakes is not None and reals is not None and cur_nimg:
@@ -199,7 +206,7 @@ class Session:
         self._looked_at = 0
         self.report.still_ours()
         try:
-            with self._off_the_clock():
+            with self._off_the_clock("evaluating"):
                 if self._extractor is None:
                     self._extractor = load_features(self.config.score.features).to(self.ranks.device)
                     self._extractor.register_forward_pre_hook(self._interrupt)
@@ -212,7 +219,7 @@ class Session:
 
     def save(self, gan: Gan, state: State, stats: Stats) -> None:
         """A checkpoint that this or any other world can go on from."""
-        with self._off_the_clock():
+        with self._off_the_clock("saving a checkpoint"):
             self.report.still_ours()
             self.report.flush()
             self._bad.exchange()
@@ -229,7 +236,8 @@ class Session:
 
     def finish_saves(self) -> None:
         """Wait until the last checkpoint is written. Raises RunError if it could not be."""
-        self._heed(self._saver.finish())
+        with self._off_the_clock("saving a checkpoint"):
+            self._heed(self._saver.finish())
         if self._saver.failures:
             raise RunError(f"The last checkpoint could not be written. {_MAKE_ROOM}")
 
@@ -285,11 +293,12 @@ class Session:
             )
 
     @contextmanager
-    def _off_the_clock(self) -> Iterator[None]:
+    def _off_the_clock(self, doing: str) -> Iterator[None]:
         """What happens inside is not counted as training time."""
         start = time.perf_counter()
         try:
-            yield
+            with self._progress.during(doing):
+                yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tiny_shards import SIZE, sample_of
 
-from pipeline.config import Remote
+from pipeline.config import Data, Remote
 from pipeline.data.index import Index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.stream import training_batches
 
 SHARDS = [11, 7, 13, 20, 1]
@@ -20,11 +20,9 @@ SOON = Remote(stall_s=0.3, timeout_s=1.0)
 
 def consumed(index: Index, workers: int = 0, start: int = 0) -> list[tuple[int, int, int]]:
     """(shard, row, label) of two epochs from a position on."""
-    plan = training_plan(index.sizes, 1, 2, 0.0, None, 0)
-    stream = training_batches(
-        index, plan, start=start, batch_size=8, rank=0, world=1, size=SIZE, channels=1,
-        conditional=True, workers=workers,
-    )  # fmt: skip
+    plan = Split(index.sizes, 1, 2).training()
+    data = Data(size=SIZE, channels=1, batch_size=8, conditional=True, workers=workers)
+    stream = training_batches(index, plan, data, start=start)
     batches = [next(stream) for _ in range(13)]
     stream.close()
     return [

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tiny_shards import SIZE, sample_of
 
+from pipeline.config import Data
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import Plan, training_plan
+from pipeline.data.plan import Plan, Split
 from pipeline.data.stream import (
     Batch,
     TrainingBatches,
@@ -19,14 +20,25 @@ BATCH = 12  # divides over 1, 2, 3 and 4 ranks
 
 def open_all(root: Path, **split: object) -> tuple[Index, Plan]:
     index = load_index(str(root))
-    holdout, folds, fold = split.get("holdout", 0.0), split.get("folds"), split.get("fold", 0)
-    return index, training_plan(index.sizes, 1, 2, holdout, folds, fold)  # type: ignore[arg-type]
+    return index, Split(index.sizes, 1, 2, **split).training()  # type: ignore[arg-type]
 
 
 def batches(index: Index, plan: Plan, **changes: object) -> TrainingBatches:
-    options: dict = {"start": 0, "batch_size": BATCH, "rank": 0, "world": 1, "workers": 0}
-    options |= {"size": SIZE, "channels": 1, "conditional": False} | changes
-    return training_batches(index, plan, **options)
+    """`changes` of Data by key, or of where in the stream to start and for which rank."""
+    place = {key: changes.pop(key) for key in ("start", "rank", "world", "bad", "cache") if key in changes}
+    return training_batches(index, plan, data_of(**changes), **place)  # type: ignore[arg-type]
+
+
+def data_of(**changes: object) -> Data:
+    """For tiny shards, decoded in this process, no bad image allowed."""
+    keys: dict = {"size": SIZE, "channels": 1, "batch_size": BATCH, "workers": 0, "max_bad": 0}
+    return Data(**keys | changes)
+
+
+def named(stage: object) -> tuple[str]:
+    """A stage made in a test, by a name such as a config gives."""
+    globals()["stage"] = stage
+    return ("streams:stage",)
 
 
 def ids(batch: Batch) -> list[tuple[int, int]]:

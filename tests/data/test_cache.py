@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeShards
+from streams import batches
 from tiny_shards import SIZE, image_of, write_tar
 
 from pipeline.config import UserError
 from pipeline.data import cache as memory
 from pipeline.data.cache import Cache, free_memory, reserve
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import Plan, training_plan
-from pipeline.data.stream import TrainingBatches, training_batches
+from pipeline.data.plan import Plan, Split
+from pipeline.data.stream import TrainingBatches
 
 BATCH = 6
 
@@ -25,13 +26,12 @@ def open_all(root: Path, holdout: float = 0.1) -> tuple[Index, Plan, Cache]:
     index = load_index(str(root))
     path, line = reserve(index.sizes, SIZE, 1)
     assert path is not None and "are kept in memory" in line
-    return index, training_plan(index.sizes, 1, 2, holdout, None, 0), Cache(path, index.sizes, SIZE, 1)
+    return index, Split(index.sizes, 1, 2, holdout).training(), Cache(path, index.sizes, SIZE, 1)
 
 
 def stream(index: Index, plan: Plan, cache: Cache | None, **changes: object) -> TrainingBatches:
-    options: dict = {"start": 0, "batch_size": BATCH, "rank": 0, "world": 1, "workers": 0}
-    options |= {"size": SIZE, "channels": 1, "conditional": True, "xflip": True} | changes
-    return training_batches(index, plan, **options, cache=cache)
+    changes = {"batch_size": BATCH, "conditional": True, "xflip": True} | changes
+    return batches(index, plan, **changes, cache=cache)
 
 
 def taken(

@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from streams import data_of
 from tiny_shards import SIZE, image_of, sample_of, write_tar
 from webdataset.autodecode import DecodingError
 
 from pipeline.config import Data, UserError
 from pipeline.data import sidecar, tar
 from pipeline.data.index import load_index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stages import PlannedSamples
 from pipeline.data.stream import check_images, training_batches
@@ -62,19 +63,8 @@ def use(train: str) -> list[tuple[int, int]]:
     """Index, check, one epoch of training: which samples came."""
     index = load_index(train)
     check_images(index, Data(size=SIZE, channels=1))
-    plan = training_plan(index.sizes, 0, 2, 0.0, None, 0)
-    batches = training_batches(
-        index,
-        plan,
-        start=0,
-        batch_size=1,
-        rank=0,
-        world=1,
-        size=SIZE,
-        channels=1,
-        conditional=False,
-        workers=0,
-    )
+    plan = Split(index.sizes, 0, 2).training()
+    batches = training_batches(index, plan, data_of(batch_size=1))
     return [sample_of(batch.images.numpy()) for batch in islice(batches, plan.size)]
 
 
@@ -216,7 +206,7 @@ def test_webdataset_reads_no_pickles_here(tmp_path: Path) -> None:
     evil = pickle.dumps(Execute(tmp_path / "canary"))
     path = write_tar(tmp_path / "d" / "s.tar", [("a.png", PNG), ("a.pyd", evil), ("a.pkl", evil)])
     index = load_index(str(path.parent))
-    plan = training_plan(index.sizes, 0, 2, 0.0, None, 0)
+    plan = Split(index.sizes, 0, 2).training()
     sample = next(iter(PlannedSamples(index, plan, 0, 1, 0, 1)()))
     assert set(sample) == {"__key__", "__url__", "png"}
     with pytest.raises(DecodingError):
@@ -268,7 +258,7 @@ def test_damage_after_indexing_is_caught_or_harmless(tmp_path: Path) -> None:
     names = [(f"{row}.png", image_of(0, row)) for row in range(6)]
     path = write_tar(tmp_path / "d" / "s.tar", names)
     index = load_index(str(path.parent))
-    plan = training_plan(index.sizes, 0, 2, 0.0, None, 0)
+    plan = Split(index.sizes, 0, 2).training()
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     images = [slice(o, o + n) for o, n in zip(index.table(0).offset, index.table(0).size, strict=True)]
     inside = [at for image in images for at in range(image.start, image.stop)]

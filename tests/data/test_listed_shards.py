@@ -15,7 +15,7 @@ from tiny_shards import SIZE, members_of, write_tar
 from pipeline.config import Data, UserError
 from pipeline.data import sidecar
 from pipeline.data.index import build_index, load_index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.prepare.verify import verify
 from pipeline.data.stream import check_images, label_frequencies
 
@@ -126,7 +126,7 @@ def test_an_index_that_lies(make_shards: MakeShards, key: str, value: object, me
             with pytest.raises(UserError, match=message) as caught:
                 index = load_index(train)
                 check_images(index, Data(size=SIZE, channels=1, conditional=bool(value)))
-                label_frequencies(index, training_plan(index.sizes, 0, 2, 0.3, None, 0))
+                label_frequencies(index, Split(index.sizes, 0, 2, 0.3).training())
             assert "\n" not in str(caught.value)
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import MakeShards
-from streams import BATCH, batches, ids, open_all
+from streams import BATCH, batches, data_of, ids, named, open_all
 from tiny_shards import SIZE, Members, image_of, members_of, png, sample_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks
 from pipeline.data.index import build_index, load_index
 from pipeline.data.locate import Location
-from pipeline.data.plan import heldout_plan
+from pipeline.data.plan import Split
 from pipeline.data.prepare.all_images import load_all_images
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.reader import Reader
@@ -135,9 +135,9 @@ def test_stages_get_an_image_under_its_own_extension(tmp_path: Path) -> None:
     assert sample["input.png"] == with_webdataset["input.png"] and sample["cls"] == b"3"
     assert set(sample) == {"__key__", "__url__", "input.png", "cls"}
     other = webdataset.map(lambda sample: sample | {"input.png": image_of(0, 9)})
-    assert set(ids(next(batches(index, plan, stages=[other])))) == {(0, 9)}
+    assert set(ids(next(batches(index, plan, stages=named(other))))) == {(0, 9)}
     png_wins = webdataset.map(lambda sample: sample | {"png": image_of(0, 8)})
-    assert set(ids(next(batches(index, plan, stages=[png_wins])))) == {(0, 8)}
+    assert set(ids(next(batches(index, plan, stages=named(png_wins))))) == {(0, 8)}
 
 
 @pytest.mark.parametrize(
@@ -147,9 +147,9 @@ def test_a_stage_that_gives_no_label_of_the_shards(make_shards: MakeShards, labe
     index, plan = open_all(make_shards([9], classes=3))
     changed = webdataset.map(lambda sample: sample | {"cls": label})
     with pytest.raises(UserError, match=word):
-        next(batches(index, plan, conditional=True, stages=[changed]))
+        next(batches(index, plan, conditional=True, stages=named(changed)))
     numbers = webdataset.map(lambda sample: sample | {"cls": np.int64(int(sample["cls"]))})
-    assert next(batches(index, plan, conditional=True, stages=[numbers])).labels is not None
+    assert next(batches(index, plan, conditional=True, stages=named(numbers))).labels is not None
 
 
 def test_prepare_takes_every_image_of_samples_with_several(tmp_path: Path) -> None:
@@ -191,13 +191,12 @@ def test_held_out_stand_ins_are_the_same_in_any_world(tmp_path: Path) -> None:
         rows = [(f"{row}.png", bad.get((shard, row), image_of(shard, row))) for row in range(8)]
         write_tar(tmp_path / "d" / f"s-{shard}.tar", rows)
     index = load_index(str(tmp_path / "d"))
-    plan = heldout_plan(index.sizes, 0, 3, 0.9, None, 0)
+    plan = Split(index.sizes, 0, 3, 0.9).heldout()
 
     def read(world: int, max_bad: int) -> list[tuple[int, int]]:
-        options = {"batch": 4, "world": world, "size": SIZE, "channels": 1, "conditional": False}
+        data = data_of(max_bad=max_bad)
         ranks = [
-            list(heldout_batches(index, plan, rank=rank, max_bad=max_bad, **options))  # type: ignore[arg-type]
-            for rank in range(world)
+            list(heldout_batches(index, plan, data, batch=4, rank=rank, world=world)) for rank in range(world)
         ]
         bad = {text for rank in ranks for batch, _ in rank for text in batch.bad}
         assert len(bad) == 2 and all("0" in text or "1" in text for text in bad)
@@ -381,4 +380,4 @@ def test_fewer_images_than_a_batch(make_shards: MakeShards, rows: int) -> None:
     check_images(index, DATA)
     assert set(ids(next(batches(index, plan)))) == {(0, row) for row in range(rows)}
     with pytest.raises(UserError, match="Nothing can be held out of 1 samples"):
-        heldout_plan((1,), 0, 1, 0.1, None, 0)
+        Split((1,), 0, 1, 0.1).heldout()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import UserError
-from pipeline.data.plan import heldout_plan, permutation, training_plan
+from pipeline.data.plan import Split, permutation
 
 LAYOUTS = {
     "one shard": [23],
@@ -37,8 +37,8 @@ def everything(sizes: list[int]) -> set[tuple[int, int]]:
 @pytest.mark.parametrize("window", [1, 4, 100])
 def test_every_epoch_has_every_sample_once(layout: str, split: tuple, window: int) -> None:
     sizes = LAYOUTS[layout]
-    training = training_plan(sizes, 3, window, *split)
-    held = heldout_plan(sizes, 3, window, *split)
+    training = Split(sizes, 3, window, *split).training()
+    held = Split(sizes, 3, window, *split).heldout()
     assert training.size + held.size == sum(sizes)
     epochs = [pairs(training.samples(epoch * training.size, training.size)) for epoch in range(3)]
     once = set(epochs[0])
@@ -52,7 +52,7 @@ def test_every_epoch_has_every_sample_once(layout: str, split: tuple, window: in
 
 
 def test_samples_do_not_depend_on_how_they_are_asked_for() -> None:
-    plan = training_plan(LAYOUTS["uneven"], 5, 2, 0.2, None, 0)
+    plan = Split(LAYOUTS["uneven"], 5, 2, 0.2).training()
     whole = pairs(plan.samples(0, 4 * plan.size))
     rng = np.random.default_rng(0)
     for position in rng.integers(0, 3 * plan.size, 200).tolist():
@@ -61,7 +61,7 @@ def test_samples_do_not_depend_on_how_they_are_asked_for() -> None:
 
 
 def test_a_window_keeps_its_shards_together() -> None:
-    plan = training_plan([10] * 40, 0, 4, 0.0, None, 0)
+    plan = Split([10] * 40, 0, 4).training()
     order = plan.samples(0, plan.size)[:, 0].reshape(10, 40)
     for window in order:
         assert len(set(window.tolist())) == 4
@@ -71,13 +71,13 @@ def test_a_window_keeps_its_shards_together() -> None:
 def test_order_is_pinned() -> None:
     """The same on every machine and every numpy. Whoever must change it raises _VERSION."""
     assert permutation(10, 1, 2, 3).tolist() == [8, 1, 9, 3, 7, 5, 2, 0, 4, 6]
-    plan = training_plan([7, 100, 30], 2**62 + 1, 2, 0.1, None, 0)
+    plan = Split([7, 100, 30], 2**62 + 1, 2, 0.1).training()
     order = plan.samples(100, 300).astype("<i8").tobytes()
     assert hashlib.sha256(order).hexdigest()[:16] == "566ef4311b2d0a18"
 
 
 def test_seed_changes_order_and_split() -> None:
-    a, b = (training_plan([50] * 8, seed, 2, 0.1, None, 0) for seed in (1, 2))
+    a, b = (Split([50] * 8, seed, 2, 0.1).training() for seed in (1, 2))
     assert pairs(a.samples(0, 50)) != pairs(b.samples(0, 50))
     assert set(pairs(a.samples(0, a.size))) != set(pairs(b.samples(0, b.size)))
 
@@ -88,8 +88,8 @@ def test_folds_are_disjoint_and_cover(layout: str, folds: int) -> None:
     sizes = LAYOUTS[layout]
     parts = []
     for fold in range(folds):
-        held = heldout_plan(sizes, 11, 4, 0.3, folds, fold)
-        training = training_plan(sizes, 11, 4, 0.3, folds, fold)
+        held = Split(sizes, 11, 4, 0.3, folds, fold).heldout()
+        training = Split(sizes, 11, 4, 0.3, folds, fold).training()
         parts.append(pairs(held.samples(0, held.size)))
         assert not set(parts[-1]) & set(pairs(training.samples(0, training.size)))
     assert Counter(pair for part in parts for pair in part) == Counter(everything(sizes))
@@ -98,9 +98,9 @@ def test_folds_are_disjoint_and_cover(layout: str, folds: int) -> None:
 
 
 def test_whole_shards_are_held_out_where_that_meets_the_share() -> None:
-    held = heldout_plan([1000] * 70, 0, 16, 0.1, None, 0)
+    held = Split([1000] * 70, 0, 16, 0.1).heldout()
     assert sorted(set(held.counts.tolist())) == [0, 1000] and held.size == 7000 and held.whole_shards
-    few = heldout_plan([100] * 5, 0, 16, 0.1, None, 0)
+    few = Split([100] * 5, 0, 16, 0.1).heldout()
     assert few.size == 50 and not few.whole_shards and (few.counts == 10).all()
 
 
@@ -108,7 +108,7 @@ def test_whole_shards_are_held_out_where_that_meets_the_share() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_share_held_out(layout: str, holdout: float) -> None:
     total = sum(LAYOUTS[layout])
-    held = heldout_plan(LAYOUTS[layout], 0, 16, holdout, None, 0).size
+    held = Split(LAYOUTS[layout], 0, 16, holdout).heldout().size
     assert abs(held - total * holdout) <= max(1, 0.06 * total * holdout)
     assert 0 < held < total
 
@@ -116,7 +116,7 @@ def test_share_held_out(layout: str, holdout: float) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 9])
 @pytest.mark.parametrize("limit", [None, 1, 17, 10_000])
 def test_chunks_give_every_rank_as_many_forwards(world: int, limit: int | None) -> None:
-    plan = heldout_plan(LAYOUTS["many"], 0, 4, 0.3, None, 0)
+    plan = Split(LAYOUTS["many"], 0, 4, 0.3).heldout()
     chunks = [list(plan.chunks(rank, world, 5, limit)) for rank in range(world)]
     assert len({len(mine) for mine in chunks}) == 1
     seen = [pair for mine in chunks for samples, count in mine for pair in pairs(samples)]
@@ -127,17 +127,17 @@ def test_chunks_give_every_rank_as_many_forwards(world: int, limit: int | None) 
 
 
 def test_a_last_chunk_is_shared_out() -> None:
-    plan = heldout_plan([28], 0, 4, 0.999, None, 0)
+    plan = Split([28], 0, 4, 0.999).heldout()
     assert [[count for _, count in plan.chunks(rank, 3, 5)] for rank in range(3)] == [[5, 4]] * 3
 
 
 def test_nothing_held_out() -> None:
-    held = heldout_plan([10, 10], 0, 4, 0.0, None, 0)
+    held = Split([10, 10], 0, 4).heldout()
     assert held.size == 0 and list(held.chunks(0, 2, 8)) == []
 
 
 def test_epoch_is_a_fraction() -> None:
-    plan = training_plan([10, 10], 0, 4, 0.0, None, 0)
+    plan = Split([10, 10], 0, 4).training()
     assert plan.epoch(0) == 0 and plan.epoch(30) == 1.5
 
 
@@ -149,14 +149,14 @@ def test_fingerprint_knows_everything_the_order_depends_on() -> None:
     ]
     arguments += [([10, 20], 0, 5, 0.1, None, 0), ([10, 20], 0, 4, 0.2, None, 0), ([10, 20], 0, 4, 0.1, 2, 0)]
     arguments += [([10, 20], 0, 4, 0.1, 2, 1)]
-    prints = [kind(*a).fingerprint for a in arguments for kind in (training_plan, heldout_plan)]
+    prints = [kind(Split(*a)).fingerprint for a in arguments for kind in (Split.training, Split.heldout)]
     assert len(set(prints)) == len(prints)
-    assert training_plan(*arguments[0]).fingerprint == prints[0]
-    assert training_plan([10, 20], 0, 4, 0.9, 2, 1).fingerprint == prints[-2], "folds replace holdout"
+    assert Split(*arguments[0]).training().fingerprint == prints[0]
+    assert Split([10, 20], 0, 4, 0.9, 2, 1).training().fingerprint == prints[-2], "folds replace holdout"
 
 
 def test_pickled_plan_is_the_same() -> None:
-    plan = training_plan(LAYOUTS["uneven"], 5, 2, 0.2, None, 0)
+    plan = Split(LAYOUTS["uneven"], 5, 2, 0.2).training()
     plan.samples(0, 10)
     again = pickle.loads(pickle.dumps(plan))
     assert pairs(again.samples(33, 400)) == pairs(plan.samples(33, 400))
@@ -166,7 +166,7 @@ def test_a_hundred_million_samples() -> None:
     tracemalloc.start()
     try:
         started = time.perf_counter()
-        plan = training_plan([10_000] * 10_000, 0, 16, 0.1, None, 0)
+        plan = Split([10_000] * 10_000, 0, 16, 0.1).training()
         assert plan.size == 90_000_000
         plan.samples(10**9 + 7, 4096)
         assert time.perf_counter() - started < 2
@@ -185,4 +185,4 @@ def test_a_hundred_million_samples() -> None:
 )
 def test_what_cannot_be_split(sizes: list[int], split: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        training_plan(sizes, 0, 4, *split)
+        Split(sizes, 0, 4, *split).training()

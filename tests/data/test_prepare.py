@@ -20,9 +20,9 @@ from PIL import Image
 from tiny_shards import contents, png, sample_of, write_tar
 
 from launch.prepare import prepare as command
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from pipeline.data.index import build_index, load_index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import training_batches
 
@@ -31,18 +31,9 @@ ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 
 def images(folder: Path, size: int, channels: int) -> np.ndarray:
     index = load_index(str(folder))
-    plan = training_plan(index.sizes, 0, 4, 0.0, None, 0)
+    plan = Split(index.sizes, 0, 4).training()
     stream = training_batches(
-        index,
-        plan,
-        start=0,
-        batch_size=plan.size,
-        rank=0,
-        world=1,
-        size=size,
-        channels=channels,
-        conditional=False,
-        workers=0,
+        index, plan, Data(size=size, channels=channels, batch_size=plan.size, workers=0)
     )
     return next(stream).images.numpy()
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 import webdataset
 from conftest import MakeShards
+from streams import batches, named
 from tiny_shards import SIZE, image_of, sample_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data.augment import flips
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import Plan, training_plan
-from pipeline.data.stream import Batch, check_images, training_batches
+from pipeline.data.plan import Plan, Split
+from pipeline.data.stream import Batch, check_images
 
 BATCH = 6
 BAD = {(0, 3), (1, 0), (2, 5)}
@@ -24,14 +25,13 @@ BAD = {(0, 3), (1, 0), (2, 5)}
 
 def open_all(root: Path) -> tuple[Index, Plan]:
     index = load_index(str(root))
-    return index, training_plan(index.sizes, 1, 2, 0.0, None, 0)
+    return index, Split(index.sizes, 1, 2).training()
 
 
 def stream(index: Index, plan: Plan, steps: int, world: int = 1, **changes: object) -> list[Batch]:
     """Each rank's batches, step by step."""
-    options: dict = {"start": 0, "batch_size": BATCH, "world": world, "workers": 0}
-    options |= {"size": SIZE, "channels": 1, "conditional": False, "max_bad": 3} | changes
-    ranks = [training_batches(index, plan, rank=rank, **options) for rank in range(world)]
+    changes = {"batch_size": BATCH, "max_bad": 3} | changes
+    ranks = [batches(index, plan, rank=rank, world=world, **changes) for rank in range(world)]
     seen = [next(rank) for _ in range(steps) for rank in ranks]
     for rank in ranks:
         rank.close()
@@ -96,7 +96,7 @@ def test_stand_ins_go_through_a_users_stages(damaged: tuple[Index, Plan]) -> Non
     def blacken(sample: dict) -> dict:
         return sample if len(sample["png"]) == 40 else sample | {"png": black}
 
-    assert not images(stream(*damaged, steps=8, stages=[webdataset.map(blacken)])).any()
+    assert not images(stream(*damaged, steps=8, stages=named(webdataset.map(blacken)))).any()
 
 
 def test_nothing_to_stand_in(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_missing_shard_has_no_stand_in(make_shards: MakeShards) -> None:
 
 def test_spares_are_of_the_plan_and_of_the_same_window(make_shards: MakeShards) -> None:
     index = load_index(str(make_shards([20, 20, 20, 20, 20, 20])))
-    plan = training_plan(index.sizes, 1, 2, 0.2, None, 0)
+    plan = Split(index.sizes, 1, 2, 0.2).training()
     trained_on = {tuple(pair) for pair in plan.samples(0, plan.size).tolist()}
     for position in range(0, 2 * plan.size, 7):
         spares = [plan.replacement(position, attempt) for attempt in range(16)]

@@ -20,11 +20,12 @@ from faulty_server import FaultyServer
 from fsspec.implementations.http import HTTPFileSystem
 from no_flock import ERRORS
 from remote_shards import NAMES, QUICK, close_all, shards_kept
+from streams import data_of
 from tiny_shards import SIZE
 
 from pipeline.config import Data, Remote, UserError
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import heldout_plan, training_plan
+from pipeline.data.plan import Split
 from pipeline.data.reader import BadSampleError, Reader
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stream import check_images, heldout_batches, label_frequencies
@@ -250,14 +251,14 @@ def test_little_is_fetched_before_training(local: Index, server: FaultyServer) -
     index = load_index(server.url)
     check_images(index, Data(size=SIZE, channels=1, conditional=True))
     assert sum(server.asked[name] for name in NAMES) == 1
-    split = (index.sizes, 1, 2, 0.2, None, 0)
-    plan = training_plan(*split)
+    split = Split(index.sizes, 1, 2, 0.2)
+    plan = split.training()
     assert not plan.whole_shards
     assert label_frequencies(index, plan).tolist() == label_frequencies(local, plan).tolist()
     assert sum(server.asked[name] for name in NAMES) == 1
-    options = {"batch": 5, "rank": 0, "world": 1, "size": SIZE, "channels": 1, "conditional": True}
-    there = [batch.images for batch, _ in heldout_batches(index, heldout_plan(*split), **options)]
-    here = [batch.images for batch, _ in heldout_batches(local, heldout_plan(*split), **options)]
+    options = {"batch": 5, "conditional": True}
+    there = [batch.images for batch, _ in heldout_batches(index, split.heldout(), data_of(), **options)]
+    here = [batch.images for batch, _ in heldout_batches(local, split.heldout(), data_of(), **options)]
     assert all((a == b).all() for a, b in zip(there, here, strict=True))
 
 

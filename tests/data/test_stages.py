@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import webdataset
 from conftest import MakeShards
-from streams import BATCH, batches, open_all
+from streams import BATCH, batches, data_of, named, open_all
 from tiny_shards import SIZE, png, sample_of
 
 from pipeline.config import Data, UserError
-from pipeline.data.plan import heldout_plan
+from pipeline.data.plan import Split
 from pipeline.data.stages import Decode, PlannedSamples, load_stages
 from pipeline.data.stream import (
     check_images,
@@ -35,7 +35,7 @@ def test_a_users_stage_before_decoding(make_shards: MakeShards) -> None:
         return sample | {"png": black}
 
     for workers in (0, 1):
-        stream = batches(index, plan, stages=[webdataset.map(blacken)], workers=workers)
+        stream = batches(index, plan, stages=named(webdataset.map(blacken)), workers=workers)
         assert not next(stream).images.any()
         stream.close()
 
@@ -88,18 +88,17 @@ def test_stages_by_name(own_stages: None, make_shards: MakeShards) -> None:
     root = make_shards([20, 20], classes=3)
     index, plan = open_all(root, holdout=0.3)
     data = Data(str(root), size=SIZE, channels=1, stages=("stages_of_mine:inverted",))
-    stages = load_stages(data.stages)
     plain = next(batches(index, plan)).images
     for workers in (0, 2):
-        stream = batches(index, plan, stages=stages, workers=workers)
+        stream = batches(index, plan, stages=data.stages, workers=workers)
         assert (next(stream).images == 255 - plain).all()
         stream.close()
     check_images(index, data)
-    held = heldout_plan(index.sizes, 1, 2, 0.3, None, 0)
-    options: dict = {"batch": 4, "rank": 0, "world": 1, "size": SIZE, "channels": 1, "conditional": True}
+    held = Split(index.sizes, 1, 2, 0.3).heldout()
+    options: dict = {"batch": 4, "conditional": True}
     for (a, valid), (b, _) in zip(
-        heldout_batches(index, held, **options),
-        heldout_batches(index, held, **options, stages=stages),
+        heldout_batches(index, held, data_of(), **options),
+        heldout_batches(index, held, data, **options),
         strict=True,
     ):
         assert (a.labels == b.labels).all() and (a.images == 255 - b.images)[:valid].all()  # type: ignore[union-attr]
@@ -138,7 +137,7 @@ def test_stages_that_change_the_order(
 ) -> None:
     """One message, and never a batch with the wrong samples."""
     index, plan = open_all(make_shards([20, 20]))
-    stream = batches(index, plan, stages=load_stages([f"stages_of_mine:{stage}"]), workers=workers)
+    stream = batches(index, plan, stages=(f"stages_of_mine:{stage}",), workers=workers)
     with pytest.raises(UserError, match=message):
         next(stream)
     with pytest.raises(UserError, match="gave nothing for sample"):

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import MakeShards
-from streams import BATCH, batches, ids, open_all
+from streams import BATCH, batches, data_of, ids, open_all
 from tiny_shards import SIZE, image_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data import workers as worker_processes
 from pipeline.data.check import remarks
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import Plan, heldout_plan
+from pipeline.data.plan import Plan, Split
 from pipeline.data.reader import Reader
 from pipeline.data.stream import (
     check_images,
@@ -208,19 +208,11 @@ def test_label_frequencies_are_those_of_what_is_trained_on(make_shards: MakeShar
 @pytest.mark.parametrize("limit", [None, 10])
 def test_heldout_batches(make_shards: MakeShards, world: int, limit: int | None) -> None:
     index = load_index(str(make_shards([30, 40, 20], classes=3)))
-    plan = heldout_plan(index.sizes, 1, 2, 0.3, None, 0)
+    plan = Split(index.sizes, 1, 2, 0.3).heldout()
     ranks = [
         list(
             heldout_batches(
-                index,
-                plan,
-                batch=4,
-                rank=rank,
-                world=world,
-                size=SIZE,
-                channels=1,
-                conditional=True,
-                limit=limit,
+                index, plan, data_of(), batch=4, rank=rank, world=world, limit=limit, conditional=True
             )
         )
         for rank in range(world)

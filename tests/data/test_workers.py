@@ -28,8 +28,9 @@ RANK = """
 import signal, sys, time
 from multiprocessing import active_children
 import torch
+from pipeline.config import Data
 from pipeline.data.index import load_index
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.data.stream import training_batches
 
 if __name__ == "__main__":
@@ -38,9 +39,8 @@ if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     index = load_index(sys.argv[1])
-    plan = training_plan(index.sizes, 0, 4, 0.0, None, 0)
-    stream = training_batches(index, plan, start=0, batch_size=4, rank=0, world=1, size=4, channels=1,
-                              conditional=False, workers=2)
+    plan = Split(index.sizes, 0, 4).training()
+    stream = training_batches(index, plan, Data(size=4, channels=1, batch_size=4, workers=2))
     next(stream)
     print(*(child.pid for child in active_children()), flush=True)
     if sys.argv[3] == "train":

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn.functional import softplus
 
 from pipeline import config, train
-from pipeline.data.plan import training_plan
+from pipeline.data.plan import Split
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
@@ -63,7 +63,7 @@ def _images_in_order(settings, count: int) -> torch.Tensor:
         shards.append([np.asarray(Image.open(io.BytesIO(data))) for data in files])
     data = settings.data
     sizes = [len(shard) for shard in shards]
-    plan = training_plan(sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold)
+    plan = Split(sizes, settings.run.seed, data.window, data.holdout, data.folds, data.fold).training()
     order = plan.samples(0, count).tolist()
     return torch.from_numpy(np.stack([shards[shard][row] for shard, row in order]))[:, None]
 

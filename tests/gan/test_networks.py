@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pipeline.config import Config, UserError, load
-from pipeline.gan.networks import build_D, build_G, check_networks
+from pipeline.gan.networks import FAMILIES, build_D, build_G, check_networks
 
 
 def config(*settings: str) -> Config:
@@ -15,7 +16,7 @@ def config(*settings: str) -> Config:
     return load(None, ["data.train=x", *small, *settings])
 
 
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+def same(a: nn.Module, b: nn.Module) -> bool:
     return all(
         torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     )
@@ -187,3 +188,15 @@ def test_images_of_the_wrong_size(users):
     )
     with pytest.raises(UserError, match=r"gives \[2, 3, 1024, 1\] for \[2, 8\]; images are \[2, 3, 32, 32\]"):
         check_networks(config("G.kind=mynets.wrong:G"), 0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_smooth_activations_change_nothing_else(kind):
+    shared = {"size": 32, "channels": 1, "width": 4}
+    for network, arguments in ((FAMILIES[kind]["G"], shared | {"z_dim": 6}), (FAMILIES[kind]["D"], shared)):
+        kinked, smooth = (
+            (torch.manual_seed(0), network(**arguments, **extra))[1] for extra in ({}, {"activation": "silu"})
+        )
+        assert all(torch.equal(p, q) for p, q in zip(kinked.parameters(), smooth.parameters(), strict=True))
+        layers = {type(layer) for layer in smooth.modules()}
+        assert nn.SiLU in layers and not layers & {nn.ReLU, nn.LeakyReLU}

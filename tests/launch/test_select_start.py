@@ -10,15 +10,15 @@ import torch
 from launching import run, shardgan
 from selections import CONFIG, finish, refer, selection
 
+from launch.select import queue as select_queue
 from launch.select import start as select_start
 from launch.select import table as select_table
 from launch.select.choice import PAIRED
 from launch.select.trials import LaunchOptions
 from launch.slurm import jobs as slurm
-from launch.slurm import selection as select_slurm
 from pipeline.config import UserError
 from pipeline.data.index import load_index
-from pipeline.data.plan import heldout_plan
+from pipeline.data.plan import split_of
 from pipeline.run.features import load_features
 
 # The same command, later
@@ -119,8 +119,8 @@ def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
 )
 def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed, message):
     base, trials = selection(tmp_path)
-    index, data = load_index(base.data.train), trials[0].settings.data
-    plan = heldout_plan(index.sizes, 0, data.window, data.holdout, data.folds, data.fold)
+    index = load_index(base.data.train)
+    plan = split_of(trials[0].settings, index).heldout()
     features = load_features("efflite0")
     about = {
         "index": index.fingerprint, "plan": plan.fingerprint, "images": 16,
@@ -185,13 +185,13 @@ def test_bad_data_end_the_command_with_one_message(tmp_path):
 
 def test_trials_in_the_queue_are_not_trained_here_too(tmp_path, monkeypatch):
     (tmp_path / "slurm").mkdir()
-    select_slurm.refuse_queued(tmp_path)
+    select_queue.refuse_queued(tmp_path)
     (tmp_path / "slurm" / "job").write_text("12 13\n")
     monkeypatch.setattr(slurm, "state", {"12": None, "13": "PENDING"}.get)
     with pytest.raises(UserError, match="Job 13 of this selection is PENDING"):
-        select_slurm.refuse_queued(tmp_path)
+        select_queue.refuse_queued(tmp_path)
     monkeypatch.setattr(slurm, "state", {"12": None, "13": None}.get)
-    select_slurm.refuse_queued(tmp_path)
+    select_queue.refuse_queued(tmp_path)
 
 
 def test_jobs_that_failed_are_told_from_those_that_are_not_through(tmp_path):
@@ -204,5 +204,5 @@ def test_jobs_that_failed_are_told_from_those_that_are_not_through(tmp_path):
     finish(trials[0])
     (folder / "12_2.log").write_text("error: D cannot be built\nerror: job 12 ended before it was DONE\n")
     (folder / "12_3.log").write_text("error: saving failed, tried again\nkimg 3\n")
-    failed = select_slurm.failures(trials, tmp_path / "mine")
+    failed = select_queue.failures(trials, tmp_path / "mine")
     assert list(failed) == [trials[1].name] and "D cannot be built" in failed[trials[1].name]

@@ -12,6 +12,10 @@ import pytest
 from click.testing import CliRunner
 from launching import FASHION, ROOT
 
+from launch.select import candidates as select_candidates
+from launch.select import queue as select_queue
+from launch.select import trials as select_trials
+from launch.select.trials import LaunchOptions
 from launch.slurm import index_copies, nodes
 from launch.slurm import jobs as slurm
 from launch.slurm.submit import submit
@@ -26,12 +30,12 @@ URL = "https://me:secret@host/data"
 def test_an_installation_without_the_batch_files_is_told_apart_from_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "ROOT", tmp_path)
     with pytest.raises(UserError, match=r"folder slurm/, which is not part of what is installed"):
-        slurm.render("a", tmp_path / "run", "train.sbatch", [], slurm.Resources())
+        slurm.render("a", tmp_path / "run", ["train.sbatch"], slurm.Resources())
 
 
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A Slurm that takes every job but those that wait for another, and notes what it is told."""
+    """A Slurm that takes every job but those with the option $REFUSES, and writes down what it is asked."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.yaml").write_text(f"data: {{train: {FASHION}, size: 28, channels: 1, workers: 3}}\n")
     folder, note = tmp_path / "slurm", tmp_path / "said"
@@ -39,7 +43,8 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("sbatch", "scancel", "sinfo"):
         (folder / name).write_text(
             f'#!/bin/bash\necho "{name} $*" >> {note}\n'
-            '[[ "$*" != *--dependency* ]] || { echo "sbatch: error: too many jobs" >&2; exit 1; }\n'
+            '[[ -z "$REFUSES" || "$*" != *$REFUSES* ]] ||\n'
+            '{ echo "sbatch: error: too many jobs" >&2; exit 1; }\n'
             'echo "${REPLY_OF_SBATCH:-17}"\n'
         )
         (folder / name).chmod(0o755)
@@ -47,45 +52,41 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lambda: note.read_text().splitlines() if note.exists() else []
 
 
-def hand_in(*lines: list[str], gather: list[str] | None = None) -> slurm.ArrayJob:
-    resources = slurm.Resources(time="10", partition="long")
-    return slurm.submit_array(lines, Path("runs/array"), resources, name="a", throttle=1, gather=gather)
+def submit_trials(name: str = "a", *settings: str) -> None:
+    given = [f"run.name={name}", "run.out=runs", *settings]
+    arms = select_candidates.grid(["penalty.l2=0,1"])
+    base, trials = select_trials.trials("tiny.yaml", given, arms, 2, 1)
+    folder, resources = Path("runs") / str(base.run.name), slurm.Resources(time="10", partition="long")
+    select_queue.submit(trials, LaunchOptions(), resources, 1, folder, lambda _: None)
 
 
-def test_an_array_whose_gathering_job_is_refused_does_not_run(said) -> None:
-    with pytest.raises(UserError, match=r"too many jobs.*job 17, the runs, is cancelled"):
-        hand_in(["tiny.yaml"], gather=["launch.slurm.gather", "runs.txt"])
+def test_trials_whose_job_after_them_is_refused_do_not_run(said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REFUSES", "--dependency")
+    with pytest.raises(UserError, match=r"too many jobs.*the trials, job 17, are cancelled"):
+        submit_trials()
     calls = [line.split()[:2] for line in said()]
     assert [call[0] for call in calls] == ["sbatch"] * 4 + ["scancel"] and calls[-1] == ["scancel", "17"]
-    assert [call[1] for call in calls[:2]] == ["--test-only"] * 2, (
-        "both are looked at before one is handed in"
-    )
+    assert [call[1] for call in calls[:2]] == ["--test-only"] * 2, "both are checked before one is submitted"
 
 
 def test_a_line_break_would_be_another_line(said) -> None:
     with pytest.raises(UserError, match="has a line break"):
-        hand_in(["tiny.yaml", "run.name=a\nb"])
+        submit_trials("a", 'track.tags=["a\nb"]')
     assert not said() and not Path("runs").exists()
 
 
 def test_what_is_asked_for_wins_over_the_users_variables(said) -> None:
-    hand_in(["tiny.yaml"])
-    line = said()[-1]
-    for option in (
-        "--time=10",
-        "--partition=long",
-        "--job-name=a",
-        "--array=1-1%1",
-        "--cpus-per-task=1",
-        "--output=",
-    ):
-        assert option in line
-    assert "--account" not in line and "--signal" not in line
+    submit_trials()
+    array, after = said()[-2:]
+    for option in ("--time=10", "--partition=long", "--job-name=a", "--cpus-per-task=", "--output="):
+        assert option in array and option in after
+    assert "--array=1-4%1" in array and "--dependency=afterany:17" in after and "--array" not in after
+    assert "--account" not in array and "--signal" not in array
 
 
 def test_no_secret_is_in_the_files_of_an_array(said) -> None:
     with pytest.raises(UserError, match="a user, password or signature in a URL") as refused:
-        hand_in(["tiny.yaml", f"data.train={URL}"])
+        submit_trials("a", f"data.train={URL}")
     assert "secret" not in str(refused.value) and not said() and not Path("runs").exists()
 
 
@@ -132,7 +133,7 @@ def test_what_submit_says(said, arguments: list[str], texts: list[str]) -> None:
 
 
 def test_gpus_that_were_not_asked_for_are_not_used(said) -> None:
-    texts = [slurm.render("a", Path("f"), "s", [], slurm.Resources(gpus=gpus)).text for gpus in (0, 1)]
+    texts = [slurm.render("a", Path("f"), ["s"], slurm.Resources(gpus=gpus)).text for gpus in (0, 1)]
     assert ["ACCELERATE_USE_CPU" in text for text in texts] == [True, False]
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from launching import BIN, FASHION, rows_written
 
+from launch.slurm import jobs as slurm
+from launch.slurm.jobs import Resources
+
 pytestmark = pytest.mark.long
 SHORT = "run.total_kimg=0.12"
 
@@ -78,7 +81,7 @@ def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(pro
 
 
 def test_options_for_srun_reach_every_step(project) -> None:
-    """As a plugin for containers needs them: also what is looked at before, and the gathering job."""
+    """As a plugin for containers needs them: also what is looked at before, and the job that collects."""
     mark, marks = project.path / "mark.sh", project.path / "marks"
     mark.write_text(f'#!/bin/sh\necho "$SLURM_JOB_ID $SLURMD_NODENAME" >> {marks}\n')
     mark.chmod(0o755)
@@ -86,13 +89,15 @@ def test_options_for_srun_reach_every_step(project) -> None:
     job = project.sbatch(
         "--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=marked", SHORT, **options
     )
-    (project.path / "marked.txt").write_text("configs/tiny.yaml run.name=marked\n")
-    line = (f"--dependency=afterok:{job}", "slurm/gather.sbatch", "launch.slurm.gather", "marked.txt")
-    gather = project.sbatch(*line, **options)
+    folder = project.path / "collects"
+    after = slurm.render("after", folder, ["node.sh", "python", "launch.cli", "--version"], Resources())
+    slurm.keep(folder, [])
+    (folder / "job.sbatch").write_text(after.text)
+    collecting = project.sbatch(f"--dependency=afterok:{job}", str(folder / "job.sbatch"), **options)
     assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
-    assert project.cluster.ended(gather)["JobState"] == "COMPLETED", project.log(gather)
+    assert project.cluster.ended(collecting)["JobState"] == "COMPLETED", project.log(collecting)
     seen = marks.read_text().splitlines()
-    assert sorted(seen)[:5] == [f"{job} n1"] * 3 + [f"{job} n2"] * 2 and seen[5:] == [f"{gather} n1"]
+    assert sorted(seen)[:5] == [f"{job} n1"] * 3 + [f"{job} n2"] * 2 and seen[5:] == [f"{collecting} n1"]
 
 
 def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(

@@ -1,4 +1,4 @@
-"""Where this process is in the code, in words, as another of its threads sees it: the step says nothing."""
+"""What this process is doing, and where in the code, as another of its threads sees it."""
 
 from __future__ import annotations
 
@@ -7,45 +7,37 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-_OURS = str(Path(__file__).resolve().parents[2]) + os.sep
+_ROOT = str(Path(__file__).resolve().parents[3]) + os.sep
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-
-# What is being done, by (file of ours, function). The innermost one counts.
-_DOING = {
-    ("engine", "__call__"): "in the forward of {network}",
-    **{(file, "backward"): "in the backward of {turn}" for file in ("masters", "zero")},
-    **{(file, "step"): "in the step of {turn}" for file in ("masters", "zero")},
-    ("session", "timed"): "waiting for data",
-    ("session", "save"): "saving a checkpoint",
-    ("session", "finish_saves"): "saving a checkpoint",
-    ("session", "evaluate"): "evaluating",
-    ("session", "snapshot"): "drawing samples",
-    ("session", "tick"): "reporting",
-    ("train", "prepare_data"): "reading the index of the data",
-    ("train", "build"): "building the networks",
-    ("train", "_resume"): "loading a checkpoint",
-    ("train", "_open_report"): "starting its reports",
-    ("train", "_conclude"): "exporting",
-    ("ranks", "__init__"): "joining the other ranks",
-}
-_OTHERS = ("torch/distributed/", "torch/autograd/", "deepspeed/", "pipeline/parallel/ranks.py")
+COLLECTIVES = ("torch/distributed/", "torch/autograd/", "deepspeed/", "pipeline/parallel/ranks.py")
 
 
 @dataclass
 class Progress:
-    """What this rank has got to: noted by plain assignments as it goes, and by nothing else in the step."""
+    """What this rank is doing, for the thread that watches it. The step only assigns to it."""
 
     moves: int = 0  # grows with everything that all ranks do equally often
     cur_nimg: int = 0
-    turn: str = ""  # whose update it is, G's or D's
-    network: str = ""  # which was called last
+    doing: str = ""  # in words, as "saving a checkpoint"
+    updating: bool = False  # inside an update of the networks
+
+    @contextmanager
+    def during(self, what: str, updating: bool | None = None) -> Iterator[None]:
+        """Inside: what is being done, and whether it is part of an update (None: as outside)."""
+        before = self.doing, self.updating
+        self.doing, self.updating = what, self.updating if updating is None else updating
+        try:
+            yield
+        finally:
+            self.doing, self.updating = before
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,9 @@ class Whereabouts:
     """A look at the running code."""
 
     text: str
-    updating: bool  # inside an update of the networks
-    waiting: bool  # where it may be other ranks that are waited for
-    trace: int  # another number means that the code has moved
+    updating: bool
+    waiting: bool  # perhaps for other ranks
+    trace: int  # changes when the code moves
     traffic: int  # bytes that this process has read and written so far
 
 
@@ -63,14 +55,15 @@ def look(progress: Progress) -> Whereabouts:
     """Where the main thread is now."""
     frames = sys._current_frames()
     main = threading.main_thread()
-    # Threads that do the main one's work (reading shards, say); not those that draw bars or send reports.
+    # Threads that work for the main one (reading shards, say); not those that draw bars or send reports.
     working = [t.ident for t in threading.enumerate() if t is main or not t.daemon]
     places = [(f.f_code, f.f_lasti) for ident in working for f in _outwards(frames.get(ident or 0))]
     stack = list(_outwards(frames.get(main.ident or 0)))
+    frame = next((frame for frame in stack if _is_own(frame)), None)
     return Whereabouts(
-        text=_in_words(stack, progress),
-        updating=any(_part(frame) == ("step", "train_step") for frame in stack),
-        waiting=bool(stack) and any(part in stack[0].f_code.co_filename for part in _OTHERS),
+        text=", ".join(filter(None, (progress.doing, frame and _place(frame)))),
+        updating=progress.updating,
+        waiting=bool(stack) and any(part in stack[0].f_code.co_filename for part in COLLECTIVES),
         trace=hash(tuple(places)),
         traffic=_traffic(),
     )
@@ -90,30 +83,14 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _in_words(stack: list[FrameType], progress: Progress) -> str:
-    """What is being done, and the innermost line of code that is not a library's."""
-    doing = next((text for frame in stack if (text := _DOING.get(_part(frame)))), "")
-    names = {"turn": progress.turn or "a network", "network": progress.network or "a network"}
-    frame = next((frame for frame in stack if _is_own(frame)), None)
-    if frame is None:
-        return doing.format_map(names)
-    place = f"{_short(frame.f_code.co_filename)}:{frame.f_lineno} ({frame.f_code.co_name})"
-    return f"{doing.format_map(names)}, at {place}".removeprefix(", ")
-
-
-def _part(frame: FrameType) -> tuple[str, str]:
-    """(file, function) of a frame of ours."""
-    name = frame.f_code.co_filename
-    return (Path(name).stem, frame.f_code.co_name) if name.startswith(_OURS) else ("", "")
-
-
 def _is_own(frame: FrameType) -> bool:
-    """Not Python's or torch's: a line that tells the reader of the message something."""
+    """Whether the line is of our code or the user's, not of Python or torch."""
     name = frame.f_code.co_filename
     python = name.startswith(("<", _LIBRARY)) and "site-packages" not in name
     return not python and not name.startswith(_TORCH)
 
 
-def _short(name: str) -> str:
-    """As a person in the project's or the run's folder would call the file."""
-    return name.removeprefix(str(Path(_OURS).parent) + os.sep).removeprefix(str(Path.cwd()) + os.sep)
+def _place(frame: FrameType) -> str:
+    """The line, with the file's path from the checkout or the current folder."""
+    name = frame.f_code.co_filename.removeprefix(_ROOT).removeprefix(str(Path.cwd()) + os.sep)
+    return f"at {name}:{frame.f_lineno} ({frame.f_code.co_name})"
