@@ -9,27 +9,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
 
 from launch.paths import UserPath
-from pipeline.config import UserError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from pipeline.config import Config, Score
-    from pipeline.run.features import Extractor
-    from pipeline.run.state import State
-
-METRICS = {
-    "kid": "kernel distance (KID)",
-    "fd": "Fréchet distance (FID, if the features are inception's)",
-    "pr": "precision and recall",
-    "dc": "density and coverage",
-    "nn": "memorisation: distances to the nearest training image",
-}
+from pipeline.config import Config, Score, UserError
+from pipeline.data.index import load_index
+from pipeline.data.plan import split_of
+from pipeline.gan.draws import Draws
+from pipeline.parallel.launched import Launch
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.evaluate import evaluate_generator
+from pipeline.run.export import load_generator, load_run
+from pipeline.run.features import Extractor, load_features
+from pipeline.run.references import references, training_images
+from pipeline.run.scores import METRICS
+from pipeline.run.state import State
 
 
 @click.command()
@@ -38,14 +37,14 @@ METRICS = {
     "--metrics",
     default="kid",
     show_default=True,
-    help=f"With commas between, of: {'; '.join(f'{name}, {what}' for name, what in METRICS.items())}.",
+    help=f"With commas between, of: {'; '.join(f'{name}, {m.help}' for name, m in METRICS.items())}.",
 )
 @click.option(
     "--features", metavar="NAME", help="efflite0, inception:PATH, module:Class; default: the run's."
 )
 @click.option("--images", type=click.IntRange(min=2), help="Generated and held out; default: as in training.")
 @click.option("--train-images", type=click.IntRange(min=2), help="Compare with so many training images too.")
-@click.option("--data", metavar="SHARDS", help="Where the run's data lie now, if they were moved.")
+@click.option("--data", metavar="SHARDS", help="Where the run's data are now, if they were moved.")
 def evaluate(
     run: Path,
     metrics: str,
@@ -56,87 +55,69 @@ def evaluate(
 ) -> None:
     """Score the moving average of G in the run folder RUN against held-out (and training) images.
 
-    Same latents, same images as in training: with the run's own settings it gives the number that stands in
-    metrics.jsonl. The result is added to scores.json in the run folder, with fingerprints of the real images
-    it is against: scores of equal fingerprints can be compared, others cannot.
+    Uses the latents and images of training: with the run's own settings the number equals that in
+    metrics.jsonl. The result is added to scores.json in the run folder, with fingerprints of the real images:
+    only scores of equal fingerprints can be compared.
     """
-    from pipeline.run.export import load_generator, load_run
-
     if unknown := [name for name in metrics.split(",") if name not in METRICS]:
         raise UserError(f"--metrics: no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
-    settings, checkpoint, state = load_run(run)
-    G = load_generator(settings, checkpoint, state)  # now: a run that goes on will drop this checkpoint
+    config, checkpoint, state = load_run(run)
+    G = load_generator(config, checkpoint, state)  # at once: a run in training deletes this checkpoint soon
     score = replace(
-        settings.score,
+        config.score,
         metrics=tuple(metrics.split(",")),  # type: ignore[arg-type]  # known ones
-        features=features or settings.score.features,
-        images=images or settings.score.images,
-        train_images=settings.score.train_images if train_images is None else train_images,
+        features=features or config.score.features,
+        images=images or config.score.images,
+        train_images=config.score.train_images if train_images is None else train_images,
     )
-    settings = replace(settings, score=score, data=replace(settings.data, train=data or settings.data.train))
-    scores, fingerprints = _scores(G, settings, state)
-    _show(f"{settings.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
+    config = replace(config, score=score, data=replace(config.data, train=data or config.data.train))
+    scores, fingerprints = _scores(G, config, state)
+    _show(f"{config.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
     entry = {"cur_nimg": state.cur_nimg, "time": datetime.now(UTC).isoformat(timespec="seconds"), **scores}
     _append(run / "scores.json", entry | {"against": fingerprints})
 
 
-def _scores(G: nn.Module, settings: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
-    from pipeline.data.index import load_index
-    from pipeline.data.plan import split_of
-    from pipeline.gan.draws import Draws
-    from pipeline.parallel.launched import Launch
-    from pipeline.parallel.ranks import Ranks
-    from pipeline.run.evaluate import evaluate_generator
-    from pipeline.run.features import load_features
-    from pipeline.run.references import references
-
-    data, score = settings.data, settings.score
+def _scores(G: nn.Module, config: Config, state: State) -> tuple[dict[str, float], dict[str, str]]:
+    data, score = config.data, config.score
     extractor = load_features(score.features)
     assert data.train is not None
     index = load_index(data.train, click.echo, data.remote)
-    if (split_of(settings, index).training().fingerprint, index.fingerprint) != (state.plan, state.data):
+    if (split_of(config, index).training().fingerprint, index.fingerprint) != (state.plan, state.data):
         raise UserError(
             f"{index.where} does not hold what this run was trained on, so images held out now may have been "
             "trained on then. Give the place of the original shards with --data."
         )
-    ranks = Ranks(Launch("single", "no", 0, 1), timedelta(seconds=settings.run.timeout_s))
+    ranks = Ranks(Launch("single", "no", 0, 1), timedelta(seconds=config.run.timeout_s))
     with _progress(extractor.to(ranks.device), score):
-        real = references(settings, extractor, index, ranks)
-        draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
+        real = references(config, extractor, index, ranks)
+        draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
         found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics)
         return found, real.fingerprints
 
 
 @contextmanager
 def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
-    """A bar over the images that pass through the extractor, at most; those in the cache need not."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """A bar over the images that may pass through the extractor; cached features need not."""
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    training = score.train_images or (score.images if "nn" in score.metrics else 0)
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=2 * score.images + training)
+        task = progress.add_task("", total=2 * score.images + training_images(score))
         counting = extractor.register_forward_hook(lambda _m, _i, out: progress.advance(task, len(out)))
         yield
         counting.remove()
 
 
 def _show(title: str, scores: dict[str, float]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title)
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in scores.items():
-        table.add_row(
-            name.removeprefix("Metrics/"), f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
-        )
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.5f}"
+        table.add_row(name.removeprefix("Metrics/"), shown)
     Console().print(table)
 
 
 def _append(file: Path, entry: dict[str, object]) -> None:
-    """One more line of the JSON list in `file`, which is whole at any moment; or say why there is none."""
+    """Add to the JSON list in `file`, atomically; warn if that fails."""
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         entries = _entries(file)
@@ -145,11 +126,11 @@ def _append(file: Path, entry: dict[str, object]) -> None:
     except OSError as error:  # another person's run, or one on a read-only disk
         with suppress(OSError):
             partial.unlink()
-        click.echo(f"These scores could not be kept in {file}: {error.strerror or error}.", err=True)
+        click.echo(f"These scores could not be written to {file}: {error.strerror or error}.", err=True)
 
 
 def _entries(file: Path) -> list[object]:
-    """What is in the list so far. A damaged file is kept under another name. Raises OSError."""
+    """The list in `file`. A damaged file is kept under another name. Raises OSError."""
     try:
         entries = json.loads(file.read_bytes()) if file.exists() else []
     except ValueError:
@@ -158,5 +139,5 @@ def _entries(file: Path) -> list[object]:
         return entries
     aside = file.with_name(f"{file.stem}.damaged.json")
     file.replace(aside)
-    click.echo(f"warning: {file} is damaged. It is kept as {aside}, and a new one is begun.", err=True)
+    click.echo(f"warning: {file} is damaged. It is kept as {aside}; a new one is written.", err=True)
     return []

@@ -11,7 +11,7 @@ from pipeline.gan.draws import Draws
 from pipeline.gan.losses import adversarial
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised_names
-from pipeline.gan.schedules import ema_beta
+from pipeline.gan.schedules import at
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.build import build_players
 from pipeline.parallel.engine import PlayerSettings
@@ -43,8 +43,7 @@ def build(settings: Config, state: State, ranks: Ranks, batch: BatchShape) -> Ga
         G_ema=G_ema,
         losses=adversarial(settings.loss.kind),
         draws=draws,
-        r1=settings.penalty.r1,
+        at=partial(at, settings),
         batch_size=data.batch_size,
         D_steps=settings.loss.D_steps,
-        ema_beta=partial(ema_beta, settings.images_per_update, settings.ema.kimg, settings.ema.rampup),
     )

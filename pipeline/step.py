@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pipeline.config import R1
+from torch import Tensor
+
 from pipeline.data.stream import Batch
 from pipeline.gan.draws import Drawn, Draws
-from pipeline.gan.gradient_penalty import r1
 from pipeline.gan.images import to_float
 from pipeline.gan.losses import Adversarial
+from pipeline.gan.schedules import Now
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.run.stats import Stats
@@ -32,57 +33,58 @@ class Gan:
     G_ema: Ema
     losses: Adversarial
     draws: Draws
-    r1: R1
+    at: Callable[[int], Now]  # images shown so far → all that depends on progress
     batch_size: int  # global, per D update
     D_steps: int
-    ema_beta: Callable[[int], float]  # cur_nimg before an update → the share of G_ema that it keeps
+    augment: Callable[[Tensor], Tensor] = lambda images: images  # of every image that D sees
 
     def latents(self, player: str, cur_nimg: int) -> Drawn:
         return self.draws.latents(player, cur_nimg, self.batch_size)
 
-    def r1_factor(self, cur_nimg: int) -> int:
-        """Lazy regularisation: 0 in most D updates and `interval` in every interval-th, told by cur_nimg."""
-        return 0 if cur_nimg // self.batch_size % self.r1.interval else self.r1.interval
-
 
 def train_step(gan: Gan, reals: Iterator[Batch], cur_nimg: int, stats: Stats) -> int:
     """One alternating update; returns cur_nimg after it. Nothing in it waits for the device."""
-    beta = gan.ema_beta(cur_nimg)
+    now = gan.at(cur_nimg)
     for _ in range(gan.D_steps):
-        update_D(gan, next(reals), cur_nimg, stats)
+        batch = next(reals)
+        update_D(gan, batch, cur_nimg, stats)
         cur_nimg += gan.batch_size
-    update_G(gan, cur_nimg, stats)
-    gan.G_ema.update(beta)
+    update_G(gan, batch, cur_nimg, stats)
+    gan.G_ema.update(now.ema_beta)
     return cur_nimg
 
 
-def update_D(gan: Gan, reals: Batch, cur_nimg: int, stats: Stats) -> None:
+def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
     """D on real images, D on fakes, one step of D."""
-    G, D = gan.G, gan.D
-    r1_factor = gan.r1_factor(cur_nimg) if gan.r1.gamma else 0
-    with D.updating(frozen=G):
-        for z, fake_c, images, c in D.rounds(gan.latents("D", cur_nimg), reals.images, reals.labels):
-            real = to_float(images).requires_grad_(r1_factor > 0)
-            real_logits = D(real, c)
-            fake_logits = D(G(z, fake_c), fake_c)
+    G, D, now = gan.G, gan.D, gan.at(cur_nimg)
+    with D.updating(frozen=G, twice=now.differentiates("real", "fake")):
+        for z, fake_c, images, c in D.rounds(gan.latents("D", cur_nimg), batch.images, batch.labels):
+            real = to_float(images).requires_grad_(now.differentiates("real"))
+            real_logits = D(gan.augment(real), c)
+            fake = G(z, fake_c).detach().requires_grad_(now.differentiates("fake"))
+            fake_logits = D(gan.augment(fake), fake_c)
             loss = adversarial = gan.losses.d(real_logits, fake_logits)
-            if gan.r1.gamma:
-                penalty = r1_factor * r1(real, real_logits, gan.r1.gamma) if r1_factor else 0 * adversarial
-                loss = loss + penalty
-                stats.mean("Loss/D/r1_penalty", penalty)
+            seen = {"real": (real, real_logits), "fake": (fake, fake_logits)}
+            for penalty in now.gradient_penalties:
+                value = penalty(*seen[penalty.on])
+                loss = loss + value
+                stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
             stats.mean("Loss/D/adversarial", adversarial)
             stats.scores("real", real_logits)
             stats.scores("fake", fake_logits)
-        stats.add(D.step())
+        stats.add(D.step(now.D))
 
 
-def update_G(gan: Gan, cur_nimg: int, stats: Stats) -> None:
-    """G through the updated, frozen D, one step of G."""
-    G, D = gan.G, gan.D
+def update_G(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
+    """G through the updated, frozen D, one step of G. batch: D's last, which a paired loss compares with."""
+    G, D, now = gan.G, gan.D, gan.at(cur_nimg)
+    pairs = (batch.images, batch.labels) if gan.losses.paired else (None, None)
     with G.updating(frozen=D):
-        for z, fake_c in G.rounds(gan.latents("G", cur_nimg)):
-            adversarial = gan.losses.g(D(G(z, fake_c), fake_c))
+        for z, fake_c, images, c in G.rounds(gan.latents("G", cur_nimg), *pairs):
+            fake_logits = D(gan.augment(G(z, fake_c)), fake_c)
+            real_logits = None if images is None else D(gan.augment(to_float(images)), c)
+            adversarial = gan.losses.g(fake_logits, real_logits)
             G.backward(adversarial)
             stats.mean("Loss/G/adversarial", adversarial)
-        stats.add(G.step())
+        stats.add(G.step(now.G))

@@ -15,6 +15,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "tests" / "assets" / "fashion-mnist-500"  # 500 real images, 28x28, ten classes
 
+# Fixtures that take minutes and serve several files; in the order in which their tests start.
+SHARED = ("cluster", "worlds", "launched")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups tests for several workers (`-n 2 --dist loadgroup`): a file's, or those of a shared fixture."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    groups = {}
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        shared = next((name for name in SHARED if name in fixtures), None)
+        groups[item] = shared or item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: SHARED.index(groups[item]) if groups[item] in SHARED else len(SHARED))
+
 
 @pytest.fixture(autouse=True)
 def _environment_kept() -> Iterator[None]:

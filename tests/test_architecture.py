@@ -15,6 +15,7 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
     "pipeline.credentials": (),
+    "pipeline.durable": (),
     "pipeline.errors": (),
     "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors"),
     "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.config_layers"),
@@ -30,14 +31,23 @@ ARROWS = {
         "pipeline.config",
         "pipeline.console",
         "pipeline.credentials",
+        "pipeline.durable",
         "pipeline.lock",
         "pipeline.plugins",
     ),
-    "pipeline.parallel": ("pipeline.config", "pipeline.console", "pipeline.errors", "pipeline.gan.penalised"),
+    "pipeline.parallel": (
+        "pipeline.config",
+        "pipeline.console",
+        "pipeline.errors",
+        "pipeline.gan.penalised",
+        "pipeline.gan.draws.Drawn",
+        "pipeline.gan.schedules.Rates",
+    ),
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",
         "pipeline.config",
         "pipeline.credentials",
+        "pipeline.durable",
         "pipeline.errors",
         "pipeline.lock",
         "pipeline.plugins",
@@ -194,7 +204,7 @@ def test_every_test_file_has_a_name_of_its_own():
     assert [name for name in set(names) if names.count(name) > 1] == []
 
 
-@pytest.mark.xfail(reason="launch/slurm and launch/select import each other")
+@pytest.mark.xfail(reason="pipeline/run and pipeline/step.py import each other")
 def test_no_imports_in_a_circle():
     files = import_graph.file_graph(import_graph.sources())
     assert not import_graph.circle(files)
@@ -217,7 +227,7 @@ def test_a_circle_is_seen(file, source, within_a_package):
     assert bool(import_graph.circle(import_graph.room_graph(files))) or within_a_package
 
 
-@pytest.mark.xfail(reason="launch/slurm and launch/select import each other")
+@pytest.mark.xfail(reason="pipeline/run and pipeline/step.py import each other")
 def test_the_import_graph_is_the_one_in_the_readme():
     """`python tests/import_graph.py` prints it."""
     graph = import_graph.drawn(import_graph.sources())

@@ -123,7 +123,7 @@ def _turns(
 
     def turn_of_G() -> None:
         D.requires_grad_(False)
-        losses.g(compute(D, compute(G, z, c), c)).backward()  # type: ignore[no-untyped-call]
+        losses.g(compute(D, compute(G, z, c), c), None).backward()  # type: ignore[no-untyped-call]
         D.requires_grad_(True)
 
     gradients = [p.grad for p in weights if p.grad is not None]

@@ -20,6 +20,7 @@ from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import reference_of
+from pipeline.run.references import differences
 from pipeline.run.report import say
 
 _COMMON = "selection.json"
@@ -132,7 +133,7 @@ def _check_references(trials: Sequence[Trial], index: Index, extractor: Extracto
             "features": [extractor.name, extractor.version],
             "images": min(trial.settings.score.images, plan(trial.place).size),
         }
-        changed = [f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]]
+        changed = differences({"heldout": {key: before.get(key) for key in now}}, {"heldout": now})
         if changed:
             raise UserError(
                 f"{trial.name} is finished, and was scored against other images or by other features than "

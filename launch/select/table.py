@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import Config, UserError
 from pipeline.run.folder import reference_of
+from pipeline.run.references import differences
 from pipeline.run.report import say
 from pipeline.run.rows import rows
-
-# What may be chosen by: the lower the better, and against held-out images, which fid50k_full is not.
-_LEADING = {"kid": r"Metrics/kid_\w+", "fd": r"Metrics/(fd_\w+|fid)"}
+from pipeline.run.scores import METRICS, leads
 
 
 def table(
@@ -46,7 +44,7 @@ def table(
         )
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
-    names = [name for o in found[:1] for name in o.last if _leads(name, leading)]
+    names = [name for o in found[:1] for name in o.last if leads(leading, name)]
     return ScoreTable(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows, rule)
 
 
@@ -55,7 +53,7 @@ def check_scored(base: Config, trials: Sequence[Trial]) -> None:
     leading = _leading(base)
     lacking = [trial for trial in trials if trial.done and _read(trial, leading) is None]
     if lacking:
-        have = [name for name, others in _LEADING.items() if all(_read(trial, others) for trial in lacking)]
+        have = [name for name in METRICS if all(_read(trial, name) for trial in lacking)]
         more = f", as are {len(lacking) - 1} more" if len(lacking) > 1 else ""
         cure = f"Set score.metrics=[{', '.join(have)}], which is there" if have else "Remove its folder"
         raise UserError(
@@ -125,17 +123,20 @@ def failures(folder: Path) -> dict[str, str]:
 
 
 def _leading(base: Config) -> str:
-    """What the chart of the score to choose by is called."""
+    """The metric to choose by."""
     metric = base.score.metrics[0] if base.score.metrics else ""
-    if metric not in _LEADING:
-        raise UserError("score.metrics: select chooses by the first of them, which has to be kid or fd.")
-    return _LEADING[metric]
+    known = [name for name, entry in METRICS.items() if entry.leads]
+    if metric not in known:
+        raise UserError(
+            f"score.metrics: select chooses by the first of them, which has to be {' or '.join(known)}."
+        )
+    return metric
 
 
 def _read(trial: Trial, leading: str) -> Outcome | None:
     """A finished trial's last score; None if it was never scored."""
     lines = rows(trial.folder / "metrics.jsonl", say)
-    scored = [(row, key) for row in lines for key in row if _leads(key, leading)]
+    scored = [(row, key) for row in lines for key in row if leads(leading, key)]
     if not scored:
         return None
     seconds, before = 0.0, 0
@@ -147,17 +148,13 @@ def _read(trial: Trial, leading: str) -> Outcome | None:
     return Outcome(trial, row[key], row, seconds)
 
 
-def _leads(chart: str, leading: str) -> bool:
-    return bool(re.fullmatch(leading, chart)) and not chart.endswith("_train")
-
-
 def _check_references(found: Sequence[Outcome]) -> None:
     """Trials of one seed and fold must have been scored against the same images, by the same features."""
-    seen: dict[tuple[int, int], tuple[Any, str]] = {}
+    seen: dict[tuple[int, int], tuple[dict[str, Any], str]] = {}
     for outcome in found:
-        about = reference_of(outcome.trial.folder).get("heldout")
+        about = {"heldout": reference_of(outcome.trial.folder).get("heldout", {})}
         other, name = seen.setdefault(outcome.place, (about, outcome.trial.name))
-        if about != other:
+        if differences(other, about):
             raise UserError(
                 f"{outcome.trial.name} and {name} were scored against different images or features, and do "
                 "not compare. Remove the older one's folder, and it is trained anew."

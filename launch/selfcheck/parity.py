@@ -23,12 +23,12 @@ from pipeline import config
 from pipeline.config import Config
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
+from pipeline.durable import save_tensors
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run import checkpoint
-from pipeline.run.durable import save_tensors
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline import durable
 from pipeline.config import UserError
 from pipeline.data.folders import cache_folder
 from pipeline.data.samples import LARGEST_LABEL
@@ -78,17 +79,7 @@ def write_record(root: Path, name: str, shards: Sequence[Shard], extra: Mapping[
     """Write index.json; `extra` goes into it as it is."""
     record = {"wids_version": 1, "name": name, **extra, "shardlist": [_entry(shard) for shard in shards]}
     text = json.dumps(record, indent=1) + "\n"
-
-    def write(place: Path) -> None:
-        place.mkdir(parents=True, exist_ok=True)
-        temporary = place / f".{INDEX}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(text)
-            temporary.replace(place / INDEX)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    write_somewhere(root, write)
+    write_somewhere(root, lambda place: durable.write(place / INDEX, text))
 
 
 def _entry(shard: Shard) -> dict[str, Any]:

@@ -7,7 +7,6 @@ open cost megabytes, whatever the size of the data.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import durable
 from pipeline.config import UserError
 from pipeline.data.samples import (
     IMAGE_EXTENSIONS as IMAGE_EXTENSIONS,  # is part of this module
@@ -38,6 +38,10 @@ from pipeline.data.samples import (
 from pipeline.data.tar import LARGEST_MEMBER, MOST_HEADERS, TarReader
 
 _VERSION = 1
+_COLUMNS = {  # arrays of SampleTable, in the order of the file
+    "name_ends": np.int64, "offset": np.int64, "size": np.int64,
+    "extension": np.uint32, "label": np.int64, "crc": np.uint32,
+}  # fmt: skip
 _EXTRA = "passed_over"  # JSON, only where there is something to say: what earlier versions wrote has none
 
 
@@ -162,28 +166,17 @@ def _passed_over(tar: TarReader, samples: Sequence[Sample], why: Callable[[Sampl
 
 
 def save(table: SampleTable, path: Path) -> None:
-    """Write beside, then rename: several processes may do so at once, and a reader sees all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(
-                file,
-                version=np.array(_VERSION),
-                filesize=np.array(table.filesize, np.int64),
-                sha256=np.frombuffer(bytes.fromhex(table.sha256), np.uint8),
-                names=np.frombuffer(table.names, np.uint8),
-                name_ends=table.name_ends,
-                offset=table.offset,
-                size=table.size,
-                extension=table.extension,
-                label=table.label,
-                crc=table.crc,
-                **_extra(table),  # type: ignore[arg-type]  # no name of them is allow_pickle
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a sidecar; several processes may do so at once. Raises OSError."""
+    with durable.whole(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            version=np.array(_VERSION),
+            filesize=np.array(table.filesize, np.int64),
+            sha256=np.frombuffer(bytes.fromhex(table.sha256), np.uint8),
+            names=np.frombuffer(table.names, np.uint8),
+            **{name: getattr(table, name) for name in _COLUMNS},
+            **_extra(table),  # type: ignore[arg-type]  # no name of them is allow_pickle
+        )
 
 
 def _extra(table: SampleTable) -> dict[str, NDArray[np.uint8]]:
@@ -226,12 +219,7 @@ def load(path: Path) -> SampleTable | None:
                 filesize=int(file["filesize"]),
                 sha256=file["sha256"].tobytes().hex(),
                 names=file["names"].tobytes(),
-                name_ends=file["name_ends"].astype(np.int64),
-                offset=file["offset"].astype(np.int64),
-                size=file["size"].astype(np.int64),
-                extension=file["extension"].astype(np.uint32),
-                label=file["label"].astype(np.int64),
-                crc=file["crc"].astype(np.uint32),
+                **{name: file[name].astype(kind) for name, kind in _COLUMNS.items()},
                 **(_read_extra(file[_EXTRA].tobytes()) if _EXTRA in file else {}),
             )
     except Exception:  # bytes made to do harm make numpy and zipfile raise nearly anything

@@ -17,7 +17,8 @@ class Adversarial:
     """What each player minimises: from logits [N] of any float dtype to a float32 scalar, the mean."""
 
     d: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) → L_D
-    g: Callable[[Tensor], Tensor]  # (fake_logits) → L_G
+    g: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits if paired) → L_G
+    paired: bool = False  # whether G's loss compares with real images too, the i-th fake with the i-th real
 
 
 def adversarial(kind: Kind) -> Adversarial:
@@ -33,12 +34,12 @@ def _log_loss_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return softplus(-real_logits.float()).mean() + softplus(fake_logits.float()).mean()
 
 
-def _minimax_g(fake_logits: Tensor) -> Tensor:
+def _minimax_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """E[log(1 − σ(D(G(z))))]: Goodfellow et al. 2014, eq. 1. Its gradient fades where D is sure."""
     return -softplus(fake_logits.float()).mean()
 
 
-def _nonsaturating_g(fake_logits: Tensor) -> Tensor:
+def _nonsaturating_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """−E[log σ(D(G(z)))]: Goodfellow et al. 2014, section 3, the same fixed point with strong gradients."""
     return softplus(-fake_logits.float()).mean()
 
@@ -48,7 +49,7 @@ def _hinge_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return relu(1 - real_logits.float()).mean() + relu(1 + fake_logits.float()).mean()
 
 
-def _hinge_g(fake_logits: Tensor) -> Tensor:
+def _hinge_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """−E[D(G(z))]: Miyato et al. 2018, eq. 17."""
     return -fake_logits.float().mean()
 
@@ -58,7 +59,7 @@ def _least_squares_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * ((real_logits.float() - 1).square().mean() + fake_logits.float().square().mean())
 
 
-def _least_squares_g(fake_logits: Tensor) -> Tensor:
+def _least_squares_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """½E[(D(G(z)) − 1)²]: Mao et al. 2017, eq. 9."""
     return 0.5 * (fake_logits.float() - 1).square().mean()
 

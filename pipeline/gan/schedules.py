@@ -1,6 +1,50 @@
-"""What changes with the number of images shown, as pure functions of it."""
+"""What an update depends on besides weights and data, as pure functions of the images shown before it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Config
+from pipeline.gan.gradient_penalty import GradientPenalty, r1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one player's optimizer steps with."""
+
+    lr: float
+    betas: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Now:
+    """All that depends on progress."""
+
+    G: Rates
+    D: Rates
+    gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
+    ema_beta: float  # share of the old G_ema that an update keeps
+
+    def differentiates(self, *images: str) -> bool:
+        """Whether a penalty due now needs D's gradient with respect to "real" or "fake" images."""
+        return any(p.factor and p.on in images for p in self.gradient_penalties)
+
+
+def at(config: Config, cur_nimg: int) -> Now:
+    """What a config says for the update, or the turn of D, that begins after cur_nimg images."""
+    G, D, gamma = config.optim.G, config.optim.D, config.penalty.r1.gamma
+    factor = lazy_factor(config.penalty.r1.interval, cur_nimg // config.data.batch_size)
+    return Now(
+        G=Rates(G.lr, G.betas),
+        D=Rates(D.lr, D.betas),
+        gradient_penalties=(GradientPenalty("r1", "real", r1, gamma, factor),) if gamma else (),
+        ema_beta=ema_beta(config.images_per_update, config.ema.kimg, config.ema.rampup, cur_nimg),
+    )
+
+
+def lazy_factor(interval: int, D_update: int) -> int:
+    """Lazy regularisation (Karras et al. 2020, app. B): `interval` in every interval-th D update, else 0."""
+    return 0 if D_update % interval else interval
 
 
 def ema_beta(images: int, kimg: float, rampup: float, cur_nimg: int) -> float:

@@ -11,12 +11,14 @@ import abc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
+from pipeline.gan.draws import Drawn
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.buffers import Buffers, BufferSnapshot
 from pipeline.parallel.forward_timing import ForwardTimer
@@ -33,19 +35,6 @@ class Contribution:
     total: torch.Tensor
     weight: float
     unit: float  # what all ranks' weights of one update come to
-
-
-class Drawn(Protocol):
-    """What is drawn at random for one global batch, the same on every rank."""
-
-    @property
-    def z(self) -> torch.Tensor: ...  # [batch_size, z_dim] fp32, CPU
-
-    @property
-    def c(self) -> torch.Tensor | None: ...  # [batch_size] int64, CPU
-
-    @property
-    def seed(self) -> int: ...  # of randomness inside the networks (dropout)
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,7 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
+        self.twice = False  # whether this turn differentiates the player's passes twice
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         # Which parameters train is the user's choice at construction: freezing for the other player's
@@ -101,9 +91,12 @@ class Engine(abc.ABC):
         """Accumulate the gradient of one round's loss; the rounds of an update are averaged."""
 
     @abc.abstractmethod
-    def step(self) -> dict[str, Contribution]:
-        """Add the weight penalties, clip, update. Returns what is to be charted: the penalties at the
-        weights before the update, and the squared gradient norm (penalties included, before clipping)."""
+    def step(self, now: Rates) -> dict[str, Contribution]:
+        """Add the weight penalties, clip, update at the rates of `now`.
+
+        Returns charts: the penalties at the weights before the update, and the squared gradient norm
+        (penalties included, before clipping).
+        """
 
     @abc.abstractmethod
     def moments(self) -> list[dict[str, torch.Tensor]]:
@@ -140,11 +133,14 @@ class Engine(abc.ABC):
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
     @contextmanager
-    def updating(self, frozen: Engine) -> Iterator[None]:
-        """This player's turn: the other one is frozen, and gradients start and end empty."""
+    def updating(self, frozen: Engine, twice: bool = False) -> Iterator[None]:
+        """This player's turn: the other one is frozen, and gradients start and end empty.
+
+        twice: a gradient penalty differentiates this player's passes a second time.
+        """
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
-        frozen.frozen = True
+        frozen.frozen, self.twice = True, twice
         self.begin_turn()
         frozen.begin_turn()
         snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
@@ -156,7 +152,7 @@ class Engine(abc.ABC):
             self.zero_grad()
             self.end_turn()
             frozen.end_turn()
-            frozen.frozen = False
+            frozen.frozen = self.twice = False
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
 

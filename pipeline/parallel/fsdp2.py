@@ -54,17 +54,15 @@ class Fsdp2Engine(MasterEngine):
         super().__init__(module, player, ranks, batch, masters, fragments)
 
     def forward(self, *inputs: Any) -> torch.Tensor:
-        if inputs[0].requires_grad:
-            # R1 differentiates this pass twice. The first time must leave the blocks gathered for the
-            # second; the end of the turn gathers nothing and lets go of all of them.
-            for module in self._modules:
-                module.set_reshard_after_backward(False, recurse=False)
         output: torch.Tensor = self.module(*inputs)
         return output
 
     def begin_turn(self) -> None:
-        for module in self._modules if self.ranks.keep_gathered else ():
-            module.set_reshard_after_forward(False, recurse=False)
+        """Blocks stay gathered to the end of the turn if the launcher's file says so, and from their first
+        backward on if there is a second."""
+        keep = self.ranks.keep_gathered
+        for module in self._modules if keep or self.twice else ():
+            module.set_reshard_after_forward(not keep, recurse=False)
             module.set_reshard_after_backward(False, recurse=False)
 
     def end_turn(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Optimizer
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
 from pipeline.parallel.fragments import Fragment, sum_of_squares
@@ -57,8 +58,9 @@ class MasterEngine(Engine):
             loss = loss / self.batch.rounds
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self) -> dict[str, Contribution]:
+    def step(self, now: Rates) -> dict[str, Contribution]:
         self.doing("step")
+        set_rates(self._optimizer, now)
         self.collect_gradients()
         penalties = self.penalties()
         gradients = _gradients(self._masters.values())
@@ -113,6 +115,14 @@ def make_optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch
     if settings.kind == "adamw":
         return torch.optim.AdamW(parameters, weight_decay=settings.decoupled_decay, **adam)  # type: ignore[arg-type]
     return torch.optim.Adam(parameters, **adam)  # type: ignore[arg-type]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, now: Rates) -> None:
+    """Let the next step be taken with these."""
+    (group,) = optimizer.param_groups
+    group["lr"] = now.lr
+    if "betas" in group:
+        group["betas"] = now.betas
 
 
 def start_momentum(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from pipeline.config import UserError
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
 from pipeline.parallel.fragments import Fragment, sum_of_squares
-from pipeline.parallel.masters import make_optimizer, start_momentum
+from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed, waiting_for
@@ -66,8 +67,8 @@ class ZeroEngine(Engine):
         self.penalty = LocalPenalty.over(self._fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self._last_round, self._bare, self._asked = True, False, False
-        self._r1_round: AbstractContextManager[Any] | None = None
+        self._last_round, self._asked = True, False
+        self._gathered: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
 
     # Where the masters are
@@ -116,25 +117,20 @@ class ZeroEngine(Engine):
     # Forward and backward
 
     def forward(self, *inputs: Any) -> torch.Tensor:
-        if inputs[0].requires_grad:  # R1 differentiates this pass twice, which DeepSpeed's wrapper cannot
-            self._bare = True
-            if self._stage == 3:
-                return self._through_twin(*inputs)
-        if self._bare:
-            if self._stage == 3:
-                return self._through_twin(*inputs)
-            output: torch.Tensor = self.module(*inputs)
-        else:
-            output = self._ds(*inputs)
+        if self.twice and self._stage == 3:
+            return self._through_twin(*inputs)
+        # DeepSpeed's wrapper cannot differentiate a pass twice.
+        output: torch.Tensor = self.module(*inputs) if self.twice else self._ds(*inputs)
         return output
 
     def _through_twin(self, *inputs: Any) -> torch.Tensor:
-        """Stage 3 and R1: gather the whole player until its backward is done, and run it without hooks."""
-        if self._r1_round is None:
+        """Stage 3, a pass that is differentiated twice: gather the whole player until its backward is done,
+        and run it without hooks."""
+        if self._gathered is None:
             zero = import_deepspeed(self.ranks.device).zero
             gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(self.module.parameters()))
             gathered.__enter__()
-            self._r1_round = gathered
+            self._gathered = gathered
             self._ds.optimizer.clear_backward_seen_flag()
         tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         self._twin.train(self.module.training)
@@ -149,22 +145,20 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.doing("backward")
         self._ds.backward(self.scaled(loss))  # divides by the rounds itself
-        if self._r1_round is not None:
-            self._r1_round.__exit__(None, None, None)
-            self._r1_round = None
+        if self._gathered is not None:
+            self._gathered.__exit__(None, None, None)
+            self._gathered = None
         if not self._last_round:
             self._ds.step()  # counts the round, no more
-
-    def end_turn(self) -> None:
-        self._bare = False
 
     def zero_grad(self) -> None:
         """DeepSpeed clears gradients in its step."""
 
     # The step
 
-    def step(self) -> dict[str, Contribution]:
+    def step(self, now: Rates) -> dict[str, Contribution]:
         self.doing("step")
+        set_rates(self._optimizer, now)
         self._penalties = penalties = self.penalty.values()
         self._asked = False
         self._ds.step()

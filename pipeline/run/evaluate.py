@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
 from pipeline.parallel.ranks import Ranks
-from pipeline.run import scores
 from pipeline.run.features import Extractor
 from pipeline.run.references import References
+from pipeline.run.scores import METRICS, Metric, frechet
 
 FULL = 50_000
 
@@ -50,9 +50,9 @@ def evaluate(
         count = min(len(train), len(fake))  # as many as held-out ones, so that the two scores compare
         against = _compare(train[:count], fake[:count], extractor, metrics)
         found |= {f"{name}_train": value for name, value in against.items()}
-        if "nn" in metrics:
-            ratio, copies = scores.memorisation(train, heldout.to(fake.device), fake)
-            found |= {f"nn_ratio_{extractor.name}": ratio, f"nn_copies_{extractor.name}": copies}
+        for metric in (METRICS[name] for name in metrics):
+            if metric.needs_train:
+                found |= _named(metric, extractor, train, heldout.to(fake.device), fake)
         found[f"{extractor.name}_train_images"] = len(train)
     found |= {f"{extractor.name}_real_images": len(heldout), f"{extractor.name}_fake_images": len(fake)}
     return {f"Metrics/{name}": value for name, value in found.items()}
@@ -61,16 +61,16 @@ def evaluate(
 def _compare(real: Tensor, fake: Tensor, extractor: Extractor, metrics: Sequence[str]) -> dict[str, float]:
     """The scores that take two sets, by name."""
     found: dict[str, float] = {}
-    if "kid" in metrics:
-        found["kid"] = scores.kid(real, fake)
-    if "fd" in metrics:
-        found["fd"] = scores.frechet(real, fake)
-    if "pr" in metrics:
-        found["precision"], found["recall"] = scores.precision_recall(real, fake)
-    if "dc" in metrics:
-        found["density"], found["coverage"] = scores.density_coverage(real, fake)
-    names = {"fd": "fid"} if extractor.canonical else {}
-    return {names.get(name) or f"{name}_{extractor.name}": value for name, value in found.items()}
+    for name, metric in METRICS.items():
+        if name in metrics and not metric.needs_train:
+            found |= _named(metric, extractor, real, fake)
+    return found
+
+
+def _named(metric: Metric, extractor: Extractor, *features: Tensor) -> dict[str, float]:
+    values = metric.function(*features)
+    names = metric.charts(extractor.name, extractor.canonical)
+    return dict(zip(names, values if isinstance(values, tuple) else (values,), strict=True))
 
 
 def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device) -> Generate:
@@ -97,7 +97,7 @@ def evaluate_generator(
     if extractor.canonical and "fd" in metrics and real.train is not None and real.all_of_train:
         many = fixed_images(G, draws, FULL, ranks.device)
         features = _fake_features(many, FULL, extractor, ranks, batch=64)
-        found["Metrics/fid50k_full"] = scores.frechet(real.train.to(features.device), features)
+        found["Metrics/fid50k_full"] = frechet(real.train.to(features.device), features)
     return found
 
 

@@ -12,10 +12,10 @@ from torch import nn
 from pipeline import config
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
+from pipeline.durable import save_tensors
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
-from pipeline.run.durable import save_tensors
 from pipeline.run.folder import begun
 from pipeline.run.state import State
 

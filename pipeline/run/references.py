@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, Data, UserError
+from pipeline.config import Config, Data, Score, UserError
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, split_of
 from pipeline.data.stream import heldout_batches
@@ -19,7 +20,11 @@ from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.report import counted, say
+from pipeline.run.scores import METRICS
 from pipeline.run.tensor_cache import read_tensor, write_tensor
+
+About = Mapping[str, Mapping[str, object]]
+"""Of each part ("heldout", "train"): what scores against it depend on."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,38 @@ class References:
         }
 
 
-def references(settings: Config, extractor: Extractor, index: Index, ranks: Ranks) -> References:
-    """What the config says to compare with: held-out images, and training images for `nn` or if asked for.
+def references(config: Config, extractor: Extractor, index: Index, ranks: Ranks) -> References:
+    """The real images that the config asks for: held-out ones, and training images for `nn` or if asked for.
 
     Raises UserError if fewer than two images are held out, or if a shard cannot be read.
     """
-    data, score = settings.data, settings.score
-    split = split_of(settings, index)
+    data, score = config.data, config.score
+    split = split_of(config, index)
     heldout, about = real_features(extractor, index, split.heldout(), ranks, data, score.images)
-    wanted = score.train_images or (score.images if "nn" in score.metrics else 0)
+    wanted = training_images(score)
     if not wanted:
         return References(heldout, None, False, {"heldout": about})
     plan = split.trained_once()
     train, about_train = real_features(extractor, index, plan, ranks, data, wanted)
     return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
+
+
+def training_images(score: Score) -> int:
+    """How many training images to compare with, if there are so many."""
+    return score.train_images or (score.images if any(METRICS[m].needs_train for m in score.metrics) else 0)
+
+
+def differences(before: About, now: About) -> list[str]:
+    """Where scores against `before` and against `now` do not compare: `part, key: before → now` each.
+
+    Parts that only one of them has are not compared.
+    """
+    return [
+        f"{part}, {key}: {before[part].get(key)!r} → {about.get(key)!r}"
+        for part, about in now.items()
+        for key in (dict.fromkeys([*before[part], *about]) if part in before else ())
+        if before[part].get(key) != about.get(key)
+    ]
 
 
 def real_features(
@@ -104,36 +127,29 @@ def real_features(
 
 
 def keep_to(file: Path, real: References) -> None:
-    """Note in `file` what a run's scores are against, once; later scores must be against the same.
+    """Record in `file`, once, what a run's scores are against; later scores must be against the same.
 
     Raises UserError otherwise: numbers under one name would not compare.
     """
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps(before | real.about, indent=1) + "\n")
-        changed = [
-            f"{part}, {key}: {before[part].get(key)!r} → {value!r}"
-            for part, about in real.about.items()
-            for key, value in about.items()
-            if part in before and before[part].get(key) != value
-        ]
-        partial.unlink() if changed else partial.replace(file)
-    except (OSError, ValueError) as error:
+        changed = differences(before, real.about)
+        if not changed:
+            partial = file.with_name(f".{file.name}.{os.getpid()}")
+            partial.write_text(json.dumps(before | real.about, indent=1) + "\n")
+            partial.replace(file)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be read or written: {error}. If it is damaged, remove it: scores from here on "
-            "are then taken to compare with those before."
+            f"{file} cannot be read or written: {error}. If it is damaged, remove it: new scores are then "
+            "assumed to compare with earlier ones."
         ) from None
     if changed:
-        raise UserError(
-            "\n  ".join(
-                [
-                    "This run's scores so far are against other references, and new ones would not compare:",
-                    *changed,
-                    "Set score.images, score.train_images and score.features as before.",
-                ]
-            )
-        )
+        lines = [
+            "This run's earlier scores are against other references, and new ones would not compare:",
+            *changed,
+            "Set score.images, score.train_images and score.features as before.",
+        ]
+        raise UserError("\n  ".join(lines))
 
 
 def _real_features(

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pipeline.config import UserError
+from pipeline.durable import sync
 from pipeline.lock import LockLostError
-from pipeline.run.durable import sync
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.tracker import Tracker

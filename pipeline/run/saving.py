@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from pipeline.durable import save_tensors, sync
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import FORMAT, describe, exchange, find, replaced
-from pipeline.run.durable import save_tensors, sync
 from pipeline.run.state import State
 
 Tensors = dict[str, torch.Tensor]

@@ -1,12 +1,14 @@
-"""Scores that compare two sets of feature vectors [n, d]: pure functions, in float64, on one device.
+"""Scores that compare sets of feature vectors [n, d]: pure functions, in float64, on one device.
 
-Memory is linear in n: kernel and distance matrices are gone through block by block. All but `kid` depend on
-how many vectors there are, so numbers of different counts do not compare.
+METRICS lists them; everything that names, computes or compares a score reads it. Memory is linear in n:
+kernel and distance matrices are computed block by block. All scores but `kid` depend on the number of
+vectors, so compare scores of equal counts only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -82,6 +84,59 @@ def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, f
     of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
     closest = of_heldout.quantile(_CLOSEST)
     return float(of_fakes.median() / of_heldout.median()), float((of_fakes < closest).double().mean())
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What `score.metrics` may name."""
+
+    help: str
+    names: tuple[str, ...]  # of its values, which charts show as Metrics/<name>_<features>
+    function: Callable[..., float | tuple[float, ...]]  # (real, fake), each [n, d] → a value per name
+    lower_is_better: bool
+    leads: bool = False  # checkpoints and candidates are compared by its value
+    canonical: str | None = None  # the name of its chart with the features that define it
+    needs_train: bool = False  # its function takes (train, held-out, fake) instead
+
+    def charts(self, features: str, canonical: bool) -> list[str]:
+        """Names of its values, given the features' name and whether they are the defining ones."""
+        named = self.canonical if canonical else None
+        return [named or f"{name}_{features}" for name in self.names]
+
+
+METRICS = {
+    "kid": Metric("kernel distance (KID)", ("kid",), kid, lower_is_better=True, leads=True),
+    "fd": Metric(
+        "Fréchet distance (FID, if the features are inception's)",
+        ("fd",),
+        frechet,
+        lower_is_better=True,
+        leads=True,
+        canonical="fid",
+    ),
+    "pr": Metric("precision and recall", ("precision", "recall"), precision_recall, lower_is_better=False),
+    "dc": Metric("density and coverage", ("density", "coverage"), density_coverage, lower_is_better=False),
+    "nn": Metric(
+        "memorisation: distances to the nearest training image",
+        ("nn_ratio", "nn_copies"),
+        memorisation,
+        lower_is_better=False,
+        needs_train=True,
+    ),
+}
+
+
+def leads(metric: str, chart: str) -> bool:
+    """Whether this chart, of held-out images, is what checkpoints and candidates are compared by."""
+    found = METRICS.get(metric)
+    if found is None or not found.leads or chart.endswith("_train"):
+        return False
+    return chart.startswith(f"Metrics/{found.names[0]}_") or chart == f"Metrics/{found.canonical}"
+
+
+def leading_chart(metrics: Sequence[str], charts: Sequence[str]) -> str | None:
+    """The first chart of the first of `metrics` that leads; None if none does."""
+    return next((chart for metric in metrics for chart in charts if leads(metric, chart)), None)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

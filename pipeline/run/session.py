@@ -38,6 +38,7 @@ from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report, counted
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
+from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from pipeline.step import Gan
 
 _MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
-_LEADING = {"kid": ("Metrics/kid",), "fd": ("Metrics/fd_", "Metrics/fid")}  # what checkpoints are compared by
 
 
 class _Interrupted(Exception):
@@ -261,8 +261,7 @@ class Session:
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
-        wanted = [_LEADING[metric] for metric in self.config.score.metrics if metric in _LEADING]
-        name = next((key for names in wanted for key in scores if key.startswith(names)), None)
+        name = leading_chart(self.config.score.metrics, list(scores))
         if name is None:
             return
         score, best = scores[name], state.best

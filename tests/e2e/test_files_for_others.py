@@ -51,4 +51,4 @@ def test_nothing_that_others_see_is_made_for_its_owner_alone():
     calls = re.compile(r"\bsave_file\(|\b(mkstemp|NamedTemporaryFile)\(")
     files = [path for top in ("pipeline", "launch") for path in (ROOT / top).rglob("*.py")]
     found = {path.relative_to(ROOT).as_posix() for path in files if calls.search(path.read_text())}
-    assert found == {"pipeline/run/durable.py"}
+    assert found == {"pipeline/durable.py"}

@@ -112,9 +112,9 @@ def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"images": 15}, "images 15 → 16"),
+        ({"images": 15}, "images: 15 → 16"),
         ({"features": ["efflite0", "older"]}, "features"),
-        ({"index": "of other images"}, "index of other images"),
+        ({"index": "of other images"}, "index: 'of other images'"),
     ],
 )
 def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed, message):

@@ -78,7 +78,7 @@ def _padding_counted_in() -> Any:
 
     right = ZeroEngine.step
 
-    def wrong(self: ZeroEngine) -> Any:
+    def wrong(self: ZeroEngine, now: Any) -> Any:
         flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
         for offset, fragment in zip(self._offsets, self.fragments, strict=True):
             known[offset : offset + fragment.data.numel()] = True
@@ -90,14 +90,14 @@ def _padding_counted_in() -> Any:
             return {k: v + extra * (k == "l2_penalty") for k, v in true_values(penalty).items()}
 
         with patch.object(LocalPenalty, "values", values):
-            return right(self)
+            return right(self, now)
 
     return patch.object(ZeroEngine, "step", wrong)
 
 
 def _other_player_neither_frozen_nor_cleaned() -> Any:
     @contextmanager
-    def updating(self: Engine, frozen: Engine) -> Iterator[None]:
+    def updating(self: Engine, frozen: Engine, twice: bool = False) -> Iterator[None]:
         frozen.frozen = True  # bare all the same, as DDP's wrapper would wait for its gradients
         try:
             yield

@@ -95,13 +95,13 @@ def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) ->
             images = torch.full(reals.images.shape, torch.inf) if infinite else reals.images
             update_D(gan, reals._replace(images=images), nimg, stats)
 
-        def turn_of_G(gan: Gan, _infinite: bool, nimg: int = nimg) -> None:
-            update_G(gan, nimg + case.batch, stats)
+        def turn_of_G(gan: Gan, _infinite: bool, reals: Batch = reals, nimg: int = nimg) -> None:
+            update_G(gan, reals, nimg + case.batch, stats)
 
         for player, turn in (("D", turn_of_D), ("G", turn_of_G)):
             tries(player, gan, turn)
             turn(gan, False)
-        gan.G_ema.update(gan.ema_beta(nimg))
+        gan.G_ema.update(gan.at(nimg).ema_beta)
     return _snapshot(gan, moments=True)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pipeline.config import Optimizer, WeightPenalty
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
@@ -45,7 +46,7 @@ def test_fsdp2_shards_where_the_launcher_says_and_not_where_torch_was_built_for(
     assert {p.device_mesh.device_type for p in network.parameters()} == {"cpu"}
     before = [f.data.clone() for f in engine.fragments]
     engine.backward(engine(torch.ones(2, 3)).sum())
-    engine.step()
+    engine.step(Rates(2e-4, (0.5, 0.999)))
     assert not any(torch.equal(f.data, b) for f, b in zip(engine.fragments, before, strict=True))
 
 

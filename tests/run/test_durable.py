@@ -10,7 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.run.durable import save_tensors, sync
+from pipeline import durable
+from pipeline.durable import save_tensors, sync
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    with pytest.raises(OSError, match="full"), durable.whole(path) as partial:
+        partial.write_text("half")
+        raise OSError("full")
+    assert not list(path.parent.iterdir())
+    durable.write(path, "a é")
+    with durable.whole(path) as mine, durable.whole(path) as anothers:
+        mine.write_text("mine")
+        anothers.write_text("another's")
+        assert path.read_bytes() == "a é".encode()
+    assert path.read_text() == "mine" and list(path.parent.iterdir()) == [path]
 
 
 def fail(monkeypatch, error: int, folders_only: bool) -> None:

@@ -17,7 +17,6 @@ from launch import evaluate
 from launch.select.candidates import Arm
 from launch.select.table import _read
 from launch.select.trials import Trial
-from launch.slurm import gather
 from pipeline.config import load
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
@@ -139,16 +138,11 @@ def test_a_run_that_goes_on_names_it_and_has_none_from_then_on(torn, capsys):
     assert said.count("is damaged") == 2 and "kid_x 1.000 at kimg 0.001, 0.250 at kimg 0.003" in said
 
 
-def test_a_finished_run_gather_and_select_survive_it(torn, capsys):
+def test_a_finished_run_and_select_survive_it(torn):
     folder = torn.parent
-    list_of_runs = folder.parent / "runs.txt"
-    list_of_runs.write_text(f"{folder.parent / 'c.yaml'} run.name=run\n")
     (folder.parent / "c.yaml").write_text(f"{{data: {{train: x}}, run: {{out: '{folder.parent}'}}}}")
     settings = load(folder.parent / "c.yaml", ["run.name=run"])
-    assert gather.main([str(list_of_runs)]) == 1
-    table = capsys.readouterr().out
-    assert "0.5" in table and table.count("is damaged") == 2
-    outcome = _read(Trial(Arm("a", (), {}), 0, 0, settings, ()), r"Metrics/kid_\w+")
+    outcome = _read(Trial(Arm("a", (), {}), 0, 0, settings, ()), "kid")
     assert outcome is not None and (outcome.score, outcome.seconds) == (0.5, 2.0)
     said: list[str] = []
     catch_up(load(folder.parent / "c.yaml", ["run.name=run", "track.wandb=false"]), folder, said.append)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_evaluate import stored_images
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
+from pipeline.config import Score
 from pipeline.run import scores
 from pipeline.run.features import load_features
 
@@ -218,3 +221,40 @@ def test_equal_images_are_at_distance_0():
     assert scores.precision_recall(real, fake) == (1.0, 1.0)
     assert scores.density_coverage(real, fake) == (0.0, 0.0)
     assert scores.memorisation(real, fake + 1, fake) == (0.0, 1.0)
+
+
+# The table of them
+
+
+def test_the_config_takes_the_metrics_of_the_table():
+    literal, _ = get_args(get_type_hints(Score)["metrics"])
+    assert list(get_args(literal)) == list(scores.METRICS)
+
+
+def test_what_leads_is_one_number_and_the_lower_the_better():
+    leading = {name: metric for name, metric in scores.METRICS.items() if metric.leads}
+    assert list(leading) == ["kid", "fd"]
+    assert all(metric.lower_is_better and len(metric.names) == 1 for metric in leading.values())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "chart"),
+    [
+        (("kid", "fd"), "Metrics/kid_inception"),
+        (("pr", "fd", "kid"), "Metrics/fid"),
+        (("pr",), None),
+        ((), None),
+    ],
+)
+def test_checkpoints_are_compared_by_the_first_that_leads(metrics, chart):
+    """On held-out images: neither on training images nor by fid50k_full, which is against these too."""
+    charts = [
+        "fid50k_full",
+        "fid_train",
+        "fid",
+        "kid_inception_train",
+        "kid_inception",
+        "precision_inception",
+    ]
+    assert scores.leading_chart(metrics, [f"Metrics/{name}" for name in charts]) == chart
+    assert scores.leads("fd", "Metrics/fd_efflite0") and not scores.leads("fd", "Metrics/fd_efflite0_train")

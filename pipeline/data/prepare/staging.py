@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline import durable
 from pipeline.config import UserError
 from pipeline.data.record import Shard
 from pipeline.lock import LOCK, HeldError, Lock, LockLostError, take
@@ -152,10 +153,7 @@ def _kept(folder: Path) -> str:
 def note(folder: Path, number: int, written: Written) -> None:
     """Shard `number` is whole. Raises LockLostError if the folder is another's by now."""
     _lock.check()
-    path = folder / _NOTES / f"{number}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(written)))
-    temporary.replace(path)
+    durable.write(folder / _NOTES / f"{number}.json", json.dumps(asdict(written)))
 
 
 def noted(folder: Path, number: int) -> Written | None:

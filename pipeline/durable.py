@@ -1,0 +1,70 @@
+"""Files that appear whole or not at all, and last, also on file systems that lack something."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a file system answers that has no fsync, of files or (some FUSE and SMB mounts) of folders.
+_LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_LACKING_FOR_FOLDERS = _LACKING | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` when the block ends; nothing is left behind if it fails.
+
+    Readers see the old file or all of the new one. Several processes may write it at once; the last one
+    wins. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, text in UTF-8. Raises OSError."""
+    with whole(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the mode of any new file here; the library's own is for its owner alone.
+
+    Raises OSError or SafetensorError.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata)
+    with suppress(PermissionError):  # on file systems without modes
+        path.chmod(mode)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk, where the file system can say so. Raises OSError."""
+    lacking = _LACKING_FOR_FOLDERS if path.is_dir() else _LACKING
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in lacking:
+            raise
