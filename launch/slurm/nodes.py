@@ -23,6 +23,7 @@ from launch.slurm import index_copies
 from pipeline import config
 from pipeline.config import Config, UserError
 from pipeline.credentials import redacted
+from pipeline.durable import write
 
 _PACKAGES = ("torch", "accelerate", "deepspeed", "webdataset", "numpy", "pillow", "wandb")
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
@@ -68,10 +69,7 @@ def plan(settings: Config, world: int, node: str) -> tuple[Path, Path, str, int,
     # Another name after each requeue: what a node has in its cache may be of the start before.
     description = folder / "slurm" / f"nodes-{os.environ['SLURM_JOB_ID']}-{_restarts()}.json"
     try:
-        description.parent.mkdir(parents=True, exist_ok=True)
-        partial = description.with_suffix(".partial")
-        partial.write_text(json.dumps(describe(settings, node), indent=1))
-        partial.replace(description)
+        write(description, json.dumps(describe(settings, node), indent=1))
     except OSError as error:
         raise UserError(f"{description.parent} cannot be written ({error.strerror}). Set run.out.") from None
     return folder, description, node, _port(), settings.run.stop_signal
