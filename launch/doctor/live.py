@@ -18,8 +18,8 @@ from typing import Any
 from launch.doctor import worker as doctor_worker
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
 from launch.doctor.place import allocated, allocated_cpus
-from launch.processes import environment_of
-from launch.workers import launch, launcher_file, run
+from launch.fingerprint import REMEDIES, difference
+from launch.processes import environment_of, launch, launcher_file, run
 from pipeline.parallel.environment import threads
 
 Node = dict[str, Any]  # as worker.describe and .place tell it
@@ -31,13 +31,6 @@ _MEET = (
     "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME)."
 )
-_CURES = {
-    "code": "Put the project where all nodes see it, or copy it anew.",
-    "config": "Put the config where all nodes see it.",
-    "data": "Put the data where all nodes see it (data.train), or copy it anew and run doctor there.",
-    "versions": "Install the same everywhere: bash launch/setup.sh.",
-    "device": "Ask for nodes of one kind, or expect all to wait for the slowest.",
-}
 
 
 def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
@@ -112,39 +105,36 @@ def reasons(output: str) -> list[str]:
 
 
 def compare(nodes: Sequence[Node]) -> Iterator[Finding]:
-    """Each thing that must be the same on all nodes, and which of them see another."""
+    """Each thing that must be the same on all nodes, and the nodes that differ from most."""
     hosts = Counter(node["node"] for node in nodes)
-    names = [f"{n['node']} (machine {i})" if hosts[n["node"]] > 1 else n["node"] for i, n in enumerate(nodes)]
-    named = dict(zip(names, nodes, strict=True))
+    named = [
+        node | {"node": f"{node['node']} (machine {i})"} if hosts[node["node"]] > 1 else node
+        for i, node in enumerate(nodes)
+    ]
     found = []
-    if broken := [f"{name}: {node['problem']}" for name, node in named.items() if "problem" in node]:
-        found.append(would_fail("live: data", "\n".join(broken), _CURES["data"]))
-    for what in ("code", "versions", "config", "data"):
-        if odd := _odd_ones(what, {name: node[what] for name, node in named.items() if what in node}):
-            found.append(would_fail(f"live: {what}", "\n".join(odd), _CURES[what]))
+    if broken := [f"{node['node']}: {node['problem']}" for node in named if "problem" in node]:
+        found.append(would_fail("live: data", "\n".join(broken), REMEDIES["data"]))
+    for what, remedy in REMEDIES.items():
+        if odd := list(_odd_ones(what, [node for node in named if what in node])):
+            found.append(would_fail(f"live: {what}", "\n".join(odd), remedy))
     if len({node["device"] for node in nodes}) > 1:
-        text = "; ".join(f"{name} {node['device']}" for name, node in named.items())
-        found.append(warning("live: devices", text, _CURES["device"]))
+        text = "; ".join(f"{node['node']} {node['device']}" for node in named)
+        remedy = "Ask for nodes of one kind, or expect all to wait for the slowest."
+        found.append(warning("live: devices", text, remedy))
     if not any(finding.verdict == "would fail" for finding in found):
         alike = "code, versions, config and data are the same on all"
-        text = f"{names[0]}: the processes meet" if len(nodes) == 1 else f"{', '.join(names)}: {alike}"
-        found.append(ok("live", text))
+        names = ", ".join(node["node"] for node in named)
+        found.append(ok("live", f"{names}: {'the processes meet' if len(nodes) == 1 else alike}"))
     yield from found
 
 
-def _odd_ones(what: str, seen: dict[str, Any]) -> list[str]:
-    """A line about each node that sees something else than most do."""
-    texts = {name: json.dumps(value, sort_keys=True) for name, value in seen.items()}
-    usual = Counter(texts.values()).most_common(1)[0][0] if texts else ""
-    odd, like = [name for name in texts if texts[name] != usual], [n for n in texts if texts[n] == usual][:1]
-    return [f"{name} {_told_apart(what, seen[name], seen[like[0]])} {like[0]}" for name in odd]
-
-
-def _told_apart(what: str, value: Any, usual: Any) -> str:
-    if what != "versions":
-        return f"has other {what} than"
-    apart = [f"{name} {v} (not {usual.get(name)})" for name, v in value.items() if usual.get(name) != v]
-    return f"has {', '.join(apart)}, unlike"
+def _odd_ones(what: str, nodes: Sequence[Node]) -> Iterator[str]:
+    """A line about each node that differs from most in `what`."""
+    values = [node[what] for node in nodes]
+    usual = max(nodes, key=lambda node: values.count(node[what]), default={})
+    for node in nodes:
+        if text := difference(what, node, usual):
+            yield f"{node['node']} has {text}"
 
 
 def speed(found: dict[str, Any]) -> Iterator[Finding]:

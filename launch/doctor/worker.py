@@ -5,10 +5,8 @@ Without arguments, on each node before there are ranks: what it has room for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import socket
 import statistics
 import sys
 import time
@@ -17,8 +15,8 @@ from typing import Any
 
 import torch
 
+from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
-from launch.slurm.nodes import code, versions
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.console import end_process
@@ -42,17 +40,16 @@ def main(path: str, settings: list[str]) -> None:
     ranks.leave()
 
 
-def describe(path: str, settings: list[str], device: str) -> dict[str, Any]:
-    """What must be the same on every node, or why it cannot be told."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    seen: dict[str, Any] = {"node": node, "device": _name(device), "code": code(), "versions": versions()}
+def describe(path: str, settings: list[str], device: str) -> Fingerprint:
+    """This node's fingerprint and kind of device, or why its config or data cannot be read."""
+    seen = {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"}
     try:
         resolved = config.load(path, settings)
         assert resolved.data.train is not None
         index = load_index(resolved.data.train, remote=resolved.data.remote)
     except UserError as error:
-        return seen | {"problem": str(error)}
-    return seen | {"config": _digest(config.dump(resolved)), "data": index.fingerprint}
+        return seen | fingerprint() | {"problem": str(error)}
+    return seen | fingerprint(resolved, index.fingerprint)
 
 
 def place() -> dict[str, Any]:
@@ -60,7 +57,7 @@ def place() -> dict[str, Any]:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return {
         "place": os.environ.get("SLURM_NODEID", "0"),
-        "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        "node": node_name(),
         "gpus": 0 if on_cpu else torch.cuda.device_count(),
         "cores": cores(),
         "port": free_port(),
@@ -78,14 +75,6 @@ def all_reduce(ranks: Ranks, count: int) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])  # the first one connects
-
-
-def _name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.data.locate import cache_folder
 from pipeline.durable import write
+from pipeline.folders import cache_folder
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from launch.select import run as select_run
 from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
-from pipeline.home import provide_home
+from pipeline.folders import provide_home
 
 ROOT = Path(__file__).parents[2]
 

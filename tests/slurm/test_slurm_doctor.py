@@ -41,12 +41,13 @@ def test_two_nodes(project: Project, doctor: Callable[..., subprocess.CompletedP
     assert "n1, n2: code, versions, config and data are the same on all" in fine.stdout
     assert "n2: ranks 2 to 3" in fine.stdout
     assert "4 ranks add up 64 MiB" in fine.stdout
-    other = project.cluster.folder / "local-n2" / "project" / "launch" / "smooth.py"
-    other.write_text("# changed\n")
+    other = project.cluster.folder / "local-n2" / "project" / "launch" / "doctor" / "worker.py"
+    worker = other.read_text()
+    other.write_text(f"{worker}# changed\n")
     differing = doctor()
     assert differing.returncode == 2, differing.stdout + differing.stderr
     assert "n2 has other code than n1" in differing.stdout
-    (other.parent / "doctor_worker.py").write_text("import no_such_thing\n")
+    other.write_text(f"import no_such_thing\n{worker}")
     broken = doctor()
     assert broken.returncode == 2, broken.stdout + broken.stderr
     assert "No module named 'no_such_thing'" in broken.stdout

@@ -148,13 +148,19 @@ def settings(tmp_path: Path) -> Config:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2", "SHARDGAN_PROCS": "2", "SHARDGAN_CPUS": "1"}
+    here = {
+        "SLURMD_NODENAME": "n1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": "2",
+        "SHARDGAN_PROCS": "2",
+        "SHARDGAN_CPUS": "1",
+    }
     for name, value in here.items():
         monkeypatch.setenv(name, value)
 
 
 def test_few_cpus_are_told_of(settings: Config, job: None, capsys: pytest.CaptureFixture[str]) -> None:
-    _, description, *_ = nodes.plan(settings, 2, "n1")
+    _, description, *_ = nodes.plan(settings, 2)
     assert description.name == "nodes-7-2.json", "what a node still sees of the start before is not this"
     assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (told := capsys.readouterr().err)
     assert "Ask for --cpus-per-task=8." in told
@@ -162,26 +168,26 @@ def test_few_cpus_are_told_of(settings: Config, job: None, capsys: pytest.Captur
 
 def test_a_file_system_that_lags(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """At first there is half of the description to be seen, and later nothing but that."""
-    _, description, *_ = nodes.plan(settings, 2, "n1")
+    _, description, *_ = nodes.plan(settings, 2)
     whole = description.read_text()
     description.write_text(whole[:20])
     later = threading.Timer(0.5, lambda: description.write_text(whole))
     later.start()
-    nodes.check(settings, description, "n2")
+    nodes.check(settings, description)
     later.join()
     description.write_text("")
     monkeypatch.setattr(nodes, "_SEEN_WITHIN", 0.3)
-    with pytest.raises(UserError, match="is not whole here"):
-        nodes.check(settings, description, "n2")
+    with pytest.raises(UserError, match="is incomplete here"):
+        nodes.check(settings, description)
 
 
 def test_gpus_that_torch_cannot_use(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    _, description, *_ = nodes.plan(settings, 2, "n1")
-    nodes.check(settings, description, "n1")  # on CPUs, as the environment of the tests asks for
+    _, description, *_ = nodes.plan(settings, 2)
+    nodes.check(settings, description)  # on CPUs, as the environment of the tests asks for
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     with pytest.raises(UserError, match=r"2 processes, but torch \S+ can use 1 GPUs here\. Ask for as many"):
-        nodes.check(settings, description, "n1")
+        nodes.check(settings, description)
 
 
 # the index

@@ -36,7 +36,7 @@ def test_a_node_with_other_versions(project, refused):
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: accelerate\nVersion: 1.2.3\n")
     log = refused(PYTHONPATH=str(project.cluster.local / "site"))
-    assert "error: n2: other versions than n1:\n  accelerate: 1.2.3 here, 1." in log
+    assert "error: n2: other versions than n1: accelerate 1.2.3 (not 1." in log
     assert "Install the same everywhere" in log
 
 
@@ -44,7 +44,7 @@ def test_a_node_that_does_not_see_the_data(project, refused):
     shutil.copytree(FASHION, project.cluster.folder / "local-n1" / "data")
     log = refused(f"data.train={project.cluster.local}/data")
     assert f"error: n2: There are no shards at {project.cluster.local}/data" in log
-    assert "The data must lie where every node sees it" in log
+    assert "Put the data where all nodes see it (data.train)" in log
 
 
 def test_nodes_with_other_numbers_of_gpus(refused):
@@ -86,7 +86,7 @@ def test_settings_that_do_not_fit(refused):
 
 
 def test_starting_over_is_not_for_jobs_that_requeue(refused):
-    assert "error: n1: run.resume=false would start anew at every requeue" in refused("run.resume=false")
+    assert "error: n1: run.resume=false would start over at every requeue" in refused("run.resume=false")
 
 
 def test_a_strategy_that_there_is_not(refused):
