@@ -213,7 +213,7 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
 
 def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     """The end of the same training by engines built anew from the checkpoint in `folder`."""
-    found, _ = ranks.broadcast_from_main(lambda: checkpoint.newest_sound(folder))
+    found, _ = ranks.broadcast_from_main(lambda: checkpoint.newest_intact(folder))
     assert found is not None
     state = checkpoint.read_state(found)
     gan, batches = start(case, state, ranks)
