@@ -99,7 +99,7 @@ def _train(
         session = Session(config, folder, index, split, ranks, report, signals, state)
         with closing(open_reals(config, index, split, state, ranks, report)) as reals:
             completed = loop.train(gan, reals, state, stats, config.run, session)
-        session.conclude(gan, state, completed)
+        session.conclude(state, completed)
     ranks.leave()
     return completed
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import UserError
 from pipeline.parallel.ranks import Ranks
-from pipeline.players import Gan
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED
 from pipeline.run.report import Report
@@ -17,16 +14,14 @@ from pipeline.run.state import State
 
 
 def conclude(
-    folder: Path, gan: Gan, state: State, report: Report, ranks: Ranks, received: str | None, completed: bool
+    folder: Path, state: State, report: Report, ranks: Ranks, received: str | None, completed: bool
 ) -> None:
     """received: why this process was asked to stop, if it was."""
     ranks.progress.doing = "exporting"
     reasons = filter(None, ranks.gather_objects(received))
     ranks.broadcast_from_main(
         lambda: (
-            _finish(folder, gan, state, report)
-            if completed
-            else _stop(folder, state, report, next(reasons, ""))
+            _finish(folder, state, report) if completed else _stop(folder, state, report, next(reasons, ""))
         )
     )
 
@@ -38,18 +33,13 @@ def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
     report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
 
 
-def _finish(folder: Path, gan: Gan, state: State, report: Report) -> None:
+def _finish(folder: Path, state: State, report: Report) -> None:
     report.still_ours()
     export(folder, folder / "export")
-    report.summary(record(folder, shapes(gan)))
+    report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     _mark(folder / DONE, state)
     report.conclude(state.cur_nimg)
-
-
-def shapes(gan: Gan) -> dict[str, dict[str, torch.Size]]:
-    """Player → parameter → shape of the whole."""
-    return {e.player.name: {f.name: f.shape for f in e.fragments} for e in (gan.G, gan.D)}
 
 
 def _mark(file: Path, state: State) -> None:

@@ -248,7 +248,7 @@ def open_report(
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
-    tracker = open_tracker(config, folder, True, state.wandb_id, say)
+    tracker = open_tracker(config, folder, state.wandb_id, say)
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
     total = round(config.run.total_kimg * 1000)
     return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)

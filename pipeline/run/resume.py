@@ -44,7 +44,7 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
     """
     ranks.progress.doing = "loading a checkpoint"
     stats = Stats(ranks.device, reports=gan.D.batch.world * gan.D.batch.rounds)
-    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
+    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
     if found is None:
         if complaints:
             raise CommonError(

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -26,10 +25,9 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.clock import Clock
-from pipeline.run.conclusion import conclude, shapes
+from pipeline.run.conclusion import conclude
 from pipeline.run.evaluate import from_latents
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.heldout import HeldOutImages
@@ -63,7 +61,6 @@ class Session:
         self._signals, self._progress, self.clock = signals, ranks.progress, Clock()
         self._train_size = split.training().size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
-        self._spectrum = ThreadPoolExecutor(1, "spectrum")
         self._grids = SampleGrids(folder, ranks, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self._scorer = Scorer(config, folder, index, ranks, report, signals, self._health)
@@ -167,8 +164,6 @@ class Session:
                 self._health.compare_wait(self._saved - start, self._saved - before)
             self._heed(complaints)
             self._saver.begin([gan.G, gan.D], gan.G_ema, state)
-            if self._ranks.main:  # of the checkpoint before, which is whole by now
-                self._spectrum.submit(spectrum.record, self._folder, shapes(gan), self._report.still_ours)
             self.new_best = False
 
     def finish_saves(self) -> None:
@@ -178,14 +173,14 @@ class Session:
         if self._saver.failures:
             raise RunError(f"The last checkpoint could not be written. {_MAKE_ROOM}")
 
-    def conclude(self, gan: Gan, state: State, completed: bool) -> None:
+    def conclude(self, state: State, completed: bool) -> None:
         """Leave the marker that says how the run ended; export the networks of a completed one.
 
         Raises RunError when a run reached its end with its last updates skipped.
         """
         if completed:
             self._health.check_end()
-        conclude(self._folder, gan, state, self._report, self._ranks, self._signals.received, completed)
+        conclude(self._folder, state, self._report, self._ranks, self._signals.received, completed)
 
     # Pieces of the above
 
