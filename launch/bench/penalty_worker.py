@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline import config
+from launch.bench import pair
 from pipeline.config import WeightPenalty
 from pipeline.data.stream import Batch
-from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import import_deepspeed
-from pipeline.players import Gan, build
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -35,12 +30,12 @@ _WARM_UP = 1  # pairs of steps that do not count
 
 @dataclass(frozen=True)
 class Clocked(LocalPenalty):
-    """A penalty that keeps the time it takes, within the step that it is part of."""
+    """A penalty that records the time it takes within a step."""
 
     seconds: list[float] = field(default_factory=list)
 
-    def values(self) -> dict[str, torch.Tensor]:
-        with self._clock():
+    def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        with self._clock():  # the step may have summed these squares with the gradient's: sum them again here
             return super().values()
 
     def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
@@ -57,40 +52,25 @@ class Clocked(LocalPenalty):
 
 
 def main(out: Path, steps: int, settings: list[str]) -> None:
-    """Measure under the strategy of the launcher; the main rank writes OUT."""
-    ranks = Ranks(read_launch(), timedelta(seconds=600))
-    resolved = config.load(None, settings)
-    shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, ranks, shape)
-    found: dict[str, Any] = {"strategy": ranks.strategy, "world": ranks.world, "device": ranks.device.type}
-    found |= {"images_per_rank": shape.local, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for engine in (gan.G, gan.D):
-        found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)
-    found |= _steps(gan, ranks, noise(resolved, shape.local), steps)
+    """Measure under the launcher's strategy; the main rank writes OUT."""
+    ranks, gan, reals, found = pair.begin(settings)
+    found |= {"images_per_rank": gan.G.batch.local, "device": ranks.device.type}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= _steps(gan, ranks, reals, steps)
     found |= _ways_to_the_value(gan, ranks, repeats=max(3, steps))
-    if ranks.main:
-        out.write_text(json.dumps(found))
-    ranks.leave()
-
-
-def noise(resolved: config.Config, images: int) -> Iterator[Batch]:
-    """One batch of made-up images for ever."""
-    data = resolved.data
-    return itertools.repeat(
-        Batch(torch.randint(0, 256, (images, data.channels, data.size, data.size), dtype=torch.uint8), None)
-    )
+    pair.end(ranks, out, found)
 
 
 def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[str, float]:
-    """Steps without and with L2, by turns, and the time that L2 itself takes within those with it."""
+    """Steps without and with L2, alternating, and the time that L2 takes within those with it."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     own, stats = [], Stats(ranks.device)
-    for pair in range(steps + _WARM_UP):
-        for on in (False, True) if pair % 2 else (True, False):
+    for number in range(steps + _WARM_UP):
+        for on in (False, True) if number % 2 else (True, False):
             penalties = _set_penalties(gan, on)
-            step = partial(train_step, gan, reals, pair * gan.batch_size, stats)
+            step = partial(train_step, gan, reals, number * gan.batch_size, stats)
             taken = _time(step, ranks)
-            if pair >= _WARM_UP:
+            if number >= _WARM_UP:
                 seconds[on].append(taken)
                 own += [sum(sum(p.seconds) for p in penalties) / taken] if on else []
     ratios = [on / off for off, on in zip(seconds[False], seconds[True], strict=True)]

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from launch.processes import check_space
 from launch.select import files
 from launch.select.run import shares
 from launch.select.trials import LaunchOptions, Trial
-from launch.train import check_space
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, split_of
