@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline import durable
 from pipeline.config import UserError
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` at the end. Raises UserError if it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
+    """As durable.whole, but raises UserError if the file cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(path)
+        with durable.whole(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or allow it, and repeat the "
-            "command: finished trials stand."
+            f"{path} cannot be written: {error.strerror or error}. Free some space or set permissions, and "
+            "repeat the command: finished trials are kept."
         ) from None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, in UTF-8. Raises UserError if it cannot be written."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
