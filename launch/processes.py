@@ -1,45 +1,87 @@
-"""The processes that our commands start: command line, environment, and a place where they can meet."""
+"""The processes that our commands start: command line, environment, a port to meet at, and their end."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from pipeline.config import UserError
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
+from pipeline.run import stop
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
+_GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
 
-def process(
-    strategy: str, procs: int, precision: str, arguments: list[str]
+
+def default_procs(strategy: str | None) -> int:
+    """Processes on this machine if the user names no number."""
+    import torch
+
+    return 1 if strategy == "single" else torch.cuda.device_count() or min(cores(), 4)
+
+
+def check_gpus(procs: int | None) -> None:
+    """Raises UserError if this machine has GPUs, but fewer than `procs`."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and (procs or 1) > gpus:
+        raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
+
+
+def parse_strategies(strategies: str) -> list[str]:
+    """Strategies from a comma list. Raises UserError for an unknown one."""
+    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in STRATEGIES]:
+        raise UserError(f"--strategies {', '.join(unknown)}: choose from {', '.join(STRATEGIES)}.")
+    return names
+
+
+def training(
+    strategy: str, procs: int, precision: str, arguments: Sequence[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """What to run to train (command line and environment), for config and settings as `arguments`."""
+    """Command line and environment of a training; arguments: its config and settings."""
     import torch
 
     environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
+    module = ["pipeline.train", *arguments]
     if strategy == "single":
         environment["ACCELERATE_MIXED_PRECISION"] = precision
-        return [sys.executable, "-m", "pipeline.train", *arguments], environment
-    command = launch_line(strategy, procs, precision, arguments)
-    return [sys.executable, "-m", "launch.launcher", *command], environment
+        return [sys.executable, "-m", *module], environment
+    return [
+        sys.executable,
+        "-m",
+        "launch.launcher",
+        *launch_line(strategy, procs, precision, module),
+    ], environment
 
 
-def launch_line(strategy: str, procs: int, precision: str, arguments: list[str]) -> list[str]:
-    """What follows `accelerate launch`."""
-    launcher = ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
-    launcher += ["--num_processes", str(procs), "--mixed_precision", precision]
+def launch_line(strategy: str, procs: int, precision: str, module: Sequence[str], *options: str) -> list[str]:
+    """The arguments of `accelerate launch`. module: its name and arguments."""
+    line = [*launcher_file(strategy), "--num_processes", str(procs), "--mixed_precision", precision]
     if strategy != "single":
-        launcher += ["--main_process_port", str(free_port())]
-    return [*launcher, "-m", "pipeline.train", *arguments]
+        line += ["--main_process_port", str(free_port())]
+    return [*line, *options, "-m", *module]
+
+
+def launcher_file(strategy: str) -> list[str]:
+    return ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
 
 
 def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
-    """The environment of `procs` processes here: this one's, without what is of other launchers.
+    """The environment of `procs` processes on this machine: this one's, without other launchers' variables.
 
-    Raises UserError for a variable of the person's that cannot be followed.
+    Raises UserError for a variable of the user's with an unusable value.
     """
     on_cpu = flag(os.environ, "ACCELERATE_USE_CPU") or on_cpu
     cleared = {*left_over(os.environ), "ACCELERATE_USE_CPU"}
@@ -51,9 +93,9 @@ def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     if on_cpu:
         environment |= {"ACCELERATE_USE_CPU": "1", "DS_ACCELERATOR": "cpu"}
-        # Threads that spin while they wait keep busy cores from the very threads they wait for.
+        # Threads that spin while waiting take the cores from the threads they wait for.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-    # If it is not set, torchrun gives every process one thread, and says so at length.
+    # Unset, torchrun gives every process one thread, and prints a long warning.
     environment["OMP_NUM_THREADS"] = str(threads(os.environ) or max(1, cores() // procs))
     if procs > 1:
         check_interfaces(environment)
@@ -61,7 +103,7 @@ def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
 
 
 def notes() -> list[str]:
-    """What is set in this shell, but does not count for processes that are started here."""
+    """Settings of this shell that processes started here will not follow."""
     import torch
 
     found = []
@@ -71,6 +113,19 @@ def notes() -> list[str]:
     if hidden is not None and torch.version.cuda and not torch.cuda.device_count():
         found.append(f"CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs: training is on CPUs")
     return found
+
+
+def check_space(out: Path, needed_mb: int = 64) -> None:
+    """Raises UserError if there is no room for a first checkpoint in the folder of runs."""
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        raise UserError(f"The run folder would be in {place}, which is not writable. Set run.out.")
+    free = shutil.disk_usage(place).free // 2**20
+    if free < needed_mb:
+        raise UserError(
+            f"No space left for the run: {place} has {free} MiB free. Make room, or set run.out to another "
+            "disk."
+        )
 
 
 def cores() -> int:
@@ -93,3 +148,67 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def start(command: list[str], environment: dict[str, str], **how: Any) -> subprocess.Popen[bytes]:
+    """Start a training or its launcher in a session of its own; it stops when this process ends.
+
+    how: for Popen.
+    """
+    environment = environment | {stop.LAUNCHER: str(os.getpid())}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **how)
+
+
+def ask_to_stop(started: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
+    """number: the signal; launchers do not handle SIGCONT, and get SIGTERM instead."""
+    started.send_signal(signal.SIGTERM if number == signal.SIGCONT else number)
+
+
+def kill(started: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all its descendants."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(started.pid)
+        for each in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def launch(
+    strategy: str,
+    procs: int,
+    module: Sequence[str],
+    on_cpu: bool,
+    *,
+    deepspeed: Path | None = None,
+    precision: str = "no",
+    environment: dict[str, str] | None = None,
+    timeout: float = 1800,
+) -> subprocess.CompletedProcess[str]:
+    """Run `module ARGUMENTS…` under a strategy, as `accelerate launch` does for a user.
+
+    deepspeed: a JSON config instead of the strategy's own. Raises subprocess.TimeoutExpired, with nothing
+    left running.
+    """
+    options = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
+    line = launch_line(strategy, procs, precision, module, *options)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *line]
+    return run(command, environment_of(procs, on_cpu) | (environment or {}), timeout)
+
+
+def run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a launcher; its workers end with it, however this call ends."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        out, err = started.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(started.pid, signal.SIGTERM)  # a launcher passes it on to workers in sessions of their own
+        try:
+            started.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        raise
+    return subprocess.CompletedProcess(command, started.returncode, out, err)

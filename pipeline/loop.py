@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 from pipeline.config import Run
 from pipeline.data.stream import Batch
+from pipeline.players import Gan
 from pipeline.run.session import Session
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, train_step
+from pipeline.step import train_step
 
 
 def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run, session: Session) -> bool:

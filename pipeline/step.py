@@ -9,37 +9,12 @@ weights, which needs no autograd and no communication (pipeline/parallel/weight_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-from torch import Tensor
+from collections.abc import Iterator
 
 from pipeline.data.stream import Batch
-from pipeline.gan.draws import Drawn, Draws
 from pipeline.gan.images import to_float
-from pipeline.gan.losses import Adversarial
-from pipeline.gan.schedules import Now
-from pipeline.parallel.ema import Ema
-from pipeline.parallel.engine import Engine
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
-
-
-@dataclass(frozen=True)
-class Gan:
-    """Both players, the average that is sampled, and what they play for."""
-
-    G: Engine
-    D: Engine
-    G_ema: Ema
-    losses: Adversarial
-    draws: Draws
-    at: Callable[[int], Now]  # images shown so far → all that depends on progress
-    batch_size: int  # global, per D update
-    D_steps: int
-    augment: Callable[[Tensor], Tensor] = lambda images: images  # of every image that D sees
-
-    def latents(self, player: str, cur_nimg: int) -> Drawn:
-        return self.draws.latents(player, cur_nimg, self.batch_size)
 
 
 def train_step(gan: Gan, reals: Iterator[Batch], cur_nimg: int, stats: Stats) -> int:

@@ -32,15 +32,15 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import HeldOutPlan, Plan, split_of
 from pipeline.data.stream import TrainingBatches, check_images, label_frequencies, training_batches
 from pipeline.errors import CommonError
+from pipeline.folders import provide_home
 from pipeline.gan.networks import check_networks
-from pipeline.home import provide_home
 from pipeline.lock import Lock
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.launched import Launch, read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
-from pipeline.players import build
+from pipeline.players import Gan, build
 from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, claim_folder, finished, open_folder
@@ -54,7 +54,6 @@ from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import INTERRUPTED, StopSignals
 from pipeline.run.tracker import open_tracker
-from pipeline.step import Gan
 
 _PATIENCE_S = 60.0  # for the main rank to be the one that tells
 
@@ -137,7 +136,7 @@ def _train(
     state = State(plan=plan.fingerprint, data=index.fingerprint)
     if settings.data.conditional:
         state.label_frequencies = label_frequencies(index, plan).tolist()
-    gan = build(settings, state, ranks, batch)
+    gan = build(settings, ranks, batch, state.label_frequencies)
     stats = Stats(ranks.device, reports=batch.world * batch.rounds)
     state = resume(folder, gan, state, stats, ranks, settings.run.new_data)
     ranks.broadcast_from_main(lambda: open_folder(settings, folder, still_ours))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.parallel.engine import Engine
-from pipeline.step import Gan
+from pipeline.players import Gan
 
 Storages = dict[int, int]  # address → bytes
 

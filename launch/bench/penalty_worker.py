@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline import config
+from launch.bench import pair
 from pipeline.config import WeightPenalty
 from pipeline.data.stream import Batch
-from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import import_deepspeed
-from pipeline.players import build
-from pipeline.run.state import State
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, train_step
+from pipeline.step import train_step
 
 _WARM_UP = 1  # pairs of steps that do not count
 
 
 @dataclass(frozen=True)
 class Clocked(LocalPenalty):
-    """A penalty that keeps the time it takes, within the step that it is part of."""
+    """A penalty that records the time it takes within a step."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -58,40 +52,25 @@ class Clocked(LocalPenalty):
 
 
 def main(out: Path, steps: int, settings: list[str]) -> None:
-    """Measure under the strategy of the launcher; the main rank writes OUT."""
-    ranks = Ranks(read_launch(), timedelta(seconds=600))
-    resolved = config.load(None, settings)
-    shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, State(), ranks, shape)
-    found: dict[str, Any] = {"strategy": ranks.strategy, "world": ranks.world, "device": ranks.device.type}
-    found |= {"images_per_rank": shape.local, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for engine in (gan.G, gan.D):
-        found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)
-    found |= _steps(gan, ranks, noise(resolved, shape.local), steps)
+    """Measure under the launcher's strategy; the main rank writes OUT."""
+    ranks, gan, reals, found = pair.begin(settings)
+    found |= {"images_per_rank": gan.G.batch.local, "device": ranks.device.type}
+    found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= _steps(gan, ranks, reals, steps)
     found |= _ways_to_the_value(gan, ranks, repeats=max(3, steps))
-    if ranks.main:
-        out.write_text(json.dumps(found))
-    ranks.leave()
-
-
-def noise(resolved: config.Config, images: int) -> Iterator[Batch]:
-    """One batch of made-up images for ever."""
-    data = resolved.data
-    return itertools.repeat(
-        Batch(torch.randint(0, 256, (images, data.channels, data.size, data.size), dtype=torch.uint8), None)
-    )
+    pair.end(ranks, out, found)
 
 
 def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[str, float]:
-    """Steps without and with L2, by turns, and the time that L2 itself takes within those with it."""
+    """Steps without and with L2, alternating, and the time that L2 takes within those with it."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     own, stats = [], Stats(ranks.device)
-    for pair in range(steps + _WARM_UP):
-        for on in (False, True) if pair % 2 else (True, False):
+    for number in range(steps + _WARM_UP):
+        for on in (False, True) if number % 2 else (True, False):
             penalties = _set_penalties(gan, on)
-            step = partial(train_step, gan, reals, pair * gan.batch_size, stats)
+            step = partial(train_step, gan, reals, number * gan.batch_size, stats)
             taken = _time(step, ranks)
-            if pair >= _WARM_UP:
+            if number >= _WARM_UP:
                 seconds[on].append(taken)
                 own += [sum(sum(p.seconds) for p in penalties) / taken] if on else []
     ratios = [on / off for off, on in zip(seconds[False], seconds[True], strict=True)]
@@ -116,7 +95,7 @@ def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
 def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]:
     """Milliseconds for both ‖W‖² over fragments, and on gathered weights without and with autograd."""
     ways: dict[str, Callable[[Engine], object]] = {
-        "value_ms": partial(_over_fragments, ranks),
+        "value_ms": _over_fragments,
         "gathered_value_ms": partial(_gathered, ranks, gradient=False),
         "gathered_autograd_ms": partial(_gathered, ranks, gradient=True),
     }
@@ -128,10 +107,9 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def _over_fragments(ranks: Ranks, engine: Engine) -> torch.Tensor:
+def _over_fragments(engine: Engine) -> torch.Tensor:
     """As it is charted: each rank's sum over its own elements, and one all-reduce of a scalar."""
-    local = engine.penalty.values()["l2_penalty"]  # type: ignore[attr-defined]
-    return local if engine.replicated else ranks.sum(local)
+    return engine.total(engine.penalty.values()["l2_penalty"])  # type: ignore[attr-defined]
 
 
 def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:

@@ -141,7 +141,7 @@ class Ours:
         split = split_of(settings, self._index)
         self._plan = split.training()
         self._state = State(plan=self._plan.fingerprint)
-        self._gan = build(settings, self._state, self._ranks, batch_shape(data, 1))
+        self._gan = build(settings, self._ranks, batch_shape(data, 1))
         self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
             tracker = open_tracker(settings, folder, True, None, lambda _: None)

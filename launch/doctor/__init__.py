@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.processes import ACCELERATE_FILES, STRATEGIES, cores
+from launch.processes import ACCELERATE_FILES, STRATEGIES, default_procs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,12 +80,9 @@ def job_of(
     precision: str = "no",
 ) -> Job:
     """A job with the defaults of `shardgan train` where nothing is said."""
-    import torch
-
     from launch.doctor.finding import Job
 
-    if gpus is None:
-        gpus = 1 if strategy == "single" else torch.cuda.device_count() or min(cores(), 4)
+    gpus = gpus or default_procs(strategy)
     return Job(settings, nodes, gpus, strategy or ("single" if nodes * gpus == 1 else "ddp"), precision)
 
 

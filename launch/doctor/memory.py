@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from launch.bench.memory import held_in_theory
 from launch.bench.meter import LivePeak
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
 from launch.doctor.networks import Players
@@ -21,6 +20,7 @@ from pipeline.config import Config, UserError
 from pipeline.gan.gradient_penalty import r1
 from pipeline.gan.images import to_float
 from pipeline.gan.losses import adversarial
+from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels need room of their own, and say so to nobody
@@ -66,8 +66,7 @@ def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank of all that does not depend on the number of images, as `shardgan bench memory`
     measures it; and of what is gathered or kept in buckets for a while."""
     G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
-    found = {"parameters_G": G, "parameters_D": D, "world": job.world, "strategy": job.strategy}
-    held = held_in_theory(found)
+    held = theory.held(job.strategy, job.world, G, D)
     moments = [moments_of(optimizer) for optimizer in (job.settings.optim.G, job.settings.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if job.strategy.startswith("zero"):

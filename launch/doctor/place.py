@@ -16,11 +16,10 @@ from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
 from launch.doctor.networks import Players
-from launch.processes import is_free
-from launch.train import check_space
+from launch.processes import check_space, is_free
 from pipeline.config import UserError
 from pipeline.data.index import Index
-from pipeline.data.locate import cache_folder
+from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
 from pipeline.run.wandb_mode import choose_mode, names
 

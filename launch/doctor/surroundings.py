@@ -12,7 +12,7 @@ from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.processes import environment_of, notes
 from pipeline.api import shadows
 from pipeline.config import UserError
-from pipeline.data.sockets import socket_folder
+from pipeline.folders import socket_folder
 
 
 def examine(job: Job) -> list[Finding]:

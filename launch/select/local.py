@@ -11,9 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
-from launch.processes import cores, process
+from launch.processes import ask_to_stop, cores, kill, start, training
 from launch.select.trials import LaunchOptions, Trial
-from launch.train import ask_to_stop, kill, start
 from pipeline.config import UserError
 from pipeline.lock import LOCK, Lock, take
 from pipeline.parallel.environment import threads
@@ -123,7 +122,7 @@ class _Crew:
     def _call(self, trial: Trial, log: Path, share: dict[str, str]) -> int:
         """Train in a process of its own; returns its exit status."""
         how = self._launch
-        line, environment = process(how.strategy, how.procs, how.precision, list(trial.arguments))
+        line, environment = training(how.strategy, how.procs, how.precision, list(trial.arguments))
         environment |= share
         for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # or all trials would be one run there, or look like one
             environment.pop(name, None)

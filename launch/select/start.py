@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.processes import check_space
 from launch.select import files
 from launch.select.local import shares
 from launch.select.trials import LaunchOptions, Trial, refuse
-from launch.train import check_space
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of

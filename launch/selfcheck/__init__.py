@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch import workers
+from launch import processes
 from launch.processes import STRATEGIES, cores
 
 if TYPE_CHECKING:
@@ -63,14 +63,9 @@ def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -
     import torch
     from rich.console import Console
 
-    from pipeline.config import UserError
-
-    chosen = strategies.split(",") if strategies else list(STRATEGIES)
-    if unknown := set(chosen) - set(STRATEGIES):
-        raise UserError(f"--strategies {','.join(sorted(unknown))}: there are {', '.join(STRATEGIES)}.")
+    chosen = processes.parse_strategies(strategies) if strategies else list(STRATEGIES)
+    processes.check_gpus(procs)
     gpus = torch.cuda.device_count()
-    if gpus and (procs or 1) > gpus:
-        raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
     procs = procs or gpus or 2
     console, table, failures, missed = Console(), _table(mixed_precision), [], False
     with tempfile.TemporaryDirectory(prefix="shardgan-selfcheck-") as folder:
@@ -94,7 +89,7 @@ def _errors(
     strategy: str, world: int, out: Path, device: str, precision: str
 ) -> tuple[dict[str, float], str | None]:
     """What `judge` says of a strategy, trained into `out`; or nothing, and what its processes said."""
-    ended = workers.launch(
+    ended = processes.launch(
         strategy,
         world,
         ["launch.selfcheck.parity" if precision == "no" else "launch.selfcheck.low_precision", str(out)],

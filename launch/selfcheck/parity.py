@@ -27,12 +27,12 @@ from pipeline.durable import save_tensors
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
-from pipeline.players import build
+from pipeline.players import Gan, build
 from pipeline.run import checkpoint
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, train_step
+from pipeline.step import train_step
 
 UPDATES = 5
 RESUMED_AFTER = 3
@@ -225,7 +225,7 @@ def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
 def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]:
     """Both players as they begin, and this rank's part of the global batches from state.cur_nimg on."""
     settings = case.config(ranks.world)
-    gan = build(settings, state, ranks, batch_shape(settings.data, ranks.world))
+    gan = build(settings, ranks, batch_shape(settings.data, ranks.world), state.label_frequencies)
     share = case.batch // ranks.world
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     due = reals(case, UPDATES * settings.loss.D_steps)[state.cur_nimg // case.batch :]

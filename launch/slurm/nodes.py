@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
     """The run folder, this node's fingerprint in it, where to meet (address, port), the signal to stop by."""
-    from launch.train import check_space
+    from launch.processes import check_space
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
 

@@ -11,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import UserError
-from pipeline.data.augment import flips
 from pipeline.data.cache import Cache
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
-from pipeline.data.reader import BadSampleError, Reader, Sample
+from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample
 from pipeline.data.remote.prefetch import Prefetch
-from pipeline.data.replacements import Replacements
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 
 Item = tuple[torch.Tensor, tuple[str, ...]]
@@ -178,3 +176,24 @@ def unpack(buffer: torch.Tensor, shape: Shape) -> Batch:
     # Channels last in memory, as decoders write and the networks' convolutions read: no image is transposed.
     images = buffer[split:].view(count, height, width, channels).permute(0, 3, 1, 2)
     return Batch(images, buffer[:split].view(torch.int64))
+
+
+def flips(seed: int, epochs: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which images are mirrored: bool [n] for epochs [n] and (shard, row) pairs [n, 2].
+
+    A fair coin per (seed, epoch, shard, row), the same for any number of ranks and workers and any batch.
+    """
+    words = np.full(len(pairs), seed, np.uint64)
+    for part in (epochs, pairs[:, 0], pairs[:, 1]):
+        words = _mix(words ^ _mix(part.astype(np.uint64)))
+    coins: NDArray[np.bool_] = words >> np.uint64(63) == 1
+    return coins
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64 (Steele, Lea, Flood 2014): every bit of the result hangs on every bit that goes in."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around, as they should here
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))
+    return mixed

@@ -1,16 +1,16 @@
-"""Image bytes → uint8 array. An allow-list of formats, and no pixel decoded before the size is known."""
+"""Image bytes → uint8 array: only formats on a list, and no pixel is decoded before the size is known."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-from pipeline.data import npy
 
 try:  # twice as fast on JPEGs as Pillow, with the same library and the same pixels
     import simplejpeg
@@ -25,6 +25,9 @@ _PNG_HEAD = struct.Struct(
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\r", b"\0\0\0\0IEND\xaeB`\x82"
 _PLAIN = {b"\x08\0\0\0\0": "L", b"\x08\x02\0\0\0": "RGB"}  # 8 bits of grey or colour, not interlaced
 _ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where an orientation may stand
+NPY_MAGIC = npy_format.MAGIC_PREFIX
+_NPY_VERSIONS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
+_LARGEST_NPY_HEADER = 1000  # characters: those of plain arrays have about 70
 
 
 class BadImageError(ValueError):
@@ -40,7 +43,7 @@ class WrongSizeError(ValueError):
 
 
 def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
-    """An image (PNG, JPEG, WebP, or a .npy array, see npy.py) as uint8 [channels, size, size].
+    """An image (PNG, JPEG, WebP, or a .npy array, see NpyHeader) as uint8 [channels, size, size].
 
     Grey becomes colour and colour grey as `channels` (1 or 3) asks; EXIF rotations are carried out. Raises
     WrongSizeError before anything is decompressed, and BadImageError for bytes that are no image.
@@ -48,7 +51,7 @@ def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
     try:
         if data.startswith(_PNG_START):
             pixels = _plain_png(data, size, channels)
-        elif data.startswith(npy.MAGIC):
+        elif data.startswith(NPY_MAGIC):
             pixels = _npy(data, size, channels)
         else:
             pixels = _plain_jpeg(data, size, channels)
@@ -108,10 +111,10 @@ def _plain_jpeg(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | No
 
 
 def _npy(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
-    header = npy.read_header(data)
+    header = read_npy_header(data)
     if (header.width, header.height) != (size, size):
         raise WrongSizeError(header.width, header.height)
-    pixels = npy.read_pixels(data, header)
+    pixels = read_npy(data, header)
     if pixels.shape[2] == channels:
         return pixels
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -131,3 +134,51 @@ def to_channels(image: Image.Image, channels: int, background: str = "white") ->
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert(mode)
+
+
+class NpyHeader(NamedTuple):
+    """Of an array [H, W], [H, W, 1 or 3] or [1 or 3, H, W] of uint8, or of floats from 0 (black) to 1."""
+
+    height: int
+    width: int
+    channels: int
+    shape: tuple[int, ...]
+    channels_first: bool
+    fortran: bool
+    dtype: np.dtype[Any]
+    offset: int  # of the first number, in bytes
+
+
+def read_npy_header(data: bytes) -> NpyHeader:
+    """What the array is, without reading it. Raises ValueError for anything but an image's array."""
+    file = io.BytesIO(data)
+    version = npy_format.read_magic(file)
+    if version not in _NPY_VERSIONS:
+        raise ValueError(f"a .npy of version {version}")
+    shape, fortran, dtype = _NPY_VERSIONS[version](file, max_header_size=_LARGEST_NPY_HEADER)
+    if dtype.hasobject or not (dtype == np.uint8 or (dtype.kind == "f" and dtype.itemsize <= 8)):
+        raise ValueError(f"a .npy of {dtype}; images are uint8, or floats from 0 to 1")
+    channels_first = len(shape) == 3 and shape[2] not in (1, 3)
+    whole = (*shape[1:], shape[0]) if channels_first else (*shape, 1)[:3]
+    if len(shape) not in (2, 3) or whole[2] not in (1, 3) or min(shape) < 1:
+        raise ValueError(
+            f"a .npy of shape {list(shape)}; images are [H, W], [H, W, 1 or 3] or [1 or 3, H, W]"
+        )
+    return NpyHeader(whole[0], whole[1], whole[2], shape, channels_first, fortran, dtype, file.tell())
+
+
+def read_npy(data: bytes, header: NpyHeader) -> NDArray[np.uint8]:
+    """uint8 [H, W, channels]. Raises ValueError if there are more or fewer numbers than the header says."""
+    expected = int(np.prod(header.shape)) * header.dtype.itemsize
+    if len(data) - header.offset != expected:
+        raise ValueError(f"a .npy with {len(data) - header.offset} bytes of numbers, not {expected}")
+    numbers = np.frombuffer(data, header.dtype, offset=header.offset)
+    array = numbers.reshape(header.shape, order="F" if header.fortran else "C")
+    if header.channels_first:
+        array = array.transpose(1, 2, 0)
+    array = array.reshape(header.height, header.width, header.channels)
+    if header.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
+            raise ValueError(f"a .npy of floats from {array.min():g} to {array.max():g}, not 0 to 1")
+        array = np.rint(array.astype(np.float64) * 255)
+    return np.ascontiguousarray(array, np.uint8)

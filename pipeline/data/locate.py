@@ -15,7 +15,6 @@ from typing import Any
 from braceexpand import braceexpand  # comes with webdataset, which reads brace lists by it
 
 from pipeline.config import UserError
-from pipeline.data.folders import cache_folder as cache_folder  # is part of this module
 from pipeline.data.record import read_record
 
 _MOST_SHARDS = 1_000_000

@@ -12,10 +12,10 @@ from typing import Any
 
 from pipeline import durable
 from pipeline.config import UserError
-from pipeline.data.folders import cache_folder
 from pipeline.data.samples import LARGEST_LABEL
 from pipeline.data.sidecar import SampleTable
 from pipeline.data.tar import MOST_HEADERS
+from pipeline.folders import cache_folder
 
 INDEX = "index.json"
 REBUILD = "run `shardgan prepare --index-only` on the folder"

@@ -16,9 +16,8 @@ from pipeline.config import UserError
 from pipeline.data.decode import BadImageError, WrongSizeError, decode
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
-from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample, image_of
 from pipeline.data.remote.prefetch import Prefetch
-from pipeline.data.replacements import Replacements
 from pipeline.data.samples import LABEL, parse_label
 from pipeline.plugins import import_named
 

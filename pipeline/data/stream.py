@@ -22,9 +22,8 @@ from pipeline.data.cache import Cache
 from pipeline.data.check import check_images as check_images  # is part of this module
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
-from pipeline.data.reader import BadSampleError, Reader, Sample
+from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample
 from pipeline.data.remote.prefetch import Prefetch
-from pipeline.data.replacements import Replacements
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, apply, load_stages
 from pipeline.data.workers import Loader
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline import console
 from pipeline.config import UserError
-from pipeline.data.sockets import socket_folder
+from pipeline.folders import socket_folder
 
 _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT_S = 600.0  # without a batch: an error rather than a run that waits for ever

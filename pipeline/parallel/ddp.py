@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,8 +24,6 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 class ReplicatedEngine(MasterEngine):
     """Every rank holds the whole player; gradients are averaged over ranks in the last round's backward."""
 
-    replicated = True
-
     def __init__(
         self,
         module: nn.Module,
@@ -47,6 +44,10 @@ class ReplicatedEngine(MasterEngine):
         self._factor = torch.ones((), device=ranks.device)  # of the loss, in this turn
         self._settle_buckets(example)
 
+    @property
+    def copies(self) -> int:
+        return self.ranks.world
+
     def forward(self, *inputs: Any) -> torch.Tensor:
         wrapped: nn.Module = self._ddp or self.module
         output: torch.Tensor = wrapped(*inputs)
@@ -66,10 +67,6 @@ class ReplicatedEngine(MasterEngine):
         """Makes the loss NaN if any penalty is not finite on this rank: all ranks then skip together, as the
         all-reduce of the gradients spreads the NaN. (Sharded players agree on their gradients' norm.)"""
         super().backward(loss if self._ddp is None else loss * self._factor)
-
-    def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Every rank has the whole gradient, so its norm needs no message."""
-        return poisoned(squares, penalties).to(self.ranks.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -75,8 +75,9 @@ class Engine(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def replicated(self) -> bool:
-        """Whether every rank holds all elements (else each element is on exactly one rank)."""
+    def copies(self) -> int:
+        """How many ranks hold each element: 1 if it is sharded over all ranks, their number if each holds
+        all. Between them, ranks next to each other hold one copy together."""
 
     @abc.abstractmethod
     def forward(self, *inputs: Any) -> torch.Tensor:
@@ -176,6 +177,19 @@ class Engine(abc.ABC):
                     None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
                 )
 
+    @property
+    def in_first_copy(self) -> bool:
+        """Whether this rank's fragments are part of the first copy, the one that is written to disk."""
+        return self.ranks.rank < self.ranks.world // self.copies
+
+    def total(self, local: torch.Tensor) -> torch.Tensor:
+        """A scalar summed over this rank's fragments → summed over all elements, the same on every rank; one
+        all-reduce of it, in place, where no rank holds all."""
+        if self.copies == self.ranks.world:
+            return local
+        total = self.ranks.sum(local)
+        return total if self.copies == 1 else total / self.copies
+
     def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank.
 
@@ -183,9 +197,10 @@ class Engine(abc.ABC):
         for the step.
         """
         for fragment, piece in zip(self.fragments, pieces, strict=True):
-            if not self.replicated:
+            if self.copies < self.ranks.world:
                 flat = torch.zeros(fragment.shape.numel(), device=self.ranks.device)
-                flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
+                if self.in_first_copy:
+                    flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
                 piece = self.ranks.sum(flat)
             yield fragment.name, piece.view(fragment.shape)
 
@@ -218,9 +233,9 @@ class Engine(abc.ABC):
         return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The squared gradient norm out of all ranks' parts of it: 8 bytes, so that clipping and skipping are
-        decided alike everywhere. Not finite where a penalty's value is not, either."""
-        return self.ranks.sum(poisoned(squares, penalties).to(self.ranks.device))
+        """The squared gradient norm from this rank's part of it: the same everywhere, so that all ranks clip
+        and skip alike. Not finite if a penalty's value is not."""
+        return self.total(poisoned(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
@@ -228,11 +243,6 @@ class Engine(abc.ABC):
         self._skipped = not_finite(squares)
         self._found_inf = self._skipped.float()
         return self._found_inf
-
-    def share(self, local: torch.Tensor) -> Contribution:
-        """A sum over this rank's fragments as a statistic: a replicated one is already whole."""
-        world = float(self.ranks.world)
-        return Contribution(local, 1.0, world) if self.replicated else Contribution(local, 1.0 / world, 1.0)
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:
         """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
@@ -245,8 +255,10 @@ class Engine(abc.ABC):
         }
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
-        """{part: sum over local fragments} → {"section/player/part": its share}."""
-        return {f"{section}/{self.player.name}/{part}": self.share(value) for part, value in local.items()}
+        """{part: sum over this rank's fragments} → {"section/player/part": its contribution}. Over all ranks
+        such sums come to `copies` times the whole."""
+        weight, unit = self.copies / self.ranks.world, float(self.copies)
+        return {f"{section}/{self.player.name}/{p}": Contribution(v, weight, unit) for p, v in local.items()}
 
 
 def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

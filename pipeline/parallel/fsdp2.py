@@ -36,7 +36,7 @@ class Fsdp2Engine(MasterEngine):
     parameter with fewer rows than ranks, which leaves some ranks none, is nothing special.
     """
 
-    replicated = False
+    copies = 1
 
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         module.to(ranks.device)

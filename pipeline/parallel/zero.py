@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 class ZeroEngine(Engine):
     """One player's DeepSpeed engine; what differs between the stages is only where its masters are."""
 
-    replicated = False
+    copies = 1
 
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         super().__init__(module, player, ranks, batch)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
+from pipeline.players import Gan
 from pipeline.run import checkpoint
 from pipeline.run.folder import REFERENCE
 from pipeline.run.report import counted, say
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
-
-if TYPE_CHECKING:
-    from pipeline.step import Gan
 
 
 def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new_data: bool) -> State:

@@ -56,7 +56,7 @@ class Saver:
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
         for engine in players:
-            if self._ranks.main or not engine.replicated:
+            if engine.in_first_copy:
                 averages = G_ema.averages if engine is G_ema.engine else None
                 pieces = _pieces(engine, averages)
                 copies = {key: _copy(t).reshape(-1) if t.ndim else _copy(t) for key, t in pieces.items()}

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from pipeline.errors import RunError
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
+from pipeline.players import Gan
 from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents
@@ -42,9 +42,6 @@ from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
-
-if TYPE_CHECKING:
-    from pipeline.step import Gan
 
 _MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
 
@@ -256,7 +253,8 @@ class Session:
         pace = {FORWARD: sum(p.forward_timer.take() for p in players)}
         if self.ranks.world == 1:
             return pace
-        copies = {p.player.name: [f.data for f in p.fragments] for p in players if p.replicated}
+        replicated = (p for p in players if p.copies == self.ranks.world)
+        copies = {p.player.name: [f.data for f in p.fragments] for p in replicated}
         return pace | {f"{BITS}{name}": checksum(tensors) for name, tensors in copies.items()}
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline.data.locate import cache_folder
+from pipeline.folders import cache_folder
 
 _log = logging.getLogger(__name__)
 

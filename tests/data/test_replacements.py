@@ -14,7 +14,7 @@ from streams import batches, named
 from tiny_shards import SIZE, image_of, sample_of, write_tar
 
 from pipeline.config import Data, UserError
-from pipeline.data.augment import flips
+from pipeline.data.batches import flips
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Plan, Split
 from pipeline.data.stream import Batch, check_images

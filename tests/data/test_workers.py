@@ -19,8 +19,9 @@ import torch
 from conftest import MakeShards
 from torch.utils.data import IterableDataset
 
+from pipeline import folders
 from pipeline.config import UserError
-from pipeline.data import sockets, workers
+from pipeline.data import workers
 from pipeline.data.index import load_index
 from pipeline.data.workers import Loader, WorkerError
 
@@ -231,12 +232,12 @@ def test_where_sockets_can_be_made(
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         monkeypatch.setattr(tempfile, "tempdir", short)
-        assert sockets.socket_folder() == short and not list(Path(short).iterdir())
+        assert folders.socket_folder() == short and not list(Path(short).iterdir())
         monkeypatch.setattr(tempfile, "tempdir", str(long_folder))
-        monkeypatch.setattr(sockets, "_ELSEWHERE", ("/nowhere", short))
-        assert sockets.socket_folder() == short
+        monkeypatch.setattr(folders, "_FOR_SOCKETS", ("/nowhere", short))
+        assert folders.socket_folder() == short
     with pytest.raises(UserError, match="Set TMPDIR to a folder"):
-        sockets.socket_folder()
+        folders.socket_folder()
 
 
 def test_little_shared_memory_is_passed_by(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

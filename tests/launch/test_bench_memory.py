@@ -8,16 +8,16 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from launch.bench import bench
-from launch.bench.memory import held, held_in_theory, sent_in_theory
+from launch.bench import bench, pair
+from launch.bench.memory import held, in_theory
 from launch.bench.meter import storages
 from launch.bench.penalty_worker import Clocked
 from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
 from launch.doctor.networks import build_players
-from launch.workers import launches, resnet_pair
 from pipeline.config import UserError, WeightPenalty, load
 from pipeline.gan.networks import build_D, build_G
+from pipeline.parallel import theory
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.weight_penalty import LocalPenalty
 
@@ -31,13 +31,13 @@ def test_a_storage_counts_once_and_a_freed_one_not_at_all():
 
 
 def test_single_is_launched_once_and_the_others_in_every_world():
-    assert launches("single, ddp", [1, 3]) == [("single", 1), ("ddp", 1), ("ddp", 3)]
+    assert pair.launches("single, ddp", [1, 3]) == [("single", 1), ("ddp", 1), ("ddp", 3)]
     with pytest.raises(UserError, match=r"zero4.*zero3"):
-        launches("zero4", [2])
+        pair.launches("zero4", [2])
 
 
 def test_the_pair_is_as_large_as_asked_for():
-    settings = load(None, resnet_pair(2e5, 32, 3, procs=2))
+    settings = load(None, pair.settings(2e5, 32, batch=6))
     for network in (build_G(settings, 0), build_D(settings, 0)):
         assert 2e5 <= sum(p.numel() for p in network.parameters()) < 1e6
     assert settings.data.batch_size == 6
@@ -45,11 +45,10 @@ def test_the_pair_is_as_large_as_asked_for():
 
 def test_theory():
     """In units of one number per parameter, for players of equal size."""
-    sizes = {"parameters_G": 0.25, "parameters_D": 0.25}  # one byte each
 
     def per_rank(strategy, world):
-        found = {"strategy": strategy, "world": world, **sizes}
-        return tuple(held_in_theory(found).values()), sent_in_theory(found)
+        job = strategy, world, 0.25, 0.25  # one byte each
+        return tuple(theory.held(*job).values()), theory.sent(*job)
 
     assert per_rank("single", 1) == ((2, 4, 1, 1), 0)
     assert per_rank("ddp", 2) == ((2, 4, 1, 2), 2)
@@ -76,10 +75,10 @@ def run(*arguments: str) -> dict:
 
 def test_fsdp2_holds_and_sends_what_it_should():
     found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5")
-    measured, theory = held(found), held_in_theory(found)
+    measured, (due, sent) = held(found), in_theory(found)
     for name in ("weights", "optimizer", "G_ema"):
-        assert measured[name] == pytest.approx(theory[name], rel=0.02), name
-    assert sum(found["sent"].values()) == pytest.approx(sent_in_theory(found), rel=0.02)
+        assert measured[name] == pytest.approx(due[name], rel=0.02), name
+    assert sum(found["sent"].values()) == pytest.approx(sent, rel=0.02)
     job = Job(load(None, found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
     foretold = doctor_memory.states(job, build_players(job, 0))
     assert foretold == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}

@@ -25,7 +25,7 @@ from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
 from launch.doctor.finding import Finding, Job
-from launch.processes import ACCELERATE_FILES
+from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
 from pipeline.gan.networks import build_D, build_G
 
@@ -45,13 +45,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(doctor_place, "_PORT", free_port())
     return tmp_path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def call(*arguments: str) -> Result:

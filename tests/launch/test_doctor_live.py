@@ -13,12 +13,11 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from launch import workers
 from launch.cli import cli
 from launch.doctor import fails
 from launch.doctor import live as doctor_live
 from launch.doctor import place as doctor_place
-from launch.processes import free_port
+from launch.processes import free_port, run
 from pipeline.data.index import load_index
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +111,7 @@ def test_a_failure_is_told_by_its_errors_once() -> None:
 def test_a_launcher_that_lasts_too_long_leaves_nothing_running(tmp_path: Path) -> None:
     script = f"sleep 600 & echo $! > {tmp_path}/pid; wait"
     with pytest.raises(subprocess.TimeoutExpired):
-        workers.run(["bash", "-c", script], dict(os.environ), timeout=2.0)
+        run(["bash", "-c", script], dict(os.environ), timeout=2.0)
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(int((tmp_path / "pid").read_text())).wait(timeout=60)
 

@@ -16,7 +16,7 @@ from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
-from pipeline.home import provide_home
+from pipeline.folders import provide_home
 
 ROOT = Path(__file__).parents[2]
 

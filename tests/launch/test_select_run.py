@@ -49,7 +49,7 @@ def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
 def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> StopSignals:
     """`run`, with `code` in the place of each training."""
     line = [sys.executable, "-c", code]
-    monkeypatch.setattr(select_local, "process", lambda *_: (line, dict(os.environ)))
+    monkeypatch.setattr(select_local, "training", lambda *_: (line, dict(os.environ)))
     folder = tmp_path / "mine"
     with select_local.hold(folder, trials, told.append):
         return select_local.train(trials, LaunchOptions(), jobs, folder, told.append, ended)

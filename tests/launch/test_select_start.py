@@ -27,9 +27,7 @@ from pipeline.run.features import load_features
 def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
     _, trials = selection(tmp_path)
     finish(trials[1])
-    with pytest.raises(
-        UserError, match=r"l2=1,seed=0,fold=0 .*total_kimg: 0.064 → 0.032.*another run"
-    ):
+    with pytest.raises(UserError, match=r"l2=1,seed=0,fold=0 .*total_kimg: 0.064 → 0.032.*another run"):
         selection(tmp_path, "run.total_kimg=0.032")
     selection(tmp_path, "run.total_kimg=0.05")  # in whole updates the same
     _, longer = selection(tmp_path, "run.total_kimg=0.128")

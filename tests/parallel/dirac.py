@@ -14,7 +14,6 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
-from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -58,7 +57,7 @@ def train(ranks: Ranks, of_G: float, of_D: float) -> list[tuple[float, float]]:
         ],
     )  # fmt: skip
     batch = batch_shape(settings.data, ranks.world)
-    gan, stats, nimg = build(settings, State(), ranks, batch), Stats(ranks.device), 0
+    gan, stats, nimg = build(settings, ranks, batch), Stats(ranks.device), 0
     grey = Batch(torch.full((batch.local, 1, 1, 1), 127.5), None)  # 0 as the networks see it
     path = [_point(parity.whole(gan))]
     for _ in range(UPDATES):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import selfcheck, workers
+from launch import processes, selfcheck
 
 HERE = Path(__file__).parent
 
@@ -31,7 +31,7 @@ def run(name: str, module: list[str], deepspeed: Path | None = None) -> None:
     path = f"{HERE.parents[1]}:{HERE}"
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     deepspeed = deepspeed or selfcheck.PARTITION_ALL.get(strategy)
-    ended = workers.launch(
+    ended = processes.launch(
         strategy, int(world), module, on_cpu=True, deepspeed=deepspeed, environment=environment
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr

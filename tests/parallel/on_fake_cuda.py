@@ -32,7 +32,6 @@ from pipeline.gan.networks import build_G
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
-from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -133,7 +132,7 @@ def training(options: Config, precision: str) -> Device:
         rank=0, world=1, main=True, strategy="single", device=GPU, precision=precision, progress=Progress(),
         low_precision=torch.bfloat16 if precision == "bf16" else None, sum=lambda values: values,
     )  # fmt: skip
-    gan, stats = build(options, State(), ranks, batch_shape(options.data, 1)), Stats(GPU)
+    gan, stats = build(options, ranks, batch_shape(options.data, 1)), Stats(GPU)
     batch = Batch(torch.zeros(64, options.data.channels, 64, 64, dtype=torch.uint8), None)
     cur_nimg = 0
     for _ in range(2):

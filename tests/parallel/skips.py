@@ -22,8 +22,9 @@ from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, update_D, update_G
+from pipeline.step import update_D, update_G
 
 _NETWORKS = (
     "G.options={width: 5, norm: batch}",

@@ -71,9 +71,7 @@ def test_fsdp2_refuses_tied_parameters():
 def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_single_rank():
     """On a GPU it is two events per pass."""
     taken = []
-    player = SimpleNamespace(
-        forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), replicated=True
-    )
+    player = SimpleNamespace(forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), copies=1)
     session = SimpleNamespace(ranks=SimpleNamespace(world=1))
     found = Session._of_this_rank(session, SimpleNamespace(G=player, D=player))
     assert found == {FORWARD: 1.0} and len(taken) == 2

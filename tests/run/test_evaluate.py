@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.data.index import load_index
-from pipeline.data.locate import cache_folder
+from pipeline.folders import cache_folder
 from pipeline.gan.draws import Draws
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks

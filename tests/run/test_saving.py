@@ -17,7 +17,7 @@ from pipeline.run.state import State
 
 RANKS: Any = SimpleNamespace(
     rank=0, world=1, main=True, strategy="single", barrier=lambda: None,
-    gather_objects=lambda value: [value], any=lambda *flags: lambda: list(flags),
+    gather_objects=lambda value: [value], poll_any=lambda *flags: lambda: list(flags),
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def player(device: str) -> Any:
     moments = [{"step": torch.ones(()), "exp_avg": torch.rand_like(t)} for t in data.values()]
     return SimpleNamespace(
         player=SimpleNamespace(name="G"),
-        replicated=True,
+        in_first_copy=True,
         fragments=[Fragment(name, 0, t.shape, t, True) for name, t in data.items()],
         optimizer_state=lambda: moments,
         buffers=lambda: {"running_mean": torch.zeros(8, device=device)},

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import UserError
-from pipeline.data.folders import cache_folder
 from pipeline.data.prepare.sources import Arrays
+from pipeline.folders import cache_folder
 
 Announce = Callable[[str], None]
 Bytes = NDArray[np.uint8]

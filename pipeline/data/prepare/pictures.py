@@ -8,8 +8,15 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
-from pipeline.data import npy
-from pipeline.data.decode import FORMATS, LARGEST, BadImageError, to_channels
+from pipeline.data.decode import (
+    FORMATS,
+    LARGEST,
+    NPY_MAGIC,
+    BadImageError,
+    read_npy,
+    read_npy_header,
+    to_channels,
+)
 
 Fit = Literal["crop", "pad", "stretch"]
 # Beyond what training reads: decoders of Pillow's own, or in its wheels, that run nothing and load nothing.
@@ -60,9 +67,9 @@ def open_picture(data: bytes) -> Picture:
 
 
 def _opened(data: bytes) -> Picture:
-    if data.startswith(npy.MAGIC):
-        header = npy.read_header(data)
-        pixels = npy.read_pixels(data, header)
+    if data.startswith(NPY_MAGIC):
+        header = read_npy_header(data)
+        pixels = read_npy(data, header)
         return Picture(Image.fromarray(pixels.squeeze(axis=2 if header.channels == 1 else ())))
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     most = _MOST.get(image.format or "", LARGEST)

@@ -14,11 +14,11 @@ from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data import sidecar
-from pipeline.data.folders import cache_folder, shards_folder
 from pipeline.data.record import INDEX, Shard, parse_record, read_record, shard_of, sidecar_path
 from pipeline.data.remote.shard_cache import ShardCache
 from pipeline.data.remote.transfer import Patience, WrongBytesError, download, names_in, read
 from pipeline.data.remote.urls import RemoteFolder
+from pipeline.folders import cache_folder
 
 _LARGEST_INDEX = 1 << 30  # bytes
 _LARGEST_SIDECAR = 1 << 30
@@ -42,7 +42,7 @@ class RemoteShards:
 
     @property
     def cache(self) -> ShardCache:
-        return ShardCache(shards_folder(self.settings), int(self.settings.gb * 1e9))
+        return ShardCache(_shards_folder(self.settings), int(self.settings.gb * 1e9))
 
     def record(self, tell: Callable[[str], None]) -> dict[str, Any]:
         """index.json: as `shardgan prepare --index-only` made it here, else the folder's own; {} if none."""
@@ -162,6 +162,20 @@ class RemoteShards:
 def is_complete(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of index.json says all that a stream from elsewhere is checked against."""
     return entry.keys() >= _INDEXED and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
+
+
+def _shards_folder(remote: Remote) -> Path:
+    """Raises UserError if data.remote.folder names a variable that is not set."""
+    chosen = remote.folder
+    if not chosen:
+        return cache_folder() / "shards"
+    for name in re.findall(r"\$(\w+|\{[^}]*\})", chosen, re.ASCII):
+        if not os.environ.get(name.strip("{}")):
+            raise UserError(
+                f"data.remote.folder={chosen}: the variable {name.strip('{}')} is not set on this machine. "
+                "Set it, or name a folder on one of its disks."
+            )
+    return Path(os.path.expandvars(chosen)).expanduser().absolute()
 
 
 def _check(shard: Shard, path: Path) -> None:
