@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import inspect
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -91,23 +93,37 @@ def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, An
         "channels": config.data.channels,
         "num_classes": num_classes,
     }
+    if section.kind in FAMILIES:
+        return given | _keys_of_family(section, player)
     if player == "G":
         given["z_dim"] = config.G.z_dim
-    if section.kind in FAMILIES:
-        if section.options:
-            raise UserError(
-                f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set "
-                f"by the other keys of {player}."
-            )
-        given |= {key: getattr(section, key) for key in ("width", "norm", "dropout", "spectral_norm")}
-        if section.kind == "resnet":
-            return given | {"depth": section.depth}
-        if section.depth != 1:
-            raise UserError(f"{player}.depth={section.depth}: {section.kind} has no such key; resnet has.")
-        return given
     if clash := given.keys() & section.options.keys():
         raise UserError(f"{player}.options: {', '.join(sorted(clash))} are set by the rest of the config.")
     return given | section.options
+
+
+def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[str, Any]:
+    """The keys of a section that its family's class names as parameters; others must be as by default."""
+    if section.options:
+        raise UserError(
+            f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set by the "
+            f"other keys of {player}."
+        )
+    default = type(section)()
+    keys = [field.name for field in dataclasses.fields(section) if field.name not in ("kind", "options")]
+    owners = {
+        key: [name for name, family in FAMILIES.items() if key in _named(family[player])] for key in keys
+    }
+    for key in keys:
+        value = getattr(section, key)
+        if section.kind not in owners[key] and value != getattr(default, key):
+            having = ", ".join(owners[key]) or "no network"
+            raise UserError(f"{player}.{key}={value}: {section.kind} has no such key; {having} has.")
+    return {key: getattr(section, key) for key in keys if section.kind in owners[key]}
+
+
+def _named(network: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(network).parameters
 
 
 def _check_shape(

@@ -1,66 +1,71 @@
-"""What passes through a network change in it besides its weights: BatchNorm's running statistics and its
-count of batches, spectral norm's u and v.
+"""Buffers that forward passes update: BatchNorm's running statistics and counts, spectral norm's u and v.
 
-A pass that overflows leaves its infinities there, and the next checkpoint would be refused for them although
-the update was skipped. So they are put back to where the turn began whenever its update is skipped, decided
-on the device like the skipping itself.
+A pass that overflows leaves infinities in them, and no checkpoint may hold any. So a skipped update restores
+them to what they were at the beginning of the turn, decided on the device like the skipping itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator
-from itertools import chain
+from operator import is_
 
 import torch
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-
-Kind = tuple[torch.dtype, torch.device]
 
 
 class Buffers:
-    """A network's buffers, whatever tensors they are by then."""
+    """A network's buffers on the device it trains on, whichever tensors they are at the moment."""
 
-    def __init__(self, module: nn.Module) -> None:
-        # Looked up once: to walk through a network takes longer than to copy its buffers.
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        # Looked up once: walking through a network takes longer than copying its buffers.
         self._places = [(layer._buffers, name) for layer in module.modules() for name in layer._buffers]
+        self._found: list[torch.Tensor | None] = []
+        self._memory: list[torch.Tensor] = []
+        self._nothing = torch.empty(0, dtype=torch.uint8, device=device)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        buffers = (layer.get(name) for layer, name in self._places)
-        return (buffer for buffer in buffers if buffer is not None)
+    def memory(self) -> list[torch.Tensor]:
+        """For every place of a buffer its bytes, uint8 [n], as a view; empty where there is no buffer."""
+        found = [layer.get(name) for layer, name in self._places]
+        if len(found) != len(self._found) or not all(map(is_, found, self._found)):
+            self._found, self._memory = found, [self._bytes(buffer) for buffer in found]
+        return self._memory
+
+    def _bytes(self, buffer: torch.Tensor | None) -> torch.Tensor:
+        if buffer is None or buffer.device.type != self._nothing.device.type or not _dense(buffer):
+            return self._nothing
+        return buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
 
 
 class BufferSnapshot:
-    """Copies of buffers, made and put back in a handful of launches however many they are: each type of them
-    goes in one piece."""
+    """A copy of buffers, made and restored in a few launches, however many buffers and types there are."""
 
     @torch.no_grad()
-    def __init__(self, *buffers: Buffers) -> None:
-        self._buffers = buffers
-        self._copies = {kind: (_shapes(found), _in_one_piece(found)) for kind, found in self._by_kind()}
+    def __init__(self, *networks: Buffers) -> None:
+        self._networks = networks
+        memory = self._memory()
+        self._sizes, self._before = _sizes(memory), torch.cat(memory) if any(map(len, memory)) else None
 
     @torch.no_grad()
-    def restore(self, where: torch.Tensor) -> None:
-        """Make the buffers what they were if `where`, a flag on the device, says so; no host sync. A type of
-        which the network has made some anew, in another size, stays as it is."""
-        for kind, found in self._by_kind():
-            shapes, before = self._copies.get(kind, ([], None))
-            if before is not None and shapes == _shapes(found):
-                kept = torch.where(where.to(before.device), before, _in_one_piece(found))
-                torch._foreach_copy_(found, _unflatten_dense_tensors(kept, found))  # type: ignore[no-untyped-call]
+    def restore(self, unless: torch.Tensor) -> None:
+        """Restore the buffers unless `unless`, a flag on the device, is true; no host sync. A buffer replaced
+        by one of another size stays as it is."""
+        before, now = self._before, self._memory()
+        if before is None:
+            return
+        if _sizes(now) != self._sizes:
+            pairs = zip(torch.split(before, self._sizes), now, strict=True)
+            same = [(old, new) for old, new in pairs if len(old) == len(new)]
+            before, now = torch.cat([old for old, _ in same]), [new for _, new in same]
+        restored = torch.where(unless, torch.cat(now), before)
+        torch._foreach_copy_(now, torch.split(restored, _sizes(now)))
 
-    def _by_kind(self) -> ItemsView[Kind, list[torch.Tensor]]:
-        found: dict[Kind, list[torch.Tensor]] = {}
-        for buffer in chain(*self._buffers):
-            found.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        return found.items()
-
-
-def _shapes(tensors: list[torch.Tensor]) -> list[torch.Size]:
-    return [t.shape for t in tensors]
+    def _memory(self) -> list[torch.Tensor]:
+        return [piece for network in self._networks for piece in network.memory()]
 
 
-def _in_one_piece(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A copy; twice as fast as torch.cat of views."""
-    flat: torch.Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return flat.clone() if len(tensors) == 1 else flat
+def _sizes(pieces: list[torch.Tensor]) -> list[int]:
+    return [len(piece) for piece in pieces]
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill its memory without gaps or overlaps, in any order of the axes."""
+    return tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride()

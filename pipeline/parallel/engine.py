@@ -62,9 +62,9 @@ class Engine(abc.ABC):
         # Which parameters train is the user's choice at construction: freezing for the other player's
         # turn must not wake up one that was never meant to move.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
-        self._buffers = Buffers(module)
-        self._skipped: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
-        self._found_inf = torch.zeros((), device=ranks.device)  # likewise, as optimizers take it
+        self._buffers = Buffers(module, ranks.device)
+        self._finite: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
+        self._found_inf = torch.zeros((), device=ranks.device)  # whether it was not, as optimizers take it
 
     # What a strategy says
 
@@ -144,11 +144,11 @@ class Engine(abc.ABC):
         frozen.frozen, self.twice = True, twice
         self.begin_turn()
         frozen.begin_turn()
-        snapshot, self._skipped = BufferSnapshot(self._buffers, frozen._buffers), None
+        snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
         try:
             yield
-            if self._skipped is not None:
-                snapshot.restore(self._skipped)
+            if self._finite is not None:
+                snapshot.restore(unless=self._finite)
         finally:
             self.zero_grad()
             self.end_turn()
@@ -240,8 +240,8 @@ class Engine(abc.ABC):
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
         optimizer's found_inf, 1.0 or 0.0 in fp32."""
-        self._skipped = not_finite(squares)
-        self._found_inf = self._skipped.float()
+        self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
+        self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
         return self._found_inf
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pipeline.gan.draws import Draws, derive_seed
-from pipeline.gan.schedules import ema_beta
 
 
 def test_seeds_are_fixed_for_ever():
@@ -100,20 +99,3 @@ def test_grid_has_a_class_per_column():
 @pytest.mark.parametrize(("frequencies", "columns"), [(None, 8), ([1] * 10, 10), ([1] * 1000, 8), ([1], 8)])
 def test_grid_columns(frequencies, columns):
     assert Draws(0, 4, frequencies).grid_columns(64) == columns
-
-
-def test_ema_half_life():
-    assert ema_beta(10_000, 10, 0, 0) == 0.5
-    assert ema_beta(64, 10, 0, 0) ** (10_000 / 64) == pytest.approx(0.5)
-    assert ema_beta(64, 0, 0, 0) == 0.0 and ema_beta(0, 10, 0, 0) == 1.0
-
-
-def test_ema_half_life_is_at_most_a_share_of_the_images_shown():
-    """Closed form: 2^(−images / min(kimg·1000, rampup·cur_nimg)); nothing is kept before the first image."""
-    assert ema_beta(64, 10, 0.05, 0) == 0.0
-    assert ema_beta(64, 10, 0.05, 64) == pytest.approx(2 ** (-64 / 3.2), rel=1e-12)
-    assert ema_beta(64, 10, 0.05, 1280) == pytest.approx(0.5, rel=1e-12)
-    assert ema_beta(64, 10, 0.05, 100_000) == pytest.approx(2 ** (-64 / 5_000), rel=1e-12)
-    assert ema_beta(64, 10, 0.05, 200_000) == ema_beta(64, 10, 0.05, 10**9) == ema_beta(64, 10, 0, 64)
-    assert ema_beta(64, 0, 0.05, 10**6) == 0.0
-    assert ema_beta(64, 10, 1e-300, 1) == 0.0

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.gan.dcgan import Discriminator
-from pipeline.gan.gradient_penalty import r1
+from pipeline.gan.gradient_penalty import GradientPenalty, r1
 
 
 def test_linear_discriminator_has_the_gradient_of_its_kernel():
@@ -52,3 +52,12 @@ def test_reaches_the_weights_of_a_real_network(norm):
         weight -= 2 * step * direction
     below = penalty().item()
     assert (gradient * direction).sum().item() == pytest.approx((above - below) / (2 * step), rel=1e-4)
+
+
+def test_a_penalty_counts_its_factor_times_and_not_at_all_when_it_is_not_due():
+    real = torch.randn(4, 1, 2, 2, requires_grad=True)
+    logits = real.square().sum((1, 2, 3))
+    due = GradientPenalty("r1", "real", r1, gamma=2.0, factor=3)(real, logits)
+    torch.testing.assert_close(due, 3 * r1(real, logits, 2.0))
+    idle = GradientPenalty("r1", "real", r1, gamma=2.0, factor=0)(real.detach(), logits.detach())
+    assert idle.item() == 0.0 and idle.shape == () and idle.dtype == torch.float32

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Config, UserError, load
+from pipeline.gan import networks
 from pipeline.gan.networks import FAMILIES, build_D, build_G, check_networks
 
 
@@ -66,6 +67,31 @@ def test_near_miss_gets_a_hint():
 def test_options_belong_to_a_users_class():
     with pytest.raises(UserError, match=r"G\.options"):
         check_networks(config("G.options.depth=3"), 0)
+
+
+class Plain(nn.Module):
+    """A family that has neither `depth` nor `norm`."""
+
+    def __init__(self, *, size, channels, num_classes, width, dropout=0.0, z_dim=None):
+        super().__init__()
+        self.given = (size, channels, num_classes, width, dropout, z_dim)
+
+
+@pytest.fixture
+def plain_family(monkeypatch):
+    monkeypatch.setattr(networks, "FAMILIES", {**FAMILIES, "plain": {"G": Plain, "D": Plain}})
+
+
+def test_a_family_takes_the_keys_that_its_class_names(plain_family):
+    assert build_G(config("G.kind=plain", "G.dropout=0.5"), 7).given == (32, 3, 7, 4, 0.5, 8)
+    assert build_D(config("D.kind=plain", "D.norm=batch", "D.depth=1"), 0).given == (32, 3, 0, 4, 0.0, None)
+
+
+def test_a_key_that_a_family_does_not_name_is_refused_with_those_that_do(plain_family):
+    with pytest.raises(UserError, match=r"^D\.norm=none: plain has no such key; dcgan, resnet has\.$"):
+        build_D(config("D.kind=plain", "D.norm=none"), 0)
+    with pytest.raises(UserError, match=r"^G\.depth=2: plain has no such key; resnet has\.$"):
+        check_networks(config("G.kind=plain", "G.depth=2"), 0)
 
 
 USERS = """

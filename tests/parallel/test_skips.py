@@ -40,15 +40,18 @@ def test_buffers_of_all_kinds_are_put_back_where_told_and_others_are_left_alone(
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
     network.register_buffer("cache", torch.zeros(2, dtype=torch.int32))
     network.register_buffer("none", None)
+    network.register_buffer("image", torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last))
     network.register_buffer("constant", torch.ones(2, dtype=torch.bool))  # the only one of its type
-    buffers = Buffers(network)
+    buffers = Buffers(network, torch.device("cpu"))
     before = {name: b.clone() for name, b in network.named_buffers()}
     for skipped in (True, False):
         kept = BufferSnapshot(buffers)
         network(torch.full((2, 3, 4, 4), torch.inf))
+        network.image.add_(torch.arange(18.0).view(1, 2, 3, 3))
         network.cache = torch.ones(3, dtype=torch.int32)  # another tensor in its place
+        network[0].running_var = network[0].running_var * 2  # likewise, of the same size
         spoilt = {name: b.clone() for name, b in network.named_buffers()}
-        kept.restore(torch.tensor(skipped))
+        kept.restore(unless=torch.tensor(not skipped))
         after = dict(network.named_buffers())
         for name in before.keys() - {"cache"}:
             torch.testing.assert_close(
