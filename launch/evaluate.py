@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +19,7 @@ from launch.paths import UserPath
 from pipeline.config import Config, Score, UserError
 from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
+from pipeline.durable import write
 from pipeline.gan.draws import Draws
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
@@ -37,7 +37,7 @@ from pipeline.run.state import State
     "--metrics",
     default="kid",
     show_default=True,
-    help=f"With commas between, of: {'; '.join(f'{name}, {m.help}' for name, m in METRICS.items())}.",
+    help=f"Separated by commas, of: {'; '.join(f'{name}, {m.help}' for name, m in METRICS.items())}.",
 )
 @click.option(
     "--features", metavar="NAME", help="efflite0, inception:PATH, module:Class; default: the run's."
@@ -118,14 +118,9 @@ def _show(title: str, scores: dict[str, float]) -> None:
 
 def _append(file: Path, entry: dict[str, object]) -> None:
     """Add to the JSON list in `file`, atomically; warn if that fails."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        entries = _entries(file)
-        partial.write_text(json.dumps([*entries, entry], indent=1) + "\n")
-        partial.replace(file)
+        write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
     except OSError as error:  # another person's run, or one on a read-only disk
-        with suppress(OSError):
-            partial.unlink()
         click.echo(f"These scores could not be written to {file}: {error.strerror or error}.", err=True)
 
 

@@ -1,4 +1,4 @@
-"""`shardgan export`: whole networks out of a run, for use without ShardGAN's launcher."""
+"""`shardgan export`: whole networks of a run, for use without ShardGAN's launcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`shardgan sample`: a sheet of images from a run's G_ema."""
+"""`shardgan sample`: a grid of images from a run's G_ema."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _STEPS = 8  # images from one end of an interpolation to the other
 @click.option(
     "--interpolate",
     is_flag=True,
-    help=f"Rows of {_STEPS} images, each from one latent to another; a last row is filled.",
+    help=f"Rows of {_STEPS} images, each from one latent to another; the last row is filled up.",
 )
 @click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
 def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None) -> None:
-    """Images from the moving average of G in the run folder RUN, as one picture."""
+    """Write images from the moving average of G in the run folder RUN as one picture."""
     import torch
 
     from pipeline.gan.draws import Draws
@@ -41,10 +41,10 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
     from pipeline.run.grid import FORMATS, save_grid
 
     if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: not a picture that can be written ({', '.join(FORMATS)}).")
-    settings, checkpoint, state = load_run(run)
-    G = load_generator(settings, checkpoint, state)
-    draws = Draws(seed, settings.G.z_dim, _frequencies(state, classes))
+        raise UserError(f"--out {out}: not a known picture format ({', '.join(FORMATS)}).")
+    config, checkpoint, state = load_run(run)
+    G = load_generator(config, checkpoint, state)
+    draws = Draws(seed, config.G.z_dim, _frequencies(state, classes))
     z, c, columns = (
         _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))
     )
@@ -61,7 +61,7 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation (White 2016): a, b [n, d] and t [k] → [n, k, d], from a at t = 0 to b at t = 1.
 
-    Between normal latents a straight line passes closer to 0 than any latent G was trained on.
+    A straight line between normal latents passes closer to 0 than the latents that G was trained on.
     """
     import torch
 
@@ -69,11 +69,11 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     angle = cosine.acos()[:, None, None]
     a, b, t = a[:, None], b[:, None], t[None, :, None]
     arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
-    return torch.where(angle.sin() > 1e-4, arc, (1 - t) * a + t * b)  # (anti)parallel: there is no one arc
+    return torch.where(angle.sin() > 1e-4, arc, (1 - t) * a + t * b)  # (anti)parallel: no unique arc
 
 
 def _interpolation(draws: Draws, count: int) -> tuple[Tensor, Tensor | None, int]:
-    """Latents and labels of rows that lead from one latent to another within one class, and the columns."""
+    """Latents and labels of rows from one latent to another within a class, and the number of columns."""
     import torch
 
     columns = max(2, min(_STEPS, count))
@@ -85,17 +85,18 @@ def _interpolation(draws: Draws, count: int) -> tuple[Tensor, Tensor | None, int
 
 
 def _frequencies(state: State, classes: str | None) -> list[float] | None:
-    """The training set's label frequencies, all but the wanted classes at 0; None if unconditional."""
+    """Frequencies to draw labels by: the training set's, or equal ones of the wanted classes; None if
+    unconditional."""
     if classes is None:
         return state.label_frequencies
     if state.label_frequencies is None:
         raise UserError(
-            "--classes: this run is unconditional (data.conditional=false), its G knows no classes."
+            "--classes: this run is unconditional (data.conditional=false), so its G has no classes."
         )
     try:
         wanted = {int(text) for text in classes.split(",")}
     except ValueError:
-        raise UserError(f"--classes {classes}: not numbers with commas between, as in 0,3,7.") from None
+        raise UserError(f"--classes {classes}: not numbers separated by commas, as in 0,3,7.") from None
     if unknown := sorted(wanted - set(range(state.num_classes))):
         raise UserError(f"--classes: no class {unknown[0]}; this run has 0 to {state.num_classes - 1}.")
     return [float(label in wanted) for label in range(state.num_classes)]

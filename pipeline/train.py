@@ -48,7 +48,7 @@ from pipeline.run.heap import keep_freed_memory
 from pipeline.run.report import MainReport, Report, counted, say
 from pipeline.run.resend import catch_up
 from pipeline.run.resume import resume
-from pipeline.run.session import Session, shapes
+from pipeline.run.session import Session
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
@@ -151,7 +151,7 @@ def _train(
             completed = loop.train(gan, reals, state, stats, settings.run, session)
         asked = None if completed else next(filter(None, ranks.gather_objects(signals.received)), "")
         ranks.progress.doing = "exporting"
-        ranks.broadcast_from_main(lambda: _conclude(folder, gan, state, report, asked))
+        ranks.broadcast_from_main(lambda: _conclude(folder, state, report, asked))
     finally:
         report.close()
         signals.done()
@@ -219,7 +219,7 @@ def _open_report(
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
-    tracker = open_tracker(settings, folder, True, state.wandb_id, say)
+    tracker = open_tracker(settings, folder, state.wandb_id, say)
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
     total = round(settings.run.total_kimg * 1000)
     return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
@@ -265,7 +265,7 @@ def _leave(folder: Path, name: str, cur_nimg: int) -> None:
         raise UserError(f"{folder / name} could not be written: {error}") from None
 
 
-def _conclude(folder: Path, gan: Gan, state: State, report: Report, asked: str | None) -> None:
+def _conclude(folder: Path, state: State, report: Report, asked: str | None) -> None:
     """Leave the marker that says how the run ended, and the exported networks if it is done.
 
     asked: why it was stopped; None: it is done.
@@ -277,7 +277,7 @@ def _conclude(folder: Path, gan: Gan, state: State, report: Report, asked: str |
         report.say(f"Stopped at kimg {kimg} {asked}; the same command continues from there.")
         return
     export(folder, folder / "export")
-    report.summary(record(folder, shapes(gan)))
+    report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     _leave(folder, DONE, state.cur_nimg)
     report.conclude(state.cur_nimg)

@@ -144,7 +144,7 @@ class Ours:
         self._gan = build(settings, self._ranks, batch_shape(data, 1))
         self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
-            tracker = open_tracker(settings, folder, True, None, lambda _: None)
+            tracker = open_tracker(settings, folder, None, lambda _: None)
             self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
         plan = split.heldout()
         self._session = Session(

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from launch.select import files
 from launch.select.choice import Row, ScoreTable
 from launch.select.curve import curve, new_figure, numbers, wrapped
-from pipeline.gan.networks import build_D, build_G
 from pipeline.run.export import load_run
 from pipeline.run.rows import rows
 from pipeline.run.spectrum import spectra
@@ -86,9 +85,6 @@ def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:
     """A kernel's name and its singular values; empty without a checkpoint."""
     try:
         config, checkpoint, state = load_run(row.outcomes[0].trial.folder)
-        network = (build_G if player == "G" else build_D)(config, state.num_classes)
-        shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-        name, values = next(iter(spectra(checkpoint, player, shapes, largest=1).items()))
+        return next(iter(spectra(config, checkpoint, state, player, largest=1).items()))
     except (OSError, ValueError, SafetensorError):
         return "", []
-    return name, values.tolist()

@@ -18,6 +18,7 @@ from launch.fingerprint import REMEDIES, Fingerprint, difference, digest, finger
 from launch.slurm import index_copies
 from pipeline.config import Config, UserError, load
 from pipeline.credentials import redacted
+from pipeline.durable import write
 
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
@@ -59,10 +60,7 @@ def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
     # Another name after each requeue: a node's cache may still show the file of the previous start.
     file = folder / "slurm" / f"nodes-{os.environ['SLURM_JOB_ID']}-{_restarts()}.json"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(_fingerprint(config), indent=1))
-        partial.replace(file)
+        write(file, json.dumps(_fingerprint(config), indent=1))
     except OSError as error:
         raise UserError(f"{file.parent} cannot be written ({error.strerror}). Set run.out.") from None
     return folder, file, node_name(), _port(), config.run.stop_signal

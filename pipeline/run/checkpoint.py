@@ -1,4 +1,4 @@
-"""Checkpoints: one portable format, written from fragments (saving.py), that exists whole or not at all.
+"""Checkpoints: one portable format, written from fragments (saving.py), whole or not at all.
 
     checkpoints/<cur_nimg>/
         G-00000.safetensors …  per writing rank: this rank's fragments of G, its optimizer and G_ema
@@ -7,8 +7,8 @@
         state.json             the rest (State)
         manifest.json          bytes and SHA-256 of every file; written last
 
-A tensor is stored as flat pieces named `kind/parameter@first element`, so that any strategy and world can
-read what any other has written: each rank picks the elements it owns.
+A tensor is stored as flat pieces named `kind/parameter@first element`. Any strategy and world can read what
+any other wrote: each rank picks the elements it owns.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ FORMAT = 2
 
 
 def find(folder: Path) -> list[int]:
-    """cur_nimg of every checkpoint in a run's checkpoint folder, the newest first."""
+    """cur_nimg of every checkpoint in a run's checkpoint folder, newest first."""
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def replaced(checkpoint: Path) -> Path:
-    """Where an older one of the same cur_nimg lies while it is being replaced."""
+    """Where an older checkpoint of the same cur_nimg is kept while it is being replaced."""
     return checkpoint.with_name(f".replaced-{checkpoint.name}")
 
 
 def exchange(new: Path, checkpoint: Path) -> None:
-    """Make a checkpoint exist by one rename. One that was there before (a run that was told to stop in its
-    reports saves where it has saved already) is put by, for whoever calls to remove."""
+    """Make a checkpoint exist by one rename. One that exists (a run that is stopped in its reports saves
+    twice at one place) is moved to `replaced`, for the caller to remove."""
     before = replaced(checkpoint)
     if checkpoint.exists():
         checkpoint.rename(before)
@@ -59,15 +59,15 @@ def exchange(new: Path, checkpoint: Path) -> None:
 
 
 def describe_newest(folder: Path) -> str:
-    """Where a run that has come to an unplanned end can be continued from, for a person."""
+    """What a run that failed can be resumed from, for a person."""
     saved = find(folder)
     if not saved:
-        return "There is no checkpoint yet; the same command starts anew."
+        return "There is no checkpoint yet; the same command starts from the beginning."
     return f"The last checkpoint is {folder / str(saved[0])}; the same command continues from there."
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all there and intact, and a complaint about each newer one."""
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all intact, and a complaint about each newer one."""
     complaints: list[str] = []
     for nimg in find(folder):
         problem = _problem(folder / str(nimg))
@@ -77,17 +77,17 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def take_up(folder: Path) -> tuple[Path | None, list[str]]:
-    """`newest_sound`, for the one process that may write: a run that goes on from there.
+def recover(folder: Path) -> tuple[Path | None, list[str]]:
+    """`newest_intact`, for the one process that may write, of a run that resumes.
 
-    What a kill has left of an `exchange` is undone, and damaged checkpoints are set aside under other names,
-    so that they do not count as newest ones. Raises UserError if that cannot be.
+    Undoes an `exchange` that a kill interrupted, and renames newer, damaged checkpoints, which are then not
+    found again. Raises UserError if that fails.
     """
     try:
         for before in folder.glob(".replaced-*"):
             current = folder / before.name.removeprefix(".replaced-")
             shutil.rmtree(before) if current.exists() else before.rename(current)
-        found, complaints = newest_sound(folder)
+        found, complaints = newest_intact(folder)
         for nimg in find(folder):
             if found is not None and nimg > int(found.name):
                 aside = folder / f".damaged-{nimg}"
@@ -99,7 +99,7 @@ def take_up(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def saved_by(checkpoint: Path) -> tuple[str, int]:
-    """The strategy and the number of processes that wrote an intact checkpoint."""
+    """The strategy and world that wrote an intact checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     return manifest["strategy"], manifest["world"]
 
@@ -115,7 +115,7 @@ def read_state(checkpoint: Path) -> State:
 def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> None:
     """Fill both players, their optimizers and G_ema from a checkpoint of any strategy and world.
 
-    Raises UserError, before anything is overwritten, when it is of other networks or optimizers.
+    Raises UserError, before anything is overwritten, if it is of other networks.
     """
     readers = {engine.player.name: Pieces(checkpoint, engine.player.name) for engine in players}
     buffers = {engine.player.name: _read_buffers(checkpoint, engine, ranks) for engine in players}
@@ -141,7 +141,7 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
 
 
 class Pieces:
-    """Reads one player's flat pieces out of however many files hold them."""
+    """Reads one player's flat pieces from all files of a checkpoint."""
 
     def __init__(self, checkpoint: Path, player: str) -> None:
         self._files = [
@@ -178,25 +178,25 @@ class Pieces:
         return flat
 
     def optimizer(self, name: str, start: int, count: int) -> dict[str, torch.Tensor]:
-        """A fragment's optimizer state: everything stored for it that is neither weights nor average."""
+        """A fragment's optimizer state: everything stored for it except weights and average."""
         kinds = self.kinds - {"weights", "ema"}
         state = {k: self(k, name, start, count) for k in sorted(kinds) if (k, name) in self._pieces}
         return state | {k: self._scalars[k, name] for k in sorted(kinds) if (k, name) in self._scalars}
 
     def check(self, engine: Engine) -> None:
-        """Refuse what was written for another network."""
+        """Raises UserError if the pieces are of another network."""
         wrong = [f.name for f in engine.fragments if self.size(f.name) != f.shape.numel()]
         missing = self.names() ^ {f.name for f in engine.fragments}
         if wrong or missing:
             raise UserError(
                 f"The checkpoint holds another {engine.player.name} than the config describes "
-                f"(at {', '.join(sorted({*wrong, *missing})[:3])}). Resume with the config it was made with, "
-                "or start over with run.resume=false."
+                f"(at {', '.join(sorted({*wrong, *missing})[:3])}). Resume with its own config, or start "
+                "over with run.resume=false."
             )
 
 
 def read_buffers(checkpoint: Path, player: str) -> list[dict[str, torch.Tensor]]:
-    """A player's buffers as each rank saved them, in the order of the ranks."""
+    """A player's buffers as each rank saved them, by rank."""
     everyone = []
     for path in sorted(checkpoint.glob("buffers-*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -206,7 +206,7 @@ def read_buffers(checkpoint: Path, player: str) -> list[dict[str, torch.Tensor]]
 
 
 def _read_buffers(checkpoint: Path, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """This rank's own buffers, or in another world than the one that saved them, all ranks' pooled."""
+    """This rank's own buffers; if another world saved them, all ranks' pooled."""
     everyone = read_buffers(checkpoint, engine.player.name)
     return everyone[ranks.rank] if len(everyone) == ranks.world else pooled(engine.module, everyone)
 

@@ -1,4 +1,4 @@
-"""How far generated images are from real ones, as a few numbers by name."""
+"""Scores of generated images against real ones, by chart name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.run.features import Extractor
 from pipeline.run.references import References
 from pipeline.run.scores import METRICS, Metric, frechet
 
-FULL = 50_000
+FULL = 50_000  # generated images of fid50k_full
 
 Generate = Callable[[int, int], Tensor]
-"""(start, count) → images uint8 [count, C, H, W] of the latents start … start + count - 1 of a fixed list."""
+"""(start, count) → images uint8 [count, C, H, W] of latents start … start + count - 1 of a fixed list."""
 
 
 def evaluate(
@@ -29,11 +29,11 @@ def evaluate(
     *,
     batch: int = 64,
 ) -> dict[str, float]:
-    """Scores of a generator: as many generated images as there are held-out ones, against these.
+    """Scores of as many generated images as there are held-out ones, against these.
 
-    Against training images too, under names ending in `_train`, if `real` has them. Every rank calls this,
-    and each calls `generate` equally often, on the same counts and always within the list, as a sharded
-    generator needs. The result is the same on every rank, and but for rounding in any world.
+    If `real` has training images, also against them, under names ending in `_train`. All ranks call this;
+    each calls `generate` equally often, with the same counts and within the list, as a sharded generator
+    needs. The result is the same on every rank and, but for rounding, in any world.
 
     Args:
         generate: see `Generate`; its images are on `ranks.device`, quantised by `to_uint8`.
@@ -47,7 +47,7 @@ def evaluate(
     found = _compare(heldout.to(fake.device), fake, extractor, metrics)
     if train is not None:
         train = train.to(fake.device)
-        count = min(len(train), len(fake))  # as many as held-out ones, so that the two scores compare
+        count = min(len(train), len(fake))  # equal counts, so that both scores compare
         against = _compare(train[:count], fake[:count], extractor, metrics)
         found |= {f"{name}_train": value for name, value in against.items()}
         for metric in (METRICS[name] for name in metrics):
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def _compare(real: Tensor, fake: Tensor, extractor: Extractor, metrics: Sequence[str]) -> dict[str, float]:
-    """The scores that take two sets, by name."""
+    """The scores of two sets of features."""
     found: dict[str, float] = {}
     for name, metric in METRICS.items():
         if name in metrics and not metric.needs_train:
@@ -74,7 +74,7 @@ def _named(metric: Metric, extractor: Extractor, *features: Tensor) -> dict[str,
 
 
 def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device) -> Generate:
-    """The images of a fixed list of latents z [n, z_dim] and labels c [n], made by a whole G on `device`."""
+    """Images of a whole G on `device` from fixed latents z [n, z_dim] and labels c [n]."""
 
     @torch.no_grad()
     def generate(start: int, count: int) -> Tensor:
@@ -87,10 +87,10 @@ def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device
 def evaluate_generator(
     G: nn.Module, draws: Draws, real: References, extractor: Extractor, ranks: Ranks, metrics: Sequence[str]
 ) -> dict[str, float]:
-    """`evaluate`, of a whole G on `ranks.device`, by images of latents that are the same at every evaluation.
+    """`evaluate` for a whole G on `ranks.device`, with the same latents at every evaluation.
 
-    Given all training images and the features that FID is defined with, also `fid50k_full`, the number that
-    papers report (Karras et al. 2020): 50,000 generated images against all of these.
+    With all training images and the features that FID is defined with, it adds `fid50k_full`, the number that
+    papers report (Karras et al. 2020): 50,000 generated images against all training images.
     """
     fakes = fixed_images(G, draws, len(real.heldout), ranks.device)
     found = evaluate(fakes, real, extractor, ranks, metrics)
@@ -102,19 +102,19 @@ def evaluate_generator(
 
 
 def fixed_images(G: nn.Module, draws: Draws, images: int, device: torch.device) -> Generate:
-    """The images that scores are taken of: the same latents and labels at every evaluation of a run."""
+    """Images for scores: of the same latents and labels at every evaluation of a run."""
     drawn = draws.latents("score", 0, images)
     return from_latents(G, drawn.z, drawn.c, device)
 
 
 def _fake_features(generate: Generate, images: int, extractor: Extractor, ranks: Ranks, batch: int) -> Tensor:
-    """Features [images, d] in the order of the list: rank r makes the r-th of `world` equal slices."""
+    """Features [images, d] in the list's order: rank r generates the r-th of `world` equal slices."""
     share = -(-images // ranks.world)
     parts = []
     for offset in range(0, share, batch):
         count = min(batch, share - offset)
         start = ranks.rank * share + offset
-        # The last ranks' slices may reach beyond the list: there, any images of it do as padding.
+        # The last ranks' slices may reach beyond the list; other images of it are the padding.
         inside = max(0, min(start, images - count))
         features = extractor(generate(inside, count))
         parts.append(features.roll(inside - start, dims=0) if inside != start else features)

@@ -1,18 +1,16 @@
-"""Whole networks out of a run's newest checkpoint, on one process, whatever world and strategy wrote it."""
+"""Whole networks from a run's newest checkpoint, in one process, whatever world and strategy wrote it."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from pipeline import config
-from pipeline.config import Config, UserError
+from pipeline.config import Config, UserError, dump
 from pipeline.credentials import redacted
-from pipeline.durable import save_tensors
+from pipeline.durable import save_tensors, whole
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
@@ -23,24 +21,23 @@ from pipeline.run.state import State
 def load_run(run: Path) -> tuple[Config, Path, State]:
     """A run folder's config, its newest intact checkpoint, and that checkpoint's state.
 
-    Raises UserError when it is not a run folder or holds no intact checkpoint.
+    Raises UserError if it is not a run folder or holds no intact checkpoint.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
-    found, complaints = checkpoint.newest_sound(run / "checkpoints")
+    found, complaints = checkpoint.newest_intact(run / "checkpoints")
     if found is None:
         raise UserError("\n".join([f"{run} holds no intact checkpoint yet.", *complaints]))
     return begun(run), found, checkpoint.read_state(found)
 
 
-def load_generator(settings: Config, found: Path, state: State) -> nn.Module:
-    """G_ema of a checkpoint that `load_run` has found, on the CPU in eval mode, with pooled BatchNorm
-    statistics.
+def load_generator(config: Config, found: Path, state: State) -> nn.Module:
+    """G_ema of a checkpoint from `load_run`: on the CPU, in eval mode, with pooled BatchNorm statistics.
 
-    Raises UserError when it is gone: a run that goes on keeps only its newest ones.
+    Raises UserError if it is gone: a run in training keeps only its newest ones.
     """
     try:
-        return _fill(build_G(settings, state.num_classes), found, "G", "ema")
+        return _fill(build_G(config, state.num_classes), found, "G", "ema")
     except OSError as error:
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
@@ -48,31 +45,31 @@ def load_generator(settings: Config, found: Path, state: State) -> nn.Module:
 def export(run: Path, out: Path) -> list[Path]:
     """Write G_ema, G and D (whole, fp32, keys as in the module), the config and a model card to `out`.
 
-    Returns the files. Raises UserError as `load_run`, or when `out` cannot be written.
+    Returns the files. Raises UserError as `load_run` does, or if `out` cannot be written.
     """
-    settings, found, state = load_run(run)
+    config, found, state = load_run(run)
     networks = {
-        "G_ema": _fill(build_G(settings, state.num_classes), found, "G", "ema"),
-        "G": _fill(build_G(settings, state.num_classes), found, "G", "weights"),
-        "D": _fill(build_D(settings, state.num_classes), found, "D", "weights"),
+        "G_ema": _fill(build_G(config, state.num_classes), found, "G", "ema"),
+        "G": _fill(build_G(config, state.num_classes), found, "G", "weights"),
+        "D": _fill(build_D(config, state.num_classes), found, "D", "weights"),
     }
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, network in networks.items():
             tensors = {key: t.clone().contiguous() for key, t in network.state_dict().items()}
-            save_tensors(tensors, out / f".{name}.partial", {"format": "pt", "cur_nimg": str(state.cur_nimg)})
-            os.replace(out / f".{name}.partial", out / f"{name}.safetensors")  # noqa: PTH105
             files.append(out / f"{name}.safetensors")
-        (out / "config.yaml").write_text(config.dump(settings), "utf-8")
-        (out / "README.md").write_text(_model_card(settings, state), "utf-8")
+            with whole(files[-1]) as partial:
+                save_tensors(tensors, partial, {"format": "pt", "cur_nimg": str(state.cur_nimg)})
+        (out / "config.yaml").write_text(dump(config), "utf-8")
+        (out / "README.md").write_text(_model_card(config, state), "utf-8")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from None
     return [*files, out / "config.yaml", out / "README.md"]
 
 
 def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
-    """Put a player's stored weights (or averages) and pooled buffers into a network built anew."""
+    """Fill a new network with a player's stored weights (or averages) and pooled buffers."""
     pieces = checkpoint.Pieces(found, player)
     named = dict(network.named_parameters())
     buffers = pooled(network, checkpoint.read_buffers(found, player))
@@ -88,21 +85,21 @@ def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def _model_card(settings: Config, state: State) -> str:
-    """What a stranger needs to use the files."""
-    data, G, penalty = settings.data, settings.G, settings.penalty
+def _model_card(config: Config, state: State) -> str:
+    """A README for users of the files."""
+    data, G, penalty = config.data, config.G, config.penalty
     shape = f"{data.channels}, {data.size}, {data.size}"
     colour = "grey" if data.channels == 1 else "RGB"
     label = ", and class labels c, int64 [N]" if state.num_classes else ""
     labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
     classes = f"one of {state.num_classes} classes, " if state.num_classes else ""
-    own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, settings.D.kind)) if ":" in kind)
+    own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, config.D.kind)) if ":" in kind)
     needs = f"Its networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
-    return f"""# {settings.run.name}
+    return f"""# {config.run.name}
 
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
 trained by ShardGAN on the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,},
-counting repeats. Loss `{settings.loss.kind}`; L2 penalties
+counting repeats. Loss `{config.loss.kind}`; L2 penalties
 λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 
 | file | what |

@@ -1,8 +1,7 @@
 """Images to feature vectors, for scores that compare sets of images.
 
-Scores are only comparable between equal features, so everything that changes a feature (weights, resize,
-normalisation) is part of an extractor's `version`, and all of it runs in float32 whatever precision the
-training uses.
+Only scores of equal features compare, so everything that changes a feature (weights, resize, normalisation)
+is part of an extractor's `version`, and extractors run in float32 whatever precision the training uses.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pipeline.plugins import import_class
 class Extractor(nn.Module, abc.ABC):
     """A frozen network: uint8 images [N, C, H, W], C = 1 or 3, on its device → float32 [N, dim].
 
-    Grey images are repeated to three channels. Any size is taken; each extractor says how it resizes.
+    Grey images are repeated to three channels. Images may have any size; see each extractor for its resizing.
     """
 
     name: str  # part of the names of scores: lower-case letters, digits and _
@@ -45,7 +44,7 @@ class Extractor(nn.Module, abc.ABC):
             raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
         if not len(images):
             return torch.empty(0, self.dim, device=images.device)
-        # Some dozens at a time: on a CPU the activations of more fall out of its caches, at half the speed.
+        # On a CPU, activations of larger batches fall out of its caches, which halves the speed.
         parts = torch.split(images, 32 if images.device.type == "cpu" else 512)
         with torch.autocast(images.device.type, enabled=False), _ieee_convolutions():
             return torch.cat([self.extract(part.float().expand(-1, 3, -1, -1)) for part in parts])
@@ -58,10 +57,10 @@ class Extractor(nn.Module, abc.ABC):
 class EfficientNetLite0(Extractor):
     """EfficientNet-Lite0 trained on ImageNet (Tan & Le 2019, the Lite variants), pooled last features.
 
-    Its weights are small and come as a Python package, so that scores need no download at run time.
-    Images are brought to 96 x 96 pixels by bicubic interpolation with antialiasing, in float and without
-    rounding between (Parmar et al. 2022), clamped to [0, 255], and normalised to (x - 127) / 128 as in the
-    TensorFlow original the weights were converted from.
+    Its weights are small and come as a Python package: nothing is downloaded at run time. Images are resized
+    to 96 x 96 pixels by bicubic interpolation with antialiasing, in float without rounding (Parmar et al.
+    2022), clamped to [0, 255], and normalised to (x - 127) / 128 as in the TensorFlow original of the
+    weights.
     """
 
     _SIDE = 96
@@ -86,8 +85,8 @@ class EfficientNetLite0(Extractor):
 
 
 class Inception(Extractor):
-    """The features that FID is defined with (Heusel et al. 2017): TensorFlow's Inception of 2015-12-05, its
-    last pooling layer, as the TorchScript file that StyleGAN's authors published and most papers have used.
+    """The features that FID is defined with (Heusel et al. 2017): the last pooling layer of TensorFlow's
+    Inception of 2015-12-05, in the TorchScript file of StyleGAN's authors, which most papers use.
 
     The network resizes images itself, as the original does. Raises UserError for any other file.
     """
@@ -101,11 +100,11 @@ class Inception(Extractor):
         except OSError as error:
             raise UserError(f"score.features=inception:{file} cannot be read: {error}") from None
         digest = hashlib.sha256(content).hexdigest()
-        if digest != self.SHA256:  # before anything in it is run
+        if digest != self.SHA256:  # before any of it is executed
             raise UserError(
                 f"score.features=inception:{file}: not inception-2015-12-05.pt, which FID is defined with: "
-                f"its SHA-256 is {digest[:16]}…, not {self.SHA256[:16]}…. Download that file "
-                "(NVlabs/stylegan2-ada-pytorch tells where), or use efflite0, which needs none."
+                f"its SHA-256 is {digest[:16]}…, not {self.SHA256[:16]}…. Download that file (the README of "
+                "NVlabs/stylegan2-ada-pytorch has the address), or use efflite0, which needs no file."
             )
         super().__init__("inception", digest[:16], 2048)
         self.net = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
@@ -117,7 +116,7 @@ class Inception(Extractor):
 
 @contextmanager
 def _ieee_convolutions() -> Iterator[None]:
-    """No TF32 inside, cuDNN's default for float32: it keeps 10 bits of the mantissa."""
+    """Switches off TF32, cuDNN's default for float32, which keeps 10 bits of the mantissa."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
@@ -130,7 +129,7 @@ def _ieee_convolutions() -> Iterator[None]:
 def load_features(name: str) -> Extractor:
     """The extractor of that name, on the CPU, frozen, in evaluation mode.
 
-    Raises UserError for a name that is not known, and for what is not the extractor it should be.
+    Raises UserError for an unknown name, or if what it names is not an extractor.
     """
     if name == "efflite0":
         extractor: Extractor = EfficientNetLite0()
@@ -140,22 +139,22 @@ def load_features(name: str) -> Extractor:
         extractor = _own(name)
     else:
         raise UserError(
-            f"score.features={name}: no such features. Known: efflite0, inception:PATH (of the file "
-            "inception-2015-12-05.pt), or your own, as package.module:Class."
+            f"score.features={name}: no such features. Known: efflite0, inception:PATH (the file "
+            "inception-2015-12-05.pt), or your own as package.module:Class."
         )
     return extractor.requires_grad_(False).eval()
 
 
 def _own(kind: str) -> Extractor:
-    """A user's extractor. Its weights and its code are part of its version, whatever it says."""
+    """A user's extractor. Its weights and code always become part of its version."""
     made: Callable[[], Extractor] = import_class(kind, f"score.features={kind}", Extractor)
     try:
         extractor = made()
     except Exception as error:
-        raise UserError(f"score.features={kind} cannot be made: {type(error).__name__}: {error}") from error
+        raise UserError(f"score.features={kind} cannot be built: {type(error).__name__}: {error}") from error
     if not re.fullmatch("[a-z0-9_]+", extractor.name) or extractor.name in ("efflite0", "inception"):
         raise UserError(
-            f"score.features={kind} calls itself {extractor.name!r}; a name of its own, of a-z, 0-9 and _."
+            f"score.features={kind} is named {extractor.name!r}; give it another name of a-z, 0-9 and _."
         )
     digest = hashlib.sha256(Path(inspect.getfile(type(extractor))).read_bytes())
     for key, tensor in extractor.state_dict().items():

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from pipeline import config
 from pipeline.config import Config, Ema, UserError
+from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
@@ -97,9 +98,7 @@ def open_folder(settings: Config, folder: Path, still_ours: Callable[[], None]) 
         (folder / STOPPED).unlink(missing_ok=True)
         if not finished(folder, settings):  # it was, of a shorter run that is now gone on with
             (folder / DONE).unlink(missing_ok=True)
-        partial = folder / ".config.partial"
-        partial.write_text(config.dump(settings), "utf-8")
-        partial.replace(folder / "config.yaml")
+        write(folder / "config.yaml", config.dump(settings))
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
 

@@ -1,8 +1,7 @@
-"""SampleGrids of images: what a run saves as samples and `shardgan sample` writes."""
+"""Grids of images: the samples of a run, and the pictures of `shardgan sample`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from pipeline.durable import whole
+
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name of the file
 _OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
 }
-_GAP = 2  # white pixels between images and around the sheet
-_PLEASANT = 56  # smaller images are enlarged until their sides are at least so long
+_GAP = 2  # white pixels between images and around the grid
+_PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
 
 def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[np.uint8]:
@@ -30,8 +31,8 @@ def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[
     Args:
         images: N ≥ 1 images on any device.
         columns: images in a row; a last row may be shorter and ends in white.
-        scale: each pixel becomes scale x scale pixels. None: 1 for images of some 56 pixels and more, and
-            for smaller ones whatever makes them so large.
+        scale: each pixel becomes scale x scale pixels. None: 1, or for small images what brings them to some
+            56 pixels.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
@@ -42,11 +43,11 @@ def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[
     columns = min(columns, count)
     rows = -(-count // columns)
     step_y, step_x = height * scale + _GAP, width * scale + _GAP
-    sheet = np.full((rows * step_y + _GAP, columns * step_x + _GAP, channels), 255, np.uint8)
+    grid = np.full((rows * step_y + _GAP, columns * step_x + _GAP, channels), 255, np.uint8)
     for place, image in enumerate(pixels):
         y, x = _GAP + place // columns * step_y, _GAP + place % columns * step_x
-        sheet[y : y + height * scale, x : x + width * scale] = image
-    return sheet[:, :, 0] if channels == 1 else sheet
+        grid[y : y + height * scale, x : x + width * scale] = image
+    return grid[:, :, 0] if channels == 1 else grid
 
 
 def save_grid(
@@ -56,23 +57,17 @@ def save_grid(
     scale: int | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write `tile(images, columns, scale)` in the format of the path's suffix; into a PNG also the notes, as
-    text.
+    """Write `tile(images, columns, scale)`, whole or not at all, in the format of the path's suffix.
 
-    The file appears whole or not at all. Raises ValueError for a suffix that is not in FORMATS, OSError.
+    notes: text stored in a PNG. Raises ValueError for a suffix that is not in FORMATS, OSError.
     """
     path = Path(path)
     if (kind := FORMATS.get(path.suffix.lower())) is None:
         raise ValueError(f"{path.name} does not end in {', '.join(FORMATS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     options = dict(_OPTIONS[kind])
     if kind == "PNG":
         options["pnginfo"] = info = PngInfo()
         for name, note in (notes or {}).items():
             info.add_text(name, note)
-    try:
+    with whole(path) as partial:
         Image.fromarray(tile(images, columns, scale)).save(partial, format=kind, **options)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,10 +1,9 @@
-"""The real images that generated ones are compared with: their features, and what these depend on."""
+"""The real images that generated ones are compared with: their features, and what those depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pipeline.config import Config, Data, Score, UserError
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, split_of
 from pipeline.data.stream import heldout_batches
+from pipeline.durable import write
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
@@ -29,16 +29,16 @@ About = Mapping[str, Mapping[str, object]]
 
 @dataclass(frozen=True)
 class References:
-    """Features of the real images that generated ones are compared with, and what they depend on."""
+    """Features of the real images that generated ones are compared with, and what scores depend on."""
 
     heldout: Tensor  # float32 [n, d]
-    train: Tensor | None  # likewise, of images trained on; None: not compared with
-    all_of_train: bool  # whether these are all images trained on
+    train: Tensor | None  # likewise, of training images; None: not compared with
+    all_of_train: bool  # whether these are all training images
     about: dict[str, dict[str, object]]  # "heldout", "train" → everything a score against them depends on
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Scores against references of equal fingerprints can be compared; others cannot."""
+        """Only scores against references of equal fingerprints can be compared."""
         return {
             name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
             for name, key in self.about.items()
@@ -89,12 +89,11 @@ def real_features(
     *,
     batch: int = 64,
 ) -> tuple[Tensor, dict[str, object]]:
-    """Features of a plan's first `images` real images, or of all if there are fewer: float32 [n, d].
+    """Features [n, d], float32, of a plan's first `images` real images, or of all if there are fewer; and
+    everything they depend on, which is their key in the cache folder.
 
-    And everything they depend on, under which they are kept in the cache folder once all ranks together have
-    computed them. The same on every rank and in any world, in the plan's order.
-
-    Raises UserError if there are fewer than two images, or if a shard cannot be read.
+    All ranks compute them together. The result is the same on every rank and in any world, in the plan's
+    order. Raises UserError if there are fewer than two images, or if a shard cannot be read.
     """
     if plan.size < 2:
         raise CommonError(
@@ -104,7 +103,7 @@ def real_features(
     images = min(images, plan.size)
     if images < 2:
         raise CommonError(
-            f"score.train_images={images} is too few to compare with: 0 for none, or 2 and more."
+            f"score.train_images={images} is too few to compare with: set 0 for none, or at least 2."
         )
     key: dict[str, object] = {
         "index": index.fingerprint,
@@ -112,12 +111,12 @@ def real_features(
         "size": data.size,
         "channels": data.channels,
         "stages": list(data.stages),
-        "pixels": "uint8, as stored",  # never resized on reading; fakes are quantised by `to_uint8`
+        "pixels": "uint8, as stored",  # not resized on reading; fakes are quantised by `to_uint8`
         "features": [extractor.name, extractor.version],
         "images": images,
     }
     kept = None if data.stages else read_tensor("real-features", key)  # a user's code may change
-    # Where nodes have caches of their own, one may be without: then all compute, as all must take part.
+    # Where each node has its own cache, some may lack it: then all ranks compute, as all must take part.
     if not any(ranks.poll_any(kept is None)()) and kept is not None:
         return kept.to(ranks.device), key
     features = _real_features(extractor, index, plan, ranks, data, images, batch)
@@ -135,9 +134,7 @@ def keep_to(file: Path, real: References) -> None:
         before = json.loads(file.read_text()) if file.exists() else {}
         changed = differences(before, real.about)
         if not changed:
-            partial = file.with_name(f".{file.name}.{os.getpid()}")
-            partial.write_text(json.dumps(before | real.about, indent=1) + "\n")
-            partial.replace(file)
+            write(file, json.dumps(before | real.about, indent=1) + "\n")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file} cannot be read or written: {error}. If it is damaged, remove it: new scores are then "
@@ -155,21 +152,19 @@ def keep_to(file: Path, real: References) -> None:
 def _real_features(
     extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int, batch: int
 ) -> Tensor:
-    """Features [images, d] of the first held-out images, each once, in the plan's order in any world."""
+    """Features [images, d] of the plan's first images, each once, in the plan's order."""
     parts, valid = [], []
     batch = min(batch, -(-images // ranks.world))
-    with (
-        ranks.raise_together()
-    ):  # a shard that one rank cannot read ends all of them, before they wait for it
+    with ranks.raise_together():  # else ranks would wait for one that cannot read a shard
         for reals, count in heldout_batches(
             index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=images
         ):
             for problem in reals.bad:
-                say(f"warning: {problem} Another held-out image stands in for it.")
+                say(f"warning: {problem} Another held-out image replaces it.")
             features = torch.zeros(batch, extractor.dim, device=ranks.device)
             features[:count] = extractor(reals.images[:count].to(ranks.device))
             parts.append(features)
             valid.append(torch.arange(batch, device=ranks.device) < count)
     by_rank = (ranks.world, len(parts), batch)
-    features = ranks.gather(torch.cat(parts)).view(*by_rank, -1).transpose(0, 1)  # the ranks share each chunk
+    features = ranks.gather(torch.cat(parts)).view(*by_rank, -1).transpose(0, 1)  # ranks share each chunk
     return features[ranks.gather(torch.cat(valid)).view(by_rank).transpose(0, 1)]

@@ -20,7 +20,7 @@ def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new
     state: that of a new run. new_data: go on although its data are not those of the checkpoint.
     """
     ranks.progress.doing = "loading a checkpoint"
-    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.take_up(folder / "checkpoints"))
+    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
     for complaint in complaints if found and ranks.main else ():
         say(f"warning: {complaint}; falling back")
     if found is None:

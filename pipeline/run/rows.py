@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.durable import write
+
 _TAIL = 64 * 1024  # bytes read at once in search of the last whole row
 
 Row = dict[str, Any]
@@ -59,9 +61,7 @@ def keep(file: Path, wanted: Callable[[Row], bool]) -> None:
     if content.startswith(kept):  # needs no room, which a full disk does not have
         os.truncate(file, len(kept))
     else:
-        partial = file.with_name(f".{file.stem}.partial")
-        partial.write_bytes(kept)
-        partial.replace(file)
+        write(file, kept)
 
 
 def _write(file_number: int, data: bytes, end: int) -> None:

@@ -1,9 +1,9 @@
-"""Writes checkpoints beside training: a save stops it only for the copy.
+"""Writes checkpoints while training continues: a save stops it only for the copy.
 
-Each rank copies its part to host memory and writes it in a thread of its own. What the threads have come to
-travels with the control flags that the ranks exchange in every update anyway, so that all ranks take the
-same decision at the same update: once all parts are written, the main rank adds the manifest and renames the
-folder, and only then does the checkpoint exist. A save that fails leaves the earlier ones as they are.
+Each rank copies its part to host memory and writes it in a thread. The threads' progress travels with the
+control flags that ranks exchange in every update, so all ranks decide the same at the same update: once all
+parts are written, the main rank adds the manifest and renames the folder; then the checkpoint exists. A save
+that fails leaves earlier checkpoints as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -31,28 +31,28 @@ Lines = dict[str, Any]  # of the manifest: file name → bytes and SHA-256
 
 
 class Saver:
-    """One rank's part in writing `folder`/<cur_nimg>. All ranks make the same calls."""
+    """Writes one rank's part of `folder`/<cur_nimg>. All ranks make the same calls."""
 
     def __init__(
         self, folder: Path, ranks: Ranks, keep: int, still_ours: Callable[[], None] = lambda: None
     ) -> None:
-        """keep: how many of the newest checkpoints outlive a new one (and the best, see State.best).
+        """keep: how many of the newest checkpoints to keep besides the best one (State.best).
         still_ours: see Report."""
         self._folder, self._ranks, self._keep, self._still_ours = folder, ranks, keep, still_ours
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Any] | None = None
         self._phase: Literal["idle", "writing", "finishing"] = "idle"
         self._state = State()
-        self.failures = 0  # saves in a row
+        self.failures = 0  # in a row
         if ranks.main:
-            for left in folder.glob(".partial-*"):  # by a process that was killed while it wrote
+            for left in folder.glob(".partial-*"):  # by a job that was killed while writing
                 shutil.rmtree(left, ignore_errors=True)
         ranks.barrier()
 
     def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
-        """Copy everything and begin to write it. The save before must be finished."""
+        """Copy everything and start writing it. The previous save must be finished."""
         assert self._phase == "idle"
-        # What is added to meanwhile is for the next one.
+        # Copies, as training adds to these lists.
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
         for engine in players:
@@ -67,12 +67,12 @@ class Saver:
 
     @property
     def flags(self) -> tuple[bool, bool]:
-        """This rank's (busy, failed), for all ranks to agree on."""
+        """This rank's (busy, failed), to be combined over all ranks."""
         job = self._job
         return job is not None and not job.done(), job is not None and job.done() and bool(job.exception())
 
     def advance(self, busy: bool, failed: bool) -> str | None:
-        """Go on to what comes next, given whether any rank is busy or has failed; a complaint if it has."""
+        """Start the next phase unless any rank is busy; returns a complaint if any has failed."""
         if self._phase == "idle" or busy:
             return None
         job, self._job = self._job, None
@@ -90,7 +90,7 @@ class Saver:
         return None
 
     def finish(self) -> list[str]:
-        """Wait until what was begun is written, or has failed; the complaints."""
+        """Wait until the current save is written or has failed; returns the complaints."""
         complaints = []
         while self._phase != "idle":
             if self._job is not None:
@@ -109,7 +109,7 @@ class Saver:
         self._phase, self._job = phase, self._thread.submit(work)
 
     def _finish(self, files: Lines) -> None:
-        """Add state and manifest, then make the checkpoint exist by renaming its folder."""
+        """Add state and manifest, rename the folder, and delete checkpoints that are not kept."""
         partial, final = self._partial, self._folder / str(self._state.cur_nimg)
         self._still_ours()
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))
@@ -135,7 +135,7 @@ class Saver:
                 shutil.rmtree(self._folder / str(old), ignore_errors=True)
 
     def _give_up(self, error: BaseException | None) -> str:
-        """Leave nothing half-written; what went wrong on which ranks, the same text on all."""
+        """Delete the partial checkpoint; returns what failed on which ranks, the same text on all."""
         self.failures += 1
         if error is not None and not isinstance(error, OSError | SafetensorError | NotFiniteError):
             raise error
@@ -143,22 +143,18 @@ class Saver:
         if self._ranks.main:
             self._still_ours()
             shutil.rmtree(self._partial, ignore_errors=True)
-        told = "; ".join(_by_rank(reasons, self._ranks.world))
-        return f"Checkpoint {self._folder / str(self._state.cur_nimg)} could not be written: {told}."
+        world = self._ranks.world
+        named = [f"rank {rank}: {text}" if world > 1 else text for rank, text in enumerate(reasons) if text]
+        checkpoint = self._folder / str(self._state.cur_nimg)
+        return f"Checkpoint {checkpoint} could not be written: {'; '.join(named)}."
 
 
 class NotFiniteError(Exception):
-    """A checkpoint that nobody should go on from."""
-
-
-def _by_rank(reasons: Sequence[str | None], world: int) -> Iterator[str]:
-    for rank, reason in enumerate(reasons):
-        if reason:
-            yield f"rank {rank}: {reason}" if world > 1 else reason
+    """The state to be saved holds NaN or infinity: nothing to resume from."""
 
 
 def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
-    """One rank's part of a player: named tensors of any memory layout, none of them copied."""
+    """One rank's part of a player: named tensors in any memory layout, not copied."""
     tensors: Tensors = {}
     states = engine.optimizer_state()
     for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
@@ -173,12 +169,12 @@ def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """In host memory and contiguous, untouched by the updates that follow."""
+    """A contiguous copy in host memory, which later updates do not change."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _write(folder: Path, contents: dict[str, Tensors], still_ours: Callable[[], None]) -> Lines:
-    """Write and fsync this rank's files; their lines of the manifest."""
+    """Write and fsync this rank's files; returns their lines of the manifest."""
     still_ours()
     folder.mkdir(parents=True, exist_ok=True)
     lines: Lines = {}
@@ -194,6 +190,6 @@ def _write(folder: Path, contents: dict[str, Tensors], still_ours: Callable[[], 
 
 
 def _seal(path: Path) -> Lines:
-    """Make a file durable; its line of the manifest."""
+    """fsync a file; returns its line of the manifest."""
     sync(path)
     return describe(path)

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2048  # rows of the kernel matrix at once: 2048 x 2048 in float64 is 32 MiB
-_ROUNDING = 1e-12  # of |x|² + |y|², which |x − y|² is the difference of when it comes from a matrix product
-_CLOSEST = 0.01  # of the held-out images: nearer to the training images than these, a fake counts as a copy
+_ROUNDING = 1e-12  # relative to |x|² + |y|²: below it, |x − y|² from a matrix product is rounding
+_CLOSEST = 0.01  # of held-out images; a fake that is nearer to a training image than they are is a copy
 
 
 def kid(real: Tensor, fake: Tensor) -> float:
     """Kernel distance of two sets of features [n, d], n ≥ 2, unbiased (Bińkowski et al. 2018).
 
     The squared maximum mean discrepancy under the cubic kernel (x·y/d + 1)³, as the U-statistic over all
-    pairs: no random subsets, so the same sets always give the same number. Being unbiased it is about 0,
-    on either side, for sets from one distribution, and negative for identical sets. With Inception features
-    this is the paper's KID; say which features it is of.
+    pairs: without random subsets, so it is deterministic. As it is unbiased, it is near 0, on either side,
+    for sets from one distribution, and negative for identical sets. The paper's KID has Inception features.
     """
     if real.ndim != 2 or real.shape != fake.shape or len(real) < 2:
         raise ValueError(
@@ -43,8 +42,8 @@ def frechet(real: Tensor, fake: Tensor) -> float:
     """Fréchet distance of the normal distributions fitted to two sets (Heusel et al. 2017).
 
     |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁Σ₂)^½, with Σ = RᵀR from a QR decomposition: the last trace is then
-    the sum of the singular values of R₁R₂ᵀ, exact also for fewer vectors than dimensions, where roots of
-    covariance matrices are not. It falls as n grows, whatever the images: compare equal counts only.
+    the sum of the singular values of R₁R₂ᵀ, which is also exact for fewer vectors than dimensions, where
+    roots of covariance matrices are not. It falls as n grows: compare equal counts only.
     """
     (mean_1, root_1), (mean_2, root_2) = _moments(real), _moments(fake)
     spread = root_1.square().sum() + root_2.square().sum()
@@ -53,17 +52,17 @@ def frechet(real: Tensor, fake: Tensor) -> float:
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019): which share of the fakes lies among the real
-    images, and which share of the real ones among the fakes. Among a set is what lies within the distance
-    of any member to its k-th nearest other member."""
+    """Improved precision and recall (Kynkäänniemi et al. 2019): the share of fakes that lie among the real
+    images, and of real images that lie among the fakes. Among a set means: within the distance of any member
+    to its k-th nearest other member."""
     real, fake = real.double(), fake.double()
     return _share_among(fake, real, k), _share_among(real, fake, k)
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density and coverage (Naeem et al. 2020): in how many of the real images' neighbourhoods a fake lies,
-    over k, on average (1 for equal distributions, and no upper limit); and the share of real images in
-    whose neighbourhood there is a fake."""
+    """Density and coverage (Naeem et al. 2020): the mean number of real images' neighbourhoods that a fake
+    lies in, over k (1 for equal distributions, without upper limit); and the share of real images with a fake
+    in their neighbourhood."""
     real, fake = real.double(), fake.double()
     radii = _radii(real, k)
     inside = covered = 0
@@ -74,11 +73,11 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> tuple[float, flo
 
 
 def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, float]:
-    """How near fakes come to training images, measured by held-out ones, which nobody can have copied.
+    """How near fakes come to training images, compared with held-out images, which cannot be copies.
 
     Returns the ratio of the median distances to the nearest training image, fakes' over held-out images'
-    (well below 1: suspiciously near; above: fakes are odd), and the share of fakes nearer than all but the
-    nearest hundredth of held-out images (0.01 if they were new images of the same kind; 1: copies).
+    (well below 1: suspiciously near; above: odd fakes), and the share of fakes that are nearer than all but
+    the nearest hundredth of held-out images (0.01: like new images; 1: copies).
     """
     train = train.double()
     of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
@@ -141,13 +140,13 @@ def leading_chart(metrics: Sequence[str], charts: Sequence[str]) -> str | None:
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     """(x·y/d + 1)³ of all pairs of rows of x [n, d] and y [m, d] → [n, m]."""
-    from torchmetrics.image.kid import poly_kernel  # here, as it takes as long to import as half of torch
+    from torchmetrics.image.kid import poly_kernel  # here, as importing it is slow
 
     return poly_kernel(x, y)
 
 
 def _sum_of_pairs(features: Tensor) -> Tensor:
-    """Σ k(xᵢ, xⱼ) over i ≠ j. The kernel is symmetric: blocks below the diagonal are those above it."""
+    """Σ k(xᵢ, xⱼ) over i ≠ j. By symmetry, blocks above the diagonal count twice."""
     blocks = torch.split(features, _BLOCK)
     total = features.new_zeros(())
     for i, x in enumerate(blocks):
@@ -167,9 +166,9 @@ def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Euclidean distances of some rows of x at a time to all of y: (which rows, [rows, len(y)]).
+    """Euclidean distances from blocks of rows of x to all of y: (slice of x, [rows, len(y)]).
 
-    Exactly 0 between equal rows, which matters where a set holds an image several times.
+    Exactly 0 between equal rows, which matters if a set holds an image several times.
     """
     step = max(1, _BLOCK**2 // len(y))
     squares = y.square().sum(dim=1)
@@ -181,7 +180,7 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _radii(x: Tensor, k: int) -> Tensor:
-    """The distance of each vector to its k-th nearest other one [n]; the last, where there are fewer."""
+    """The distance of each vector to its k-th nearest other one [n], or to the last if there are fewer."""
     return torch.cat([near.kthvalue(min(k + 1, len(x)), dim=1).values for _, near in _distances(x, x)])
 
 

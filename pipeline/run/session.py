@@ -11,7 +11,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run import spectrum
 from pipeline.run.bad_images import BadImages
 from pipeline.run.evaluate import evaluate_generator, from_latents
 from pipeline.run.features import Extractor, load_features
@@ -71,7 +69,6 @@ class Session:
         self._progress = ranks.progress
         self._train_size = train_size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
-        self._spectrum = ThreadPoolExecutor(1, "spectrum")
         self._grids = SampleGrids(folder, ranks, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
@@ -223,8 +220,6 @@ class Session:
             state.stats = self.ranks.gather_objects(stats.state())
             self._heed(self._finish_last())
             self._saver.begin([gan.G, gan.D], gan.G_ema, state)
-            if self.ranks.main:  # of the checkpoint before, which is whole by now
-                self._spectrum.submit(spectrum.record, self.folder, shapes(gan), self.report.still_ours)
             self.new_best = False
 
     def check_end(self) -> None:
@@ -298,11 +293,6 @@ class Session:
                 yield
         finally:
             self._clock = (self._clock[0] + time.perf_counter() - start, self._clock[1])
-
-
-def shapes(gan: Gan) -> dict[str, dict[str, torch.Size]]:
-    """Player → parameter → shape of the whole."""
-    return {e.player.name: {f.name: f.shape for f in e.fragments} for e in (gan.G, gan.D)}
 
 
 def _squares(engine: Engine) -> dict[str, Tensor]:

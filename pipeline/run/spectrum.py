@@ -1,70 +1,67 @@
-"""Singular values of the players' largest kernels, from a checkpoint of any strategy, on one process.
+"""Singular values of the players' largest kernels in a run's checkpoints.
 
-What a weight penalty does shows here: L2 shrinks all directions in proportion, and those that the loss does
+They show what a weight penalty does: L2 shrinks all directions in proportion, and those that the loss does
 not hold up vanish.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from pipeline.run.checkpoint import Pieces, find
+from pipeline.config import Config
+from pipeline.durable import whole
+from pipeline.gan.networks import build_D, build_G
+from pipeline.run.checkpoint import Pieces, find, read_state
+from pipeline.run.folder import begun
 from pipeline.run.rows import append, rows
-
-Shapes = Mapping[str, torch.Size]  # parameter → shape of the whole
+from pipeline.run.state import State
 
 _log = logging.getLogger(__name__)
-_one_at_a_time = threading.Lock()
 
 
-def spectra(checkpoint: Path, player: str, shapes: Shapes, largest: int = 3) -> dict[str, Tensor]:
-    """{kernel: its singular values, the greatest first} of the `largest` kernels by elements, as matrices of
-    their first axis by all others."""
+def spectra(
+    config: Config, checkpoint: Path, state: State, player: str, largest: int = 3
+) -> dict[str, list[float]]:
+    """{kernel: its singular values, descending} of a player's `largest` kernels by elements, as matrices of
+    their first axis by all others.
+
+    Raises OSError, SafetensorError, KeyError or ValueError if they cannot be read.
+    """
+    network = (build_G if player == "G" else build_D)(config, state.num_classes)
+    trained = {name: p.shape for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
     pieces = Pieces(checkpoint, player)
-    kernels = [name for name in pieces.names() if len(shapes[name]) > 1]
     found = {}
-    for name in sorted(kernels, key=lambda name: (-shapes[name].numel(), name))[:largest]:
-        kernel = pieces("weights", name, 0, shapes[name].numel()).view(shapes[name])
-        found[name] = torch.linalg.svdvals(kernel.flatten(1))
+    for name in sorted(trained, key=lambda name: (-trained[name].numel(), name))[:largest]:
+        kernel = pieces("weights", name, 0, trained[name].numel()).view(trained[name])
+        found[name] = torch.linalg.svdvals(kernel.flatten(1)).tolist()
     return found
 
 
-def record(
-    folder: Path, players: Mapping[str, Shapes], still_ours: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """Add a line on a run's newest checkpoint to spectrum.jsonl, once; returns what of it fits a chart.
-
-    For the rank that writes, in a thread beside training: it reads what has been written, and talks to no
-    other rank. A checkpoint that gives way to a newer one meanwhile is passed over.
-    """
-    with _one_at_a_time:
-        newest = next(iter(find(folder / "checkpoints")), None)
-        if newest is None:
-            return {}
-        checkpoint, file = folder / "checkpoints" / str(newest), folder / "spectrum.jsonl"
-        try:
-            found = {
-                f"{player}/{name}": values
-                for player, shapes in players.items()
-                for name, values in spectra(checkpoint, player, shapes).items()
+def record(folder: Path) -> dict[str, float]:
+    """Add a row to spectrum.jsonl for each checkpoint that it lacks; returns the last row's summary."""
+    file, checkpoints = folder / "spectrum.jsonl", folder / "checkpoints"
+    try:
+        config, known = begun(folder), {row["cur_nimg"] for row in rows(file)}
+        for nimg in sorted(set(find(checkpoints)) - known):
+            checkpoint = checkpoints / str(nimg)
+            found = {p: spectra(config, checkpoint, read_state(checkpoint), p) for p in "GD"}
+            values = {
+                f"{player}/{name}": [float(f"{s:.6g}") for s in sizes]
+                for player, kernels in found.items()
+                for name, sizes in kernels.items()
             }
-            if newest not in [row["cur_nimg"] for row in rows(file)]:
-                values = {name: [float(f"{s:.6g}") for s in v.tolist()] for name, v in found.items()}
-                still_ours()
-                append(file, {"cur_nimg": newest, **values})
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            _log.warning("no spectrum of checkpoint %s: %s", newest, error)
-            return {}
-    largest = {f"Spectrum/{name}/largest": float(values[0]) for name, values in found.items()}
-    ranks = {f"Spectrum/{name}/stable_rank": _stable_rank(values) for name, values in found.items()}
-    return largest | ranks
+            append(file, {"cur_nimg": nimg, **values})
+        last = {name: values for row in rows(file)[-1:] for name, values in row.items() if name != "cur_nimg"}
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        _log.warning("spectrum.jsonl is not complete: %s", error)
+        return {}
+    largest = {f"Spectrum/{name}/largest": values[0] for name, values in last.items()}
+    return largest | {f"Spectrum/{name}/stable_rank": _stable_rank(values) for name, values in last.items()}
 
 
 def draw(folder: Path) -> Path | None:
@@ -88,15 +85,13 @@ def draw(folder: Path) -> Path | None:
             panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
         panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
         panel.legend(frameon=False)
-    path, last = folder / "samples" / "spectra.png", str(lines[-1]["cur_nimg"])
-    partial = path.with_name(f".{path.name}")
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(partial, format="png", dpi=100, metadata={"chart": "Weights/spectra", "cur_nimg": last})
-    partial.replace(path)
+    path = folder / "samples" / "spectra.png"
+    notes = {"chart": "Weights/spectra", "cur_nimg": str(lines[-1]["cur_nimg"])}
+    with whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=100, metadata=notes)
     return path
 
 
-def _stable_rank(values: Tensor) -> float:
+def _stable_rank(values: Sequence[float]) -> float:
     """Σ σ² / max σ²: how many directions carry the kernel; 0 of one that has vanished."""
-    squares = values.double().square()
-    return float(squares.sum() / squares[0]) if squares[0] else 0.0
+    return sum(s * s for s in values) / values[0] ** 2 if values[0] else 0.0

@@ -1,26 +1,25 @@
-"""Tensors that took long to compute, kept between runs in the user's cache folder."""
+"""A cache, in the user's cache folder, for tensors that take long to compute."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.durable import write
 from pipeline.folders import cache_folder
 
 _log = logging.getLogger(__name__)
 
 
 def read_tensor(kind: str, key: Mapping[str, object]) -> Tensor | None:
-    """What was written under this key; None if nothing was, or if the file is damaged."""
+    """The tensor written under this key; None if there is none, or if the file is damaged."""
     try:
         with safe_open(_file(kind, key), framework="pt") as file:
             tensor: Tensor = file.get_tensor("tensor")
@@ -30,19 +29,14 @@ def read_tensor(kind: str, key: Mapping[str, object]) -> Tensor | None:
 
 
 def write_tensor(kind: str, key: Mapping[str, object], tensor: Tensor) -> None:
-    """Keep a tensor under what it was made from. A folder that cannot be written costs time, not the run."""
+    """Store a tensor under a key: what it was computed from. Only warns if the folder cannot be written."""
     file = _file(kind, key)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
     tensor = tensor.detach().cpu().contiguous()
     metadata = {"sha256": _digest(tensor), "key": _canonical(key)}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save({"tensor": tensor}, metadata))
-        partial.replace(file)  # several processes may write the same: the last one wins, none sees a part
+        write(file, save({"tensor": tensor}, metadata))
     except OSError as error:
-        _log.warning("%s could not be kept for the next run: %s", file, error)
-        with suppress(OSError):
-            partial.unlink()
+        _log.warning("%s could not be written for the next run: %s", file, error)
 
 
 def _file(kind: str, key: Mapping[str, object]) -> Path:

@@ -1,40 +1,33 @@
-"""What a run folder knows of its W&B run: its id, what W&B surely has, what the files left for it hold."""
+"""What a run folder remembers of its W&B run: its id, what W&B has, and which offline files are complete."""
 
 from __future__ import annotations
 
 import json
 import os
-import struct
-import zlib
-from collections.abc import Iterator
+import secrets
+import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
-_BLOCK = 32 * 1024
-_FRAGMENT = struct.Struct("<IHB")
-_FULL, _FIRST, _LAST = 1, 2, 4
+from pipeline.durable import write
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """The W&B run of a run folder, as remembered beside its files, so that a kill at any time keeps it."""
+    """The W&B run of a run folder, kept in wandb/run.json."""
 
     run_id: str
-    online: bool  # it is on a server, and what it lacks is sent there; if not, it lies here for `wandb sync`
-    has: int  # W&B has every step up to this one
+    online: bool  # a server has some of it, and alone knows how much; if not, it is here for `wandb sync`
+    has: int  # W&B or the complete offline files have every step up to this one
     project: str | None = None
     entity: str | None = None
+    complete: list[str] = field(default_factory=list)  # offline folders that a job closed
 
 
 def remember(folder: Path, tracked: Tracked) -> None:
-    with suppress(OSError):  # without it the next start looks into the files, and asks the server
-        path = folder / "wandb" / "run.json"
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(".run.partial")
-        partial.write_text(json.dumps(asdict(tracked)))
-        partial.replace(path)
+    with suppress(OSError):  # the next start then sends again what `has` does not count
+        write(folder / "wandb" / "run.json", json.dumps(asdict(tracked)))
 
 
 def recall(folder: Path) -> Tracked | None:
@@ -44,80 +37,42 @@ def recall(folder: Path) -> Tracked | None:
         return None
 
 
-def last_step(folder: Path, run_id: str) -> int:
-    """The last step in the offline files of a run; -1 if there is none.
+def new_id(folder: Path) -> str:
+    """The id of a new run: WANDB_RUN_ID, unless a run beside it has that."""
+    wanted = os.environ.get("WANDB_RUN_ID")
+    others = (recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json"))
+    if wanted and not any(other and other.run_id == wanted for other in others):
+        return wanted
+    return secrets.token_hex(4)
 
-    Less than was logged, if the processes were killed: W&B buffers. Never with a gap before it.
+
+def drop_incomplete(folder: Path, known: Tracked) -> Tracked:
+    """Delete offline files that no job closed: their rows are written again. Returns what is known then.
+
+    A file that `wandb sync` has begun to upload stays, and the run counts as online: only the server knows
+    how much it got. Raises OSError.
     """
-    files = _files(folder, run_id)
-    return max((step for path in files for step in steps(path.read_bytes())), default=-1)
-
-
-def mend(folder: Path, run_id: str, live: Path) -> None:
-    """Make offline files whole that a kill has cut: `wandb sync` stops at one, and leaves those after it.
-
-    An incomplete last record is taken off, as its step is told again; a file without a beginning gets a name
-    that `wandb sync` does not look for.
-
-    live: the file of the run that was just opened, which is left alone.
-    """
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    for path in _files(folder, run_id):
-        if path.samefile(live):
+    online = known.online
+    for run in _offline(folder, known.run_id):
+        if run.name in known.complete:
             continue
-        data = path.read_bytes()
-        sound = max((end for _, end in _records(data)), default=0)
-        if not any(Record.FromString(text).HasField("run") for text in records(data)):
-            path.rename(path.with_suffix(".wandb.incomplete"))
-        elif sound < len(data):
-            os.truncate(path, sound)
+        if any(run.glob("*.sync*")):  # .synced or .syncstate, which `wandb sync` leaves
+            online = True
+        else:
+            aside = run.rename(run.with_name(f".{run.name}"))
+            shutil.rmtree(aside, ignore_errors=True)
+    counted = online or bool(known.complete)  # a run.json of an older version counts other files too
+    settled = replace(known, online=online, has=known.has if counted else -1)
+    if settled != known:
+        remember(folder, settled)
+    return settled
 
 
 def leave_to_the_server(folder: Path, run_id: str) -> None:
-    """Mark offline files as uploaded, as `wandb sync` does, or it would upload steps for a second time."""
-    for path in _files(folder, run_id):
-        path.with_suffix(".wandb.synced").touch()
+    """Mark offline files as `wandb sync` does, or it would upload their steps a second time."""
+    for run in _offline(folder, run_id):
+        (run / f"run-{run_id}.wandb.synced").touch()
 
 
-def _files(folder: Path, run_id: str) -> list[Path]:
-    """In no order: their names hold the local time, which may go back."""
-    return list(folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
-
-
-def steps(data: bytes) -> Iterator[int]:
-    """The step of every row in a .wandb file, up to where it was cut short."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    for text in records(data):
-        for item in Record.FromString(text).history.item:
-            if [*item.nested_key, item.key][0] == "_step":
-                yield int(item.value_json)
-
-
-def records(data: bytes) -> Iterator[bytes]:
-    """The whole, sound records of a .wandb file."""
-    return (text for text, _ in _records(data))
-
-
-def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Each record and where it ends: after a header, the framing of LevelDB's logs.
-
-    Blocks of 32 KiB hold fragments of records: checksum, length, kind (whole, first, middle or last), bytes.
-    """
-    at, parts = len(_HEADER), b""
-    while data.startswith(_HEADER) and at < len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _FRAGMENT.size:  # too little for a fragment: padding
-            at += left
-            continue
-        if at + _FRAGMENT.size > len(data):
-            return
-        checksum, length, kind = _FRAGMENT.unpack_from(data, at)
-        fragment = data[at + _FRAGMENT.size : at + _FRAGMENT.size + length]
-        if zlib.crc32(bytes([kind]) + fragment) != checksum:
-            return
-        at += _FRAGMENT.size + length
-        parts = fragment if kind in (_FULL, _FIRST) else parts + fragment
-        if kind in (_FULL, _LAST):
-            yield parts, at
+def _offline(folder: Path, run_id: str) -> list[Path]:
+    return list(folder.glob(f"wandb/offline-run-*-{run_id}"))

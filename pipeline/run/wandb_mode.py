@@ -1,7 +1,7 @@
-"""Whether a W&B run can be uploaded at once, and under which names: from the config and W&B's variables.
+"""Whether a W&B run is online, and its names and config there: from our config and W&B's variables.
 
-With a key configured and the server answering it is online. Otherwise it is kept in the run folder.
-WANDB_MODE decides if it is set.
+It is online if a key is configured and the server answers, else it is kept in the run folder. WANDB_MODE, if
+set, decides.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pipeline.config import Config
+import yaml
+
+from pipeline.config import Config, dump
+from pipeline.credentials import redacted
 
 Mode = Literal["online", "offline", "disabled"]
 
-_ANSWER_S = 4.0  # how long the server may take to show that it is there
+_ANSWER_S = 4.0  # for the server to answer
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where a run stands at W&B, and under what name. None: as the account has it."""
+    """Where a run is at W&B, and its name. entity: None is the account's default."""
 
     project: str
     entity: str | None
@@ -38,7 +41,7 @@ class Names:
 
 
 def names(config: Config, project: str | None = None, entity: str | None = None) -> Names:
-    """What the config says; or else what is known of the run from before; or else W&B's variables."""
+    """From the config; else as earlier jobs of the run had them; else from W&B's variables."""
     track, given = config.track, os.environ.get
     tags = track.tags or tuple(tag.strip() for tag in given("WANDB_TAGS", "").split(",") if tag.strip())
     return Names(
@@ -50,15 +53,15 @@ def names(config: Config, project: str | None = None, entity: str | None = None)
 
 
 def choose_mode() -> tuple[Mode, str]:
-    """Online or not, and why not, in at most `_ANSWER_S` seconds. Sends nothing but a request for a page."""
+    """Online or not, and why not, within some `_ANSWER_S` seconds. Requests one page."""
     import wandb
 
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # an empty one is not set, but W&B takes it for a value, and refuses many
+        del os.environ[name]  # W&B takes an empty one for a value, and refuses many
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return "disabled", "as configured"
     settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or `wandb offline` at some time
+    if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or an earlier `wandb offline`
         return ("disabled" if settings.mode == "disabled" else "offline"), "as configured"
     if os.environ.get("WANDB_MODE"):
         return "online", ""
@@ -69,8 +72,22 @@ def choose_mode() -> tuple[Mode, str]:
     return "online", ""
 
 
+def public(config: Config) -> dict[str, Any]:
+    """The resolved config, without passwords and signatures in URLs."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [clean(entry) for entry in value]
+        return redacted(value) if isinstance(value, str) else value
+
+    values: dict[str, Any] = clean(yaml.safe_load(dump(config)))
+    return values
+
+
 def _in_netrc(url: str) -> bool:
-    """Whether `wandb login` has left a key for the server at `url`."""
+    """Whether `wandb login` has stored a key for the server at `url`."""
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
             if path and netrc.netrc(Path(path).expanduser()).authenticators(urlsplit(url).netloc):
@@ -81,7 +98,7 @@ def _in_netrc(url: str) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether anything answers at `url`, through whichever proxy is set, whatever it says."""
+    """Whether anything answers at `url`, with any status, through the proxy if one is set."""
     answers: list[bool] = []
 
     def ask() -> None:
@@ -93,8 +110,7 @@ def _answers(url: str) -> bool:
             return
         answers.append(True)
 
-    # In a thread, because looking up a name has no time limit of its own.
-    asking = threading.Thread(target=ask, daemon=True)
+    asking = threading.Thread(target=ask, daemon=True)  # as resolving a name has no time limit
     asking.start()
     asking.join(_ANSWER_S)
     return bool(answers)

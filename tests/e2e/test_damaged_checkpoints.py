@@ -10,7 +10,7 @@ from launching import AFTER_20, BATCH, largest_difference, train
 from launching import accelerate as launch
 
 import pipeline.train
-from pipeline.run.checkpoint import newest_sound
+from pipeline.run.checkpoint import newest_intact
 
 FILES = [
     "D-00000.safetensors",
@@ -45,7 +45,7 @@ def test_any_damage_to_any_file_is_named_and_the_older_one_is_taken(checkpoints,
     if (damage, name) == ("flipped", "manifest.json"):
         pytest.skip("see test_a_flipped_bit_of_the_manifest")
     DAMAGES[damage](checkpoints / str(AFTER_20) / name)
-    found, (complaint,) = newest_sound(checkpoints)
+    found, (complaint,) = newest_intact(checkpoints)
     assert found == checkpoints / str(AFTER_20 - BATCH)
     assert str(checkpoints / str(AFTER_20)) in complaint
     assert name in complaint or name == "manifest.json"
@@ -58,7 +58,7 @@ def test_a_flipped_bit_of_the_manifest_cannot_hide_damage(checkpoints):
     files = data.index(b'"files"')
     for place in range(files, len(data), 7):
         manifest.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        found, complaints = newest_sound(checkpoints)
+        found, complaints = newest_intact(checkpoints)
         assert found is not None and (found.name == str(AFTER_20)) == (not complaints)
         assert not complaints or found.name == str(AFTER_20 - BATCH)
 
@@ -67,13 +67,13 @@ def test_every_file_is_in_the_manifest(checkpoints):
     """Else the table above would miss one."""
     names = {p.name for p in (checkpoints / str(AFTER_20)).iterdir()}
     assert names == {*FILES, "state.json", "manifest.json"}
-    assert newest_sound(checkpoints) == (checkpoints / str(AFTER_20), [])
+    assert newest_intact(checkpoints) == (checkpoints / str(AFTER_20), [])
 
 
 def test_nothing_is_taken_if_nothing_is_sound(checkpoints):
     for nimg in (AFTER_20, AFTER_20 - BATCH):
         DAMAGES["flipped"](checkpoints / str(nimg) / "G-00000.safetensors")
-    found, complaints = newest_sound(checkpoints)
+    found, complaints = newest_intact(checkpoints)
     assert found is None and len(complaints) == 2
 
 
@@ -130,7 +130,7 @@ def test_two_hundred_flipped_bits_are_all_noticed(checkpoints):
         data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
         sound = path.read_bytes()
         path.write_bytes(data)
-        found, (complaint,) = newest_sound(checkpoints)
+        found, (complaint,) = newest_intact(checkpoints)
         path.write_bytes(sound)
         assert found == checkpoints / str(AFTER_20 - BATCH) and path.name in complaint
 

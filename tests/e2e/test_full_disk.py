@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import ADAM, RunFolder, identical, run, without_clocks
 
-from pipeline.run.checkpoint import find, newest_sound
+from pipeline.run.checkpoint import find, newest_intact
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_full_disk(worlds, small_disk, tmp_path):
     )
     (error,) = [line for line in lines if line.startswith("error:")]
     assert "4 checkpoints in a row" in error and "Make room" in error and "Traceback" not in ended.output
-    sound, complaints = newest_sound(folder.path / "checkpoints")
+    sound, complaints = newest_intact(folder.path / "checkpoints")
     assert sound is not None and complaints == []
     assert not list((folder.path / "checkpoints").glob(".partial*"))
     written = find(folder.path / "checkpoints")

@@ -10,7 +10,7 @@ from launching import COMMON, ROOT, RunFolder, accelerate, identical, run, witho
 from sabotage import cases
 from safetensors.torch import load_file
 
-from pipeline.run.checkpoint import find, newest_sound
+from pipeline.run.checkpoint import find, newest_intact
 
 # 50 updates of 12 images; 5 to a tick, 10 to a checkpoint, a score in the middle and at the end
 CONFIG = f"""{COMMON}
@@ -37,7 +37,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 def newest(folder: RunFolder) -> int:
     """cur_nimg of the newest checkpoint, which is sound and finite."""
-    path, complaints = newest_sound(folder.path / "checkpoints")
+    path, complaints = newest_intact(folder.path / "checkpoints")
     assert path is not None and complaints == []
     for file in path.glob("*.safetensors"):
         assert all(t.isfinite().all() for t in load_file(file).values())

@@ -13,11 +13,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from launch.evaluate import evaluate
 from launch.export import export as export_command
 from launch.sample import sample, slerp
 from pipeline.config import UserError
+from pipeline.run import spectrum
 from pipeline.run.export import export
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +113,7 @@ def test_a_samples_format_is_that_of_its_name(run, tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", ["walk.gif", "walk.mp4", "x.txt", "folder"])
 def test_a_sample_in_no_known_format_is_refused(run, tmp_path, name):
-    with pytest.raises(UserError, match="not a picture that can be written"):
+    with pytest.raises(UserError, match="not a known picture format"):
         call(sample, run, "--out", tmp_path / name)
     assert not [*tmp_path.iterdir()]
 
@@ -199,3 +201,26 @@ def test_a_place_that_cannot_be_written_is_one_message(read_only, run):
     for command, out in ((sample, read_only / "sheet.png"), (export_command, read_only / "out")):
         with pytest.raises(UserError, match=rf"{out} could not be written: .*Read-only file system"):
             call(command, run, "--out", out)
+
+
+def test_spectra_of_kept_checkpoints_are_recorded_once_and_drawn(run):
+    """numpy's singular values of the exported kernels; the run's end has recorded them already."""
+    file = run / "spectrum.jsonl"
+    before = file.read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [row.pop("cur_nimg") for row in rows] == sorted(
+        int(p.name) for p in run.glob("checkpoints/[0-9]*")
+    )
+    assert len(rows[-1]) == 6
+    for name, found in rows[-1].items():
+        player, _, kernel = name.partition("/")
+        whole = load_file(run / "export" / f"{player}.safetensors")[kernel].flatten(1).numpy()
+        expected = np.linalg.svd(whole, compute_uv=False)
+        assert found == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5 * float(expected[0]))
+    summary = spectrum.record(run)
+    assert file.read_text() == before and len(summary) == 12
+    for name, found in rows[-1].items():
+        assert summary[f"Spectrum/{name}/largest"] == found[0]
+        assert 1 <= summary[f"Spectrum/{name}/stable_rank"] <= len(found)
+    with Image.open(spectrum.draw(run)) as picture:
+        assert picture.info["chart"] == "Weights/spectra" and picture.info["cur_nimg"] == "64"

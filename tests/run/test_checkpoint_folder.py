@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.run import checkpoint
 from pipeline.run.report import MainReport
-from pipeline.run.tracker import NullTracker
+from pipeline.run.tracker import Tracker
 
 
 def write(folder: Path, text: str) -> Path:
@@ -21,11 +21,11 @@ def test_a_checkpoint_that_is_replaced_is_there_before_and_after(tmp_path):
     """Killed between the two renames, the older one is brought back; after them, it goes."""
     old, new = write(tmp_path / "240", "old"), write(tmp_path / ".partial-240", "new")
     old.rename(checkpoint.replaced(old))
-    checkpoint.take_up(tmp_path)
+    checkpoint.recover(tmp_path)
     assert (tmp_path / "240" / "state.json").read_text() == "old" and not list(tmp_path.glob(".replaced*"))
     checkpoint.exchange(new, old)
     assert (tmp_path / "240" / "state.json").read_text() == "new" and checkpoint.replaced(old).is_dir()
-    checkpoint.take_up(tmp_path)
+    checkpoint.recover(tmp_path)
     assert (tmp_path / "240" / "state.json").read_text() == "new" and not list(tmp_path.glob(".replaced*"))
 
 
@@ -40,6 +40,6 @@ def test_a_row_that_was_put_off_by_a_stop_is_written_once(tmp_path):
     """The checkpoint of a stop knows rows up to 120; the job that went on wrote 240's, and was killed."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(f'{{"cur_nimg": {nimg}, "x": 1}}\n' for nimg in (0, 120, 240)))
-    MainReport(tmp_path, NullTracker(), 480, cur_nimg=240, reported=120).row(240, {"x": 2})
+    MainReport(tmp_path, Tracker(), 480, cur_nimg=240, reported=120).row(240, {"x": 2})
     assert metrics.read_text().count('"cur_nimg": 240') == 1 and '"x": 2' in metrics.read_text()
     assert '"cur_nimg": 0' in metrics.read_text()

@@ -197,7 +197,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, alone, 
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "file"))
     cache.write_tensor("features", {"of": "nothing"}, torch.ones(2))
-    assert "could not be kept" in caplog.text
+    assert "could not be written" in caplog.text
     assert cache.read_tensor("features", {"of": "nothing"}) is None
 
 
@@ -277,7 +277,7 @@ def test_features_of_a_users_own(real, monkeypatch, tmp_path):
         versions.append(load_features("mine:Mine").version)
     assert versions[0] != versions[1]  # kept features of real images are those of this code
     for wrong, message in (
-        ("test_evaluate:NoName", "calls itself 'inception'"),
+        ("test_evaluate:NoName", "is named 'inception'"),
         ("test_evaluate:Script", "not a class derived from pipeline.run.features.Extractor"),
         ("test_evaluate:Absent", "cannot be imported"),
     ):

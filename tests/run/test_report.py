@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline.run.report import MainReport, counted
-from pipeline.run.tracker import NullTracker
+from pipeline.run.tracker import Tracker
 
 VALUES = {
     "Timing/img_per_sec": 152.0,
@@ -33,7 +33,7 @@ def test_the_bar_and_the_score_fit_into_a_narrow_terminal(tmp_path, monkeypatch,
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    report = MainReport(tmp_path, NullTracker(), 1_000_000, 0)
+    report = MainReport(tmp_path, Tracker(), 1_000_000, 0)
     report.row(123_400, VALUES)
     report.close()
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()

@@ -21,7 +21,7 @@ from pipeline.config import load
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.rows import append, keep, rows
-from pipeline.run.tracker import NullTracker
+from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
 
@@ -41,7 +41,7 @@ def full_at(size: int) -> Iterator[None]:
 
 
 def report(folder: Path, cur_nimg: int = 0) -> MainReport:
-    return MainReport(folder, NullTracker(), 1000, cur_nimg)
+    return MainReport(folder, Tracker(), 1000, cur_nimg)
 
 
 def nimgs(folder: Path) -> list[int]:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pipeline.config import Config, load
 from pipeline.run import tracker as tracker_module
-from pipeline.run.tracker import NullTracker, WandbTracker, open_tracker
-from pipeline.run.wandb_mode import choose_mode
+from pipeline.run.tracker import Tracker, WandbTracker, open_tracker
+from pipeline.run.wandb_mode import choose_mode, public
 from tests.wandb_offline import offline_runs
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def picture(path: Path) -> Path:
 
 def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, capfd):
     said: list[str] = []
-    first = open_tracker(config(), tmp_path, True, None, said.append)
+    first = open_tracker(config(), tmp_path, None, said.append)
     first.log({"Loss/G/loss": 1.5, "Progress/kimg": 0.064}, 64)
     first.log({"Loss/G/loss": 1.25, "Progress/kimg": 0.128}, 128)
     grid = picture(tmp_path / "fakes000000.png")
@@ -47,7 +47,7 @@ def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, 
     first.finish()
     first.finish()
     time.sleep(1.1)  # W&B names folders by the second
-    resumed = open_tracker(config(), tmp_path, True, first.run_id, said.append)
+    resumed = open_tracker(config(), tmp_path, first.run_id, said.append)
     resumed.log({"Loss/G/loss": 1.0, "Progress/kimg": 0.192}, 192)
     resumed.finish()
 
@@ -74,13 +74,12 @@ def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, 
 def test_nothing_but_a_file_is_needed_where_tracking_is_not_wanted(tmp_path, monkeypatch):
     said: list[str] = []
     trackers = [
-        open_tracker(config("track.wandb=false"), tmp_path, True, "id", said.append),
-        open_tracker(config(), tmp_path, False, "id", said.append),  # another rank
+        open_tracker(config("track.wandb=false"), tmp_path, "id", said.append),
     ]
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    trackers.append(open_tracker(config(), tmp_path, True, "id", said.append))
+    trackers.append(open_tracker(config(), tmp_path, "id", said.append))
     for tracker in trackers:
-        assert isinstance(tracker, NullTracker) and tracker.run_id == "id"
+        assert type(tracker) is Tracker and tracker.run_id == "id"
         tracker.log({"a": 1.0}, 1)
         tracker.image("i", tmp_path / "missing.png", 1, "")
         tracker.summary({"a": 1.0})
@@ -95,7 +94,7 @@ def test_a_key_and_no_network_is_offline_within_seconds(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     said: list[str] = []
     started = time.monotonic()
-    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    tracker = open_tracker(config(), tmp_path, None, said.append)
     assert time.monotonic() - started < 15
     tracker.finish()
     assert len(said) == 1 and "offline" in said[0] and "does not answer" in said[0]
@@ -132,7 +131,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
     monkeypatch.setattr(tracker_module, "_INIT_S", 5.0)
     said: list[str] = []
     assert choose_mode()[0] == "online"
-    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    tracker = open_tracker(config(), tmp_path, None, said.append)
     tracker.log({"a": 1.0}, 64)
     tracker.finish()
     assert len(said) == 1 and said[0].startswith("W&B: offline") and KEY not in said[0]
@@ -155,26 +154,26 @@ def test_any_failure_of_init_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(wandb, "init", broken)
     said: list[str] = []
-    tracker = open_tracker(config(), tmp_path, True, "id", said.append)
-    assert isinstance(tracker, NullTracker) and tracker.run_id == "id"
+    tracker = open_tracker(config(), tmp_path, "id", said.append)
+    assert type(tracker) is Tracker and tracker.run_id == "id"
     assert said == ["W&B is off: OSError: no space left, key …"]
 
 
 def test_a_failure_later_on_is_one_line_and_then_silence(tmp_path):
     said: list[str] = []
-    tracker = open_tracker(config(), tmp_path, True, None, said.append)
+    tracker = open_tracker(config(), tmp_path, None, said.append)
     assert isinstance(tracker, WandbTracker)
     tracker.image("i", tmp_path / "missing.png", 1, "")
     tracker.log({"a": 1.0}, 2)
     tracker.finish()
-    assert len(said) == 2 and said[1].startswith("W&B has stopped, training goes on without it: ")
+    assert len(said) == 2 and said[1].startswith("W&B has stopped, training continues without it: ")
 
 
 def test_passwords_in_urls_stay_here(tmp_path):
     urls = "data.train=https://user:pass@host/{0..9}.tar?X-Amz-Signature=abc"
-    values = tracker_module._public(config(urls))
+    values = public(config(urls))
     assert values["data"]["train"] == "https://host/{0..9}.tar"
-    assert tracker_module._public(config("data.train=a?b@c"))["data"]["train"] == "a?b@c"
+    assert public(config("data.train=a?b@c"))["data"]["train"] == "a?b@c"
 
 
 def test_rows_survive_sigterm_to_the_whole_process_group(tmp_path):
@@ -185,7 +184,7 @@ def test_rows_survive_sigterm_to_the_whole_process_group(tmp_path):
         from pipeline.config import load
         from pipeline.run.tracker import open_tracker
         config = load(None, ["data.train=x", "run.name=demo"])
-        tracker = open_tracker(config, Path({str(tmp_path)!r}), True, None, print)
+        tracker = open_tracker(config, Path({str(tmp_path)!r}), None, print)
         def stop(*_):
             tracker.finish()
             sys.exit(0)

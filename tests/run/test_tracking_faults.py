@@ -27,7 +27,7 @@ from pipeline.run import tracker as tracker_module
 from pipeline.run import wandb_mode
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
-from pipeline.run.tracker import NullTracker, open_tracker
+from pipeline.run.tracker import Tracker, open_tracker
 from tests.wandb_offline import offline_runs
 from tests.wandb_server import FAILING, SILENT, WELL, ServedRun, WandbServer, wandb_server
 
@@ -62,7 +62,7 @@ class Job:
         self.folder, self.said = folder, list[str]()
         folder.mkdir(exist_ok=True)
         (folder / "samples").mkdir(exist_ok=True)
-        self.tracker = open_tracker(CONFIG, folder, True, None, self.said.append)
+        self.tracker = open_tracker(CONFIG, folder, None, self.said.append)
         self.report = MainReport(folder, self.tracker, TOTAL * 100, start * 100)
 
     def train(self, start: int, stop: int) -> Job:
@@ -203,7 +203,7 @@ def test_an_offline_run_becomes_an_online_one(tmp_path, server, monkeypatch):
     assert_whole(tmp_path, server.run)
     server.die()
     job = Job(tmp_path, start=TOTAL - 1)
-    assert isinstance(job.tracker, NullTracker) and "cannot be reached" in job.end()[0]
+    assert type(job.tracker) is Tracker and "cannot be reached" in job.end()[0]
     assert len(list(tmp_path.glob("wandb/offline*"))) == 1
 
 
@@ -275,21 +275,57 @@ def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server,
     assert_whole(tmp_path, server.run)
 
 
+def cut(folder: Path) -> Path:
+    """The one offline file, as a kill leaves it: W&B's service writes in blocks of 32 KiB."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    os.truncate(path, 40_000)
+    remembered = folder / "wandb" / "run.json"  # what only an orderly end writes is not there
+    remembered.write_text(json.dumps(json.loads(remembered.read_text()) | {"has": -1, "complete": []}))
+    return path
+
+
+def job_of_its_own(folder: Path, start: int, stop: int, **environment: str) -> None:
+    script = f"Job(Path({str(folder)!r}), {start - 1}).train({start}, {stop}).end()"
+    line = [sys.executable, "-c", f"from tests.run.test_tracking_faults import *; {script}"]
+    subprocess.run(line, cwd=ROOT, env=os.environ | environment, check=True)
+
+
 def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp_path, server, monkeypatch):
-    """`wandb sync` stops at such a file without an error: the next start takes the incomplete record off."""
+    """`wandb sync` stops at such a file without an error: the next job writes what it held once more."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     Job(tmp_path).train(0, TOTAL).end()
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    os.truncate(path, 40_000)  # as W&B's service leaves it: it writes in blocks of 32 KiB
-    told = tmp_path / "wandb" / "run.json"
-    told.write_text(json.dumps(json.loads(told.read_text()) | {"has": -1}))  # written only by an orderly end
-    script = (
-        f"from tests.run.test_tracking_faults import *; Job(Path({str(tmp_path)!r}), 1).train(2, TOTAL).end()"
-    )
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-    first, second = [[row["_step"] for row in run.history] for run in offline_runs(tmp_path)]
-    assert first == [0] and second == [tick * 100 for tick in range(1, TOTAL)]
+    path = cut(tmp_path)
+    job_of_its_own(tmp_path, 2, TOTAL)
+    (run,) = offline_runs(tmp_path)
+    assert [row["_step"] for row in run.history] == [tick * 100 for tick in range(TOTAL)]
+    assert not path.exists() and not list(tmp_path.glob("wandb/.offline-run*"))
     sync(tmp_path)
+    assert_whole(tmp_path, server.run)
+
+
+def test_what_was_synced_of_a_file_that_a_kill_cut_is_not_sent_twice(tmp_path, server, monkeypatch):
+    """How much that was only the server knows: from then on the run is completed there."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Job(tmp_path).train(0, 8).end()
+    path = cut(tmp_path)
+    assert "incomplete record" in sync(tmp_path)
+    assert 0 < len(server.run.history) < 8
+    said = Job(tmp_path, start=1).train(2, TOTAL).end()
+    assert len(said) == 1 and "cannot be reached" in said[0] and "same command" in said[0]
+    assert path.exists() and len(list(tmp_path.glob("wandb/offline-run*"))) == 1
+    monkeypatch.delenv("WANDB_MODE")
+    again(tmp_path)
+    assert_whole(tmp_path, server.run)
+    assert "Skipped" in sync(tmp_path)
+    assert_whole(tmp_path, server.run)
+
+
+def test_an_offline_run_that_is_synced_between_its_jobs_has_each_step_once(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for start, stop in ((0, 7), (5, 13), (11, TOTAL)):  # each repeats two steps, those after its checkpoint
+        job_of_its_own(tmp_path, start, stop)
+        sync(tmp_path)
+        assert server.run.steps == [tick * 100 for tick in range(stop)]
     assert_whole(tmp_path, server.run)
 
 
@@ -298,9 +334,7 @@ def test_local_time_that_goes_back_does_not_keep_rows_from_wandb(tmp_path, serve
     monkeypatch.setenv("WANDB_MODE", "offline")
     stops = [(0, "Asia/Tokyo"), (7, "UTC"), (13, "Asia/Tokyo"), (TOTAL, "")]
     for (start, zone), (stop, _) in itertools.pairwise(stops):
-        script = f"Job(Path({str(tmp_path)!r}), {start - 1}).train({start}, {stop}).end()"
-        line = [sys.executable, "-c", f"from tests.run.test_tracking_faults import *; {script}"]
-        subprocess.run(line, cwd=ROOT, env=os.environ | {"TZ": zone}, check=True)
+        job_of_its_own(tmp_path, start, stop, TZ=zone)
         if zone == "UTC":
             written = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
             early = written.parents[1] / f"offline-run-20200101_000000-{written.stem.removeprefix('run-')}"

@@ -28,7 +28,7 @@ def track(folder: Path, step: int, *settings: str) -> list[str]:
     """One start of a command that tracks one row; what it says."""
     said: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = open_tracker(config(folder.name, *settings), folder, True, None, said.append)
+    tracker = open_tracker(config(folder.name, *settings), folder, None, said.append)
     tracker.log({"Progress/kimg": step / 1000}, step)
     tracker.finish()
     return said
