@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from launch.bench.meter import LivePeak
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
@@ -22,6 +22,7 @@ from pipeline.gan.images import to_float
 from pipeline.gan.losses import adversarial
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
+from pipeline.wording import counted, in_bytes
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels need room of their own, and say so to nobody
 Turn = Callable[[], None]

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.doctor.finding import counted
 from launch.select import files
 from launch.select.choice import PAIRED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline import config
 from pipeline.credentials import redacted
+from pipeline.wording import counted
 
 if TYPE_CHECKING:
     from rich.table import Table as Lines

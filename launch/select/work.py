@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from launch.doctor.finding import counted
 from launch.select import plots as select_plots
 from launch.select import queue as select_queue
 from launch.select import report as select_report
@@ -22,6 +21,7 @@ from launch.select.trials import LaunchOptions, Trial
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
 from pipeline.run.stop import INTERRUPTED
+from pipeline.wording import counted
 
 
 @dataclass
