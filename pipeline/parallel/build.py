@@ -28,12 +28,18 @@ def build_players(
     """
     for network, player in zip(networks, players, strict=True):
         check_penalty(player.name, network, player.penalty, player.penalised)
-    whole_G = copy.deepcopy(networks[0]).to(ranks.device)  # before a strategy wraps it
+    whole_G = copy.deepcopy(networks[0], _copies(networks[0])).to(ranks.device)  # before a strategy wraps it
     G, D = (
         _engine(network, player, ranks, batch, example)
         for network, player, example in zip(networks, players, examples, strict=True)
     )
     return G, D, Ema(G, whole_G)
+
+
+def _copies(network: nn.Module) -> dict[int, torch.Tensor]:
+    """For copy.deepcopy, which fails on its own for tensors without memory (launch/doctor/memory.py)."""
+    copies: dict[int, torch.Tensor] = {id(b): b.detach().clone() for b in network.buffers()}
+    return copies | {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
 
 
 def _engine(
