@@ -3,8 +3,8 @@
     L_D = E[loss on D(x) and D(G(z))] + λ_D ‖W_D‖²        minimised by D
     L_G = E[loss on D(G(z))]          + λ_G ‖W_G‖²        minimised by G
 
-The weight penalties are part of `step()`: their gradient is added to each rank's own shards of the
-weights, which needs no autograd and no communication (pipeline/parallel/weight_penalty.py).
+The weight penalties are part of `step()`: their gradient is added on each rank's shards of the weights,
+without autograd or communication (pipeline/parallel/weight_penalty.py).
 """
 
 from __future__ import annotations
