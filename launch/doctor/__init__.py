@@ -157,7 +157,8 @@ def _launcher(job: Job) -> Iterator[Finding]:
     import torch
     import yaml
 
-    from launch.doctor.finding import counted, ok, warning, would_fail
+    from launch.doctor.finding import ok, warning, would_fail
+    from pipeline.wording import counted
 
     path = ACCELERATE_FILES / f"{job.strategy}.yaml"
     try:

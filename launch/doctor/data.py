@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import reserve
 from pipeline.data.check import check_passed_over, odd_labels
@@ -26,6 +26,7 @@ from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
 from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
+from pipeline.wording import counted, in_bytes
 
 _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch.bench.meter import LivePeak
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
@@ -27,6 +27,7 @@ from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
+from pipeline.wording import counted, in_bytes
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory that tracing cannot see
 _ZERO_BUCKET = 4 * 2**24  # bytes of gradients that DeepSpeed reduces at once (parallel/zero_settings.py)

@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from launch.doctor.finding import Finding, Job, counted, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.wording import counted
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 

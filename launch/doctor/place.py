@@ -14,7 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
 from pipeline.config import UserError
@@ -22,6 +22,7 @@ from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
 from pipeline.run.wandb_mode import choose_mode, names
+from pipeline.wording import counted, in_bytes
 
 _CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _PORT = 29500  # Accelerate's, if it is told no other
