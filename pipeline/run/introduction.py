@@ -9,7 +9,7 @@ from pipeline.data.plan import Split
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run.report import counted
+from pipeline.wording import counted
 
 
 def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:

@@ -13,10 +13,11 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint
 from pipeline.run.folder import REFERENCE, finished
-from pipeline.run.report import counted, say
+from pipeline.run.report import say
 from pipeline.run.resend import catch_up
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.wording import counted
 
 
 def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
