@@ -18,7 +18,7 @@ from pipeline.run.folder import reference_of
 from pipeline.run.references import differences
 from pipeline.run.report import say
 from pipeline.run.rows import rows
-from pipeline.run.scores import METRICS, leads
+from pipeline.run.scores import METRICS, leading_chart
 
 
 def table(
@@ -28,8 +28,8 @@ def table(
 
     Raises UserError if trials that stand side by side were scored against different images.
     """
-    leading = _leading(base)
-    found = [outcome for trial in trials if trial.done and (outcome := _read(trial, leading))]
+    metric = _metric(base)
+    found = [outcome for trial in trials if trial.done and (outcome := _read(trial, metric))]
     _check_references(found)
     unusable = {o.trial.name: "its score is not a number" for o in found if not math.isfinite(o.score)}
     scored = {o.trial.name for o in found}
@@ -44,14 +44,14 @@ def table(
         )
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
-    names = [name for o in found[:1] for name in o.last if leads(leading, name)]
+    names = [chart for o in found[:1] if (chart := leading_chart([metric], o.last))]
     return ScoreTable(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows, rule)
 
 
 def check_scored(base: Config, trials: Sequence[Trial]) -> None:
     """Raises UserError for finished trials without the score that the config says to choose by."""
-    leading = _leading(base)
-    lacking = [trial for trial in trials if trial.done and _read(trial, leading) is None]
+    metric = _metric(base)
+    lacking = [trial for trial in trials if trial.done and _read(trial, metric) is None]
     if lacking:
         have = [name for name in METRICS if all(_read(trial, name) for trial in lacking)]
         more = f", as are {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -122,7 +122,7 @@ def failures(folder: Path) -> dict[str, str]:
     return {name: problem for name, problem in told.items() if problem != "not done"}  # as once written
 
 
-def _leading(base: Config) -> str:
+def _metric(base: Config) -> str:
     """The metric to choose by."""
     metric = base.score.metrics[0] if base.score.metrics else ""
     known = [name for name, entry in METRICS.items() if entry.leads]
@@ -133,10 +133,10 @@ def _leading(base: Config) -> str:
     return metric
 
 
-def _read(trial: Trial, leading: str) -> Outcome | None:
+def _read(trial: Trial, metric: str) -> Outcome | None:
     """A finished trial's last score; None if it was never scored."""
     lines = rows(trial.folder / "metrics.jsonl", say)
-    scored = [(row, key) for row in lines for key in row if leads(leading, key)]
+    scored = [(row, chart) for row in lines if (chart := leading_chart([metric], row))]
     if not scored:
         return None
     seconds, before = 0.0, 0
@@ -144,8 +144,8 @@ def _read(trial: Trial, leading: str) -> Outcome | None:
         if row.get("Timing/img_per_sec"):
             seconds += (row["cur_nimg"] - before) / row["Timing/img_per_sec"]
             before = row["cur_nimg"]
-    row, key = scored[-1]
-    return Outcome(trial, row[key], row, seconds)
+    row, chart = scored[-1]
+    return Outcome(trial, row[chart], row, seconds)
 
 
 def _check_references(found: Sequence[Outcome]) -> None:

@@ -254,7 +254,7 @@ class Session:
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
-        name = leading_chart(self.config.score.metrics, list(scores))
+        name = leading_chart(self.config.score.metrics, scores)
         if name is None:
             return
         score, best = scores[name], state.best

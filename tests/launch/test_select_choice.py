@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import shutil
 from dataclasses import replace
 
@@ -79,8 +80,9 @@ def test_a_choice_that_no_longer_stands_is_taken_back(tmp_path):
     assert not best.exists() and "Not done: 2 trials, which may change the choice." in said[-1]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     files.write(tmp_path / "table.json", "as it was")
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "partial")
     (tmp_path / ".table.json.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"table.json cannot be written: No space left"):
         files.write(tmp_path / "table.json", "new" * 10_000)
