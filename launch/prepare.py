@@ -114,7 +114,7 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
 def _index_only(source: str, out: str | None) -> None:
     if out is not None:
         raise click.UsageError("With --index-only give one folder: the index is written beside its shards.")
-    from pipeline.data.index import build_index
+    from pipeline.data.prepare.reindex import build_index
 
     index = build_index(source, lambda text: click.echo(text, err=True))
     _say(index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -87,8 +88,8 @@ def _string_keys(values: Any) -> Any:
 
 def _typed(hint: Any, value: Any, written: Any) -> Any:
     """YAML's value, corrected by its type. written: the same value with all scalars as text."""
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(written, dict):
-        hints = typing.get_type_hints(hint)
+    if _is_section(hint) and isinstance(value, dict) and isinstance(written, dict):
+        hints = _hints(hint)
         return {key: _typed(_shorthand(key, hints), entry, written.get(key)) for key, entry in value.items()}
     if isinstance(value, list) and isinstance(written, list) and len(value) == len(written):
         return [_typed(_item(hint), *pair) for pair in zip(value, written, strict=True)]
@@ -113,10 +114,17 @@ def _number(written: str, value: Any) -> Any:
 def _hint(section: Any, path: list[str]) -> Any:
     """The type of the setting at `path`; None if there is no such setting."""
     for part in path:
-        if not dataclasses.is_dataclass(section):
+        if not _is_section(section):
             return None
-        section = typing.get_type_hints(section).get(part)
+        section = _hints(section).get(part)
     return section
+
+
+def _is_section(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
+
+
+_hints = cache(typing.get_type_hints)  # a command line has dozens of settings
 
 
 def _shorthand(key: str, hints: dict[str, Any]) -> Any:

@@ -34,8 +34,8 @@ class Clocked(LocalPenalty):
 
     seconds: list[float] = field(default_factory=list)
 
-    def values(self) -> dict[str, torch.Tensor]:
-        with self._clock():
+    def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        with self._clock():  # the step may have summed these squares with the gradient's: sum them again here
             return super().values()
 
     def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:

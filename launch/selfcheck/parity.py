@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from pipeline.step import train_step
 UPDATES = 5
 RESUMED_AFTER = 3
 Tensors = dict[str, torch.Tensor]
+_load = cache(config.load)  # every case is started more than once
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ class Case:
         Its activations are smooth: a ReLU's unit within rounding of the kink is on in one strategy and off in
         another, and the trainings part by far more than rounding.
         """
-        return config.load(
+        return _load(
             None,
-            [
+            (
                 "data.train=none",
                 "data.size=28",
                 "data.channels=1",
@@ -69,7 +71,7 @@ class Case:
                 "ema.kimg=0.02",
                 "ema.rampup=0.5",
                 *self.settings,
-            ],
+            ),
         )
 
 

@@ -23,10 +23,10 @@ Shape = tuple[int, int, int, int]
 
 
 class Batch(NamedTuple):
-    """images: uint8 [b, C, H, W], those of training channels last in memory and pinned when CUDA is there;
+    """images: uint8 [b, C, H, W], in training channels last in memory, and pinned if there is CUDA;
     labels: int64 [b], or None if unconditional.
 
-    bad: what is wrong with the samples that others stand in for, as far as not said with an earlier batch.
+    bad: what is wrong with samples that were replaced, unless an earlier batch has said it.
     """
 
     images: torch.Tensor
@@ -35,35 +35,32 @@ class Batch(NamedTuple):
 
 
 class PlannedDecode:
-    """The stage after a user's own: raw samples, one per planned position, decoded; a stand-in is for one
-    that cannot be, and goes through the user's stages as well."""
+    """The stage after a user's own: raw samples, one per planned position, decoded.
+
+    The replacement of one that cannot be decoded goes through the user's stages as well.
+    """
 
     def __init__(
-        self,
-        source: PlannedSamples,
-        decoder: Decode,
-        stages: Sequence[Stage],
-        replacements: Replacements | None,
+        self, source: PlannedSamples, decoder: Decode, stages: Sequence[Stage], replacements: Replacements
     ) -> None:
         self._source, self._decoder, self._stages, self._replacements = source, decoder, stages, replacements
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
         for position, sample in zip(self._source.positions(), samples, strict=False):
             try:
-                yield self._decoder.one(sample)
+                decoded = self._decoder.one(sample)
             except BadSampleError as error:
-                if self._replacements is None:
-                    raise
-                yield self._replacements.replace(position, error, self._staged)
+                decoded = self._replacements.replace(position, error, self._staged)
+            yield decoded
 
     def _staged(self, sample: Sample) -> Decoded:
         return self._decoder.one(apply(self._stages, sample))
 
 
 class CachedDecode:
-    """A source of decoded samples: read and decoded when first met, from memory ever after.
+    """A source of decoded samples: each is read and decoded the first time, then comes from memory.
 
-    Only planned samples are kept. A stand-in belongs to a position, and the next epoch has another one.
+    Replacements are not cached: they belong to a position, and the next epoch has others.
     """
 
     def __init__(
@@ -73,7 +70,7 @@ class CachedDecode:
         source: PlannedSamples,
         decoder: Decode,
         cache: Cache,
-        replacements: Replacements | None,
+        replacements: Replacements,
     ) -> None:
         self._index, self._plan, self._source = index, plan, source
         self._decoder, self._cache, self._replacements = decoder, cache, replacements
@@ -82,8 +79,8 @@ class CachedDecode:
         reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
         try:
             for position, shard, row in self._source.planned(ahead, epochs=1):
-                kept = self._cache.get(shard, row)
-                yield self._decode(reader, shard, row, position) if kept is None else kept
+                cached = self._cache.get(shard, row)
+                yield self._decode(reader, shard, row, position) if cached is None else cached
         finally:
             ahead.close()
             reader.close()
@@ -92,28 +89,26 @@ class CachedDecode:
         try:
             decoded = self._decoder.one(reader.read(shard, row))
         except BadSampleError as error:
-            if self._replacements is None:
-                raise
             return self._replacements.replace(position, error, self._decoder.one)
         self._cache.put(shard, row, *decoded)
         return decoded
 
 
 class Turns:
-    """Sees to it that a user's stages, put between `note` and `check`, give one sample for each they get, in
+    """Checks that a user's stages, put between `before` and `after`, give one sample for each they get, in
     order: batches are made by position."""
 
     def __init__(self) -> None:
-        self._noted: deque[str] = deque()
+        self._due: deque[str] = deque()
 
-    def note(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+    def before(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            self._noted.append(sample["__key__"])
+            self._due.append(sample["__key__"])
             yield sample
 
-    def check(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+    def after(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         for sample in samples:
-            due = self._noted.popleft() if self._noted else None
+            due = self._due.popleft() if self._due else None
             if sample.get("__key__") != due:
                 raise UserError(
                     f"data.stages gave sample {sample.get('__key__')!r} where {due!r} is due. A stage must "
@@ -124,15 +119,15 @@ class Turns:
 
 
 class Batches:
-    """The last stage: decoded samples → one step's in a flat buffer, so that one tensor crosses to the
-    trainer, and beside it what was wrong with replaced samples.
+    """The last stage: decoded samples → one step's in a flat buffer, so that a single tensor crosses to the
+    trainer, and what was wrong with replaced samples.
 
-    The buffer (uint8) holds the labels as int64, then the images. A UserError is passed on as a value: raised
-    in a worker it would reach the user buried in a traceback.
+    The buffer (uint8) holds the labels as int64, then the images. A UserError is passed on as a value: one
+    raised in a worker would reach the user inside a traceback.
     """
 
     def __init__(
-        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, replacements: Replacements | None
+        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, replacements: Replacements
     ) -> None:
         self._source, self._plan, self._shape = source, plan, shape
         self._xflip, self._replacements = xflip, replacements
@@ -143,21 +138,17 @@ class Batches:
             buffer = torch.empty(buffer_bytes(self._shape), dtype=torch.uint8)
             batch = unpack(buffer, self._shape)
             assert batch.labels is not None
+            images, labels = batch.images.numpy(), batch.labels.numpy()
             try:
-                self._fill(batch.images.numpy(), batch.labels.numpy(), decoded, start)
+                for i in range(len(images)):
+                    images[i], labels[i] = next(decoded)
             except UserError as error:
                 yield error
                 return
-            yield buffer, self._replacements.found() if self._replacements else ()
-
-    def _fill(
-        self, images: NDArray[np.uint8], labels: NDArray[np.int64], decoded: Iterator[Decoded], start: int
-    ) -> None:
-        for i in range(len(images)):
-            images[i], labels[i] = next(decoded)
-        if self._xflip:
-            turned = self._mirrored(start)
-            images[turned] = images[turned, :, :, ::-1]
+            if self._xflip:
+                mirrored = self._mirrored(start)
+                images[mirrored] = images[mirrored, :, :, ::-1]
+            yield buffer, self._replacements.found()
 
     def _mirrored(self, start: int) -> NDArray[np.bool_]:
         images = self._shape[0]
@@ -170,7 +161,7 @@ def buffer_bytes(shape: Shape) -> int:
 
 
 def unpack(buffer: torch.Tensor, shape: Shape) -> Batch:
-    """Images and labels where they lie in a buffer that Batches filled."""
+    """Images and labels as views of a buffer that Batches filled."""
     split = shape[0] * 8
     count, channels, height, width = shape
     # Channels last in memory, as decoders write and the networks' convolutions read: no image is transposed.
@@ -191,8 +182,8 @@ def flips(seed: int, epochs: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDA
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64 (Steele, Lea, Flood 2014): every bit of the result hangs on every bit that goes in."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around, as they should here
+    """SplitMix64 (Steele, Lea, Flood 2014): every bit of the result depends on every bit of the input."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)  # arrays of uint64 wrap around, as intended
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: NDArray[np.uint64] = words ^ (words >> np.uint64(31))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -25,7 +25,7 @@ _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
 
 @dataclass(frozen=True)
 class Location:
-    """Shards `urls`, sorted, relative to `root`; `whole` if they are to be all that the folder holds.
+    """Shards `urls`, sorted, relative to `root`; `whole` if they must be all that the folder holds.
 
     `record` is index.json, {} without one; `unlisted` are shards in a whole folder that it does not list.
     """
@@ -43,45 +43,23 @@ class Location:
 
 
 def locate(train: str) -> Location:
-    """Find the shards on this machine (urls.py: elsewhere): of a whole folder those that its index.json
-    lists, if it lists any, wherever in the folder they are. Raises UserError if there are none, and says
-    what was looked for, or if index.json is unfit."""
-    found = _look(train)
+    """Find shards on this machine: of a whole folder those that its index.json lists, if it lists any, also
+    in folders below. Raises UserError if there are none or index.json is unfit."""
+    found = look(train)
     found = replace(found, record=read_record(found.root))
     if not found.whole:
         return found
     entries = found.entries
     if not entries:
-        _refuse_none(found)
+        refuse_none(found)
         return found
     known = {PurePosixPath(url).as_posix() for url in entries}
     unlisted = tuple(url for url in found.urls if url not in known and url.endswith(_SUFFIX))
     return replace(found, urls=tuple(sorted(entries)), unlisted=unlisted)
 
 
-def locate_anew(train: str, announce: Callable[[str], None]) -> Location:
-    """All shards of a folder: those in it, and those in folders below that its index.json, if fit, lists.
-
-    Raises UserError if there are none, or `train` is no folder.
-    """
-    found = _look(train)
-    if not found.whole:
-        raise UserError(f"An index describes a whole folder of shards; {train} is not a folder.")
-    record: Mapping[str, Any] = {}
-    try:
-        record = read_record(found.root)
-    except UserError as error:
-        announce(f"{error} It is written anew.")
-    found = replace(found, record=record)
-    listed = (PurePosixPath(url).as_posix() for url in found.entries)
-    urls = {*found.urls, *(url for url in listed if _is_file(found.root / url))}
-    found = replace(found, urls=tuple(sorted(urls)))
-    _refuse_none(found)
-    return found
-
-
 def expand_braces(pattern: str) -> list[str]:
-    """What a brace list stands for; the pattern itself if it is none."""
+    """The names that a brace list stands for; the pattern itself if it is none."""
     try:
         names = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError:
@@ -91,8 +69,8 @@ def expand_braces(pattern: str) -> list[str]:
     return names
 
 
-def _look(train: str) -> Location:
-    """What there is, whatever index.json says."""
+def look(train: str) -> Location:
+    """What there is, without a look into index.json. Raises UserError if there is nothing."""
     if train.startswith("pipe:"):
         raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
     root = Path(train).expanduser().absolute()
@@ -106,8 +84,8 @@ def _look(train: str) -> Location:
     return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)
 
 
-def _refuse_none(found: Location) -> None:
-    """Raises UserError if a folder holds no shards, or a broken link in the place of one."""
+def refuse_none(found: Location) -> None:
+    """Raises UserError if a folder holds no shards, or a broken link instead of one."""
     paths = sorted(found.root.iterdir())
     for path in paths:
         if path.name.lower().endswith(_SUFFIX) and path.is_symlink() and not path.exists():
@@ -122,7 +100,7 @@ def _refuse_none(found: Location) -> None:
     raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     with suppress(OSError):
         return path.is_file()
     return False
@@ -133,7 +111,7 @@ def _is_shard(path: Path) -> bool:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """A brace list names files that must be there; a glob stands for those that are."""
+    """A brace list names files that must exist; a glob matches those that do."""
     names = expand_braces(pattern)
     paths: list[Path] = []
     for name in names:

@@ -1,4 +1,7 @@
-"""Reads single samples out of shards, as the index has them. Streams open shards nowhere else."""
+"""Reads single samples out of shards, as the index lists them, and others in place of bad ones.
+
+Streams open shards nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,18 @@ from pipeline.data.sidecar import SampleTable
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
 _T = TypeVar("_T")
-_OTHER_FILES = 256  # descriptors left to everything else in the process: sockets, tensors in transit
+_OTHER_FILES = 256  # descriptors left to the rest of the process: sockets, tensors in transit
 _TRIES = 16  # replacements that may be bad themselves
 
 
 class BadSampleError(UserError):
-    """One sample that cannot be used, in a shard that can."""
+    """A sample that cannot be used, in a shard that can."""
 
 
 class Reader:
     """Reads samples by shard and row. One per process.
 
-    A window of shards stays open, so that no shard is opened twice while the plan goes through a window.
+    A window of shards stays open, so that none is opened twice while the plan goes through a window.
     """
 
     def __init__(self, index: Index, window: int) -> None:
@@ -40,8 +43,8 @@ class Reader:
     def read(self, shard: int, row: int) -> Sample:
         """The sample as webdataset would give it: `__key__`, `__url__`, the image's bytes, `cls` if there.
 
-        Raises BadSampleError if the bytes are not those that were indexed, UserError for a shard that cannot
-        be opened.
+        Raises BadSampleError if the bytes are not those that were indexed, UserError if the shard cannot be
+        opened.
         """
         file, table = self._shard(shard)
         offset, size = int(table.offset[row]), int(table.size[row])
@@ -81,16 +84,18 @@ class Reader:
 class Replacements:
     """Puts another sample of the plan in the place of a bad one, the same one on every run.
 
-    One per worker, shared by the stages that may find a sample to be bad; what they found is kept until
-    `found` is asked for it.
+    One per worker, shared by the stages that may find a sample bad. Unless `allowed`, a bad sample is an
+    error.
     """
 
-    def __init__(self, index: Index, plan: Plan) -> None:
-        self._index, self._plan = index, plan
+    def __init__(self, index: Index, plan: Plan, allowed: bool = True) -> None:
+        self._index, self._plan, self._allowed = index, plan, allowed
         self._found: list[str] = []
 
     def replace(self, position: int, error: BadSampleError, use: Callable[[Sample], _T]) -> _T:
-        """`use` of the first stand-in for `position` that can be used. Raises `error` if none can."""
+        """`use` of the first replacement for `position` that can be used. Raises `error` if none can."""
+        if not self._allowed:
+            raise error
         self._found.append(str(error))
         reader = Reader(self._index, self._plan.window)
         try:
@@ -111,7 +116,7 @@ class Replacements:
 
 
 def image_of(sample: Sample) -> bytes:
-    """The image of a webdataset sample, whatever extension it is under. Raises UserError if it has none."""
+    """The image of a webdataset sample, whatever its extension. Raises UserError if it has none."""
     extension = image_extension(sample)
     if extension is None:
         raise UserError(
@@ -123,8 +128,7 @@ def image_of(sample: Sample) -> bytes:
 
 
 def _may_open(wanted: int) -> int:
-    """How many of `wanted` shards can be open at once; the process's soft limit is raised if it stands in
-    the way, as far as it may be."""
+    """How many of `wanted` shards can be open at once. Raises the process's soft limit as far as needed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -135,7 +139,7 @@ def _may_open(wanted: int) -> int:
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:
-    """All `size` bytes, or fewer at the end of the file (the CRC then tells)."""
+    """All `size` bytes, or fewer at the end of the file (then the CRC is wrong)."""
     data = os.pread(file, size, offset)
     while len(data) < size and (more := os.pread(file, size - len(data), offset + len(data))):
         data += more

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline import durable
 from pipeline.config import UserError
+from pipeline.data import sidecar
 from pipeline.data.samples import LARGEST_LABEL
 from pipeline.data.sidecar import SampleTable
 from pipeline.data.tar import MOST_HEADERS
@@ -52,8 +53,13 @@ def entry_shard(entry: Mapping[str, Any]) -> Shard:
     return Shard(entry["url"], entry["nsamples"], entry["filesize"], entry["sha256"], labels, **passed)
 
 
+def is_complete(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of index.json says all that is recorded of a shard."""
+    return {"nsamples", "filesize", "sha256", "labels"} <= entry.keys()
+
+
 def places(root: Path) -> tuple[Path, Path]:
-    """Where indices and sidecars may be: with the data, or, if that is read-only, in the user's cache."""
+    """Where an index and its sidecars may be: with the data, or, if that is read-only, in our cache."""
     return root, cache_folder() / "index" / hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
 
 
@@ -61,7 +67,41 @@ def sidecar_path(place: Path, url: str) -> Path:
     return place / _SIDECARS / f"{url}.npz"
 
 
-def write_somewhere(root: Path, write: Callable[[Path], None]) -> None:
+def sidecars(root: Path, url: str) -> Iterator[SampleTable]:
+    """Those there are of a shard, and readable; perhaps of another file of that name."""
+    found = (sidecar.load(sidecar_path(place, url)) for place in places(root))
+    return (table for table in found if table is not None)
+
+
+def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> SampleTable:
+    """Walk one shard and write its sidecar. Raises UserError if it is not whole, or not the one expected."""
+    try:
+        table = sidecar.scan(root / url, url)
+    except OSError as error:
+        raise unreadable(root, url, error) from None
+    sidecar.check(table, url, filesize, sha256)
+    _write_somewhere(root, lambda place: sidecar.save(table, sidecar_path(place, url)))
+    return table
+
+
+def file_size(root: Path, url: str) -> int:
+    """Raises UserError if the shard is missing."""
+    try:
+        return (root / url).stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"shard {url} is missing from {root}, although {INDEX} lists it. Fetch it again, or, if it was "
+            f"removed on purpose, {REBUILD}."
+        ) from None
+    except OSError as error:
+        raise unreadable(root, url, error) from None
+
+
+def unreadable(root: Path, url: str, error: OSError) -> UserError:
+    return UserError(f"shard {url} in {root} cannot be read: {error.strerror or error}.")
+
+
+def _write_somewhere(root: Path, write: Callable[[Path], None]) -> None:
     beside, cache = places(root)
     try:
         write(beside)
@@ -79,7 +119,7 @@ def write_record(root: Path, name: str, shards: Sequence[Shard], extra: Mapping[
     """Write index.json; `extra` goes into it as it is."""
     record = {"wids_version": 1, "name": name, **extra, "shardlist": [_entry(shard) for shard in shards]}
     text = json.dumps(record, indent=1) + "\n"
-    write_somewhere(root, lambda place: durable.write(place / INDEX, text))
+    _write_somewhere(root, lambda place: durable.write(place / INDEX, text))
 
 
 def _entry(shard: Shard) -> dict[str, Any]:
@@ -99,7 +139,7 @@ def read_record(root: Path) -> dict[str, Any]:
     paths = [path for place in places(root) if (path := place / INDEX).exists()]
     if not paths:
         return {}
-    path = max(paths, key=lambda path: path.stat().st_mtime_ns)  # read-only data may have been indexed anew
+    path = max(paths, key=lambda path: path.stat().st_mtime_ns)  # read-only data may have been indexed again
     try:
         return parse_record(path.read_bytes(), str(path))
     except OSError as error:
@@ -148,7 +188,7 @@ def _check_entry(path: str, entry: object) -> None:
 
 
 def _is_name(url: str) -> bool:
-    """Of a file inside a folder, that can be one."""
+    """Whether `url` can be the name of a file inside a folder."""
     path = PurePosixPath(url)
     if path.is_absolute() or ".." in path.parts or "\0" in url or "://" in url:
         return False

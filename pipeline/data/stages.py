@@ -1,4 +1,4 @@
-"""The stages of the pipeline that are ours: what is read, and how it is decoded.
+"""Our stages of the pipeline: read what is planned, decode it.
 
 They work in anyone's `webdataset.DataPipeline`; stream.py makes the one that trains.
 """
@@ -28,8 +28,8 @@ Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
 class OwnStage:
     """A user's own stage by its name, package.module:name, which may lie in the current folder.
 
-    A worker that is not forked finds it by that name too: what it is made of, a lambda say, need not pickle.
-    Raises UserError if it cannot be imported, or called.
+    It is pickled by that name, so that a worker that is not forked gets stages that do not pickle, such as
+    lambdas. Raises UserError if it cannot be imported or called.
     """
 
     def __init__(self, name: str) -> None:
@@ -59,16 +59,18 @@ def apply(stages: Sequence[Stage], sample: Sample) -> Sample:
         samples = stage(samples)
     changed = next(iter(samples), None)
     if changed is None:
-        raise UserError(f"data.stages gave nothing for sample {sample['__key__']!r}; one is due for each.")
+        raise UserError(
+            f"data.stages gave nothing for sample {sample['__key__']!r}; they must give one for each."
+        )
     return changed
 
 
 class PlannedSamples:
     """The source stage: raw samples in the order of the plan, without end.
 
-    Step i stands for the global positions start + i * batch_size …; this rank's equal, contiguous slice of
-    it is read. In a DataLoader worker k of K only steps k, k + K, … are. A damaged sample is replaced by a
-    spare one if there are `replacements`; without, it is an error.
+    Step i stands for the global positions start + i * batch_size …, of which this rank reads its equal,
+    contiguous slice. DataLoader worker k of K reads only the steps k, k + K, …
+    A damaged sample is an error, unless `replacements` allow for it.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class PlannedSamples:
         self._index, self._plan, self._batch_size = index, plan, batch_size
         self._local = batch_size // world
         self._start = start + rank * self._local
-        self._replacements = replacements
+        self._replacements = replacements or Replacements(index, plan, allowed=False)
 
     def steps(self) -> Iterator[int]:
         """The global position of the first sample of each step that this worker reads."""
@@ -101,7 +103,7 @@ class PlannedSamples:
     def planned(self, ahead: Prefetch, epochs: int | None = None) -> Iterator[tuple[int, int, int]]:
         """(position, shard, row) of each sample that this worker reads.
 
-        Shards are asked for ahead of time, for the first so many `epochs` (None: all).
+        Shards are prefetched, during the first `epochs` only if given.
         """
         for start in self.steps():
             done = epochs is not None and start - self._start >= epochs * self._plan.size
@@ -113,18 +115,14 @@ class PlannedSamples:
         reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)
         try:
             for position, shard, row in self.planned(ahead):
-                yield self._read(reader, shard, row, position)
+                try:
+                    sample = reader.read(shard, row)
+                except BadSampleError as error:
+                    sample = self._replacements.replace(position, error, use=lambda sample: sample)
+                yield sample
         finally:
             ahead.close()
             reader.close()
-
-    def _read(self, reader: Reader, shard: int, row: int, position: int) -> Sample:
-        try:
-            return reader.read(shard, row)
-        except BadSampleError as error:
-            if self._replacements is None:
-                raise
-            return self._replacements.replace(position, error, use=lambda sample: sample)
 
 
 class Decode:
@@ -142,7 +140,7 @@ class Decode:
 
     def one(self, sample: Sample) -> Decoded:
         """Raises BadSampleError, naming shard and sample, for an image that cannot be decoded or has another
-        size, or a label that is not there; UserError for a sample without an image."""
+        size, or a missing label; UserError for a sample without an image."""
         where = f"shard {sample.get('__url__')} sample {sample.get('__key__')}"
         try:
             image = decode(image_of(sample), self._size, self._channels)
@@ -155,9 +153,9 @@ class Decode:
             raise BadSampleError(f"{where} cannot be decoded: {error}.") from None
         label = parse_label(sample.get("cls"))
         if self._num_classes is not None and label < 0:
-            raise BadSampleError(f"{where} has no label, {LABEL}; data.conditional=true asks for one.")
+            raise BadSampleError(f"{where} has no label, {LABEL}; data.conditional=true needs one.")
         if self._num_classes is not None and label >= self._num_classes:
             raise BadSampleError(
-                f"{where} has label {label}; those of the shards end at {self._num_classes - 1}."
+                f"{where} has label {label}; the shards' labels end at {self._num_classes - 1}."
             )
         return image, label

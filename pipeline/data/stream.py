@@ -82,7 +82,7 @@ def training_batches(
     """
     shape = (data.batch_size // world, data.channels, data.size, data.size)
     stages = load_stages(data.stages)
-    replacements = Replacements(index, plan) if data.max_bad else None
+    replacements = Replacements(index, plan, allowed=data.max_bad > 0)
     source = PlannedSamples(index, plan, start, data.batch_size, rank, world, replacements)
     decoder = Decode(data.size, data.channels, index.num_classes if data.conditional else None)
     decoded: tuple[object, ...]
@@ -90,7 +90,7 @@ def training_batches(
         decoded = (CachedDecode(index, plan, source, decoder, cache, replacements),)
     else:
         turns = Turns()
-        theirs = (turns.note, *stages, turns.check) if stages else ()
+        theirs = (turns.before, *stages, turns.after) if stages else ()
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
     pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, data.xflip, replacements))
     loader = Loader(pipeline, data.workers, buffer_bytes(shape))

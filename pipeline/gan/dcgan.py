@@ -1,8 +1,8 @@
 """DCGAN (Radford, Metz & Chintala 2016): 4×4 convolutions at stride 2 between 4×4 (28 px: 7×7) and the image.
 
-At 64 px, width 64 and batch norm these are the networks everyone trains under that name: 3,576,704
-parameters in G (z_dim 100, three channels) and 2,765,568 in D. Each is a sequence of blocks that can be
-sharded one by one.
+At 64 px, width 64 and batch norm these are the networks commonly trained under that name: 3,576,704
+parameters in G (z_dim 100, three channels) and 2,765,568 in D. Each is a sequence of blocks, sharded one by
+one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
-from pipeline.config import Norm, UserError
-from pipeline.gan.layers import SLOPE, Activation, activation_layer, norm_layer, normalise_kernels
+from pipeline.config import Norm
+from pipeline.gan.layers import (
+    SLOPE,
+    Activation,
+    activation_layer,
+    norm_layer,
+    normalise_kernels,
+    refuse_size,
+)
 from pipeline.gan.penalised import KERNEL_LAYERS
 
 SIZES = (28, 32, 64, 128)
@@ -57,7 +63,7 @@ class Generator(nn.Module):
         if self.embed is not None:
             z = torch.cat([z, self.embed(c)], dim=1)
         x = self.project(z)
-        # Channels last in memory: the reshape is then a view in the layout that convolutions prefer.
+        # Channels last: a view in the memory layout that convolutions prefer.
         x = x.view(len(z), self.start, self.start, -1).permute(0, 3, 1, 2)
         return torch.tanh(self.blocks(x))
 
@@ -65,9 +71,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """D: images float [N,C,H,W] and labels c int64 [N] (None if num_classes is 0) → logits [N].
 
-    A conditional D is a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner
-    product of the class's embedding with the features summed over positions. Raises UserError for a size it
-    does not have.
+    A conditional D is a projection discriminator (Miyato & Koyama 2018, eq. 3): it adds to the logit the
+    inner product of the class's embedding with the features summed over positions. Raises UserError for a
+    size it does not have.
     """
 
     def __init__(
@@ -93,9 +99,7 @@ class Discriminator(nn.Module):
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, std=_std(self.to_logit, norm, 1.0))
         if spectral_norm:
-            normalise_kernels(self)
-            if self.embed is not None:
-                add_spectral_norm(self.embed)  # as Miyato & Koyama: all of D is Lipschitz, or none of it is
+            normalise_kernels(self, nn.Embedding)  # as Miyato & Koyama: all of D is Lipschitz, or none of it
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         features = self.blocks(x)
@@ -146,13 +150,8 @@ class Down(nn.Module):
 
 
 def _start_and_hidden(size: int, width: int) -> tuple[int, list[int]]:
-    """Pixels of the smallest feature map, and the channels of every one from the image inwards."""
-    if size not in SIZES:
-        raise UserError(
-            f"data.size={size}: dcgan has no network for {size} px images, only for "
-            f"{', '.join(map(str, SIZES))}. Set data.size to one of them (`shardgan prepare --size` resizes "
-            "images), or bring a network of your own: G.kind and D.kind take package.module:Class."
-        )
+    """Pixels of the smallest feature map, and channels of each map from the image inwards."""
+    refuse_size("dcgan", size, SIZES)
     start = 7 if size == 28 else 4
     levels = int(math.log2(size // start))
     return start, [width * min(2**level, 8) for level in range(levels)]
@@ -170,9 +169,9 @@ def _initialise(module: nn.Module, norm: Norm, gain: float) -> None:
 def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
     """0.02 as in the paper, under batch norm; else He et al. 2015's gain / √fan_in.
 
-    At 0.02 the signal shrinks from layer to layer, the more the narrower the network. Batch norm restores it
-    everywhere; without a norm images start out all but grey and logits all but constant, and learning takes
-    long to begin. He's keeps the scale at any width, and group and instance norm are indifferent to it.
+    At 0.02 the signal shrinks from layer to layer, more so in narrow networks. Batch norm restores it;
+    without a norm images start almost grey, logits almost constant, and learning starts late. He's gain keeps
+    the scale at any width; group and instance norm do not depend on it.
     """
     if norm == "batch":
         return 0.02

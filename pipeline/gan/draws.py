@@ -1,7 +1,7 @@
 """All randomness of training, as a function of (seed, purpose, cur_nimg): there is no state to save.
 
-Drawn on the CPU for the whole global batch, of which each rank takes its slice, so that the draws depend
-neither on the number of ranks nor on their devices.
+Each rank draws the whole global batch on its CPU and takes a slice: the draws depend neither on the number
+of ranks nor on their devices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_MOST_COLUMNS = 16  # a grid with a column per class is readable up to about here
+_MOST_COLUMNS = 16  # with more, a grid with a column per class is hard to read
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -24,18 +24,18 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class Drawn(NamedTuple):
-    """What one player's turn needs at random, for the whole global batch, on the CPU."""
+    """The random inputs of one player's turn, for the whole global batch, on the CPU."""
 
     z: Tensor  # float32 [count, z_dim]
     c: Tensor | None  # int64 [count]
-    seed: int  # of what the networks draw themselves (dropout); callers add their rank and round
+    seed: int  # for dropout inside the networks; callers add their rank and round
 
 
 class Draws:
     """Latents and fake labels.
 
-    label_frequencies: how often each class occurs in the training set (counts or shares), which the fake
-    labels follow; None: unconditional, labels are None.
+    label_frequencies: how often each class occurs in the training set (counts or shares); fake labels
+    follow it. None: unconditional, labels are None.
     """
 
     def __init__(self, seed: int, z_dim: int, label_frequencies: Sequence[float] | None) -> None:
@@ -50,7 +50,7 @@ class Draws:
     def latents(self, purpose: str, cur_nimg: int, count: int) -> Drawn:
         """z, standard normal float32 [count, z_dim], labels int64 [count] or None, and a seed, on the CPU.
 
-        `count` is the whole global batch: slices of one draw belong together, draws of other counts do not.
+        `count` is the whole global batch: a draw of another count is another draw, not a slice of this one.
         """
         z = torch.randn(count, self._z_dim, generator=self._generator("latents", purpose, cur_nimg))
         seed = derive_seed(self._seed, "networks", purpose, cur_nimg)
@@ -60,9 +60,9 @@ class Draws:
         return Drawn(z, self._inverse_cdf(u), seed)
 
     def grid(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The fixed latents of sample grids, as `latents` gives them; labels run through the classes in turn.
+        """The fixed latents of sample grids, as `latents` gives them; labels cycle through the classes.
 
-        Laid out row by row in `grid_columns(count)` columns, a column holds one class.
+        Laid out row by row in `grid_columns(count)` columns, each column holds one class.
         """
         z = self.latents("grid", 0, count).z
         if self._frequencies is None:
@@ -71,7 +71,7 @@ class Draws:
         return z, classes[torch.arange(count) % len(classes)]
 
     def grid_columns(self, count: int) -> int:
-        """How many columns a grid of `count` images has: one per class if they are few, else a square."""
+        """Columns of a grid of `count` images: one per class if there are few classes, else a square grid."""
         if self._frequencies is not None:
             classes = int(self._frequencies.count_nonzero())
             if 1 < classes <= min(_MOST_COLUMNS, count):
@@ -79,7 +79,7 @@ class Draws:
         return math.ceil(math.sqrt(count))
 
     def _inverse_cdf(self, u: Tensor) -> Tensor:
-        """Classes for u uniform in [0, 1); one that never occurs has an empty interval and is never drawn."""
+        """Classes for u uniform in [0, 1); a class that never occurs has an empty interval."""
         assert self._frequencies is not None
         cdf = self._frequencies.cumsum(0)
         return torch.searchsorted(cdf / cdf[-1], u, right=True)

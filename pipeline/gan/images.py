@@ -1,4 +1,4 @@
-"""Between stored images, uint8 in [0, 255], and the networks' floats in [-1, 1]."""
+"""Conversion between stored images, uint8 in [0, 255], and the networks' floats in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Generated images, float in [-1, 1], as they would be stored: uint8 in [0, 255], the same shape.
+    """Generated images, float in [-1, 1] → uint8 in [0, 255], the same shape; for grids and scores alike.
 
-    The one place where this happens: a picture that is looked at and one that is scored are the same.
-    Rounds to the nearest level; what lies outside the range is clamped, NaN becomes 0.
+    Rounds to the nearest level, clamps values outside the range, turns NaN into 0.
     """
     return (images.float() * 127.5 + 127.5).nan_to_num(nan=0.0).round().clamp(0, 255).to(torch.uint8)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import relu, softplus
-
-Kind = Literal["minimax", "nonsaturating", "hinge", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -18,10 +15,10 @@ class Adversarial:
 
     d: Callable[[Tensor, Tensor], Tensor]  # (real_logits, fake_logits) → L_D
     g: Callable[[Tensor, Tensor | None], Tensor]  # (fake_logits, real_logits if paired) → L_G
-    paired: bool = False  # whether G's loss compares with real images too, the i-th fake with the i-th real
+    paired: bool = False  # whether G's loss needs real_logits: the i-th fake is compared with the i-th real
 
 
-def adversarial(kind: Kind) -> Adversarial:
+def adversarial(kind: str) -> Adversarial:
     """The two losses named `kind` in the config (`loss.kind`)."""
     return _KINDS[kind]
 
@@ -35,7 +32,7 @@ def _log_loss_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def _minimax_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
-    """E[log(1 − σ(D(G(z))))]: Goodfellow et al. 2014, eq. 1. Its gradient fades where D is sure."""
+    """E[log(1 − σ(D(G(z))))]: Goodfellow et al. 2014, eq. 1. Its gradient vanishes where D is sure."""
     return -softplus(fake_logits.float()).mean()
 
 
@@ -64,7 +61,7 @@ def _least_squares_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     return 0.5 * (fake_logits.float() - 1).square().mean()
 
 
-_KINDS: dict[Kind, Adversarial] = {
+_KINDS: dict[str, Adversarial] = {
     "minimax": Adversarial(_log_loss_d, _minimax_g),
     "nonsaturating": Adversarial(_log_loss_d, _nonsaturating_g),
     "hinge": Adversarial(_hinge_d, _hinge_g),

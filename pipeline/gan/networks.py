@@ -30,7 +30,7 @@ FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
 
 
 def build_G(config: Config, num_classes: int) -> nn.Module:
-    """G on the CPU, its weights a function of (run.seed, "G") alone; global random state is left alone.
+    """G on the CPU, its weights a function of (run.seed, "G") alone; global random state does not change.
 
     num_classes: 0 for an unconditional run. A user's class is called with z_dim, size, channels, num_classes
     and G.options. Raises UserError if there is no such network or it cannot be built.
@@ -44,12 +44,11 @@ def build_D(config: Config, num_classes: int) -> nn.Module:
 
 
 def check_networks(config: Config, num_classes: int) -> None:
-    """Refuse, cheaply and before any process is spawned, networks that do not exist or do not fit the data.
+    """Refuse networks that do not exist or do not fit the data, cheaply and before any process is spawned.
 
-    Builds G and D without memory or arithmetic (meta device), and sends a batch of two through a user's own
-    network; one that cannot do without is tried on the CPU. Raises UserError if one cannot be built, if
-    G's images are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty covers
-    nothing.
+    Builds G and D without memory or arithmetic (meta device), and passes a batch of two through a user's own
+    network, on the CPU if it cannot run on meta. Raises UserError if a network cannot be built, if G's images
+    are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty covers nothing.
     """
     data = config.data
     image = (2, data.channels, data.size, data.size)
@@ -60,7 +59,7 @@ def check_networks(config: Config, num_classes: int) -> None:
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would reseed the accelerators as well.
+        # torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
         try:
             return network(**arguments)
@@ -86,7 +85,7 @@ def _class_of(config: Config, player: Player) -> type[nn.Module]:
 
 
 def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, Any]:
-    """The keyword arguments a network is made with."""
+    """The keyword arguments of a network's class."""
     section = _section(config, player)
     given: dict[str, Any] = {
         "size": config.data.size,
@@ -103,7 +102,7 @@ def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, An
 
 
 def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[str, Any]:
-    """The keys of a section that its family's class names as parameters; others must be as by default."""
+    """The keys of a section that its family's class has as parameters. Others must have their default."""
     if section.options:
         raise UserError(
             f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set by the "
@@ -130,7 +129,7 @@ def _check_shape(
     config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
 ) -> None:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
-    if _section(config, player).kind in FAMILIES:  # ours refuse when made what they cannot do
+    if _section(config, player).kind in FAMILIES:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             network(**arguments)
         return
@@ -138,7 +137,7 @@ def _check_shape(
         module, out = _forward(network, arguments, given, "meta")
     except UserError:
         raise
-    except Exception:  # perhaps only because there is no arithmetic on meta
+    except Exception:  # perhaps only because meta has no arithmetic
         try:
             module, out = _forward(network, arguments, given, "cpu")
         except Exception as error:
@@ -161,8 +160,8 @@ def _forward(
 
 
 class _Unfilled(TorchFunctionMode):
-    """Skips torch.nn.init: on meta there is nothing to fill, yet torch would load its compiler for any
-    arithmetic there, a second in every process."""
+    """Skips torch.nn.init: meta has nothing to fill, yet any arithmetic there makes torch load its compiler,
+    a second in every process."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}

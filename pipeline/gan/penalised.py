@@ -1,4 +1,4 @@
-"""Which parameters a weight penalty λ‖W‖² covers, decided by name on the whole, unsharded module."""
+"""Which parameters a weight penalty λ‖W‖² covers: names, chosen on the whole, unsharded module."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config import UserError, WeightPenalty
 
 KERNEL_LAYERS = (_ConvNd, nn.Linear)  # _ConvNd: transposed convolutions too
 
-# A kernel as a layer of its own holds it, plain or under the older hooks for spectral and weight norm.
+# A layer's kernel, plain or under the older hooks for spectral and weight norm.
 _KERNEL_NAMES = ("weight", "weight_orig", "weight_g", "weight_v")
 _ATTENTION_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -21,10 +21,9 @@ _ATTENTION_NAMES = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_
 def penalised_names(module: nn.Module, on: Literal["weights", "all"]) -> frozenset[str]:
     """Names, as in `module.named_parameters()`, of the parameters that a weight penalty covers.
 
-    "weights": the kernels of convolutions and linear layers (attention's projections among them), also
-    under a parametrization such as spectral norm, where what is stored and learnt is penalised; no biases,
-    norms or embeddings. "all": every parameter. A tied parameter appears once, under its first name; tied
-    to a kernel it is a kernel, whatever else it serves as.
+    "weights": the kernels of convolutions and linear layers, attention's projections included; under a
+    parametrization such as spectral norm the stored kernels; no biases, norms or embeddings. "all": every
+    parameter. A tied parameter appears once, under its first name, and is a kernel if any of its uses is.
     """
     if on == "all":
         return frozenset(name for name, _ in module.named_parameters())
@@ -33,19 +32,19 @@ def penalised_names(module: nn.Module, on: Literal["weights", "all"]) -> frozens
 
 
 def check_penalty(player: str, module: nn.Module, penalty: WeightPenalty, names: frozenset[str]) -> None:
-    """Raise UserError for a weight penalty that covers nothing: `names`, as `penalised_names` gave them, has
-    no parameter of the module that trains."""
+    """Raise UserError for a weight penalty that covers nothing: none of `names` (from `penalised_names`) is a
+    parameter that trains."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if (penalty.l2 or penalty.l1) and not names & trained:
         raise UserError(
-            f"penalty.{player} covers nothing: no kernel of {type(module).__name__} trains, be it of a "
-            "convolution or a linear layer. Set penalty.on=all to penalise every parameter, or "
+            f"penalty.{player} covers nothing: no kernel of {type(module).__name__} trains, neither of a "
+            "convolution nor of a linear layer. Set penalty.on=all to penalise every parameter, or "
             f"penalty.{player}.l2=0 and penalty.{player}.l1=0."
         )
 
 
 def _kernels(layer: nn.Module) -> Iterator[nn.Parameter]:
-    """The kernels that `layer` itself holds. Never reads `layer.weight`: computing it may change u and v."""
+    """The kernels of `layer` itself. Does not read `layer.weight`: computing it may change u and v."""
     if isinstance(layer, nn.MultiheadAttention):
         names = _ATTENTION_NAMES
     elif isinstance(layer, KERNEL_LAYERS):

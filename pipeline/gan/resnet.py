@@ -2,7 +2,7 @@
 
 Between 4×4 features and the image, every block doubles (G) or halves (D) the size; channels double from the
 image inwards, up to eightfold. Without BigGAN's attention. G has 55 M parameters and D 51 M at 32 px and
-width 288, 57 M and 55 M at 64 px and width 176. Each is a sequence of blocks that can be sharded one by one.
+width 288, 57 M and 55 M at 64 px and width 176. Each is a sequence of blocks, sharded one by one.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm as add_spectral_norm
 
-from pipeline.config import Norm, UserError
-from pipeline.gan.layers import Activation, activation_layer, norm_layer, normalise_kernels
+from pipeline.config import Norm
+from pipeline.gan.layers import Activation, activation_layer, norm_layer, normalise_kernels, refuse_size
 
 SIZES = (32, 64, 128, 256)
 _START = 4  # pixels of the smallest features
@@ -64,7 +63,7 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         if self.embed is not None:
             z = torch.cat([z, self.embed(c)], dim=1)
-        # Channels last in memory: the reshape is then a view in the layout that convolutions prefer.
+        # Channels last: a view in the memory layout that convolutions prefer.
         x = self.project(z).view(len(z), _START, _START, -1).permute(0, 3, 1, 2)
         images: Tensor = self.blocks(x)
         return images
@@ -109,9 +108,7 @@ class Discriminator(nn.Module):
         if self.embed is not None:
             nn.init.normal_(self.embed.weight, std=_std(self.to_logit.weight, 1 / _START**2))
         if spectral_norm:
-            normalise_kernels(self)
-            if self.embed is not None:
-                add_spectral_norm(self.embed)  # as Miyato & Koyama: all of D is Lipschitz, or none of it is
+            normalise_kernels(self, nn.Embedding)  # as Miyato & Koyama: all of D is Lipschitz, or none of it
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         features = self.blocks(x).sum((2, 3))
@@ -122,7 +119,7 @@ class Discriminator(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + branch(x), twice or half the size if asked: [N, a, H, W] → [N, b, H', W'].
+    """x + branch(x), resampled to twice or half the size: [N, a, H, W] → [N, b, H', W'].
 
     Branch: (norm, activation, 3×3 convolution) twice, enlarging before the first, shrinking after the second,
     with dropout before the second. of_image: the block that sees the image, which it takes as it is.
@@ -140,7 +137,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         hidden = outputs if of_image else min(inputs, outputs)
-        bias = norm == "none"  # a norm has shifts of its own, and takes away those of what it reads
+        bias = norm == "none"  # a norm has its own shifts and removes those of its input
         self.norm1 = nn.Identity() if of_image else norm_layer(norm, inputs)
         self.activation1 = nn.Identity() if of_image else activation_layer(activation)
         self.conv1 = nn.Conv2d(inputs, hidden, 3, padding=1, bias=bias)
@@ -155,29 +152,24 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv1(self.enlarge(self.activation1(self.norm1(x))))
         branch = self.shrink(self.conv2(self.dropout(self.activation2(self.norm2(branch)))))
-        # A 1×1 convolution and a change of size may swap places: the convolution goes where pixels are fewer.
+        # A 1×1 convolution and resampling commute: the convolution runs where there are fewer pixels.
         out: Tensor = branch + self.enlarge(self.match(self.shrink(x)))
         return out
 
 
 def _channels(size: int, width: int) -> list[int]:
-    """Channels at each resolution, from the image's inwards to 4×4."""
-    if size not in SIZES:
-        raise UserError(
-            f"data.size={size}: resnet has no network for {size} px images, only for "
-            f"{', '.join(map(str, SIZES))}. Set data.size to one of them (`shardgan prepare --size` resizes "
-            "images), or bring a network of your own: G.kind and D.kind take package.module:Class."
-        )
+    """Channels at each resolution, from the image inwards to 4×4."""
+    refuse_size("resnet", size, SIZES)
     levels = int(math.log2(size // _START))
     return [width * min(2**level, 8) for level in range(levels + 1)]
 
 
 def _initialise(network: nn.Module, norm: Norm) -> None:
-    """Kernels normal and of such a size that features neither fade nor explode; biases 0.
+    """Kernels normal, scaled so that features neither vanish nor explode; biases 0.
 
-    A branch reads rectified features (gain √2), a shortcut reads them as they are (gain 1). Without a norm
-    every block would double the variance. There, branches start at 1/√L of that for L blocks, so that all of
-    them together multiply it by e at most (Hayou et al. 2021, Stable ResNet).
+    A branch reads rectified features (gain √2), a shortcut unrectified ones (gain 1). Without a norm every
+    block would double the variance: there, the branches of L blocks start at 1/√L of that, so that together
+    they multiply it by e at most (Hayou et al. 2021, Stable ResNet).
     """
     blocks = [m for m in network.modules() if isinstance(m, Residual)]
     start = 1 / math.sqrt(len(blocks)) if norm == "none" else 1.0

@@ -40,8 +40,7 @@ class ReplicatedEngine(MasterEngine):
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
         self._ddp = _wrap(module) if ranks.world > 1 else None
-        self._penalties: dict[str, torch.Tensor] = {}
-        self._factor = torch.ones((), device=ranks.device)  # of the loss, in this turn
+        self._penalties: dict[str, torch.Tensor] | None = None
         self._settle_buckets(example)
 
     @property
@@ -54,19 +53,15 @@ class ReplicatedEngine(MasterEngine):
         return output
 
     def begin_turn(self) -> None:
-        if not self.frozen:
+        """Makes the gradients NaN if any penalty is not finite on this rank: all ranks then skip together, as
+        the all-reduce spreads the NaN. (Sharded players agree on their gradients' norm.)"""
+        super().begin_turn()
+        if self._ddp is not None and not self.frozen:
             self._penalties = self.penalty.values()
-            if self._ddp is not None:
-                one = torch.ones((), device=self.ranks.device)
-                self._factor = poisoned(one, self._penalties).float()
+            self._loss_gradient = poisoned(self._loss_gradient, self._penalties).float()
 
-    def penalties(self) -> dict[str, torch.Tensor]:
+    def penalties(self) -> dict[str, torch.Tensor] | None:
         return self._penalties
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Makes the loss NaN if any penalty is not finite on this rank: all ranks then skip together, as the
-        all-reduce of the gradients spreads the NaN. (Sharded players agree on their gradients' norm.)"""
-        super().backward(loss if self._ddp is None else loss * self._factor)
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -58,6 +58,7 @@ class Fsdp2Engine(MasterEngine):
         return output
 
     def begin_turn(self) -> None:
+        super().begin_turn()
         """Blocks stay gathered to the end of the turn if the launcher's file says so, and from their first
         backward on if there is a second."""
         keep = self.ranks.keep_gathered

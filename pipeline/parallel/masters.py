@@ -12,7 +12,7 @@ from pipeline.config import Optimizer
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
-from pipeline.parallel.fragments import Fragment, sum_of_squares
+from pipeline.parallel.fragments import Fragment, sums_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
@@ -38,6 +38,8 @@ class MasterEngine(Engine):
         self.penalty = LocalPenalty.over(fragments, player.penalty)
         self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
         start_momentum(self._optimizer, masters.values())
+        self._share = torch.full((), 1 / batch.rounds, device=ranks.device)  # of a round in the loss
+        self._loss_gradient = self._share  # what backward passes begin with
 
     @property
     def fragments(self) -> list[Fragment]:
@@ -47,27 +49,30 @@ class MasterEngine(Engine):
     def collect_gradients(self) -> None:
         """See to it that every master has its gradient, averaged over ranks, in `.grad`."""
 
-    def penalties(self) -> dict[str, torch.Tensor]:
-        """Chart part → this rank's share of each weight penalty, at the weights before the update."""
-        return self.penalty.values()
+    def penalties(self) -> dict[str, torch.Tensor] | None:
+        """The weight penalties' values, if the turn began by computing them."""
+        return None
+
+    def begin_turn(self) -> None:
+        if not self.frozen:
+            self._loss_gradient = self.scaled(self._share)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.doing("backward")
-        loss = self.scaled(loss)
-        if self.batch.rounds > 1:
-            loss = loss / self.batch.rounds
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(self._loss_gradient)  # type: ignore[no-untyped-call]
 
     def step(self, now: Rates) -> dict[str, Contribution]:
         self.doing("step")
         set_rates(self._optimizer, now)
         self.collect_gradients()
-        penalties = self.penalties()
         gradients = _gradients(self._masters.values())
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
-        squares = self.agreed(sum_of_squares(gradients), penalties)
+        penalties = self.penalties()
+        squares, of_weights = sums_of_squares(gradients, () if penalties else self.penalty.squared)
+        penalties = penalties or self.penalty.values(of_weights)
+        squares = self.agreed(squares, penalties)
         self._clip(gradients, squares)
         # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
         # the update alike, decided on the device.

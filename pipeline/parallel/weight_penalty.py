@@ -29,14 +29,22 @@ class LocalPenalty:
     def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> LocalPenalty:
         return cls(coefficients, [f.data for f in fragments if f.penalised])
 
-    def values(self) -> dict[str, torch.Tensor]:
-        """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used."""
-        l2 = self.coefficients.l2
-        device = self.weights[0].device if self.weights else None
-        if l2:
-            values = {"l2_penalty": l2 * sum_of_squares(self.weights)}
-        else:  # unpenalised: no pass over the weights
-            values = {"l2_penalty": torch.zeros((), dtype=torch.float64, device=device)}
+    @property
+    def squared(self) -> list[torch.Tensor]:
+        """The weights whose sum of squares is part of the penalty: all or none."""
+        return self.weights if self.coefficients.l2 else []
+
+    def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used.
+
+        squares: the sum of squares of `squared`, if it is known already.
+        """
+        if not self.squared:
+            device = self.weights[0].device if self.weights else None
+            squares = torch.zeros((), dtype=torch.float64, device=device)
+        elif squares is None:
+            squares = sum_of_squares(self.weights)
+        values = {"l2_penalty": self.coefficients.l2 * squares}
         if self.coefficients.l1:
             values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
         return values

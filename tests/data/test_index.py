@@ -14,7 +14,8 @@ from conftest import MakeShards
 from tiny_shards import image_of, write_tar
 
 from pipeline.config import UserError
-from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.index import Index, load_index
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.sidecar import IMAGE_EXTENSIONS
 
 
@@ -276,8 +277,10 @@ def test_several_processes_build_at_once(make_shards: MakeShards) -> None:
 
 def test_index_only_keeps_what_prepare_recorded(make_shards: MakeShards) -> None:
     root = make_shards([4], classes=2)
-    built: Index = build_index(str(root), extra={"classes": ["cat", "dog"]}, name="pets")
-    assert built.classes == ("cat", "dog")
+    record = {"name": "pets", "classes": ["cat", "dog"], "shardlist": []}
+    (root / "index.json").write_text(json.dumps(record))
+    built: Index = build_index(str(root))
+    assert built.classes == ("cat", "dog") and built.name == "pets"
     again = build_index(str(root))
     assert again == built and load_index(str(root)) == built
 

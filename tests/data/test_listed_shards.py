@@ -14,8 +14,9 @@ from tiny_shards import SIZE, members_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data import sidecar
-from pipeline.data.index import build_index, load_index
+from pipeline.data.index import load_index
 from pipeline.data.plan import Split
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.prepare.verify import verify
 from pipeline.data.stream import check_images, label_frequencies
 

@@ -19,10 +19,11 @@ from tiny_shards import SIZE, Members, image_of, members_of, png, sample_of, wri
 
 from pipeline.config import Data, UserError
 from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks
-from pipeline.data.index import build_index, load_index
+from pipeline.data.index import load_index
 from pipeline.data.locate import Location
 from pipeline.data.plan import Split
 from pipeline.data.prepare.all_images import load_all_images
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.reader import Reader
 from pipeline.data.stream import heldout_batches, label_frequencies
@@ -141,7 +142,7 @@ def test_stages_get_an_image_under_its_own_extension(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "word"), [(b"cat", "no label"), ("9", "has label 9; those .* end at 2"), (None, "no")]
+    ("label", "word"), [(b"cat", "no label"), ("9", "has label 9; the .* labels end at 2"), (None, "no")]
 )
 def test_a_stage_that_gives_no_label_of_the_shards(make_shards: MakeShards, label: object, word: str) -> None:
     index, plan = open_all(make_shards([9], classes=3))

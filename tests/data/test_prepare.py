@@ -21,9 +21,10 @@ from tiny_shards import contents, png, sample_of, write_tar
 
 from launch.prepare import prepare as command
 from pipeline.config import Data, UserError
-from pipeline.data.index import build_index, load_index
+from pipeline.data.index import load_index
 from pipeline.data.plan import Split
 from pipeline.data.prepare.writer import Options, prepare
+from pipeline.data.record import write_record
 from pipeline.data.stream import training_batches
 
 ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
@@ -174,7 +175,7 @@ def test_nested_folders(pictures: Path, tmp_path: Path, by: str, classes: tuple[
 def test_shards_are_cut_anew(make_shards: MakeShards, tmp_path: Path) -> None:
     """Other sizes of shard, the same images, labels and names of classes; also from one tar."""
     root = make_shards([7, 1, 12], classes=3)
-    build_index(str(root), extra={"classes": ["a", "b", "c"]})
+    write_record(root, "", [], {"classes": ["a", "b", "c"]})
     index = prepare(str(root), str(tmp_path / "out"), Options(per_shard=8), workers=2)
     assert index.sizes == (8, 8, 4) and index.classes == ("a", "b", "c")
     samples = webdataset.WebDataset(f"{tmp_path}/out/shard-{{000000..000002}}.tar", shardshuffle=False)

@@ -11,7 +11,8 @@ from faulty_server import FaultyServer, serving
 from remote_shards import NAMES, QUICK, SOON, consumed, shards_kept
 
 from pipeline.config import UserError
-from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.index import Index, load_index
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.reader import Reader
 
 

@@ -12,7 +12,8 @@ from conftest import MakeShards
 from moto.server import ThreadedMotoServer
 
 from pipeline.config import Remote, UserError
-from pipeline.data.index import Index, build_index, load_index
+from pipeline.data.index import Index, load_index
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.reader import Reader
 from pipeline.data.remote import transfer
 

@@ -172,7 +172,7 @@ def test_a_copy_that_is_damaged_on_this_disk(server: FaultyServer, cache: Path) 
     data[int(index.table(2).offset[4]) + 20] ^= 4
     kept.write_bytes(data)
     reader = Reader(index, 2)
-    with pytest.raises(BadSampleError, match=rf"wrong CRC\). Remove {kept}, and it is fetched again"):
+    with pytest.raises(BadSampleError, match=rf"wrong CRC\). Remove {kept} to fetch it again"):
         reader.read(2, 4)
     reader.close()
     kept.unlink()

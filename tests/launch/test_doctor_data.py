@@ -19,7 +19,8 @@ from launch.doctor import data as doctor_data
 from launch.doctor.finding import Finding, Job
 from pipeline import config
 from pipeline.data import cache
-from pipeline.data.index import build_index, load_index
+from pipeline.data.index import load_index
+from pipeline.data.prepare.reindex import build_index
 from pipeline.data.prepare.writer import Options, prepare
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"

@@ -122,8 +122,8 @@ def _spoilt(kind: str, gan: Gan, ranks: Ranks) -> Iterator[tuple[Gan, bool]]:
     elif what == "penalty":
         values = LocalPenalty.values
 
-        def spoilt(self: LocalPenalty) -> Tensors:
-            return {part: value * float("nan") for part, value in values(self).items()}
+        def spoilt(self: LocalPenalty, *given: torch.Tensor) -> Tensors:
+            return {part: value * float("nan") for part, value in values(self, *given).items()}
 
         with patch.object(LocalPenalty, "values", spoilt):
             yield gan, False

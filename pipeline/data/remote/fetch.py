@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data import sidecar
-from pipeline.data.record import INDEX, Shard, parse_record, read_record, shard_of, sidecar_path
+from pipeline.data.record import INDEX, Shard, is_complete, parse_record, read_record, shard_of, sidecar_path
 from pipeline.data.remote.shard_cache import ShardCache
 from pipeline.data.remote.transfer import Patience, WrongBytesError, download, names_in, read
 from pipeline.data.remote.urls import RemoteFolder
@@ -22,7 +22,6 @@ from pipeline.folders import cache_folder
 
 _LARGEST_INDEX = 1 << 30  # bytes
 _LARGEST_SIDECAR = 1 << 30
-_INDEXED = {"nsamples", "filesize", "sha256", "labels"}
 
 
 @dataclass(frozen=True)
@@ -159,9 +158,9 @@ class RemoteShards:
             ) from None
 
 
-def is_complete(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of index.json says all that a stream from elsewhere is checked against."""
-    return entry.keys() >= _INDEXED and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
+def is_verifiable(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry of index.json says all that a remote shard is checked against."""
+    return is_complete(entry) and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
 
 
 def _shards_folder(remote: Remote) -> Path:

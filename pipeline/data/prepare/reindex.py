@@ -1,0 +1,70 @@
+"""`shardgan prepare --index-only`: an index built from the shards, whatever was there before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from pipeline.config import Remote, UserError
+from pipeline.data.index import Announce, Index, in_threads, index_of, index_shards, not_empty
+from pipeline.data.locate import Location, is_file, look, refuse_none
+from pipeline.data.record import read_record, write_record
+from pipeline.data.remote.fetch import RemoteShards
+from pipeline.data.remote.urls import is_url, locate_url
+from pipeline.data.samples import describe
+
+_TRANSFERS = 8  # at once
+
+
+def build_index(train: str, announce: Announce = lambda _: None, remote: Remote | None = None) -> Index:
+    """Walk every shard and write index.json and sidecars.
+
+    What an index.json there says of the whole (name, classes) is kept. `train` must be a folder, or a URL,
+    whose shards are all fetched once and whose index is kept on this machine. Raises UserError as load_index
+    does.
+    """
+    if is_url(train):
+        return _build_remote(train, announce, remote or Remote())
+    location = _locate(train, announce)
+    ours = ("wids_version", "name", "shardlist")
+    kept = {key: value for key, value in location.record.items() if key not in ours}
+    shards = tuple(index_shards(location.root, {url: {} for url in location.urls}, announce))
+    index = not_empty(index_of(location.root, location.record, shards))
+    write_record(index.root, index.name, shards, kept)
+    for line in describe(index.passed_over("without_image"), index.passed_over("unusable")):
+        announce(line)
+    return index
+
+
+def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
+    folder, names = locate_url(train)
+    shards = RemoteShards(folder, remote)
+    names = names or shards.list(announce)
+    if not names:
+        raise UserError(
+            f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
+        )
+    announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
+    found = tuple(in_threads(lambda name: shards.index(name, announce), names, _TRANSFERS))
+    index = not_empty(index_of(shards.home, {}, found, shards))
+    write_record(index.root, index.name, found, {})
+    return index
+
+
+def _locate(train: str, announce: Announce) -> Location:
+    """All shards of a folder: those in it, and those in folders below that its index.json, if fit, lists.
+
+    Raises UserError if there are none, or `train` is no folder.
+    """
+    found = look(train)
+    if not found.whole:
+        raise UserError(f"An index describes a whole folder of shards; {train} is not a folder.")
+    try:
+        found = replace(found, record=read_record(found.root))
+    except UserError as error:
+        announce(f"{error} A new one is written.")
+    listed = (PurePosixPath(url).as_posix() for url in found.entries)
+    urls = {*found.urls, *(url for url in listed if is_file(found.root / url))}
+    found = replace(found, urls=tuple(sorted(urls)))
+    refuse_none(found)
+    return found
