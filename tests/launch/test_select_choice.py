@@ -90,12 +90,13 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_a_full_disk_does_not_stop_the_trials(tmp_path):
+def test_a_full_disk_does_not_stop_the_trials(tmp_path, monkeypatch):
     base, trials = selection(tmp_path)
     finish(trials[0])
     said = []
     work = Work(base, trials, LaunchOptions(), ("", ()), said.append, PAIRED)
     work.folder.mkdir(exist_ok=True)
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "partial")
     (work.folder / ".table.json.partial").symlink_to("/dev/full")
     work._ended(trials[0], "")
     assert said[0].startswith("warning: ") and "No space left" in said[0] and "[1/4]" in said[1]
