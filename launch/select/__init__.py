@@ -75,8 +75,8 @@ def select(
     report.md, curve.png, table.json, table.csv, and best.yaml, ready to train.
     """
     from launch.select import candidates as select_candidates
-    from launch.select import trials as select_trials
-    from launch.select.work import Work
+    from launch.select.selection import Selection
+    from launch.select.trials import LaunchOptions, trials
     from launch.slurm.jobs import Resources
 
     if bool(grid) == bool(arms):
@@ -84,12 +84,12 @@ def select(
     if strategy == "single" and procs > 1:
         raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
     candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
-    base, trials = select_trials.trials(config, settings, candidates, folds, seeds)
-    launch = select_trials.LaunchOptions(strategy, procs, mixed_precision)
-    work = Work(base, trials, launch, (config, settings), click.echo, rule)
+    base, found = trials(config, settings, candidates, folds, seeds)
+    launch = LaunchOptions(strategy, procs, mixed_precision)
+    selection = Selection(base, found, launch, (config, settings), click.echo, rule)
     if collect:
-        work.collect()
+        selection.collect()
     elif slurm:
-        work.submit(Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs)
+        selection.submit(Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs)
     else:
-        work.train(jobs)
+        selection.train(jobs)

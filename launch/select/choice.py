@@ -1,4 +1,4 @@
-"""Which candidate to choose: what its trials came to, compared in pairs of the same fold and seed."""
+"""Which candidate to choose: the scores of its trials, compared in pairs of the same fold and seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Outcome:
 
     trial: Trial
     score: float  # the one to choose by
-    last: Mapping[str, float]  # the row of metrics.jsonl that it stands in
+    last: Mapping[str, float]  # the row of metrics.jsonl with that score
     seconds: float  # of training
 
     @property
@@ -31,12 +31,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm: its finished trials, what became of those that failed, and those that are still to come."""
+    """One arm: its finished trials, how others failed, and those that are not done."""
 
     arm: Arm
     outcomes: Sequence[Outcome]
     failures: Mapping[str, str]
-    pending: Sequence[str] = ()  # only told: they count neither for nor against it
+    pending: Sequence[str] = ()  # count neither for nor against it
 
     @property
     def mean(self) -> float:
@@ -52,7 +52,7 @@ class Row:
         return sum(o.seconds for o in self.outcomes)
 
     def chart(self, name: str) -> float:
-        """The mean over trials of what a chart ends with; nan if it has none."""
+        """The mean over trials of a chart's last value; nan if there is none."""
         values = [o.last[name] for o in self.outcomes if name in o.last]
         return fmean(values) if values else math.nan
 
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """All arms, and the choice, by the trials (seed and fold) that all have finished: only they compare."""
+    """All arms, and the choice by the trials (seed and fold) that all have finished: only they compare."""
 
     score: str  # as in the charts, without "Metrics/"
     rows: Sequence[Row]
@@ -73,11 +73,11 @@ class ScoreTable:
 
     @property
     def comparable(self) -> list[Row]:
-        """The arms, each with those of its trials that all have finished. An arm of which some failed is left
-        out, unless it has these all the same."""
+        """The arms, each with those of its trials that all have finished. An arm with failed trials is left
+        out unless it has these."""
         done = {row.arm: {o.place for o in row.outcomes} for row in self.rows}
-        sound = [done[row.arm] for row in self.rows if not row.failures] or list(done.values())
-        common = set[tuple[int, int]].intersection(*sound) if sound else set()
+        intact = [done[row.arm] for row in self.rows if not row.failures] or list(done.values())
+        common = set[tuple[int, int]].intersection(*intact) if intact else set()
         return [
             Row(row.arm, [o for o in row.outcomes if o.place in common], row.failures, row.pending)
             for row in self.rows
@@ -92,13 +92,13 @@ class ScoreTable:
 
     @property
     def minimum(self) -> Row | None:
-        """The lowest mean; of equal ones the largest λ, or else the first listed."""
+        """The lowest mean; among equal ones the largest λ, or else the first listed."""
         return min(self.comparable, key=lambda row: (row.mean, -self._lambda(row)), default=None)
 
     @property
     def choice(self) -> Row | None:
-        """The largest λ that is within one standard error of the best; the best where candidates are anything
-        but the values of one λ."""
+        """The largest λ within one standard error of the best; the best if candidates differ in anything
+        else."""
         best = self.minimum
         if best is None or self.penalty is None:
             return best
@@ -106,15 +106,17 @@ class ScoreTable:
 
     @property
     def within(self) -> list[Row]:
-        """What the trials do not tell from the best: the arms, itself left out, whose distance from it is no
-        more than one standard error. By the paired rule that is the error of the difference over pairs of the
-        same fold and seed; by the unpaired one, that of the best one's own mean."""
+        """The arms other than the best whose distance from it is at most one standard error.
+
+        By the paired rule that is the error of the difference over pairs of the same fold and seed; by the
+        unpaired one, that of the best one's own mean.
+        """
         best = self.minimum
         return [row for row in self.comparable if best and row.arm != best.arm and self._is_within(row, best)]
 
     @property
     def penalty(self) -> str | None:
-        """The key of the λ that the candidates are values of, each a number; None if they are anything else.
+        """The key of the one λ whose values, all numbers, are the candidates; None if they are anything else.
         Only a larger λ is known to regularise more."""
         keys = {key for row in self.rows for key in row.arm.values}
         key = keys.pop() if len(keys) == 1 else ""
@@ -129,8 +131,7 @@ class ScoreTable:
         return difference <= (0 if math.isnan(error) else error)
 
     def _lambda(self, row: Row) -> float:
-        value = row.arm.number(self.penalty) if self.penalty else None
-        return 0 if value is None else value
+        return (row.arm.number(self.penalty) if self.penalty else None) or 0
 
 
 def _error(values: Sequence[float]) -> float:

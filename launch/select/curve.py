@@ -1,8 +1,9 @@
-"""curve.png: the scores of the candidates, and what each one's G makes."""
+"""curve.png: the scores of the candidates, and images that each one's G makes."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from launch.select.choice import PAIRED, Row, ScoreTable
-from launch.select.drawing import DARK, GREY, INK, LIGHT, MARK, new_figure, numbers, wrapped
 from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
 from pipeline.data.stream import heldout_batches
@@ -25,21 +25,42 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_INK, _DARK, _LIGHT, _GREY, _MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05020"
 _UNDER, _BESIDE = (3, 5), (12, 1)  # columns and rows of a candidate's images
 
 
-def curve(found: ScoreTable) -> Figure:
-    """From left to right, images underneath, for the values of one number; from top to bottom, with room for
-    names and images beside them, for anything else."""
-    compared = {row.arm: row for row in found.comparable}
-    rows = [compared.get(row.arm, row) for row in found.rows if row.outcomes]
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one; width, height: in inches, of which matplotlib can draw 595 at this resolution."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(min(width, 400), min(height, 400)), dpi=110, layout="constrained")
+
+
+def wrapped(name: str, letters: int) -> str:
+    """A name in up to three lines of so many letters. matplotlib reads text between two $ as a formula."""
+    lines = textwrap.wrap(name, letters, max_lines=3, placeholder="…") or [""]
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def numbers(rows: Sequence[Row]) -> list[float]:
+    """The values of a grid over one number; empty for anything else."""
+    found = [row.arm.number(key) for row in rows for key in row.arm.values]
+    one = all(len(row.arm.values) == 1 for row in rows)
+    return [x for x in found if x is not None] if one and None not in found else []
+
+
+def curve(table: ScoreTable) -> Figure:
+    """The values of one number from left to right, with images underneath; anything else from top to bottom,
+    with room for names, and images on the right."""
+    compared = {row.arm: row for row in table.comparable}
+    rows = [compared.get(row.arm, row) for row in table.rows if row.outcomes]
     upright = bool(numbers(rows))
     if upright:
         rows = [rows[i] for i in np.argsort(numbers(rows), kind="stable")]
     names = [wrapped(row.arm.label, 12 if upright else 34) for row in rows]
     figure, axes, panels = _layout(len(rows), upright)
-    _draw_scores(axes, found, rows, upright)
-    _label(axes, found, rows, names, upright)
+    _draw_scores(axes, table, rows, upright)
+    _label(axes, table, rows, names, upright)
     once = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend([*once.values()], [*once], loc="outside upper left", ncols=3, fontsize=8, frameon=False)
     shape = _UNDER if upright else _BESIDE
@@ -47,17 +68,17 @@ def curve(found: ScoreTable) -> Figure:
     strips = [*(_images(row, shape) for row in rows), _reals(rows[0], shape)]
     for panel, title, strip in zip(panels, titles, strips, strict=True):
         if strip is None:
-            panel.text(0.5, 0.5, "not there", ha="center", va="center", fontsize=8, color=INK)
+            panel.text(0.5, 0.5, "not there", ha="center", va="center", fontsize=8, color=_INK)
         else:
             panel.imshow(strip, cmap="gray", vmin=0, vmax=255)
-        panel.set_title(title, fontsize=8, color=INK, loc="center" if upright else "left", pad=3)
+        panel.set_title(title, fontsize=8, color=_INK, loc="center" if upright else "left", pad=3)
         panel.axis("off")
         panel.set_anchor("N" if upright else "W")
     return figure
 
 
 def _layout(count: int, upright: bool) -> tuple[Figure, Axes, list[Axes]]:
-    """The figure, where scores go, and where images go: one place for each candidate, one for real images."""
+    """The figure, the axes of the scores, and those of images: one per candidate, one for real images."""
     if upright:
         figure = new_figure(max(7, 1.1 * (count + 1)), 6.2)
         cells = figure.add_gridspec(2, count + 1, height_ratios=[1.45, 1])
@@ -69,10 +90,11 @@ def _layout(count: int, upright: bool) -> tuple[Figure, Axes, list[Axes]]:
     return figure, axes, [figure.add_subplot(cells[i, 1]) for i in range(count + 1)]
 
 
-def _draw_scores(axes: Axes, found: ScoreTable, rows: list[Row], upright: bool) -> None:
-    """Candidates at 0, 1, … on one axis, evenly: values of λ mostly are so in log, and one may be 0."""
-    best, choice = found.minimum, found.choice
-    compared = [row.arm for row in found.comparable]
+def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) -> None:
+    """Candidates evenly at 0, 1, …, as values of λ mostly are even in log, and one may be 0."""
+    best, choice = table.minimum, table.choice
+    compared = [row.arm for row in table.comparable]
+    paired = table.rule == PAIRED
 
     def points(places: Sequence[float], scores: Sequence[float], style: str, **look: Any) -> None:
         axes.plot(*((places, scores) if upright else (scores, places)), style, **look)
@@ -84,69 +106,63 @@ def _draw_scores(axes: Axes, found: ScoreTable, rows: list[Row], upright: bool) 
             axes.errorbar(row.mean, place, xerr=error, fmt="none", **look)
 
     if upright:
-        points(range(len(rows)), [row.mean for row in rows], "-", color=DARK, lw=1, zorder=0)
+        points(range(len(rows)), [row.mean for row in rows], "-", color=_DARK, lw=1, zorder=0)
     for place, row in enumerate(rows):
-        colour = DARK if row.arm in compared else GREY
+        colour = _DARK if row.arm in compared else _GREY
         scores = [o.score for o in row.outcomes]
-        points([place] * len(scores), scores, "o", ms=4, color=LIGHT, zorder=3, label="trial")
+        points([place] * len(scores), scores, "o", ms=4, color=_LIGHT, zorder=3, label="trial")
         bar(place, row, row.error, capsize=4, color=colour, zorder=1)
         label = "mean ± standard error" if row.arm in compared else "not compared: trials failed"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
-        if best and found.penalty and found.rule == PAIRED and row.arm in compared and row.arm != best.arm:
-            error = row.against(best)[1]
+        if best and table.penalty and paired and row.arm in compared and row.arm != best.arm:
             label = "± standard error of the difference\nfrom the best mean, in pairs"
-            bar(place, row, error, elinewidth=6, alpha=0.5, color=MARK, zorder=2, label=label)
+            look = {"elinewidth": 6, "alpha": 0.5, "color": _MARK, "zorder": 2}
+            bar(place, row, row.against(best)[1], label=label, **look)
         if choice and row.arm == choice.arm:
-            points([place], [row.mean], "o", ms=13, mfc="none", mec=MARK, zorder=4, label="chosen")
-    if best and found.penalty and len(best.outcomes) > 1:
-        paired = found.rule == PAIRED
-        limit, label = best.mean, "best mean"
-        if not paired:
-            limit, label = best.mean + best.error, "best mean + its standard error"
-        line = axes.axhline if upright else axes.axvline
-        line(limit, color=MARK, lw=0.8, ls="--", label=label)
+            points([place], [row.mean], "o", ms=13, mfc="none", mec=_MARK, zorder=4, label="chosen")
+    if best and table.penalty and len(best.outcomes) > 1:
+        limit = best.mean if paired else best.mean + best.error
+        label = "best mean" if paired else "best mean + its standard error"
+        (axes.axhline if upright else axes.axvline)(limit, color=_MARK, lw=0.8, ls="--", label=label)
 
 
-def _label(axes: Axes, found: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
-    means = [row.mean for row in rows]
+def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
+    means, title = [row.mean for row in rows], table.rows[0].arm.title
     of_scores, of_names = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
-    if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides what the others differ by
+    if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides how the others differ
         (axes.set_yscale if upright else axes.set_xscale)("log")
         of_scores.set_major_formatter("{x:g}")
         of_scores.set_minor_formatter("{x:g}")
-    of_scores.set_label_text(f"{found.score} on held-out images")
+    of_scores.set_label_text(f"{table.score} on held-out images")
     of_names.set_ticks(range(len(rows)), names, fontsize=8 if upright else 9)
-    of_names.set_label_text(found.rows[0].arm.title if upright else "")
     if upright:
+        of_names.set_label_text(title)
         axes.set_xlim(-0.5, len(rows) - 0.5)
-    else:
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-    title = found.rows[0].arm.title
-    if not upright and title != "candidate":
-        axes.set_title(title, fontsize=9, color=INK, loc="left")
+        return
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if title != "candidate":
+        axes.set_title(title, fontsize=9, color=_INK, loc="left")
 
 
 def _images(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """What G_ema of a candidate's first trial makes of the same latents; None if it is no longer there."""
-    columns, count = shape[0], shape[0] * shape[1]
+    """What G_ema of a candidate's first trial makes of the same latents; None without a checkpoint."""
     try:
-        settings, checkpoint, state = load_run(row.outcomes[0].trial.folder)
-        G = load_generator(settings, checkpoint, state)
+        config, checkpoint, state = load_run(row.outcomes[0].trial.folder)
+        G = load_generator(config, checkpoint, state)
     except (OSError, ValueError, SafetensorError):
         return None
-    z, c = Draws(0, settings.G.z_dim, state.label_frequencies).grid(count)
-    return tile(from_latents(G, z, c, torch.device("cpu"))(0, len(z)), columns)
+    z, c = Draws(0, config.G.z_dim, state.label_frequencies).grid(shape[0] * shape[1])
+    return tile(from_latents(G, z, c, torch.device("cpu"))(0, len(z)), shape[0])
 
 
 def _reals(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     """Held-out images of the same trial; None if the data are no longer there."""
-    settings = row.outcomes[0].trial.settings
-    data, count = settings.data, shape[0] * shape[1]
-    assert data.train is not None
+    config, count = row.outcomes[0].trial.config, shape[0] * shape[1]
+    assert config.data.train is not None
     try:
-        index = load_index(data.train)
-        plan = split_of(settings, index).heldout()
-        batch, _ = next(heldout_batches(index, plan, data, batch=count, limit=count))
+        index = load_index(config.data.train)
+        plan = split_of(config, index).heldout()
+        batch, _ = next(heldout_batches(index, plan, config.data, batch=count, limit=count))
     except (OSError, ValueError):
         return None
     return tile(batch.images, shape[0])

@@ -12,18 +12,17 @@ from pipeline.config import UserError
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A place to write to, which becomes `path` at the end. Raises UserError if it cannot be written."""
+    """As durable.whole, but raises UserError if the file cannot be written."""
     try:
         with durable.whole(path) as partial:
             yield partial
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}. Make room, or allow it, and repeat the "
-            "command: finished trials stand."
+            f"{path} cannot be written: {error.strerror or error}. Free some space or set permissions, and "
+            "repeat the command: finished trials are kept."
         ) from None
 
 
 def write(path: Path, text: str) -> None:
-    """A text file, in UTF-8. Raises UserError if it cannot be written."""
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The pictures of a selection: scores with what each G makes, and what became of the weights."""
+"""The pictures of a selection: curve.png (see curve.py), and weights.png: the weights of the candidates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 
 from launch.select import files
 from launch.select.choice import Row, ScoreTable
-from launch.select.curve import curve
-from launch.select.drawing import new_figure, numbers, wrapped
+from launch.select.curve import curve, new_figure, numbers, wrapped
 from pipeline.run.rows import rows
 
 if TYPE_CHECKING:
@@ -20,18 +19,18 @@ if TYPE_CHECKING:
 _NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all names beside each other
 
 
-def draw(folder: Path, found: ScoreTable) -> list[Path]:
+def draw(folder: Path, table: ScoreTable) -> list[Path]:
     """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
-    pictures = {"curve.png": curve(found), "weights.png": weights(found)}
+    pictures = {"curve.png": curve(table), "weights.png": weights(table)}
     for name, figure in pictures.items():
         with files.whole(folder / name) as partial:
             figure.savefig(partial, format="png")
     return [folder / name for name in pictures]
 
 
-def weights(found: ScoreTable) -> Figure:
+def weights(table: ScoreTable) -> Figure:
     """Per player: norms of kernels over training, the penalty's share of the gradient, and one spectrum."""
-    rows = [row for row in found.rows if row.outcomes]
+    rows = [row for row in table.rows if row.outcomes]
     names = [wrapped(row.arm.label, _NAME) for row in rows]
     longest = max(len(line) for name in names for line in name.splitlines())
     beside = max(1, min(len(rows), _ALL // (longest + 8)))
@@ -53,17 +52,15 @@ def weights(found: ScoreTable) -> Figure:
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
-    title = rows[0].arm.title.replace("candidate", "")
-    legend = figure.legend(
-        *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=beside, fontsize=8
-    )
-    legend.set_title(title)
+    handles = shares.get_legend_handles_labels()
+    legend = figure.legend(*handles, loc="outside lower center", ncols=beside, fontsize=8)
+    legend.set_title(rows[0].arm.title.replace("candidate", ""))
     legend.set_frame_on(False)
     return figure
 
 
 def _styles(rows: list[Row]) -> list[dict[str, Any]]:
-    """How the lines of each candidate look: in order for the values of one number, else plainly different."""
+    """How the lines of each candidate look: graded for the values of one number, else clearly distinct."""
     from matplotlib import colormaps
 
     if values := numbers(rows):
@@ -78,8 +75,7 @@ def _styles(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _metrics(row: Row) -> list[dict[str, Any]]:
-    found = rows(row.outcomes[0].trial.folder / "metrics.jsonl")
-    return [line for line in found if line["cur_nimg"]]
+    return [line for line in rows(row.outcomes[0].trial.folder / "metrics.jsonl") if line["cur_nimg"]]
 
 
 def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:

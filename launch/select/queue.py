@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.select import files
-from launch.select.run import Say
+from launch.select.local import Say
 from launch.select.trials import LaunchOptions, Trial
 from launch.slurm import jobs as slurm
 from launch.slurm.jobs import Resources
@@ -44,7 +44,7 @@ def submit(
     resources = replace(
         resources,
         procs=launch.procs,
-        cpus=launch.procs * (1 + todo[0].settings.data.workers),
+        cpus=launch.procs * (1 + todo[0].config.data.workers),
         strategy=launch.strategy,
         precision=launch.precision,
     )
@@ -74,7 +74,7 @@ def _submit_array(
     for each in (batch, after):
         slurm.check(each)
     files.write(runs, "".join(f"{shlex.join(trial.arguments)}\n" for trial in todo))
-    slurm.keep(place, {str(trial.settings.data.train): trial.settings.data for trial in todo}.values())
+    slurm.keep(place, {str(trial.config.data.train): trial.config.data for trial in todo}.values())
     job = slurm.submit(place, batch)
     try:
         return job, slurm.submit(place, after, f"--dependency=afterany:{job}", name="collect.sbatch")

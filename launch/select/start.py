@@ -1,20 +1,19 @@
-"""What is looked at before the first trial of `shardgan select` starts: what one refuses, all would."""
+"""What is checked before the first trial of `shardgan select` starts: what one refuses, all would."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from launch.processes import check_space
 from launch.select import files
-from launch.select.run import shares
-from launch.select.trials import LaunchOptions, Trial
+from launch.select.local import shares
+from launch.select.trials import LaunchOptions, Trial, refuse
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
-from pipeline.data.plan import HeldOutPlan, split_of
+from pipeline.data.plan import split_of
 from pipeline.data.stream import check_images
 from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
@@ -27,10 +26,9 @@ _COMMON = "selection.json"
 
 
 def common(trials: Sequence[Trial], launch: LaunchOptions) -> dict[str, Any]:
-    """What all trials of a selection share beside the config, now and later."""
-    given = trials[0].arm.values
+    """What all trials of a selection share besides the config, now and later."""
     return {
-        "candidates": [f"--grid {key}" for key in given] or ["--arms"],
+        "candidates": [f"--grid {key}" for key in trials[0].arm.values] or ["--arms"],
         "strategy": launch.strategy,
         "procs": launch.procs,
         "precision": launch.precision,
@@ -42,29 +40,25 @@ def check_common(folder: Path, now: dict[str, Any]) -> None:
     file = folder / _COMMON
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
-        changed = [
-            f"{key} {before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+        changes = [
+            f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]
         ]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}. Give the selection another run.name.") from None
-    if changed:
-        raise UserError(
-            f"{folder} holds a selection made in another way ({'; '.join(changed)}), whose trials do not "
-            "stand beside these. Give this one another run.name."
-        )
+    refuse(f"{folder} holds a selection made in another way", changes)
 
 
-def note_common(folder: Path, now: dict[str, Any]) -> None:
-    """For later commands on the same folder, which are held to it. Raises UserError."""
+def write_common(folder: Path, now: dict[str, Any]) -> None:
+    """Later commands on the same folder must agree with it. Raises UserError."""
     check_common(folder, now)
     files.write(folder / _COMMON, json.dumps(now, indent=1) + "\n")
 
 
 def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: int | None) -> None:
-    """Refuse, once, what every trial would end with. Raises UserError.
+    """Refuse, once, what would end every trial. Raises UserError.
 
-    jobs: so many at a time on this machine; None: on others. An arm that cannot be built is not refused
-    among others that can: it is tried, and told as failed.
+    jobs: trials at a time on this machine; None: on others. An arm whose networks cannot be built is refused
+    only if all are alike: else it is tried, and reported as failed.
     """
     todo = [trial for trial in trials if not trial.done]
     if todo:
@@ -83,7 +77,7 @@ def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: in
 
 def _check_batch(trial: Trial, procs: int) -> None:
     try:
-        batch_shape(trial.settings.data, procs)
+        batch_shape(trial.config.data, procs)
     except UserError as error:
         raise UserError(f"{trial.arm.name}: {error}") from None
 
@@ -92,7 +86,7 @@ def _check_networks(todo: Sequence[Trial], index: Index) -> None:
     """Raises UserError if no arm's networks can be built."""
     for trial in {trial.arm.name: trial for trial in reversed(todo)}.values():
         try:
-            check_networks(trial.settings, index.num_classes if trial.settings.data.conditional else 0)
+            check_networks(trial.config, index.num_classes if trial.config.data.conditional else 0)
         except UserError as error:
             refused = error
         else:
@@ -110,33 +104,24 @@ def _features(name: str) -> Extractor:
 
 
 def _check_references(trials: Sequence[Trial], index: Index, extractor: Extractor) -> None:
-    """Raises UserError if a trial is finished whose score is against other images than new ones would be."""
-
-    @cache
-    def plan(place: tuple[int, int]) -> HeldOutPlan:
-        trial = next(trial for trial in trials if trial.place == place)
-        return split_of(trial.settings, index).heldout()
-
-    for place in dict.fromkeys(trial.place for trial in trials):
-        if plan(place).size < 2:
+    """Raises UserError if a finished trial was scored against other images than new ones would be."""
+    plans = {trial.place: split_of(trial.config, index).heldout() for trial in trials}
+    for plan in plans.values():
+        if plan.size < 2:
             raise UserError(
-                f"{plan(place).size} images are held out, too few to compare with. Use fewer --folds, or "
-                "more images."
+                f"{plan.size} images are held out, too few to compare with. Use fewer --folds or more images."
             )
-    for trial in trials:
-        before = reference_of(trial.folder).get("heldout")
-        if not trial.done or before is None:
-            continue
+    for trial in (trial for trial in trials if trial.done):
+        plan, before = plans[trial.place], reference_of(trial.folder).get("heldout")
         now = {
             "index": index.fingerprint,
-            "plan": plan(trial.place).fingerprint,
+            "plan": plan.fingerprint,
             "features": [extractor.name, extractor.version],
-            "images": min(trial.settings.score.images, plan(trial.place).size),
+            "images": min(trial.config.score.images, plan.size),
         }
-        changed = differences({"heldout": {key: before.get(key) for key in now}}, {"heldout": now})
-        if changed:
-            raise UserError(
-                f"{trial.name} is finished, and was scored against other images or by other features than "
-                f"this config says ({'; '.join(changed)}): new scores would not compare. Set data.train, "
-                "score.images and score.features as before, or give the selection another run.name."
+        if before is not None:
+            refuse(
+                f"{trial.name} is finished, scored against other images or by other features",
+                differences({"heldout": {key: before.get(key) for key in now}}, {"heldout": now}),
+                "Set data.train, score.images and score.features as before",
             )

@@ -1,4 +1,4 @@
-"""What the trials of a selection came to: read from their folders, written as table.json and table.csv."""
+"""The scores of a selection: read from the folders of its trials, written as table.json and table.csv."""
 
 from __future__ import annotations
 
@@ -21,31 +21,30 @@ from pipeline.run.rows import rows
 from pipeline.run.scores import METRICS, leading_chart
 
 
-def table(
+def read_table(
     base: Config, trials: Sequence[Trial], failures: Mapping[str, str], rule: str = PAIRED
 ) -> ScoreTable:
     """From whatever trials are finished.
 
-    Raises UserError if trials that stand side by side were scored against different images.
+    Raises UserError if trials of one seed and fold were scored against different images.
     """
     metric = _metric(base)
-    found = [outcome for trial in trials if trial.done and (outcome := _read(trial, metric))]
-    _check_references(found)
-    unusable = {o.trial.name: "its score is not a number" for o in found if not math.isfinite(o.score)}
-    scored = {o.trial.name for o in found}
-    unusable |= {t.name: "it has no score" for t in trials if t.done and t.name not in scored}
-    failed = {**failures, **unusable}
-    rows = [
+    found = {trial.name: _read(trial, metric) for trial in trials if trial.done}
+    outcomes = [outcome for outcome in found.values() if outcome]
+    _check_references(outcomes)
+    failed = dict(failures) | {name: "it has no score" for name, outcome in found.items() if outcome is None}
+    failed |= {o.trial.name: "its score is not a number" for o in outcomes if not math.isfinite(o.score)}
+    table = [
         Row(
             arm,
-            [o for o in found if o.trial.arm == arm and o.trial.name not in unusable],
+            [o for o in outcomes if o.trial.arm == arm and math.isfinite(o.score)],
             {t.name: failed[t.name] for t in trials if t.arm == arm and t.name in failed},
             [t.name for t in trials if t.arm == arm and not t.done and t.name not in failed],
         )
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
-    names = [chart for o in found[:1] if (chart := leading_chart([metric], o.last))]
-    return ScoreTable(names[0].removeprefix("Metrics/") if names else base.score.metrics[0], rows, rule)
+    score = leading_chart([metric], outcomes[0].last) if outcomes else None
+    return ScoreTable((score or metric).removeprefix("Metrics/"), table, rule)
 
 
 def check_scored(base: Config, trials: Sequence[Trial]) -> None:
@@ -55,27 +54,27 @@ def check_scored(base: Config, trials: Sequence[Trial]) -> None:
     if lacking:
         have = [name for name in METRICS if all(_read(trial, name) for trial in lacking)]
         more = f", as are {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        cure = f"Set score.metrics=[{', '.join(have)}], which is there" if have else "Remove its folder"
+        remedy = f"Set score.metrics=[{', '.join(have)}], which they have" if have else "Remove its folder"
         raise UserError(
-            f"{lacking[0].name} is finished without the score to choose by, {base.score.metrics[0]}, which "
-            f"is the first of score.metrics{more}. {cure}, or give the selection another run.name."
+            f"{lacking[0].name} is finished without the score to choose by, {metric}, which is the first of "
+            f"score.metrics{more}. {remedy}, or give the selection another run.name."
         )
 
 
-def as_json(of: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
+def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """Everything in the table, and the choice. Not a number is null."""
-    first, best, chosen = of.rows[0], of.minimum, of.choice
-    compared = {row.arm: row for row in of.comparable}
+    first, best, chosen = table.rows[0], table.minimum, table.choice
+    compared = {row.arm: row for row in table.comparable}
     return {
-        "score": of.score,
+        "score": table.score,
         "total_kimg": base.run.total_kimg,
         "trials": len(trials),
-        "finished": sum(len(row.outcomes) for row in of.rows),
+        "finished": sum(len(row.outcomes) for row in table.rows),
         "compared": len(best.outcomes) if best else 0,  # trials of each candidate
-        "rule": of.rule,
+        "rule": table.rule,
         "minimum": best.arm.name if best else None,
         "chosen": chosen.arm.name if chosen else None,
-        "one_standard_error": chosen.arm.name if chosen else None,  # as "chosen" once was called
+        "one_standard_error": chosen.arm.name if chosen else None,  # the former name of "chosen"
         "rows": [
             {
                 "arm": row.arm.name,
@@ -83,8 +82,8 @@ def as_json(of: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, 
                 "finished": len(row.outcomes),
                 "mean": _number(row.mean),
                 "standard_error": _number(row.error),
-                f"minus {first.arm.name}": _numbers(row.against(first)),
-                "minus_minimum": _numbers(compared[row.arm].against(best))
+                f"minus {first.arm.name}": [*map(_number, row.against(first))],
+                "minus_minimum": [*map(_number, compared[row.arm].against(best))]
                 if best and row.arm in compared
                 else None,
                 "by_trial": {o.trial.name: o.score for o in row.outcomes},
@@ -93,33 +92,32 @@ def as_json(of: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, 
                 "failed": dict(row.failures),
                 "not_done": list(row.pending),
             }
-            for row in of.rows
+            for row in table.rows
         ],
     }
 
 
-def write(folder: Path, of: ScoreTable, base: Config, trials: Sequence[Trial]) -> None:
+def write(folder: Path, table: ScoreTable, base: Config, trials: Sequence[Trial]) -> None:
     """table.json and table.csv. Raises UserError if they cannot be written."""
-    content = as_json(of, base, trials)
+    content = as_json(table, base, trials)
     files.write(folder / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
-    writer.writerow(["arm", "trials", of.score, "standard error", "seconds", "failed"])
-    for row in of.rows:
-        mean, error = _numbers((row.mean, row.error))
-        failed = len(row.failures)
-        writer.writerow([row.arm.name, len(row.outcomes), mean, error, round(row.seconds, 1), failed])
+    writer.writerow(["arm", "trials", table.score, "standard error", "seconds", "failed"])
+    for row in content["rows"]:
+        numbers = (row[key] for key in ("arm", "finished", "mean", "standard_error", "seconds"))
+        writer.writerow([*numbers, len(row["failed"])])
     files.write(folder / "table.csv", lines.getvalue())
 
 
 def failures(folder: Path) -> dict[str, str]:
-    """Trials that had failed when the table was written last → how."""
+    """Trials that had failed when the table was last written → how."""
     try:
         rows = json.loads((folder / "table.json").read_text(encoding="utf-8"))["rows"]
     except (OSError, ValueError, KeyError):
         return {}
-    told = {name: problem for row in rows for name, problem in row["failed"].items()}
-    return {name: problem for name, problem in told.items() if problem != "not done"}  # as once written
+    failed = {name: problem for row in rows for name, problem in row["failed"].items()}
+    return {name: problem for name, problem in failed.items() if problem != "not done"}  # as once written
 
 
 def _metric(base: Config) -> str:
@@ -127,9 +125,7 @@ def _metric(base: Config) -> str:
     metric = base.score.metrics[0] if base.score.metrics else ""
     known = [name for name, entry in METRICS.items() if entry.leads]
     if metric not in known:
-        raise UserError(
-            f"score.metrics: select chooses by the first of them, which has to be {' or '.join(known)}."
-        )
+        raise UserError(f"score.metrics: select chooses by the first, which has to be {' or '.join(known)}.")
     return metric
 
 
@@ -148,28 +144,24 @@ def _read(trial: Trial, metric: str) -> Outcome | None:
     return Outcome(trial, row[chart], row, seconds)
 
 
-def _check_references(found: Sequence[Outcome]) -> None:
+def _check_references(outcomes: Sequence[Outcome]) -> None:
     """Trials of one seed and fold must have been scored against the same images, by the same features."""
     seen: dict[tuple[int, int], tuple[dict[str, Any], str]] = {}
-    for outcome in found:
+    for outcome in outcomes:
         about = {"heldout": reference_of(outcome.trial.folder).get("heldout", {})}
         other, name = seen.setdefault(outcome.place, (about, outcome.trial.name))
         if differences(other, about):
             raise UserError(
                 f"{outcome.trial.name} and {name} were scored against different images or features, and do "
-                "not compare. Remove the older one's folder, and it is trained anew."
+                "not compare. Remove the older one's folder, and it is trained again."
             )
 
 
 def _charts(row: Row) -> list[str]:
-    """What else is told of each arm: other scores, and what the penalty did to the weights."""
+    """The charts shown of each arm: other scores, and what the penalty did to the weights."""
     names = dict.fromkeys(name for o in row.outcomes for name in o.last)
     wanted = ("Metrics/", *(f"{what}/{p}" for p in "GD" for what in ("Weights", "Gradients")))
     return [name for name in names if name.startswith(wanted)]
-
-
-def _numbers(values: Sequence[float]) -> list[float | None]:
-    return [_number(value) for value in values]
 
 
 def _number(value: float) -> float | None:

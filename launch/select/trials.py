@@ -1,34 +1,26 @@
-"""The trials of `shardgan select`: which there are, each a run folder like any other."""
+"""The trials of `shardgan select`, each a run folder like any other, and which of them would not compare."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 
 from launch.select.candidates import Arm
-from pipeline import config
-from pipeline.config import Config, UserError
+from pipeline.config import Config, UserError, dump, load
 from pipeline.run.folder import DONE, as_begun, check_same, finished
 
-# Settings that decide what scores are against, and those that select itself gives to each trial.
+# Settings that decide what scores are against, and those that select itself sets in each trial.
 _FIXED = (
-    "run.total_kimg",
-    "score",
-    "data.train",
-    "data.size",
-    "data.channels",
-    "data.stages",
-    "data.window",
-    "data.holdout",
-    "data.folds",
-    "data.fold",
+    *("run.total_kimg", "score", "data.train", "data.size", "data.channels", "data.stages"),
+    *("data.window", "data.holdout", "data.folds", "data.fold"),
+    *("run.name", "run.out", "run.seed", "run.resume"),
 )
-_OURS = ("run.name", "run.out", "run.seed", "run.resume")
-# What a config says of these is meant for a training that someone watches: a trial is scored once, at its
-# end. Settings on the command line come after them.
+# The config's own values suit a training that someone watches; a trial is scored once, at its end. Settings
+# on the command line override these.
 _RHYTHM = ("run.snapshot_kimg=1e9", "run.eval_kimg=1e9", "run.keep=1")
 
 
@@ -39,16 +31,16 @@ class Trial:
     arm: Arm
     seed: int
     fold: int
-    settings: Config
+    config: Config
     arguments: tuple[str, ...]  # for pipeline.train
 
     @property
     def name(self) -> str:
-        return str(self.settings.run.name)
+        return str(self.config.run.name)
 
     @property
     def folder(self) -> Path:
-        return Path(self.settings.run.out) / self.name
+        return Path(self.config.run.out) / self.name
 
     @property
     def place(self) -> tuple[int, int]:
@@ -57,7 +49,7 @@ class Trial:
 
     @property
     def done(self) -> bool:
-        return finished(self.folder, self.settings)
+        return finished(self.folder, self.config)
 
 
 @dataclass(frozen=True)
@@ -69,14 +61,23 @@ class LaunchOptions:
     precision: str = "no"
 
 
+def refuse(subject: str, changes: Iterable[str], remedy: str = "Set these as before") -> None:
+    """Raises UserError if there are changes, `key: before → now` each, after which scores do not compare."""
+    if changed := "; ".join(changes):
+        raise UserError(
+            f"{subject} ({changed}): scores would not compare. {remedy}, or give the selection another "
+            "run.name."
+        )
+
+
 def trials(
     path: str, overrides: Sequence[str], candidates: Sequence[Arm], folds: int, seeds: int
 ) -> tuple[Config, list[Trial]]:
-    """The base config and all trials, fold by fold, so that those that are done first compare.
+    """The base config and all trials, fold by fold, so that those done first compare.
 
     Raises UserError, before anything is started, for an arm that cannot be trained or compared.
     """
-    base = config.load(path, overrides)
+    base = load(path, overrides)
     folder = Path(base.run.out) / str(base.run.name)
     if not base.run.resume:
         raise UserError(
@@ -86,18 +87,12 @@ def trials(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)
-    resolved = {arm: config.load(path, [*overrides, *arm.settings]) for arm in candidates}
-    _check_different(resolved)
-    slugs = [arm.slug for arm in candidates]
-    if clash := {slug for slug in slugs if slugs.count(slug) > 1}:
-        raise UserError(f"Two arms would be called {clash.pop()}.")
-    for arm, changed in resolved.items():
-        _check_comparable(arm, base, changed)
-    made = _trials(path, overrides, base, candidates, folds, seeds)
-    if any(as_begun(trial.settings, trial.folder) != trial.settings for trial in made):
-        # A selection that was begun without ema.rampup: trials with it would not compare with those.
-        made = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
-    return base, made
+    _check_comparable(base, {arm: load(path, [*overrides, *arm.settings]) for arm in candidates})
+    found = _trials(path, overrides, base, candidates, folds, seeds)
+    if any(as_begun(trial.config, trial.folder) != trial.config for trial in found):
+        # The selection began without ema.rampup: trials with it would not compare with those.
+        found = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
+    return base, found
 
 
 def _trials(
@@ -105,7 +100,7 @@ def _trials(
 ) -> list[Trial]:
     """Raises UserError for one whose folder holds something else."""
     folder = Path(base.run.out) / str(base.run.name)
-    made = []
+    found = []
     for seed, fold, arm in product(range(base.run.seed, base.run.seed + seeds), range(folds), candidates):
         arguments = (
             *_RHYTHM,
@@ -118,10 +113,10 @@ def _trials(
             f"run.name={_quoted(f'{arm.slug},seed={seed},fold={fold}')}",
             f"track.group={_quoted(base.track.group or base.run.name)}",
         )
-        trial = Trial(arm, seed, fold, config.load(path, arguments), (path, *arguments))
-        _check_same(trial)
-        made.append(trial)
-    return made
+        trial = Trial(arm, seed, fold, load(path, arguments), (path, *arguments))
+        _check_folder(trial)
+        found.append(trial)
+    return found
 
 
 def _quoted(text: object) -> str:
@@ -130,7 +125,7 @@ def _quoted(text: object) -> str:
 
 
 def _check_effective(candidates: Sequence[Arm], overrides: Sequence[str]) -> None:
-    """Refuse a setting of the command line that a grid replaces in every trial."""
+    """Refuse a setting on the command line that a grid overrides in every trial."""
     keys = list(candidates[0].values)
     replaced = set[str]().union(*map(_both_players, keys))
     for given in (setting.partition("=")[0].strip() for setting in overrides):
@@ -143,52 +138,43 @@ def _check_effective(candidates: Sequence[Arm], overrides: Sequence[str]) -> Non
             )
 
 
-def _check_different(resolved: Mapping[Arm, Config]) -> None:
-    """Refuse two arms that are the same training."""
-    seen: dict[str, Arm] = {}
-    for arm, settings in resolved.items():
-        other = seen.setdefault(config.dump(settings), arm)
-        if other != arm:
-            raise UserError(f"{other.name} and {arm.name} are the same settings. Leave one of them out.")
-
-
 def _both_players(key: str) -> set[str]:
     """penalty.l2 sets penalty.G.l2 and penalty.D.l2."""
     section, _, name = key.partition(".")
     return {f"penalty.{p}.{name}" for p in "GD"} if section == "penalty" and name in ("l2", "l1") else {key}
 
 
-def _check_comparable(arm: Arm, base: Config, changed: Config) -> None:
-    for key in (*_FIXED, *_OURS):
-        before, after = base, changed
-        for part in key.split("."):
-            before, after = getattr(before, part), getattr(after, part)
-        if before != after:
+def _check_comparable(base: Config, resolved: Mapping[Arm, Config]) -> None:
+    """Refuse arms that are one training or have one name, and those that change what scores are against."""
+    seen: dict[str, Arm] = {}
+    for arm, config in resolved.items():
+        other = seen.setdefault(dump(config), arm)
+        if other != arm:
+            raise UserError(f"{other.name} and {arm.name} are the same settings. Leave one of them out.")
+        for key in (key for key in _FIXED if attrgetter(key)(base) != attrgetter(key)(config)):
             hint = "use --seeds" if key == "run.seed" else "set it for all, behind CONFIG"
             raise UserError(
                 f"{arm.name}: {key} cannot differ between trials, whose scores would not compare; {hint}."
             )
+    slugs = [arm.slug for arm in resolved]
+    if clash := {slug for slug in slugs if slugs.count(slug) > 1}:
+        raise UserError(f"Two arms would be called {clash.pop()}.")
 
 
-def _check_same(trial: Trial) -> None:
-    """Refuse what is there already under this name but is another trial, or one of another length."""
+def _check_folder(trial: Trial) -> None:
+    """Refuse a folder of this name that holds another trial, or one of another length."""
     try:
-        check_same(trial.settings, trial.folder)
-    except UserError as error:  # whose last line is the cure for a single run
+        check_same(trial.config, trial.folder)
+    except UserError as error:  # its last line is the remedy for a single run
         what = str(error).splitlines()[:-1]
         raise UserError("\n".join([*what, "Give the selection another run.name."])) from None
-    if not trial.done:
-        return
-    found, due = float((trial.folder / DONE).read_text().split()[0]), _length(trial.settings)
-    if found != due:
-        raise UserError(
-            f"{trial.name} is finished at kimg {found / 1000:g}, where this config would end at kimg "
-            f"{due / 1000:g}: trials of different length do not compare. Set run.total_kimg as before, or "
-            "give the selection another run.name."
-        )
+    if trial.done:
+        found, due = float((trial.folder / DONE).read_text().split()[0]), _length(trial.config)
+        changes = [f"run.total_kimg: {found / 1000:g} → {due / 1000:g}"] if found != due else []
+        refuse(f"{trial.name} is finished, at another length", changes)
 
 
-def _length(settings: Config) -> int:
-    """Images that a run has been shown when it is done: whole updates, the last of which passes the total."""
-    step = settings.images_per_update
-    return math.ceil(math.ceil(settings.run.total_kimg * 1000) / step) * step
+def _length(config: Config) -> int:
+    """Images that a run has shown to D when it is done: whole updates, the last of which passes the total."""
+    step = config.images_per_update
+    return math.ceil(math.ceil(config.run.total_kimg * 1000) / step) * step

@@ -89,7 +89,7 @@ def test_trials_go_fold_by_fold_and_are_ordinary_runs(job):
         "penalty.l2=0,seed=0,fold=0", "penalty.l2=1,seed=0,fold=0",
         "penalty.l2=0,seed=0,fold=1", "penalty.l2=1,seed=0,fold=1",
     ]  # fmt: skip
-    last = trials[-1].settings
+    last = trials[-1].config
     assert (last.run.seed, last.data.folds, last.data.fold, last.penalty.G.l2) == (1, 2, 1, 1.0)
     assert last.run.out == "there/mine/trials" and last.track.group == base.run.name == "mine"
     assert config.load(trials[-1].arguments[0], trials[-1].arguments[1:]) == last
@@ -99,10 +99,10 @@ def test_trials_are_scored_at_their_end_unless_the_command_says_otherwise(job):
     arms = select_candidates.grid(["penalty.l2=0,1"])
     base, (trial, *_) = select_trials.trials(job, [], arms, 2, 1)
     assert (base.run.eval_kimg, base.run.snapshot_kimg, base.run.keep) == (0.032, 0.016, 2)
-    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (1e9, 1e9)
-    assert trial.settings.run.keep == 1
+    assert (trial.config.run.eval_kimg, trial.config.run.snapshot_kimg) == (1e9, 1e9)
+    assert trial.config.run.keep == 1
     _, (trial, *_) = select_trials.trials(job, ["run.eval_kimg=0.016"], arms, 2, 1)
-    assert (trial.settings.run.eval_kimg, trial.settings.run.snapshot_kimg) == (0.016, 1e9)
+    assert (trial.config.run.eval_kimg, trial.config.run.snapshot_kimg) == (0.016, 1e9)
 
 
 # For real
@@ -169,10 +169,10 @@ def check_references(job: str, folder: Path) -> None:
     """Two trials of a fold that were scored against other images do not stand in one table."""
     arms = select_candidates.arms(folder.parent.parent / "two.yaml")
     base, trials = select_trials.trials(job, [f"run.out={folder.parent}", "run.name=whole"], arms, 2, 1)
-    assert select_table.table(base, trials, {}).minimum is not None
+    assert select_table.read_table(base, trials, {}).minimum is not None
     file = trials[0].folder / "reference.json"
     file.write_text(file.read_text().replace('"images": 16', '"images": 15'))
     with pytest.raises(UserError, match="were scored against different images"):
-        select_table.table(base, trials, {})
+        select_table.read_table(base, trials, {})
     with pytest.raises(UserError, match="has to be kid or fd"):
-        select_table.table(replace(base, score=replace(base.score, metrics=("pr",))), trials, {})
+        select_table.read_table(replace(base, score=replace(base.score, metrics=("pr",))), trials, {})

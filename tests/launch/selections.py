@@ -53,7 +53,7 @@ def table_of(
 def finish(trial: Trial, score: float = 1.0, cur_nimg: int = 64, name: str = "kid_efflite0") -> None:
     """What a trial leaves that has ended well."""
     trial.folder.mkdir(parents=True, exist_ok=True)
-    (trial.folder / "config.yaml").write_text(config.dump(trial.settings))
+    (trial.folder / "config.yaml").write_text(config.dump(trial.config))
     (trial.folder / "DONE").write_text(f"{cur_nimg}\n")
     row = {"cur_nimg": cur_nimg, f"Metrics/{name}": score}
     (trial.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")

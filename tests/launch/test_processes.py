@@ -12,7 +12,7 @@ import torch
 
 from launch.doctor import surroundings
 from launch.processes import environment_of, notes
-from launch.select import run as select_run
+from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
@@ -71,11 +71,11 @@ def test_a_process_that_is_alone_does_not_wait_for_others(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("given", "used"), [("", "CORES"), ("4,2", "4"), (" 3 ", "3"), ("2", "2")])
 def test_threads_as_openmp_has_them(monkeypatch: pytest.MonkeyPatch, given: str, used: str) -> None:
     monkeypatch.setattr("launch.processes.cores", lambda: 12)
-    monkeypatch.setattr(select_run, "cores", lambda: 12)
+    monkeypatch.setattr(select_local, "cores", lambda: 12)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert environment_of(2, on_cpu=True)["OMP_NUM_THREADS"] == used.replace("CORES", "6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    shares = select_run.shares(LaunchOptions(procs=2), jobs=3)
+    shares = select_local.shares(LaunchOptions(procs=2), jobs=3)
     assert [share["OMP_NUM_THREADS"] for share in shares] == [used.replace("CORES", "2")] * 3
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from launching import run, shardgan
@@ -17,12 +18,12 @@ from launch.select import candidates as select_candidates
 from launch.select import curve as select_curve
 from launch.select import files
 from launch.select import plots as select_plots
-from launch.select import report as select_report
 from launch.select import table as select_table
+from launch.select import verdict as select_verdict
 from launch.select.candidates import Arm
 from launch.select.choice import PAIRED, Row
+from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions
-from launch.select.work import Work
 from pipeline import config
 from pipeline.config import UserError
 
@@ -34,11 +35,11 @@ def test_what_is_not_done_speaks_against_nobody(tmp_path):
     base, trials = selection(tmp_path)
     for trial, score in zip(trials, [2.0, 1.0, 2.1], strict=False):
         finish(trial, score)
-    found = select_table.table(base, trials, {})
+    found = select_table.read_table(base, trials, {})
     assert found.minimum.arm.values == found.choice.arm.values == {"penalty.l2": "1"}
     assert [list(row.pending) for row in found.rows] == [[], [trials[3].name]]
-    assert select_report._cells(found, found.rows[1], [])[1] == "1 (1 not done)"
-    assert "Not done: 1 trial, which may change the choice." in select_report.verdict(found)
+    assert select_verdict._cells(found, found.rows[1], [])[1] == "1 (1 not done)"
+    assert "Not done: 1 trial, which may change the choice." in select_verdict.sentences(found)
     assert select_table.as_json(found, base, trials)["rows"][1]["not_done"] == [trials[3].name]
 
 
@@ -69,36 +70,41 @@ def test_a_choice_that_no_longer_stands_is_taken_back(tmp_path):
         finish(trial, score)
     said = []
     given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
-    work = Work(base, trials, LaunchOptions(), given, said.append, PAIRED)
-    work.collect()
+    mine = Selection(base, trials, LaunchOptions(), given, said.append, PAIRED)
+    mine.collect()
     best = tmp_path / "mine" / "best.yaml"
     assert config.load(best).penalty.D.l2 == 1
     for trial in trials[1::2]:
         shutil.rmtree(trial.folder)
-    work.collect()
+    mine.collect()
     assert json.loads((tmp_path / "mine" / "table.json").read_text())["chosen"] is None
     assert not best.exists() and "Not done: 2 trials, which may change the choice." in said[-1]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+@pytest.fixture
+def full(monkeypatch) -> Callable[[Path], None]:
+    """Makes the disk full for the next file of a path."""
+    monkeypatch.setattr("secrets.token_hex", lambda _: "0")
+    return lambda path: path.with_name(f".{path.name}.0").symlink_to("/dev/full")
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, full):
     files.write(tmp_path / "table.json", "as it was")
-    monkeypatch.setattr(secrets, "token_hex", lambda _: "partial")
-    (tmp_path / ".table.json.partial").symlink_to("/dev/full")
+    full(tmp_path / "table.json")
     with pytest.raises(UserError, match=r"table.json cannot be written: No space left"):
         files.write(tmp_path / "table.json", "new" * 10_000)
     assert (tmp_path / "table.json").read_text() == "as it was"
     assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
 
 
-def test_a_full_disk_does_not_stop_the_trials(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_stop_the_trials(tmp_path, full):
     base, trials = selection(tmp_path)
     finish(trials[0])
     said = []
-    work = Work(base, trials, LaunchOptions(), ("", ()), said.append, PAIRED)
-    work.folder.mkdir(exist_ok=True)
-    monkeypatch.setattr(secrets, "token_hex", lambda _: "partial")
-    (work.folder / ".table.json.partial").symlink_to("/dev/full")
-    work._ended(trials[0], "")
+    mine = Selection(base, trials, LaunchOptions(), ("", ()), said.append, PAIRED)
+    mine.folder.mkdir(exist_ok=True)
+    full(mine.folder / "table.json")
+    mine._ended(trials[0], "")
     assert said[0].startswith("warning: ") and "No space left" in said[0] and "[1/4]" in said[1]
 
 
@@ -107,7 +113,7 @@ def test_a_score_that_is_not_a_number_is_a_failure(tmp_path, score):
     base, trials = selection(tmp_path)
     for trial, value in zip(trials, [score, 2.0, 1.0, 2.1], strict=True):
         finish(trial, value)
-    found = select_table.table(base, trials, {})
+    found = select_table.read_table(base, trials, {})
     assert found.rows[0].failures == {trials[0].name: "its score is not a number"}
     assert found.minimum.arm.values == {"penalty.l2": "1"}
     select_table.write(tmp_path, found, base, trials)
@@ -120,7 +126,7 @@ def test_what_is_chosen_by_is_the_score_on_held_out_images(tmp_path):
         file = trial.folder / "metrics.jsonl"
         row = json.loads(file.read_text()) | {"Metrics/fid_train": 1.0, "Metrics/fid50k_full": 1.0}
         file.write_text(json.dumps(row) + "\n")
-    found = select_table.table(base, trials, {})
+    found = select_table.read_table(base, trials, {})
     assert found.score == "fid" and found.minimum.mean == 2.0
 
 
@@ -166,7 +172,7 @@ def test_a_setting_that_the_grid_replaces_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"G.width on the command line has no effect"):
         selection(tmp_path, "G.width=8", grid=["G.width=8,16"])
     _, trials = selection(tmp_path, "penalty.l2=0.1", grid=["penalty.G.l2=0,1"])
-    assert [(t.settings.penalty.G.l2, t.settings.penalty.D.l2) for t in trials[:2]] == [(0, 0.1), (1, 0.1)]
+    assert [(t.config.penalty.G.l2, t.config.penalty.D.l2) for t in trials[:2]] == [(0, 0.1), (1, 0.1)]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +214,8 @@ def test_names_are_shown_as_they_are(tmp_path):
     arm = Arm("[bold] L2|L1 [/x]", (), {})
     named = [replace(trial, arm=arm) for trial in trials[:2]]
     found = table_of(named, [[1.0, 2.0]])
-    assert "[bold] L2|L1 [/x]" in select_report.terminal(found)
-    assert "| [bold] L2\\|L1 [/x] | 2 |" in select_report._report(found, trials)
+    assert "[bold] L2|L1 [/x]" in select_verdict.terminal(found)
+    assert "| [bold] L2\\|L1 [/x] | 2 |" in select_verdict.markdown(found, trials)
 
 
 def test_named_candidates_are_told_apart_by_colour(tmp_path):

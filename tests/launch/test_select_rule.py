@@ -7,8 +7,8 @@ import json
 import pytest
 from selections import selection, table_of
 
-from launch.select import report as select_report
 from launch.select import table as select_table
+from launch.select import verdict as select_verdict
 from launch.select.choice import PAIRED, UNPAIRED, ScoreTable
 from pipeline import config
 
@@ -86,7 +86,7 @@ def test_without_a_trial_that_all_have_nothing_is_chosen(tmp_path):
     for scores in ({"0": [1.0], "1": []}, {"0": [None, 1.0], "1": [1.0, None]}, {"0": [None], "1": [None]}):
         found = choose(tmp_path, scores)
         assert found.minimum is found.choice is None
-        assert select_report.verdict(found)[0].startswith("Nothing to choose by yet")
+        assert select_verdict.sentences(found)[0].startswith("Nothing to choose by yet")
 
 
 # What has an order
@@ -113,14 +113,14 @@ def test_only_a_larger_weight_penalty_is_preferred(tmp_path, grid, choice, rule)
     found = table_of(trials, scores, rule)
     assert found.choice.arm.label == choice
     if found.penalty is None:
-        assert "stand in an order" in select_report._report(found, trials)
+        assert "stand in an order" in select_verdict.markdown(found, trials)
 
 
 def test_of_several_keys_and_of_arms_the_best_mean_is_chosen(tmp_path):
     _, trials = selection(tmp_path, grid=["penalty.G.l2=0,1", "penalty.D.l2=0,1"])
     found = table_of(trials, [[1.0, 2.0], [1.1, 1.95], [1.1, 2.1], [1.1, 1.95]])
     assert found.choice.arm.label == "G 0, D 0"
-    said = select_report.verdict(found)
+    said = select_verdict.sentences(found)
     assert said[0].startswith("Chosen: penalty.G.l2=0, penalty.D.l2=0, which has the best mean.")
     assert said[1] == (
         "Within one standard error of it, by the paired rule: penalty.G.l2=0, penalty.D.l2=1, "
@@ -138,14 +138,14 @@ def test_all_that_is_written_agrees(tmp_path, rule):
     name = {PAIRED: "penalty.l2=0", UNPAIRED: "penalty.l2=0.1"}[rule]
     select_table.write(tmp_path, found, base, trials)
     given = [f"run.out={tmp_path}", "run.name=mine"]
-    select_report.write(tmp_path, found, trials, str(tmp_path / "job.yaml"), given)
+    select_verdict.write(tmp_path, found, trials, str(tmp_path / "job.yaml"), given)
     table = json.loads((tmp_path / "table.json").read_text())
     assert table["rule"] == rule and table["minimum"] == "penalty.l2=0" and table["compared"] == 2
     assert table["chosen"] == table["one_standard_error"] == name
     assert table["rows"][2]["minus_minimum"] == [pytest.approx(0.06), pytest.approx(0.006)]
     best = config.load(tmp_path / "best.yaml")
     assert f"penalty.l2={best.penalty.D.l2:g}" == f"penalty.l2={best.penalty.G.l2:g}" == name
-    report, said = (tmp_path / "report.md").read_text(), "\n".join(select_report.verdict(found))
+    report, said = (tmp_path / "report.md").read_text(), "\n".join(select_verdict.sentences(found))
     assert said in report and f"Chosen: {name}, " in said and f"The {rule} rule: " in report
     assert "worse" not in report and "2 trials of each" in said
     (mark,) = [line for line in report.splitlines() if line.endswith("chosen |")]
@@ -157,19 +157,19 @@ def test_all_that_is_written_agrees(tmp_path, rule):
 def test_what_is_shown_of_a_candidate_is_what_is_compared(tmp_path):
     """The third trial of 0 makes it look better than 1, which has none yet."""
     found = choose(tmp_path, {"0": [1.0, 2, 0], "1": [0.9, 1.9]})
-    cells = [select_report._cells(found, row, []) for row in found.rows]
+    cells = [select_verdict._cells(found, row, []) for row in found.rows]
     assert [row[2] for row in cells] == ["1.500 ± 0.500", "1.400 ± 0.500"]
     assert [row[1] for row in cells] == ["3", "2 (1 not done)"] and cells[1][-1] == "best, chosen"
 
 
 def test_small_differences_are_not_shown_as_none():
-    assert select_report._with_error(0.0002, 0.00005, signed=True) == "+0.000200 ± 0.000050"
-    assert select_report._with_error(2.0, 0.0) == "2.000 ± 0.000"
-    assert select_report._with_error(-0.5, 0.058) == "-0.500 ± 0.058"
+    assert select_verdict._with_error(0.0002, 0.00005, signed=True) == "+0.000200 ± 0.000050"
+    assert select_verdict._with_error(2.0, 0.0) == "2.000 ± 0.000"
+    assert select_verdict._with_error(-0.5, 0.058) == "-0.500 ± 0.058"
 
 
 def test_one_of_a_thing_is_said_so(tmp_path):
-    said = select_report.verdict(choose(tmp_path, {"0": [1.0], "1": [2.0]}))
+    said = select_verdict.sentences(choose(tmp_path, {"0": [1.0], "1": [2.0]}))
     assert "Compared by 1 trial of each candidate." in said[0] and "With one trial" in said[1]
     assert said[-1] == "Not done: 2 trials, which may change the choice."
 
@@ -190,7 +190,7 @@ def test_the_table_fits_the_terminal(tmp_path, monkeypatch, grid, columns):
     arms = {trial.arm: None for trial in trials}
     found = table_of(trials, [[4.8 + 0.1 * i, 5.0] for i in range(len(arms))])
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = select_report.terminal(found)
+    text = select_verdict.terminal(found)
     table, _, _ = text.partition("\nChosen: ")
     assert max(map(len, table.splitlines())) <= columns and "…" not in table
     for row in found.rows:

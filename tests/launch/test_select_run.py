@@ -11,7 +11,7 @@ import pytest
 import torch
 from selections import finish, selection
 
-from launch.select import run as select_run
+from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
 from pipeline.config import UserError
 from pipeline.lock import LockLostError, take
@@ -22,37 +22,37 @@ WRITES = "import json, os; print(json.dumps(dict(os.environ)))"
 
 @pytest.fixture
 def cores(monkeypatch):
-    monkeypatch.setattr(select_run, "cores", lambda: 8)
+    monkeypatch.setattr(select_local, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_cores_are_shared_by_all_processes_at_a_time(cores, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert select_run.shares(LaunchOptions("ddp", 2), 2) == [{"OMP_NUM_THREADS": "2"}] * 2
-    assert select_run.shares(LaunchOptions(), 16)[0] == {"OMP_NUM_THREADS": "1"}
+    assert select_local.shares(LaunchOptions("ddp", 2), 2) == [{"OMP_NUM_THREADS": "2"}] * 2
+    assert select_local.shares(LaunchOptions(), 16)[0] == {"OMP_NUM_THREADS": "1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert select_run.shares(LaunchOptions(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
+    assert select_local.shares(LaunchOptions(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
 
 
 def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(LaunchOptions(), 3)]
+    alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_local.shares(LaunchOptions(), 3)]
     assert alone == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
-    pairs = [share["CUDA_VISIBLE_DEVICES"] for share in select_run.shares(LaunchOptions("ddp", 2), 2)]
+    pairs = [share["CUDA_VISIBLE_DEVICES"] for share in select_local.shares(LaunchOptions("ddp", 2), 2)]
     assert pairs == ["7,5", "3,1"]
     with pytest.raises(UserError, match="--jobs 3 x --procs 2 need a GPU each"):
-        select_run.shares(LaunchOptions("ddp", 2), 3)
+        select_local.shares(LaunchOptions("ddp", 2), 3)
 
 
 def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> StopSignals:
     """`run`, with `code` in the place of each training."""
     line = [sys.executable, "-c", code]
-    monkeypatch.setattr(select_run, "process", lambda *_: (line, dict(os.environ)))
+    monkeypatch.setattr(select_local, "training", lambda *_: (line, dict(os.environ)))
     folder = tmp_path / "mine"
-    with select_run.hold(folder, trials, told.append):
-        return select_run.run(trials, LaunchOptions(), jobs, folder, told.append, ended)
+    with select_local.hold(folder, trials, told.append):
+        return select_local.train(trials, LaunchOptions(), jobs, folder, told.append, ended)
 
 
 def test_what_begins_is_told_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):
@@ -109,7 +109,7 @@ def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_pat
         told.append(text)
         next(lock for folder, lock in held.items() if text.startswith(f"{folder} ")).release()
 
-    with select_run.hold(tmp_path / "mine", trials, say) as lock:
+    with select_local.hold(tmp_path / "mine", trials, say) as lock:
         assert [text.split(" is in use by pid ")[0] for text in told] == list(map(str, held))
         lock.check()
     with pytest.raises(LockLostError):

@@ -27,7 +27,7 @@ from pipeline.run.features import load_features
 def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
     _, trials = selection(tmp_path)
     finish(trials[1])
-    with pytest.raises(UserError, match=r"penalty.l2=1,seed=0,fold=0 is finished at kimg 0.064.*another run"):
+    with pytest.raises(UserError, match=r"l2=1,seed=0,fold=0 .*total_kimg: 0.064 → 0.032.*another run"):
         selection(tmp_path, "run.total_kimg=0.032")
     selection(tmp_path, "run.total_kimg=0.05")  # in whole updates the same
     _, longer = selection(tmp_path, "run.total_kimg=0.128")
@@ -37,12 +37,12 @@ def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
 def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp_path):
     """Without ema.rampup, which it did not have: else scores would not compare."""
     _, trials = selection(tmp_path)
-    assert {trial.settings.ema.rampup for trial in trials} == {0.05}
+    assert {trial.config.ema.rampup for trial in trials} == {0.05}
     finish(trials[1])
     file = trials[1].folder / "config.yaml"
     file.write_text(file.read_text().replace("  rampup: 0.05\n", ""))
     _, trials = selection(tmp_path)
-    assert {trial.settings.ema.rampup for trial in trials} == {0.0}
+    assert {trial.config.ema.rampup for trial in trials} == {0.0}
     assert all("ema.rampup=0" in trial.arguments for trial in trials)
 
 
@@ -51,14 +51,14 @@ def test_a_trial_whose_reference_cannot_be_read_is_taken_as_it_is(tmp_path):
     for trial in trials:
         finish(trial)
         (trial.folder / "reference.json").write_text('{"heldout": {"in')
-    assert len(select_table.table(base, trials, {}, PAIRED).comparable) == 2
+    assert len(select_table.read_table(base, trials, {}, PAIRED).comparable) == 2
     select_start.check(base, trials, LaunchOptions(), 1)
 
 
 def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
     one = LaunchOptions()
     _, trials = selection(tmp_path)
-    select_start.note_common(tmp_path / "mine", select_start.common(trials, one))
+    select_start.write_common(tmp_path / "mine", select_start.common(trials, one))
     assert json.loads((tmp_path / "mine" / "selection.json").read_text()) == {
         "candidates": ["--grid penalty.l2"], "strategy": "single", "procs": 1, "precision": "no",
     }  # fmt: skip
@@ -67,13 +67,13 @@ def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
     _, other = selection(tmp_path, grid=["penalty.l1=0,1"])
     named = [replace(t, arm=replace(t.arm, values={})) for t in trials]
     for these, launch, what in [
-        (trials, LaunchOptions("ddp", 2), "strategy single → ddp; procs 1 → 2"),
-        (trials, LaunchOptions(precision="bf16"), "precision no → bf16"),
-        (other, one, "candidates .*penalty.l2.* → .*penalty.l1"),
-        (named, one, "candidates .*--grid penalty.l2.* → .*--arms"),
+        (trials, LaunchOptions("ddp", 2), "strategy: single → ddp; procs: 1 → 2"),
+        (trials, LaunchOptions(precision="bf16"), "precision: no → bf16"),
+        (other, one, "candidates: .*penalty.l2.* → .*penalty.l1"),
+        (named, one, "candidates: .*--grid penalty.l2.* → .*--arms"),
     ]:
         with pytest.raises(UserError, match=f"{what}.*another run.name"):
-            select_start.note_common(tmp_path / "mine", select_start.common(these, launch))
+            select_start.write_common(tmp_path / "mine", select_start.common(these, launch))
 
 
 def test_a_later_command_that_differs_is_refused_as_such(tmp_path):
@@ -81,7 +81,7 @@ def test_a_later_command_that_differs_is_refused_as_such(tmp_path):
     _, trials = selection(tmp_path)
     for trial in trials:
         finish(trial)
-    select_start.note_common(tmp_path / "mine", select_start.common(trials, LaunchOptions()))
+    select_start.write_common(tmp_path / "mine", select_start.common(trials, LaunchOptions()))
     (tmp_path / "arms.yaml").write_text("none: []\n")
     before = sorted(tmp_path.rglob("*"))
     common = ["select", "job.yaml", f"run.out={tmp_path}", "run.name=mine", "--folds", "2"]
@@ -120,7 +120,7 @@ def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
 def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed, message):
     base, trials = selection(tmp_path)
     index = load_index(base.data.train)
-    plan = split_of(trials[0].settings, index).heldout()
+    plan = split_of(trials[0].config, index).heldout()
     features = load_features("efflite0")
     about = {
         "index": index.fingerprint, "plan": plan.fingerprint, "images": 16,

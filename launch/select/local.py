@@ -23,7 +23,7 @@ Ended = Callable[[Trial, str], None]
 
 
 def hold(folder: Path, trials: Sequence[Trial], say: Say) -> Lock:
-    """Lock a selection's folder, once nobody else is at work on it, nor on any of `trials`.
+    """Lock a selection's folder, once no other process holds it or any of `trials`.
 
     Trials outlive a select that was killed, as they save before they end.
     """
@@ -38,14 +38,13 @@ def hold(folder: Path, trials: Sequence[Trial], say: Say) -> Lock:
     return lock
 
 
-def run(
+def train(
     todo: Sequence[Trial], launch: LaunchOptions, jobs: int, folder: Path, say: Say, ended: Ended
 ) -> StopSignals:
-    """Train the trials, `jobs` at a time; `ended` hears of each, with what went wrong or "".
+    """Train the trials, `jobs` at a time; `ended` is called after each, with what went wrong or "".
 
-    folder: the selection's, where logs go.
-    Returns the signals there were: asked to stop before all are trained, those at work save and leave.
-    If `ended` raises, no more are started, those at work are asked to stop, and then it is raised here.
+    folder: the selection's, for logs. Returns the signals received: one stops all trials, which save first.
+    If `ended` raises, no more are started, those in training are asked to stop, and it is raised again here.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -61,7 +60,7 @@ def run(
 
 
 def shares(launch: LaunchOptions, jobs: int) -> list[dict[str, str]]:
-    """For each of the trials at a time its own part of the machine, as environment variables.
+    """The part of this machine that each of `jobs` trials has to itself, as environment variables.
 
     Raises UserError if there are GPUs, but not one for each process.
     """
@@ -84,12 +83,12 @@ def shares(launch: LaunchOptions, jobs: int) -> list[dict[str, str]]:
 
 
 class _Crew:
-    """Trains trials in threads of its own, each in its share of the machine, until told to stop."""
+    """Trains trials in several threads, each in its share of the machine, until asked to stop."""
 
     def __init__(self, launch: LaunchOptions, jobs: int, logs: Path, ended: Ended) -> None:
         self._launch, self._logs, self._ended = launch, logs, ended
         self.stopped = threading.Event()
-        self._running, self._telling = set[subprocess.Popen[bytes]](), threading.Lock()
+        self._running, self._reporting = set[subprocess.Popen[bytes]](), threading.Lock()
         self._shares = SimpleQueue[dict[str, str]]()
         for share in shares(launch, jobs):
             self._shares.put(share)
@@ -100,23 +99,23 @@ class _Crew:
         log, share = self._logs / f"{trial.name}.log", self._shares.get()
         try:
             status = self._call(trial, log, share)
-            with self._telling:
+            with self._reporting:
                 if not self.stopped.is_set():
                     self._ended(trial, "" if status == 0 and trial.done else _complaint(log, status))
         except BaseException:
-            self.stop()  # or it would be told only when all that is queued has been trained
+            self.stop()  # or all that is queued would be trained before the error is raised
             raise
         finally:
             self._shares.put(share)
 
     def stop(self) -> None:
-        """Start no more; those at work save and leave."""
+        """Start no more; those in training save and end."""
         self.stopped.set()
         for child in list(self._running):
             ask_to_stop(child)
 
     def kill(self) -> None:
-        """End those at work, unsaved."""
+        """End those in training, unsaved."""
         for child in list(self._running):
             kill(child)
 
@@ -128,15 +127,10 @@ class _Crew:
         for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # or all trials would be one run there, or look like one
             environment.pop(name, None)
         with log.open("wb") as output:
-            child = start(
-                line,
-                environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            child = start(line, environment, **streams)
             self._running.add(child)
-            if self.stopped.is_set():  # just now, by one who did not see this child yet
+            if self.stopped.is_set():  # since the check above, and without this child
                 ask_to_stop(child)
             status = child.wait()
             self._running.discard(child)
@@ -144,7 +138,7 @@ class _Crew:
 
 
 def _complaint(log: Path, status: int) -> str:
-    """What a failed trial said last."""
+    """The error of a failed trial, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error:")] or lines[-1:]
-    return f"exit status {status}: {told[0] if told else 'without a word'} ({log})"
+    said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["without a word"]
+    return f"exit status {status}: {said[0]} ({log})"

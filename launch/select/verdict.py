@@ -1,0 +1,239 @@
+"""The verdict of a selection in words: the table on the terminal, report.md and best.yaml."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from launch.select import files
+from launch.select.choice import PAIRED, Row, ScoreTable
+from launch.select.trials import Trial
+from pipeline.config import dump, load
+from pipeline.credentials import redacted
+from pipeline.wording import counted
+
+_NO_TERMINAL = 10_000  # columns of a log
+_DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
+_NAME = 24  # letters of the first column until others are left out
+
+
+def terminal(table: ScoreTable) -> str:
+    """The table, as wide as the terminal ($COLUMNS, if set) allows, what failed, and the choice."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    width, out = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns, io.StringIO()
+    console = Console(file=out, width=width, color_system=None)
+    unbounded = console.options.update(width=_NO_TERMINAL)
+    titles = _titles(table, others=[])
+
+    def lines(left_out: Sequence[int], name: int | None, fold_all: bool = False) -> Table:
+        """The table without some columns, its first at most `name` wide."""
+        shown = [i for i in range(len(titles)) if i not in left_out]
+        grid = Table(box=SIMPLE)
+        for i in shown:
+            justify: Literal["left", "right"] = "left" if i in (0, len(titles) - 1) else "right"
+            fold, most = i == 0 or fold_all, name if i == 0 else None
+            grid.add_column(
+                escape(titles[i]), justify=justify, no_wrap=not fold, overflow="fold", max_width=most
+            )
+        for row in table.rows:
+            cells = _cells(table, row, others=[])
+            grid.add_row(*(escape(cells[i]) for i in shown))
+        return grid
+
+    for left_out in ([], [_TIME], [_TIME, _DIFFERENCE]):
+        fits = console.measure(lines(left_out, _NAME), options=unbounded).maximum <= width
+        if fits:
+            break
+    console.print(lines(left_out, None, fold_all=not fits))
+    failed = [f"failed: {name}: {problem}" for name, problem in _failures(table)]
+    return "\n".join([*map(str.rstrip, out.getvalue().splitlines()), *failed, *sentences(table)])
+
+
+def write(
+    folder: Path, table: ScoreTable, trials: Sequence[Trial], path: str, overrides: Sequence[str]
+) -> list[Path]:
+    """best.yaml and report.md; returns what was written. Raises UserError if it cannot be."""
+    choice = table.choice
+    assert choice is not None
+    best = load(path, [*overrides, *choice.arm.settings])
+    name = f"{load(path, overrides).run.name}-best"
+    best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=name))
+    head = f"# {choice.arm.name}: chosen by `shardgan select`, see {folder}/report.md\n"
+    files.write(folder / "best.yaml", head + dump(best))
+    files.write(folder / "report.md", markdown(table, trials))
+    return [folder / "best.yaml", folder / "report.md"]
+
+
+def _titles(table: ScoreTable, others: Sequence[str]) -> list[str]:
+    first = table.rows[0].arm
+    other = first.label if len(first.label) <= _NAME else "the first"
+    return [first.title, "trials", table.score, f"minus {other}", *others, "time", ""]
+
+
+def _others(table: ScoreTable) -> list[str]:
+    """Further scores in the table."""
+    charts = {name for row in table.rows for o in row.outcomes for name in o.last}
+    names = [name.removeprefix("Metrics/") for name in sorted(charts) if name.startswith("Metrics/")]
+    return [name for name in names if name != table.score and not name.endswith(("_images", "_train"))]
+
+
+def _cells(table: ScoreTable, row: Row, others: Sequence[str]) -> list[str]:
+    """The line of one arm: over the trials that are compared, or over all its own if it is left out."""
+    counts = ((len(row.failures), "failed"), (len(row.pending), "not done"))
+    lacking = ", ".join(f"{count} {what}" for count, what in counts if count)
+    marks = ((table.minimum, "best"), (table.choice, "chosen"))
+    compared = {other.arm: other for other in table.comparable}
+    first, mine = (compared.get(other.arm, other) for other in (table.rows[0], row))
+    return [
+        row.arm.label,
+        f"{len(row.outcomes)} ({lacking})" if lacking else f"{len(row.outcomes)}",
+        _with_error(mine.mean, mine.error),
+        "" if row is table.rows[0] else _with_error(*mine.against(first), signed=True),
+        *(_plain(mine.chart(f"Metrics/{name}")) for name in others),
+        f"{row.seconds / 60:.1f} min",
+        ", ".join(text for one, text in marks if one and one.arm == row.arm),
+    ]
+
+
+def _with_error(value: float, error: float, signed: bool = False) -> str:
+    """With three decimals, or more if the error would show as 0."""
+    if math.isnan(value):
+        return "–"
+    small = 0 < error < 5e-4 or (not error > 0 and 0 < abs(value) < 5e-4)
+    decimals = min(9, 1 - math.floor(math.log10(error if error > 0 else abs(value)))) if small else 3
+    text = f"{value:{'+' if signed else ''}.{decimals}f}"
+    return text if math.isnan(error) else f"{text} ± {error:.{decimals}f}"
+
+
+def _plain(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _failures(table: ScoreTable) -> list[tuple[str, str]]:
+    return [failure for row in table.rows for failure in row.failures.items()]
+
+
+def sentences(table: ScoreTable) -> list[str]:
+    """The choice, in words that claim no more than the trials show."""
+    best, choice = table.minimum, table.choice
+    pending = sum(len(row.pending) for row in table.rows)
+    to_come = [f"Not done: {counted(pending, 'trial')}, which may change the choice."] if pending else []
+    if best is None or choice is None:
+        return ["Nothing to choose by yet: there is no trial that all candidates have finished.", *to_come]
+    trials = len(best.outcomes)
+    lines = [
+        f"Chosen: {choice.arm.name}, {_reason(table, best, choice)}. Compared by {counted(trials, 'trial')} "
+        "of each candidate.",
+        *_distances(table, best, choice),
+    ]
+    if trials == 1:
+        lines.append("With one trial there is no standard error: this is no more than a first look.")
+    if table.left_out:
+        names = ", ".join(row.arm.name for row in table.left_out)
+        lines.append(f"Not compared, as trials of theirs failed: {names}.")
+    return [*lines, *to_come]
+
+
+def _reason(table: ScoreTable, best: Row, choice: Row) -> str:
+    key = table.penalty
+    if key is None or len(best.outcomes) == 1:
+        return "which has the best mean"
+    within = "within one standard error of"
+    if choice.arm == best.arm:
+        return f"which has the best mean; no larger {key} is {within} it, by the {table.rule} rule"
+    return f"the largest {key} {within} the best mean ({best.arm.name}), by the {table.rule} rule"
+
+
+def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:
+    """How far others are from the best."""
+    lines = []
+    if choice.arm != best.arm:
+        difference = _with_error(*choice.against(best), signed=True)
+        lines.append(f"{choice.arm.name} minus {best.arm.name}, in pairs: {difference}.")
+    paired = dataclasses.replace(table, rule=PAIRED).choice
+    if paired is not None and paired.arm != choice.arm:
+        lines.append(f"The paired rule would choose {paired.arm.name}.")
+    if table.penalty is None and table.within and len(best.outcomes) > 1:
+        names = ", ".join(row.arm.name for row in table.within)
+        lines.append(f"Within one standard error of it, by the {table.rule} rule: {names}.")
+    return lines
+
+
+def _rule(table: ScoreTable) -> str:
+    """The rule that has chosen, in full."""
+    if table.penalty is None:
+        return "The best mean is chosen, as only the values of one λ stand in an order of regularisation."
+    if table.rule == PAIRED:
+        return (
+            "The paired rule: of the candidates whose mean difference from the best, over trials of the same "
+            "fold and seed, is at most one standard error of that difference, the largest λ is chosen."
+        )
+    return (
+        "The unpaired rule: of the candidates whose mean is above the best one by at most the standard error "
+        "of the best one's mean, the largest λ is chosen. That some folds are harder than others, for all "
+        "candidates alike, counts as error here."
+    )
+
+
+def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
+    """The text of report.md."""
+    config = trials[0].config
+    others = _others(table)
+    titles = _titles(table, others)
+    done = sum(len(row.outcomes) for row in table.rows)
+    hours = sum(row.seconds for row in table.rows) / 3600
+    command = shlex.join(["shardgan", *map(redacted, sys.argv[1:])])
+    lines = [
+        f"# Selection {config.track.group}",
+        "",
+        f"`{command}`: {done} of {counted(len(trials), 'trial')} finished, each of "
+        f"{config.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
+        f"but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the standard "
+        "error over trials, and `minus` the mean difference over trials of the same fold and seed.",
+        "",
+        *sentences(table),
+        _rule(table),
+        "",
+        _line(titles),
+        f"|{'---|' * len(titles)}",
+        *(_line(_cells(table, row, others)) for row in table.rows),
+        "",
+        *(f"- failed: `{name}`: {problem}" for name, problem in _failures(table)),
+        "",
+        f"![{table.score} of each candidate, and what its G makes](curve.png)",
+        "",
+        "`best.yaml` is the config with the chosen settings, ready for `shardgan train`.",
+        "",
+        "## What it did to the weights",
+        "",
+        "Norms of kernels over training, the penalty's gradient as a share of the whole (above 1 where the",
+        "loss pulls against it), and the singular values of the largest kernel at the end; one trial each.",
+        "",
+        "![Norms of kernels, share of the gradient, spectra](weights.png)",
+        "",
+        "| candidate | ‖W_G‖ | ‖W_D‖ | share of G's gradient | share of D's gradient |",
+        "|---|---|---|---|---|",
+        *(_line([row.arm.label, *_weight_cells(row)]) for row in table.rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Of a table in Markdown."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _weight_cells(row: Row) -> list[str]:
+    names = [f"Weights/{p}/norm" for p in "GD"] + [f"Gradients/{p}/penalty_share" for p in "GD"]
+    return [_plain(row.chart(name)) for name in names]
