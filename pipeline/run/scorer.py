@@ -63,7 +63,7 @@ class Scorer:
 
     def is_best(self, state: State, scores: Mapping[str, float]) -> bool:
         """Whether the leading score is the lowest so far, kept in `state`; warns if it is far from it."""
-        name = leading_chart(self._config.score.metrics, list(scores))
+        name = leading_chart(self._config.score.metrics, scores)
         if name is None:
             return False
         score, best = scores[name], state.best
