@@ -97,7 +97,7 @@ def list_left_out(
 
 
 def write_origins(folder: Path, origins: Iterable[tuple[str, str]]) -> None:
-    """Write sources.txt: a line `KEY<tab>PATH` per sample, with paths relative to the source of the images."""
+    """Write sources.txt: a line `KEY<tab>PATH` per sample. Paths are relative to the images' source."""
     with (folder / _SOURCES).open("w", encoding="utf-8") as file:
         file.writelines(f"{key}\t{one_line(path)}\n" for key, path in origins)
 
