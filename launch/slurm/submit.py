@@ -102,12 +102,12 @@ def _examine(settings: Config, run: Path, resources: Resources) -> None:
     from launch.doctor import bar, examine, fails, job_of, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
-    from pipeline.train import prepare_data
+    from pipeline.run.reals import checked_index
 
     if (run / "metrics.jsonl").exists():
         check_same(settings, run)
         batch_shape(settings.data, resources.nodes * resources.procs)
-        prepare_data(settings, announce=False)
+        checked_index(settings, announce=False)
         return
     job = job_of(settings, resources.nodes, resources.procs, resources.strategy, resources.precision)
     click.echo("Looking at everything first; all shards are read …", err=True)

@@ -1,4 +1,4 @@
-"""From two plain networks to two players under the strategy the launcher chose."""
+"""From two plain networks to two players under the launcher's strategy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _engine(
     batch: BatchShape,
     example: tuple[torch.Tensor | None, ...],
 ) -> Engine:
-    # Imported where they are needed: FSDP alone takes as long as half of torch, DeepSpeed longer.
+    # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
     if ranks.strategy == "fsdp2":
         from pipeline.parallel.fsdp2 import Fsdp2Engine
 
