@@ -46,8 +46,7 @@ def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
                 stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
             stats.mean("Loss/D/adversarial", adversarial)
-            stats.scores("real", real_logits)
-            stats.scores("fake", fake_logits)
+            stats.scores(real=real_logits, fake=fake_logits)
         stats.add(D.step(now.D))
 
 

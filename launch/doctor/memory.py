@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch.bench.meter import LivePeak
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
@@ -27,10 +27,11 @@ from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
+from pipeline.wording import counted, in_bytes
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory that tracing cannot see
 _ZERO_BUCKET = 4 * 2**24  # bytes of gradients that DeepSpeed reduces at once (parallel/zero_settings.py)
-_CURE = "Lower data.batch_gpu (more rounds of fewer images), or choose a strategy that shards more."
+_REMEDY = "Lower data.batch_gpu (more rounds of fewer images), or choose a strategy that shards more."
 
 
 def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
@@ -38,11 +39,11 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
     held = states(job, players)
     text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
-        images = batch_shape(job.settings.data, job.world).images
+        images = batch_shape(job.config.data, job.world).images
     except UserError:
         return
     try:
-        active = activations(job.settings, images, job.precision, num_classes)
+        active = activations(job.config, images, job.precision, num_classes)
     except Exception as error:  # a network of the user's own may do anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield ok("memory", f"per rank: {text}; activations cannot be traced ({reason})")
@@ -58,9 +59,9 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
     there = torch.cuda.get_device_properties(0).total_memory
     text += f"; a GPU here has {in_bytes(there)}"
     if low > there:
-        yield would_fail("memory", text, _CURE)
+        yield would_fail("memory", text, _REMEDY)
     elif high > 0.95 * there:
-        yield warning("memory", text, _CURE)
+        yield warning("memory", text, _REMEDY)
     else:
         yield ok("memory", text)
 
@@ -70,7 +71,7 @@ def states(job: Job, players: Players) -> dict[str, int]:
     with what is gathered or kept in buckets for a while."""
     G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
     held = theory.held(job.strategy, job.world, G, D)
-    moments = [moments_of(optimizer) for optimizer in (job.settings.optim.G, job.settings.optim.D)]
+    moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if job.strategy.startswith("zero"):
         held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))

@@ -53,7 +53,7 @@ def _cached(data: Data) -> Path | None:
         return None
 
 
-def _copy(source: Path, target: Path, cure: str) -> None:
+def _copy(source: Path, target: Path, remedy: str) -> None:
     """What is missing there or older: each file appears whole, as other jobs may do the same. Of an index
     the newest counts, so files keep their times."""
     try:
@@ -67,5 +67,5 @@ def _copy(source: Path, target: Path, cure: str) -> None:
                 (Path(scratch) / "file").replace(copy)
     except OSError as error:
         raise UserError(
-            f"The index in {source} cannot be copied to {target} ({error.strerror}). {cure}"
+            f"The index in {source} cannot be copied to {target} ({error.strerror}). {remedy}"
         ) from None

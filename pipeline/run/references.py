@@ -19,9 +19,10 @@ from pipeline.durable import write
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
-from pipeline.run.report import counted, say
+from pipeline.run.report import say
 from pipeline.run.scores import METRICS
 from pipeline.run.tensor_cache import read_tensor, write_tensor
+from pipeline.wording import counted
 
 About = Mapping[str, Mapping[str, object]]
 """Of each part ("heldout", "train"): what scores against it depend on."""

@@ -169,7 +169,7 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
 )  # fmt: skip
 def test_traps(settings: list[str], strategy: str, check: str, words: list[str]) -> None:
     found = networks(job(*settings, strategy=strategy, procs=1 if strategy == "single" else 2))[check]
-    assert found.verdict == "warning" and found.cure
+    assert found.verdict == "warning" and found.remedy
     assert all(word in found.text for word in words), found.text
 
 
@@ -196,7 +196,7 @@ def test_no_trap_without_cause() -> None:
 def test_activations_are_those_measured(settings: list[str], precision: str) -> None:
     """PyTorch's allocator is asked what the same turns take on a CPU: up to 1.6 times as much, as said."""
     asked = job(*settings, precision=precision)
-    how = asked.settings, 8, precision, 3 * asked.settings.data.conditional
+    how = asked.config, 8, precision, 3 * asked.config.data.conditional
     traced = doctor_memory.activations(*how)
     update, _known = doctor_memory.second_update(*how)
     measured = allocated(update)
@@ -237,7 +237,7 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Small)
     too_much = found(job())
-    assert too_much.verdict == "would fail" and "batch_gpu" in too_much.cure
+    assert too_much.verdict == "would fail" and "batch_gpu" in too_much.remedy
 
 
 # Where it runs
@@ -296,7 +296,7 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "would fail" and "deepspeed 0.17.6 is not" in found.text
     other["deepspeed"] = "0.19.99"
     (found,) = doctor_place.versions(job())
-    assert found.verdict == "warning" and "selfcheck" in found.cure
+    assert found.verdict == "warning" and "selfcheck" in found.remedy
     assert "deepspeed 0.19.99, tested is 0.19.8" in found.text
 
 
