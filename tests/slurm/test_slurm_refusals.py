@@ -1,4 +1,4 @@
-"""What cannot work ends at once, on all nodes, with one message that names the node and the cure."""
+"""What cannot work ends at once, on all nodes, with one message that names the node and the remedy."""
 
 from __future__ import annotations
 
