@@ -90,8 +90,8 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from pipeline.data.prepare import writer as data
-    from pipeline.data.prepare.labels import printable
     from pipeline.data.prepare.summary import Summary
+    from pipeline.wording import printable
 
     console, summaries = Console(stderr=True), list[Summary]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -121,7 +121,7 @@ def _index_only(source: str, out: str | None) -> None:
 
 
 def _say(index: Index) -> None:
-    from pipeline.data.prepare.labels import counted, printable
+    from pipeline.wording import counted, printable
 
     labels = f" of {counted(index.num_classes, 'class')}" if index.num_classes else ""
     click.echo(

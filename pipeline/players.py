@@ -1,4 +1,4 @@
-"""The Gan that is trained: a config's networks as engines, under whatever strategy the launcher chose."""
+"""The Gan that is trained: a config's networks as engines, under the strategy of the launcher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.parallel.ranks import Ranks
 
 @dataclass(frozen=True)
 class Gan:
-    """Both players, the average that is sampled, and what they play for."""
+    """Both players, G's moving average, which is sampled, and their losses."""
 
     G: Engine
     D: Engine
@@ -43,7 +43,7 @@ class Gan:
 def build(
     config: Config, ranks: Ranks, batch: BatchShape, label_frequencies: list[float] | None = None
 ) -> Gan:
-    """label_frequencies: of the training images, which fake labels follow; None: an unconditional Gan."""
+    """label_frequencies: of the training images, for fake labels; None: an unconditional Gan."""
     num_classes = len(label_frequencies or ())
     ranks.progress.doing = "building the networks"
     networks = (build_G(config, num_classes), build_D(config, num_classes))

@@ -3,8 +3,8 @@
     L_D = E[loss on D(x) and D(G(z))] + λ_D ‖W_D‖²        minimised by D
     L_G = E[loss on D(G(z))]          + λ_G ‖W_G‖²        minimised by G
 
-The weight penalties are part of `step()`: their gradient is added to each rank's own shards of the
-weights, which needs no autograd and no communication (pipeline/parallel/weight_penalty.py).
+The weight penalties are part of `step()`: their gradient is added on each rank's shards of the weights,
+without autograd or communication (pipeline/parallel/weight_penalty.py).
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
                 stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
             stats.mean("Loss/D/adversarial", adversarial)
-            stats.scores("real", real_logits)
-            stats.scores("fake", fake_logits)
+            stats.scores(real=real_logits, fake=fake_logits)
         stats.add(D.step(now.D))
 
 

@@ -45,7 +45,7 @@ from pipeline.run import checkpoint
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED, claim_folder, finished, open_folder
 from pipeline.run.heap import keep_freed_memory
-from pipeline.run.report import MainReport, Report, counted, say
+from pipeline.run.report import MainReport, Report, say
 from pipeline.run.resend import catch_up
 from pipeline.run.resume import resume
 from pipeline.run.session import Session
@@ -54,6 +54,7 @@ from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import INTERRUPTED, StopSignals
 from pipeline.run.tracker import open_tracker
+from pipeline.wording import counted
 
 _PATIENCE_S = 60.0  # for the main rank to be the one that tells
 

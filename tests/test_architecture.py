@@ -17,6 +17,7 @@ ARROWS = {
     "pipeline.credentials": (),
     "pipeline.durable": (),
     "pipeline.errors": (),
+    "pipeline.wording": (),
     "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors"),
     "pipeline.config": ("pipeline.credentials", "pipeline.errors", "pipeline.config_layers"),
     "pipeline.console": (),
@@ -35,6 +36,7 @@ ARROWS = {
         "pipeline.folders",
         "pipeline.lock",
         "pipeline.plugins",
+        "pipeline.wording",
     ),
     "pipeline.parallel": (
         "pipeline.config",
@@ -53,6 +55,7 @@ ARROWS = {
         "pipeline.folders",
         "pipeline.lock",
         "pipeline.plugins",
+        "pipeline.wording",
         "pipeline.gan",
         "pipeline.data",
         "pipeline.parallel",

@@ -6,7 +6,6 @@ beside pipeline/step.py; nothing else uses them.
 
 from __future__ import annotations
 
-import copy
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +31,7 @@ class BareMaths:
     def __init__(self, config: Config, device: torch.device, bf16: bool) -> None:
         self.G = _channels_last(build_G(config, 0), device)
         self.D = _channels_last(build_D(config, 0), device)
-        self.G_ema = copy.deepcopy(self.G)
+        self.G_ema = _channels_last(build_G(config, 0), device)
         self._beta = ema_beta(config.images_per_update, config.ema.kimg, rampup=0, cur_nimg=0)
         self._optimizer_G = _adam(self.G, config.optim.G, fused=True)
         self._optimizer_D = _adam(self.D, config.optim.D, fused=True)

@@ -98,7 +98,7 @@ def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Fin
     players, networks = doctor_networks.examine(job, index)
     found = [*_config(job), *_launcher(job), *_batch(job), *data, *networks]
     if players is not None:
-        num_classes = index.num_classes if index is not None and job.settings.data.conditional else 0
+        num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
         found += [*doctor_memory.examine(job, players, num_classes), *doctor_place.space(job, players, index)]
     return [*found, *doctor_surroundings.examine(job), *doctor_place.examine(job)]
 
@@ -120,8 +120,8 @@ def show(found: Sequence[Finding], console: Console) -> None:
     table.add_column("found, and → what to do", overflow="fold")
     for finding in found:
         text = Text(finding.text)
-        if finding.cure:
-            text.append(f"\n→ {finding.cure}", "bold")
+        if finding.remedy:
+            text.append(f"\n→ {finding.remedy}", "bold")
         table.add_row(finding.check, Text(finding.verdict, styles[finding.verdict]), text)
     console.print(table)
     count = {verdict: sum(f.verdict == verdict for f in found) for verdict in styles}
@@ -136,7 +136,7 @@ def _config(job: Job) -> Iterator[Finding]:
     from pipeline.config import UserError
     from pipeline.run.folder import check_same, finished
 
-    settings = job.settings
+    settings = job.config
     folder = Path(settings.run.out) / str(settings.run.name)
     if not settings.run.resume or not folder.exists():
         yield ok("config", f"valid; a new run of {settings.run.total_kimg:g} kimg in {folder}")
@@ -157,7 +157,8 @@ def _launcher(job: Job) -> Iterator[Finding]:
     import torch
     import yaml
 
-    from launch.doctor.finding import counted, ok, warning, would_fail
+    from launch.doctor.finding import ok, warning, would_fail
+    from pipeline.wording import counted
 
     path = ACCELERATE_FILES / f"{job.strategy}.yaml"
     try:
@@ -169,8 +170,8 @@ def _launcher(job: Job) -> Iterator[Finding]:
         text = f"{path} says distributed_type {kind}, which is not {job.strategy}"
         yield would_fail("launcher", text, "Restore the file.")
     elif job.strategy == "single" and job.world > 1:
-        cure = "Choose another --strategy."
-        yield would_fail("launcher", f"single is one process, not {job.world}", cure)
+        remedy = "Choose another --strategy."
+        yield would_fail("launcher", f"single is one process, not {job.world}", remedy)
     elif 0 < torch.cuda.device_count() < job.gpus and job.nodes == 1:
         text = f"{job.gpus} processes, but this machine has {counted(torch.cuda.device_count(), 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
@@ -185,7 +186,7 @@ def _batch(job: Job) -> Iterator[Finding]:
     from pipeline.parallel.batch import batch_shape
 
     try:
-        shape = batch_shape(job.settings.data, job.world)
+        shape = batch_shape(job.config.data, job.world)
     except UserError as error:
         yield would_fail("batch", str(error))
         return

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import reserve
 from pipeline.data.check import check_passed_over, odd_labels
@@ -26,6 +26,7 @@ from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
 from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
+from pipeline.wording import counted, in_bytes
 
 _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal
@@ -37,7 +38,7 @@ _REASONS = 3  # named in a finding about samples that are passed over
 
 def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | None, list[Finding]]:
     """The findings, and the index if the data can be trained on."""
-    data = job.settings.data
+    data = job.config.data
     assert data.train is not None
     verified: Sequence[Verified] = ()
     try:
@@ -95,7 +96,7 @@ def shards_elsewhere(job: Job, index: Index) -> Iterator[Finding]:
     one, size = _to_fetch(index), sum(shard.filesize for shard in index.shards)
     os.close(index.open(one))  # checks its SHA-256
     index.table(one)
-    window, gb = job.settings.data.window, job.settings.data.remote.gb
+    window, gb = job.config.data.window, job.config.data.remote.gb
     index.remote.check_room([shard.filesize for shard in index.shards], window)
     text = (
         f"{counted(len(index.shards), 'shard')}, {index.num_samples:,} images, {in_bytes(size)} at "
@@ -104,9 +105,9 @@ def shards_elsewhere(job: Job, index: Index) -> Iterator[Finding]:
     folder = index.remote.cache.folder
     free = shutil.disk_usage(folder).free
     if min(gb * 1e9, size) > free:
-        cure = "Lower data.remote.gb, or set data.remote.folder to a larger disk of the node's own."
+        remedy = "Lower data.remote.gb, or set data.remote.folder to a larger disk of the node's own."
         text += f"\n{folder} has {in_bytes(free)} free, data.remote.gb={gb:g}"
-        yield warning("shards", text, cure)
+        yield warning("shards", text, remedy)
     else:
         yield ok("shards", text)
 
@@ -119,7 +120,7 @@ def passed_over(job: Job, index: Index) -> Iterator[Finding]:
     """Samples and members that are not used, and why: a finding for each kind."""
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     try:
-        check_passed_over(index, job.settings.data.max_bad)
+        check_passed_over(index, job.config.data.max_bad)
     except UserError as error:
         yield would_fail("odd samples", str(error))
         return
@@ -147,16 +148,16 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
     for shard in index.shards:
         counts.update(shard.labels)
     labelled = sum(counts.values())
-    if not job.settings.data.conditional:
+    if not job.config.data.conditional:
         classes = f"of {len(counts):,} class{'es' * (len(counts) != 1)}"
         there = f"{classes}, not trained on" if labelled else "none"
         yield ok("labels", f"{there} (data.conditional=false)")
         return
     try:
-        odd = odd_labels(index, job.settings.data.max_bad)
+        odd = odd_labels(index, job.config.data.max_bad)
     except UserError as error:
-        cure = "Prepare the images anew from sub-folders, one per class, or set data.conditional=false."
-        yield would_fail("labels", str(error), cure)
+        remedy = "Prepare the images anew from sub-folders, one per class, or set data.conditional=false."
+        yield would_fail("labels", str(error), remedy)
         return
     for text, advice in odd:
         yield warning("labels", text, advice)
@@ -173,30 +174,30 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
 
 def split(job: Job, index: Index) -> Iterator[Finding]:
     """How many images are trained on and held out, and whether that is enough."""
-    settings, data = job.settings, job.settings.data
+    config, data = job.config, job.config.data
     try:
-        parts = split_of(settings, index)
+        parts = split_of(config, index)
         training, heldout = parts.training().size, parts.heldout().size
     except UserError as error:
         yield would_fail("split", str(error))
         return
     fold = f"fold {data.fold} of {data.folds}" if data.folds else f"data.holdout={data.holdout:g}"
-    updates = training / settings.images_per_update
+    updates = training / config.images_per_update
     text = (
         f"{training:,} images trained on, {heldout:,} held out ({fold}); an epoch is {updates:,.1f} updates"
     )
     if training < data.batch_size:
-        cure = "Lower data.batch_size, or use more images."
-        yield warning("split", f"{text}: a batch shows some images more than once", cure)
+        remedy = "Lower data.batch_size, or use more images."
+        yield warning("split", f"{text}: a batch shows some images more than once", remedy)
     elif updates < _FEW_UPDATES:
         each = training // job.world
-        cure = "Expect D to learn them by heart: more images, data.xflip, or a larger λ_D."
-        yield warning("split", f"{text}, {each:,} images per rank", cure)
+        remedy = "Expect D to learn them by heart: more images, data.xflip, or a larger λ_D."
+        yield warning("split", f"{text}, {each:,} images per rank", remedy)
     else:
         yield ok("split", text)
-    if settings.score.metrics and heldout < settings.score.images:
+    if config.score.metrics and heldout < config.score.images:
         text = (
-            f"{heldout:,} images are held out, score.images={settings.score.images:,}"
+            f"{heldout:,} images are held out, score.images={config.score.images:,}"
             if heldout
             else "nothing is held out: there will be no score"
         )
@@ -205,7 +206,7 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
 
 def pictures(job: Job, index: Index) -> Iterator[Finding]:
     """Some images decoded: sizes, modes, damage."""
-    data = job.settings.data
+    data = job.config.data
     modes, bad, wrong = Counter[str](), list[str](), list[str]()
     first, end = 0, index.num_samples
     if index.remote:  # of the shard that is here
@@ -227,21 +228,21 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     elif bad:
         expected = len(bad) / len(picked) * index.num_samples
         judge = would_fail if expected > data.max_bad else warning
-        cure = f"Prepare the images anew, or raise data.max_bad={data.max_bad}."
-        yield judge("images", f"{text}\n{len(bad)} cannot be used: {some(bad, 2)}", cure)
+        remedy = f"Prepare the images anew, or raise data.max_bad={data.max_bad}."
+        yield judge("images", f"{text}\n{len(bad)} cannot be used: {some(bad, 2)}", remedy)
     elif data.channels == 1 and any("grey" not in what for what in modes):
-        cure = "Set data.channels=3 if colour matters."
-        yield warning("images", f"{text}; trained in grey (data.channels=1)", cure)
+        remedy = "Set data.channels=3 if colour matters."
+        yield warning("images", f"{text}; trained in grey (data.channels=1)", remedy)
     elif data.channels == 3 and all("grey" in what for what in modes):
-        cure = "Set data.channels=1: three times fewer pixels for the same images."
-        yield warning("images", f"{text}; trained as colour (data.channels=3)", cure)
+        remedy = "Set data.channels=1: three times fewer pixels for the same images."
+        yield warning("images", f"{text}; trained as colour (data.channels=3)", remedy)
     else:
         yield ok("images", text)
 
 
 def in_memory(job: Job, index: Index) -> Iterator[Finding]:
     """Whether decoded images can be kept, if that is asked for: as judged by this machine."""
-    data = job.settings.data
+    data = job.config.data
     if data.cache == "ram":
         place, text = reserve(index.sizes, data.size, data.channels)
         if place is None:
@@ -275,8 +276,8 @@ def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator
         text += f"; {apart:,} of {int(equal.sum()):,} of them are trained on and held out"
     text += "".join(f"\n{line}" for line in _named(index, pairs_read[equal][:_NAMED]))
     if max(twice, apart) > index.num_samples / 1000:
-        cure = "Copies count double, and copies of held-out images flatter the score: remove them."
-        yield warning("duplicates", text, cure)
+        remedy = "Copies count double, and copies of held-out images flatter the score: remove them."
+        yield warning("duplicates", text, remedy)
     else:
         yield ok("duplicates", text)
 
@@ -296,7 +297,7 @@ def _named(index: Index, pairs: NDArray[np.int64]) -> Iterator[str]:
 
 def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:
     """Whether a sample is held out, in the order of shards and rows."""
-    plan = split_of(job.settings, index).heldout()
+    plan = split_of(job.config, index).heldout()
     held = np.zeros(index.num_samples, np.bool_)
     first = 0
     for shard, size in enumerate(index.sizes):
@@ -308,7 +309,7 @@ def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:
 def _read(job: Job, index: Index, samples: NDArray[np.int64]) -> Iterator[Sample]:
     """Samples by number, in the order of shards and rows."""
     ends = np.cumsum(index.sizes)
-    reader = Reader(index, job.settings.data.window)
+    reader = Reader(index, job.config.data.window)
     try:
         for number in samples.tolist():
             shard = int(np.searchsorted(ends, number, side="right"))

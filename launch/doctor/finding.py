@@ -15,7 +15,7 @@ Verdict = Literal["ok", "warning", "would fail"]
 class Job:
     """A training that is to run on `gpus` processes on each of `nodes` machines."""
 
-    settings: Config
+    config: Config
     nodes: int
     gpus: int
     strategy: str
@@ -33,36 +33,23 @@ class Finding:
     check: str
     verdict: Verdict
     text: str
-    cure: str = ""
+    remedy: str = ""
 
 
 def ok(check: str, text: str) -> Finding:
     return Finding(check, "ok", text)
 
 
-def warning(check: str, text: str, cure: str) -> Finding:
-    return Finding(check, "warning", text, cure)
+def warning(check: str, text: str, remedy: str) -> Finding:
+    return Finding(check, "warning", text, remedy)
 
 
-def would_fail(check: str, text: str, cure: str = "") -> Finding:
-    """cure: empty where the text, a message that the run itself would end with, says what to do."""
-    return Finding(check, "would fail", text, cure)
+def would_fail(check: str, text: str, remedy: str = "") -> Finding:
+    """remedy: empty where the text, a message that the run itself would end with, says what to do."""
+    return Finding(check, "would fail", text, remedy)
 
 
 def some(lines: Sequence[str], most: int = 5) -> str:
     """A few of many lines."""
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join([*lines[:most], *more])
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes as people say it."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:,.1f} GiB"

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.doctor import worker as doctor_worker
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.place import allocated, allocated_cpus
 from launch.fingerprint import REMEDIES, difference
 from launch.processes import environment_of, launch, launcher_file, run
 from pipeline.parallel.environment import threads
+from pipeline.wording import counted, in_bytes
 
 Node = dict[str, Any]  # as worker.describe and .place tell it
 

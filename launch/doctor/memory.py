@@ -1,33 +1,37 @@
 """What one rank would hold in memory: weights and what goes with them by theory, activations by tracing.
 
-The tracing runs both players' turns on tensors without memory, in the networks that would train, and adds up
-what would be alive at once, forwards and backwards.
+The tracing runs the training step on tensors without memory, and adds up what would be alive at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest.mock import patch
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch.bench.meter import LivePeak
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
-from pipeline.gan.gradient_penalty import r1
-from pipeline.gan.images import to_float
-from pipeline.gan.losses import adversarial
+from pipeline.data.stream import Batch
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.launched import Precision
+from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.watch.whereabouts import Progress
+from pipeline.players import build
+from pipeline.run.stats import Stats
+from pipeline.step import train_step
+from pipeline.wording import counted, in_bytes
 
-WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels need room of their own, and say so to nobody
-Turn = Callable[[], None]
-
+WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory that tracing cannot see
 _ZERO_BUCKET = 4 * 2**24  # bytes of gradients that DeepSpeed reduces at once (parallel/zero_settings.py)
-_CURE = "Lower data.batch_gpu (more rounds of fewer images), or choose a strategy that shards more."
+_REMEDY = "Lower data.batch_gpu (more rounds of fewer images), or choose a strategy that shards more."
 
 
 def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
@@ -35,11 +39,11 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
     held = states(job, players)
     text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
-        images = batch_shape(job.settings.data, job.world).images
+        images = batch_shape(job.config.data, job.world).images
     except UserError:
         return
     try:
-        active = activations(job.settings, players, images, job.precision, num_classes)
+        active = activations(job.config, images, job.precision, num_classes)
     except Exception as error:  # a network of the user's own may do anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield ok("memory", f"per rank: {text}; activations cannot be traced ({reason})")
@@ -55,19 +59,19 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
     there = torch.cuda.get_device_properties(0).total_memory
     text += f"; a GPU here has {in_bytes(there)}"
     if low > there:
-        yield would_fail("memory", text, _CURE)
+        yield would_fail("memory", text, _REMEDY)
     elif high > 0.95 * there:
-        yield warning("memory", text, _CURE)
+        yield warning("memory", text, _REMEDY)
     else:
         yield ok("memory", text)
 
 
 def states(job: Job, players: Players) -> dict[str, int]:
-    """Bytes on one rank of all that does not depend on the number of images, as `shardgan bench memory`
-    measures it; and of what is gathered or kept in buckets for a while."""
+    """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
+    with what is gathered or kept in buckets for a while."""
     G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
     held = theory.held(job.strategy, job.world, G, D)
-    moments = [moments_of(optimizer) for optimizer in (job.settings.optim.G, job.settings.optim.D)]
+    moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if job.strategy.startswith("zero"):
         held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))
@@ -77,53 +81,56 @@ def states(job: Job, players: Players) -> dict[str, int]:
     return {name: round(size) for name, size in held.items()}
 
 
-def activations(settings: Config, players: Players, images: int, precision: str, num_classes: int) -> int:
-    """The most bytes alive at once in a turn of either player, besides weights and their gradients.
+def activations(config: Config, images: int, precision: str, num_classes: int) -> int:
+    """The most bytes alive at once in an update of one rank and round, besides what `states` counts."""
+    with FakeTensorMode(), patch.object(nn.Module, "_apply", convert_without_memory):
+        update, known = second_update(config, images, precision, num_classes)
+        with LivePeak(known) as live:
+            update()
+    peak: int = live.peak
+    return peak
 
-    players: G and D made of FakeTensors, all of one mode.
+
+def second_update(
+    config: Config, images: int, precision: str, num_classes: int
+) -> tuple[Callable[[], object], list[Tensor]]:
+    """The training step itself, in one process, after a first update; and what is in memory before it.
+
+    All players' gradients are there, so that the update adds to them.
     """
-    first = next(players[1].parameters())
-    assert isinstance(first, FakeTensor)
-    with first.fake_mode:
-        turns, known = _turns(settings, players, images, precision, num_classes)
-        peaks: list[int] = []
-        for turn in turns:
-            with LivePeak(known) as live:
-                turn()
-            peaks.append(live.peak)
-    return max(peaks)
+    data = replace(config.data, batch_size=images, batch_gpu=None)
+    config = replace(config, data=data, loss=replace(config.loss, D_steps=1))
+    ranks, stats = _OneProcess("no" if precision == "no" else "bf16"), Stats(torch.device("cpu"))
+    gan = build(config, ranks, batch_shape(data, 1), [1.0] * num_classes or None)
+    pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=torch.uint8)
+    batch = Batch(pixels, torch.zeros(images, dtype=torch.int64) if num_classes else None)
+    train_step(gan, iter([batch]), 0, stats)
+    known = [pixels, *gan.G_ema.averages]
+    for engine in (gan.G, gan.D):
+        known += [*engine.module.parameters(), *engine.module.buffers()]
+        known += [tensor for state in engine.optimizer_state() for tensor in state.values()]
+        for p in engine.module.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+                known.append(p.grad)
+    return lambda: train_step(gan, iter([batch]), 0, stats), known
 
 
-def _turns(
-    settings: Config, players: Players, images: int, precision: str, num_classes: int
-) -> tuple[list[Turn], list[Tensor]]:
-    """A round of D's and of G's turn, as pipeline/step.py makes them; and the tensors there before."""
-    G, D = players
-    data, gamma, losses = settings.data, settings.penalty.r1.gamma, adversarial(settings.loss.kind)
-    z = torch.zeros(images, settings.G.z_dim)
-    c = torch.zeros(images, dtype=torch.int64) if num_classes else None
-    reals = torch.zeros(images, data.channels, data.size, data.size, dtype=torch.uint8)
-    weights = [*G.parameters(), *D.parameters()]
-    for p in weights:
-        p.grad = torch.zeros_like(p)
+class _OneProcess(Ranks):
+    """A world of one on the CPU, without the process state that joining would set up."""
 
-    def compute(player: torch.nn.Module, *inputs: Tensor | None) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):  # fp16 is as large
-            out: Tensor = player(*inputs)
-            return out
+    def __init__(self, precision: Precision) -> None:
+        self.rank, self.world, self.strategy, self.precision = 0, 1, "single", precision
+        self.device, self.progress, self._control = torch.device("cpu"), Progress(), None
 
-    def turn_of_D() -> None:
-        G.requires_grad_(False)
-        real = to_float(reals).requires_grad_(gamma > 0)
-        real_logits = compute(D, real, c)
-        loss = losses.d(real_logits, compute(D, compute(G, z, c), c))
-        (loss + r1(real, real_logits, gamma) if gamma else loss).backward()  # type: ignore[no-untyped-call]
-        G.requires_grad_(True)
 
-    def turn_of_G() -> None:
-        D.requires_grad_(False)
-        losses.g(compute(D, compute(G, z, c), c), None).backward()  # type: ignore[no-untyped-call]
-        D.requires_grad_(True)
-
-    gradients = [p.grad for p in weights if p.grad is not None]
-    return [turn_of_D, turn_of_G], [*weights, *gradients, *G.buffers(), *D.buffers(), z, reals]
+def convert_without_memory(module: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """In place of Module._apply, which changes parameters in place: impossible for those without memory."""
+    for child in module.children():
+        convert_without_memory(child, convert)
+    with torch.no_grad():
+        for name, p in module._parameters.items():
+            module._parameters[name] = None if p is None else nn.Parameter(convert(p), p.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else convert(buffer)
+    return module

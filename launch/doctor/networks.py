@@ -9,12 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from launch.doctor.finding import Finding, Job, counted, ok, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.wording import counted
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 
@@ -24,12 +25,12 @@ _SMALL = 16  # images that BatchNorm sees at once
 
 def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding]]:
     """The findings, and G and D without memory if they can be built."""
-    num_classes = index.num_classes if index and job.settings.data.conditional else 0
-    if index is None and job.settings.data.conditional:
+    num_classes = index.num_classes if index and job.config.data.conditional else 0
+    if index is None and job.config.data.conditional:
         text = "not looked at: how many classes there are is not known"
         return None, [warning("networks", text, "Mend the data first.")]
     try:
-        check_networks(job.settings, num_classes)
+        check_networks(job.config, num_classes)
         G, D = build_players(job, num_classes)
     except UserError as error:
         return None, [would_fail("networks", str(error))]
@@ -47,9 +48,9 @@ def build_players(job: Job, num_classes: int) -> Players:
     """G and D as FakeTensors, or with memory if they cannot be built without."""
     try:
         with FakeTensorMode():
-            return build_G(job.settings, num_classes), build_D(job.settings, num_classes)
+            return build_G(job.config, num_classes), build_D(job.config, num_classes)
     except Exception:
-        return build_G(job.settings, num_classes), build_D(job.settings, num_classes)
+        return build_G(job.config, num_classes), build_D(job.config, num_classes)
 
 
 def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
@@ -69,25 +70,25 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """Statistics of one rank's images of one round."""
     who = [name for name, player in (("G", G), ("D", D)) if has_batch_norm(player)]
     try:
-        shape = batch_shape(job.settings.data, job.world)
+        shape = batch_shape(job.config.data, job.world)
     except UserError:
         return
     if not who or (shape.world, shape.rounds) == (1, 1):
         return
-    few, all_of_them = counted(shape.images, "image"), job.settings.data.batch_size
+    few, all_of_them = counted(shape.images, "image"), job.config.data.batch_size
     text = (
         f"{' and '.join(who)} normalise{'s' * (len(who) == 1)} over the {few} of a rank and round, not over "
         f"the {all_of_them} of the batch: results depend on the number of ranks"
     )
     if shape.images < _SMALL:
         text += ", and statistics of so few images are noisy"
-    cure = f"Set {' and '.join(f'{name}.norm' for name in who)} to group or instance for equal results."
-    yield warning("BatchNorm", text, cure)
+    remedy = f"Set {' and '.join(f'{name}.norm' for name in who)} to group or instance for equal results."
+    yield warning("BatchNorm", text, remedy)
 
 
 def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """R1 is of single images; and under ZeRO 3 it gathers all of D."""
-    if not job.settings.penalty.r1.gamma:
+    if not job.config.penalty.r1.gamma:
         return
     if has_batch_norm(D):
         text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
@@ -99,7 +100,7 @@ def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """‖W‖² of kernels whose scale the network undoes."""
-    penalty = job.settings.penalty
+    penalty = job.config.penalty
     both = (("G", G, penalty.G), ("D", D, penalty.D))
     who = [
         name
@@ -112,13 +113,13 @@ def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
             "the penalty acts mostly as a larger learning rate, not as a simpler function"
         )
         norms = " and ".join(f"{name}.norm=none" for name in who)
-        cure = f"If it is to regularise, set {norms}, and leave spectral_norm off."
-        yield warning("weight penalty", text, cure)
+        remedy = f"If it is to regularise, set {norms}, and leave spectral_norm off."
+        yield warning("weight penalty", text, remedy)
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """How much a failing node loses, and how much of a run goes into scores."""
-    run, score = job.settings.run, job.settings.score
+    run, score = job.config.run, job.config.score
     if run.checkpoint_kimg > run.total_kimg / 4:
         text = (
             f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg: a node that fails (a "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.doctor.finding import Finding, Job, counted, in_bytes, ok, some, warning, would_fail
+from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
 from pipeline.config import UserError
@@ -22,6 +22,7 @@ from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
 from pipeline.run.wandb_mode import choose_mode, names
+from pipeline.wording import counted, in_bytes
 
 _CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _PORT = 29500  # Accelerate's, if it is told no other
@@ -58,11 +59,11 @@ def versions(job: Job) -> Iterator[Finding]:
         elif not tested[name].specifier.contains(version.partition("+")[0], prereleases=True):
             untested.append(f"{name} {version}, tested is {str(tested[name].specifier).removeprefix('==')}")
     if outside:
-        cure = "`bash launch/setup.sh` installs the versions that are tested together."
-        yield would_fail("versions", some(outside), cure)
+        remedy = "`bash launch/setup.sh` installs the versions that are tested together."
+        yield would_fail("versions", some(outside), remedy)
     elif untested:
-        cure = "Compare with plain torch once: `shardgan selfcheck`."
-        yield warning("versions", some(untested), cure)
+        remedy = "Compare with plain torch once: `shardgan selfcheck`."
+        yield warning("versions", some(untested), remedy)
     else:
         yield ok("versions", f"{', '.join(here)}: as tested together")
 
@@ -86,11 +87,11 @@ def _requirements(lines: Sequence[str]) -> dict[str, Requirement]:
 
 def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     """Room for checkpoints where the run is written, and for what is kept in the cache."""
-    run, optim = job.settings.run, job.settings.optim
+    run, optim = job.config.run, job.config.optim
     sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
     moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
     checkpoint = sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
-    kept = run.keep + bool(job.settings.score.metrics)  # the one with the best score
+    kept = run.keep + bool(job.config.score.metrics)  # the one with the best score
     needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest goes when the newest is whole
     out = Path(run.out)
     there = sum(path.stat().st_size for path in (out / str(run.name) / "checkpoints").rglob("*.safetensors"))
@@ -105,13 +106,15 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
 
 def _cache(job: Job, index: Index | None) -> Iterator[Finding]:
     """Only where there is something to say: it is small, and can be made again."""
-    needed = (40 * index.num_samples if index else 0) + 5120 * job.settings.score.images
+    needed = (40 * index.num_samples if index else 0) + 5120 * job.config.score.images
     place = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
     writable, free = os.access(place, os.W_OK), shutil.disk_usage(place).free
     if not writable or free < needed:
         state = f"has {in_bytes(free)} free" if writable else "cannot be written to"
-        cure = "Set SHARDGAN_CACHE to a folder with space, or indices and features are made anew by each run."
-        yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", cure)
+        remedy = (
+            "Set SHARDGAN_CACHE to a folder with space, or indices and features are made anew by each run."
+        )
+        yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", remedy)
 
 
 def moments_of(optimizer: object) -> int:
@@ -126,8 +129,8 @@ def rendezvous(job: Job) -> Iterator[Finding]:
     hosts = nodes or [socket.gethostname()]
     lost = [host for host in hosts if not _resolves(host)]
     if lost:
-        cure = "Add them to DNS or /etc/hosts on every node."
-        yield would_fail("rendezvous", f"no address is known here for {', '.join(lost)}", cure)
+        remedy = "Add them to DNS or /etc/hosts on every node."
+        yield would_fail("rendezvous", f"no address is known here for {', '.join(lost)}", remedy)
         return
     if nodes and len(nodes) < job.nodes:
         text = f"{job.nodes} nodes, but this allocation has {len(nodes)}"
@@ -135,8 +138,8 @@ def rendezvous(job: Job) -> Iterator[Finding]:
         return
     if job.strategy != "single" and not is_free(_PORT):
         text = f"port {_PORT} is in use on {socket.gethostname()}"
-        cure = f"`shardgan train` picks a free one; else give --main_process_port, other than {_PORT}."
-        yield warning("rendezvous", text, cure)
+        remedy = f"`shardgan train` picks a free one; else give --main_process_port, other than {_PORT}."
+        yield warning("rendezvous", text, remedy)
         return
     names = hosts[0] if len(hosts) == 1 else f"{hosts[0]} and {len(hosts) - 1} more"
     yield ok("rendezvous", f"{names}: known by name; port {_PORT} is free here")
@@ -144,7 +147,7 @@ def rendezvous(job: Job) -> Iterator[Finding]:
 
 def processors(job: Job) -> Iterator[Finding]:
     """Inside an allocation: enough for processes and loaders. Many clusters give one to who asks for none."""
-    cpus, workers = allocated_cpus(), job.settings.data.workers
+    cpus, workers = allocated_cpus(), job.config.data.workers
     needed = job.gpus * (1 + workers)
     if cpus is not None and cpus < needed:
         text = f"{counted(cpus, 'CPU')} per node for {job.gpus} processes with {workers} loaders each"
@@ -178,7 +181,7 @@ def _resolves(host: str) -> bool:
 
 def features(job: Job) -> Iterator[Finding]:
     """What scores are computed from can be loaded."""
-    score = job.settings.score
+    score = job.config.score
     if score.metrics:
         try:
             load_features(score.features)
@@ -188,11 +191,11 @@ def features(job: Job) -> Iterator[Finding]:
 
 def tracker(job: Job) -> Iterator[Finding]:
     """Whether W&B would be online. Neither a key nor a run is sent."""
-    if not job.settings.track.wandb:
+    if not job.config.track.wandb:
         yield ok("W&B", "off (track.wandb=false)")
         return
     mode, reason = choose_mode()
-    called = names(job.settings)
+    called = names(job.config)
     if mode == "online":
         yield ok("W&B", f"online: a key is configured and the server answers; {called}")
     elif mode == "disabled":

@@ -39,7 +39,7 @@ def modules() -> Iterator[Finding]:
 
 def workers(job: Job) -> Iterator[Finding]:
     """What data workers need: semaphores, sockets, and a folder for these."""
-    if not job.settings.data.workers:
+    if not job.config.data.workers:
         return
     try:
         multiprocessing.get_context("fork").Lock()

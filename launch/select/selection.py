@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 
-from launch.doctor.finding import counted
 from launch.select import local, plots, queue, start, table, verdict
 from launch.select.choice import ScoreTable
 from launch.select.local import Say
@@ -17,6 +16,7 @@ from launch.select.trials import LaunchOptions, Trial
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
 from pipeline.run.stop import INTERRUPTED
+from pipeline.wording import counted
 
 
 @dataclass

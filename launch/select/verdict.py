@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from launch.doctor.finding import counted
 from launch.select import files
 from launch.select.choice import PAIRED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import dump, load
 from pipeline.credentials import redacted
+from pipeline.wording import counted
 
 _NO_TERMINAL = 10_000  # columns of a log
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import UserError
+from pipeline.wording import in_bytes
 
 _LABEL, _FLAG = 8, 1  # bytes per sample besides its pixels
 _SHARE = 0.75  # of the free memory: training needs some as well
@@ -71,21 +72,17 @@ def reserve(sizes: Sequence[int], size: int, channels: int) -> tuple[str | None,
     The path is None if they do not fit. The memory lasts as long as this process.
     """
     need = sum(sizes) * (size * size * channels + _LABEL + _FLAG)
-    what = f"data.cache=ram: {sum(sizes):,} decoded images, {_amount(need)}"
+    what = f"data.cache=ram: {sum(sizes):,} decoded images, {in_bytes(need)}"
     if not hasattr(os, "memfd_create"):
         return None, f"{what}, are kept on Linux only; they are decoded anew in each epoch"
     if need > _SHARE * (free := free_memory()):
         return None, (
-            f"{what}, do not fit into {_SHARE:.0%} of the free memory ({_amount(free)}); they are decoded "
+            f"{what}, do not fit into {_SHARE:.0%} of the free memory ({in_bytes(free)}); they are decoded "
             "anew in each epoch"
         )
     file = os.memfd_create("shardgan-cache", os.MFD_CLOEXEC)
     os.ftruncate(file, need)
     return f"/proc/{os.getpid()}/fd/{file}", f"{what}, are kept in memory, once per machine"
-
-
-def _amount(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def free_memory() -> int:

@@ -1,26 +1,27 @@
-"""What is looked at in the data before training: whether they can be trained on, and what is odd in them."""
+"""Checks of the data before training: whether it can be trained on, and what is odd in it."""
 
 from __future__ import annotations
 
 from pipeline.config import Data, UserError
 from pipeline.data.index import Index
 from pipeline.data.reader import BadSampleError, Reader
-from pipeline.data.samples import LABEL, REPAIR, counted, describe
+from pipeline.data.samples import LABEL, REPAIR, describe
 from pipeline.data.stages import Decode, apply, load_stages
+from pipeline.wording import counted
 
-MOST_EMPTY_CLASSES = 100_000  # without an image, of which the networks have room for each
+MOST_EMPTY_CLASSES = 100_000  # without an image; the networks hold parameters for each
 _CHECKED_SHARDS = 8
 _TRIES = 16  # images of one shard
 _NUMBER = "Number the classes from 0 without gaps, as `shardgan prepare SHARDS OUT` does"
 
 
 def check_images(index: Index, data: Data) -> None:
-    """Decode the first image of a few shards, so that what cannot be trained on is said before training.
+    """Decode the first image of a few shards (of remote ones only one), and look at what the index says.
 
     Raises UserError for stages that cannot be loaded or do not go with a cache, an image of another size than
     data.size or one that cannot be decoded (unless data.max_bad allows for some), too many samples that are
-    passed over, if data.conditional labels that are missing or far apart, and too little room for shards of
-    elsewhere, of which only one is fetched for this.
+    passed over, labels that are missing or far apart if data.conditional, and too little room for remote
+    shards.
     """
     if data.stages and data.cache != "none":
         raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
@@ -31,7 +32,7 @@ def check_images(index: Index, data: Data) -> None:
 
 
 def remarks(index: Index, data: Data) -> list[str]:
-    """What is odd in the data, but no reason not to start, a line each. Raises UserError for what is one."""
+    """A line for everything odd that training can start with. Raises UserError for the rest."""
     labels = odd_labels(index, data.max_bad) if data.conditional else []
     return [
         *check_passed_over(index, data.max_bad),
@@ -40,30 +41,27 @@ def remarks(index: Index, data: Data) -> list[str]:
 
 
 def check_passed_over(index: Index, max_bad: int) -> list[str]:
-    """A line for each kind of sample that is not used. Raises UserError if they are too many.
+    """A line for each kind of sample that is not used. Raises UserError if there are too many.
 
-    Samples whose image cannot be used are bad images, of which there may be `max_bad`; those without an image
-    are no images, and may be half of all.
+    At most `max_bad` samples may have an image that cannot be used; half of all may have no image.
     """
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     if unusable.count > max_bad:
         raise UserError(
-            f"{counted(unusable.count)} in {index.where} cannot be used, more than data.max_bad={max_bad}."
-            f"{unusable.first} {REPAIR}"
+            f"{counted(unusable.count, 'sample')} in {index.where} cannot be used, more than "
+            f"data.max_bad={max_bad}.{unusable.first} {REPAIR}"
         )
     if without.count > index.num_samples + unusable.count:
         raise UserError(
-            f"{counted(without.count)} in {index.where} without an image, only {index.num_samples:,} with "
-            f"one.{without.first} {REPAIR}"
+            f"{counted(without.count, 'sample')} in {index.where} without an image, only "
+            f"{index.num_samples:,} with one.{without.first} {REPAIR}"
         )
     return describe(without, unusable)
 
 
 def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
-    """What is odd about the labels, and what to do about it. Raises UserError for what is too odd.
-
-    A sample without a label is a bad one, of which there may be `max_bad`.
-    """
+    """What is odd about the labels, and what to do about it. Raises UserError if there are none, more than
+    `max_bad` samples lack one, or too many classes are empty."""
     there = {label for shard in index.shards for label in shard.labels}
     if not there:
         raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
@@ -71,13 +69,13 @@ def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
     missing = {shard.url: shard.nsamples - sum(shard.labels.values()) for shard in index.shards}
     if count := sum(missing.values()):
         where = next(url for url, lacking in missing.items() if lacking)
-        have = "has" if count == 1 else "have"
-        text = f"{count:,} of the {counted(index.num_samples)} {have} no label, the first in shard {where}"
+        have, all_of_them = "has" if count == 1 else "have", counted(index.num_samples, "sample")
+        text = f"{count:,} of the {all_of_them} {have} no label, the first in shard {where}"
         if count > max_bad:
             raise UserError(
                 f"data.conditional=true, but {text}: more than data.max_bad={max_bad}. A label is {LABEL}."
             )
-        found.append((text, f"Others stand in for them. A label is {LABEL}."))
+        found.append((text, f"They are replaced by others. A label is {LABEL}."))
     empty = index.num_classes - len(there)
     text = f"labels go up to {index.num_classes - 1:,}, but only {len(there):,} of these classes have images"
     if empty > MOST_EMPTY_CLASSES:

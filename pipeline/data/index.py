@@ -41,8 +41,9 @@ from pipeline.data.record import (
 )
 from pipeline.data.remote.fetch import RemoteShards, is_verifiable
 from pipeline.data.remote.urls import is_url, locate_url
-from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver, counted
+from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
 from pipeline.data.sidecar import SampleTable
+from pipeline.wording import counted
 
 Announce = Callable[[str], None]
 PassedOverKind = Literal["without_image", "unusable"]
@@ -191,7 +192,7 @@ def not_empty(index: Index) -> Index:
         raise UserError(f"There are no samples in the shards of {index.where}.")
     raise UserError(
         f"There are no images in the shards of {index.where} that can be used, of "
-        f"{counted(unusable.count + without.count)}."
+        f"{counted(unusable.count + without.count, 'sample')}."
         f"{unusable.first or without.first}{f' {REPAIR}' * (unusable.count > 0)}"
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.data.tar import LARGEST_MEMBER, Member
+from pipeline.wording import counted
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "npy")
 LARGEST_LABEL = 999_999
@@ -43,7 +44,11 @@ NONE = PassedOver()
 def describe(without_image: PassedOver, unusable: PassedOver) -> list[str]:
     """A line for each kind of sample that is passed over."""
     kinds = ((without_image, "without an image"), (unusable, "with an image that cannot be used"))
-    return [f"{counted(what.count)} {text} passed over.{what.first}" for what, text in kinds if what.count]
+    return [
+        f"{counted(what.count, 'sample')} {text} passed over.{what.first}"
+        for what, text in kinds
+        if what.count
+    ]
 
 
 class Image(NamedTuple):
@@ -102,10 +107,6 @@ class Sample:
         """What there is in place of an image."""
         only = f", only {_listed(self.others)}" if self.others else ""
         return f"sample '{shown(self.key)}' has no image ({', '.join(IMAGE_EXTENSIONS)}){only}."
-
-
-def counted(samples: int) -> str:
-    return f"{samples:,} sample{'s' * (samples != 1)}"
 
 
 def split_name(name: str) -> tuple[str, str] | None:

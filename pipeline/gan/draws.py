@@ -44,7 +44,7 @@ class Draws:
         self._frequencies: Tensor | None = None
         if label_frequencies is not None:
             self._frequencies = torch.tensor(label_frequencies, dtype=torch.float64)
-            if not (self._frequencies >= 0).all() or not self._frequencies.sum() > 0:
+            if not all(f >= 0 for f in label_frequencies) or not sum(label_frequencies) > 0:
                 raise ValueError(f"label frequencies must be ≥ 0 and not all 0: {list(label_frequencies)}")
 
     def latents(self, purpose: str, cur_nimg: int, count: int) -> Drawn:

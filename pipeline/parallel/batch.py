@@ -29,7 +29,7 @@ class BatchShape:
 def batch_shape(data: Data, world: int) -> BatchShape:
     """Divide the global batch: equal parts per rank, then as few equal rounds as batch_gpu allows.
 
-    Raises UserError, naming sizes that would do, when it cannot be divided.
+    Raises UserError if it cannot be divided, naming sizes that can.
     """
     size = data.batch_size
     if world > size:
@@ -41,7 +41,7 @@ def batch_shape(data: Data, world: int) -> BatchShape:
         below, above = size - size % world, size - size % world + world
         raise UserError(
             f"data.batch_size={size} cannot be divided equally over {world} processes. "
-            f"Set it to {below} or {above}, or start another number of processes."
+            f"Set it to {below} or {above}, or change the number of processes."
         )
     local = size // world
     ceiling = data.batch_gpu or local

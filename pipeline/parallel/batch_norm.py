@@ -1,4 +1,4 @@
-"""BatchNorm over ranks: each rank keeps its own running statistics; copies of a network get them pooled."""
+"""BatchNorm over ranks: each rank has its own running statistics; copies of a network get them pooled."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pipeline.parallel.ranks import Ranks
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the network's output depends on which other images share its rank's batch."""
+    """Whether the network's output depends on the other images in its rank's batch."""
     return any(isinstance(m, _BatchNorm) for m in module.modules())
 
 
 def pooled(module: nn.Module, per_rank: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One network's buffers out of every rank's: BatchNorm's statistics pooled, the others the first rank's.
+    """Every rank's buffers → one network's: BatchNorm's statistics pooled, others from the first rank.
 
     The pooled mean is the mean of the means; the pooled variance is the mean of the variances plus the
     variance of the means (the law of total variance, equal batches per rank). In fp64.
@@ -32,7 +32,7 @@ def pooled(module: nn.Module, per_rank: Sequence[Mapping[str, torch.Tensor]]) ->
 
 
 def pooled_buffers(module: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """`pooled` over the ranks that train the network now. Collective: one gather of the statistics."""
+    """`pooled` over the ranks of this run. Collective: one gather of the statistics."""
     mine = {name: buffer.detach() for name, buffer in module.named_buffers()}
     names = [name for pair in _running_statistics(module) for name in pair]
     if not names or ranks.world == 1:

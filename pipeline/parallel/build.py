@@ -1,4 +1,4 @@
-"""From two plain networks to two players under the strategy the launcher chose."""
+"""From two plain networks to two players under the launcher's strategy."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ def build_players(
     """
     for network, player in zip(networks, players, strict=True):
         check_penalty(player.name, network, player.penalty, player.penalised)
-    whole_G = copy.deepcopy(networks[0]).to(ranks.device)  # before a strategy wraps it
+    whole_G = copy.deepcopy(networks[0], _copies(networks[0])).to(ranks.device)  # before a strategy wraps it
     G, D = (
         _engine(network, player, ranks, batch, example)
         for network, player, example in zip(networks, players, examples, strict=True)
     )
     return G, D, Ema(G, whole_G)
+
+
+def _copies(network: nn.Module) -> dict[int, torch.Tensor]:
+    """For copy.deepcopy, which fails on its own for tensors without memory (launch/doctor/memory.py)."""
+    copies: dict[int, torch.Tensor] = {id(b): b.detach().clone() for b in network.buffers()}
+    return copies | {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
 
 
 def _engine(
@@ -43,7 +49,7 @@ def _engine(
     batch: BatchShape,
     example: tuple[torch.Tensor | None, ...],
 ) -> Engine:
-    # Imported where they are needed: FSDP alone takes as long as half of torch, DeepSpeed longer.
+    # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
     if ranks.strategy == "fsdp2":
         from pipeline.parallel.fsdp2 import Fsdp2Engine
 

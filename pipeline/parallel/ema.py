@@ -13,7 +13,7 @@ class Ema:
     """θ_ema ← β·θ_ema + (1−β)·θ after every update, over the fp32 master fragments of one player."""
 
     def __init__(self, engine: Engine, unsharded: nn.Module) -> None:
-        """unsharded: a module of G's class, on the device; it becomes the whole G_ema when asked for."""
+        """unsharded: a module of G's class, on the device, that `module` fills."""
         self.engine = engine
         self.averages = [f.data.clone() for f in engine.fragments]
         self._module = unsharded.requires_grad_(False).eval()
@@ -22,15 +22,15 @@ class Ema:
         self._release()
 
     def update(self, beta: float) -> None:
-        """Follow the player. beta: how much of the average stays."""
+        """After an update of the player. beta: the share of the old average that it keeps."""
         self._release()
         torch._foreach_lerp_(self.averages, [f.data for f in self.engine.fragments], 1 - beta)
 
     def module(self) -> nn.Module:
         """The whole G_ema in eval mode, on every rank; collective.
 
-        Its BatchNorm statistics are G's, pooled over all ranks. The same module each time: its weights are
-        there until the next update.
+        Its BatchNorm statistics are G's, pooled over all ranks. Always the same module, whose weights are
+        valid until the next update.
         """
         self._whole = True
         named = dict(self._module.named_parameters())
@@ -44,7 +44,7 @@ class Ema:
         return self._module
 
     def _release(self) -> None:
-        """Let go of the whole weights, which nobody needs in training, keeping the module around them."""
+        """Free the whole weights, which training does not need, but keep the module."""
         if self._whole:
             named = dict(self._module.named_parameters())
             for name in self._shapes:

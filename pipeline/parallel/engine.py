@@ -1,8 +1,8 @@
 """One player: a network, its optimizer and its weight penalties, behind one interface for every strategy.
 
-The training step is written against `Engine` and knows neither ranks nor strategies. A strategy overrides
-where gradients are averaged, where the fragments are and how a step is taken; everything that must be equal
-under all of them (rounds, randomness, freezing, precision, what is reported) is written once, here.
+The training step is written against `Engine` and knows neither ranks nor strategies. A strategy defines where
+gradients are averaged, where the fragments are and how to step. What must be equal under all strategies
+(rounds, randomness, freezing, precision, charts) is written once, here.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from pipeline.parallel.seeding import seed_generators
 
 @dataclass(frozen=True)
 class Contribution:
-    """A statistic's part on one rank: all ranks' totals over all ranks' weights is its value."""
+    """One rank's part of a statistic, whose value is Σ total / Σ weight over all ranks."""
 
     total: torch.Tensor
     weight: float
-    unit: float  # what all ranks' weights of one update come to
+    unit: float  # sum of `weight` over all ranks in one update
 
 
 @dataclass(frozen=True)
 class PlayerSettings:
-    """What an engine needs to know besides its network."""
+    """What an engine needs besides its network."""
 
-    name: str  # "G" or "D": its part in chart names and files
+    name: str  # "G" or "D", as in names of charts and files
     optimizer: Optimizer
     penalty: WeightPenalty
     penalised: frozenset[str]  # names of the parameters the penalty covers
@@ -56,17 +56,16 @@ class Engine(abc.ABC):
         self.ranks = ranks
         self.batch = batch
         self.frozen = False
-        self.twice = False  # whether this turn differentiates the player's passes twice
+        self.twice = False  # whether passes of this turn are differentiated twice
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
-        # Which parameters train is the user's choice at construction: freezing for the other player's
-        # turn must not wake up one that was never meant to move.
+        # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module, ranks.device)
-        self._finite: torch.Tensor | None = None  # whether this turn's update was, once it has been taken
-        self._found_inf = torch.zeros((), device=ranks.device)  # whether it was not, as optimizers take it
+        self._finite: torch.Tensor | None = None  # whether this turn's update was finite; None before it
+        self._found_inf = torch.zeros((), device=ranks.device)  # the opposite, as optimizers take it
 
-    # What a strategy says
+    # What a strategy defines
 
     @property
     @abc.abstractmethod
@@ -76,8 +75,8 @@ class Engine(abc.ABC):
     @property
     @abc.abstractmethod
     def copies(self) -> int:
-        """How many ranks hold each element: 1 if it is sharded over all ranks, their number if each holds
-        all. Between them, ranks next to each other hold one copy together."""
+        """How many ranks hold each element: 1 if the player is sharded over all ranks, the world if it is
+        replicated. In between, each copy is sharded over ranks that are next to each other."""
 
     @abc.abstractmethod
     def forward(self, *inputs: Any) -> torch.Tensor:
@@ -85,7 +84,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward of one round; gradients are averaged over ranks on the last."""
+        """Wraps forward and backward of one round; the last averages gradients over ranks."""
 
     @abc.abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
@@ -105,29 +104,27 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
-        """Put back what `moments` gave."""
+        """Restore what `moments` returned."""
 
     @abc.abstractmethod
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
 
-    def masters_changed(self) -> None:  # noqa: B027 (masters and parameters are mostly the same memory)
-        """After fragments were written to from outside: bring the network's parameters in line."""
+    def masters_changed(self) -> None:  # noqa: B027 (masters and parameters mostly share memory)
+        """Update the network's parameters after fragments were written from outside."""
 
-    def begin_turn(self) -> None:  # noqa: B027 (most strategies gather nothing)
-        """Before a turn, in which no weight changes until its end: what is gathered in it may be kept."""
+    def begin_turn(self) -> None:  # noqa: B027
+        """Before a turn. No weight changes until its end, so gathered parameters may stay gathered."""
 
-    def end_turn(self) -> None:  # noqa: B027 (most strategies gather nothing)
-        """After a turn: let go of what its passes left gathered."""
+    def end_turn(self) -> None:  # noqa: B027
+        """After a turn: reshard what is still gathered."""
 
-    # What is the same under all of them
+    # What all strategies share
 
     def __call__(self, *inputs: Any) -> torch.Tensor:
-        """The network's output; inside the other player's turn, through the bare and frozen network.
-
-        Frozen, the wrapper that averages gradients must not see the pass: it would wait for gradients
-        that never come (DDP), or is silently wrong (ZeRO stage 3).
-        """
+        """The network's output. In the other player's turn the bare, frozen network computes it: a wrapper
+        that averages gradients would wait for gradients that never come (DDP), or be silently wrong (ZeRO
+        stage 3)."""
         self.ranks.progress.moves += 1
         self.doing("forward")
         with self.autocast(), self.forward_timer.measured():
@@ -158,7 +155,7 @@ class Engine(abc.ABC):
                 parameter.requires_grad_(True)
 
     def doing(self, what: str) -> None:
-        """For whoever watches this rank."""
+        """Say what this rank does, for the watch of the other ranks."""
         self.ranks.progress.doing = f"in the {what} of {self.player.name}"
 
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -179,12 +176,12 @@ class Engine(abc.ABC):
 
     @property
     def in_first_copy(self) -> bool:
-        """Whether this rank's fragments are part of the first copy, the one that is written to disk."""
+        """Whether this rank's fragments belong to the first copy, which is the one in checkpoints."""
         return self.ranks.rank < self.ranks.world // self.copies
 
     def total(self, local: torch.Tensor) -> torch.Tensor:
-        """A scalar summed over this rank's fragments → summed over all elements, the same on every rank; one
-        all-reduce of it, in place, where no rank holds all."""
+        """A sum over this rank's fragments → the sum over all elements, the same on every rank. Takes one
+        all-reduce, in place, unless the player is replicated."""
         if self.copies == self.ranks.world:
             return local
         total = self.ranks.sum(local)
@@ -193,8 +190,8 @@ class Engine(abc.ABC):
     def whole(self, pieces: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         """Fragment-shaped tensors (weights, moving averages) → (name, whole tensor) on every rank.
 
-        Collective when the player is sharded, one parameter at a time: for pictures, scores and tests, not
-        for the step.
+        Collective if the player is sharded, one parameter at a time: for images, scores and tests, not for
+        the step.
         """
         for fragment, piece in zip(self.fragments, pieces, strict=True):
             if self.copies < self.ranks.world:
@@ -205,22 +202,21 @@ class Engine(abc.ABC):
             yield fragment.name, piece.view(fragment.shape)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 or fp16 arithmetic over fp32 masters when the launcher says so."""
+        """bf16 or fp16 arithmetic over fp32 masters if the launcher asks for it."""
         low = self.ranks.low_precision
         return nullcontext() if low is None else torch.autocast(self.ranks.device.type, dtype=low)
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to differentiate: under fp16 times the loss scale."""
+        """The loss to differentiate: in fp16, times the loss scale."""
         return loss if self.loss_scale is None else self.loss_scale.up(loss)
 
     def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
         """For each fragment, what the next step depends on besides the weights: moments and scalars."""
-        return [
-            state | ({} if self.loss_scale is None else self.loss_scale.state()) for state in self.moments()
-        ]
+        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        return [state | scale for state in self.moments()]
 
     def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
-        """Put back what `optimizer_state` gave, under this precision or another."""
+        """Restore what `optimizer_state` returned, in this precision or another."""
         if self.loss_scale is not None and states and "loss_scale" in states[0]:
             self.loss_scale.load(states[0])
         self.load_moments(
@@ -228,25 +224,25 @@ class Engine(abc.ABC):
         )
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What training changes in this rank's network besides its fragments. (Parameters that do not train
-        are as the network's class makes them, every time.)"""
+        """What training changes in this rank's network besides its fragments. Parameters that do not train
+        are not included: the network's class makes the same ones every time."""
         return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The squared gradient norm from this rank's part of it: the same everywhere, so that all ranks clip
-        and skip alike. Not finite if a penalty's value is not."""
+        """This rank's part of the squared gradient norm → the whole, the same on every rank, so that all clip
+        and skip alike. Not finite if a penalty is not finite."""
         return self.total(poisoned(squares, penalties).to(self.ranks.device))
 
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
-        """Whether an update is skipped whose squared gradient norm is `squares`, the same on all ranks: the
-        optimizer's found_inf, 1.0 or 0.0 in fp32."""
+        """The optimizer's found_inf, fp32 1.0 or 0.0: whether an update with this squared gradient norm, the
+        same on all ranks, is skipped."""
         self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
         self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
         return self._found_inf
 
     def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:
-        """What is charted, after `skipping`, of an update whose squared gradient norm was `squares`, the same
-        on all ranks. An overflow by which the loss scale finds its size is not charted as skipped."""
+        """Charts of an update with this squared gradient norm, the same on all ranks; after `skipping`. An
+        overflow that the loss scale answers by halving is not charted as skipped."""
         section = f"Gradients/{self.player.name}"
         skipped = self._found_inf if self.loss_scale is None else not_finite(squares)
         values = {"norm": squares, "skipped": skipped}
@@ -255,14 +251,14 @@ class Engine(abc.ABC):
         }
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
-        """{part: sum over this rank's fragments} → {"section/player/part": its contribution}. Over all ranks
-        such sums come to `copies` times the whole."""
+        """{part: sum over this rank's fragments} → {"section/player/part": contribution}. Over all ranks
+        these sums add up to `copies` times the whole."""
         weight, unit = self.copies / self.ranks.world, float(self.copies)
         return {f"{section}/{self.player.name}/{p}": Contribution(v, weight, unit) for p, v in local.items()}
 
 
 def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The value; NaN if some penalty is not finite."""
+    """The value, or NaN if any penalty is not finite."""
     for penalty in penalties.values():
         value = value.add(penalty, alpha=0)
     return value

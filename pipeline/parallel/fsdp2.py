@@ -1,4 +1,4 @@
-"""Players sharded by FSDP2 (`fully_shard`): parameters, gradients, optimizer and average in 1/world each."""
+"""Players sharded by FSDP2 (`fully_shard`): 1/world of parameters, gradients, moments, average on a rank."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a v
 
 
 class Fsdp2Engine(MasterEngine):
-    """Each rank owns rows (first axis) of every parameter; blocks are gathered just for their passes.
+    """Each rank owns rows (first axis) of every parameter; blocks are gathered for their passes only.
 
-    D makes three passes per update, forward and backward, and gathering it for each sends its size six
-    times. With fsdp_reshard_after_forward: false in the launcher's file, a block once gathered stays until
-    the end of the turn, before which no weight changes: twice.
+    D makes three forward and three backward passes per update, and gathering it for each sends its size six
+    times. With fsdp_reshard_after_forward: false in the launcher's file, gathered blocks stay gathered to the
+    end of the turn, until which no weight changes: twice.
 
-    The optimizer works on the local rows as plain tensors: it needs nothing of what DTensor can do, and a
-    parameter with fewer rows than ranks, which leaves some ranks none, is nothing special.
+    The optimizer works on the local rows as plain tensors: it needs no DTensor, and a parameter with fewer
+    rows than ranks, of which some ranks have none, needs no special case.
     """
 
     copies = 1
@@ -42,7 +42,7 @@ class Fsdp2Engine(MasterEngine):
         module.to(ranks.device)
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
         self._modules = _shard(module, ranks.device)
-        # Taken now: on a live module, named_parameters() may give a block's gathered copies instead.
+        # Later, named_parameters() may return a block's gathered copies instead.
         self._sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
         masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
         fragments = [
@@ -67,7 +67,7 @@ class Fsdp2Engine(MasterEngine):
             module.set_reshard_after_backward(False, recurse=False)
 
     def end_turn(self) -> None:
-        for module in self._modules:  # neither is recursive for sure: the root alone would not do
+        for module in self._modules:  # not all of these calls are recursive
             module.set_reshard_after_forward(True, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)
             module.reshard()
@@ -91,28 +91,27 @@ class Fsdp2Engine(MasterEngine):
 
 
 def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
-    """Shard block by block, then what is left as the root; returns all FSDP modules.
+    """Shard block by block, then the rest as the root; returns all FSDP modules.
 
-    Parameters stay fp32, and autocast computes in bf16, as under every other strategy. A policy that casts
-    whole blocks would halve what is gathered, but it also casts norms, and BatchNorm refuses bf16 weights
-    beside its fp32 statistics.
+    Parameters stay fp32 and autocast computes in bf16, as under every other strategy. FSDP2's mixed precision
+    would halve what is gathered, but it casts norms too, and BatchNorm refuses bf16 weights with fp32
+    statistics.
     """
     refuse_ties(module)
-    # Left to itself, FSDP2 shards over the GPUs that torch was built for, be they there and asked for or not.
-    # The group that all ranks have joined waits as long as it should; one made anew for a mesh would not.
+    # By default FSDP2 shards over the kind of device torch was built for, present or not, in a new group with
+    # a default timeout. The world's group has ours.
     world = dist.group.WORLD
     assert world is not None
     mesh = DeviceMesh.from_group(world, device.type)
-    # Said explicitly: by default the root stays gathered, and a pass without gradients would leave stale
-    # weights there for the next one.
+    # By default the root stays gathered, and a pass without gradients would leave stale weights in it.
     for part in (*_blocks(module), module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def refuse_ties(module: nn.Module) -> None:
-    """Raise UserError for a parameter that is used under two names: FSDP2 shards modules, and would have it
-    twice, or gathered in one place and not in the other."""
+    """Raise UserError for a parameter with two names: FSDP2 shards modules, and would hold it twice, or
+    gather it in one place and not in the other."""
     first: dict[int, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         if first.setdefault(id(p), name) != name:
@@ -123,7 +122,7 @@ def refuse_ties(module: nn.Module) -> None:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The entries of the outermost sequences and lists of modules, if they hold parameters."""
+    """The entries with parameters of the outermost sequences and lists of modules."""
     for child in module.children():
         if isinstance(child, nn.Sequential | nn.ModuleList):
             yield from (block for block in child if any(True for _ in block.parameters()))
@@ -139,7 +138,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(shape: torch.Size, world: int) -> int:
-    """Rows per rank, fewer on the last ones: how torch.chunk, and so FSDP2, divides the first axis."""
+    """Rows per rank, fewer on the last ranks: torch.chunk, and so FSDP2, divides the first axis this way."""
     return -(-shape[0] // world)
 
 

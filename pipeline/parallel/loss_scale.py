@@ -1,9 +1,9 @@
-"""fp16's loss scale: gradients too small for half precision are computed times a large power of two.
+"""fp16's loss scale, a power of two that keeps small gradients above the precision's underflow.
 
-Losses are multiplied by the scale before their backward pass and the averaged fp32 gradients divided by it
-before anything else happens to them, so that penalties, norms and clipping see true units under every
-strategy. A scale too large makes some gradient infinite: the update is skipped, on all ranks alike, and the
-scale halved. After many updates without that it is doubled. All of it stays on the device.
+Losses are multiplied by it before backward, averaged fp32 gradients divided by it before anything else:
+penalties, norms and clipping see true units under every strategy. If the scale is too large, a gradient is
+infinite: all ranks skip the update, and the scale is halved. After many finite updates it is doubled. All of
+this stays on the device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pipeline.parallel.fragments import not_finite
 
 START = 2.0**16
 _LARGEST = 2.0**24
-_PATIENCE = 2000  # updates in a row that must be finite before the scale is doubled
+_PATIENCE = 2000  # finite updates in a row before the scale is doubled
 
 
 class LossScale:
-    """One player's scale. A power of two, so that scaling by it rounds nothing."""
+    """One player's scale. Scaling by a power of two does not round."""
 
     def __init__(self, device: torch.device) -> None:
         self._scale = torch.tensor(START, device=device)
@@ -32,15 +32,15 @@ class LossScale:
         return loss.float() * self._scale
 
     def down_(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Bring gradients back to true units, in place."""
+        """Divide gradients by the scale, in place."""
         if gradients:
             torch._foreach_mul_(list(gradients), (1 / self._scale).to(gradients[0].device))
 
     def update(self, squares: torch.Tensor) -> torch.Tensor:
-        """Adapt to an update whose squared gradient norm was `squares`; returns what is to be charted.
+        """Adapt to an update's squared gradient norm; returns the one to chart.
 
-        For an update that is skipped that is the last one's norm: overflows are how the scale is found, and
-        no error, unless there is no smaller scale to try.
+        For a skipped update this is the norm of the one before: an overflow is part of finding the scale, and
+        an error only when the scale cannot be smaller.
         """
         overflow = not_finite(squares)
         found = overflow & (self._scale > 1.0)
@@ -53,10 +53,10 @@ class LossScale:
         return self._squares
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it."""
+        """For a checkpoint."""
         return {"loss_scale": self._scale.clone(), "loss_scale_finite": self._finite.clone()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state` gave."""
+        """Restore what `state` returned."""
         self._scale.copy_(state["loss_scale"])
         self._finite.copy_(state["loss_scale_finite"])

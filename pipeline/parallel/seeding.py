@@ -1,4 +1,4 @@
-"""Seeds for what networks draw themselves (dropout), set once per round and so set cheaply."""
+"""Seeds for randomness inside networks (dropout), set in every round, and so cheaply."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed the default generators of the CPU and of `device`: the streams that torch.manual_seed gives.
+    """Seed the default generators of the CPU and of `device`, to the same streams as torch.manual_seed.
 
-    torch.manual_seed would also visit every other kind of accelerator, each time formatting a traceback for
-    a later error message, which costs as much as some tens of kernel launches.
+    torch.manual_seed also visits all other kinds of accelerators and formats a traceback for each, which
+    takes as long as tens of kernel launches.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

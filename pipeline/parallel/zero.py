@@ -1,9 +1,9 @@
 """Players under DeepSpeed ZeRO 1, 2 and 3: one DeepSpeed engine each.
 
-All parameters are put into one group, so that a rank's fp32 masters are one flat partition and DeepSpeed
-calls the optimizer once per update, with the averaged, unscaled gradient of that partition in place. A hook
-on that call does what the other strategies do in their own step: penalties, norm, clipping, skipping. So
-DeepSpeed's own clipping stays off, and nothing here depends on how it keeps gradients until then.
+All parameters are in one group: a rank's fp32 masters are one flat partition, and DeepSpeed calls the
+optimizer once per update, with the averaged gradient of that partition in place. A hook on this call does
+what the other strategies do in their own step: penalties, norm, clipping, skipping. DeepSpeed's own clipping
+stays off, and nothing here depends on how it stores gradients before the call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed, waiting_for
 
-# DeepSpeed calls collectives by names that the newest torch has others for.
+# DeepSpeed calls collectives by names that the newest torch has deprecated.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
 class ZeroEngine(Engine):
-    """One player's DeepSpeed engine; what differs between the stages is only where its masters are."""
+    """One player's DeepSpeed engine. The stages differ only in where the masters are."""
 
     copies = 1
 
@@ -40,7 +40,7 @@ class ZeroEngine(Engine):
         super().__init__(module, player, ranks, batch)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
-        self._twin = copy.deepcopy(module).to("meta")  # without DeepSpeed's hooks: see _through_twin
+        self._twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
         elements = sum(p.numel() for p in named.values())
         with waiting_for(ranks.timeout):
@@ -67,7 +67,7 @@ class ZeroEngine(Engine):
         self.penalty = LocalPenalty.over(self._fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self._last_round, self._asked = True, False
+        self._last_round, self._hooked = True, False
         self._gathered: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
 
@@ -76,7 +76,7 @@ class ZeroEngine(Engine):
     def _masters(
         self, named: dict[str, nn.Parameter]
     ) -> tuple[torch.Tensor, dict[str, tuple[int, int, int]]]:
-        """The flat partition, and for each parameter (offset in it, first element, elements) of its part."""
+        """The flat partition, and for each parameter its part: (offset in it, first element, elements)."""
         zero = self._ds.optimizer
         groups = (
             zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
@@ -92,7 +92,7 @@ class ZeroEngine(Engine):
         names, offset = {id(p): name for name, p in named.items()}, 0
         for p in zero.fp16_groups[0]:
             start = min(self.ranks.rank * p.partition_numel(), p.ds_numel)
-            # A partition is padded to equal length with memory that was never written: stop before it.
+            # Partitions are padded to equal length with uninitialised memory: stop before it.
             count = min(p.partition_numel(), p.ds_numel - start)
             places[names[id(p)]] = (offset, start, count)
             offset += p.partition_numel()
@@ -149,7 +149,7 @@ class ZeroEngine(Engine):
             self._gathered.__exit__(None, None, None)
             self._gathered = None
         if not self._last_round:
-            self._ds.step()  # counts the round, no more
+            self._ds.step()  # only counts the round
 
     def zero_grad(self) -> None:
         """DeepSpeed clears gradients in its step."""
@@ -160,28 +160,27 @@ class ZeroEngine(Engine):
         self.doing("step")
         set_rates(self._optimizer, now)
         self._penalties = penalties = self.penalty.values()
-        self._asked = False
+        self._hooked = False
         self._ds.step()
         self._masters_written()
-        if not self._asked:  # not finite: stage 3, and any with offloading, skip that by themselves
-            self._note(torch.full_like(self._squares, torch.inf))
+        if not self._hooked:  # stage 3, and any stage with offloading, skips a non-finite update itself
+            self._finish(torch.full_like(self._squares, torch.inf))
         gradient = self.chart("Gradients", self.penalty.gradient(penalties))
         return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
 
-    def _note(self, squares: torch.Tensor) -> torch.Tensor:
-        """Remember an update's squared gradient norm; returns whether it is skipped, as found_inf."""
+    def _finish(self, squares: torch.Tensor) -> torch.Tensor:
+        """Keep an update's squared gradient norm for the charts; returns found_inf, whether it is skipped."""
         self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
         return self.skipping(squares)
 
     def _masters_written(self) -> None:
-        """Stage 3 gathers on a stream of its own, which waits for no other: on a GPU the next gather might
-        read a partition that the optimizer has not finished. Once in a turn, after a step in which DeepSpeed
-        waits for the device anyway."""
+        """Stage 3 gathers on its own stream, which waits for no other: on a GPU the next gather could read a
+        partition that the optimizer is still writing. DeepSpeed's step has waited for the device anyway."""
         if self._stage == 3 and self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
 
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        """Called by the optimizer's step, with the averaged gradient of the flat partition in place."""
+        """Called by the optimizer's step when the averaged gradient of the flat partition is in place."""
         gradient = self._flat.grad
         assert gradient is not None
         if self.loss_scale is not None:
@@ -197,8 +196,8 @@ class ZeroEngine(Engine):
         if self.player.optimizer.clip is not None:
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        optimizer.found_inf = self._note(squares).to(gradient.device)  # type: ignore[attr-defined]
-        self._asked = True
+        optimizer.found_inf = self._finish(squares).to(gradient.device)  # type: ignore[attr-defined]
+        self._hooked = True
 
     # The rest
 

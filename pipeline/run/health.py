@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pipeline.config import Run
 from pipeline.errors import RunError
 from pipeline.parallel.ranks import Ranks
-from pipeline.run.report import Report, counted
+from pipeline.run.report import Report
 from pipeline.run.stats import Reduced
+from pipeline.wording import counted
 
 BITS, FORWARD = "bits/", "forward"  # what each rank tells of itself: see Session.tick
 _PATIENCE = 25  # ticks in a row before a suspicion is told …

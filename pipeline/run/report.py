@@ -17,6 +17,7 @@ from pipeline.lock import LockLostError
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.tracker import Tracker
+from pipeline.wording import counted
 
 _WIDE = 90  # columns of a terminal from which on there is room for a long progress bar
 
@@ -24,12 +25,6 @@ _WIDE = 90  # columns of a terminal from which on there is room for a long progr
 def say(text: str) -> None:
     """One line for the person or the log, at once."""
     print(text, flush=True)
-
-
-def counted(number: int, noun: str) -> str:
-    """1 image, 2,000 images, 2 processes."""
-    ending = "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}{ending * (number != 1)}"
 
 
 class Report:

@@ -9,9 +9,10 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint
 from pipeline.run.folder import REFERENCE
-from pipeline.run.report import counted, say
+from pipeline.run.report import say
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.wording import counted
 
 
 def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new_data: bool) -> State:

@@ -33,13 +33,14 @@ from pipeline.run.folder import REFERENCE
 from pipeline.run.health import BITS, FORWARD, Health, slowest
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.references import keep_to, references
-from pipeline.run.report import Report, counted
+from pipeline.run.report import Report
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
 from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
+from pipeline.wording import counted
 
 _MAKE_ROOM = "Make room, and run the same command again: it continues from the newest one that was."
 
@@ -254,7 +255,7 @@ class Session:
 
     def _compare_score(self, state: State, scores: Mapping[str, float]) -> None:
         """Remember the best score, and warn of one that is far from it. The lower the better."""
-        name = leading_chart(self.config.score.metrics, list(scores))
+        name = leading_chart(self.config.score.metrics, scores)
         if name is None:
             return
         score, best = scores[name], state.best

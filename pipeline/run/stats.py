@@ -13,6 +13,7 @@ from pipeline.parallel.engine import Contribution
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
+_TOGETHER = 16  # reports of a name that wait
 LOSS_PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
 
 
@@ -29,14 +30,14 @@ class Reduced:
 class Stats:
     """Running totals since the last tick: chart name → (sum over this rank, weight on this rank).
 
-    What is reported waits until a name comes again, mostly in the next update, and is then added in a few
-    launches for all names together.
+    Reports wait until a name has come often enough, and are then added in their order, in one launch per
+    update and type for all names together.
     """
 
     def __init__(self, device: torch.device, reports: int = 1) -> None:
         """reports: how often something averaged is reported in one update, over all ranks and rounds."""
         self._device, self._reports = device, float(reports)
-        self._waiting: dict[str, torch.Tensor] = {}
+        self._waiting: dict[str, list[torch.Tensor]] = {}
         self._places: dict[str, int] = {}  # where in the totals a name is
         self._totals = torch.zeros(0, dtype=torch.float64, device=device)
         self._weights: dict[str, float] = {}
@@ -46,20 +47,26 @@ class Stats:
         """Average a scalar over everything that reports it: rounds, updates, ranks."""
         self.add({name: Contribution(value.detach(), 1.0, self._reports)})
 
-    def scores(self, of: str, logits: torch.Tensor) -> None:
-        """D's mean logit on some images, and how often it says real (as the mean sign)."""
-        logits = logits.detach().float()
-        self.mean(f"Loss/scores/{of}", logits.mean())
-        self.mean(f"Loss/signs/{of}", logits.sign().mean())
+    def scores(self, **logits: torch.Tensor) -> None:
+        """What the images are → D's logits [N] on them: charts their means, and how often D says real (as the
+        mean sign). All of one shape and type."""
+        given = [of.detach() for of in logits.values()]
+        table = given[0].new_empty(2, len(given), len(given[0]))
+        torch.stack(given, out=table[0])
+        torch.sign(table[0], out=table[1])
+        means = table.flatten(0, 1).mean(1, dtype=torch.float32)
+        names = [f"Loss/{chart}/{of}" for chart in ("scores", "signs") for of in logits]
+        for name, value in zip(names, means.unbind(), strict=True):
+            self.mean(name, value)
 
     def add(self, shares: Mapping[str, Contribution]) -> None:
         """Add each rank's share of some statistics: scalars, which nobody writes to afterwards."""
         for name, share in shares.items():
-            if name in self._waiting:
-                self._add_waiting()
             if self._units.setdefault(name, share.unit) != share.unit:
                 self._rescale(name, share.unit)  # from a checkpoint of another world or strategy
-            self._waiting[name] = share.total.to(self._device, non_blocking=True)
+            if len(self._waiting.get(name, ())) == _TOGETHER:
+                self._add_waiting()
+            self._waiting.setdefault(name, []).append(share.total.to(self._device, non_blocking=True))
             self._weights[name] = self._weights.get(name, 0.0) + share.weight
 
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
@@ -122,17 +129,24 @@ class Stats:
         self._units = {name: unit for name, (_, _, unit) in mine.items()}
 
     def _add_waiting(self) -> None:
-        """Add to each name's total what waits for it: neighbours of one dtype together."""
+        """Add to each name's total its reports, one after another: neighbours of one dtype together."""
         waiting, self._waiting = self._waiting, {}
-        new = sorted(waiting.keys() - self._places.keys(), key=lambda name: (str(waiting[name].dtype), name))
+        new = sorted(waiting.keys() - self._places, key=lambda name: (str(waiting[name][0].dtype), name))
         if new:
             self._places |= {name: place for place, name in enumerate(new, start=len(self._places))}
             self._totals = torch.cat([self._totals, self._totals.new_zeros(len(new))])
-        ordered = enumerate(sorted(waiting, key=self._places.__getitem__))
-        for _, run in groupby(ordered, lambda at: (self._places[at[1]] - at[0], waiting[at[1]].dtype)):
-            names = [name for _, name in run]
-            start = self._places[names[0]]
-            self._totals[start : start + len(names)].add_(torch.stack([waiting[name] for name in names]))
+        ordered = sorted((self._places[name], values) for name, values in waiting.items())
+        runs: dict[torch.dtype, list[tuple[int, list[torch.Tensor]]]] = {}  # (place of the first, values)
+        for number in range(max(map(len, waiting.values()), default=0)):
+            layer = enumerate((place, values[number]) for place, values in ordered if number < len(values))
+            for (_, dtype), run in groupby(layer, lambda at: (at[1][0] - at[0], at[1][1].dtype)):
+                reports = [report for _, report in run]
+                runs.setdefault(dtype, []).append((reports[0][0], [value for _, value in reports]))
+        for alike in runs.values():
+            lengths = [len(values) for _, values in alike]
+            parts = torch.split(torch.stack([value for _, values in alike for value in values]), lengths)
+            for (start, values), part in zip(alike, parts, strict=True):
+                self._totals[start : start + len(values)].add_(part)
 
     def _rescale(self, name: str, unit: float) -> None:
         """Let what was reported before weigh as much per update as what is reported now."""

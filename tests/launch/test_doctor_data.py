@@ -81,7 +81,7 @@ def test_a_flipped_bit_in_an_image_is_named_by_byte(folder: Path) -> None:
     found = examine(folder)["shards"]
     assert found.verdict == "would fail"
     assert f"shard-000003.tar, byte {table.offset[17]}: sample '{table.key(17)}'" in found.text
-    assert "another SHA-256" in found.text and "Fetch" in found.cure
+    assert "another SHA-256" in found.text and "Fetch" in found.remedy
 
 
 def test_flipped_bits_elsewhere_are_found_too(folder: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_missing_label(folder: Path) -> None:
     found = examine(folder, "data.conditional=true", "data.max_bad=0")["labels"]
     assert found.verdict == "would fail" and "1 of the 500" in found.text and "shard-000002.tar" in found.text
     found = examine(folder, "data.conditional=true")["labels"]
-    assert found.verdict == "warning" and "1 of the 500" in found.text and "KEY.cls" in found.cure
+    assert found.verdict == "warning" and "1 of the 500" in found.text and "KEY.cls" in found.remedy
     assert examine(folder)["labels"].verdict == "ok"
 
 
@@ -253,7 +253,7 @@ def test_images_that_cannot_be_decoded(folder: Path) -> None:
     )
     build_index(str(folder))
     found = examine(folder)["images"]
-    assert found.verdict == "would fail" and "shard-000001.tar" in found.text and "max_bad=10" in found.cure
+    assert found.verdict == "would fail" and "shard-000001.tar" in found.text and "max_bad=10" in found.remedy
     assert examine(folder, "data.max_bad=100")["images"].verdict == "warning"
 
 

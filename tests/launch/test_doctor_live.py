@@ -58,7 +58,7 @@ def test_two_machines_that_differ_are_named(tmp_path: Path) -> None:
     assert told is not None and told["world"] == 2 and min(told["seconds"].values()) > 0
     found = {finding.check: finding for finding in doctor_live.compare(told["nodes"])}
     assert set(found) == {"live: code", "live: versions", "live: data"} and fails(list(found.values()))
-    assert all("(machine 1) has" in f.text and "(machine 0)" in f.text and f.cure for f in found.values())
+    assert all("(machine 1) has" in f.text and "(machine 0)" in f.text and f.remedy for f in found.values())
     assert "wandb 0.1 (not 0.3" in found["live: versions"].text
     assert told["nodes"][0]["data"] == load_index(str(FASHION)).fingerprint
 

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launch.bench.rivals import BareMaths
+from launch.doctor.memory import convert_without_memory
 from pipeline import config
 from pipeline.config import Config
 from pipeline.data.stream import Batch
-from pipeline.gan.networks import build_G
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
@@ -84,9 +84,7 @@ def main(out: Path) -> None:
     found = {}
     for name, (precision, settings) in CASES.items():
         options = config.load(None, settings)
-        # Copying a network fails for tensors without memory; the one that is copied is G.
-        G_again = patch("copy.deepcopy", lambda _, options=options: build_G(options, 0))
-        with pretending(), FakeTensorMode(), G_again:
+        with pretending(), FakeTensorMode():
             ours = training(options, precision)
             found[name] = {"ours": ours.launches, "waits": ours.waits}
             if "all on" not in name:
@@ -109,21 +107,9 @@ def pretending() -> Iterator[None]:
         patch.object(torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(FakeTensorMode, "avoid_device_init", True),
-        patch.object(nn.Module, "_apply", _apply),
+        patch.object(nn.Module, "_apply", convert_without_memory),
     ):
         yield
-
-
-def _apply(module: nn.Module, convert: Any) -> nn.Module:
-    """Module.to by new parameters: torch changes those there are, which fails for tensors without memory."""
-    for child in module.children():
-        _apply(child, convert)
-    with torch.no_grad():
-        for name, p in module._parameters.items():
-            module._parameters[name] = None if p is None else nn.Parameter(convert(p), p.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else convert(buffer)
-    return module
 
 
 def training(options: Config, precision: str) -> Device:

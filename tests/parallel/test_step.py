@@ -57,7 +57,7 @@ def gan_on_one_process() -> Gan:
         rank=0, world=1, main=True, strategy="single", device=CPU, precision="no", low_precision=None,
         progress=Progress(), sum=lambda values: values,
     )  # fmt: skip
-    return build(CONFIG, parity.initial_state(CASE), ranks, batch_shape(CONFIG.data, 1))
+    return build(CONFIG, ranks, batch_shape(CONFIG.data, 1))
 
 
 def plain() -> tuple[nn.Module, nn.Module]:

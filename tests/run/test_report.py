@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-from pipeline.run.report import MainReport, counted
+from pipeline.run.report import MainReport
 from pipeline.run.tracker import Tracker
+from pipeline.wording import counted
 
 VALUES = {
     "Timing/img_per_sec": 152.0,

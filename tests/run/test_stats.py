@@ -85,12 +85,13 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_an_update_takes_two_launches_for_each_type_however_many_charts_there_are():
+def test_an_update_takes_little_more_than_a_launch_for_each_type_however_many_charts_there_are():
     stats = Stats(torch.device("cpu"), 1)
     update = {f"Loss/{n}": Contribution(torch.tensor(float(n)), 1.0, 1.0) for n in range(30)}
     update |= {f"Gradients/{n}": Contribution(torch.tensor(float(n)).double(), 1.0, 1.0) for n in range(30)}
-    for _ in range(2):
+    for _ in range(20):
         stats.add(update)
     with Launches() as launches:
-        stats.add(update)
-    assert launches.count == 4
+        for _ in range(16):
+            stats.add(update)
+    assert launches.count == 2 * (16 + 1)

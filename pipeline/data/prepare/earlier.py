@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.config import UserError
 from pipeline.credentials import redacted
-from pipeline.data.prepare.labels import counted
 from pipeline.data.record import INDEX, read_record
+from pipeline.wording import counted
 
 Recipe = dict[str, Any]  # where the images come from, and how they are written
 

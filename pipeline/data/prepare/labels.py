@@ -16,6 +16,7 @@ from pipeline.config import UserError
 from pipeline.data.prepare.listing import LABELS, Listing, parts
 from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.sidecar import LARGEST_LABEL
+from pipeline.wording import counted, printable
 
 Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no
 _FEW = 3  # names in a message
@@ -188,17 +189,6 @@ def renumbered(values: NDArray[np.int64], names: Sequence[str], origin: str) -> 
     return Labels(places.astype(np.int64), classes, origin, remarks=(remark,))
 
 
-def counted(count: int, noun: str) -> str:
-    if count != 1:
-        noun += "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}"
-
-
 def some(names: Sequence[str]) -> str:
     """The first few of many names."""
     return ", ".join(names[:_FEW]) + ", …" * (len(names) > _FEW)
-
-
-def printable(text: str) -> str:
-    """Names of files need not be UTF-8: what of one cannot be written down is escaped."""
-    return text.encode(errors="backslashreplace").decode()

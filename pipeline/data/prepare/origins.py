@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.data.prepare.labels import printable
+from pipeline.wording import one_line
 
 SOURCES = "sources.txt"
 
@@ -26,8 +26,3 @@ def read_origins(folder: Path, keys: Collection[str]) -> Mapping[str, str]:
             if key in keys:
                 found[key] = one_line(path)
     return found
-
-
-def one_line(text: str) -> str:
-    """Text that may hold anything, with what is not printable escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))

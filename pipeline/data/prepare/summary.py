@@ -11,8 +11,8 @@ from pathlib import Path
 from pipeline.data.index import Index
 from pipeline.data.prepare.labels import Labels, some
 from pipeline.data.prepare.listing import LeftOut, by_kind
-from pipeline.data.prepare.origins import one_line
 from pipeline.data.prepare.pictures import Fit
+from pipeline.wording import one_line
 
 _SKIPPED = "skipped.txt"
 _SAID = 10  # of its lines are shown

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pipeline.config import UserError
 from pipeline.data import sidecar
 from pipeline.data.locate import Location, locate
-from pipeline.data.prepare.labels import counted
 from pipeline.data.record import INDEX, places, sidecar_path
 from pipeline.data.sidecar import SampleTable
+from pipeline.wording import counted
 
 Entry = Mapping[str, Any]  # of a shard in index.json; empty if it is not listed there
 

@@ -1,0 +1,28 @@
+"""Numbers and names as messages show them."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """1 image, 2,000 images, 2 processes."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def in_bytes(number: float) -> str:
+    """980 B, 1.5 KiB, 12 MiB, 1,234.0 GiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.1f} GiB"
+
+
+def printable(text: str) -> str:
+    """Names of files need not be UTF-8: escapes what cannot be encoded."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def one_line(text: str) -> str:
+    """Escapes everything in a text that is not printable."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))
