@@ -99,7 +99,8 @@ def _examine(settings: Config, run: Path, resources: Resources) -> None:
     """What `shardgan doctor` finds, told if it matters. A run that has begun had its data read before."""
     from rich.console import Console
 
-    from launch.doctor import bar, examine, fails, job_of, show
+    from launch.doctor.checks import bar, examine, job_of
+    from launch.doctor.finding import fails, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.train import prepare_data
