@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launch.paths import UserPath
+from pipeline.run.export import export as write
 
 
 @click.command()
@@ -14,7 +15,5 @@ from launch.paths import UserPath
 @click.option("--out", type=UserPath(), required=True, help="Folder to write to.")
 def export(run: Path, out: Path) -> None:
     """Write G_ema, G and D of RUN's newest checkpoint: whole, fp32, safetensors, with a model card."""
-    from pipeline.run.export import export as write
-
     for file in write(run, out):
         click.echo(f"{file}  {file.stat().st_size:,} bytes")

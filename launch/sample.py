@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+import torch
+from torch import Tensor
 
 from launch.paths import UserPath
 from pipeline.config import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pipeline.gan.draws import Draws
-    from pipeline.run.state import State
+from pipeline.gan.draws import Draws
+from pipeline.run.evaluate import from_latents
+from pipeline.run.export import load_generator, load_run
+from pipeline.run.grid import FORMATS, save_grid
+from pipeline.run.state import State
 
 _STEPS = 8  # images from one end of an interpolation to the other
 
@@ -33,13 +33,6 @@ _STEPS = 8  # images from one end of an interpolation to the other
 @click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
 def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None) -> None:
     """Write images from the moving average of G in the run folder RUN as one picture."""
-    import torch
-
-    from pipeline.gan.draws import Draws
-    from pipeline.run.evaluate import from_latents
-    from pipeline.run.export import load_generator, load_run
-    from pipeline.run.grid import FORMATS, save_grid
-
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: not a known picture format ({', '.join(FORMATS)}).")
     config, checkpoint, state = load_run(run)
@@ -63,8 +56,6 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
     A straight line between normal latents passes closer to 0 than the latents that G was trained on.
     """
-    import torch
-
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
     angle = cosine.acos()[:, None, None]
     a, b, t = a[:, None], b[:, None], t[None, :, None]
@@ -74,8 +65,6 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 def _interpolation(draws: Draws, count: int) -> tuple[Tensor, Tensor | None, int]:
     """Latents and labels of rows from one latent to another within a class, and the number of columns."""
-    import torch
-
     columns = max(2, min(_STEPS, count))
     rows = math.ceil(count / columns)
     ends = draws.latents("interpolate", 0, 2 * rows).z

@@ -32,7 +32,7 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
-from pipeline.run.heap import keep_freed_memory
+from pipeline.run.reals import checked_index
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
 from pipeline.run.state import State
@@ -40,7 +40,6 @@ from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
-from pipeline.train import prepare_data
 
 _TURN = 8  # updates in a contestant's turn
 _AHEAD = 4  # batches that a decoding process has ready when its turn comes
@@ -89,7 +88,6 @@ def command(
 def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
     """Let everyone run at least `updates` updates, in turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
-    keep_freed_memory()  # as training does; it is the whole process's, so bare maths benefits too
     signals = _ignored_signals()
     ours = {a: Ours(config, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     first = next(iter(ours.values()))
@@ -122,7 +120,7 @@ class Ours:
         folder.mkdir(parents=True)
         self._config = config
         self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=config.run.timeout_s))
-        self._index = prepare_data(config, announce=False)
+        self._index = checked_index(config, announce=False)
         split = split_of(config, self._index)
         self._plan = split.training()
         self._state = State(plan=self._plan.fingerprint)
@@ -131,8 +129,9 @@ class Ours:
         with _no_output():
             tracker = open_tracker(config, folder, None, lambda _: None)
             self._report = MainReport(folder, tracker, round(config.run.total_kimg * 1000), 0)
-        run = (self._ranks, self._report, signals, self._state)
-        self._session = Session(config, folder, self._index, split.heldout(), self._plan.size, *run)
+        self._session = Session(
+            config, folder, self._index, split, self._ranks, self._report, signals, self._state
+        )
         self._reals = self._session.timed(self._batches(config.data.workers))
 
     @property
@@ -147,7 +146,7 @@ class Ours:
     def run(self, updates: int) -> None:
         """As in pipeline/loop.py, without ticks."""
         for _ in range(updates):
-            asked_to_stop = self._session.stop_requested()
+            asked_to_stop = self._session.exchange()
             self._state.cur_nimg = train_step(self._gan, self._reals, self._state.cur_nimg, self._stats)
             asked_to_stop()
             self._session.advance(self._state.cur_nimg)

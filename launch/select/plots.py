@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
 
 from launch.select import files
 from launch.select.choice import Row, ScoreTable
 from launch.select.curve import curve, new_figure, numbers, wrapped
-from pipeline.run.export import load_run
 from pipeline.run.rows import rows
-from pipeline.run.spectrum import spectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,9 +79,9 @@ def _metrics(row: Row) -> list[dict[str, Any]]:
 
 
 def _largest_spectrum(row: Row, player: str) -> tuple[str, list[float]]:
-    """A kernel's name and its singular values; empty without a checkpoint."""
-    try:
-        config, checkpoint, state = load_run(row.outcomes[0].trial.folder)
-        return next(iter(spectra(config, checkpoint, state, player, largest=1).items()))
-    except (OSError, ValueError, SafetensorError):
-        return "", []
+    """Name and singular values of a player's largest kernel at the end of training; ("", []) if unknown."""
+    for line in rows(row.outcomes[0].trial.folder / "spectrum.jsonl")[-1:]:
+        for name, values in line.items():  # the largest first
+            if name.startswith(f"{player}/"):
+                return name.removeprefix(f"{player}/"), values
+    return "", []

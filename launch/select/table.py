@@ -43,7 +43,7 @@ def read_table(
         )
         for arm in dict.fromkeys(t.arm for t in trials)
     ]
-    score = leading_chart([metric], list(outcomes[0].last)) if outcomes else None
+    score = leading_chart([metric], outcomes[0].last) if outcomes else None
     return ScoreTable((score or metric).removeprefix("Metrics/"), table, rule)
 
 
@@ -132,7 +132,7 @@ def _metric(base: Config) -> str:
 def _read(trial: Trial, metric: str) -> Outcome | None:
     """A finished trial's last score; None if it was never scored."""
     lines = rows(trial.folder / "metrics.jsonl", say)
-    scored = [(row, chart) for row in lines if (chart := leading_chart([metric], list(row)))]
+    scored = [(row, chart) for row in lines if (chart := leading_chart([metric], row))]
     if not scored:
         return None
     seconds, before = 0.0, 0

@@ -184,10 +184,10 @@ def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
         if number == 0:
-            # All is imported by now. DeepSpeed collects garbage for every engine that it makes, which takes
-            # longer than all the rest of a case unless what stays for good is out of the way.
             gc.collect()
-            gc.freeze()
+        # DeepSpeed collects garbage for every engine it makes, which takes longer than the rest of a case
+        # unless imported modules and earlier cases are out of the way.
+        gc.freeze()
 
 
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:

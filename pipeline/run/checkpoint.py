@@ -58,14 +58,6 @@ def exchange(new: Path, checkpoint: Path) -> None:
         raise
 
 
-def describe_newest(folder: Path) -> str:
-    """What a run that failed can be resumed from, for a person."""
-    saved = find(folder)
-    if not saved:
-        return "There is no checkpoint yet; the same command starts from the beginning."
-    return f"The last checkpoint is {folder / str(saved[0])}; the same command continues from there."
-
-
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all intact, and a complaint about each newer one."""
     complaints: list[str] = []
@@ -117,13 +109,11 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
 
     Raises UserError, before anything is overwritten, if it is of other networks.
     """
-    readers = {engine.player.name: Pieces(checkpoint, engine.player.name) for engine in players}
-    buffers = {engine.player.name: _read_buffers(checkpoint, engine, ranks) for engine in players}
-    for engine in players:
-        readers[engine.player.name].check(engine)
+    parts = [(e, Pieces(checkpoint, e.player.name), _read_buffers(checkpoint, e, ranks)) for e in players]
+    for engine, read, _ in parts:
+        read.check(engine)
     with torch.no_grad():
-        for engine in players:
-            read = readers[engine.player.name]
+        for engine, read, buffers in parts:
             for fragment in engine.fragments:
                 piece = read("weights", fragment.name, fragment.start, fragment.data.numel())
                 fragment.data.copy_(piece.view(fragment.data.shape))
@@ -132,7 +122,7 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
             )
             engine.masters_changed()
             live = engine.buffers()
-            for name, value in buffers[engine.player.name].items():
+            for name, value in buffers.items():
                 live[name].copy_(value)
             if engine is G_ema.engine:
                 for fragment, average in zip(engine.fragments, G_ema.averages, strict=True):
@@ -144,12 +134,10 @@ class Pieces:
     """Reads one player's flat pieces from all files of a checkpoint."""
 
     def __init__(self, checkpoint: Path, player: str) -> None:
-        self._files = [
-            safe_open(path, framework="pt") for path in sorted(checkpoint.glob(f"{player}-*.safetensors"))
-        ]
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         self._scalars: dict[tuple[str, str], Any] = {}
-        for file in self._files:
+        for path in sorted(checkpoint.glob(f"{player}-*.safetensors")):
+            file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118
                 kind, _, rest = key.partition("/")
                 name, at, start = rest.rpartition("@")
@@ -160,10 +148,6 @@ class Pieces:
                 else:
                     self._scalars[kind, rest] = file.get_tensor(key)
         self.kinds = {kind for kind, _ in [*self._pieces, *self._scalars]}
-
-    def size(self, name: str) -> int:
-        """How many elements of a parameter are stored."""
-        return sum(count for _, count, _ in self._pieces.get(("weights", name), ()))
 
     def names(self) -> set[str]:
         return {name for kind, name in self._pieces if kind == "weights"}
@@ -185,12 +169,13 @@ class Pieces:
 
     def check(self, engine: Engine) -> None:
         """Raises UserError if the pieces are of another network."""
-        wrong = [f.name for f in engine.fragments if self.size(f.name) != f.shape.numel()]
-        missing = self.names() ^ {f.name for f in engine.fragments}
-        if wrong or missing:
+        expected = {f.name: f.shape.numel() for f in engine.fragments}
+        stored = {name: sum(n for _, n, _ in self._pieces["weights", name]) for name in self.names()}
+        wrong = {name for name in expected | stored if expected.get(name) != stored.get(name)}
+        if wrong:
             raise UserError(
                 f"The checkpoint holds another {engine.player.name} than the config describes "
-                f"(at {', '.join(sorted({*wrong, *missing})[:3])}). Resume with its own config, or start "
+                f"(at {', '.join(sorted(wrong)[:3])}). Resume with its own config, or start "
                 "over with run.resume=false."
             )
 

@@ -53,12 +53,12 @@ def references(config: Config, extractor: Extractor, index: Index, ranks: Ranks)
     """
     data, score = config.data, config.score
     split = split_of(config, index)
-    heldout, about = real_features(extractor, index, split.heldout(), ranks, data, score.images)
+    heldout, about = _real_features(extractor, index, split.heldout(), ranks, data, score.images)
     wanted = training_images(score)
     if not wanted:
         return References(heldout, None, False, {"heldout": about})
     plan = split.trained_once()
-    train, about_train = real_features(extractor, index, plan, ranks, data, wanted)
+    train, about_train = _real_features(extractor, index, plan, ranks, data, wanted)
     return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
 
 
@@ -80,15 +80,8 @@ def differences(before: About, now: About) -> list[str]:
     ]
 
 
-def real_features(
-    extractor: Extractor,
-    index: Index,
-    plan: HeldOutPlan,
-    ranks: Ranks,
-    data: Data,
-    images: int,
-    *,
-    batch: int = 64,
+def _real_features(
+    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int
 ) -> tuple[Tensor, dict[str, object]]:
     """Features [n, d], float32, of a plan's first `images` real images, or of all if there are fewer; and
     everything they depend on, which is their key in the cache folder.
@@ -120,7 +113,7 @@ def real_features(
     # Where each node has its own cache, some may lack it: then all ranks compute, as all must take part.
     if not any(ranks.poll_any(kept is None)()) and kept is not None:
         return kept.to(ranks.device), key
-    features = _real_features(extractor, index, plan, ranks, data, images, batch)
+    features = _compute(extractor, index, plan, ranks, data, images)
     if not data.stages:
         write_tensor("real-features", key, features)
     return features, key
@@ -150,12 +143,12 @@ def keep_to(file: Path, real: References) -> None:
         raise UserError("\n  ".join(lines))
 
 
-def _real_features(
-    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int, batch: int
+def _compute(
+    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int
 ) -> Tensor:
     """Features [images, d] of the plan's first images, each once, in the plan's order."""
     parts, valid = [], []
-    batch = min(batch, -(-images // ranks.world))
+    batch = min(64, -(-images // ranks.world))
     with ranks.raise_together():  # else ranks would wait for one that cannot read a shard
         for reals, count in heldout_batches(
             index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=images

@@ -7,7 +7,7 @@ vectors, so compare scores of equal counts only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,10 +90,10 @@ class Metric:
     """What `score.metrics` may name."""
 
     help: str
-    names: tuple[str, ...]  # of its values, which charts show as Metrics/<name>_<features>
     function: Callable[..., float | tuple[float, ...]]  # (real, fake), each [n, d] → a value per name
+    names: tuple[str, ...]  # of its values, which charts show as Metrics/<name>_<features>
     lower_is_better: bool
-    leads: bool = False  # checkpoints and candidates are compared by its value
+    leads: bool = False  # checkpoints and candidates are compared by its chart
     canonical: str | None = None  # the name of its chart with the features that define it
     needs_train: bool = False  # its function takes (train, held-out, fake) instead
 
@@ -104,45 +104,34 @@ class Metric:
 
 
 METRICS = {
-    "kid": Metric("kernel distance (KID)", ("kid",), kid, lower_is_better=True, leads=True),
-    "fd": Metric(
-        "Fréchet distance (FID, if the features are inception's)",
-        ("fd",),
-        frechet,
-        lower_is_better=True,
-        leads=True,
-        canonical="fid",
-    ),
-    "pr": Metric("precision and recall", ("precision", "recall"), precision_recall, lower_is_better=False),
-    "dc": Metric("density and coverage", ("density", "coverage"), density_coverage, lower_is_better=False),
+    "kid": Metric("kernel distance (KID)", kid, ("kid",), True, leads=True),
+    "fd": Metric("Fréchet distance (FID, if of inception's features)", frechet, ("fd",), True, True, "fid"),
+    "pr": Metric("precision and recall", precision_recall, ("precision", "recall"), False),
+    "dc": Metric("density and coverage", density_coverage, ("density", "coverage"), False),
     "nn": Metric(
         "memorisation: distances to the nearest training image",
-        ("nn_ratio", "nn_copies"),
         memorisation,
+        ("nn_ratio", "nn_copies"),
         lower_is_better=False,
         needs_train=True,
     ),
 }
 
 
-def leads(metric: str, chart: str) -> bool:
-    """Whether this chart, of held-out images, is what checkpoints and candidates are compared by."""
-    found = METRICS.get(metric)
-    if found is None or not found.leads or chart.endswith("_train"):
-        return False
-    return chart.startswith(f"Metrics/{found.names[0]}_") or chart == f"Metrics/{found.canonical}"
-
-
-def leading_chart(metrics: Sequence[str], charts: Sequence[str]) -> str | None:
-    """The first chart of the first of `metrics` that leads; None if none does."""
-    return next((chart for metric in metrics for chart in charts if leads(metric, chart)), None)
+def leading_chart(metrics: Sequence[str], charts: Iterable[str]) -> str | None:
+    """The chart by which checkpoints and candidates are compared: of the first of `metrics` that leads, on
+    held-out images. None if there is none."""
+    charts = [chart for chart in charts if not chart.endswith("_train")]
+    for metric in (METRICS[name] for name in metrics if METRICS[name].leads):
+        for chart in charts:
+            if chart.startswith(f"Metrics/{metric.names[0]}_") or chart == f"Metrics/{metric.canonical}":
+                return chart
+    return None
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     """(x·y/d + 1)³ of all pairs of rows of x [n, d] and y [m, d] → [n, m]."""
-    from torchmetrics.image.kid import poly_kernel  # here, as importing it is slow
-
-    return poly_kernel(x, y)
+    return (x @ y.T * (1.0 / x.shape[1]) + 1.0) ** 3
 
 
 def _sum_of_pairs(features: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ not hold up vanish.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,27 +19,10 @@ from pipeline.gan.networks import build_D, build_G
 from pipeline.run.checkpoint import Pieces, find, read_state
 from pipeline.run.folder import begun
 from pipeline.run.rows import append, rows
-from pipeline.run.state import State
+
+_LARGEST = 3  # kernels of each player, by elements
 
 _log = logging.getLogger(__name__)
-
-
-def spectra(
-    config: Config, checkpoint: Path, state: State, player: str, largest: int = 3
-) -> dict[str, list[float]]:
-    """{kernel: its singular values, descending} of a player's `largest` kernels by elements, as matrices of
-    their first axis by all others.
-
-    Raises OSError, SafetensorError, KeyError or ValueError if they cannot be read.
-    """
-    network = (build_G if player == "G" else build_D)(config, state.num_classes)
-    trained = {name: p.shape for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
-    pieces = Pieces(checkpoint, player)
-    found = {}
-    for name in sorted(trained, key=lambda name: (-trained[name].numel(), name))[:largest]:
-        kernel = pieces("weights", name, 0, trained[name].numel()).view(trained[name])
-        found[name] = torch.linalg.svdvals(kernel.flatten(1)).tolist()
-    return found
 
 
 def record(folder: Path) -> dict[str, float]:
@@ -48,14 +31,7 @@ def record(folder: Path) -> dict[str, float]:
     try:
         config, known = begun(folder), {row["cur_nimg"] for row in rows(file)}
         for nimg in sorted(set(find(checkpoints)) - known):
-            checkpoint = checkpoints / str(nimg)
-            found = {p: spectra(config, checkpoint, read_state(checkpoint), p) for p in "GD"}
-            values = {
-                f"{player}/{name}": [float(f"{s:.6g}") for s in sizes]
-                for player, kernels in found.items()
-                for name, sizes in kernels.items()
-            }
-            append(file, {"cur_nimg": nimg, **values})
+            append(file, {"cur_nimg": nimg, **dict(_spectra(config, checkpoints / str(nimg)))})
         last = {name: values for row in rows(file)[-1:] for name, values in row.items() if name != "cur_nimg"}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         _log.warning("spectrum.jsonl is not complete: %s", error)
@@ -77,7 +53,7 @@ def draw(folder: Path) -> Path | None:
         return None
     across = -(-len(names) // 2)
     figure = Figure(figsize=(4 * across, 6), layout="constrained")
-    panels = figure.subplots(-(-len(names) // across), across, squeeze=False).flat
+    panels = figure.subplots(2, across, squeeze=False).flat
     for panel, name in zip(panels, names, strict=False):
         for number, row in enumerate(lines, start=1):
             label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(lines)) else None
@@ -90,6 +66,22 @@ def draw(folder: Path) -> Path | None:
     with whole(path) as partial:
         figure.savefig(partial, format="png", dpi=100, metadata=notes)
     return path
+
+
+def _spectra(config: Config, checkpoint: Path) -> Iterator[tuple[str, list[float]]]:
+    """(player/kernel, singular values, descending) of each player's largest kernels, the largest first, as
+    matrices of their first axis by all others.
+
+    Raises OSError, SafetensorError, KeyError or ValueError if they cannot be read.
+    """
+    classes = read_state(checkpoint).num_classes
+    for player, network in ("G", build_G(config, classes)), ("D", build_D(config, classes)):
+        pieces = Pieces(checkpoint, player)
+        shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
+        for name in sorted(shapes, key=lambda name: (-shapes[name].numel(), name))[:_LARGEST]:
+            kernel = pieces("weights", name, 0, shapes[name].numel()).view(shapes[name])
+            values = torch.linalg.svdvals(kernel.flatten(1))
+            yield f"{player}/{name}", [float(f"{value:.6g}") for value in values.tolist()]
 
 
 def _stable_rank(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ import io
 import os
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config
+from pipeline.credentials import redacted
 from pipeline.run.wandb_files import (
     Tracked,
     drop_incomplete,
@@ -89,6 +91,7 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         mode, reason = choose_mode()
         if mode == "disabled":
             return Tracker(run_id)
+        sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
         known = recall(folder)
         run_id = run_id or (known.run_id if known else None)
         if known is None or known.run_id != run_id:
@@ -110,8 +113,10 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
             with suppress(Exception):
                 _end_service()  # which keeps the run's id in use
             continue
-        where, because = _where(run, folder), f" ({reason})" if reason else ""
-        announce(f"W&B: {where}{because}")
+        where = str(run.url)
+        if run.offline:
+            where = f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*"
+        announce(f"W&B: {where}{f' ({reason})' if reason else ''}")
         wanted = os.environ.get("WANDB_RUN_ID", known.run_id)
         if wanted != known.run_id:
             announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {known.run_id}.")
@@ -215,11 +220,11 @@ def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -
     """The run, and what is known of it. new: if W&B has a run of its id, that is another one."""
     from wandb.errors import UsageError
 
-    if not new:
-        return _init(config, folder, known, mode, "allow"), known
     try:
-        return _init(config, folder, known, mode, "never"), known
+        return _init(config, folder, known, mode, "never" if new else "allow"), known
     except UsageError:
+        if not new:
+            raise
         with suppress(Exception):
             _end_service()  # which keeps the other run's id in use
         known = replace(known, run_id=secrets.token_hex(4))
@@ -247,14 +252,10 @@ def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: s
 def _init(config: Config, folder: Path, known: Tracked, mode: Mode, resume: Resume) -> wandb.Run:
     import wandb
 
-    called = names(config, known.project, known.entity)
     run = wandb.init(
+        **vars(names(config, known.project, known.entity)),
         dir=folder.absolute(),
-        project=called.project,
-        entity=called.entity,
         group=config.track.group,
-        tags=called.tags,
-        name=called.name,
         id=known.run_id,
         resume=resume,
         config=public(config),
@@ -286,10 +287,6 @@ def _end_service() -> None:
         wandb.teardown()
     except SystemExit as error:  # would end the training
         raise ChildProcessError(f"its service ended with status {error.code}") from None
-
-
-def _where(run: wandb.Run, folder: Path) -> str:
-    return f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*" if run.offline else str(run.url)
 
 
 def _one_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,29 +89,24 @@ def public(config: Config) -> dict[str, Any]:
 
 def _in_netrc(url: str) -> bool:
     """Whether `wandb login` has stored a key for the server at `url`."""
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc.netrc(Path(path).expanduser()).authenticators(urlsplit(url).netloc):
+    for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(Path(path).expanduser()).authenticators(urlsplit(url).netloc):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 
 def _answers(url: str) -> bool:
     """Whether anything answers at `url`, with any status, through the proxy if one is set."""
-    answers: list[bool] = []
+    answered = threading.Event()
 
     def ask() -> None:
-        try:
-            urllib.request.urlopen(url, timeout=_ANSWER_S).close()
-        except urllib.error.HTTPError:
-            pass
-        except (OSError, ValueError, http.client.HTTPException):
-            return
-        answers.append(True)
+        with suppress(OSError, ValueError, http.client.HTTPException):
+            with suppress(urllib.error.HTTPError):
+                urllib.request.urlopen(url, timeout=_ANSWER_S).close()
+            answered.set()
 
     asking = threading.Thread(target=ask, daemon=True)  # as resolving a name has no time limit
     asking.start()
     asking.join(_ANSWER_S)
-    return bool(answers)
+    return answered.is_set()
