@@ -41,7 +41,7 @@ def train(
     from pipeline.credentials import redacted
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
-    from pipeline.train import prepare_data
+    from pipeline.run.reals import checked_index
 
     procs = procs or processes.default_procs(strategy)
     strategy = strategy or ("single" if procs == 1 else "ddp")
@@ -65,7 +65,7 @@ def train(
     if not finished(folder, named):
         refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
-    prepare_data(resolved, announce=True)
+    checked_index(resolved, announce=True)
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: becomes the training process, with its exit status

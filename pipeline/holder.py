@@ -26,13 +26,13 @@ def _user() -> str:
         return f"uid {os.getuid()}"
 
 
-def _kernel() -> str:
+def kernel() -> str:
     """Equal for all containers of a machine, until it is started again."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else socket.gethostname()
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
     path = Path("/proc/self/ns/pid")
     return str(path.readlink()) if path.exists() else ""
 
@@ -77,8 +77,8 @@ class Holder:
     user: str = field(default_factory=_user)
     pid: int = field(default_factory=os.getpid)
     started: str = field(default_factory=lambda: _process(os.getpid())[1])
-    kernel: str = field(default_factory=_kernel)
-    pids: str = field(default_factory=_pid_namespace)  # in which its pid means something
+    kernel: str = field(default_factory=kernel)
+    pids: str = field(default_factory=pid_namespace)  # in which its pid means something
     since: str = field(default_factory=lambda: datetime.now().isoformat(" ", "minutes"))
     job: tuple[str, tuple[int, ...]] = field(default_factory=_job)
 
@@ -93,9 +93,9 @@ class Holder:
 
     def state(self, lock: Path) -> State:
         """What can be seen at once of the process, which has described itself in the file `lock`."""
-        if self.kernel != _kernel():
+        if self.kernel != kernel():
             return "unknown"
-        if (self.host, self.pids) == (socket.gethostname(), _pid_namespace()):
+        if (self.host, self.pids) == (socket.gethostname(), pid_namespace()):
             state, started = _process(self.pid)
             if state == "?" or (state == "T" and started == self.started):  # hidden, or suspended
                 return "unknown"

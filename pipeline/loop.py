@@ -1,4 +1,4 @@
-"""The rhythm of a run: after every update, ask whose turn it is. No maths and no ranks."""
+"""The rhythm of a run: after every update, do what is due. No maths and no ranks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
     total = math.ceil(run.total_kimg * 1000)
     if state.cur_nimg == 0 and not session.begin(gan, evaluate=run.eval_kimg <= run.total_kimg):
         return False
-    session.start_clock(state.cur_nimg)
+    session.clock.start(state.cur_nimg)
     reals = session.timed(reals)
     stopping = False
     while not stopping and min(state.cur_nimg, state.reported) < total:
-        asked_to_stop = session.stop_requested()
+        asked_to_stop = session.exchange()
         before = state.cur_nimg
-        if state.reported == before:  # else a stop has put the reports off
+        if state.reported == before:  # else a stop came before its reports: they come first
             with session.updating():
                 state.cur_nimg = train_step(gan, reals, before, stats)
         finished = state.cur_nimg >= total
@@ -36,13 +36,11 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
             session.save(gan, state, stats)
         session.advance(state.cur_nimg)
     session.finish_saves()
-    if not stopping:
-        session.check_end()
     return not stopping
 
 
 def report(gan: Gan, state: State, stats: Stats, run: Run, session: Session, due: Due) -> None:
-    """Score, chart and show what is due; or, told to stop meanwhile, leave it to when the run continues."""
+    """Score, chart and show what is due; if asked to stop meanwhile, leave it to the resumed run."""
     if due(run.tick_kimg) or due(run.eval_kimg):
         scores = session.evaluate(gan) if due(run.eval_kimg) else {}
         if scores is None:
@@ -57,6 +55,5 @@ Due = Callable[[float], bool]
 
 
 def _due(before: int, now: int, finished: bool) -> Due:
-    """Whether something that happens every so many kimg falls between two updates; everything does on the
-    last."""
+    """Whether something that happens every so many kimg is due after an update; after the last, all is."""
     return lambda kimg: finished or now // (1000 * kimg) > before // (1000 * kimg)

@@ -34,7 +34,7 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
-from pipeline.run.heap import keep_freed_memory
+from pipeline.run.reals import checked_index
 from pipeline.run.report import MainReport
 from pipeline.run.session import Session
 from pipeline.run.state import State
@@ -42,7 +42,6 @@ from pipeline.run.stats import Stats
 from pipeline.run.stop import StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
-from pipeline.train import prepare_data
 
 _SUBSET = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"
 _TURN = 8  # updates of one contestant before the next one's turn
@@ -100,7 +99,6 @@ def command(
 def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
     """Let everyone run `updates` updates (at least), by turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
-    keep_freed_memory()  # as training does; it is the whole process's, so bare maths has the good of it too
     signals = _unheeded()
     ours = {a: Ours(settings, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     device = next(iter(ours.values())).device
@@ -137,7 +135,7 @@ class Ours:
         data = settings.data
         self._settings = settings
         self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=settings.run.timeout_s))
-        self._index = prepare_data(settings, announce=False)
+        self._index = checked_index(settings, announce=False)
         split = split_of(settings, self._index)
         self._plan = split.training()
         self._state = State(plan=self._plan.fingerprint)
@@ -146,17 +144,8 @@ class Ours:
         with _no_output():
             tracker = open_tracker(settings, folder, None, lambda _: None)
             self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
-        plan = split.heldout()
         self._session = Session(
-            settings,
-            folder,
-            self._index,
-            plan,
-            self._plan.size,
-            self._ranks,
-            self._report,
-            signals,
-            self._state,
+            settings, folder, self._index, split, self._ranks, self._report, signals, self._state
         )
         self._reals = self._session.timed(self._batches(data.workers))
 
@@ -171,7 +160,7 @@ class Ours:
     def run(self, updates: int) -> None:
         """As in pipeline/loop.py, ticks apart."""
         for _ in range(updates):
-            asked_to_stop = self._session.stop_requested()
+            asked_to_stop = self._session.exchange()
             self._state.cur_nimg = train_step(self._gan, self._reals, self._state.cur_nimg, self._stats)
             asked_to_stop()
             self._session.advance(self._state.cur_nimg)

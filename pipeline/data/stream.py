@@ -8,7 +8,7 @@ same for any number of workers, and neither ranks nor workers need to agree on a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -31,12 +31,8 @@ from pipeline.data.workers import Loader
 class TrainingBatches(Iterator[Batch]):
     """What training_batches returns: an iterator that can be closed."""
 
-    def __init__(
-        self, loader: Loader, shape: Shape, conditional: bool, max_bad: int, bad: Collection[str]
-    ) -> None:
+    def __init__(self, loader: Loader, shape: Shape, conditional: bool) -> None:
         self._loader, self._shape, self._conditional = loader, shape, conditional
-        self._bad = set(bad)
-        self._max_bad = max_bad
 
     def __next__(self) -> Batch:
         item = next(self._loader)
@@ -44,16 +40,8 @@ class TrainingBatches(Iterator[Batch]):
             self.close()
             raise item
         buffer, found = item
-        batch = unpack(buffer, self._shape)._replace(bad=self._not_yet_said(found))
+        batch = unpack(buffer, self._shape)._replace(bad=tuple(found))
         return batch if self._conditional else batch._replace(labels=None)
-
-    def _not_yet_said(self, found: Sequence[str]) -> tuple[str, ...]:
-        new = tuple(dict.fromkeys(text for text in found if text not in self._bad))
-        self._bad |= set(new)
-        if new and len(self._bad) > self._max_bad:
-            self.close()
-            raise too_many_bad(len(self._bad), self._max_bad, new[-1])
-        return new
 
     def close(self) -> None:
         self._loader.close()
@@ -67,7 +55,6 @@ def training_batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
-    bad: Collection[str] = (),
     cache: Cache | None = None,
 ) -> TrainingBatches:
     """This rank's batches from global position `start` on, without end: step i covers the positions
@@ -75,10 +62,10 @@ def training_batches(
 
     Worker processes start at once (0: decode in this process, as asked). data.stages are put between reading
     and decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
-    decoded once (and stages have no place). Up to data.max_bad different damaged images are replaced by
-    others of the plan, `bad`, met earlier in the run, included. Iterating raises UserError for one more, for
-    a shard that cannot be read or an image that does not fit; `close()` ends the workers, as does the end of
-    the process.
+    decoded once (and stages have no place). Unless data.max_bad is 0, damaged images are replaced by others
+    of the plan and named in the batch, again in every epoch; the caller counts them. Iterating raises
+    UserError for a shard that cannot be read or an image that does not fit (with max_bad 0: or is damaged);
+    `close()` ends the workers, as does the end of the process.
     """
     shape = (data.batch_size // world, data.channels, data.size, data.size)
     stages = load_stages(data.stages)
@@ -94,7 +81,7 @@ def training_batches(
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
     pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, data.xflip, replacements))
     loader = Loader(pipeline, data.workers, buffer_bytes(shape))
-    return TrainingBatches(loader, shape, data.conditional, data.max_bad, bad)
+    return TrainingBatches(loader, shape, data.conditional)
 
 
 def heldout_batches(
@@ -164,7 +151,3 @@ def label_frequencies(index: Index, plan: Plan) -> NDArray[np.float64]:
         )
     frequencies: NDArray[np.float64] = counts / max(counts.sum(), 1.0)
     return frequencies
-
-
-def too_many_bad(count: int, most: int, last: str) -> UserError:
-    return UserError(f"{count} images cannot be used, more than data.max_bad={most}. The last one: {last}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.data.stream import too_many_bad
-from pipeline.errors import CommonError
+from collections.abc import Iterable
+
+from pipeline.errors import CommonError, UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
 
 
 class BadImages:
-    """What ranks found so far, each in its own share of the data; they tell each other at ticks and saves."""
+    """Those that ranks found so far, each in its part of the data; exchanged at ticks and saves."""
 
     def __init__(self, most: int, known: list[str], ranks: Ranks, report: Report) -> None:
         """known: State.bad, which is added to."""
@@ -25,12 +26,14 @@ class BadImages:
     def known(self) -> int:
         return len(self._known)
 
-    def name(self, bad: tuple[str, ...]) -> None:
-        """Whatever the rank: each finds its own."""
+    def add(self, bad: Iterable[str]) -> None:
+        """What this rank has just met, perhaps not for the first time. Raises UserError for one too many."""
         for text in bad:
-            if text not in self._known:
+            if text not in self._known and text not in self._found:
                 self._found.append(text)
-                line = f"warning: {text} Another image stands in for it (data.max_bad)."
+                if len(self._known) + len(self._found) > self._most:
+                    raise UserError(self._too_many([*self._known, *self._found]))
+                line = f"warning: {text} Another image replaces it (data.max_bad)."
                 self._report.say(line) if self._ranks.main else say(line)
 
     def exchange(self) -> None:
@@ -40,6 +43,10 @@ class BadImages:
         self._found = []
 
     def check(self) -> None:
-        """Raises, on all ranks alike, when there are more than a run may have."""
+        """Raises CommonError, on all ranks alike, if there are more than a run may have."""
         if len(self._known) > self._most:
-            raise CommonError(str(too_many_bad(len(self._known), self._most, self._known[-1])))
+            raise CommonError(self._too_many(self._known))
+
+    def _too_many(self, bad: list[str]) -> str:
+        count, most = len(bad), self._most
+        return f"{count} images cannot be used, more than data.max_bad={most}. The last one: {bad[-1]}"

@@ -58,14 +58,6 @@ def exchange(new: Path, checkpoint: Path) -> None:
         raise
 
 
-def describe_newest(folder: Path) -> str:
-    """What a run that failed can be resumed from, for a person."""
-    saved = find(folder)
-    if not saved:
-        return "There is no checkpoint yet; the same command starts from the beginning."
-    return f"The last checkpoint is {folder / str(saved[0])}; the same command continues from there."
-
-
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files are all intact, and a complaint about each newer one."""
     complaints: list[str] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import TypeAdapter
@@ -15,6 +16,11 @@ from pipeline import config
 from pipeline.config import Config, Ema, UserError
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
+from pipeline.run.report import say
+
+if TYPE_CHECKING:
+    from pipeline.parallel.ranks import Ranks
+    from pipeline.run.stop import StopSignals
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
 REFERENCE = "reference.json"  # what its scores are against
@@ -69,6 +75,22 @@ def claim_folder(
             lock.release()
             return resolved, folder, None
         return resolved, folder, lock
+
+
+def hold_folder(
+    config: Config, ranks: Ranks, signals: StopSignals, held: ExitStack
+) -> tuple[Config, Path, Callable[[], None]]:
+    """`claim_folder` on the main rank, until `held` is closed; also a check that it is still held."""
+    locks: list[Lock] = []
+
+    def claim() -> tuple[Config, Path]:
+        resolved, folder, lock = claim_folder(config, say, lambda: signals.received is not None)
+        if lock is not None:
+            locks.append(held.enter_context(lock))
+        return resolved, folder
+
+    resolved, folder = ranks.broadcast_from_main(claim)
+    return resolved, folder, locks[0].check if locks else lambda: None
 
 
 def refuse_running(folder: Path) -> None:

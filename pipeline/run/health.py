@@ -168,7 +168,9 @@ class Health:
 
 
 def slowest(seconds: list[float]) -> dict[str, float]:
-    """Charts of each rank's seconds in forward passes since the last tick."""
+    """Charts of each rank's seconds in forward passes since the last tick; {} for a single rank."""
+    if len(seconds) == 1:
+        return {}
     return {
         "Timing/forward_sec_fastest": min(seconds),
         "Timing/forward_sec_median": statistics.median_low(seconds),

@@ -31,6 +31,11 @@ class HeldOutImages:
             self._batch = Batch(batch.images.to(ranks.device), labels)
 
     @property
+    def size(self) -> int:
+        """How many are held out."""
+        return self._plan.size
+
+    @property
     def images(self) -> Tensor | None:
         """This rank's, uint8 on its device; None if too few are held out."""
         return None if self._batch is None else self._batch.images

@@ -7,17 +7,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
 from pipeline.durable import sync
 from pipeline.lock import LockLostError
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
-from pipeline.run.tracker import Tracker
+from pipeline.run.state import State
+from pipeline.run.tracker import Tracker, open_tracker
 from pipeline.wording import counted
+
+if TYPE_CHECKING:
+    from pipeline.parallel.ranks import Ranks
 
 _WIDE = 90  # columns of a terminal from which on there is room for a long progress bar
 
@@ -228,6 +233,20 @@ class MainReport(Report):
             left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
             text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
         return text
+
+
+def open_report(
+    config: Config, folder: Path, state: State, ranks: Ranks, still_ours: Callable[[], None]
+) -> Report:
+    """Where the run reports to: nowhere on all ranks but the main one. Sets state.wandb_id."""
+    ranks.progress.doing = "starting its reports"
+    if not ranks.main:
+        state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
+        return Report()
+    tracker = open_tracker(config, folder, state.wandb_id, say)
+    state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
+    total = round(config.run.total_kimg * 1000)
+    return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
 
 
 def _bar(total_nimg: int, cur_nimg: int) -> tuple[Progress, TaskID]:

@@ -1,57 +1,95 @@
-"""Going on with a run: from its newest intact checkpoint, on the data that it was trained on."""
+"""Resuming a run: from its newest intact checkpoint, on the data that it was trained on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.config import Config
+from pipeline.data.index import Index
+from pipeline.data.plan import Split
+from pipeline.data.stream import label_frequencies
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint
-from pipeline.run.folder import REFERENCE
+from pipeline.run.folder import REFERENCE, finished
 from pipeline.run.report import say
+from pipeline.run.resend import catch_up
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.wording import counted
 
 
-def resume(folder: Path, gan: Gan, state: State, stats: Stats, ranks: Ranks, new_data: bool) -> State:
+def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
+    """Whether the run has trained as far as the config asks; says so, and sends W&B what it lacks."""
+    if not finished(folder, config):
+        return False
+    ranks.broadcast_from_main(lambda: catch_up(config, folder, say))
+    ranks.broadcast_from_main(
+        lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to train longer.")
+    )
+    return True
+
+
+def first_state(config: Config, index: Index, split: Split) -> State:
+    """Where a new run stands."""
+    plan = split.training()
+    frequencies = label_frequencies(index, plan).tolist() if config.data.conditional else None
+    return State(plan=plan.fingerprint, data=index.fingerprint, label_frequencies=frequencies)
+
+
+def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -> tuple[State, Stats]:
     """Continue from the newest intact checkpoint, if there is one; returns where the run stands.
 
-    state: that of a new run. new_data: go on although its data are not those of the checkpoint.
+    state: that of a new run. new_data: resume although its data are not those of the checkpoint.
     """
     ranks.progress.doing = "loading a checkpoint"
+    stats = Stats(ranks.device, reports=gan.D.batch.world * gan.D.batch.rounds)
     found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
-    for complaint in complaints if found and ranks.main else ():
-        say(f"warning: {complaint}; falling back")
     if found is None:
         if complaints:
             raise CommonError(
                 "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
                 + "\nBring one back, or start over under a new name with run.resume=false."
             )
-        return state
+        return state, stats
     saved = checkpoint.read_state(found)
+    warnings = [f"{complaint}; falling back" for complaint in complaints]
     if (saved.plan, saved.data) != (state.plan, state.data):
-        if not new_data:
-            raise CommonError(
-                f"{folder} was trained on other data, or on another split of them: resuming would mix the "
-                "two. Point data.train at the same shards, start over with run.resume=false, or, if the data "
-                "are to change here, say so with run.new_data=true."
-            )
-        if saved.num_classes != state.num_classes:
-            raise CommonError(
-                f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
-            )
-        saved = saved.moved_to(state)
+        saved = _moved(folder, saved, state, new_data)
         ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
-        if ranks.main:
-            say("warning: goes on with other data: scores from here on do not compare with those before")
+        warnings.append("resumes on other data: new scores do not compare with earlier ones")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
+    ranks.progress.cur_nimg = saved.cur_nimg
     if ranks.main:
         strategy, world = checkpoint.saved_by(found)
         other = (strategy, world) != (ranks.strategy, ranks.world)
         by = f", saved by {counted(world, 'process')} under {strategy}" if other else ""
+        for warning in warnings:
+            say(f"warning: {warning}")
         say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{by})")
-    return saved
+    return saved, stats
+
+
+def _moved(folder: Path, saved: State, state: State, new_data: bool) -> State:
+    """The saved state on the data of `state`. Raises CommonError if that is not wanted or impossible."""
+    if not new_data:
+        raise CommonError(
+            f"{folder} was trained on other data, or on another split of them: resuming would mix the two. "
+            "Point data.train at the same shards, start over with run.resume=false, or, to change the data "
+            "of this run, set run.new_data=true."
+        )
+    if saved.num_classes != state.num_classes:
+        raise CommonError(
+            f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
+        )
+    return saved.moved_to(state)
+
+
+def where_to_resume(folder: Path) -> str:
+    """For a person whose run has ended unexpectedly."""
+    checkpoints = folder / "checkpoints"
+    if saved := checkpoint.find(checkpoints):
+        return f"The last checkpoint is {checkpoints / str(saved[0])}; the same command continues from there."
+    return "There is no checkpoint yet; the same command starts over."

@@ -89,10 +89,10 @@ class StopSignals:
         self._grace_s = grace_s
 
     @contextmanager
-    def joining(self) -> Iterator[None]:
-        """While this rank waits for others, who may never come: a signal ends it within a second or two, with
-        status INTERRUPTED or TERMINATED. The launcher then ends the others."""
-        self._joining = True
+    def joining(self, alone: bool = False) -> Iterator[None]:
+        """While this rank waits for others, who may never come (alone: there are none): a signal ends it in a
+        second or two, with status INTERRUPTED or TERMINATED. The launcher then ends the others."""
+        self._joining = not alone
         try:
             yield
         finally:

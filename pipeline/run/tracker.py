@@ -11,6 +11,7 @@ import io
 import os
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config
+from pipeline.credentials import redacted
 from pipeline.run.wandb_files import (
     Tracked,
     drop_incomplete,
@@ -89,6 +91,7 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         mode, reason = choose_mode()
         if mode == "disabled":
             return Tracker(run_id)
+        sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
         known = recall(folder)
         run_id = run_id or (known.run_id if known else None)
         if known is None or known.run_id != run_id:

@@ -186,7 +186,8 @@ def test_labels_that_are_not_there(make_shards: MakeShards, tmp_path: Path) -> N
     stream = batches(index, plan, conditional=True, max_bad=1)
     seen = list(islice(stream, 2))
     assert all((batch.labels == 3).all() and set(ids(batch)) == {(0, 0)} for batch in seen)
-    assert [len(batch.bad) for batch in seen] == [1, 0] and "sample b has no label" in seen[0].bad[0]
+    (named,) = {text for batch in seen for text in batch.bad}
+    assert "sample b has no label" in named and named in seen[0].bad
 
 
 def test_pickles_and_pipes_are_off() -> None:

@@ -27,7 +27,7 @@ import torch
 import pipeline.loop
 import pipeline.players
 import pipeline.run.saving
-import pipeline.run.session
+import pipeline.run.scorer
 import pipeline.train
 from pipeline.console import end_process
 from pipeline.gan.losses import Adversarial, adversarial
@@ -184,14 +184,14 @@ def _read_only(ranks: Ranks, folder: Path) -> Iterator[None]:
 @contextmanager
 def _signal_in_score(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """One rank, and only that, is told to stop in the middle of the second evaluation."""
-    right, count = pipeline.run.session.evaluate_generator, iter(range(10**9))
+    right, count = pipeline.run.scorer.evaluate_generator, iter(range(10**9))
 
     def signalled(*arguments: Any) -> Any:
         if ranks.rank == BAD_RANK and next(count) == 1:
             os.kill(os.getpid(), signal.SIGUSR2)
         return right(*arguments)
 
-    with patch.object(pipeline.run.session, "evaluate_generator", signalled):
+    with patch.object(pipeline.run.scorer, "evaluate_generator", signalled):
         yield
 
 

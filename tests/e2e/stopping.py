@@ -21,11 +21,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # which an optimizer imports
 from torch.distributed import TCPStore
 
 import pipeline.loop
 import pipeline.run.saving
-import pipeline.run.session
+import pipeline.run.scorer
 import pipeline.train
 from pipeline.data.stream import TrainingBatches
 from pipeline.run.saving import Saver
@@ -36,7 +37,7 @@ STATES: dict[str, tuple[Any, str, bool]] = {
     "waiting for data": (TrainingBatches, "__next__", True),
     "copying for a save": (Saver, "begin", True),
     "writing a save": (pipeline.run.saving, "_write", True),
-    "scoring": (pipeline.run.session, "evaluate_generator", True),
+    "scoring": (pipeline.run.scorer, "evaluate_generator", True),
 }
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 

@@ -17,7 +17,7 @@ from pipeline.parallel.launched import read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
 from pipeline.run.health import FORWARD
-from pipeline.run.session import Session, _peak_memory_gb
+from pipeline.run.session import _peak_memory_gb, of_this_rank
 
 
 def test_whole_g_ema_is_there_from_asking_until_the_next_update():
@@ -72,8 +72,7 @@ def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_si
     """On a GPU it is two events per pass."""
     taken = []
     player = SimpleNamespace(forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), copies=1)
-    session = SimpleNamespace(ranks=SimpleNamespace(world=1))
-    found = Session._of_this_rank(session, SimpleNamespace(G=player, D=player))
+    found = of_this_rank(SimpleNamespace(G=player, D=player), world=1)
     assert found == {FORWARD: 1.0} and len(taken) == 2
 
 

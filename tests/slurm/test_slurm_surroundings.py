@@ -71,7 +71,7 @@ def elsewhere(project) -> Iterator[str]:
         {"SBATCH_CPUS_PER_GPU": "2"},
     ],
 )
-def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(project, options) -> None:
+def test_whatever_sbatch_passes_on_and_however_cpus_were_asked_for(project, options) -> None:
     name, gpus = next(iter(options)), "--gpus-per-node=1"
     job = project.sbatch(
         "--nodes=2", gpus, "slurm/train.sbatch", "configs/tiny.yaml", f"run.name={name}", SHORT, **options
@@ -81,7 +81,7 @@ def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(pro
 
 
 def test_options_for_srun_reach_every_step(project) -> None:
-    """As a plugin for containers needs them: also what is looked at before, and the job that collects."""
+    """As a plugin for containers needs them: also the checks before, and the job that collects."""
     mark, marks = project.path / "mark.sh", project.path / "marks"
     mark.write_text(f'#!/bin/sh\necho "$SLURM_JOB_ID $SLURMD_NODENAME" >> {marks}\n')
     mark.chmod(0o755)

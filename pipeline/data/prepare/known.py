@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import UserError
-from pipeline.data.prepare.sources import Arrays
+from pipeline.data.prepare.source import Arrays
 from pipeline.folders import cache_folder
 
 Announce = Callable[[str], None]

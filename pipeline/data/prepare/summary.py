@@ -1,10 +1,11 @@
-"""What `shardgan prepare` says at its end: every file of the source is in it, as an image or as left out."""
+"""What became of every file of a source: the summary that prepare prints, skipped.txt and sources.txt."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pipeline.data.prepare.pictures import Fit
 from pipeline.wording import one_line
 
 _SKIPPED = "skipped.txt"
+_SOURCES = "sources.txt"
 _SAID = 10  # of its lines are shown
 _NAMED = 12  # classes are listed one by one
 
@@ -92,3 +94,20 @@ def list_left_out(
         announce(f"  {line}")
     if len(skipped) > _SAID:
         announce(f"  … and {len(skipped) - _SAID:,} more")
+
+
+def write_origins(folder: Path, origins: Iterable[tuple[str, str]]) -> None:
+    """Write sources.txt: a line `KEY<tab>PATH` per sample. Paths are relative to the images' source."""
+    with (folder / _SOURCES).open("w", encoding="utf-8") as file:
+        file.writelines(f"{key}\t{one_line(path)}\n" for key, path in origins)
+
+
+def read_origins(folder: Path, keys: Collection[str]) -> Mapping[str, str]:
+    """Paths by key, for those of `keys` that are listed; none if there is no such file."""
+    found: dict[str, str] = {}
+    with suppress(OSError), (folder / _SOURCES).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            key, _, path = line.rstrip("\n").partition("\t")
+            if key in keys:
+                found[key] = one_line(path)
+    return found

@@ -27,14 +27,14 @@ from pipeline.data import sidecar
 from pipeline.data.index import Index, Shard, load_index
 from pipeline.data.plan import permutation
 from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
+from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.labels import Classes
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.origins import write_origins
 from pipeline.data.prepare.pictures import Fit, Fitted, LeftOutError, fitted, png
-from pipeline.data.prepare.sources import Source, open_source
+from pipeline.data.prepare.source import Source
 from pipeline.data.prepare.staging import Skipped, Written, discard, finished, note, noted, publish, staging
-from pipeline.data.prepare.summary import Summary, list_left_out
+from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
 from pipeline.data.record import shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
 

@@ -1,0 +1,49 @@
+"""How a run ends: its marker and, once it is finished, the exported networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.export import export
+from pipeline.run.folder import DONE, STOPPED
+from pipeline.run.report import Report
+from pipeline.run.spectrum import draw, record
+from pipeline.run.state import State
+
+
+def conclude(
+    folder: Path, state: State, report: Report, ranks: Ranks, received: str | None, completed: bool
+) -> None:
+    """received: why this process was asked to stop, if it was."""
+    ranks.progress.doing = "exporting"
+    reasons = filter(None, ranks.gather_objects(received))
+    ranks.broadcast_from_main(
+        lambda: (
+            _finish(folder, state, report) if completed else _stop(folder, state, report, next(reasons, ""))
+        )
+    )
+
+
+def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
+    report.still_ours()
+    _mark(folder / STOPPED, state)
+    kimg = f"{state.cur_nimg / 1000:g}"
+    report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
+
+
+def _finish(folder: Path, state: State, report: Report) -> None:
+    report.still_ours()
+    export(folder, folder / "export")
+    report.summary(record(folder))
+    report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
+    _mark(folder / DONE, state)
+    report.conclude(state.cur_nimg)
+
+
+def _mark(file: Path, state: State) -> None:
+    try:
+        file.write_text(f"{state.cur_nimg}\n")
+    except OSError as error:
+        raise UserError(f"{file} could not be written: {error}") from None

@@ -1,0 +1,36 @@
+"""What a run says of itself before it trains."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.data.check import remarks
+from pipeline.data.index import Index
+from pipeline.data.plan import Split
+from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.parallel.ranks import Ranks
+from pipeline.players import Gan
+from pipeline.wording import counted
+
+
+def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:
+    """A few lines: data, networks, penalties, ranks, batch, and what to know about them."""
+    data, penalty = config.data, config.penalty
+    size = {e.player.name: sum(f.shape.numel() for f in e.fragments) / 1e6 for e in (gan.G, gan.D)}
+    lines = [
+        f"{config.run.name}: {counted(split.training().size, 'training image')} in "
+        f"{counted(len(index.shards), 'shard')}, {split.heldout().size:,} held out; "
+        f"{data.channels}x{data.size}x{data.size}",
+        f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
+        f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
+        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
+        f"a batch of {gan.D.batch}",
+        *(f"  {line}" for line in remarks(index, data)),
+    ]
+    if index.remote:
+        lines.append(f"  {index.remote}")
+    if has_batch_norm(gan.G.module) or has_batch_norm(gan.D.module):
+        lines.append(
+            "  note: BatchNorm sees one rank's images of a round, so results depend (a little) on the number "
+            "of ranks and rounds"
+        )
+    return "\n".join(lines)

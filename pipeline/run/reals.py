@@ -1,0 +1,66 @@
+"""The real images of a run: an index that all ranks agree on, and each rank's batches."""
+
+from __future__ import annotations
+
+from pipeline.config import Config
+from pipeline.data.cache import Cache, reserve
+from pipeline.data.check import check_images
+from pipeline.data.index import Index, load_index
+from pipeline.data.plan import Split, split_of
+from pipeline.data.stream import TrainingBatches, training_batches
+from pipeline.errors import CommonError
+from pipeline.gan.networks import check_networks
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.report import Report, say
+from pipeline.run.state import State
+
+
+def checked_index(config: Config, announce: bool) -> Index:
+    """The index of the training data, checked against the config. Raises UserError."""
+    assert config.data.train is not None
+    index = load_index(config.data.train, say if announce else lambda _: None, config.data.remote)
+    check_networks(config, index.num_classes if config.data.conditional else 0)
+    check_images(index, config.data)
+    return index
+
+
+def agreed_data(config: Config, ranks: Ranks) -> tuple[Index, Split]:
+    """The index, and what of it is trained on. Raises CommonError unless it is the same on all ranks."""
+    ranks.progress.doing = "reading the index of the data"
+    with ranks.raise_together():  # the main rank first: it may have to build what the others then read
+        if ranks.main:
+            checked_index(config, announce=True)
+    with ranks.raise_together():
+        index = checked_index(config, announce=False)
+    if len(set(ranks.gather_objects(index.fingerprint))) > 1:
+        raise CommonError(
+            f"{index.where} is not the same data on all machines of this run: their indices differ."
+        )
+    return index, split_of(config, index)
+
+
+def open_reals(
+    config: Config, index: Index, split: Split, state: State, ranks: Ranks, report: Report
+) -> TrainingBatches:
+    """This rank's part of every global batch, from where the run stands, without end."""
+    return training_batches(
+        index,
+        split.training(),
+        config.data,
+        start=state.cur_nimg,
+        rank=ranks.rank,
+        world=ranks.world,
+        cache=_open_cache(config, index, ranks, report),
+    )
+
+
+def _open_cache(config: Config, index: Index, ranks: Ranks, report: Report) -> Cache | None:
+    """Memory for decoded images, shared by the ranks of a machine; None if not wanted or too small."""
+    data = config.data
+    if data.cache == "none":
+        return None
+    path, line = ranks.broadcast_on_machine(lambda: reserve(index.sizes, data.size, data.channels))
+    for text in dict.fromkeys(ranks.gather_objects(line)):
+        report.say(f"  {text}")
+    with ranks.raise_together():
+        return None if path is None else Cache(path, index.sizes, data.size, data.channels)
