@@ -41,9 +41,9 @@ class Health:
         self._suspect(
             "D has won",
             tick.values.get("Loss/signs/real", 0) > _WON and tick.values.get("Loss/signs/fake", 0) < -_WON,
-            "D has been right about every image for some time, which leaves G little to learn from. A smaller "
-            "or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger penalty.D.l2 gives G a "
-            "chance.",
+            "D has been right about every image for some time, which leaves G little to learn from. Give G a "
+            "chance by a smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger "
+            "penalty.D.l2.",
             patience=self._patience,
         )
         self._find_stragglers(tick.each.get(FORWARD, []))
