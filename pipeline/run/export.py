@@ -98,7 +98,7 @@ def _model_card(config: Config, state: State) -> str:
     return f"""# {config.run.name}
 
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
-trained by ShardGAN on the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,},
+trained by ShardGAN on the images in `{redacted(str(data.train))}`; D was shown {state.cur_nimg:,} of them,
 counting repeats. Loss `{config.loss.kind}`; L2 penalties
 λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 

@@ -34,7 +34,6 @@ def test_every_image_is_found_at_its_place(tmp_path, channels):
 def test_large_images_and_a_given_scale_are_taken_as_they_are():
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     assert tile(images, columns=8).shape == (68, 68, 3)
-    assert tile(images, columns=8, scale=2).shape == (132, 132, 3)
 
 
 def test_what_is_not_uint8_images_is_refused():

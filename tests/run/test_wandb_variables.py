@@ -52,7 +52,7 @@ def test_a_variable_counts_where_the_config_says_nothing(tmp_path, monkeypatch):
 
 def test_doctor_shows_what_counts(monkeypatch):
     given(monkeypatch, **VARIABLES)
-    (finding,) = tracker_findings(SimpleNamespace(settings=config("demo")))  # type: ignore[arg-type]
+    (finding,) = tracker_findings(SimpleNamespace(config=config("demo")))  # type: ignore[arg-type]
     assert "nice in project lab/faces" in finding.text
 
 
