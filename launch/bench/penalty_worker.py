@@ -38,9 +38,9 @@ class Clocked(LocalPenalty):
         with self._clock():  # the step may have summed these squares with the gradient's: sum them again here
             return super().values()
 
-    def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
+    def add_gradient(self, gradients: list[torch.Tensor]) -> None:
         with self._clock():
-            super().add_gradient(gradients, scale)
+            super().add_gradient(gradients)
 
     @contextmanager
     def _clock(self) -> Iterator[None]:
@@ -87,8 +87,8 @@ def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
     made = []
     for engine in (gan.G, gan.D):
         coefficients = WeightPenalty(l2=1e-6 if on else 0.0)
-        engine.penalty = Clocked.over(engine.fragments, coefficients)  # type: ignore[attr-defined]
-        made.append(engine.penalty)  # type: ignore[attr-defined]
+        engine.penalty = clocked = Clocked.over(engine.fragments, coefficients)
+        made.append(clocked)
     return made
 
 
@@ -109,7 +109,7 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
 
 def _over_fragments(engine: Engine) -> torch.Tensor:
     """As it is charted: each rank's sum over its own elements, and one all-reduce of a scalar."""
-    return engine.total(engine.penalty.values()["l2_penalty"])  # type: ignore[attr-defined]
+    return engine.total(engine.penalty.values()["l2_penalty"])
 
 
 def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:

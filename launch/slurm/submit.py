@@ -108,7 +108,8 @@ def _examine(config: Config, run: Path, resources: Resources) -> None:
     """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before."""
     from rich.console import Console
 
-    from launch.doctor import bar, examine, fails, job_of, show
+    from launch.doctor.checks import bar, examine, job_of
+    from launch.doctor.finding import fails, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.run.reals import checked_index

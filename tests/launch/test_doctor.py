@@ -18,13 +18,13 @@ from click.testing import CliRunner, Result
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from launch import doctor
 from launch.cli import cli
-from launch.doctor import examine, fails, job_of
+from launch.doctor import checks
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
-from launch.doctor.finding import Finding, Job
+from launch.doctor.checks import examine, job_of
+from launch.doctor.finding import Finding, Job, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
 
@@ -106,15 +106,15 @@ def test_the_defaults_are_those_of_train() -> None:
 
 def test_more_processes_than_gpus_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (found,) = doctor._launcher(job())
+    (found,) = checks.launcher(job())
     assert found.verdict == "warning" and "2 processes, but this machine has 1 GPU" in found.text
 
 
 def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ACCELERATE_FILES", place)
-    (missing,) = doctor._launcher(job())
+    monkeypatch.setattr(checks, "ACCELERATE_FILES", place)
+    (missing,) = checks.launcher(job())
     shutil.copy(ACCELERATE_FILES / "single.yaml", place / "ddp.yaml")
-    (wrong,) = doctor._launcher(job())
+    (wrong,) = checks.launcher(job())
     assert missing.verdict == wrong.verdict == "would fail"
     assert "ddp.yaml cannot be read" in missing.text and "distributed_type NO" in wrong.text
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import parity
+from pipeline.config import WeightPenalty
 from pipeline.console import end_process
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
@@ -30,8 +32,9 @@ RAISED = "raised.txt"  # a mistake that ended the training tells there how
 def _penalty_times(factor: Callable[[], float]) -> Any:
     right = LocalPenalty.add_gradient
 
-    def wrong(self: LocalPenalty, gradients: Any, scale: float = 1.0) -> None:
-        right(self, gradients, scale * factor())
+    def wrong(self: LocalPenalty, gradients: Any) -> None:
+        l2, l1 = self.coefficients.l2 * factor(), self.coefficients.l1 * factor()
+        right(replace(self, coefficients=WeightPenalty(l2, l1)), gradients)
 
     return patch.object(LocalPenalty, "add_gradient", wrong)
 
