@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -126,12 +126,10 @@ def _append(file: Path, entry: dict[str, object]) -> None:
 
 def _entries(file: Path) -> list[object]:
     """The list in `file`. A damaged file is kept under another name. Raises OSError."""
-    try:
+    with suppress(ValueError):
         entries = json.loads(file.read_bytes()) if file.exists() else []
-    except ValueError:
-        entries = None
-    if isinstance(entries, list):
-        return entries
+        if isinstance(entries, list):
+            return entries
     aside = file.with_name(f"{file.stem}.damaged.json")
     file.replace(aside)
     click.echo(f"warning: {file} is damaged. It is kept as {aside}; a new one is written.", err=True)

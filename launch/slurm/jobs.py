@@ -37,6 +37,10 @@ class Resources:
     partition: str | None = None
     account: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.gpus and self.procs > self.gpus:
+            raise UserError(f"--procs {self.procs} need a GPU each, but --gpus is {self.gpus}.")
+
     def directives(self) -> dict[str, str]:
         """Options of sbatch."""
         asked = {
@@ -157,6 +161,12 @@ def refuse_credentials(texts: Sequence[str]) -> None:
             f"{scrubbed(found)}: a user, password or signature in a URL would be written to the files of the "
             "job. Give it by ~/.netrc or the environment, which reach the nodes."
         )
+
+
+def queued(file: Path) -> tuple[str, str] | None:
+    """The first job, of the ids in a file, that is still in the queue, and its state."""
+    jobs = file.read_text().split() if file.exists() else []
+    return next(((job, found) for job in jobs if (found := state(job))), None)
 
 
 def state(job: str) -> str | None:

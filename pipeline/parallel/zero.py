@@ -66,7 +66,6 @@ class ZeroEngine(Engine):
         ]
         self.penalty = LocalPenalty.over(self._fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
-        self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._last_round, self._hooked = True, False
         self._gathered: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
@@ -164,14 +163,8 @@ class ZeroEngine(Engine):
         self._ds.step()
         self._masters_written()
         if not self._hooked:  # stage 3, and any stage with offloading, skips a non-finite update itself
-            self._finish(torch.full_like(self._squares, torch.inf))
-        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
-        return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
-
-    def _finish(self, squares: torch.Tensor) -> torch.Tensor:
-        """Keep an update's squared gradient norm for the charts; returns found_inf, whether it is skipped."""
-        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
-        return self.skipping(squares)
+            self.skipping(torch.full_like(self._squares, torch.inf))
+        return self.outcome(penalties)
 
     def _masters_written(self) -> None:
         """Stage 3 gathers on its own stream, which waits for no other: on a GPU the next gather could read a
@@ -193,10 +186,8 @@ class ZeroEngine(Engine):
             [part for part, f in zip(parts, self._fragments, strict=True) if f.penalised]
         )
         squares = self.agreed(sum_of_squares(parts), self._penalties)
-        if self.player.optimizer.clip is not None:
-            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        optimizer.found_inf = self._finish(squares).to(gradient.device)  # type: ignore[attr-defined]
+        self.clip([gradient], squares)
+        optimizer.found_inf = self.skipping(squares).to(gradient.device)  # type: ignore[attr-defined]
         self._hooked = True
 
     # The rest

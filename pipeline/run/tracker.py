@@ -125,12 +125,6 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
     return Tracker(run_id)
 
 
-def is_behind(folder: Path, step: int) -> bool:
-    """Whether W&B may lack steps up to `step`, as far as is known without asking the server."""
-    known = recall(folder)
-    return known is None or known.has < step
-
-
 class WandbTracker(Tracker):
     """Sends to a W&B run from a thread.
 
@@ -249,7 +243,9 @@ def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: s
     run.log({key: picture, _X_AXIS: step / 1000}, step=step)
 
 
-def _init(config: Config, folder: Path, known: Tracked, mode: Mode, resume: Resume) -> wandb.Run:
+def _init(
+    config: Config, folder: Path, known: Tracked, mode: Mode, resume: Literal["allow", "never"]
+) -> wandb.Run:
     import wandb
 
     run = wandb.init(

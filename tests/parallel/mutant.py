@@ -1,14 +1,14 @@
-"""Runs cases of the parity matrix with a known mistake in the training: `python -m mutant MISTAKES OUT`.
+"""Trains cases of the parity matrix with a known mistake: the tests show that the comparison sees it.
 
-For the tests that show that the comparison sees such mistakes; started by `accelerate launch` like the real
-one. Several mistakes (with commas between) are made one after the other, each into OUT/MISTAKE.
+`python -m mutant OUT` trains them without one, in the ranks of a launch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import parity
+from pipeline.config import WeightPenalty
 from pipeline.console import end_process
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
@@ -31,8 +32,9 @@ RAISED = "raised.txt"  # a mistake that ended the training tells there how
 def _penalty_times(factor: Callable[[], float]) -> Any:
     right = LocalPenalty.add_gradient
 
-    def wrong(self: LocalPenalty, gradients: Any, scale: float = 1.0) -> None:
-        right(self, gradients, scale * factor())
+    def wrong(self: LocalPenalty, gradients: Any) -> None:
+        l2, l1 = self.coefficients.l2 * factor(), self.coefficients.l1 * factor()
+        right(replace(self, coefficients=WeightPenalty(l2, l1)), gradients)
 
     return patch.object(LocalPenalty, "add_gradient", wrong)
 
@@ -121,9 +123,20 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(mistakes: list[str], out: Path) -> None:
-    """Train the chosen cases once with each mistake."""
-    ranks = parity.join()
+EVERYWHERE = ("none", "doubled-penalty", "penalty-over-world")
+LAST = "gradients-left-in-D"  # it may end the training
+# "strategy-world" → the mistakes that can be made there. Of what ZeRO sums we reduce only the norm.
+MADE = {
+    "single-1": ("none", "doubled-penalty", LAST),
+    "ddp-2": (*EVERYWHERE, "gradients-not-reduced", LAST),
+    "fsdp2-2": (*EVERYWHERE, "gradients-not-reduced", "norm-not-reduced", LAST),
+    "zero2-2": (*EVERYWHERE, "norm-not-reduced", LAST),
+    "zero3-2": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
+}
+
+
+def train(ranks: Ranks, mistakes: Sequence[str], out: Path) -> None:
+    """Train the chosen cases once with each mistake, into OUT/MISTAKE."""
     chosen = [case for case in parity.cases(ranks.world) if case.name in CASES]
     for mistake in mistakes:
         folder = out / mistake
@@ -134,9 +147,10 @@ def main(mistakes: list[str], out: Path) -> None:
                 parity.train_all(chosen, ranks, folder)
         except Exception as error:
             (folder / RAISED).write_text(f"{type(error).__name__}: {error}")
-    ranks.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), Path(sys.argv[2]))
+    together = parity.join()
+    train(together, ["none"], Path(sys.argv[1]))
+    together.leave()
     end_process(0)

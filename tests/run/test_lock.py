@@ -103,12 +103,12 @@ def beats_often(monkeypatch):
 
 
 def on_another_machine() -> None:
-    holder._kernel = lambda: "another"
+    holder.kernel = lambda: "another"
     holder.socket.gethostname = lambda: "elsewhere"
 
 
 def in_another_container() -> None:
-    holder._pid_namespace = lambda: "pid:[1]"
+    holder.pid_namespace = lambda: "pid:[1]"
 
 
 def silent(text: str) -> None:
