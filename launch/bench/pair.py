@@ -114,7 +114,7 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
 
 
 def begin(pair: list[str]) -> tuple[Ranks, Gan, Iterator[Batch], Found]:
-    """Meet the other ranks: they, both players, this rank's batches without end, and what is known so far."""
+    """Meet the others and build the pair: (ranks, players, this rank's endless batches, first findings)."""
     ranks = Ranks(read_launch(), timedelta(seconds=600))
     resolved = config.load(None, pair)
     shape = batch_shape(resolved.data, ranks.world)

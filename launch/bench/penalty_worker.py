@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from launch.bench import pair
+from launch.bench.meter import clocked
 from pipeline.config import WeightPenalty
 from pipeline.data.stream import Batch
 from pipeline.parallel.engine import Engine
@@ -35,20 +35,14 @@ class Clocked(LocalPenalty):
     seconds: list[float] = field(default_factory=list)
 
     def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        with self._clock():  # the step may have summed these squares with the gradient's: sum them again here
+        with clocked(
+            self.seconds
+        ):  # the step may have summed these squares with the gradient's: sum them again here
             return super().values()
 
     def add_gradient(self, gradients: list[torch.Tensor]) -> None:
-        with self._clock():
+        with clocked(self.seconds):
             super().add_gradient(gradients)
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        _synchronise()
-        start = time.perf_counter()
-        yield
-        _synchronise()
-        self.seconds.append(time.perf_counter() - start)
 
 
 def main(out: Path, steps: int, settings: list[str]) -> None:
@@ -68,17 +62,16 @@ def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[s
     for number in range(steps + _WARM_UP):
         for on in (False, True) if number % 2 else (True, False):
             penalties = _set_penalties(gan, on)
-            step = partial(train_step, gan, reals, number * gan.batch_size, stats)
-            taken = _time(step, ranks)
-            if number >= _WARM_UP:
-                seconds[on].append(taken)
-                own += [sum(sum(p.seconds) for p in penalties) / taken] if on else []
-    ratios = [on / off for off, on in zip(seconds[False], seconds[True], strict=True)]
+            ranks.barrier()
+            with clocked(seconds[on]):
+                train_step(gan, reals, number * gan.batch_size, stats)
+            own += [sum(sum(p.seconds) for p in penalties) / seconds[True][-1]] if on else []
+    without, with_L2 = seconds[False][_WARM_UP:], seconds[True][_WARM_UP:]
     return {
-        "step_without_s": statistics.median(seconds[False]),
-        "step_with_s": statistics.median(seconds[True]),
-        "ratio": statistics.median(ratios),
-        "share": statistics.median(own),
+        "step_without_s": statistics.median(without),
+        "step_with_s": statistics.median(with_L2),
+        "ratio": statistics.median(on / off for off, on in zip(without, with_L2, strict=True)),
+        "share": statistics.median(own[_WARM_UP:]),
     }
 
 
@@ -87,8 +80,8 @@ def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
     made = []
     for engine in (gan.G, gan.D):
         coefficients = WeightPenalty(l2=1e-6 if on else 0.0)
-        engine.penalty = clocked = Clocked.over(engine.fragments, coefficients)
-        made.append(clocked)
+        engine.penalty = penalty = Clocked.over(engine.fragments, coefficients)
+        made.append(penalty)
     return made
 
 
@@ -103,8 +96,11 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():
-            taken[name].append(1000 * sum(_time(partial(way, e), ranks) for e in (gan.G, gan.D)))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+            ranks.barrier()
+            with clocked(taken[name]):
+                for engine in (gan.G, gan.D):
+                    way(engine)
+    return {name: 1000 * statistics.median(times[1:]) for name, times in taken.items()}
 
 
 def _over_fragments(engine: Engine) -> torch.Tensor:
@@ -130,20 +126,6 @@ def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:
 def _full(p: torch.Tensor) -> torch.Tensor:
     whole: torch.Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
     return whole.detach().requires_grad_(torch.is_grad_enabled())
-
-
-def _time(work: Callable[[], object], ranks: Ranks) -> float:
-    ranks.barrier()
-    _synchronise()
-    start = time.perf_counter()
-    work()
-    _synchronise()
-    return time.perf_counter() - start
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

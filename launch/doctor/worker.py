@@ -9,12 +9,12 @@ import json
 import os
 import statistics
 import sys
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from launch.bench.meter import clocked
 from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
 from pipeline import config
@@ -66,14 +66,11 @@ def place() -> dict[str, Any]:
 
 def all_reduce(ranks: Ranks, count: int) -> float:
     """Seconds of an all-reduce of `count` numbers: the median of a few."""
-    numbers, times = torch.ones(count, device=ranks.device), []
+    numbers, times = torch.ones(count, device=ranks.device), list[float]()
     for _ in range(6):
         ranks.barrier()
-        start = time.perf_counter()
-        ranks.sum(numbers)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        with clocked(times):
+            ranks.sum(numbers)
     return statistics.median(times[1:])  # the first one connects
 
 

@@ -77,8 +77,8 @@ def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
     with torch.no_grad():
         for name in pieces.names():
-            whole = pieces(kind, name, 0, named[name].numel())
-            named[name].copy_(whole.view_as(named[name]))
+            flat = pieces(kind, name, 0, named[name].numel())
+            named[name].copy_(flat.view_as(named[name]))
         live = named | dict(network.named_buffers())
         for name, value in buffers.items():
             live[name].copy_(value)

@@ -80,8 +80,8 @@ def test_fsdp2_holds_and_sends_what_it_should():
         assert measured[name] == pytest.approx(due[name], rel=0.02), name
     assert sum(found["sent"].values()) == pytest.approx(sent, rel=0.02)
     job = Job(load(None, found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
-    foretold = doctor_memory.states(job, build_players(job, 0))
-    assert foretold == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
+    forecast = doctor_memory.states(job, build_players(job, 0))
+    assert forecast == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
 
 
 def test_penalty_measures_a_step_and_the_ways_to_the_value():

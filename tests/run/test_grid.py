@@ -1,4 +1,4 @@
-"""SampleGrids of images, read back from the file."""
+"""Grids of images, read back from the file."""
 
 from contextlib import nullcontext
 
@@ -55,7 +55,7 @@ def test_what_no_format_is_named_by_is_refused(tmp_path):
 
 
 def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
-    """In the order of training, and under the same name when a resumed run makes one again."""
+    """In the order of training, and under the same name when a resumed run writes one again."""
     sheets = SampleGrids(tmp_path, OneRank(), Report())
     moments = [0, 512, 1024, 1536, 1984, 50_048]
     for time in range(2):
@@ -69,7 +69,7 @@ def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
 
 
 class OneRank:
-    """As much of Ranks as sheets use."""
+    """The part of Ranks that sample grids use."""
 
     main = True
     raise_together = staticmethod(nullcontext)
