@@ -17,20 +17,18 @@ if [ -n "$SHARDGAN_MODULES" ]; then
     module load $SHARDGAN_MODULES >&2 || fail "\`module load $SHARDGAN_MODULES\` failed"
 fi
 
-umask_before=$(umask)
-umask 077
+private() { # a folder in one that is ours alone
+    (umask 077 && mkdir -p "$1") 2>/dev/null && [ -O "${1%/*}" ] && [ -w "$1" ]
+}
 local=${SHARDGAN_LOCAL:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardgan-$(id -u)}
-mkdir -p "$local/tmp" 2>/dev/null && [ -O "$local" ] && [ -w "$local/tmp" ] ||
-    fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
-umask "$umask_before"
-# The path of a socket may have 107 letters, and Python's worker processes need 34 of them below TMPDIR.
 temporary=$local/tmp
+private "$temporary" || fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
+# The path of a socket may have 107 letters, and Python's worker processes need 34 of them below TMPDIR.
 if [ ${#temporary} -gt 73 ]; then
     shorter="Set SHARDGAN_LOCAL to a folder on the nodes' own disks whose path has at most 69 letters"
     [ -z "$SHARDGAN_LOCAL" ] || fail "SHARDGAN_LOCAL=$local is too long for sockets. $shorter"
     temporary=/tmp/shardgan-$(id -u)/tmp
-    (umask 077 && mkdir -p "$temporary") 2>/dev/null && [ -O "$temporary" ] && [ -w "$temporary" ] ||
-        fail "$local is too long for sockets, and $temporary cannot be written. $shorter"
+    private "$temporary" || fail "$local is too long for sockets, and $temporary cannot be written. $shorter"
 fi
 
 source "$SHARDGAN_CODE/launch/venv.sh"

@@ -1,4 +1,4 @@
-"""What training holds in memory and sends between ranks, measured in a rank.
+"""What training takes of time and memory, and what it sends between ranks, measured in a rank.
 
 Memory is every living tensor's storage, found by the garbage collector and counted once; this includes what
 libraries keep. Traffic is what passes PyTorch's dispatcher to the process group, from Python or C++.
@@ -7,9 +7,11 @@ libraries keep. Traffic is what passes PyTorch's dispatcher to the process group
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,21 @@ Storages = dict[int, int]  # address → bytes
 
 # Collectives; the first name that an operation's contains counts.
 _KINDS = ("allreduce", "allgather", "reduce_scatter", "broadcast", "alltoall", "reduce")
+
+
+@contextmanager
+def clocked(times: list[float]) -> Iterator[None]:
+    """Appends the seconds until all is done inside, on the device too."""
+    _synchronise()
+    start = time.perf_counter()
+    yield
+    _synchronise()
+    times.append(time.perf_counter() - start)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,11 +11,9 @@ import io
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +22,7 @@ import torch
 
 from launch.bench import table
 from launch.bench.loader import make_shards
+from launch.bench.meter import clocked
 from launch.bench.rivals import BareMaths, TutorialApart
 from pipeline.config import Config, load
 from pipeline.data.plan import split_of
@@ -102,7 +101,8 @@ def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: i
         for name, contestant in contestants.items():
             if isinstance(contestant, Ours):
                 contestant.discard_prefetched()
-            seconds[name].append(_time(partial(contestant.run, _TURN), first.device))
+            with clocked(seconds[name]):
+                contestant.run(_TURN)
     for a, contestant in ours.items():
         share = contestant.seconds_per_tick() * contestant.ticks_per_update() * _TURN
         seconds[f"shardgan {a}"] = [s + share for s in seconds[f"shardgan {a}"]]
@@ -154,12 +154,11 @@ class Ours:
     def seconds_per_tick(self) -> float:
         """Ticks are too rare for a short measurement: they are timed apart, and every turn is charged its
         share."""
-        taken = []
+        taken: list[float] = []
         for _ in range(3):
             self.run(1)
-            with _no_output():
-                tick = partial(self._session.tick, self._gan, self._state, self._stats, {})
-                taken.append(_time(tick, self.device))
+            with _no_output(), clocked(taken):
+                self._session.tick(self._gan, self._state, self._stats, {})
         return statistics.median(taken)
 
     def ticks_per_update(self) -> float:
@@ -184,20 +183,6 @@ def _ignored_signals() -> StopSignals:
     signals = StopSignals()
     signals.close()
     return signals
-
-
-def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done it, too."""
-    _synchronise(device)
-    start = time.perf_counter()
-    work()
-    _synchronise(device)
-    return time.perf_counter() - start
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _no_output() -> contextlib.redirect_stdout[io.StringIO]:

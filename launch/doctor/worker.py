@@ -9,16 +9,15 @@ import json
 import os
 import statistics
 import sys
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from launch.bench.meter import clocked
 from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
-from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.console import end_process
 from pipeline.data.index import load_index
 from pipeline.parallel.launched import read_launch
@@ -44,12 +43,12 @@ def describe(path: str, settings: list[str], device: str) -> Fingerprint:
     """This node's fingerprint and kind of device, or why its config or data cannot be read."""
     seen = {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"}
     try:
-        resolved = config.load(path, settings)
-        assert resolved.data.train is not None
-        index = load_index(resolved.data.train, remote=resolved.data.remote)
+        config = load(path, settings)
+        assert config.data.train is not None
+        index = load_index(config.data.train, remote=config.data.remote)
     except UserError as error:
         return seen | fingerprint() | {"problem": str(error)}
-    return seen | fingerprint(resolved, index.fingerprint)
+    return seen | fingerprint(config, index.fingerprint)
 
 
 def place() -> dict[str, Any]:
@@ -66,14 +65,11 @@ def place() -> dict[str, Any]:
 
 def all_reduce(ranks: Ranks, count: int) -> float:
     """Seconds of an all-reduce of `count` numbers: the median of a few."""
-    numbers, times = torch.ones(count, device=ranks.device), []
+    numbers, times = torch.ones(count, device=ranks.device), list[float]()
     for _ in range(6):
         ranks.barrier()
-        start = time.perf_counter()
-        ranks.sum(numbers)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        with clocked(times):
+            ranks.sum(numbers)
     return statistics.median(times[1:])  # the first one connects
 
 

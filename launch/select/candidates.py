@@ -63,7 +63,7 @@ class Arm:
 
 
 def grid(axes: Sequence[str]) -> list[Arm]:
-    """Every combination of axes `KEY=V1,V2,…`, where 1e-6:1e-2:5 stands for 5 values evenly spaced in log.
+    """Every combination of axes `KEY=V1,V2,…`, where 1e-6:1e-2:5 is 5 values evenly spaced in log.
 
     Raises UserError for an axis that cannot be read.
     """
@@ -97,35 +97,24 @@ def arms(file: Path) -> list[Arm]:
 
 def _axis(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
-    key, parts = key.strip(), _split(values)
-    if not (key and equals and values.strip()):
+    if not (key.strip() and equals and values.strip()):
         raise UserError(f"--grid {text}: not of the form KEY=V1,V2,…")
-    if parts is None:
-        raise UserError(f"--grid {text}: a bracket or quote is not closed.")
-    if not all(parts):
-        raise UserError(f"--grid {text}: a value is missing between two commas or at an end.")
-    found = [value for part in parts for value in _range(part, text)]
-    return key, list(dict.fromkeys(found))
+    found = [value for part in _split(values, text) for value in _range(part, text)]
+    return key.strip(), list(dict.fromkeys(found))
 
 
-def _split(values: str) -> list[str] | None:
-    """Split at the commas outside brackets and quotes, as in YAML; None if one of these is not closed."""
-    parts, depth, quote, before = [""], 0, "", ","
-    for character in values:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"" and before in ",[{:":  # inside a word it is an apostrophe
-            quote = character
-        else:
-            depth += (character in "[{") - (character in "]}")
-            if depth < 0:
-                return None
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-        before = before if character == " " else character
-    return None if depth or quote else [part.strip() for part in parts]
+def _split(values: str, axis: str) -> list[str]:
+    """Split at the commas outside brackets and quotes, as YAML does; each value stays as it was written."""
+    listed = f"[{values}]"
+    try:
+        node = yaml.compose(listed, yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = None
+    if node is None or values.rstrip().endswith(","):
+        raise UserError(
+            f"--grid {axis}: a value is missing beside a comma, or a bracket or quote is not closed."
+        )
+    return [listed[node.start_mark.index : node.end_mark.index] for node in node.value]
 
 
 def _range(part: str, axis: str) -> list[str]:

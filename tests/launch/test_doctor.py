@@ -1,4 +1,4 @@
-"""`shardgan doctor` as a whole, and its checks of settings, networks and place on what is really wrong."""
+"""`shardgan doctor` as a whole, and its checks of config, networks and place on real mistakes."""
 
 from __future__ import annotations
 
@@ -314,7 +314,7 @@ def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "would fail" and "nowhere.invalid" in found.text
 
 
-def test_the_tracker_is_asked_and_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracker_is_asked_without_sending_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, str]]] = []
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -330,7 +330,7 @@ def test_the_tracker_is_asked_and_told_nothing(monkeypatch: pytest.MonkeyPatch) 
 
     key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    wandb.teardown()  # what it was told before
+    wandb.teardown()  # it caches its settings
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", key)
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:

@@ -1,13 +1,12 @@
-"""Runs cases of the parity matrix with a known mistake in the training: `python -m mutant MISTAKES OUT`.
+"""Trains cases of the parity matrix with a known mistake: the tests show that the comparison sees it.
 
-For the tests that show that the comparison sees such mistakes; started by `accelerate launch` like the real
-one. Several mistakes (with commas between) are made one after the other, each into OUT/MISTAKE.
+`python -m mutant OUT` trains them without one, in the ranks of a launch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -83,8 +82,8 @@ def _padding_counted_in() -> Any:
 
     def wrong(self: ZeroEngine, now: Any) -> Any:
         flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
-        for offset, fragment in zip(self._offsets, self.fragments, strict=True):
-            known[offset : offset + fragment.data.numel()] = True
+        for part in self._slices:
+            known[part] = True
         flat[~known] = 1.0  # memory that nobody wrote to may hold anything
         true_values = LocalPenalty.values
         extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])
@@ -124,9 +123,20 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(mistakes: list[str], out: Path) -> None:
-    """Train the chosen cases once with each mistake."""
-    ranks = parity.join()
+EVERYWHERE = ("none", "doubled-penalty", "penalty-over-world")
+LAST = "gradients-left-in-D"  # it may end the training
+# "strategy-world" → the mistakes that can be made there. Of what ZeRO sums we reduce only the norm.
+MADE = {
+    "single-1": ("none", "doubled-penalty", LAST),
+    "ddp-2": (*EVERYWHERE, "gradients-not-reduced", LAST),
+    "fsdp2-2": (*EVERYWHERE, "gradients-not-reduced", "norm-not-reduced", LAST),
+    "zero2-2": (*EVERYWHERE, "norm-not-reduced", LAST),
+    "zero3-2": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
+}
+
+
+def train(ranks: Ranks, mistakes: Sequence[str], out: Path) -> None:
+    """Train the chosen cases once with each mistake, into OUT/MISTAKE."""
     chosen = [case for case in parity.cases(ranks.world) if case.name in CASES]
     for mistake in mistakes:
         folder = out / mistake
@@ -137,9 +147,10 @@ def main(mistakes: list[str], out: Path) -> None:
                 parity.train_all(chosen, ranks, folder)
         except Exception as error:
             (folder / RAISED).write_text(f"{type(error).__name__}: {error}")
-    ranks.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), Path(sys.argv[2]))
+    together = parity.join()
+    train(together, ["none"], Path(sys.argv[1]))
+    together.leave()
     end_process(0)
