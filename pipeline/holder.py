@@ -37,7 +37,7 @@ def pid_namespace() -> str:
     return str(path.readlink()) if path.exists() else ""
 
 
-def _process(pid: int) -> tuple[str, str]:
+def state_of(pid: int) -> tuple[str, str]:
     """(state, start) of a process: the letter that `ps` shows, "X" if there is none, "?" if it is hidden; and
     its start, which changes of the clock do not affect."""
     try:
@@ -76,7 +76,7 @@ class Holder:
     host: str = field(default_factory=socket.gethostname)
     user: str = field(default_factory=_user)
     pid: int = field(default_factory=os.getpid)
-    started: str = field(default_factory=lambda: _process(os.getpid())[1])
+    started: str = field(default_factory=lambda: state_of(os.getpid())[1])
     kernel: str = field(default_factory=kernel)
     pids: str = field(default_factory=pid_namespace)  # in which its pid means something
     since: str = field(default_factory=lambda: datetime.now().isoformat(" ", "minutes"))
@@ -96,7 +96,7 @@ class Holder:
         if self.kernel != kernel():
             return "unknown"
         if (self.host, self.pids) == (socket.gethostname(), pid_namespace()):
-            state, started = _process(self.pid)
+            state, started = state_of(self.pid)
             if state == "?" or (state == "T" and started == self.started):  # hidden, or suspended
                 return "unknown"
             if state not in "ZX" and started == self.started:

@@ -17,8 +17,7 @@ import torch
 from launch.bench.meter import clocked
 from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
-from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.console import end_process
 from pipeline.data.index import load_index
 from pipeline.parallel.environment import flag
@@ -45,12 +44,12 @@ def describe(path: str, settings: list[str], device: str) -> Fingerprint:
     """This node's fingerprint and kind of device, or why its config or data cannot be read."""
     seen = {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"}
     try:
-        resolved = config.load(path, settings)
-        assert resolved.data.train is not None
-        index = load_index(resolved.data.train, remote=resolved.data.remote)
+        config = load(path, settings)
+        assert config.data.train is not None
+        index = load_index(config.data.train, remote=config.data.remote)
     except UserError as error:
         return seen | fingerprint() | {"problem": str(error)}
-    return seen | fingerprint(resolved, index.fingerprint)
+    return seen | fingerprint(config, index.fingerprint)
 
 
 def place() -> dict[str, Any]:

@@ -82,8 +82,8 @@ def _padding_counted_in() -> Any:
 
     def wrong(self: ZeroEngine, now: Any) -> Any:
         flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
-        for offset, fragment in zip(self._offsets, self.fragments, strict=True):
-            known[offset : offset + fragment.data.numel()] = True
+        for part in self._slices:
+            known[part] = True
         flat[~known] = 1.0  # memory that nobody wrote to may hold anything
         true_values = LocalPenalty.values
         extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])

@@ -182,7 +182,7 @@ def test_a_zombie_is_gone_and_so_is_one_whose_pid_is_another_process(
     os.kill(one.process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOWAIT)  # not reaped
     take(tmp_path / "run", silent).release()
-    monkeypatch.setattr(holder, "_process", lambda _: ("S", "long ago"))
+    monkeypatch.setattr(holder, "state_of", lambda _: ("S", "long ago"))
     with take(tmp_path / "run", silent):  # by this very pid
         monkeypatch.undo()
         monkeypatch.setattr(fcntl, "flock", lambda *_: None)

@@ -8,10 +8,9 @@ import os
 import socket
 from dataclasses import dataclass, field
 
-import psutil
 from torch._C._distributed_c10d import Store
 
-from pipeline.holder import pid_namespace
+from pipeline.holder import pid_namespace, state_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,7 @@ class Process:
 
     def is_gone(self) -> bool:
         """Whether it has certainly ended."""
-        if not self.is_near():
-            return False
-        try:
-            return psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return True
+        return self.is_near() and state_of(self.pid)[0] in "ZX"
 
 
 @dataclass(frozen=True)
