@@ -76,21 +76,18 @@ def expand_shorthands(layer: Layer) -> Layer:
 
 
 def explain(error: ValidationError, defaults: object) -> Iterator[str]:
-    """A line per problem, with its path and what is known beside it. defaults: a config of the validated class."""
+    """A line per problem, with its path. defaults: a config of the class that was validated."""
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         where = ".".join(path)
         if problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(path[-1], _keys_of(defaults, path[:-1]), n=1)
-            hint = (
-                f"; did you mean `{near[0]}`?"
-                if near
-                else f"; known: {', '.join(_keys_of(defaults, path[:-1]))}"
-            )
+            keys = _keys_of(defaults, path[:-1])
+            near = difflib.get_close_matches(path[-1], keys, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(keys)}"
             yield scrubbed(f"  {where}: no such key{hint}")
         else:
-            said = problem["msg"].removeprefix("Value error, ")
-            yield scrubbed(f"  {where}: {said} (found {problem['input']!r})")
+            message = problem["msg"].removeprefix("Value error, ")
+            yield scrubbed(f"  {where}: {message} (found {problem['input']!r})")
 
 
 def _keys_of(defaults: object, path: list[str]) -> list[str]:
