@@ -1,4 +1,4 @@
-"""How the processes of a training meet, and the commands that start them."""
+"""The shardgan command, and how the processes of a training start and meet."""
 
 import importlib.util
 import os
@@ -7,11 +7,9 @@ import sys
 
 
 def _refuse_another_pipeline() -> None:
-    """End this process if `pipeline` is not the package beside this one."""
+    """End this process if another `pipeline` would be imported than the package next to this one."""
     found = importlib.util.find_spec("pipeline")
-    places: list[str] = []
-    if found is not None:
-        places = list(found.submodule_search_locations or [str(found.origin)])
+    places = list(found.submodule_search_locations or [str(found.origin)]) if found is not None else []
     ours = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "pipeline")
     if ours in map(os.path.abspath, places):
         return
@@ -26,6 +24,6 @@ if (
     os.path.basename(sys.argv[0]) == "shardgan"
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
-    # Until `cli.main` can answer Ctrl-C, it ends the process as it ends any other: without a traceback.
+    # Until `cli.main` handles Ctrl-C, it ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 _refuse_another_pipeline()

@@ -1,7 +1,7 @@
-"""`python -m launch.launcher …` is `accelerate launch …` that passes stop signals on to the training
-processes, and shows no traceback of its own when one of them has failed.
+"""`python -m launch.launcher …`: `accelerate launch …` that passes stop signals on to the training processes.
 
-The processes themselves say what went wrong; what they cannot say, the signal that ended one, is added here.
+When one fails it shows no traceback, as the processes report their own errors; it adds only the signal that
+ended one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import psutil
 from pipeline import console
 from pipeline.run import stop
 
-# To the whole of a Slurm step: for the training processes, which save and leave.
+# Slurm sends them to the whole step; the training processes save and leave.
 _TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 
 
 def main() -> None:
     console.take()
     _Launcher()
-    if os.environ.get("SHARDGAN_NODE"):  # node.sh was deaf to them, but container runtimes forget that
+    if os.environ.get("SHARDGAN_NODE"):  # node.sh ignored them, but container runtimes reset that
         for number in _TO_THE_STEP:
             signal.signal(number, signal.SIG_IGN)
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
-        logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch sets the level anew
+        logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch resets their level
     try:
         runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
     except Exception as error:
@@ -45,17 +45,17 @@ def main() -> None:
 
 
 class _Launcher:
-    """Passes the first signal on to every training process, also to those that are yet to start.
+    """Passes the first signal on to every training process, including those yet to start.
 
-    They agree, save and leave; torch's launcher would give them 30 seconds, and then report a failure.
+    They agree, save and leave; torch's launcher would give them 30 seconds and report a failure.
     """
 
     def __init__(self) -> None:
-        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # by torch's launcher: none of ours
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's launcher then handles none of ours
         self._asked = set[int]()
         self._number: int | None = None
         self._signals = stop.StopSignals("USR1", "USR2", on_stop=self._stop, on_tick=self._pass_on)
-        stop.hold()  # for the training processes, until they listen
+        stop.hold()  # pending for the training processes until they handle them
         os.environ[stop.LAUNCHER] = str(os.getpid())
 
     def _stop(self, number: int) -> None:
@@ -65,7 +65,7 @@ class _Launcher:
         if self._number is None:
             return
         children = psutil.Process().children()
-        if not children and not self._asked and not os.times().children_user:  # none yet, nor any before
+        if not children and not self._asked and not os.times().children_user:  # none so far
             os._exit(self._signals.status)
         for child in children:
             if child.pid not in self._asked:

@@ -9,7 +9,7 @@ import click
 
 
 class UserPath(click.Path):
-    """A path as a person types it: `~` is a home folder also where the shell leaves it, as in --out=~/x."""
+    """Expands `~` where the shell does not, as in --out=~/x."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job, from nothing: set up, fetch Fashion-MNIST, train G and D with L2 penalties over two processes,
+# The main job from scratch: set up, fetch Fashion-MNIST, train G and D with L2 penalties over two processes,
 # score G on held-out images. About ten minutes on two CPU cores; a GPU is used if there is one.
-# Run it again and it continues where it stopped. Further settings (key=value) go to `shardgan train`.
+# Run it again to resume. Further settings (key=value) go to `shardgan train`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

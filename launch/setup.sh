@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv in the project's folder and installs ShardGAN with what it needs, in the versions of
-# launch/constraints.txt. Quick when it has been done already. Usage: bash launch/setup.sh [extras, as fast,test]
-# An active environment, virtual or conda's (but not its base), is used instead of making one. PYTHON chooses the
-# interpreter of a new one.
+# Makes .venv in the project's folder and installs ShardGAN and its dependencies, in the versions of
+# launch/constraints.txt. Quick if done before. Usage: bash launch/setup.sh [extras, as fast,test]
+# Uses an active environment, virtual or conda's (but not its base), instead. PYTHON: the interpreter of a new one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras=${1:-fast}
@@ -22,19 +21,19 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"
 fi
 is_new_enough "$venv/bin/python" ||
-    fail "ShardGAN needs Python 3.11 or newer, which the active environment $venv has not. Deactivate it, or make another."
+    fail "ShardGAN needs Python 3.11 or newer, but the active environment $venv is older. Deactivate it, or make another."
 
 stamp=$(cat pyproject.toml launch/constraints.txt | cksum)
 if [ "$(cat "$venv/.shardgan-$extras" 2>/dev/null)" = "$stamp $PWD" ]; then
     exit 0
 fi
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
-    fail "$venv has no pip, and ensurepip cannot bring it. Install it there: uv pip install --python $venv/bin/python pip"
+    fail "$venv has no pip, and ensurepip cannot install it. Install it: uv pip install --python $venv/bin/python pip"
 pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt "$@"; }
 echo "Installing torch (the largest part) …"
 pip torch
 echo "Installing the rest …"
-# DeepSpeed comes as source and looks at the installed torch, so it must not be built in isolation.
+# DeepSpeed is built from source with the installed torch, hence not in isolation.
 pip setuptools wheel packaging ninja numpy psutil py-cpuinfo pydantic
 DS_BUILD_OPS=0 pip --no-build-isolation -e ".[$extras]"
 echo "$stamp $PWD" > "$venv/.shardgan-$extras"

@@ -1,8 +1,7 @@
-"""Standard output and standard error that can neither stop a process nor hold it up.
+"""Standard output and standard error that can neither stop a process nor block it.
 
 A console may be full, closed, broken, read by nobody, or lack characters. Python raises or blocks for each of
-these, in the middle of whatever the process does. Here a thread does the writing: what the console does not
-accept is dropped, and what it accepts late is shown late.
+these. Here a thread writes: it drops what the console does not accept.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_MOMENT_S = 0.2  # how long a line waits for a console that is not known to be stuck: order and crashes
-_LAST_LINES_S = 5.0  # … and the last lines of a process for a slow one
+_MOMENT_S = 0.2  # a line waits so long for a console that is not known to be stuck: order, and crashes
+_LAST_LINES_S = 5.0  # … and the last lines of a process for a slow console
 _MOST_WAITING = 10_000  # writes; a console further behind misses lines
 
 
 def take() -> None:
-    """Let this process write through threads from here on. Once, before libraries keep hold of the streams.
+    """Let this process write through threads. Call once, before libraries keep references to the streams.
 
-    Streams that someone else has put in place (a notebook, a test) stay as they are.
+    Streams that someone else has replaced (a notebook, a test) stay as they are.
     """
-    for fd in range(3):  # or the next file that is opened becomes the console of whoever writes to it
+    for fd in range(3):  # a closed one would be the next file that is opened
         try:
             os.fstat(fd)
         except OSError:
@@ -59,7 +58,7 @@ def take() -> None:
 
 
 def settle() -> None:
-    """Wait until all that was said so far is out, but not for a console that takes too long."""
+    """Wait until everything written so far is out, but not for a console that takes too long."""
     deadline = time.monotonic() + _LAST_LINES_S
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -102,7 +101,7 @@ class _Outlet(io.RawIOBase):
 
 
 class _Writer:
-    """Writes what it is given in a thread of its own, in order."""
+    """Writes in a thread of its own, in order."""
 
     _waiting: queue.SimpleQueue[tuple[int, bytes, threading.Event]]
     _last: threading.Event  # set once the newest of them is written
@@ -113,7 +112,7 @@ class _Writer:
         os.register_at_fork(after_in_child=self._begin)  # threads are not forked, and locks as they were
 
     def put(self, fd: int, data: bytes) -> None:
-        """Returns once the data are written, or after a moment; at once as long as earlier ones are stuck."""
+        """Returns once the data are written, or after a moment; at once while earlier data are stuck."""
         if not self._started:
             self._started = True
             threading.Thread(target=self._work, args=(self._waiting,), name="console", daemon=True).start()

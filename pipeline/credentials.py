@@ -1,4 +1,4 @@
-"""URLs as they may be shown: what lets someone in is in no message, log, file or chart of a run."""
+"""URLs without credentials, for messages, logs, files and charts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def redacted(url: str) -> str:
-    """A URL less what it may hold of users, passwords, tokens and signatures; other texts as they are."""
+    """A URL without user, password, tokens and signature; other texts unchanged."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -20,13 +20,13 @@ def redacted(url: str) -> str:
 def scrubbed(text: str) -> str:
     """A message with every URL in it redacted.
 
-    A URL ends at a quote or a bracket, unless that is before an @: a password may be of every character.
+    A URL ends at a quote or a bracket, unless an @ follows: a password may contain any character.
     """
     return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
 
 
 def reason(error: Exception, given: str) -> str:
-    """Why `given` cannot be read; of a URL without the part that is quoted, which may be of a password."""
+    """Why `given` cannot be read; for a URL without quoting it, as that may be a password."""
     if "://" in given:
         return "write a URL in quotes, and $ in a password as %24."
     return " ".join(str(error).split())

@@ -1,10 +1,10 @@
-"""The errors that people are shown."""
+"""Errors that are shown to the user."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What the user can mend: shown as one message without a traceback, exit status 2."""
+    """What the user can fix: shown as one message without a traceback, exit status 2."""
 
 
 class CommonError(UserError):

@@ -1,4 +1,4 @@
-"""The process that holds a lock: how it describes itself, and whether it can be seen to be gone."""
+"""The process that holds a lock: how it describes itself, and whether it is gone."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ State = Literal["at work", "gone", "unknown"]
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # containers run users that the system has no entry for
+    except (KeyError, OSError):  # containers run users without an account
         return f"uid {os.getuid()}"
 
 
-def _kernel() -> str:
-    """Equal for all containers of a machine, until it is started again."""
+def kernel() -> str:
+    """Equal for all containers of a machine, until it restarts."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else socket.gethostname()
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
     path = Path("/proc/self/ns/pid")
     return str(path.readlink()) if path.exists() else ""
 
 
-def _process(pid: int) -> tuple[str, str]:
+def state_of(pid: int) -> tuple[str, str]:
     """(state, start) of a process: the letter that `ps` shows, "X" if there is none, "?" if it is hidden; and
-    when it started, in a form that no clock can change."""
+    its start, which changes of the clock do not affect."""
     try:
         os.kill(pid, 0)
         if sys.platform == "linux":
@@ -55,7 +55,7 @@ def _process(pid: int) -> tuple[str, str]:
 
 
 def _job() -> tuple[str, tuple[int, ...]]:
-    """The Slurm job or the launcher that this process belongs to, if any, and how often it was restarted."""
+    """The Slurm job or launcher of this process, if any, and how often it was restarted."""
     env = os.environ
     counts = (env.get(name, "") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     restarts = tuple(int(count) if count.isdecimal() else 0 for count in counts)
@@ -70,15 +70,15 @@ def _job() -> tuple[str, tuple[int, ...]]:
 class Holder:
     """A process that holds a lock."""
 
-    place: str  # of its lock file, without links
+    place: str  # of its lock file, with links resolved
     flocked: bool  # whether it has a `flock` on that file
     token: str = field(default_factory=lambda: uuid4().hex)
     host: str = field(default_factory=socket.gethostname)
     user: str = field(default_factory=_user)
     pid: int = field(default_factory=os.getpid)
-    started: str = field(default_factory=lambda: _process(os.getpid())[1])
-    kernel: str = field(default_factory=_kernel)
-    pids: str = field(default_factory=_pid_namespace)  # in which its pid means something
+    started: str = field(default_factory=lambda: state_of(os.getpid())[1])
+    kernel: str = field(default_factory=kernel)
+    pids: str = field(default_factory=pid_namespace)  # in which its pid means something
     since: str = field(default_factory=lambda: datetime.now().isoformat(" ", "minutes"))
     job: tuple[str, tuple[int, ...]] = field(default_factory=_job)
 
@@ -87,25 +87,23 @@ class Holder:
 
     @property
     def precedes_us(self) -> bool:
-        """Whether it is an earlier attempt of the job that this process is part of, and so about to end."""
+        """Whether it is an earlier attempt of this process's job, and so about to end."""
         job, restarts = _job()
         return bool(job) and self.job[0] == job and self.job[1] < restarts
 
     def state(self, lock: Path) -> State:
-        """What can be seen at once of the process, which has described itself in the file `lock`."""
-        if self.kernel != _kernel():
+        """What can be seen at once of the process described in the file `lock`."""
+        if self.kernel != kernel():
             return "unknown"
-        if (self.host, self.pids) == (socket.gethostname(), _pid_namespace()):
-            state, started = _process(self.pid)
+        if (self.host, self.pids) == (socket.gethostname(), pid_namespace()):
+            state, started = state_of(self.pid)
             if state == "?" or (state == "T" and started == self.started):  # hidden, or suspended
                 return "unknown"
             if state not in "ZX" and started == self.started:
-                return (
-                    "at work" if self.place == os.path.realpath(lock) else "unknown"
-                )  # a copy of its folder
+                return "at work" if self.place == os.path.realpath(lock) else "unknown"  # a copied folder
             if not self.flocked:
                 return "gone"
-        # Its children may live on for a moment, and have the `flock` as well.
+        # Its children may live a moment longer, and have the `flock` as well.
         return "gone" if self.flocked and _is_free(lock) else "unknown"
 
 
@@ -129,7 +127,7 @@ def flock(file: int) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nobody has the `flock` of a file that somebody had; False where that cannot be known."""
+    """Whether nobody has the `flock` of a file any more; False where that cannot be known."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,12 +1,12 @@
-"""One process at a time in a folder, on any file system, without a person to clear up after a dead one.
+"""One process at a time in a folder, on any file system; locks of dead processes need no clean-up.
 
 The lock of FOLDER is a file in FOLDER/.lock whose name is a number and whose content describes its holder. To
 take over from a holder that is gone, a process creates the file of the next number, which only one can, and
-removes the earlier one; a holder that was merely suspended finds its file gone, and writes no more.
+removes the earlier one; a holder that was only suspended finds its file gone, and writes no more.
 
-On the machine of a holder its process shows whether it is gone; in another container there, the `flock` on
-its file; and elsewhere its heartbeat, a number in the file that changes every BEAT_S seconds. Heartbeats are
-compared with each other, never with the clock of another machine.
+On the same machine the holder's process shows whether it is gone; from another container there, the `flock`
+on its file; from another machine its heartbeat, a number in the file that changes every BEAT_S seconds.
+Heartbeats are compared with each other, never with the clock of another machine.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pipeline.holder import Holder, flock, read_holder
 
 LOCK = ".lock"
 BEAT_S = 15.0
-_MISSED = 3.3  # heartbeats; after so many the holder is gone
+_MISSED = 3.3  # heartbeats; after so many missed ones the holder is gone
 _POLL_S = 0.1
-_PATIENCE_S = 1.0  # before a person is told what is waited for
+_PATIENCE_S = 1.0  # of waiting; then say for what
 
 
 class HeldError(UserError):
@@ -58,7 +58,7 @@ class Lock:
         threading.Thread(target=self._keep_beating, name="lock", daemon=True).start()
 
     def check(self) -> None:
-        """To be called before anything is written; costs the reading of a small file.
+        """Call before writing; reads a small file.
 
         Raises LockLostError if another process has taken over, as it may while this one is suspended.
         """
@@ -66,7 +66,7 @@ class Lock:
             kept = self._path.read_bytes().startswith(self._holder)
         except (FileNotFoundError, NotADirectoryError):
             kept = False
-        except OSError:  # a failing disk: whoever writes to it will hear of that
+        except OSError:  # a failing disk: the caller's writes will fail too
             return
         if not kept:
             folder, holder = self._folder, _newest(self._path.parent)[2]
@@ -97,7 +97,7 @@ class Lock:
         return b"%010d\n" % self._beats
 
     def _keep_beating(self) -> None:
-        """Thread. The file is opened anew each time, as network file systems pass on what was closed."""
+        """Thread. It reopens the file each time, as network file systems publish a file when it is closed."""
         while not self._released.wait(BEAT_S):
             with suppress(OSError), self._path.open("r+b") as file:
                 if file.read(len(self._holder)) == self._holder:
@@ -111,10 +111,10 @@ def take(
     wait: bool = False,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Lock:
-    """Hold a folder, which is made if it is not there.
+    """Hold a folder; create it if it is not there.
 
-    wait: for whoever is at work there (an earlier attempt of the same job is always waited for).
-    say: is told, once, what is waited for. stopped: whether to wait no longer.
+    wait: for a process that is at work there (always for an earlier attempt of the same job).
+    say: gets, once, what is waited for. stopped: whether to wait no longer.
     Raises HeldError if another process is at work there, UserError if the folder cannot be written.
     """
     folder = folder.absolute()
@@ -141,7 +141,7 @@ def take(
 
 
 def refuse_held(folder: Path) -> None:
-    """Write nothing. Raises HeldError if another process can be seen at once to be at work in a folder."""
+    """Writes nothing. Raises HeldError if another process is at work in a folder, as far as seen at once."""
     _, path, holder = _newest(folder / LOCK)
     if holder and not holder.precedes_us and holder.state(path) == "at work":
         raise HeldError(folder, holder)
@@ -160,7 +160,7 @@ class _Pulse:
         numbers, path, content = _read(place)
         holder, now = read_holder(content), time.monotonic()
         if self._seen == (path, content):
-            self._silent_s += min(now - self._last, 10 * _POLL_S)  # this one may have been suspended as well
+            self._silent_s += min(now - self._last, 10 * _POLL_S)  # this process may have been suspended too
         else:
             before, self._seen, self._silent_s = self._seen, (path, content), 0.0
             self.beats = before is not None and before[0] == path and read_holder(before[1]) == holder
@@ -172,7 +172,7 @@ class _Pulse:
         return self._silent_s >= _MISSED * BEAT_S
 
     def explain(self, folder: Path, holder: Holder | None, waiting: bool, say: Callable[[str], None]) -> None:
-        """What a person is waiting for, if it is not over in a moment."""
+        """Say what is waited for, if it takes more than a moment."""
         if self._explained or holder is None or time.monotonic() - self._began < _PATIENCE_S:
             return
         self._explained = True
@@ -181,8 +181,8 @@ class _Pulse:
 
 
 def _make(place: Path) -> None:
-    with suppress(FileExistsError):  # also if it is given back, and so removed, at this moment
-        if place.is_file():  # as earlier versions left in selections
+    with suppress(FileExistsError):  # also if its holder removes it at this moment
+        if place.is_file():  # of an earlier version
             place.unlink()
         place.mkdir(parents=True, exist_ok=True)
 
@@ -196,7 +196,7 @@ def _create(folder: Path, seen: list[int]) -> Lock | None:
     except (FileExistsError, FileNotFoundError):
         return None
     try:
-        # Numbers begin anew once a folder was free: what was not seen belongs to one who came meanwhile.
+        # Numbers restart when a folder was free: one that was not seen is of a process that came meanwhile.
         if not set(_numbers(folder / LOCK)) <= {*seen, number}:
             raise FileExistsError
         lock = Lock(folder, path, file)
@@ -221,7 +221,7 @@ def _read(place: Path) -> tuple[list[int], Path, bytes]:
         numbers = _numbers(place)
         path = place / str(max(numbers, default=0))
         return numbers, path, path.read_bytes() if numbers else b""
-    except (FileNotFoundError, NotADirectoryError):  # given back at this moment
+    except (FileNotFoundError, NotADirectoryError):  # released at this moment
         return [], place / "0", b""
 
 

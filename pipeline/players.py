@@ -16,7 +16,7 @@ from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised_names
 from pipeline.gan.schedules import Now, at
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.build import build_players
+from pipeline.parallel.build import build_engine, whole_copy
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine, PlayerSettings
 from pipeline.parallel.ranks import Ranks
@@ -46,26 +46,25 @@ def build(
     """label_frequencies: of the training images, for fake labels; None: an unconditional Gan."""
     num_classes = len(label_frequencies or ())
     ranks.progress.doing = "building the networks"
-    networks = (build_G(config, num_classes), build_D(config, num_classes))
-    players = tuple(
-        PlayerSettings(name, optimizer, penalty, penalised_names(network, config.penalty.on))
-        for name, optimizer, penalty, network in (
-            ("G", config.optim.G, config.penalty.G, networks[0]),
-            ("D", config.optim.D, config.penalty.D, networks[1]),
-        )
-    )
-    data = config.data
-    draws = Draws(config.run.seed, config.G.z_dim, label_frequencies)
-    c = torch.zeros(2, dtype=torch.int64, device=ranks.device) if num_classes else None
-    z = torch.zeros(2, config.G.z_dim, device=ranks.device)
-    images = torch.zeros(2, data.channels, data.size, data.size, device=ranks.device)
-    G, D, G_ema = build_players(networks, (players[0], players[1]), ranks, batch, ((z, c), (images, c)))
+    networks = {"G": build_G(config, num_classes), "D": build_D(config, num_classes)}
+    whole_G = whole_copy(networks["G"]).to(ranks.device)
+    data, zeros = config.data, partial(torch.zeros, device=ranks.device)
+    c = zeros(2, dtype=torch.int64) if num_classes else None
+    inputs = {"G": zeros(2, config.G.z_dim), "D": zeros(2, data.channels, data.size, data.size)}
+
+    def engine(name: str) -> Engine:
+        penalised = penalised_names(networks[name], config.penalty.on)
+        optimizer, penalty = getattr(config.optim, name), getattr(config.penalty, name)
+        player = PlayerSettings(name, optimizer, penalty, penalised)
+        return build_engine(networks[name], player, ranks, batch, (inputs[name], c))
+
+    G, D = engine("G"), engine("D")
     return Gan(
         G=G,
         D=D,
-        G_ema=G_ema,
+        G_ema=Ema(G, whole_G),
         losses=adversarial(config.loss.kind),
-        draws=draws,
+        draws=Draws(config.run.seed, config.G.z_dim, label_frequencies),
         at=partial(at, config),
         batch_size=data.batch_size,
         D_steps=config.loss.D_steps,

@@ -16,10 +16,10 @@ _OURS = Path(__file__).parent
 
 
 def import_named(name: str, title: str) -> Any:
-    """What `package.module:Name` stands for. title: the setting it comes from, for messages.
+    """The object at `package.module:Name`. title: the setting it comes from, for messages.
 
-    The current folder is searched late, so that no file in it hides a module of anyone else's. Raises
-    UserError if it cannot be imported.
+    The current folder is searched last, so that no file in it hides another module. Raises UserError if it
+    cannot be imported.
     """
     module, _, attribute = name.partition(":")
     last = os.environ.get(SEARCHED_LAST, "").split(os.pathsep)
@@ -45,7 +45,7 @@ def import_class(path: str, title: str, base: type[Any]) -> type[Any]:
 
 
 def reason(error: Exception) -> str:
-    """One line: what went wrong, and in which line of the user's code."""
+    """One line: the error, and the line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [f for f in frames if not (_is_installed(f.filename) or Path(f.filename).is_relative_to(_OURS))]
     where = f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
@@ -53,7 +53,7 @@ def reason(error: Exception) -> str:
 
 
 def _mistaken(module: str) -> str:
-    """What to add if the user's file has the name of a module that is found before it."""
+    """What to add if a module of the same name is found before the user's file."""
     top = module.partition(".")[0]
     mine = next((p for p in (Path.cwd() / f"{top}.py", Path.cwd() / top) if p.exists()), None)
     file = getattr(sys.modules.get(top), "__file__", None)

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# What every node runs, once: makes this node's environment, then becomes its share of the training. Called by
-# train.sbatch, where its settings are documented.   node.sh plan|check|train CONFIG [key=value …], or
-# node.sh python MODULE [argument …]
+# Runs once per node: sets up the node's environment, then becomes its share of the training. Called by train.sbatch,
+# which documents the variables.   node.sh plan|check|train CONFIG [key=value …]   or   node.sh python MODULE [argument …]
 set -eo pipefail
 node=${SLURMD_NODENAME:-$(hostname)}
 fail() {
@@ -18,21 +17,18 @@ if [ -n "$SHARDGAN_MODULES" ]; then
     module load $SHARDGAN_MODULES >&2 || fail "\`module load $SHARDGAN_MODULES\` failed"
 fi
 
-umask_before=$(umask)
-umask 077
+private() { # a folder in one that is ours alone
+    (umask 077 && mkdir -p "$1") 2>/dev/null && [ -O "${1%/*}" ] && [ -w "$1" ]
+}
 local=${SHARDGAN_LOCAL:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardgan-$(id -u)}
-mkdir -p "$local/tmp" 2>/dev/null && [ -O "$local" ] && [ -w "$local/tmp" ] ||
-    fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
-umask "$umask_before"
-# Python's helper processes meet at sockets in TMPDIR, whose whole names may have 107 letters; 34 of them are theirs.
 temporary=$local/tmp
+private "$temporary" || fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
+# The path of a socket may have 107 letters, and Python's worker processes need 34 of them below TMPDIR.
 if [ ${#temporary} -gt 73 ]; then
-    [ -z "$SHARDGAN_LOCAL" ] || fail "SHARDGAN_LOCAL=$local is too long for the names of sockets in it: give a folder" \
-        "whose name has at most 69 letters"
+    shorter="Set SHARDGAN_LOCAL to a folder on the nodes' own disks whose path has at most 69 letters"
+    [ -z "$SHARDGAN_LOCAL" ] || fail "SHARDGAN_LOCAL=$local is too long for sockets. $shorter"
     temporary=/tmp/shardgan-$(id -u)/tmp
-    (umask 077 && mkdir -p "$temporary") 2>/dev/null && [ -O "$temporary" ] && [ -w "$temporary" ] ||
-        fail "$local is too long for the names of sockets in it, and $temporary cannot be written. Set SHARDGAN_LOCAL" \
-            "to a folder on the nodes' own disks whose name has at most 69 letters"
+    private "$temporary" || fail "$local is too long for sockets, and $temporary cannot be written. $shorter"
 fi
 
 source "$SHARDGAN_CODE/launch/venv.sh"
@@ -44,7 +40,7 @@ case $venv in
         if [ ! -d "$unpacked" ]; then
             partial=$(mktemp -d "$local/venv.XXXXXX")
             tar -xf "$venv" -C "$partial" || fail "$venv cannot be unpacked into $local"
-            mv -T "$partial" "$unpacked" 2>/dev/null || rm -rf "$partial" # another job here was first
+            mv -T "$partial" "$unpacked" 2>/dev/null || rm -rf "$partial" # another job on this node was faster
         fi
         python=$(find "$unpacked" -maxdepth 3 -path '*/bin/python' | head -n 1)
         [ -n "$python" ] || fail "$venv holds no bin/python"
@@ -55,21 +51,19 @@ esac
 if [[ -n $SHARDGAN_CONTAINER || $SHARDGAN_SRUN == *--container* ]]; then
     [ -n "${SHARDGAN_VENV-}" ] || python=python3
 elif ! command -v "$python" >/dev/null; then
-    fail "no virtual environment at $venv. Make it on a file system that all nodes see" \
-        "(bash launch/setup.sh), and set SHARDGAN_VENV to it"
+    fail "no virtual environment at $venv. Make one where all nodes see it (bash launch/setup.sh) and set SHARDGAN_VENV"
 fi
 
 export TMPDIR=$temporary SHARDGAN_CACHE=${SHARDGAN_CACHE:-$local/cache}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local/inductor}
 export WANDB_MODE=${WANDB_MODE:-offline}
-# Our code first. Your own networks are found where the job runs too, but nothing there hides a module.
+# Our code comes first: a user's networks are found where the job runs, but no file there hides a module.
 export PYTHONSAFEPATH=1 PYTHONPATH=$SHARDGAN_CODE${PYTHONPATH:+:$PYTHONPATH}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if [ -n "$SHARDGAN_INTERFACE" ]; then
     export NCCL_SOCKET_IFNAME=$SHARDGAN_INTERFACE GLOO_SOCKET_IFNAME=$SHARDGAN_INTERFACE
 fi
-# GPUs need not be a resource that Slurm gives out. Allocated ones that cannot be used are no reason to train on CPUs:
-# `check` refuses.
+# A node may have GPUs that Slurm does not manage. If allocated GPUs cannot be used, `check` refuses: no fall back to CPUs.
 if [ -z "$ACCELERATE_USE_CPU" ]; then
     unset ACCELERATE_USE_CPU
     [[ -n $SLURM_GPUS_ON_NODE || $(nvidia-smi -L 2>/dev/null || true) == "GPU "* ]] || export ACCELERATE_USE_CPU=1
@@ -78,7 +72,7 @@ case ${ACCELERATE_USE_CPU,,} in
     1 | true | yes) export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} ;;
     *) unset DS_ACCELERATOR ;;
 esac
-# What other launchers left in the shell that the job was submitted from; srun itself sets variables of MPI.
+# Variables of other launchers, from the shell that submitted the job; srun itself sets those of MPI.
 for name in $(compgen -e); do
     case $name in
         ACCELERATE_USE_CPU) ;;
@@ -91,12 +85,12 @@ done
 export SHARDGAN_PROCS=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}
 procs=$SHARDGAN_PROCS
 [[ $procs =~ ^[1-9][0-9]{0,3}$ ]] || fail "SHARDGAN_PROCS=$procs is not a number of processes"
-nodes=$SLURM_JOB_NUM_NODES # not of this step, as SLURM_NNODES
+nodes=$SLURM_JOB_NUM_NODES # of the job; SLURM_NNODES is of this step
 world=$((nodes * procs))
 cpus=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}}
 export SHARDGAN_CPUS=$cpus
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > procs ? cpus / procs : 1))}
-OMP_NUM_THREADS=${OMP_NUM_THREADS%%,*} # of a list for nested parallelism the first
+OMP_NUM_THREADS=${OMP_NUM_THREADS%%,*} # the first of a list for nested parallelism
 [[ $OMP_NUM_THREADS =~ ^[1-9][0-9]*$ ]] || fail "OMP_NUM_THREADS=$OMP_NUM_THREADS is not a number of threads"
 strategy=${SHARDGAN_STRATEGY:-$([ $world = 1 ] && echo single || echo ddp)}
 
@@ -105,22 +99,20 @@ run() {
     exec $SHARDGAN_CONTAINER "$python" -m "$@"
 }
 export SHARDGAN_NODE=$node
-if [ "$1" = python ]; then
-    shift
+task=$1
+shift
+if [ "$task" = python ]; then
     run "$@"
-elif [ "$1" = plan ]; then
-    shift
+elif [ "$task" = plan ]; then
     [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
     [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
     echo "$strategy on $nodes nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
     run launch.slurm.nodes plan "$world" "$@"
-elif [ "$1" = check ]; then
-    shift
+elif [ "$task" = check ]; then
     run launch.slurm.nodes check "$SHARDGAN_NODES" "$@"
 fi
-shift
-# A signal to the whole step is for the training processes, which save and leave: their launcher, which would die of
-# it or take them down, is deaf to it (launch/launcher.py makes it so again: a container may have undone this).
+# A signal to the step is for the training processes, which save and end. Their launcher would die of it or end them, so
+# it ignores it (launch/launcher.py does so again, as a container may reset this).
 trap '' USR1 USR2 HUP TERM
 export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"

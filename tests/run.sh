@@ -6,6 +6,7 @@ bash launch/setup.sh fast,test
 export SHARDGAN_CACHE=${SHARDGAN_CACHE:-$(mktemp -d)} WANDB_MODE=${WANDB_MODE:-offline}
 source launch/venv.sh
 python=$venv/bin/python
+"$python" -m compileall -q pipeline launch tests  # which hundreds of processes import
 [ $# -gt 0 ] || set -- -n 2 --dist loadgroup --no-loadscope-reorder  # the whole suite, by two workers
 case " $* " in
     *" -m "*) exec "$python" -m pytest "$@" ;;

@@ -42,6 +42,7 @@ ARROWS = {
         "pipeline.config",
         "pipeline.console",
         "pipeline.errors",
+        "pipeline.holder",
         "pipeline.gan.penalised",
         "pipeline.gan.draws.Drawn",
         "pipeline.gan.schedules.Rates",

@@ -28,7 +28,7 @@ class OfflineRun:
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # rows, pictures as W&B's dictionaries
     summary: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, str] = field(default_factory=dict)  # chart or glob → what its x axis is
+    metrics: dict[str, str] = field(default_factory=dict)  # chart or glob → its x axis
     finished: bool = False
     files: Path = Path()  # what pictures' paths are relative to
 
@@ -64,7 +64,7 @@ def _apply(run: OfflineRun, record: Record) -> None:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    """A row; a dictionary in it (a picture) comes as one item per entry."""
+    """A row. A dictionary in it (a picture) is stored as one item per entry."""
     row: dict[str, Any] = {}
     for item in items:
         *outer, last = item.nested_key or [item.key]
@@ -76,7 +76,7 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """The whole, sound records of a .wandb file: after a header, the framing of LevelDB's logs.
+    """The whole, intact records of a .wandb file: a header, then the framing of LevelDB's logs.
 
     Blocks of 32 KiB hold fragments of records: checksum, length, kind (whole, first, middle or last), bytes.
     """

@@ -1,4 +1,4 @@
-"""A W&B server for the real client to talk to, which can be told to die, to stall, to fail and to come back.
+"""A W&B server for the real client, which can die, stall, fail and come back on demand.
 
 What it keeps is what a person would see on the run's page. It understands what the client needs for a run
 (GraphQL for the run and its pictures, the file stream for charts and summary) and refuses everything else.
@@ -32,7 +32,7 @@ class ServedRun:
     summary: dict[str, Any] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     alerts: list[tuple[str, str]] = field(default_factory=list)  # title, text
-    exit_code: int | None = None  # None: still running, for all the server knows
+    exit_code: int | None = None  # None: running, as far as the server knows
 
     @property
     def steps(self) -> list[int]:
@@ -40,12 +40,12 @@ class ServedRun:
 
 
 class WandbServer:
-    """Listens on a port of its own, also after it was dead for a while."""
+    """Listens on its own port, the same one after it comes back."""
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
         self.mood = WELL
-        self.received: list[bytes] = []  # bodies, whatever was answered
+        self.received: list[bytes] = []  # bodies of all requests
         self._changed = threading.Condition()
         self._http: _Listener | None = None
         self._port = 0
@@ -67,7 +67,7 @@ class WandbServer:
         threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def die(self) -> None:
-        """No longer listen, and drop whoever is connected."""
+        """Stop listening, and drop all connections."""
         assert self._http is not None
         self._http.end()
         self._http = None
@@ -77,12 +77,12 @@ class WandbServer:
             self.die()
 
     def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until something received makes `happened` true."""
+        """Wait until a request makes `happened` true."""
         with self._changed:
             assert self._changed.wait_for(happened, seconds), f"not within {seconds:g} s"
 
     def answer(self, path: str, body: bytes) -> Any:
-        """What to say to a request, having taken note of it."""
+        """Record a request; returns the answer."""
         with self._changed:
             self.received.append(body)
             try:
@@ -196,7 +196,7 @@ class _Listener(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away, mostly; what matters shows in what was received."""
+        """Silent: mostly clients that went away."""
 
 
 class _Handler(BaseHTTPRequestHandler):

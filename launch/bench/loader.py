@@ -1,7 +1,7 @@
 """`shardgan bench loader`: our stream beside webdataset's with Pillow, and beside reading bytes alone.
 
-All in this process and by turns, on shards made for the occasion from real images, scaled. What counts is
-processor time, so that whatever else the machine does changes little.
+They take turns in this process, on shards made of scaled real images. Processor time is measured, which other
+load changes little.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,8 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
+from launch.bench import table
 from pipeline.config import Data, UserError
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.index import load_index
@@ -60,17 +58,17 @@ def command(turns: int, images: int) -> None:
     speeds = {}
     with tempfile.TemporaryDirectory(prefix="shardgan-bench-") as folder:
         for name, (size, channels, kind) in _KINDS.items():
-            shards = _make(Path(folder) / name.replace(" ", "-"), size, channels, kind)
+            shards = make_shards(Path(folder) / name.replace(" ", "-"), size, channels, kind)
             fewer = max(_BATCH, images * 28 // size // _BATCH * _BATCH)
-            speeds[name] = _measure(_contestants(shards, size, channels), turns, fewer)
-    _report(speeds, Console())
+            speeds[name] = _measure(_contestants(str(shards), size, channels), turns, fewer)
+    _report(speeds)
 
 
-def _make(folder: Path, size: int, channels: int, kind: str) -> Path:
-    """Two shards of real images at another size; grey ones in three shades where colour is wanted."""
+def make_shards(folder: Path, size: int, channels: int, kind: str) -> Path:
+    """Two indexed shards of the small image set, scaled; for colour, each grey image in three shades."""
     pictures = list(_pictures())
     if not pictures:
-        raise UserError("The small image set that comes with the sources is not here.")
+        raise UserError(f"The small image set of the sources is missing: {_IMAGES}")
     folder.mkdir()
     for shard in range(2):
         with (folder / f"shard-{shard}.tar").open("wb") as file, tar_writer(file) as tar:
@@ -96,58 +94,44 @@ def _pictures() -> Iterator[Image.Image]:
                     yield Image.open(io.BytesIO(file.read()))
 
 
-def _contestants(shards: Path, size: int, channels: int) -> dict[str, Callable[[], Batches]]:
-    return {
-        _OURS: partial(_ours, shards, size, channels),
-        _CACHED: partial(_cached, shards, size, channels),
-        _THEIRS: partial(_theirs, shards, channels),
-        _BYTES: partial(_bytes, shards),
-    }
-
-
-def _cached(shards: Path, size: int, channels: int) -> Batches:
-    """With data.cache=ram, from the second epoch on."""
-    sizes = load_index(str(shards)).sizes
-    path, line = reserve(sizes, size, channels)
+def _contestants(shards: str, size: int, channels: Literal[1, 3]) -> dict[str, Batches]:
+    index = load_index(shards)
+    data = Data(size=size, channels=channels, conditional=True, batch_size=_BATCH, workers=0)
+    plan = Split(index.sizes, 0, data.window).training()
+    path, line = reserve(index.sizes, size, channels)
     if path is None:
         raise UserError(line)
-    stream = _ours(shards, size, channels, Cache(path, sizes, size, channels))
-    for _ in range(sum(sizes) // _BATCH):
-        next(stream)
-    return stream
+    cached = training_batches(index, plan, data, cache=Cache(path, index.sizes, size, channels))
+    for _ in range(sum(index.sizes) // _BATCH):  # the first epoch fills the cache
+        next(cached)
+    files = sorted(Path(shards).glob("*.tar"))
+    ours = training_batches(index, plan, data)
+    return {_OURS: ours, _CACHED: cached, _THEIRS: _theirs(files, channels), _BYTES: _bytes(files)}
 
 
-def _ours(shards: Path, size: int, channels: int, cache: Cache | None = None) -> Batches:
-    index = load_index(str(shards))
-    colours: Literal[1, 3] = 1 if channels == 1 else 3
-    data = Data(size=size, channels=colours, conditional=True, batch_size=_BATCH, workers=0)
-    return training_batches(index, Split(index.sizes, 0, data.window).training(), data, cache=cache)
-
-
-def _theirs(shards: Path, channels: int) -> Batches:
-    """As its documentation has it: shuffle, decode by Pillow to uint8, tuples, batches."""
-    urls = sorted(str(path) for path in shards.glob("*.tar"))
+def _theirs(files: list[Path], channels: int) -> Batches:
+    """As its documentation has it: shuffle, decode with Pillow to uint8, tuples, batches."""
+    urls = [str(path) for path in files]
     samples: Any = webdataset.WebDataset(urls, shardshuffle=False).shuffle(_PER_SHARD, initial=_PER_SHARD)
     samples = samples.decode("l8" if channels == 1 else "rgb8").to_tuple("png;jpg", "cls")
     batches: Batches = iter(samples.batched(_BATCH).repeat())
     return batches
 
 
-def _bytes(shards: Path) -> Batches:
-    """The files from front to back, as fast as they come; a turn's end is that of a file's share."""
+def _bytes(files: list[Path]) -> Batches:
+    """The files from front to back, a batch's share of bytes at a time."""
     while True:
-        for path in sorted(shards.glob("*.tar")):
+        for path in files:
             with path.open("rb") as file:
                 while chunk := file.read(max(1, path.stat().st_size * _BATCH // _PER_SHARD)):
                     yield chunk
 
 
-def _measure(contestants: dict[str, Callable[[], Batches]], turns: int, images: int) -> Speeds:
-    """By turns; each begins with a batch that does not count, since what opens files does so then."""
+def _measure(contestants: dict[str, Batches], turns: int, images: int) -> Speeds:
+    """In turns; each begins with a batch that does not count, as it opens files."""
     speeds: Speeds = {name: [] for name in contestants}
-    streams = {name: begin() for name, begin in contestants.items()}
     for _ in range(turns):
-        for name, stream in streams.items():
+        for name, stream in contestants.items():
             next(stream)
             start = time.process_time()
             count = sum(_BATCH for _ in islice(stream, images // _BATCH))
@@ -155,18 +139,16 @@ def _measure(contestants: dict[str, Callable[[], Batches]], turns: int, images: 
     return speeds
 
 
-def _report(speeds: dict[str, Speeds], console: Console) -> None:
-    table = Table(title="Images per CPU-second")
-    table.add_column()
-    for heading in (_OURS, _CACHED, _THEIRS, _BYTES, "ours / theirs"):
-        table.add_column(heading, justify="right")
+def _report(speeds: dict[str, Speeds]) -> None:
+    names = (_OURS, _CACHED, _THEIRS, _BYTES)
+    rows = []
     for kind, found in speeds.items():
         ratio = statistics.median(a / b for a, b in zip(found[_OURS], found[_THEIRS], strict=True))
-        medians = (f"{statistics.median(found[name]):,.0f}" for name in (_OURS, _CACHED, _THEIRS, _BYTES))
-        table.add_row(kind, *medians, f"{ratio:.2f}x")
-    console.print(table)
-    turns = len(next(iter(speeds.values()))[_OURS])
-    console.print(
-        f"Medians of {turns} turns; a ratio is of two neighbouring turns. One process, one thread; cached: "
-        "with data.cache=ram."
+        rows.append([kind, *(f"{statistics.median(found[name]):,.0f}" for name in names), f"{ratio:.2f}x"])
+    table.show(
+        "Images per CPU-second",
+        (*names, "ours / theirs"),
+        rows,
+        f"Medians of {len(found[_OURS])} turns; a ratio is of two neighbouring turns. One process, one "
+        "thread; cached: with data.cache=ram.",
     )

@@ -1,15 +1,17 @@
-"""What training holds in memory and sends between ranks, seen from inside a rank.
+"""What training takes of time and memory, and what it sends between ranks, measured in a rank.
 
-Memory is every living tensor's storage, found by the garbage collector and counted once, so that nothing
-that a library keeps aside is missed. Traffic is what passes PyTorch's dispatcher on its way to the process
-group, from Python or from C++ alike.
+Memory is every living tensor's storage, found by the garbage collector and counted once; this includes what
+libraries keep. Traffic is what passes PyTorch's dispatcher to the process group, from Python or C++.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 import weakref
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,49 +23,57 @@ from pipeline.players import Gan
 
 Storages = dict[int, int]  # address → bytes
 
-# What each of N ranks sends in the ring form of a collective, in multiples of B·(N−1)/N; B is the larger of
-# what goes in and what comes out. The first name found in that of the operation counts.
-_SHARES = {
-    "allreduce": 2.0,
-    "allgather": 1.0,
-    "reduce_scatter": 1.0,
-    "broadcast": 1.0,
-    "alltoall": 1.0,
-    "reduce": 1.0,
-}
+# Collectives; the first name that an operation's contains counts.
+_KINDS = ("allreduce", "allgather", "reduce_scatter", "broadcast", "alltoall", "reduce")
+
+
+@contextmanager
+def clocked(times: list[float]) -> Iterator[None]:
+    """Appends the seconds until all is done inside, on the device too."""
+    _synchronise()
+    start = time.perf_counter()
+    yield
+    _synchronise()
+    times.append(time.perf_counter() - start)
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes that this rank sends while it is entered, by kind of collective."""
+    """Counts the bytes that this rank sends, by kind of collective.
+
+    In a collective's ring form each of N ranks sends B·(N−1)/N, for an all-reduce twice that; B is the larger
+    of input and output.
+    """
 
     def __init__(self, world: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._world = world
-        self.sent: dict[str, float] = {}
-        self.calls: dict[str, int] = {}
+        self.sent: defaultdict[str, float] = defaultdict(float)
+        self.calls: defaultdict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            kind = next((kind for kind in _SHARES if kind in func._schema.name), None)
-            if kind is not None:
-                whole = max(_bytes(argument) for argument in args[:2])
-                sent = whole * _SHARES[kind] * (self._world - 1) / self._world
-                self.sent[kind] = self.sent.get(kind, 0.0) + sent
-                self.calls[kind] = self.calls.get(kind, 0) + 1
+        name = func._schema.name if func.namespace == "c10d" else ""
+        if kind := next((kind for kind in _KINDS if kind in name), None):
+            whole = max(_bytes(argument) for argument in args[:2])
+            self.sent[kind] += (1 + (kind == "allreduce")) * whole * (self._world - 1) / self._world
+            self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
 
 
 class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes of tensors alive at once while it is entered, besides those of `known` ones.
+    """The most bytes of tensors alive at once, FakeTensors included; those of `known` tensors do not count.
 
-    Works without memory as well (FakeTensors). Every tensor is somebody's output; a storage counts from the
-    operation that makes it until nobody holds it.
+    A storage counts from the operation that outputs it until nothing refers to it.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
-        self._alive: dict[int, object] = {}  # storage → what tells of its end
+        self._alive: dict[int, object] = {}  # storage → weak reference, whose callback ends it
         for tensor in known:
             self._alive[tensor.untyped_storage()._cdata] = None
 
@@ -89,14 +99,14 @@ class LivePeak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _bytes(argument: Any) -> int:
-    """Of a tensor, or of all tensors in a list of them."""
+    """Of a tensor, or of all tensors in a list."""
     if isinstance(argument, torch.Tensor):
         return argument.numel() * argument.element_size()
     return sum(_bytes(a) for a in argument) if isinstance(argument, list | tuple) else 0
 
 
 def living() -> Storages:
-    """Storages of all tensors there are, on any device."""
+    """Storages of all tensors on any device."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]
@@ -123,16 +133,14 @@ def footprint(gan: Gan) -> dict[str, int]:
         weights |= storages(_weights(engine))
         optimizer |= storages(t for state in engine.optimizer_state() for t in state.values() if t.ndim)
     ema = storages([*gan.G_ema.averages, *gan.G_ema._module.parameters()])
-    rest = living()
-    parts = {"weights": weights, "optimizer": optimizer, "G_ema": ema}
-    found = {name: sum(part.values()) for name, part in parts.items()}
-    known = weights.keys() | optimizer.keys() | ema.keys()
-    return found | {"other": sum(size for address, size in rest.items() if address not in known)}
+    other = {address: size for address, size in living().items() if address not in weights | optimizer | ema}
+    parts = {"weights": weights, "optimizer": optimizer, "G_ema": ema, "other": other}
+    return {name: sum(part.values()) for name, part in parts.items()}
 
 
 def _weights(engine: Engine) -> Iterable[torch.Tensor]:
     for p in engine.module.parameters():
         yield p
-        if hasattr(p, "ds_tensor"):  # ZeRO 3 keeps its part beside an empty parameter
+        if hasattr(p, "ds_tensor"):  # ZeRO 3: its part, as the parameter is empty
             yield p.ds_tensor
     yield from (f.data for f in engine.fragments)

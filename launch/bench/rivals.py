@@ -1,7 +1,6 @@
-"""What the training step is measured against: the same maths and nothing else, and the loop of the tutorials.
+"""What the training step is compared with: the same maths and nothing else, and the tutorials' loop.
 
-Both train the same networks on batches of the same size, by turns. They are written for being read
-beside pipeline/step.py; nothing else uses them.
+Both train the same networks on batches of the same size, and read like pipeline/step.py.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, repeat
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -41,16 +41,13 @@ class BareMaths:
         real = torch.rand(config.data.batch_size, channels, size, size, device=device) * 2 - 1
         self._real = real.to(memory_format=torch.channels_last)
 
-    def ready(self) -> None:
-        """Nothing is done ahead of time."""
-
     def run(self, updates: int) -> None:
         for _ in range(updates):
             z = [torch.randn(self._z, device=self._device) for _ in range(2)]
             self.update(self._real, z[0], z[1])
 
     def update(self, real: Tensor, z_D: Tensor, z_G: Tensor) -> None:
-        """One update from given reals [N,C,H,W] and the latents [N, z_dim] of either turn."""
+        """One update from reals [N, C, H, W] and both turns' latents [N, z_dim]."""
         with self._autocast():
             with torch.no_grad():
                 fake = self.G(z_D)
@@ -74,11 +71,11 @@ class BareMaths:
 
 class TutorialLoop:
     """The DCGAN training loop as tutorials teach it, in float32: D ends in a sigmoid and the loss is BCELoss;
-    Adam goes from parameter to parameter; the fakes of D's turn serve G's too, where gradients for D are
-    computed and thrown away; `.item()` of what is printed, every update; torch's DataLoader."""
+    Adam loops over parameters; G's turn reuses the fakes of D's, and its gradients for D are thrown away;
+    `.item()` of what is printed, every update; torch's DataLoader (what it prefetches is a present)."""
 
     def __init__(self, config: Config, device: torch.device, images: Tensor) -> None:
-        """images: uint8 [n, C, H, W], decoded beforehand, which spares this loop the decoding."""
+        """images: uint8 [n, C, H, W], so this loop is spared the decoding."""
         self.G = build_G(config, 0).to(device)
         self.D = nn.Sequential(build_D(config, 0), nn.Sigmoid()).to(device)
         self._optimizer_G = _adam(self.G, config.optim.G, fused=False)
@@ -94,10 +91,7 @@ class TutorialLoop:
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        self._batches = self._endless()
-
-    def ready(self) -> None:
-        """What its loader has ready when its turn comes is a present."""
+        self._batches: Iterator[Tensor] = chain.from_iterable(repeat(self._loader))
 
     def run(self, updates: int) -> None:
         for _ in range(updates):
@@ -123,14 +117,10 @@ class TutorialLoop:
         means = (says_of_real.mean(), says_of_fake.mean(), says_now.mean())
         return tuple(value.item() for value in (loss_real + loss_fake, loss_G, *means))
 
-    def _endless(self) -> Iterator[Tensor]:
-        while True:
-            yield from self._loader
-
 
 class TutorialApart:
-    """TutorialLoop in a process of its own, as it is run: what we set for a whole process (how the C library
-    keeps freed memory) is not its. It waits, idle, until it is asked."""
+    """TutorialLoop in a process of its own, without what we set for a whole process (how the C library keeps
+    freed memory). It is idle until asked."""
 
     def __init__(self, config: Config, device: torch.device, images: Tensor) -> None:
         context = multiprocessing.get_context("spawn")
@@ -140,9 +130,6 @@ class TutorialApart:
         self._process = context.Process(target=_tutorial_process, args=arguments)
         self._process.start()
         answer.close()
-
-    def ready(self) -> None:
-        """Nothing is decoded ahead for it."""
 
     def run(self, updates: int) -> None:
         self._ask.send(updates)
@@ -183,7 +170,5 @@ def _channels_last(module: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
-def _adam(module: nn.Module, settings: Optimizer, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.Adam(
-        module.parameters(), lr=settings.lr, betas=settings.betas, fused=fused, foreach=False
-    )
+def _adam(module: nn.Module, optim: Optimizer, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=optim.lr, betas=optim.betas, fused=fused, foreach=False)

@@ -1,8 +1,7 @@
-"""`shardgan bench step`: the whole training step beside its bare maths and the tutorials' loop.
+"""`shardgan bench step`: the whole training step, its bare maths and the tutorials' loop, side by side.
 
-All run by turns, a few updates each, so that whatever else the machine does slows all of them
-alike; ratios are of the same turn, then their median, and of everyone's fastest turn, which other processes
-disturb least. Images are real images shown to D.
+They take turns of a few updates, so that other load slows all of them alike. Ratios are the median over
+turns, and of everyone's fastest turn, which other load disturbs least. Images are real images shown to D.
 """
 
 from __future__ import annotations
@@ -11,24 +10,22 @@ import contextlib
 import io
 import os
 import statistics
-import tarfile
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import click
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from launch.bench import table
+from launch.bench.loader import make_shards
+from launch.bench.meter import clocked
 from launch.bench.rivals import BareMaths, TutorialApart
-from pipeline.config import Config, UserError, load
+from pipeline.config import Config, load
 from pipeline.data.plan import split_of
-from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import Launch
@@ -43,21 +40,12 @@ from pipeline.run.stop import StopSignals
 from pipeline.run.tracker import open_tracker
 from pipeline.step import train_step
 
-_SUBSET = Path(__file__).parents[2] / "tests" / "assets" / "fashion-mnist-500"
-_TURN = 8  # updates of one contestant before the next one's turn
+_TURN = 8  # updates in a contestant's turn
 _AHEAD = 4  # batches that a decoding process has ready when its turn comes
 _WARM_UP = 2
 _ARITHMETIC: dict[str, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
 
 Seconds = dict[str, list[float]]  # contestant → seconds of each of its turns
-
-
-class Contestant(Protocol):
-    def ready(self) -> None:
-        """Its turn begins now: what was done ahead of time does not count."""
-
-    def run(self, updates: int) -> None:
-        """Train."""
 
 
 @click.command("step")
@@ -83,40 +71,38 @@ def command(
 ) -> None:
     """The whole step (shards, statistics, reports, L2) beside its bare maths and the tutorials' DCGAN loop.
 
-    Same networks, same batch, by turns, so that ratios hold even while other things run.
+    Same networks and batch, in turns, so that ratios hold under other load.
     """
     if threads:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="shardgan-bench-") as folder:
-        train = data or _upscaled(Path(folder), int(size))
+        train = data or make_shards(Path(folder) / "shards", int(size), 1, "PNG")
         keys = [f"data.train={train}", f"data.size={size}", f"data.batch_size={batch}"]
         keys += [f"data.workers={workers}", f"G.width={width}", f"D.width={width}"]
-        settings = load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
+        config = load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
         wanted = [name for name in _ARITHMETIC if precision in (name, "both")]
-        _report(settings, measure(settings, Path(folder), wanted, steps), Console())
+        _report(config, measure(config, Path(folder), wanted, steps))
 
 
-def measure(settings: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
-    """Let everyone run `updates` updates (at least), by turns."""
+def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
+    """Let everyone run at least `updates` updates, in turns."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
-    signals = _unheeded()
-    ours = {a: Ours(settings, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
-    device = next(iter(ours.values())).device
-    contestants: dict[str, Contestant] = {f"shardgan {a}": contestant for a, contestant in ours.items()}
-    contestants |= {f"bare maths {a}": BareMaths(settings, device, a == "bf16") for a in arithmetics}
-    images = next(iter(ours.values())).some_images(count=1024)
-    tutorial = contestants["tutorial fp32"] = TutorialApart(settings, device, images)
+    signals = _ignored_signals()
+    ours = {a: Ours(config, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
+    first = next(iter(ours.values()))
+    tutorial = TutorialApart(config, first.device, first.some_images(count=1024))
+    contestants: dict[str, Ours | BareMaths | TutorialApart] = {f"shardgan {a}": ours[a] for a in ours}
+    contestants |= {f"bare maths {a}": BareMaths(config, first.device, a == "bf16") for a in arithmetics}
+    contestants["tutorial fp32"] = tutorial
     for contestant in contestants.values():
         contestant.run(_WARM_UP)
     seconds: Seconds = {name: [] for name in contestants}
     for _ in range(-(-updates // _TURN)):
         for name, contestant in contestants.items():
-            contestant.ready()
-            _synchronise(device)
-            start = time.perf_counter()
-            contestant.run(_TURN)
-            _synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
+            if isinstance(contestant, Ours):
+                contestant.discard_prefetched()
+            with clocked(seconds[name]):
+                contestant.run(_TURN)
     for a, contestant in ours.items():
         share = contestant.seconds_per_tick() * contestant.ticks_per_update() * _TURN
         seconds[f"shardgan {a}"] = [s + share for s in seconds[f"shardgan {a}"]]
@@ -129,36 +115,36 @@ class Ours:
     """What `shardgan train` does in its loop, with everything on."""
 
     def __init__(
-        self, settings: Config, folder: Path, precision: Literal["no", "bf16"], signals: StopSignals
+        self, config: Config, folder: Path, precision: Literal["no", "bf16"], signals: StopSignals
     ) -> None:
         folder.mkdir(parents=True)
-        data = settings.data
-        self._settings = settings
-        self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=settings.run.timeout_s))
-        self._index = checked_index(settings, announce=False)
-        split = split_of(settings, self._index)
+        self._config = config
+        self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=config.run.timeout_s))
+        self._index = checked_index(config, announce=False)
+        split = split_of(config, self._index)
         self._plan = split.training()
         self._state = State(plan=self._plan.fingerprint)
-        self._gan = build(settings, self._ranks, batch_shape(data, 1))
+        self._gan = build(config, self._ranks, batch_shape(config.data, 1))
         self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
-            tracker = open_tracker(settings, folder, None, lambda _: None)
-            self._report = MainReport(folder, tracker, round(settings.run.total_kimg * 1000), 0)
+            tracker = open_tracker(config, folder, None, lambda _: None)
+            self._report = MainReport(folder, tracker, round(config.run.total_kimg * 1000), 0)
         self._session = Session(
-            settings, folder, self._index, split, self._ranks, self._report, signals, self._state
+            config, folder, self._index, split, self._ranks, self._report, signals, self._state
         )
-        self._reals = self._session.timed(self._batches(data.workers))
+        self._reals = self._session.timed(self._batches(config.data.workers))
 
     @property
     def device(self) -> torch.device:
         return self._ranks.device
 
-    def ready(self) -> None:
-        for _ in range(_AHEAD * self._settings.data.workers):
+    def discard_prefetched(self) -> None:
+        """Batches that were decoded during the others' turns."""
+        for _ in range(_AHEAD * self._config.data.workers):
             next(self._reals)
 
     def run(self, updates: int) -> None:
-        """As in pipeline/loop.py, ticks apart."""
+        """As in pipeline/loop.py, without ticks."""
         for _ in range(updates):
             asked_to_stop = self._session.exchange()
             self._state.cur_nimg = train_step(self._gan, self._reals, self._state.cur_nimg, self._stats)
@@ -166,25 +152,22 @@ class Ours:
             self._session.advance(self._state.cur_nimg)
 
     def seconds_per_tick(self) -> float:
-        """A tick comes every few kimg, too rarely to be met in a short measurement: it is timed apart, and
-        every turn is charged its share."""
-        taken = []
+        """Ticks are too rare for a short measurement: they are timed apart, and every turn is charged its
+        share."""
+        taken: list[float] = []
         for _ in range(3):
             self.run(1)
-            _synchronise(self.device)
-            start = time.perf_counter()
-            with _no_output():
+            with _no_output(), clocked(taken):
                 self._session.tick(self._gan, self._state, self._stats, {})
-            taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 
     def ticks_per_update(self) -> float:
-        return self._settings.images_per_update / (1000 * self._settings.run.tick_kimg)
+        return self._config.images_per_update / (1000 * self._config.run.tick_kimg)
 
     def some_images(self, count: int) -> torch.Tensor:
         """The first training images, uint8 [at least `count`, C, H, W]."""
         batches = self._batches(workers=0)
-        needed = -(-count // self._settings.data.batch_size)
+        needed = -(-count // self._config.data.batch_size)
         return torch.cat([next(batches).images for _ in range(needed)])
 
     def close(self) -> None:
@@ -192,66 +175,40 @@ class Ours:
             self._report.close()
 
     def _batches(self, workers: int) -> Iterator[Batch]:
-        data = self._settings.data
-        return training_batches(self._index, self._plan, replace(data, workers=workers))
+        return training_batches(self._index, self._plan, replace(self._config.data, workers=workers))
 
 
-def _unheeded() -> StopSignals:
-    """What the loop asks after every update, while signals go on to end this process at once."""
+def _ignored_signals() -> StopSignals:
+    """For the loop to poll; signals end this process at once."""
     signals = StopSignals()
     signals.close()
     return signals
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _no_output() -> contextlib.redirect_stdout[io.StringIO]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _upscaled(folder: Path, size: int) -> str:
-    """Shards of the few real images that come with the sources, brought to `size`."""
-    tars = sorted(_SUBSET.glob("*.tar"))
-    if not tars:
-        raise UserError("The small image set that comes with the sources is not here: give --data SHARDS.")
-    images = folder / "images"
-    images.mkdir()
-    for tar in tars:
-        with tarfile.open(tar) as file:
-            for member in file:
-                content = file.extractfile(member) if member.name.endswith(".png") else None
-                if content is not None:
-                    (images / Path(member.name).name).write_bytes(content.read())
-    prepare(str(images), str(folder / "shards"), Options(size=size, fit="crop", per_shard=250))
-    return str(folder / "shards")
-
-
-def _report(settings: Config, seconds: Mapping[str, Sequence[float]], console: Console) -> None:
-    data, images = settings.data, _TURN * settings.images_per_update
-    table = Table(
-        title=f"{settings.G.kind}, {data.channels}x{data.size}x{data.size}, batch {data.batch_size}"
-    )
-    table.add_column()
-    for heading in ("images/s", "time beyond its bare maths", "times the tutorial"):
-        table.add_column(heading, justify="right")
-    for name, taken in seconds.items():
-        bare = seconds[f"bare maths {name.split()[-1]}"] if name.startswith("shardgan") else None
-        tutorial = seconds["tutorial fp32"] if not name.startswith("tutorial") else None
-        table.add_row(
-            name,
-            f"{images / statistics.median(taken):.1f}",
-            "" if bare is None else "{:+.1%} ({:+.1%})".format(*(r - 1 for r in _ratios(taken, bare))),
-            "" if tutorial is None else "{:.2f} ({:.2f})".format(*_ratios(tutorial, taken)),
-        )
-    console.print(table)
+def _report(config: Config, seconds: Mapping[str, Sequence[float]]) -> None:
+    data = config.data
     turns, threads = len(seconds["tutorial fp32"]), torch.get_num_threads()
-    console.print(
+    table.show(
+        f"{config.G.kind}, {data.channels}x{data.size}x{data.size}, batch {data.batch_size}",
+        ("images/s", "time beyond its bare maths", "times the tutorial"),
+        (_row(name, seconds, _TURN * config.images_per_update) for name in seconds),
         f"Medians (in brackets: fastest) of {turns} turns of {_TURN} updates; "
-        f"{threads} threads, torch {torch.__version__}"
+        f"{threads} threads, torch {torch.__version__}",
     )
+
+
+def _row(name: str, seconds: Mapping[str, Sequence[float]], images: int) -> list[str]:
+    taken, beyond, times = seconds[name], "", ""
+    if name.startswith("shardgan"):
+        bare = seconds[f"bare maths {name.split()[-1]}"]
+        beyond = "{:+.1%} ({:+.1%})".format(*(ratio - 1 for ratio in _ratios(taken, bare)))
+    if not name.startswith("tutorial"):
+        times = "{:.2f} ({:.2f})".format(*_ratios(seconds["tutorial fp32"], taken))
+    return [name, f"{images / statistics.median(taken):.1f}", beyond, times]
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from pipeline.data.check import check_passed_over, odd_labels
 from pipeline.data.decode import FORMATS
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
-from pipeline.data.prepare.origins import read_origins
+from pipeline.data.prepare.summary import read_origins
 from pipeline.data.prepare.verify import Verified, verify
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
 from pipeline.data.remote.urls import is_url

@@ -1,4 +1,4 @@
-"""What `shardgan doctor` is asked about (a job) and what it says (findings)."""
+"""What `shardgan doctor` checks, a job, and what it prints, findings."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from pipeline.config import Config
+from pipeline.wording import counted
 
 Verdict = Literal["ok", "warning", "would fail"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training that is to run on `gpus` processes on each of `nodes` machines."""
+    """A training on `gpus` processes on each of `nodes` machines."""
 
     config: Config
     nodes: int
@@ -28,7 +34,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table: what was looked at, what was found there, and what to do about it."""
+    """One row of the table: what was checked, what was found, and what to do about it."""
 
     check: str
     verdict: Verdict
@@ -45,11 +51,33 @@ def warning(check: str, text: str, remedy: str) -> Finding:
 
 
 def would_fail(check: str, text: str, remedy: str = "") -> Finding:
-    """remedy: empty where the text, a message that the run itself would end with, says what to do."""
+    """remedy: empty if the text, which the run itself would end with, says what to do."""
     return Finding(check, "would fail", text, remedy)
 
 
 def some(lines: Sequence[str], most: int = 5) -> str:
-    """A few of many lines."""
     more = [f"… and {len(lines) - most} more"] if len(lines) > most else []
     return "\n".join([*lines[:most], *more])
+
+
+def fails(found: Sequence[Finding]) -> bool:
+    return any(finding.verdict == "would fail" for finding in found)
+
+
+def show(found: Sequence[Finding], console: Console) -> None:
+    """Print the findings as a table, and how many of them matter."""
+    styles = {"ok": "green", "warning": "yellow", "would fail": "bold red"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("found, and → what to do", overflow="fold")
+    for finding in found:
+        text = Text(finding.text)
+        if finding.remedy:
+            text.append(f"\n→ {finding.remedy}", "bold")
+        table.add_row(finding.check, Text(finding.verdict, styles[finding.verdict]), text)
+    console.print(table)
+    outcome = "This would fail." if fails(found) else "Nothing found that would fail."
+    if warnings := sum(finding.verdict == "warning" for finding in found):
+        outcome += f" {counted(warnings, 'warning')}."
+    console.print(f"\n{outcome}", markup=False, highlight=False)

@@ -1,6 +1,6 @@
-"""`shardgan doctor --live`: start the processes, here or on the nodes of the allocation, and ask them.
+"""`shardgan doctor --live`: start the processes, here or on the nodes of the allocation.
 
-They meet as a training's would, so that what keeps them apart is found; then every node tells what it sees.
+They meet as in a training, which finds what keeps them apart; then nodes report what they see.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from launch.processes import environment_of, launch, launcher_file, run
 from pipeline.parallel.environment import threads
 from pipeline.wording import counted, in_bytes
 
-Node = dict[str, Any]  # as worker.describe and .place tell it
+Node = dict[str, Any]  # from worker.describe or worker.place
 
 _TIMEOUT_S = 300.0
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
-_ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # of a launcher, when a process fails
+_ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launchers, of a process that failed
 _MEET = (
     "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME)."
@@ -35,14 +35,14 @@ _MEET = (
 
 
 def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
-    """Start as many processes as there are places for, and compare what they tell."""
-    nodes, module = _nodes_elsewhere(), ["launch.doctor.worker", config, *settings]
+    """Start as many processes as there is room for, and compare what they report."""
+    nodes, module = _other_nodes(), ["launch.doctor.worker", config, *settings]
     where = ", ".join(nodes) or "this machine"
     try:
         places = [doctor_worker.place()]
         if nodes:
             ended = _srun(nodes, [sys.executable, "-m", "launch.doctor.worker"], dict(os.environ))
-            places = places_told(ended)
+            places = read_places(ended)
         if nodes and (ended.returncode or len(places) < len(nodes)):
             return [_failed(f"{where}, asked for their GPUs,", ended)]
         per_node, on_cpu = fitting(job.gpus, places)
@@ -55,43 +55,43 @@ def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
             ended = launch(strategy, per_node, module, on_cpu=on_cpu, timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)]
-    found = told(ended)
+    found = read_found(ended)
     if found is None:
         return [_failed(where, ended)]
     return [*unlike(places), *compare(found["nodes"]), *speed(found)]
 
 
-def _nodes_elsewhere() -> list[str]:
-    """Of the allocation that this is called in; none if there is no other than this machine."""
+def _other_nodes() -> list[str]:
+    """Of the allocation that this is called in; none if it is only this machine."""
     nodes = allocated()
     return [] if nodes == [os.environ.get("SLURMD_NODENAME")] else nodes
 
 
-def places_told(ended: subprocess.CompletedProcess[str]) -> list[Node]:
-    """What each node said of itself, in the order of the nodes."""
+def read_places(ended: subprocess.CompletedProcess[str]) -> list[Node]:
+    """Each node's worker.place, in the order of the nodes."""
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"place"')]
     return sorted(map(json.loads, lines), key=lambda place: int(place["place"]))
 
 
 def fitting(asked: int, places: Sequence[Node]) -> tuple[int, bool]:
-    """Processes per node that all have room for, and whether they run on CPUs."""
+    """Processes per node for which all have room, and whether they run on CPUs."""
     gpus = min(place["gpus"] for place in places)
     return min(asked, gpus or min(place["cores"] for place in places)), gpus == 0
 
 
 def unlike(places: Sequence[Node]) -> Iterator[Finding]:
-    """Nodes that were given different numbers of GPUs."""
+    """A warning if nodes have different numbers of GPUs."""
     if len({place["gpus"] for place in places}) > 1:
         text = "; ".join(f"{place['node']} {counted(place['gpus'], 'GPU')}" for place in places)
-        yield warning("live: GPUs", text, "Ask for them by --gpus-per-node, and see `nvidia-smi -L` there.")
+        yield warning("live: GPUs", text, "Request them by --gpus-per-node; see `nvidia-smi -L` there.")
 
 
 def _failed(what: str, ended: subprocess.CompletedProcess[str]) -> Finding:
     why = "\n".join([f"{what} failed:", *reasons(ended.stdout + ended.stderr)])
-    return would_fail("live", why, "Mend what is said there.")
+    return would_fail("live", why, "Solve the errors above.")
 
 
-def told(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
+def read_found(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
     """What the main rank printed; None if the processes failed."""
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"world"')]
     found: dict[str, Any] | None = json.loads(lines[-1]) if lines and not ended.returncode else None
@@ -99,7 +99,7 @@ def told(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None:
 
 
 def reasons(output: str) -> list[str]:
-    """The errors in what processes and launchers have said, else the end of it."""
+    """The errors in the output of processes and launchers, else the end of it."""
     lines = [line for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _ECHOES)]
     return list(dict.fromkeys(errors))[:5] or lines[-8:]
@@ -139,7 +139,7 @@ def _odd_ones(what: str, nodes: Sequence[Node]) -> Iterator[str]:
 
 
 def speed(found: dict[str, Any]) -> Iterator[Finding]:
-    """What the ranks send each other per second."""
+    """How fast the ranks exchange data."""
     world = found["world"]
     if world == 1:
         yield ok("live: speed", "one process: nothing is sent")
@@ -158,10 +158,10 @@ def _on_nodes(
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher_file(strategy)]
     accelerate += ["--num_machines", count, "--num_processes", str(world)]
     accelerate += ["--main_process_ip", nodes[0], "--main_process_port", str(port)]
-    # Each task must expand its own node's number: hence a shell, and single quotes.
+    # Each task expands its own node's number: hence a shell, and single quotes.
     command = f'{shlex.join(accelerate)} --machine_rank "$SLURM_NODEID" -m {shlex.join(module)}'
     environment = environment_of(per_node, on_cpu)
-    if threads(os.environ) is None:  # what it says is of this machine
+    if threads(os.environ) is None:  # environment_of knows this machine's cores
         environment["OMP_NUM_THREADS"] = str(max(1, (allocated_cpus() or 1) // per_node))
     return _srun(nodes, ["bash", "-c", f"exec {command}"], environment)
 
@@ -169,7 +169,7 @@ def _on_nodes(
 def _srun(
     nodes: list[str], command: list[str], environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """One task on each node, with all that the job has there, also beside a shell that has it already."""
+    """One task per node with all of the job's resources there, even while a shell holds them."""
     count = str(len(nodes))
     srun = ["srun", "--overlap", "--nodes", count, "--ntasks", count, "--ntasks-per-node", "1"]
     # As in slurm/train.sbatch: all of our variables, and CPUs counted in one way.

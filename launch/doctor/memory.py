@@ -1,6 +1,6 @@
-"""What one rank would hold in memory: weights and what goes with them by theory, activations by tracing.
+"""Doctor's forecast of a rank's memory: weights and what goes with them by theory, activations by tracing.
 
-The tracing runs the training step on tensors without memory, and adds up what would be alive at once.
+Tracing runs the training step on tensors without memory and adds up what is alive at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _REMEDY = "Lower data.batch_gpu (more rounds of fewer images), or choose a strat
 
 
 def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
-    """Bytes on one rank at the worst moment, beside what the GPU has."""
+    """Bytes on one rank at the worst moment, compared with the GPU's."""
     held = states(job, players)
     text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
@@ -44,7 +44,7 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
         return
     try:
         active = activations(job.config, images, job.precision, num_classes)
-    except Exception as error:  # a network of the user's own may do anything
+    except Exception as error:  # a user's network may do anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         yield ok("memory", f"per rank: {text}; activations cannot be traced ({reason})")
         return

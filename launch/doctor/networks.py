@@ -1,4 +1,4 @@
-"""The networks as `shardgan doctor` sees them: do they build, and which traps does training them hold?"""
+"""Doctor's checks of the networks: can they be built, and what are the pitfalls of training them?"""
 
 from __future__ import annotations
 
@@ -20,32 +20,29 @@ from pipeline.wording import counted
 Players = tuple[nn.Module, nn.Module]  # G and D
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, _SpectralNorm)
-_SMALL = 16  # images that BatchNorm sees at once
+_SMALL = 16  # images in a BatchNorm's batch
 
 
 def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding]]:
-    """The findings, and G and D without memory if they can be built."""
+    """Also returns G and D, without memory, if they can be built."""
     num_classes = index.num_classes if index and job.config.data.conditional else 0
     if index is None and job.config.data.conditional:
-        text = "not looked at: how many classes there are is not known"
-        return None, [warning("networks", text, "Mend the data first.")]
+        text = "not checked: the number of classes is not known"
+        return None, [warning("networks", text, "Repair the data first.")]
     try:
         check_networks(job.config, num_classes)
         G, D = build_players(job, num_classes)
     except UserError as error:
         return None, [would_fail("networks", str(error))]
-    sizes = (
-        f"{name} {sum(p.numel() for p in player.parameters()) / 1e6:.2f} M"
-        for name, player in (("G", G), ("D", D))
-    )
-    found = [ok("networks", f"{' and '.join(sizes)} parameters")]
-    for trap in (tied, batch_norm, r1, weight_penalty, cadence):
-        found += trap(job, G, D)
+    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
+    found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
+    for check in (tied, batch_norm, r1, weight_penalty, cadence):
+        found += check(job, G, D)
     return (G, D), found
 
 
 def build_players(job: Job, num_classes: int) -> Players:
-    """G and D as FakeTensors, or with memory if they cannot be built without."""
+    """G and D of FakeTensors, or with memory if they cannot be built without."""
     try:
         with FakeTensorMode():
             return build_G(job.config, num_classes), build_D(job.config, num_classes)
@@ -67,7 +64,7 @@ def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """Statistics of one rank's images of one round."""
+    """Its statistics are over one rank's images of one round."""
     who = [name for name, player in (("G", G), ("D", D)) if has_batch_norm(player)]
     try:
         shape = batch_shape(job.config.data, job.world)
@@ -87,7 +84,7 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """R1 is of single images; and under ZeRO 3 it gathers all of D."""
+    """R1 takes gradients per image; under ZeRO 3 it gathers all of D."""
     if not job.config.penalty.r1.gamma:
         return
     if has_batch_norm(D):
@@ -99,7 +96,7 @@ def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """‖W‖² of kernels whose scale the network undoes."""
+    """‖W‖² of kernels whose scale a norm undoes."""
     penalty = job.config.penalty
     both = (("G", G, penalty.G), ("D", D, penalty.D))
     who = [
@@ -118,13 +115,11 @@ def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """How much a failing node loses, and how much of a run goes into scores."""
+    """How much does a failing node lose, and how much of a run goes into scores?"""
     run, score = job.config.run, job.config.score
     if run.checkpoint_kimg > run.total_kimg / 4:
-        text = (
-            f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg: a node that fails (a "
-            "signal saves first) loses up to so much"
-        )
+        text = f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg"
+        text += ": a node that fails loses up to that much (a signal saves first)"
         yield warning("checkpoints", text, "Lower run.checkpoint_kimg.")
     if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
         share = score.images / (run.eval_kimg * 1000)

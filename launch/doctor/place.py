@@ -1,4 +1,4 @@
-"""Where a job is to run, as `shardgan doctor` sees it: versions, disks, names and ports, and W&B."""
+"""Doctor's checks of where a job runs: versions, disks, names and ports, and W&B."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
-from pipeline.config import UserError
+from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
@@ -25,27 +25,26 @@ from pipeline.run.wandb_mode import choose_mode, names
 from pipeline.wording import counted, in_bytes
 
 _CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-_PORT = 29500  # Accelerate's, if it is told no other
+_PORT = 29500  # Accelerate's default
 
-# Packages that a run depends on to the version, and what is known to go wrong outside the supported range.
+# Packages whose versions matter, and what goes wrong outside the supported range.
 _DELICATE = {
     "torch": "older ones load checkpoints unsafely (CVE-2025-32434, CVE-2026-24747) and lack parts of FSDP2",
-    "accelerate": "older ones start each FSDP or DeepSpeed process alone on a CPU, without a word",
-    "deepspeed": "others keep gradients elsewhere, and some sum them wrongly without an error",
-    "webdataset": "older ones have no WDS_SECURE, and unpickle what is in a shard",
-    "wandb": "older ones take a run up again in another way",
+    "accelerate": "older ones start each FSDP or DeepSpeed process alone on a CPU, silently",
+    "deepspeed": "others keep gradients in other places, and some sum them wrongly without an error",
+    "webdataset": "older ones have no WDS_SECURE and unpickle parts of a shard",
+    "wandb": "older ones resume a run in another way",
 }
 
 
 def examine(job: Job) -> list[Finding]:
-    """The findings that do not depend on data or networks."""
+    """The checks that need neither data nor networks."""
     return [*versions(job), *rendezvous(job), *processors(job), *features(job), *tracker(job)]
 
 
 def versions(job: Job) -> Iterator[Finding]:
-    """Supported ones, and whether they are those that are tested together."""
-    required = _requirements(_required())
-    tested = _requirements(_CONSTRAINTS.read_text().splitlines())
+    """Are they supported, and those that are tested together?"""
+    required, tested = _requirements(_required()), _requirements(_CONSTRAINTS.read_text().splitlines())
     here, outside, untested = [], [], []
     for name, reason in _DELICATE.items():
         try:
@@ -69,7 +68,7 @@ def versions(job: Job) -> Iterator[Finding]:
 
 
 def _required() -> Sequence[str]:
-    """What the project asks for: as installed, else, found by PYTHONPATH alone, as its checkout says."""
+    """The project's dependencies: of what is installed, else (found by PYTHONPATH) of its checkout."""
     try:
         return importlib.metadata.requires("shardgan") or ()
     except importlib.metadata.PackageNotFoundError:
@@ -86,13 +85,13 @@ def _requirements(lines: Sequence[str]) -> dict[str, Requirement]:
 
 
 def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
-    """Room for checkpoints where the run is written, and for what is kept in the cache."""
+    """Is there room for checkpoints in the run folder, and in the cache?"""
     run, optim = job.config.run, job.config.optim
     sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
     moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
     checkpoint = sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
     kept = run.keep + bool(job.config.score.metrics)  # the one with the best score
-    needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest goes when the newest is whole
+    needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest is deleted when the newest is complete
     out = Path(run.out)
     there = sum(path.stat().st_size for path in (out / str(run.name) / "checkpoints").rglob("*.safetensors"))
     text = f"a checkpoint is {in_bytes(checkpoint)}, {kept} are kept and one more is written"
@@ -105,32 +104,29 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
 
 
 def _cache(job: Job, index: Index | None) -> Iterator[Finding]:
-    """Only where there is something to say: it is small, and can be made again."""
+    """A warning or nothing: the cache is small and can be rebuilt."""
     needed = (40 * index.num_samples if index else 0) + 5120 * job.config.score.images
     place = next(p for p in (cache_folder(), *cache_folder().parents) if p.exists())
     writable, free = os.access(place, os.W_OK), shutil.disk_usage(place).free
     if not writable or free < needed:
-        state = f"has {in_bytes(free)} free" if writable else "cannot be written to"
-        remedy = (
-            "Set SHARDGAN_CACHE to a folder with space, or indices and features are made anew by each run."
-        )
+        state = f"has {in_bytes(free)} free" if writable else "is not writable"
+        remedy = "Set SHARDGAN_CACHE to a folder with space, or every run rebuilds indices and features."
         yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", remedy)
 
 
-def moments_of(optimizer: object) -> int:
-    """Numbers that an optimizer keeps for each parameter."""
-    kind, momentum = getattr(optimizer, "kind", "adam"), getattr(optimizer, "momentum", 0.0)
-    return 2 if kind != "sgd" else int(momentum > 0)
+def moments_of(optimizer: Optimizer) -> int:
+    """Numbers that an optimizer keeps per parameter."""
+    return int(optimizer.momentum > 0) if optimizer.kind == "sgd" else 2
 
 
 def rendezvous(job: Job) -> Iterator[Finding]:
-    """Names that resolve, and a port that is free here."""
+    """Do the nodes' names resolve, and is the port free here?"""
     nodes = allocated()
     hosts = nodes or [socket.gethostname()]
     lost = [host for host in hosts if not _resolves(host)]
     if lost:
         remedy = "Add them to DNS or /etc/hosts on every node."
-        yield would_fail("rendezvous", f"no address is known here for {', '.join(lost)}", remedy)
+        yield would_fail("rendezvous", f"cannot be resolved here: {', '.join(lost)}", remedy)
         return
     if nodes and len(nodes) < job.nodes:
         text = f"{job.nodes} nodes, but this allocation has {len(nodes)}"
@@ -142,11 +138,11 @@ def rendezvous(job: Job) -> Iterator[Finding]:
         yield warning("rendezvous", text, remedy)
         return
     names = hosts[0] if len(hosts) == 1 else f"{hosts[0]} and {len(hosts) - 1} more"
-    yield ok("rendezvous", f"{names}: known by name; port {_PORT} is free here")
+    yield ok("rendezvous", f"{names}: resolved; port {_PORT} is free here")
 
 
 def processors(job: Job) -> Iterator[Finding]:
-    """Inside an allocation: enough for processes and loaders. Many clusters give one to who asks for none."""
+    """In an allocation: enough for processes and loaders? By default many clusters give one."""
     cpus, workers = allocated_cpus(), job.config.data.workers
     needed = job.gpus * (1 + workers)
     if cpus is not None and cpus < needed:
@@ -155,14 +151,14 @@ def processors(job: Job) -> Iterator[Finding]:
 
 
 def allocated_cpus() -> int | None:
-    """Per task, else of the node of this allocation that has least; None outside one."""
+    """Per task, else of the node of this allocation with the fewest; None outside one."""
     per_node = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", ""))
     asked = os.environ.get("SLURM_CPUS_PER_TASK")
     return int(asked) if asked else min(map(int, per_node), default=None)
 
 
 def allocated() -> list[str]:
-    """The nodes of the allocation that this is called in, if it is."""
+    """The nodes of the allocation that this is called in, if any."""
     if not os.environ.get("SLURM_JOB_NODELIST"):
         return []
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
@@ -180,7 +176,7 @@ def _resolves(host: str) -> bool:
 
 
 def features(job: Job) -> Iterator[Finding]:
-    """What scores are computed from can be loaded."""
+    """Can the features that scores are computed from be loaded?"""
     score = job.config.score
     if score.metrics:
         try:
@@ -190,12 +186,11 @@ def features(job: Job) -> Iterator[Finding]:
 
 
 def tracker(job: Job) -> Iterator[Finding]:
-    """Whether W&B would be online. Neither a key nor a run is sent."""
+    """Would W&B be online? Neither a key nor a run is sent."""
     if not job.config.track.wandb:
         yield ok("W&B", "off (track.wandb=false)")
         return
-    mode, reason = choose_mode()
-    called = names(job.config)
+    (mode, reason), called = choose_mode(), names(job.config)
     if mode == "online":
         yield ok("W&B", f"online: a key is configured and the server answers; {called}")
     elif mode == "disabled":

@@ -1,4 +1,4 @@
-"""The shell, folder and machine that a training would be started in, as `shardgan doctor` sees them."""
+"""Doctor's checks of the shell, folder and machine that a training is started in."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def examine(job: Job) -> list[Finding]:
 
 
 def variables(job: Job) -> Iterator[Finding]:
-    """Those of other launchers, and those that cannot be followed."""
+    """Of other launchers, or with unusable values."""
     try:
         environment_of(job.gpus, on_cpu=False)
     except UserError as error:
         yield would_fail("variables", str(error))
     for note in notes():
-        yield warning("variables", note, "Unset them, unless that is what you mean.")
+        yield warning("variables", note, "Unset them, unless you mean it.")
 
 
 def modules() -> Iterator[Finding]:
-    """Files that `python -m` and `accelerate launch`, called here, would take for modules."""
+    """Files that `python -m` and `accelerate launch`, called here, would import as modules."""
     here = str(Path.cwd())
     if found := shadows.shadows_in(here):
         text = f"{some(found)}: hides a module of that name from a bare `accelerate launch` in this folder"
-        yield warning("modules", text, "Start by `shardgan train`, which does not look here, or rename it.")
+        yield warning("modules", text, "Start by `shardgan train`, which does not look there, or rename it.")
 
 
 def workers(job: Job) -> Iterator[Finding]:
-    """What data workers need: semaphores, sockets, and a folder for these."""
+    """Data workers need semaphores, sockets, and a folder for these."""
     if not job.config.data.workers:
         return
     try:

@@ -1,4 +1,4 @@
-"""One rank of `shardgan doctor --live`: where it is, what it sees there, and how fast the ranks talk.
+"""One rank of `shardgan doctor --live`: what its node sees, and how fast the ranks exchange data.
 
 Without arguments, on each node before there are ranks: what it has room for.
 """
@@ -9,18 +9,18 @@ import json
 import os
 import statistics
 import sys
-import time
 from datetime import timedelta
 from typing import Any
 
 import torch
 
+from launch.bench.meter import clocked
 from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
-from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.console import end_process
 from pipeline.data.index import load_index
+from pipeline.parallel.environment import flag
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 
@@ -29,7 +29,7 @@ _TIMEOUT_S = 120
 
 
 def main(path: str, settings: list[str]) -> None:
-    """Meet the others, compare and measure; the main rank prints what was found as one line of JSON."""
+    """Meet the others and measure; the main rank prints one line of JSON."""
     ranks = Ranks(read_launch(), timedelta(seconds=_TIMEOUT_S))
     first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     seen = ranks.gather_objects(describe(path, settings, str(ranks.device)) if first_here else None)
@@ -44,17 +44,17 @@ def describe(path: str, settings: list[str], device: str) -> Fingerprint:
     """This node's fingerprint and kind of device, or why its config or data cannot be read."""
     seen = {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"}
     try:
-        resolved = config.load(path, settings)
-        assert resolved.data.train is not None
-        index = load_index(resolved.data.train, remote=resolved.data.remote)
+        config = load(path, settings)
+        assert config.data.train is not None
+        index = load_index(config.data.train, remote=config.data.remote)
     except UserError as error:
         return seen | fingerprint() | {"problem": str(error)}
-    return seen | fingerprint(resolved, index.fingerprint)
+    return seen | fingerprint(config, index.fingerprint)
 
 
 def place() -> dict[str, Any]:
-    """What this node has room for, and a port that is free on it."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    """What this node has room for, and a free port of it."""
+    on_cpu = flag(os.environ, "ACCELERATE_USE_CPU")
     return {
         "place": os.environ.get("SLURM_NODEID", "0"),
         "node": node_name(),
@@ -65,15 +65,12 @@ def place() -> dict[str, Any]:
 
 
 def all_reduce(ranks: Ranks, count: int) -> float:
-    """Seconds that the ranks take to add up so many numbers: the median of a few times."""
-    numbers, times = torch.ones(count, device=ranks.device), []
+    """Seconds of an all-reduce of `count` numbers: the median of a few."""
+    numbers, times = torch.ones(count, device=ranks.device), list[float]()
     for _ in range(6):
         ranks.barrier()
-        start = time.perf_counter()
-        ranks.sum(numbers)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        with clocked(times):
+            ranks.sum(numbers)
     return statistics.median(times[1:])  # the first one connects
 
 

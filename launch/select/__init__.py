@@ -1,4 +1,4 @@
-"""`shardgan select`: train every candidate on every fold, and choose with the evidence on the table."""
+"""`shardgan select`: train every candidate on every fold, and choose by their scores."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from pipeline.config import UserError
     type=click.Choice(RULES),
     default=RULES[0],
     show_default=True,
-    help="Of a grid over one λ: by differences in pairs of one fold and seed, or by means alone.",
+    help="For a grid over one λ: by differences in pairs of one fold and seed, or by means alone.",
 )
 @click.option("--collect", is_flag=True, help="Train nothing; table and report of what is done.")
 def select(
@@ -68,11 +68,11 @@ def select(
 ) -> None:
     """Choose λ (or anything else) by cross-validation.
 
-    The data are cut into folds; each candidate is trained on all but one of them and scored on that one, for
-    every fold and seed. Of a grid over one λ the largest is chosen that is within one standard error of the
-    best, of anything else the best mean. Each trial is a run of its own under OUT/NAME/trials, scored once at
-    its end, and the same command again continues where it was stopped. What comes out is in OUT/NAME:
-    report.md, curve.png, table.json, table.csv, and best.yaml, ready to train.
+    The data are cut into folds. Each candidate is trained on all but one of them and scored on that one, for
+    every fold and seed. In a grid over one λ, the largest within one standard error of the best is chosen;
+    otherwise the best mean. Each trial is a run of its own under OUT/NAME/trials, scored once, at its end.
+    The same command again resumes. The results are in OUT/NAME: report.md, curve.png, table.json, table.csv,
+    and best.yaml, ready to train.
     """
     from launch.select import candidates as select_candidates
     from launch.select.selection import Selection
@@ -80,7 +80,7 @@ def select(
     from launch.slurm.jobs import Resources
 
     if bool(grid) == bool(arms):
-        raise UserError("Give the candidates, either by --grid (once or more) or by --arms.")
+        raise UserError("Give the candidates by either --grid (once or more) or --arms.")
     if strategy == "single" and procs > 1:
         raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
     candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)

@@ -16,21 +16,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import UserError
 
-_LONGEST = 200  # bytes of a slug: a file's name has 255, of which seed, fold and suffix take some
+_LONGEST = 200  # bytes of a slug: a file's name has 255, which seed, fold and suffix share
 _MOST = 1000  # values of a range
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One candidate: the settings it changes."""
+    """One candidate: the settings (key=value) that it changes."""
 
     name: str
     settings: tuple[str, ...]
-    values: Mapping[str, str] = field(hash=False)  # of a grid: key → value as written; of named arms: empty
+    values: Mapping[str, str] = field(hash=False)  # key → value as written; empty for named arms
 
     @property
     def slug(self) -> str:
-        """The name, as part of a folder's; one that would be too long for it ends in a hash."""
+        """The name as part of a folder's; a long one is cut and ends in a hash."""
         slug = re.sub(r"[^\w.=+,-]+", "_", self.name.replace(", ", ","))
         if len(slug.encode()) <= _LONGEST:
             return slug
@@ -39,7 +39,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """The values of a grid, with as much of their keys as tells them apart; else the name."""
+        """The values of a grid, each with the part of its key that sets it apart; else the name."""
         values = list(self.values.values())
         if len(values) < 2:
             return values[0] if values else self.name
@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """What stands above labels: the keys of a grid, as penalty.{G,D}.l2."""
+        """A heading for labels: the keys of a grid, as penalty.{G,D}.l2."""
         if len(self.values) < 2:
             return next(iter(self.values), "candidate")
         before, keys, behind = _common(list(self.values))
@@ -63,13 +63,13 @@ class Arm:
 
 
 def grid(axes: Sequence[str]) -> list[Arm]:
-    """Every combination of axes `KEY=V1,V2,…`, where 1e-6:1e-2:5 stands for 5 values evenly spaced in log.
+    """Every combination of axes `KEY=V1,V2,…`, where 1e-6:1e-2:5 is 5 values evenly spaced in log.
 
     Raises UserError for an axis that cannot be read.
     """
     parsed = [_axis(text) for text in axes]
     if len({key for key, _ in parsed}) < len(parsed):
-        raise UserError("--grid: each key once; several values go behind one, with commas between.")
+        raise UserError("--grid: each key once, with its values separated by commas.")
     arms = []
     for combination in product(*(values for _, values in parsed)):
         values = dict(zip((key for key, _ in parsed), combination, strict=True))
@@ -81,7 +81,7 @@ def grid(axes: Sequence[str]) -> list[Arm]:
 def arms(file: Path) -> list[Arm]:
     """Arms from a YAML file of `name: [key=value, …]`. Raises UserError if it is not one."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))  # which refuses a name that stands there twice
+        content = OmegaConf.to_container(OmegaConf.load(file))  # refuses a duplicate name
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--arms {file} cannot be read: {' '.join(str(error).split())}") from None
     listed = content.items() if isinstance(content, dict) else ()
@@ -97,39 +97,28 @@ def arms(file: Path) -> list[Arm]:
 
 def _axis(text: str) -> tuple[str, list[str]]:
     key, equals, values = text.partition("=")
-    key, parts = key.strip(), _split(values)
-    if not (key and equals and values.strip()):
+    if not (key.strip() and equals and values.strip()):
         raise UserError(f"--grid {text}: not of the form KEY=V1,V2,…")
-    if parts is None:
-        raise UserError(f"--grid {text}: a bracket or quote is not closed.")
-    if not all(parts):
-        raise UserError(f"--grid {text}: a value is missing between two commas or at an end.")
-    found = [value for part in parts for value in _range(part, text)]
-    return key, list(dict.fromkeys(found))
+    found = [value for part in _split(values, text) for value in _range(part, text)]
+    return key.strip(), list(dict.fromkeys(found))
 
 
-def _split(values: str) -> list[str] | None:
-    """At the commas outside brackets and quotes, as YAML has them; None if one of these is not closed."""
-    parts, depth, quote, before = [""], 0, "", ","
-    for character in values:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"" and before in ",[{:":  # further inside a word it is an apostrophe
-            quote = character
-        else:
-            depth += (character in "[{") - (character in "]}")
-            if depth < 0:
-                return None
-        if character == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += character
-        before = before if character == " " else character
-    return None if depth or quote else [part.strip() for part in parts]
+def _split(values: str, axis: str) -> list[str]:
+    """Split at the commas outside brackets and quotes, as YAML does; each value stays as it was written."""
+    listed = f"[{values}]"
+    try:
+        node = yaml.compose(listed, yaml.SafeLoader)
+    except yaml.YAMLError:
+        node = None
+    if node is None or values.rstrip().endswith(","):
+        raise UserError(
+            f"--grid {axis}: a value is missing beside a comma, or a bracket or quote is not closed."
+        )
+    return [listed[node.start_mark.index : node.end_mark.index] for node in node.value]
 
 
 def _range(part: str, axis: str) -> list[str]:
-    """LOW:HIGH:COUNT → so many values, or the value itself."""
+    """LOW:HIGH:COUNT → COUNT values evenly spaced in log; anything else → itself."""
     if ":" not in part:
         return [_shortest(part)]
     try:
@@ -139,7 +128,7 @@ def _range(part: str, axis: str) -> list[str]:
             raise ValueError
     except ValueError:
         if not re.match(r"[\d.+-]", part):
-            return [part]  # a word, as package.module:Class
+            return [part]  # package.module:Class
         raise UserError(
             f"--grid {axis}: {part} is not LOW:HIGH:COUNT with 0 < LOW and 2 ≤ COUNT ≤ {_MOST}, as in "
             "1e-6:1e-2:5."
@@ -161,7 +150,7 @@ def _shortest(written: str) -> str:
 
 
 def _common(keys: Sequence[str]) -> tuple[str, list[str], str]:
-    """Dotted keys as what all begin with, what tells them apart, and what all end with."""
+    """Dotted keys as their common beginning, the parts that differ, and their common end."""
     split = [key.split(".") for key in keys]
     shortest = min(map(len, split))
     before = next((n for n in range(shortest) if len({parts[n] for parts in split}) > 1), shortest - 1)

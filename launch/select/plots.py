@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,11 @@ _NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all
 
 def draw(folder: Path, table: ScoreTable) -> list[Path]:
     """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
-    pictures = {"curve.png": curve(table), "weights.png": weights(table)}
-    for name, figure in pictures.items():
-        with files.whole(folder / name) as partial:
-            figure.savefig(partial, format="png")
-    return [folder / name for name in pictures]
+    pictures = {folder / "curve.png": curve(table), folder / "weights.png": weights(table)}
+    for path, figure in pictures.items():
+        figure.savefig(png := BytesIO(), format="png")
+        files.write(path, png.getvalue())
+    return list(pictures)
 
 
 def weights(table: ScoreTable) -> Figure:

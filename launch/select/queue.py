@@ -21,13 +21,11 @@ from pipeline.config import UserError
 def refuse_queued(folder: Path) -> None:
     """Raises UserError while trials of an earlier call are in the queue: two jobs must not train one."""
     file = folder / "slurm" / "job"
-    jobs = file.read_text().split() if file.exists() else []
-    for job in jobs:
-        if state := slurm.state(job):
-            raise UserError(
-                f"Job {job} of this selection is {state}. `scancel {' '.join(jobs)}` ends it; --collect "
-                "shows what is done."
-            )
+    if queued := slurm.queued(file):
+        raise UserError(
+            f"Job {queued[0]} of this selection is {queued[1]}. `scancel {file.read_text().strip()}` ends "
+            "it; --collect shows what is done."
+        )
 
 
 def submit(
@@ -37,8 +35,6 @@ def submit(
 
     Raises UserError with Slurm's reason if it refuses one.
     """
-    if resources.gpus and launch.procs > resources.gpus:
-        raise UserError(f"--procs {launch.procs} need a GPU each, but --gpus is {resources.gpus}.")
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # jobs inherit them, and all trials would be one run there
         os.environ.pop(name, None)
     resources = replace(

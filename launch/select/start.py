@@ -65,7 +65,10 @@ def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: in
         if jobs is not None:
             shares(launch, min(jobs, len(todo)))
         for trial in todo:
-            _check_batch(trial, launch.procs)
+            try:
+                batch_shape(trial.config.data, launch.procs)
+            except UserError as error:
+                raise UserError(f"{trial.arm.name}: {error}") from None
         check_space(Path(base.run.out))
     assert base.data.train is not None
     index = load_index(base.data.train, say, base.data.remote)
@@ -75,23 +78,16 @@ def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: in
     _check_references(trials, index, _features(base.score.features))
 
 
-def _check_batch(trial: Trial, procs: int) -> None:
-    try:
-        batch_shape(trial.config.data, procs)
-    except UserError as error:
-        raise UserError(f"{trial.arm.name}: {error}") from None
-
-
 def _check_networks(todo: Sequence[Trial], index: Index) -> None:
     """Raises UserError if no arm's networks can be built."""
-    for trial in {trial.arm.name: trial for trial in reversed(todo)}.values():
+    refused = []
+    for trial in {trial.arm.name: trial for trial in todo}.values():
         try:
             check_networks(trial.config, index.num_classes if trial.config.data.conditional else 0)
-        except UserError as error:
-            refused = error
-        else:
             return
-    raise refused
+        except UserError as error:
+            refused.append(error)
+    raise refused[-1]
 
 
 def _features(name: str) -> Extractor:

@@ -173,7 +173,9 @@ def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:
 def _rule(table: ScoreTable) -> str:
     """The rule that has chosen, in full."""
     if table.penalty is None:
-        return "The best mean is chosen, as only the values of one λ stand in an order of regularisation."
+        return (
+            "The best mean is chosen, as only the values of one λ are known to be ordered by regularisation."
+        )
     if table.rule == PAIRED:
         return (
             "The paired rule: of the candidates whose mean difference from the best, over trials of the same "

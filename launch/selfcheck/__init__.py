@@ -1,8 +1,7 @@
 """`shardgan selfcheck`: does every strategy train here, with these versions, what plain torch trains?
 
-Each strategy is started as in earnest, by `accelerate launch`, and runs all cases of the parity matrix
-(parity.py); plain.py trains them in one process without any of our engines. The tests judge by the same
-comparison.
+`accelerate launch` starts each strategy, which runs all cases of the parity matrix (parity.py); plain.py
+trains them in one process without our engines. Tests use the same comparison.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ if TYPE_CHECKING:
 COLUMNS = ("loss", "penalty", "gradient", "parameters", "EMA", "resume")
 WEIGHTS = 1e-6  # largest error of any weight after all updates, absolute
 VALUES = 1e-5  # of any chart, relative, but never stricter than a tenth of that absolutely
-# In bf16 and fp16 charts may be off by as much as a few roundings of a number with 8 or 11 bits.
+# In bf16 and fp16: of any chart, a few roundings of a number with 8 or 11 bits.
 LOW_VALUES = {"bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
-# And the weights by this part of the way they have gone. That is not a matter of bits alone: where a gradient
-# is nearly zero, Adam takes a whole step to one side or the other.
+# And of the weights, a part of the way they have moved. More than bits: where a gradient is nearly zero, Adam
+# takes a whole step to one side or the other.
 LOW_WAY = 0.05
 _RESUMED = "resumed/"
-_SKIP = "skip"  # a column in bf16 and fp16: is an update that overflows left out, and no other
-# Strategy → a DeepSpeed config with which even the smallest parameter is partitioned, as theirs are.
+_SKIP = "skip"  # a column in bf16 and fp16: is the update that overflows skipped, and no other
+# Strategy → a DeepSpeed config that partitions even the smallest parameter.
 PARTITION_ALL = {"zero3": Path(__file__).parents[1] / "deepspeed" / "zero3-partition-all.json"}
 
 
@@ -54,8 +53,8 @@ PARTITION_ALL = {"zero3": Path(__file__).parents[1] / "deepspeed" / "zero3-parti
 def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -> None:
     """Train small GANs under every strategy and compare with plain torch, to float32's rounding.
 
-    With --mixed_precision bf16 or fp16 the comparison is with float32 too, to the rounding of fewer bits: a
-    few cases, fp16's loss scale, and an update that overflows and must be left out.
+    With --mixed_precision bf16 or fp16 a few cases are compared with float32, to the rounding of fewer bits;
+    an update that overflows must be skipped.
 
     Prints the worst error of each strategy and exits 1 if any is beyond rounding: paste the table into bug
     reports.
@@ -88,7 +87,7 @@ def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -
 def _errors(
     strategy: str, world: int, out: Path, device: str, precision: str
 ) -> tuple[dict[str, float], str | None]:
-    """What `judge` says of a strategy, trained into `out`; or nothing, and what its processes said."""
+    """Train a strategy into `out` and `judge` it; or no errors, and the output of processes that failed."""
     ended = processes.launch(
         strategy,
         world,
@@ -104,34 +103,25 @@ def _errors(
 
 def judge(out: Path, strategy: str, world: int, device: str, precision: str = "no") -> dict[str, float]:
     """Column → the worst error over all cases that a launch wrote to `out`."""
-    from launch.selfcheck import parity
+    from launch.selfcheck import low_precision, parity, plain
 
-    if precision != "no":
-        return _judge_low(out, world, device, precision)
-    worst = dict.fromkeys(COLUMNS, 0.0)
-    for case in parity.cases(world, strategy):
-        for column, _, error in differences(read(out, case.name), expected(case, device)):
-            worst[column] = max(worst[column], error)
-    return worst
-
-
-def _judge_low(out: Path, world: int, device: str, precision: str) -> dict[str, float]:
-    from launch.selfcheck import low_precision, plain
-
-    worst = dict.fromkeys(columns(precision), 0.0)
-    for case in low_precision.cases(world):
+    low, worst = precision != "no", dict.fromkeys(columns(precision), 0.0)
+    for case in low_precision.cases(world) if low else parity.cases(world, strategy):
         trained, reference = read(out, case.name), expected(case, device)
-        found = [error for error in differences(trained, reference) if error[0] not in ("parameters", "EMA")]
-        found += part_of_the_way(trained[0], reference[0], plain.untrained(case))
+        found = list(differences(trained, reference))
+        if low:
+            found = [error for error in found if error[0] not in ("parameters", "EMA")]
+            found += part_of_the_way(trained[0], reference[0], plain.untrained(case))
         for column, _, error in found:
             worst[column] = max(worst[column], error)
-    rows = json.loads((out / low_precision.OVERFLOW).read_text())
-    worst[_SKIP] = 0.0 if low_precision.skipped_alone(rows, precision) else math.inf
+    if low:
+        rows = json.loads((out / low_precision.OVERFLOW).read_text())
+        worst[_SKIP] = 0.0 if low_precision.skipped_alone(rows, precision) else math.inf
     return worst
 
 
 def part_of_the_way(trained: Tensors, reference: Tensors, untrained: Tensors) -> Iterator[Difference]:
-    """The error of all weights of G, D and G_ema together, as a part of how far they have gone."""
+    """The error of all weights of G, D and G_ema, as a part of how far they have moved."""
     for player in ("G", "D", "G_ema"):
         names = [name for name in reference if name.startswith(f"{player}/")]
         error, way = (
@@ -143,7 +133,7 @@ def part_of_the_way(trained: Tensors, reference: Tensors, untrained: Tensors) ->
 
 
 def read(folder: Path, case: str) -> Trained:
-    """What a launch wrote of a case."""
+    """What a launch wrote for a case."""
     from safetensors.torch import load_file
 
     return load_file(folder / f"{case}.safetensors"), json.loads((folder / f"{case}.json").read_text())
@@ -151,7 +141,7 @@ def read(folder: Path, case: str) -> Trained:
 
 @lru_cache
 def expected(case: Case, device: str = "cpu") -> Trained:
-    """What plain torch makes of a case; trained once."""
+    """A case trained by plain torch, once."""
     from launch.selfcheck import parity, plain
 
     if device != "cpu":
@@ -160,7 +150,7 @@ def expected(case: Case, device: str = "cpu") -> Trained:
 
 
 def differences(trained: Trained, reference: Trained) -> Iterator[Difference]:
-    """(column, what, error) of everything that was trained; nan and what is missing are infinitely wrong."""
+    """(column, what, error) of everything that was trained; infinite for NaN and for what is missing."""
     (weights, rows), (true_weights, true_rows) = trained, reference
     unbroken = {name for name in weights if not name.startswith(_RESUMED)}
     if len(rows) != len(true_rows) or unbroken != true_weights.keys():

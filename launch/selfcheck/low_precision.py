@@ -1,8 +1,8 @@
-"""Small trainings in bf16 and fp16, whose error is what so few bits round, and no more.
+"""Small trainings in bf16 and fp16, whose only error must be rounding.
 
 `accelerate launch --mixed_precision … -m launch.selfcheck.low_precision OUT` trains the cases below and
-writes what came out, and what became of an update that overflowed. `shardgan selfcheck --mixed_precision`
-compares with plain torch in float32.
+writes the results, and what an update that overflows changed. `shardgan selfcheck --mixed_precision` compares
+with plain torch in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
 OVERFLOW = "overflow.json"
-# So large that one that is lost, or scaled with the loss, cannot hide behind the rounding.
+# So large that rounding cannot hide a penalty that is lost or scaled with the loss.
 _PENALTIES = ("penalty.G.l2=5e-2", "penalty.D.l2=6e-2", "penalty.l1=1e-3")
 _CASES = {
     "momentum": (*parity.SGD, *_PENALTIES),
@@ -33,8 +33,8 @@ _CASES = {
 
 
 def cases(world: int = 1) -> list[Case]:
-    """Momentum, Adam and R1, in two rounds of several images each: the gradient of a single one may overflow
-    at fp16's first loss scale, which leaves an update out."""
+    """Momentum, Adam and R1, in two rounds of several images each: a single image's gradient may overflow at
+    fp16's first loss scale, and its update would be skipped."""
     batch = 4 * parity.shared_batch(world)
     return [Case(name, settings, 2, batch, resumed="adam" in name) for name, settings in _CASES.items()]
 
@@ -51,14 +51,14 @@ def main(out: Path) -> None:
 
 
 def overflow(case: Case, ranks: Ranks) -> list[dict[str, Any]]:
-    """For each of three updates, with nothing finite in D's gradient in the second: which weights changed,
-    D's loss scale after it if there is one, and the charted norm of D's gradient."""
+    """For each of three updates, in the second of which D's gradient is not finite: which weights changed,
+    D's loss scale after it, if any, and the charted norm of D's gradient."""
     state, rows = parity.initial_state(case), []
     gan, batches = parity.start(case, state, ranks)
     stats = Stats(ranks.device)
     for update in range(3):
         batch = next(batches)
-        if update == 1 and ranks.main:  # one rank's overflow is all ranks'
+        if update == 1 and ranks.main:  # all ranks must skip together
             batch = batch._replace(images=torch.full(batch.images.shape, torch.inf))
         before = parity.whole(gan)
         state.cur_nimg = train_step(gan, iter([batch]), state.cur_nimg, stats)
@@ -73,7 +73,7 @@ def overflow(case: Case, ranks: Ranks) -> list[dict[str, Any]]:
 
 
 def skipped_alone(rows: list[dict[str, Any]], precision: str) -> bool:
-    """Whether `overflow` saw D's second update, and no other, left out, and the loss scale halved for it."""
+    """Whether, of `overflow`, D's second update alone was skipped, and the loss scale halved for it."""
     everything = ["D", "G", "G_ema"]
     scales = [START, START / 2, START / 2] if precision == "fp16" else [None] * 3
     changed = [row["changed"] for row in rows]

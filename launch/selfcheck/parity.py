@@ -1,8 +1,8 @@
 """The parity matrix: the same small training under a strategy, and in plain single-process torch.
 
-`accelerate launch … -m launch.selfcheck.parity OUT` trains every case below under the strategy of the
-launcher and writes what came out; plain.py trains them as a textbook would, with autograd on λ·Σp². What
-differs is an error of the strategy. `shardgan selfcheck` and the tests compare the two.
+`accelerate launch … -m launch.selfcheck.parity OUT` trains every case below under the launcher's strategy and
+writes the results; plain.py trains them as in a textbook, with autograd on λ·Σp². Any difference is an error
+of the strategy. `shardgan selfcheck` and the tests compare the two.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from pipeline import config
-from pipeline.config import Config
+from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
 from pipeline.durable import save_tensors
@@ -38,7 +37,7 @@ from pipeline.step import train_step
 UPDATES = 5
 RESUMED_AFTER = 3
 Tensors = dict[str, torch.Tensor]
-_load = cache(config.load)  # every case is started more than once
+_load = cache(load)  # every case is started more than once
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class Case:
     def config(self, world: int) -> Config:
         """A norm-free DCGAN of awkward sizes: few tensors divide equally over 2 or 3 ranks.
 
-        Its activations are smooth: a ReLU's unit within rounding of the kink is on in one strategy and off in
-        another, and the trainings part by far more than rounding.
+        Its activations are smooth: a ReLU within rounding of its kink may be on under one strategy and off
+        under another, and the trainings then differ by far more than rounding.
         """
         return _load(
             None,
@@ -90,14 +89,14 @@ R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 
 
 def shared_batch(world: int) -> int:
-    """Images that `world` ranks can share in two rounds: as many for 1, 2, 3 and 6 ranks."""
+    """Images that `world` ranks can share in two rounds; the same number for 1, 2, 3 and 6 ranks."""
     return next(n for n in itertools.count(12) if n % (2 * world) == 0)
 
 
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
-    """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, L2 under Adam too; and
-    what else must be exact: a penalty on all parameters, R1, norms that see one image, labels, D twice,
-    residual networks, parameters that do not train, tied ones (which FSDP2 does not do).
+    """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
+    a penalty on all parameters, R1, norms of single images, labels, two D steps, residual networks,
+    parameters that do not train, and tied ones, which FSDP2 refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -110,7 +109,7 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
         (1, 2), clips.items(), penalties.items()
     ):
-        resumed = clip == "clipped" and rounds == 2  # what a checkpoint holds depends on neither
+        resumed = clip == "clipped" and rounds == 2  # checkpoints depend on neither
         for kind, optimizer in {"sgd": SGD, "adam": ADAM}.items():
             if kind == "sgd" or penalty == "l2":
                 name, settings = f"{kind}-{penalty}-{clip}-{rounds}", (*optimizer, *lambdas, *clipping)
@@ -132,14 +131,14 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     if strategy == "fsdp2":
         del special["tied"]
     for name, settings in special.items():
-        # Every forward pass is a power iteration of spectral norm: there, rounds are another training.
+        # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
         found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, batch))
     return found
 
 
 def reals(case: Case, count: int) -> list[Batch]:
-    """Made-up global batches of images and labels, the same for everyone."""
+    """Random global batches of images and labels, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(case.batch) % 3
     size = case.config(world=1).data.size
@@ -165,7 +164,7 @@ def main(out: Path) -> None:
 
 
 def ieee() -> None:
-    """Float32 that is float32 on GPUs too: no TF32."""
+    """Full float32 on GPUs: no TF32."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
@@ -177,22 +176,22 @@ def join() -> Ranks:
 
 
 def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
-    """Train each case, unbroken and resumed, and write what came out of it."""
+    """Train each case, unbroken and resumed, and write the results."""
     for number, case in enumerate(chosen):
         tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
         if number == 0:
-            # All is imported by now. DeepSpeed collects garbage for every engine that it makes, which takes
-            # longer than all the rest of a case unless what stays for good is out of the way.
             gc.collect()
-            gc.freeze()
+        # DeepSpeed collects garbage for every engine it makes, which takes longer than the rest of a case
+        # unless imported modules and earlier cases are out of the way.
+        gc.freeze()
 
 
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
-    """Train unbroken, then perhaps again from a checkpoint in the middle: weights and averages of both, and
-    the charts."""
+    """Train unbroken, and from a checkpoint in the middle if the case is resumed: weights and averages of
+    both, and the charts of the first."""
     state, rows = initial_state(case), []
     gan, batches = start(case, state, ranks)
     stats = Stats(ranks.device)
@@ -203,7 +202,7 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
             saver = Saver(folder, ranks, keep=1)
             saver.begin([gan.G, gan.D], gan.G_ema, state)
             assert saver.finish() == []
-    if case.name != "tied":  # which DeepSpeed keeps gathered from the other player's turn to their own
+    if case.name != "tied":  # DeepSpeed keeps tied parameters gathered between turns
         _check_partitioned(gan, ranks)
     tensors = whole(gan)
     if case.resumed:
@@ -212,7 +211,7 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
 
 
 def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
-    """The end of the same training by engines built anew from the checkpoint in `folder`."""
+    """The end of the same training, by new engines that resume from the checkpoint in `folder`."""
     found, _ = ranks.broadcast_from_main(lambda: checkpoint.newest_intact(folder))
     assert found is not None
     state = checkpoint.read_state(found)
@@ -225,18 +224,18 @@ def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
 
 
 def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]:
-    """Both players as they begin, and this rank's part of the global batches from state.cur_nimg on."""
-    settings = case.config(ranks.world)
-    gan = build(settings, ranks, batch_shape(settings.data, ranks.world), state.label_frequencies)
+    """New players, and this rank's part of the global batches from state.cur_nimg on."""
+    config = case.config(ranks.world)
+    gan = build(config, ranks, batch_shape(config.data, ranks.world), state.label_frequencies)
     share = case.batch // ranks.world
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    due = reals(case, UPDATES * settings.loss.D_steps)[state.cur_nimg // case.batch :]
+    due = reals(case, UPDATES * config.loss.D_steps)[state.cur_nimg // case.batch :]
     return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
 
 
 def _check_partitioned(gan: Gan, ranks: Ranks) -> None:
-    """Under ZeRO stage 3 no rank may hold more than its part of any parameter between updates: else these
-    small networks would pass without a parameter ever being sharded."""
+    """Under ZeRO stage 3 no rank may hold more than its part of a parameter between updates: these small
+    networks would otherwise pass without ever being sharded."""
     if ranks.strategy == "zero3":
         for name, p in [*gan.G.module.named_parameters(), *gan.D.module.named_parameters()]:
             held: Any = p

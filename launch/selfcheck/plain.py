@@ -1,7 +1,7 @@
-"""The reference of the parity matrix: a GAN trained as a textbook would, in one process, by autograd.
+"""The reference of the parity matrix: a GAN trained as in a textbook, in one process, by autograd.
 
-Nothing of pipeline/parallel or pipeline/step.py is used here: the penalty is λ·Σp² inside the loss, the
-whole batch goes through at once, the optimizers are torch's own for-loop ones, and the average is a loop.
+It uses nothing of pipeline/parallel or pipeline/step.py: the penalty is λ·Σp² inside the loss, the whole
+batch passes at once, the optimizers are torch's for-loop ones, and the average is a loop.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from pipeline.gan.networks import build_D, build_G
 
 def untrained(case: Case) -> Tensors:
     """Weights of G, D and G_ema before the first update."""
-    settings, state = case.config(world=1), initial_state(case)
-    players = {"G": build_G(settings, state.num_classes), "D": build_D(settings, state.num_classes)}
+    config, state = case.config(world=1), initial_state(case)
+    players = {"G": build_G(config, state.num_classes), "D": build_D(config, state.num_classes)}
     players["G_ema"] = players["G"]
     return {f"{name}/{key}": p.detach() for name, module in players.items() for key, p in _trained(module)}
 
 
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
-    settings, state, rows = case.config(world=1), initial_state(case), []
-    G = build_G(settings, state.num_classes).to(device)
-    D = build_D(settings, state.num_classes).to(device)
+    config, state, rows = case.config(world=1), initial_state(case), []
+    G = build_G(config, state.num_classes).to(device)
+    D = build_D(config, state.num_classes).to(device)
     G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
-    G_optimizer, D_optimizer = _optimizer(G, settings.optim.G), _optimizer(D, settings.optim.D)
-    draws = Draws(settings.run.seed, settings.G.z_dim, state.label_frequencies)
-    batches = iter(reals(case, UPDATES * settings.loss.D_steps))
+    G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
+    draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
+    batches = iter(reals(case, UPDATES * config.loss.D_steps))
     nimg = 0
     for _ in range(UPDATES):
         start, D_rows = nimg, []
-        for _ in range(settings.loss.D_steps):
+        for _ in range(config.loss.D_steps):
             batch = next(batches)
             images, c = _on(device, batch.images, batch.labels)
             z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
             assert images is not None
             x = (images.float() / 127.5 - 1).requires_grad_()
-            parts = _d_parts(settings, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
-            parts |= _penalties(D, settings.penalty.D, settings.penalty.on)
-            D_rows.append(_update("D", D, D_optimizer, parts, settings.optim.D.clip))
+            parts = _d_parts(config, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
+            parts |= _penalties(D, config.penalty.D, config.penalty.on)
+            D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
-        parts = {"adversarial": _g_loss(settings.loss.kind, D(G(z, fake_c), fake_c))}
-        parts |= _penalties(G, settings.penalty.G, settings.penalty.on)
-        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, settings.optim.G.clip))
-        half_life = min(1000 * settings.ema.kimg, settings.ema.rampup * start)
+        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c))}
+        parts |= _penalties(G, config.penalty.G, config.penalty.on)
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
+        half_life = min(1000 * config.ema.kimg, config.ema.rampup * start)
         beta = 0.5 ** ((nimg - start) / half_life) if start else 0.0
         for name, p in G.named_parameters():
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
@@ -86,13 +86,13 @@ def _update(
     return row | {f"Gradients/{player}/norm": squares**0.5}
 
 
-def _d_parts(settings: Config, real_logits: Tensor, fake_logits: Tensor, x: Tensor, nimg: int) -> Tensors:
-    """The adversarial loss of D and, when its turn has come, R1."""
-    parts = {"adversarial": _d_loss(settings.loss.kind, real_logits, fake_logits)}
-    r1 = settings.penalty.r1
+def _d_parts(config: Config, real_logits: Tensor, fake_logits: Tensor, x: Tensor, nimg: int) -> Tensors:
+    """The adversarial loss of D and, when it is due, R1."""
+    parts = {"adversarial": _d_loss(config.loss.kind, real_logits, fake_logits)}
+    r1 = config.penalty.r1
     if r1.gamma:
         parts["r1_penalty"] = x.new_zeros(())
-        if (nimg // settings.data.batch_size) % r1.interval == 0:
+        if (nimg // config.data.batch_size) % r1.interval == 0:
             (gradient,) = torch.autograd.grad(real_logits.sum(), x, create_graph=True)
             parts["r1_penalty"] = r1.interval * r1.gamma / 2 * gradient.square().sum() / len(x)
     return parts
@@ -116,7 +116,7 @@ def _g_loss(kind: str, fake: Tensor) -> Tensor:
 
 
 def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
-    """λ₂ Σ w² and λ₁ Σ |w|, over all that trains or over kernels: here, what has two axes or more."""
+    """λ₂ Σ w² and λ₁ Σ |w| over all that trains, or over kernels: here, weights of two axes or more."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     chosen = [p for _, p in _trained(module) if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
     parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
@@ -129,12 +129,10 @@ def _total(values: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(values)).sum()
 
 
-def _optimizer(module: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    if settings.kind == "sgd":
-        return torch.optim.SGD(module.parameters(), settings.lr, momentum=settings.momentum, foreach=False)
-    return torch.optim.Adam(
-        module.parameters(), settings.lr, betas=settings.betas, eps=settings.eps, foreach=False
-    )
+def _optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
+    if config.kind == "sgd":
+        return torch.optim.SGD(module.parameters(), config.lr, momentum=config.momentum, foreach=False)
+    return torch.optim.Adam(module.parameters(), config.lr, betas=config.betas, eps=config.eps, foreach=False)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

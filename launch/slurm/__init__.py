@@ -1,1 +1,1 @@
-"""Slurm, one launcher among possible others."""
+"""Slurm, one launcher among possible others: another needs what jobs.py has: render, submit, state."""

@@ -1,18 +1,18 @@
-"""The index of a training's data, brought from where a job is submitted to where it runs.
+"""Copies the index of the data from the machine a job is submitted on to the nodes that it runs on.
 
-For data that cannot be written to, or that lie at a URL, an index may be in a cache folder (see
-pipeline/data/record.py); a job has another one, on each node's own disk.
+An index is in a cache folder if the data cannot be written to or lie at a URL (see pipeline/data/record.py);
+each node has a cache of its own.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import platformdirs
 
+from pipeline import durable
 from pipeline.config import Data, UserError
 from pipeline.data.locate import locate
 from pipeline.data.record import places
@@ -21,15 +21,15 @@ from pipeline.data.remote.urls import is_url, locate_url
 
 
 def keep(data: Data, folder: Path) -> None:
-    """Copy what this machine's cache knows of the data, if it does, into `folder`. Raises UserError."""
+    """Copy the index of the data from this machine's cache, if it is there, to `folder`. Raises UserError."""
     cached = _cached(data)
     if cached is not None and cached.is_dir():
         _copy(cached, folder / cached.name, "Set run.out.")
 
 
 def bring(data: Data) -> None:
-    """Copy what was kept (SHARDGAN_INDEX names the folder), or is in the user's own cache, into the cache
-    here. Raises UserError."""
+    """Copy what was kept (in the folder SHARDGAN_INDEX), or is in the user's own cache, to the cache here.
+    Raises UserError."""
     cached = _cached(data)
     if cached is None:
         return
@@ -41,8 +41,8 @@ def bring(data: Data) -> None:
 
 
 def _cached(data: Data) -> Path | None:
-    """Where in the cache of this machine index and sidecars are, or would be; None if there are no data,
-    which is for others to say. Of a folder it does not matter whether it shows shards without its index."""
+    """Where in this machine's cache index and sidecars are, or would be; None if there are no data, which
+    others report."""
     train = str(data.train)
     try:
         if is_url(train):
@@ -54,17 +54,15 @@ def _cached(data: Data) -> Path | None:
 
 
 def _copy(source: Path, target: Path, remedy: str) -> None:
-    """What is missing there or older: each file appears whole, as other jobs may do the same. Of an index
-    the newest counts, so files keep their times."""
+    """Copy files that are missing or older there. They keep their times, as the newest index counts; other
+    jobs may do the same at once."""
     try:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             copy = target / file.relative_to(source)
             if copy.exists() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns:
                 continue
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=copy.parent) as scratch:
-                shutil.copy2(file, Path(scratch) / "file")
-                (Path(scratch) / "file").replace(copy)
+            with durable.whole(copy) as partial:
+                shutil.copy2(file, partial)
     except OSError as error:
         raise UserError(
             f"The index in {source} cannot be copied to {target} ({error.strerror}). {remedy}"

@@ -37,6 +37,10 @@ class Resources:
     partition: str | None = None
     account: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.gpus and self.procs > self.gpus:
+            raise UserError(f"--procs {self.procs} need a GPU each, but --gpus is {self.gpus}.")
+
     def directives(self) -> dict[str, str]:
         """Options of sbatch."""
         asked = {
@@ -159,6 +163,12 @@ def refuse_credentials(texts: Sequence[str]) -> None:
         )
 
 
+def queued(file: Path) -> tuple[str, str] | None:
+    """The first job, of the ids in a file, that is still in the queue, and its state."""
+    jobs = file.read_text().split() if file.exists() else []
+    return next(((job, found) for job in jobs if (found := state(job))), None)
+
+
 def state(job: str) -> str | None:
     """PENDING, RUNNING … of a job in the queue; None if it has left the queue, or without Slurm."""
     if shutil.which("squeue") is None:
@@ -191,9 +201,7 @@ def _sbatch(*arguments: str, text: str = "") -> str:
     ended = _call("sbatch", *arguments, text=text)
     if ended.returncode:
         reason = " ".join(re.sub(r"\b(sbatch|allocation failure): (error: )?", "", ended.stderr).split())
-        raise UserError(
-            f"Slurm did not take the job: {reason}.{_partitions() if 'artition' in reason else ''}"
-        )
+        raise UserError(f"Slurm refused the job: {reason}.{_partitions() if 'artition' in reason else ''}")
     return ended.stdout
 
 

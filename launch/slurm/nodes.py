@@ -19,6 +19,7 @@ from launch.slurm import index_copies
 from pipeline.config import Config, UserError, load
 from pipeline.credentials import redacted
 from pipeline.durable import write
+from pipeline.parallel.environment import flag
 
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
@@ -96,24 +97,24 @@ def _read(first: Path) -> Fingerprint:
         try:
             there: Fingerprint = json.loads(first.read_text())
             return there
-        except (OSError, ValueError) as error:
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            if isinstance(error, ValueError):
-                raise UserError(
-                    f"{first} is incomplete here {_SEEN_WITHIN} s after the first node wrote it: the shared "
-                    "file system lags. Submit again, or set run.out to another one."
-                ) from None
-            raise UserError(
+        except ValueError:
+            problem = (
+                f"{first} is incomplete here {_SEEN_WITHIN} s after the first node wrote it: the shared file "
+                "system lags. Submit again, or set run.out to another one."
+            )
+        except OSError:
+            problem = (
                 f"the run folder {first.parent.parent} is not the one of the first node: it must lie on a "
                 "file system that all nodes share. Set run.out."
-            ) from None
+            )
+        if time.monotonic() > deadline:
+            raise UserError(problem)
+        time.sleep(0.2)
 
 
 def _check_gpus(procs: int) -> None:
     """A GPU for each process here, unless they are to train on CPUs. Raises UserError."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if flag(os.environ, "ACCELERATE_USE_CPU"):
         return
     import torch
 

@@ -1,8 +1,9 @@
-"""`shardgan submit`: check a training, and hand it to Slurm with the code and config as they are now."""
+"""`shardgan submit`: check a training, and submit it to Slurm with the code and config as they are now."""
 
 from __future__ import annotations
 
 import sys
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,41 +47,49 @@ def submit(
 ) -> None:
     """Train CONFIG on a Slurm cluster; the same command again resumes a run that is not DONE.
 
-    Everything is looked at first, as by `shardgan doctor`. Further options of sbatch go by its own variables
-    (SBATCH_QOS, SBATCH_CONSTRAINT, …), those of the job by SHARDGAN_*: see slurm/train.sbatch.
+    Everything is checked first, as by `shardgan doctor`. Set further options of sbatch by its variables
+    (SBATCH_QOS, SBATCH_CONSTRAINT, …) and those of the job by SHARDGAN_*: see slurm/train.sbatch.
     """
-    from launch.slurm import jobs as slurm
-    from pipeline import config as configs
+    from launch.slurm import jobs
+    from pipeline.config import dump, load
     from pipeline.run.folder import finished, under_a_free_name
 
-    resolved = under_a_free_name(configs.load(config, settings))
+    resolved = under_a_free_name(load(config, settings))
     procs = procs or gpus or 1
-    if gpus and procs > gpus:
-        raise configs.UserError(f"--procs {procs} need a GPU each, but --gpus is {gpus}.")
     cpus = _enough(cpus, procs, resolved.data.workers)
-    resources = slurm.Resources(
+    resources = jobs.Resources(
         nodes, gpus, procs, cpus, strategy, mixed_precision, time, partition, account
     )  # fmt: skip
     run = (Path(resolved.run.out) / str(resolved.run.name)).absolute()
     if finished(run, resolved):
         click.echo(f"{run} is finished (its DONE file says so). Nothing to submit.")
         return
-    _refuse_twice(run)
-    slurm.refuse_credentials([str(resolved.data.train)])
-    folder = _free_folder(run / "slurm")
-    batch = slurm.render(str(resolved.run.name), folder, ["train.sbatch", f"{folder}/config.yaml"], resources)
+    _refuse_queued(run)
+    jobs.refuse_credentials([str(resolved.data.train)])
+    number = next(n for n in count(1) if not (run / "slurm" / str(n)).exists())
+    folder = run / "slurm" / str(number)
+    batch = jobs.render(run.name, folder, ["train.sbatch", f"{folder}/config.yaml"], resources)
     if not dry_run:
-        slurm.check(batch)
+        jobs.check(batch)
     _examine(resolved, run, resources)
     if dry_run:
         click.echo(batch.text, nl=False)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(configs.dump(resolved), "utf-8")
-    slurm.keep(folder, [resolved.data])
-    job = slurm.submit(folder, batch)
+    (folder / "config.yaml").write_text(dump(resolved), "utf-8")
+    jobs.keep(folder, [resolved.data])
+    job = jobs.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")
-    _tell(job, run, folder, resources)
+    strategy = strategy or ("single" if nodes * procs == 1 else "ddp")
+    log = folder / f"{job}.log"
+    click.echo(
+        f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
+        f"  run     {run}\n"
+        f"  log     {log}\n"
+        f"  follow  tail -F {log}\n"
+        f"          squeue --jobs {job} --start\n"
+        f"  stop    scancel --batch --signal=TERM {job}     saves first; the same command resumes"
+    )
 
 
 def _enough(cpus: int | None, procs: int, workers: int) -> int:
@@ -95,64 +104,39 @@ def _enough(cpus: int | None, procs: int, workers: int) -> int:
     return cpus or needed
 
 
-def _examine(settings: Config, run: Path, resources: Resources) -> None:
-    """What `shardgan doctor` finds, told if it matters. A run that has begun had its data read before."""
+def _examine(config: Config, run: Path, resources: Resources) -> None:
+    """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before."""
     from rich.console import Console
 
-    from launch.doctor import bar, examine, fails, job_of, show
+    from launch.doctor.checks import bar, examine, job_of
+    from launch.doctor.finding import fails, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.run.reals import checked_index
 
     if (run / "metrics.jsonl").exists():
-        check_same(settings, run)
-        batch_shape(settings.data, resources.nodes * resources.procs)
-        checked_index(settings, announce=False)
+        check_same(config, run)
+        batch_shape(config.data, resources.nodes * resources.procs)
+        checked_index(config, announce=False)
         return
-    job = job_of(settings, resources.nodes, resources.procs, resources.strategy, resources.precision)
-    click.echo("Looking at everything first; all shards are read …", err=True)
+    job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
+    click.echo("Checking everything first; all shards are read …", err=True)
     with bar() as progress:
         found = examine(job, progress)
-    remarkable = [finding for finding in found if finding.verdict != "ok"]
-    if remarkable:
+    if remarkable := [finding for finding in found if finding.verdict != "ok"]:
         show(remarkable, Console(stderr=True))
     if fails(found):
         sys.exit(2)
 
 
-def _refuse_twice(run: Path) -> None:
+def _refuse_queued(run: Path) -> None:
     """Two jobs must not write one run."""
-    from launch.slurm import jobs as slurm
+    from launch.slurm.jobs import queued
     from pipeline.config import UserError
 
-    try:
-        job = (run / "slurm" / "job").read_text().strip()
-    except OSError:
-        return
-    state = slurm.state(job)
-    if state is not None:
+    if found := queued(run / "slurm" / "job"):
+        job, state = found
         raise UserError(
             f"{run} is in the queue already, as job {job} ({state}). Stop that first (scancel --batch "
             f"--signal=TERM {job}), or give this one another run.name."
         )
-
-
-def _free_folder(parent: Path) -> Path:
-    """One for each submission, numbered."""
-    number = 1
-    while (parent / str(number)).exists():
-        number += 1
-    return parent / str(number)
-
-
-def _tell(job: str, run: Path, folder: Path, resources: Resources) -> None:
-    strategy = resources.strategy or ("single" if resources.nodes * resources.procs == 1 else "ddp")
-    log = folder / f"{job}.log"
-    click.echo(
-        f"Job {job}: {run.name}, {strategy} on {resources.nodes} nodes x {resources.procs} processes\n"
-        f"  run     {run}\n"
-        f"  log     {log}\n"
-        f"  follow  tail -F {log}\n"
-        f"          squeue --jobs {job} --start\n"
-        f"  stop    scancel --batch --signal=TERM {job}     saves first; the same command continues"
-    )

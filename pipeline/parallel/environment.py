@@ -1,7 +1,7 @@
-"""Environment variables that launchers leave to the processes they start, and that others leave lying about.
+"""Environment variables that launchers set, and that others leave in a shell.
 
-A PyTorchJob's pod, an MPI job or a debugging shell has variables of the same names as ours. Those of the
-launcher that did start a process are read by launched.py; all others are cleared before a library obeys them.
+A PyTorchJob's pod, an MPI job or a debugging shell has variables of the same names as ours. launched.py reads
+those of the launcher that started this process; the others are removed before a library reads them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, MutableMapping
 
-from pipeline.config import UserError
+from pipeline.errors import UserError
 
 # Who a process is among others: torchrun's names, which Accelerate, DeepSpeed and torch read.
 RANK_VARIABLES = frozenset(
@@ -19,35 +19,24 @@ RANK_VARIABLES = frozenset(
 _TORCHRUN = ("TORCHELASTIC_", "PET_")
 # Of launchers that never start our processes, yet which Accelerate asks before torchrun's; and settings of
 # Accelerate that would change a plain state.
-_FOREIGN = (
-    *("OMPI_", "PMI_", "PMIX_", "MV2_", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
-    *(
-        "ACCELERATE_TORCH_DEVICE",
-        "ACCELERATE_USE_SAGEMAKER",
-        "ACCELERATE_SAGEMAKER_",
-        "ACCELERATE_DEBUG_MODE",
-    ),
+_FOREIGN = tuple(
+    "OMPI_ PMI_ PMIX_ MV2_ MPI_LOCALNRANKS MPI_LOCALRANKID ACCELERATE_TORCH_DEVICE ACCELERATE_USE_SAGEMAKER "
+    "ACCELERATE_SAGEMAKER_ ACCELERATE_DEBUG_MODE".split()
 )
-# What `accelerate launch` leaves behind for its own plugins. The engines are built here instead, and a
-# plain Accelerate state would act on these on its own (one DeepSpeed engine for two players, say).
-_PLUGINS = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-    "ACCELERATE_DEEPSPEED_",
-    "ACCELERATE_CONFIG_DS_FIELDS",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_GRADIENT_",
-    "FSDP_",
+# What `accelerate launch` sets for its own plugins. We build the engines, and a plain Accelerate state would
+# act on these itself (one DeepSpeed engine for two players, say).
+_PLUGINS = tuple(
+    "ACCELERATE_USE_DEEPSPEED ACCELERATE_USE_FSDP ACCELERATE_USE_MEGATRON_LM ACCELERATE_DEEPSPEED_ FSDP_ "
+    "ACCELERATE_USE_PARALLELISM_CONFIG ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_MIXED_PRECISION "
+    "ACCELERATE_GRADIENT_".split()
 )
 _SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "DS_ACCELERATOR", "SHARDGAN_NODE")
-UNMEANT = ("OMPI_", "PMI_", "PMIX_", "MV2_", "SHARDGAN_")  # which MPI and Slurm set in every shell of theirs
-_MEANT = "ACCELERATE_USE_CPU"  # a person's wish, whoever starts the processes
+UNMEANT = ("OMPI_", "PMI_", "PMIX_", "MV2_", "SHARDGAN_")  # which MPI and Slurm set in all their shells
+_MEANT = "ACCELERATE_USE_CPU"  # the user's choice, whoever starts the processes
 
 
 def left_over(environ: Mapping[str, str]) -> list[str]:
-    """The variables by which another launcher, or its settings, would rule processes that we start."""
+    """The variables of other launchers that would affect processes that we start."""
     prefixes = (*_TORCHRUN, *_FOREIGN, *_SETTINGS)
     return sorted(
         name for name in environ if name in RANK_VARIABLES or (name.startswith(prefixes) and name != _MEANT)
@@ -55,9 +44,9 @@ def left_over(environ: Mapping[str, str]) -> list[str]:
 
 
 def clear_for(environ: MutableMapping[str, str], alone: bool) -> None:
-    """Remove what Accelerate's state, torch or DeepSpeed would act on in this process by themselves.
+    """Remove what Accelerate's state, torch or DeepSpeed would act on in this process.
 
-    alone: no launcher started it, so that whatever says how many there are is of someone else.
+    alone: no launcher started it, so variables that count processes are someone else's.
     """
     for name in list(environ):
         others = alone and (name in RANK_VARIABLES or name.startswith(_TORCHRUN))
@@ -66,7 +55,7 @@ def clear_for(environ: MutableMapping[str, str], alone: bool) -> None:
 
 
 def place_of(environ: Mapping[str, str]) -> tuple[int, int]:
-    """Rank and world size. Raises UserError for a place that the launcher cannot have given."""
+    """Rank and world size. Raises UserError for values that no launcher of ours sets."""
     world, rank = whole_number(environ, "WORLD_SIZE", 1), whole_number(environ, "RANK", 0)
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         whole_number(environ, name, 0)
@@ -74,8 +63,8 @@ def place_of(environ: Mapping[str, str]) -> tuple[int, int]:
         raise UserError(f"The variables RANK={rank} and WORLD_SIZE={world} do not go together. Unset both.")
     if started_alone(environ) and world > 1:
         raise UserError(
-            f"This is the only process that was started here, but WORLD_SIZE={world}, a variable of another "
-            "launcher, says that there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`."
+            f"This process was started alone, but another launcher's variable WORLD_SIZE={world} says that "
+            "there are others. Unset RANK and WORLD_SIZE, or start by `shardgan train`."
         )
     if world > 1:
         check_interfaces(environ)
@@ -83,14 +72,14 @@ def place_of(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def started_alone(environ: Mapping[str, str]) -> bool:
-    """Accelerate sets the precision for every process that it starts; several it leaves to torchrun, or to
-    DeepSpeed's launchers."""
+    """Whether Accelerate started this process alone: it sets the precision for every process, and leaves
+    several to torchrun or DeepSpeed's launchers."""
     several = "TORCHELASTIC_RUN_ID" in environ or flag(environ, "ACCELERATE_USE_DEEPSPEED")
     return "ACCELERATE_MIXED_PRECISION" in environ and not several
 
 
 def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
-    """A variable that counts something; empty is unset. Raises UserError if it is no number, or negative."""
+    """A variable's count, `default` if unset or empty. Raises UserError if it is not a whole number ≥ 0."""
     text = environ.get(name, "").strip()
     if not text:
         return default
@@ -100,7 +89,7 @@ def whole_number(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def flag(environ: Mapping[str, str], name: str) -> bool:
-    """A variable that is true or false; empty is unset. Raises UserError for anything else."""
+    """Whether a variable is true; unset or empty is false. Raises UserError for anything else."""
     text = environ.get(name, "").strip().lower()
     if text in ("1", "true", "yes", "y", "t", "on"):
         return True
@@ -110,27 +99,28 @@ def flag(environ: Mapping[str, str], name: str) -> bool:
 
 
 def threads(environ: Mapping[str, str]) -> int | None:
-    """Threads that OMP_NUM_THREADS asks for in each process; None if it is unset or empty.
+    """Threads per process by OMP_NUM_THREADS, the first of a list; None if it is unset or empty.
 
-    Of a list for nested parallelism, as OpenMP has it, the first. Raises UserError if that is no number.
+    Raises UserError if it is not a number ≥ 1.
     """
-    text = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if not environ.get("OMP_NUM_THREADS", "").strip():
+    given = environ.get("OMP_NUM_THREADS", "")
+    if not given.strip():
         return None
+    text = given.partition(",")[0].strip()
     if not (text.isdecimal() and int(text)):
         raise UserError(
-            f"The variable OMP_NUM_THREADS={environ['OMP_NUM_THREADS']} is not a number of threads. "
-            "Unset it, or set it to 1 or more."
+            f"The variable OMP_NUM_THREADS={given} is not a number of threads. Unset it, or set it to 1 or "
+            "more."
         )
     return int(text)
 
 
 def check_interfaces(environ: Mapping[str, str]) -> None:
-    """Raises UserError if gloo is told to use network interfaces of which this machine has none."""
+    """Raises UserError if this machine has none of the network interfaces that gloo is to use."""
     wanted = [name for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     here = [name for _, name in socket.if_nameindex()]
     if wanted and not set(wanted) & set(here):
         raise UserError(
             f"The variable GLOO_SOCKET_IFNAME={','.join(wanted)}: this machine has no such interface, but "
-            f"{', '.join(here)}. Unset it, or name one of these."
+            f"{', '.join(here)}. Unset it, or name one of those."
         )

@@ -1,9 +1,8 @@
-"""The local fp32 master fragment: the one abstraction that exactness stands on.
+"""The local fp32 master fragment: the one abstraction that exactness depends on.
 
-However a strategy lays out a player's parameters, each rank owns some fp32 elements of each of them. A
-fragment says which: `data` holds elements `start … start + data.numel()` of the flattened whole parameter.
-Penalty values and gradients, norms, the moving average and checkpoints are all written over fragments, so a
-strategy only has to say where its fragments are.
+Under any strategy each rank owns some fp32 elements of each parameter. A fragment says which: `data` holds
+elements `start … start + data.numel()` of the flattened whole. Penalties, norms, the moving average and
+checkpoints work on fragments; a strategy only says where its fragments are.
 """
 
 from __future__ import annotations
@@ -24,12 +23,8 @@ class Fragment:
     name: str  # as in the unsharded module's named_parameters()
     start: int  # index of its first element in the flattened whole
     shape: torch.Size  # of the whole
-    data: torch.Tensor  # fp32 master elements, aliasing what the optimizer updates; any shape
+    data: torch.Tensor  # fp32 master elements, the memory that the optimizer updates; any shape
     penalised: bool  # covered by the player's weight penalties
-
-    @property
-    def whole(self) -> bool:
-        return self.data.numel() == self.shape.numel()
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -38,10 +33,10 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def sums_of_squares(*lists: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """For each list of tensors its Σ t², as `sum_of_squares` gives it, in fewer launches than one by one.
+    """`sum_of_squares` of each list of tensors, in fewer launches.
 
-    Plain fp32 norms of large tensors are off by 1e-3 and depend on how a tensor is cut, so rows are summed
-    in fp32 and the rows' sums in fp64 (8x faster than converting every element on a CPU).
+    Plain fp32 norms of large tensors are off by 1e-3 and depend on how a tensor is sharded. So rows are
+    summed in fp32 and their sums in fp64: on a CPU 8x faster than converting every element.
     """
     everything = [*chain(*lists)]
     parts: Sequence[torch.Tensor]
@@ -86,7 +81,7 @@ def _row_norms(flat: torch.Tensor, order: float) -> torch.Tensor:
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A view of all elements in memory order (which is all a sum needs; channels_last has no other view)."""
+    """A view of all elements in memory order, the only flat view that channels_last tensors have."""
     if tensor.is_contiguous():
         return tensor.detach().view(-1)
     if tensor.is_contiguous(memory_format=torch.channels_last):

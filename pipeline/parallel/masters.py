@@ -18,7 +18,7 @@ from pipeline.parallel.weight_penalty import LocalPenalty
 
 
 class MasterEngine(Engine):
-    """Takes the step itself: penalties, norm, clipping, optimizer, all on this rank's elements."""
+    """Steps by itself: penalties, norm, clipping and optimizer work on this rank's elements."""
 
     def __init__(
         self,
@@ -33,25 +33,18 @@ class MasterEngine(Engine):
         fragments: the same elements, described; both in the module's order."""
         super().__init__(module, player, ranks, batch)
         self._masters = masters
-        self._fragments = fragments
+        self.fragments = fragments
         self._penalised = [masters[f.name] for f in fragments if f.penalised]
         self.penalty = LocalPenalty.over(fragments, player.penalty)
+        self._penalties: dict[str, torch.Tensor] | None = None  # their values, if the turn begins with them
         self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
         start_momentum(self._optimizer, masters.values())
         self._share = torch.full((), 1 / batch.rounds, device=ranks.device)  # of a round in the loss
         self._loss_gradient = self._share  # what backward passes begin with
 
-    @property
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
-
     @abc.abstractmethod
     def collect_gradients(self) -> None:
-        """See to it that every master has its gradient, averaged over ranks, in `.grad`."""
-
-    def penalties(self) -> dict[str, torch.Tensor] | None:
-        """The weight penalties' values, if the turn began by computing them."""
-        return None
+        """Put each master's gradient, averaged over ranks, into its `.grad`."""
 
     def begin_turn(self) -> None:
         if not self.frozen:
@@ -69,32 +62,22 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
-        penalties = self.penalties()
-        squares, of_weights = sums_of_squares(gradients, () if penalties else self.penalty.squared)
-        penalties = penalties or self.penalty.values(of_weights)
+        squares, of_weights = sums_of_squares(gradients, () if self._penalties else self.penalty.squared)
+        penalties = self._penalties or self.penalty.values(of_weights)
         squares = self.agreed(squares, penalties)
-        self._clip(gradients, squares)
-        # A loss, gradient or penalty that is not finite anywhere makes the norm so on every rank: all skip
-        # the update alike, decided on the device.
+        self.clip(gradients, squares)
+        # A loss, gradient or penalty that is not finite on any rank makes the norm non-finite on all: they
+        # skip the update together, decided on the device.
         self._optimizer.found_inf = self.skipping(squares)  # type: ignore[attr-defined]
         self._optimizer.step()
-        if self.loss_scale is not None:
-            squares = self.loss_scale.update(squares)
-        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
-        return self.chart("Loss", penalties) | gradient | self.outcome(squares)
-
-    def _clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
-        """Scale down to the largest allowed norm, as torch's clip_grad_norm_ does, on the device."""
-        if self.player.optimizer.clip is not None:
-            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_(gradients, factor)
+        return self.outcome(penalties)
 
     def moments(self) -> list[dict[str, torch.Tensor]]:
         return [dict(self._optimizer.state[p]) for p in self._masters.values()]
 
     def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
         for master, state in zip(self._masters.values(), states, strict=True):
-            # Moments take the parameter's memory layout: the fused kernels walk both in memory order.
+            # Moments need the parameter's memory layout: fused kernels read both in memory order.
             self._optimizer.state[master] = {
                 key: value.to(master.device)
                 if key == "step"
@@ -111,19 +94,19 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 
 
-def make_optimizer(parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """The player's optimizer. Fused: 5-7x faster on a CPU, one launch on a GPU, and able to skip an update
-    that is not finite without the host knowing."""
-    if settings.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, fused=True)
-    adam = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps, "fused": True}
-    if settings.kind == "adamw":
-        return torch.optim.AdamW(parameters, weight_decay=settings.decoupled_decay, **adam)  # type: ignore[arg-type]
+def make_optimizer(parameters: list[nn.Parameter], config: Optimizer) -> torch.optim.Optimizer:
+    """The player's optimizer. Fused: 5-7x faster on a CPU, one launch on a GPU, and it skips a non-finite
+    update on the device."""
+    if config.kind == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, momentum=config.momentum, fused=True)
+    adam = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameters, weight_decay=config.decoupled_decay, **adam)  # type: ignore[arg-type]
     return torch.optim.Adam(parameters, **adam)  # type: ignore[arg-type]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, now: Rates) -> None:
-    """Let the next step be taken with these."""
+    """Set the optimizer's learning rate, and betas if it has any, for the next step."""
     (group,) = optimizer.param_groups
     group["lr"] = now.lr
     if "betas" in group:
@@ -131,10 +114,10 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Rates) -> None:
 
 
 def start_momentum(optimizer: torch.optim.Optimizer, masters: Iterable[torch.Tensor]) -> None:
-    """Give SGD the momentum it starts from, where it has none yet: zeros, which change nothing (0·μ + g = g).
+    """Start SGD's momentum at zero where there is none yet, which changes no update (0·μ + g = g).
 
-    Torch makes the buffer in the first step, as memory that nobody wrote to, for the kernel to fill; a first
-    update that is skipped leaves it so, and the next one multiplies in whatever it holds.
+    Torch allocates it uninitialised in the first step. If that update is skipped the kernel does not write
+    it, and the next update would use whatever is there.
     """
     if optimizer.defaults.get("momentum"):
         for master in masters:

@@ -1,16 +1,14 @@
-"""The processes training together: who this one is, and how they talk to each other."""
+"""The processes that train together: which one this is, and how they communicate."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,27 +16,25 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
+from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, flag
 from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.whereabouts import Progress
 
 T = TypeVar("T")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt(3)
-_LONG_S = 10.0  # after which a person wonders what is being waited for
+_LONG_S = 10.0  # of waiting for other ranks: then say so
 
 
 class Ranks:
-    """The processes training together, seen from one of them.
-
-    Every method is a no-op or the identity in a world of one, so that callers never ask which rank they are.
-    """
+    """The processes that train together. In a world of one, every method is a no-op or the identity."""
 
     def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
-        # When a rank fails, it is for the watch to name it and to end the others. Left to itself, NCCL ends
-        # them first: at its first error, and where its own thread has been silent for 480 seconds.
-        # 2: abort communicators, not the process. Not a default: torch's launcher has set 1 by now.
+        # The watch names a failed rank and ends the others. By default NCCL would end them first: at its
+        # first error, and when its own thread is silent for 480 seconds.
+        # 2: abort communicators, not the process. Not a default, as torch's launcher has set 1.
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
@@ -59,12 +55,12 @@ class Ranks:
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
         if self.device.type == "cpu":
             keep_freed_memory()
-        # Control flags must not queue behind gradients: they travel on a group of their own.
+        # Control flags must not queue behind gradients: they have a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
 
     @property
     def main(self) -> bool:
-        """The one rank that writes files and talks to people."""
+        """Whether this is the rank that writes files and talks to people."""
         return self.rank == 0
 
     @property
@@ -89,7 +85,7 @@ class Ranks:
         return torch.cat(parts)
 
     def gather_objects(self, value: T) -> list[T]:
-        """One small picklable value from each rank, in the order of the ranks."""
+        """A small picklable value from each rank, in the order of the ranks."""
         self.progress.moves += 1
         if self._control is None:
             return [value]
@@ -98,7 +94,7 @@ class Ranks:
         return values  # type: ignore[return-value]
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main rank, given to all; its UserError is raised on all."""
+        """What `make` returns on the main rank, on all ranks; its UserError is raised on all."""
         self.progress.moves += 1
         answer: list[Any] = [None, None]  # what was made, or why it could not be
         if self.main:
@@ -114,14 +110,14 @@ class Ranks:
         return value  # type: ignore[no-any-return]
 
     def broadcast_on_machine(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank of each machine, given to the others of that machine."""
-        machines = self.gather_objects(_machine())
+        """What `make` returns on the first rank of each machine, on all ranks of that machine."""
+        machines = self.gather_objects((kernel(), pid_namespace()))  # processes that see each other in /proc
         first = machines.index(machines[self.rank])
         return self.gather_objects(make() if self.rank == first else None)[first]  # type: ignore[return-value]
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise on every rank the UserError that any rank met inside, named by rank unless all met it."""
+        """Raise any rank's UserError on every rank, with the rank's number unless all ranks had it."""
         failure: str | None = None
         try:
             yield
@@ -141,7 +137,7 @@ class Ranks:
             dist.barrier(group=self._control)
 
     def poll_any(self, *flags: bool) -> Callable[[], list[bool]]:
-        """Ask which flags any rank has raised. The answer comes when called, so that work fits between."""
+        """Ask which flags are set on any rank. Call the result for the answer, after work in between."""
         self.progress.moves += 1
         if self._control is None:
             return lambda: list(flags)
@@ -155,14 +151,14 @@ class Ranks:
         return answer
 
     def leave(self) -> None:
-        """Part in good order, so that no peer reports a broken connection."""
+        """Disconnect in good order, so that no peer reports a broken connection."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 @contextmanager
 def _said_if_long(launch: Launch) -> Iterator[None]:
-    """Say, once per machine, what this rank waits for while the others have not come."""
+    """Say, once per machine, what this rank waits for if the others do not come."""
     where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
     text = (
         f"Waiting at {where} until all {launch.world} processes are there (by the environment this one has "
@@ -178,15 +174,8 @@ def _said_if_long(launch: Launch) -> Iterator[None]:
         timer.cancel()
 
 
-def _machine() -> tuple[str, str]:
-    """Equal for processes that see each other in /proc: those of one kernel and, in it, one container."""
-    if sys.platform != "linux":
-        return platform.node(), ""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())
-
-
 def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:
-    """What torch is to be told besides, where the launcher keeps the store in which ranks find each other."""
+    """Arguments for torch where the launcher keeps the store in which ranks find each other."""
     if launch.world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     return {"store": launcher_store(timeout), "rank": launch.rank, "world_size": launch.world}

@@ -1,16 +1,16 @@
 """λ‖W‖² and λ‖W‖₁ over fragments: exact under every strategy, without gathering a parameter.
 
-The sums run over elements, and every element is on exactly one rank (or, replicated, on every rank), so
-both the value and the gradient split over fragments: the gradient of λ‖W‖² at an element is 2λ times that
-element, wherever it lives. The gradient is added on the local shards after the players' gradients have been
-averaged over ranks, once, and before clipping: what autograd gives for the penalty inside the loss. A
-parameter that does not train is a constant in it, and is left out of gradient and value alike.
+Both are sums over elements and split over fragments: the gradient of λ‖W‖² at an element is 2λ times the
+element, on whichever rank it is. It is added on the local shards once, after the gradients have been averaged
+over ranks and before clipping, which equals autograd on the penalty inside the loss. Parameters that do not
+train are left out of value and gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 
@@ -26,12 +26,12 @@ class LocalPenalty:
     weights: list[torch.Tensor]  # the penalised fragments' data
 
     @classmethod
-    def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> LocalPenalty:
+    def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> Self:
         return cls(coefficients, [f.data for f in fragments if f.penalised])
 
     @property
     def squared(self) -> list[torch.Tensor]:
-        """The weights whose sum of squares is part of the penalty: all or none."""
+        """The weights whose squares are penalised: all or none."""
         return self.weights if self.coefficients.l2 else []
 
     def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -50,10 +50,10 @@ class LocalPenalty:
         return values
 
     def gradient(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{"penalty": this rank's share of ‖∂penalty/∂W‖²}, from what `values` gave; empty if unpenalised.
+        """{"penalty": this rank's share of ‖∂penalty/∂W‖²}, from `values`; empty if unpenalised.
 
-        Without a pass over the weights for L2 alone: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for
-        each w ≠ 0.
+        L2 alone takes no pass over the weights: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for each
+        w ≠ 0.
         """
         l2, l1 = self.coefficients.l2, self.coefficients.l1
         squares = 4 * l2 * values["l2_penalty"]
@@ -63,15 +63,13 @@ class LocalPenalty:
                 squares = squares + l1**2 * torch.count_nonzero(weight)
         return {"penalty": squares} if l2 or l1 else {}
 
-    def add_gradient(self, gradients: list[torch.Tensor], scale: float = 1.0) -> None:
-        """Add ∂penalty/∂W to the gradients of the penalised fragments, in place.
-
-        gradients: one for each of `weights`, equal in shape; `scale` is the loss scale they carry, if any.
-        """
+    def add_gradient(self, gradients: list[torch.Tensor]) -> None:
+        """Add ∂penalty/∂W, in place, to the gradients of the penalised fragments: one for each of `weights`,
+        of the same shape."""
         if not gradients:
             return
         if self.coefficients.l2:
-            torch._foreach_add_(gradients, self.weights, alpha=2 * self.coefficients.l2 * scale)
+            torch._foreach_add_(gradients, self.weights, alpha=2 * self.coefficients.l2)
         if self.coefficients.l1:
             signs = torch._foreach_sign(self.weights)  # 0 at 0, as autograd's subgradient
-            torch._foreach_add_(gradients, signs, alpha=self.coefficients.l1 * scale)
+            torch._foreach_add_(gradients, signs, alpha=self.coefficients.l1)

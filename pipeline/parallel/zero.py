@@ -53,20 +53,13 @@ class ZeroEngine(Engine):
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
         self._flat, places = self._masters(named)
         start_momentum(self._optimizer, [self._flat])
-        self._offsets = [offset for offset, _, _ in places.values()]
-        self._fragments = [
-            Fragment(
-                name,
-                start,
-                shapes[name],
-                self._flat.detach()[offset : offset + count],
-                name in player.penalised,
-            )
-            for name, (offset, start, count) in places.items()
+        self._slices = [slice(offset, offset + count) for offset, _, count in places.values()]
+        self.fragments = [
+            Fragment(name, start, shapes[name], self._flat.detach()[part], name in player.penalised)
+            for (name, (_, start, _)), part in zip(places.items(), self._slices, strict=True)
         ]
-        self.penalty = LocalPenalty.over(self._fragments, player.penalty)
+        self.penalty = LocalPenalty.over(self.fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
-        self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._last_round, self._hooked = True, False
         self._gathered: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
@@ -101,10 +94,6 @@ class ZeroEngine(Engine):
     @property
     def _stage(self) -> int:
         return int(self._ds.zero_optimization_stage())
-
-    @property
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
 
     def masters_changed(self) -> None:
         zero = self._ds.optimizer
@@ -164,14 +153,8 @@ class ZeroEngine(Engine):
         self._ds.step()
         self._masters_written()
         if not self._hooked:  # stage 3, and any stage with offloading, skips a non-finite update itself
-            self._finish(torch.full_like(self._squares, torch.inf))
-        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
-        return self.chart("Loss", penalties) | gradient | self.outcome(self._squares)
-
-    def _finish(self, squares: torch.Tensor) -> torch.Tensor:
-        """Keep an update's squared gradient norm for the charts; returns found_inf, whether it is skipped."""
-        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
-        return self.skipping(squares)
+            self.skipping(torch.full_like(self._squares, torch.inf))
+        return self.outcome(penalties)
 
     def _masters_written(self) -> None:
         """Stage 3 gathers on its own stream, which waits for no other: on a GPU the next gather could read a
@@ -185,41 +168,28 @@ class ZeroEngine(Engine):
         assert gradient is not None
         if self.loss_scale is not None:
             self.loss_scale.down_([gradient])
-        parts = [
-            gradient[offset : offset + f.data.numel()]
-            for offset, f in zip(self._offsets, self._fragments, strict=True)
-        ]
-        self.penalty.add_gradient(
-            [part for part, f in zip(parts, self._fragments, strict=True) if f.penalised]
-        )
+        parts = [gradient[part] for part in self._slices]
+        self.penalty.add_gradient([p for p, f in zip(parts, self.fragments, strict=True) if f.penalised])
         squares = self.agreed(sum_of_squares(parts), self._penalties)
-        if self.player.optimizer.clip is not None:
-            factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-            gradient.mul_(factor.to(gradient.device, gradient.dtype))
-        optimizer.found_inf = self._finish(squares).to(gradient.device)  # type: ignore[attr-defined]
+        self.clip([gradient], squares)
+        optimizer.found_inf = self.skipping(squares).to(gradient.device)  # type: ignore[attr-defined]
         self._hooked = True
 
     # The rest
 
     def moments(self) -> list[dict[str, torch.Tensor]]:
         state = self._optimizer.state[self._flat]
-        return [
-            {
-                key: value.clone() if value.ndim == 0 else value[offset : offset + f.data.numel()]
-                for key, value in state.items()
-            }
-            for offset, f in zip(self._offsets, self._fragments, strict=True)
-        ]
+        return [{k: t[part] if t.ndim else t.clone() for k, t in state.items()} for part in self._slices]
 
     def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
         whole: dict[str, torch.Tensor] = {}
-        for offset, fragment, state in zip(self._offsets, self._fragments, states, strict=True):
+        for part, state in zip(self._slices, states, strict=True):
             for key, value in state.items():
                 if key == "step":
                     whole[key] = value.to(self._flat.device)
                 else:
                     flat = whole.setdefault(key, torch.zeros_like(self._flat, requires_grad=False))
-                    flat[offset : offset + fragment.data.numel()] = value.to(flat.device).view(-1)
+                    flat[part] = value.to(flat.device).view(-1)
         self._optimizer.state[self._flat] = whole
         start_momentum(self._optimizer, [self._flat])
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's settings: what the launcher asked for, completed and checked against our own arithmetic."""
+"""DeepSpeed's settings: the launcher's, checked against the run's config and completed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from pipeline.parallel.environment import whole_number
 
 Settings = dict[str, Any]
 _ONE_GROUP = 10**15  # elements in a stage-3 sub-group: all of them
-_BUCKET = (
-    2**24
-)  # gradient elements reduced at once; DeepSpeed's 5·10⁸ hold 2 GB per player, however small it is
+_BUCKET = 2**24  # gradient elements reduced at once; DeepSpeed's 5·10⁸ take 2 GB, however small the player
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
-    """What the launcher says of DeepSpeed: its JSON file, or the stage and offload of its YAML.
+    """The launcher's DeepSpeed settings: its JSON file, or the stage and offload of its YAML.
 
-    Raises UserError for what cannot be trained with: stage 0, NVMe, a file that cannot be read.
+    Raises UserError for unsupported ones (stage 0, NVMe, an optimizer) and a file that cannot be read.
     """
     file = env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
     if file and file.lower() != "none":
@@ -47,8 +45,8 @@ def read_settings(env: Mapping[str, str]) -> Settings:
     zero = settings.setdefault("zero_optimization", {})
     if zero.get("stage", 0) not in (1, 2, 3):
         raise UserError(
-            "ZeRO stage 0 is plain data parallelism: use --config_file launch/accelerate/ddp.yaml, which is "
-            "that without DeepSpeed's overhead."
+            "ZeRO stage 0 is plain data parallelism: use --config_file launch/accelerate/ddp.yaml, which has "
+            "no DeepSpeed overhead."
         )
     for key in ("offload_optimizer", "offload_param"):
         device = (zero.get(key) or {}).get("device", "none")
@@ -98,21 +96,21 @@ def deepspeed_config(
                 f"The DeepSpeed config says {section}.enabled={enabled}, the launcher mixed_precision="
                 f"{precision}. Set it to auto there."
             )
-    # It waits for the device in every pass and step, to report what is not printed.
+    # This timer waits for the device in every pass and step, for a report that is not printed.
     given.setdefault("timers", {"throughput": {"enabled": False}})
     zero.setdefault("reduce_bucket_size", min(elements, _BUCKET))
-    # Each rank gets the sum of its own part only, which is half of what an all-reduce sends.
+    # Each rank gets the sum of its own part only: half of what an all-reduce sends.
     zero.setdefault("use_multi_rank_bucket_allreduce", False)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if zero["stage"] == 3:
         zero["sub_group_size"] = _ONE_GROUP
     elif not offload:
-        zero["compute_grad_norm"] = False  # ours includes the penalty, and does not stop for the device
+        zero["compute_grad_norm"] = False  # ours includes the penalty and does not wait for the device
     return (
         given
         | ours
         | {
-            "gradient_clipping": 0.0,  # done by the engine's hook, after the penalty is added
+            "gradient_clipping": 0.0,  # the engine's hook clips, after adding the penalty
             "steps_per_print": None,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -127,8 +125,8 @@ def deepspeed_config(
 
 @contextmanager
 def waiting_for(timeout: timedelta) -> Iterator[None]:
-    """Collectives of the process groups that are made inside wait for so long. DeepSpeed leaves its own at
-    10 minutes (NCCL) or 30 (gloo), which slow work on one rank may well take."""
+    """Process groups made inside get this timeout. DeepSpeed's own is 10 minutes (NCCL) or 30 (gloo), which
+    slow work on one rank may take."""
     before = set(c10d._world.pg_map)
     yield
     for group in set(c10d._world.pg_map) - before:
@@ -136,16 +134,16 @@ def waiting_for(timeout: timedelta) -> Iterator[None]:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, kept on a CPU from compiling a kernel of its own (97 s) before it starts."""
+    """DeepSpeed; on a CPU it compiles no kernel of its own (97 s) before it starts."""
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cpu":
-        # Else it runs `numactl` to count devices, once for every bucket of gradients.
+        # Otherwise it runs `numactl` to count devices, once for every bucket of gradients.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger
 
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # what could be compiled is found out by trying a compiler
-    logger.setLevel("ERROR")  # its warnings are about what is done here on purpose
+        deepspeed.ops.__compatible_ops__ = {}  # otherwise it tries a compiler to find them
+    logger.setLevel("ERROR")  # it warns of what we do on purpose
     return deepspeed

@@ -31,13 +31,14 @@ def load_run(run: Path) -> tuple[Config, Path, State]:
     return begun(run), found, checkpoint.read_state(found)
 
 
-def load_generator(config: Config, found: Path, state: State) -> nn.Module:
-    """G_ema of a checkpoint from `load_run`: on the CPU, in eval mode, with pooled BatchNorm statistics.
+def load_generator(run: Path) -> tuple[nn.Module, Config, State]:
+    """G_ema of a run's newest intact checkpoint, on the CPU, in eval mode, with pooled BatchNorm statistics.
 
-    Raises UserError if it is gone: a run in training keeps only its newest ones.
+    Raises UserError as `load_run` does, or if training has just deleted the checkpoint.
     """
+    config, found, state = load_run(run)
     try:
-        return _fill(build_G(config, state.num_classes), found, "G", "ema")
+        return _fill(build_G(config, state.num_classes), found, "G", "ema"), config, state
     except OSError as error:
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
@@ -77,8 +78,8 @@ def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
     with torch.no_grad():
         for name in pieces.names():
-            whole = pieces(kind, name, 0, named[name].numel())
-            named[name].copy_(whole.view_as(named[name]))
+            flat = pieces(kind, name, 0, named[name].numel())
+            named[name].copy_(flat.view_as(named[name]))
         live = named | dict(network.named_buffers())
         for name, value in buffers.items():
             live[name].copy_(value)
@@ -98,7 +99,7 @@ def _model_card(config: Config, state: State) -> str:
     return f"""# {config.run.name}
 
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
-trained by ShardGAN on the images in `{redacted(str(data.train))}`, of which D was shown {state.cur_nimg:,},
+trained by ShardGAN on the images in `{redacted(str(data.train))}`; D was shown {state.cur_nimg:,} of them,
 counting repeats. Loss `{config.loss.kind}`; L2 penalties
 λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
 

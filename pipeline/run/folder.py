@@ -1,4 +1,4 @@
-"""The run folder: made once, found again by the same command, never written over."""
+"""The run folder: made once, found again by the same command, never overwritten."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter
 
-from pipeline import config
-from pipeline.config import Config, Ema, UserError
+from pipeline.config import Config, Ema, UserError, dump, load
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.report import say
@@ -22,10 +21,10 @@ if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
     from pipeline.run.stop import StopSignals
 
-DONE, STOPPED = "DONE", "STOPPED"  # how a run has ended
+DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
 
-# What may change between a run and its continuation: how long, how often, where and how fast, not what.
+# What may change when a run is resumed: how long, how often, where and how fast, not what is trained.
 _FREE = {
     "run": None,
     "track": None,
@@ -34,39 +33,38 @@ _FREE = {
 }
 
 
-def find_folder(settings: Config, announce: Callable[[str], None]) -> tuple[Config, Path]:
-    """The folder of this run, there or not; and the config that it goes on with, under a new name with
-    run.resume=false.
+def find_folder(config: Config, announce: Callable[[str], None]) -> tuple[Config, Path]:
+    """The run's folder, there or not, and the config to train with; a new name with run.resume=false.
 
     Raises UserError when the folder holds a run of other settings.
     """
-    settings = under_a_free_name(settings)
-    folder = Path(settings.run.out) / str(settings.run.name)
-    check_same(settings, folder)
-    resumed = as_begun(settings, folder)
-    if resumed != settings:
+    config = under_a_free_name(config)
+    folder = Path(config.run.out) / str(config.run.name)
+    check_same(config, folder)
+    resumed = as_begun(config, folder)
+    if resumed != config:
         announce(f"note: {folder} began without ema.rampup and continues without it")
     return resumed, folder
 
 
 def claim_folder(
-    settings: Config, say: Callable[[str], None], stopped: Callable[[], bool]
+    config: Config, say: Callable[[str], None], stopped: Callable[[], bool]
 ) -> tuple[Config, Path, Lock | None]:
-    """`find_folder`, and hold the folder as the only training in it; a finished run is not held (None).
+    """`find_folder`, and its lock, so that no other process trains in it; None if the run is finished.
 
-    say, stopped: see `take`. Raises UserError when another training is at work there, or as `find_folder`.
+    say, stopped: see `take`. Raises UserError as `find_folder`, and when another process trains in it.
     """
     while True:
-        resolved, folder = find_folder(settings, say)
+        resolved, folder = find_folder(config, say)
         if finished(folder, resolved):
             return resolved, folder, None
         try:
             lock = take(folder, say, stopped=stopped)
         except HeldError as error:
-            if settings.run.resume:
+            if config.run.resume:
                 raise _running(folder, error) from None
-            continue  # another has begun under this name just now: the next one is free
-        try:  # again: another may have begun, and ended, meanwhile
+            continue  # another process has just taken this name: try the next
+        try:  # again: another process may have trained in it meanwhile
             check_same(resolved, folder)
         except UserError:
             lock.release()
@@ -94,8 +92,7 @@ def hold_folder(
 
 
 def refuse_running(folder: Path) -> None:
-    """Raises UserError if a training on this machine is at work in a run folder, which is all that can be
-    seen at once."""
+    """Raises UserError if a process that can be seen at once (on this machine) trains in a run folder."""
     try:
         refuse_held(folder)
     except HeldError as error:
@@ -108,9 +105,8 @@ def _running(folder: Path, error: HeldError) -> UserError:
     )
 
 
-def open_folder(settings: Config, folder: Path, still_ours: Callable[[], None]) -> None:
-    """Make the folder, or mark the run in it as going on, with the config that it goes on with: once it is
-    certain that it can.
+def open_folder(config: Config, folder: Path, still_ours: Callable[[], None]) -> None:
+    """Create the folder or reopen it for resuming; write config.yaml. Call only when the run can start.
 
     still_ours: see Report. Raises UserError when the folder cannot be written.
     """
@@ -118,25 +114,25 @@ def open_folder(settings: Config, folder: Path, still_ours: Callable[[], None]) 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STOPPED).unlink(missing_ok=True)
-        if not finished(folder, settings):  # it was, of a shorter run that is now gone on with
+        if not finished(folder, config):  # of a run that is now to train longer
             (folder / DONE).unlink(missing_ok=True)
-        write(folder / "config.yaml", config.dump(settings))
+        write(folder / "config.yaml", dump(config))
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
 
 
-def under_a_free_name(settings: Config) -> Config:
-    """With run.resume=false: under a name that no folder has, and to be resumed from then on."""
-    if settings.run.resume:
-        return settings
-    name, number = str(settings.run.name), 2
-    while (Path(settings.run.out) / name).exists():
-        name, number = f"{settings.run.name}-{number}", number + 1
-    return dataclasses.replace(settings, run=dataclasses.replace(settings.run, name=name, resume=True))
+def under_a_free_name(config: Config) -> Config:
+    """With run.resume=false: under a name that no folder has, and from then on to be resumed."""
+    if config.run.resume:
+        return config
+    name, number = str(config.run.name), 2
+    while (Path(config.run.out) / name).exists():
+        name, number = f"{config.run.name}-{number}", number + 1
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name, resume=True))
 
 
 def reference_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of each kind of score what a run's are against; {} if it has none yet, or they cannot be read."""
+    """For each kind of score, what a run's are against; {} if it has none yet or they cannot be read."""
     try:
         found = json.loads((folder / REFERENCE).read_bytes())
     except (OSError, ValueError):
@@ -145,57 +141,55 @@ def reference_of(folder: Path) -> dict[str, dict[str, Any]]:
     return {part: about for part, about in parts if isinstance(about, dict)}
 
 
-def as_begun(settings: Config, folder: Path) -> Config:
-    """The settings, with ema.rampup off if the run in `folder` began without it and no other is asked for."""
-    if not (folder / "config.yaml").exists() or settings.ema.rampup != Ema().rampup:
-        return settings
-    off = dataclasses.replace(settings.ema, rampup=0.0)
-    return settings if begun(folder).ema.rampup else dataclasses.replace(settings, ema=off)
+def as_begun(config: Config, folder: Path) -> Config:
+    """The config, with ema.rampup off if the run in `folder` began without it and it is not set now."""
+    if not (folder / "config.yaml").exists() or config.ema.rampup != Ema().rampup:
+        return config
+    return config if begun(folder).ema.rampup else _without_rampup(config)
 
 
 def begun(folder: Path) -> Config:
     """The config of the run in `folder`. One written before there was ema.rampup means none."""
     path = folder / "config.yaml"
-    begun = config.load(path)
-    if "rampup" in (yaml.safe_load(path.read_text("utf-8")).get("ema") or {}):
-        return begun
-    return dataclasses.replace(begun, ema=dataclasses.replace(begun.ema, rampup=0.0))
+    config = load(path)
+    sections = yaml.safe_load(path.read_text("utf-8"))
+    return config if "rampup" in (sections.get("ema") or {}) else _without_rampup(config)
 
 
-def check_same(settings: Config, folder: Path) -> None:
-    """Refuse to continue a run with settings that would make it another run."""
+def _without_rampup(config: Config) -> Config:
+    return dataclasses.replace(config, ema=dataclasses.replace(config.ema, rampup=0.0))
+
+
+def check_same(config: Config, folder: Path) -> None:
+    """Raises UserError when resuming the run in `folder` with this config would make it another run."""
     if not (folder / "config.yaml").exists():
         return
-    before = _settings(begun(folder))
-    now = _settings(as_begun(settings, folder))
+    before, now = _fixed(begun(folder)), _fixed(as_begun(config, folder))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
     changed = [
         f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
     ]
     if changed:
-        raise UserError(
-            "\n".join(
-                [
-                    f"{folder} holds a run with other settings:",
-                    *changed,
-                    "Give it another run.name, or set run.resume=false to start over under a new name.",
-                ]
-            )
-        )
+        lines = [
+            f"{folder} holds a run with other settings:",
+            *changed,
+            "Give it another run.name, or set run.resume=false to start over under a new name.",
+        ]
+        raise UserError("\n".join(lines))
 
 
-def finished(folder: Path, settings: Config) -> bool:
-    """Whether the run in this folder got as far as the settings ask (which may be further than before)."""
+def finished(folder: Path, config: Config) -> bool:
+    """Whether the run in this folder trained as far as the config asks, which may be further than before."""
     try:
-        return float((folder / DONE).read_text().split()[0]) >= 1000 * settings.run.total_kimg
+        return float((folder / DONE).read_text().split()[0]) >= 1000 * config.run.total_kimg
     except (OSError, ValueError, IndexError):
         return False
 
 
-def _settings(settings: Config) -> dict[str, Any]:
-    """Dotted key → value of everything that must not change between a run and its continuation."""
+def _fixed(config: Config) -> dict[str, Any]:
+    """Dotted key → value of everything that must not change when a run is resumed."""
     flat: dict[str, Any] = {}
-    for section, values in TypeAdapter(Config).dump_python(settings).items():
+    for section, values in TypeAdapter(Config).dump_python(config).items():
         free = _FREE.get(section, set())
         if free is not None:
             flat |= _flat(section, {key: value for key, value in values.items() if key not in free})

@@ -25,20 +25,16 @@ _GAP = 2  # white pixels between images and around the grid
 _PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
 
-def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[np.uint8]:
-    """One picture, uint8 [H', W'] or [H', W', 3], of images uint8 [N, 1 or 3, H, W], row by row.
+def tile(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
+    """One picture, uint8 [H', W'] or [H', W', 3], of N ≥ 1 images uint8 [N, 1 or 3, H, W], row by row.
 
-    Args:
-        images: N ≥ 1 images on any device.
-        columns: images in a row; a last row may be shorter and ends in white.
-        scale: each pixel becomes scale x scale pixels. None: 1, or for small images what brings them to some
-            56 pixels.
+    Small images are enlarged to some 56 pixels; a shorter last row ends in white.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
         raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     count, height, width, channels = pixels.shape
-    scale = scale or -(-_PLEASANT // min(height, width, _PLEASANT))
+    scale = -(-_PLEASANT // min(height, width, _PLEASANT))
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -50,18 +46,11 @@ def tile(images: Tensor, columns: int, scale: int | None = None) -> npt.NDArray[
     return grid[:, :, 0] if channels == 1 else grid
 
 
-def save_grid(
-    images: Tensor,
-    path: str | Path,
-    columns: int,
-    scale: int | None = None,
-    notes: Mapping[str, str] | None = None,
-) -> None:
-    """Write `tile(images, columns, scale)`, whole or not at all, in the format of the path's suffix.
+def save_grid(images: Tensor, path: Path, columns: int, notes: Mapping[str, str] | None = None) -> None:
+    """Write `tile(images, columns)`, whole or not at all, in the format of the path's suffix.
 
     notes: text stored in a PNG. Raises ValueError for a suffix that is not in FORMATS, OSError.
     """
-    path = Path(path)
     if (kind := FORMATS.get(path.suffix.lower())) is None:
         raise ValueError(f"{path.name} does not end in {', '.join(FORMATS)}")
     options = dict(_OPTIONS[kind])
@@ -70,4 +59,4 @@ def save_grid(
         for name, note in (notes or {}).items():
             info.add_text(name, note)
     with whole(path) as partial:
-        Image.fromarray(tile(images, columns, scale)).save(partial, format=kind, **options)
+        Image.fromarray(tile(images, columns)).save(partial, format=kind, **options)

@@ -1,34 +1,33 @@
-"""What a tick's figures say about the run: sane or not. The figures are the same on all ranks, and so is
-every decision."""
+"""Judges a run by the figures of its ticks. They are the same on all ranks, and so is every decision."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pipeline.config import Run
-from pipeline.errors import RunError
+from pipeline.errors import CommonError, RunError, UserError
 from pipeline.parallel.ranks import Ranks
-from pipeline.run.report import Report
+from pipeline.run.report import Report, say
 from pipeline.run.stats import Reduced
 from pipeline.wording import counted
 
-BITS, FORWARD = "bits/", "forward"  # what each rank tells of itself: see Session.tick
-_PATIENCE = 25  # ticks in a row before a suspicion is told …
-_SOONEST = 5  # … or a quarter of a run that has few, but not fewer than these
+BITS, FORWARD = "bits/", "forward"  # each rank's own figures: see session.of_this_rank
+_PATIENCE = 25  # ticks in a row before a warning …
+_SOONEST = 5  # … or a quarter of a short run's, but at least these
 _SLOW = 1.5  # times the median rank
-_WON = 0.99  # mean sign of D's logits: 1, it tells every image apart
+_WON = 0.99  # mean sign of D's logits; 1: it is right about every image
 _WORSE = 2.0  # times the best score
 _REMEDY = (
     "Try a lower optim.{0}.lr or a limit on gradients (optim.{0}.clip); if it is always the same rank, "
     "suspect its device."
 )
-_NOTICED_S, _WAITING = 1.0, 0.1  # of waiting for a disk: seconds, and share of the time
+_NOTICED_S, _WAITING = 1.0, 0.1  # waiting for a disk: seconds, and share of the time
 
 
 class Health:
-    """Judges every tick: warns of what a person should look at, ends what cannot go on."""
+    """Warns of what a person should look at; ends a run that cannot continue."""
 
     def __init__(self, run: Run, ranks: Ranks, report: Report, in_a_row: dict[str, int]) -> None:
         """in_a_row: State.in_a_row, which is kept up to date."""
@@ -42,15 +41,15 @@ class Health:
         self._suspect(
             "D has won",
             tick.values.get("Loss/signs/real", 0) > _WON and tick.values.get("Loss/signs/fake", 0) < -_WON,
-            "D has told every real image from every fake for some time, which leaves G little to learn from. "
-            "A smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger penalty.D.l2 "
-            "gives G a chance.",
+            "D has been right about every image for some time, which leaves G little to learn from. Give G a "
+            "chance by a smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger "
+            "penalty.D.l2.",
             patience=self._patience,
         )
         self._find_stragglers(tick.each.get(FORWARD, []))
 
     def check_end(self) -> None:
-        """Raises RunError when a run comes to its end without having moved of late."""
+        """Raises RunError when the last updates of a run were skipped."""
         for player in "DG":
             skipped, updates = self._stuck(player)
             if skipped:
@@ -61,7 +60,7 @@ class Health:
                 )
 
     def compare_score(self, name: str, score: float, best: tuple[float, int] | None) -> None:
-        """Warn when the score has left its best behind, or is none."""
+        """Warn when the score is far worse than the best one, or not a number."""
         self._suspect(
             "Score is no number",
             not math.isfinite(score),
@@ -78,12 +77,12 @@ class Health:
         )
 
     def compare_diversity(self, fakes: float, reals: float) -> None:
-        """Warn when the images of two sheets in a row differ far less from each other than real ones do."""
+        """Warn when the images of two sample grids in a row differ far less than real ones do."""
         self._suspect(
             "G has collapsed",
             fakes < 0.25 * reals,
             f"Generated images vary {fakes / max(reals, 1e-9):.0%} as much as real ones do: G may show the "
-            "same few images for every z. Look at the newest sheet in samples/.",
+            "same few images for every z. Look at the newest sample grid in samples/.",
             patience=2,
         )
 
@@ -99,8 +98,8 @@ class Health:
         )
 
     def _count_skips(self, tick: Reduced) -> None:
-        """A few updates may be skipped, but a training in which nothing moves ends. As a tick may have fewer
-        updates than may be skipped, those of ticks in a row that were skipped for the most part add up."""
+        """A few updates may be skipped; a run that skips more ends. A tick may have fewer updates than may be
+        skipped, so the counts of successive ticks add up while most updates are skipped."""
         for player in "DG":
             name = f"Gradients/{player}/skipped"
             if name not in tick.values:
@@ -132,11 +131,11 @@ class Health:
             self._report.warn("Updates skipped", text)
 
     def _stuck(self, player: str) -> tuple[int, int]:
-        """Skipped updates and all updates of the newest ticks of which most were skipped."""
+        """Skipped and all updates of the newest ticks, as long as most were skipped."""
         return self._in_a_row.get(f"skipped/{player}", 0), self._in_a_row.get(f"updates/{player}", 0)
 
     def _compare_replicas(self, each: Mapping[str, list[float]]) -> None:
-        """Every rank's copy of a replicated player must have the same bits."""
+        """All ranks' copies of a replicated player must have the same bits."""
         for key in (key for key in each if key.startswith(BITS)):
             bits = each[key]
             usual = statistics.mode(bits)
@@ -144,31 +143,77 @@ class Health:
                 name = key.removeprefix(BITS)
                 at = _ranks(different, len(bits)) if len(bits) > 2 else "one of the two ranks"
                 raise RunError(
-                    f"The copy of {name} on {at} is no longer that of the others. A device or its memory "
-                    "fails, or ranks run on unlike hardware. The same command goes on from the newest "
-                    "checkpoint, with equal copies; zero1 to zero3 and fsdp2 keep one copy of each weight."
+                    f"The copy of {name} on {at} differs from the others. A device or its memory fails, or "
+                    "ranks run on unlike hardware. The same command continues from the newest checkpoint, "
+                    "with equal copies; zero1 to zero3 and fsdp2 keep one copy of each weight."
                 )
 
     def _find_stragglers(self, seconds: list[float]) -> None:
-        """Only where a forward pass waits for nobody, see pipeline/parallel/forward_timing.py."""
+        """Only where a forward pass waits for no other rank, see pipeline/parallel/forward_timing.py."""
         if self._ranks.strategy in ("ddp", "zero1", "zero2") and len(seconds) > 1 and min(seconds):
             times = max(seconds) / statistics.median_low(seconds)
             self._suspect(
                 "A rank is slow",
                 times > _SLOW,
-                f"rank {seconds.index(max(seconds))} takes {times:.1f} times as long as the others over the "
+                f"rank {seconds.index(max(seconds))} takes {times:.1f} times as long as the others for the "
                 "same work, and all wait for it: look at what else runs on its device.",
             )
 
     def _suspect(self, title: str, now: bool, text: str, patience: int = _PATIENCE) -> None:
-        """Warn once, when it has been so for some time; again only after it has not been so."""
+        """Warn once, after `patience` ticks in a row; again only after it was not so in between."""
         self._in_a_row[title] = self._in_a_row.get(title, 0) + 1 if now else 0
         if self._in_a_row[title] == patience:
             self._report.warn(title, text)
 
 
+class BadImages:
+    """Training images that cannot be used: each named once, counted over all ranks and restarts of a run.
+
+    Each rank finds those of its part of the data; they are exchanged at ticks and saves.
+    """
+
+    def __init__(self, most: int, known: list[str], ranks: Ranks, report: Report) -> None:
+        """known: State.bad, which is added to."""
+        self._most, self._known, self._ranks, self._report = most, known, ranks, report
+        self._found: list[str] = []
+
+    @property
+    def found(self) -> int:
+        """By this rank, since the last exchange."""
+        return len(self._found)
+
+    @property
+    def known(self) -> int:
+        return len(self._known)
+
+    def add(self, bad: Iterable[str]) -> None:
+        """What this rank has just met, perhaps not for the first time. Raises UserError for one too many."""
+        for text in bad:
+            if text not in self._known and text not in self._found:
+                self._found.append(text)
+                if len(self._known) + len(self._found) > self._most:
+                    raise UserError(self._too_many([*self._known, *self._found]))
+                line = f"warning: {text} Another image replaces it (data.max_bad)."
+                self._report.say(line) if self._ranks.main else say(line)
+
+    def exchange(self) -> None:
+        """Collective."""
+        for found in self._ranks.gather_objects(self._found):
+            self._known += [text for text in found if text not in self._known]
+        self._found = []
+
+    def check(self) -> None:
+        """Raises CommonError, on all ranks alike, if there are more than a run may have."""
+        if len(self._known) > self._most:
+            raise CommonError(self._too_many(self._known))
+
+    def _too_many(self, bad: list[str]) -> str:
+        count, most = len(bad), self._most
+        return f"{count} images cannot be used, more than data.max_bad={most}. The last one: {bad[-1]}"
+
+
 def slowest(seconds: list[float]) -> dict[str, float]:
-    """Charts of each rank's seconds in forward passes since the last tick; {} for a single rank."""
+    """Charts of the ranks' seconds in forward passes since the last tick; {} for a single rank."""
     if len(seconds) == 1:
         return {}
     return {

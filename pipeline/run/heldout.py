@@ -1,4 +1,4 @@
-"""Held-out images beside training: a few for the eye, and what D says of them."""
+"""Held-out images during training: a few to look at, and D's logits on them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeldOutImages:
     """Images that are never trained on."""
 
     def __init__(self, data: Data, index: Index, plan: HeldOutPlan, ranks: Ranks) -> None:
-        """Reads as many as D sees at once, if so many are held out."""
+        """Reads as many as D sees at once, if that many are held out."""
         self._data, self._index, self._plan, self._ranks = data, index, plan, ranks
         self._batch: Batch | None = None
         count = min(data.batch_size // ranks.world, data.batch_gpu or data.batch_size)
@@ -45,10 +45,9 @@ class HeldOutImages:
         return self._first(min(count, self._plan.size), 0, 1).images
 
     def score(self, D: Engine, stats: Stats) -> None:
-        """D's mean logit on them: beside Loss/scores/real, its over-fitting.
+        """Chart D's mean logit on them: next to Loss/scores/real, it shows over-fitting.
 
-        Computed as in training (BatchNorm by batch, so that the two compare), and without a trace: the
-        buffers such a pass moves are put back.
+        Computed as in training (BatchNorm by batch, so that the two compare); buffers are restored.
         """
         if self._batch is None:
             return
@@ -61,7 +60,7 @@ class HeldOutImages:
         stats.mean("Loss/scores/heldout", logits.float().mean())
 
     def _first(self, count: int, rank: int, world: int) -> Batch:
-        """The first `count` for each of `world` ranks, this rank's part."""
+        """This rank's part of the first `count` for each of `world` ranks."""
         batches = heldout_batches(
             self._index,
             self._plan,

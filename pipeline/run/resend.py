@@ -13,7 +13,8 @@ from PIL import Image
 from pipeline.config import Config, UserError
 from pipeline.lock import take
 from pipeline.run.rows import Row, rows
-from pipeline.run.tracker import Announce, Tracker, is_behind, open_tracker
+from pipeline.run.tracker import Announce, Tracker, open_tracker
+from pipeline.run.wandb_files import recall
 
 
 def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
@@ -31,7 +32,8 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if anything."""
     last = max((nimg for nimg, _ in _rows(folder, announce)), default=-1)
-    if config.track.wandb and is_behind(folder, last):
+    known = recall(folder)
+    if config.track.wandb and (known is None or known.has < last):
         try:
             lock = take(folder, announce)
         except UserError as error:

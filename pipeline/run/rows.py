@@ -1,7 +1,7 @@
 """Files of JSON lines (metrics.jsonl, spectrum.jsonl): written whole or not at all, read whatever they hold.
 
-A disk may fail in the middle of a row, and a machine may stop there. Then the file ends in half a row until
-it is next written to; and whoever reads it meanwhile goes on without that row.
+A disk or machine may fail in the middle of a row. Then the file ends in half a row until the next write, and
+readers skip that row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Row = dict[str, Any]
 def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list[Row]:
     """Every whole row in order; none if there is no file.
 
-    complain: gets a line on each row that is not whole, a JSON object with `cur_nimg`. Raises OSError if the
-    file cannot be read.
+    complain: gets a line for each row that is not a JSON object with `cur_nimg`. Raises OSError if the file
+    cannot be read.
     """
     found = []
     for number, line in enumerate(_content(file).split(b"\n"), 1):
@@ -37,9 +37,9 @@ def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:
-    """Add a row, unless it is the last one already; what is left of a torn one before it is cut off.
+    """Add a row, unless it is the last one already, after cutting off half a row at the end.
 
-    Raises OSError if it is not all there; the next call cuts off what of it the disk kept all the same.
+    Raises OSError if it is not all written; the next call cuts off what the disk kept of it.
     """
     data = json.dumps(row).encode() + b"\n"
     file_number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
@@ -48,25 +48,25 @@ def append(file: Path, row: Mapping[str, Any]) -> None:
         if end < len(data) or os.pread(file_number, len(data), end - len(data)) != data:
             _write(file_number, data, end)
     finally:
-        os.close(file_number)  # which on network file systems is where a write may fail
+        os.close(file_number)  # on network file systems a write may fail here
 
 
 def keep(file: Path, wanted: Callable[[Row], bool]) -> None:
-    """Leave only whole rows that are wanted. Raises OSError."""
+    """Keep only whole rows that are wanted. Raises OSError."""
     content = _content(file)
     lines = ((line, _parse(line)) for line in content.splitlines(keepends=True))
     kept = b"".join(line for line, row in lines if row is not None and line.endswith(b"\n") and wanted(row))
     if kept == content:
         return
-    if content.startswith(kept):  # needs no room, which a full disk does not have
+    if content.startswith(kept):  # needs no space, of which a full disk has none
         os.truncate(file, len(kept))
     else:
         write(file, kept)
 
 
 def _write(file_number: int, data: bytes, end: int) -> None:
-    """In one go where the disk takes it, so that a kill comes before or after. Raises OSError, and then
-    nothing is left behind `end`, unless the disk does not take that either."""
+    """In one write where the disk takes it, so that a kill comes before or after it. On an OSError nothing
+    stays after `end`, unless the disk does not take that either."""
     left = data
     try:
         while left:
@@ -78,7 +78,7 @@ def _write(file_number: int, data: bytes, end: int) -> None:
 
 
 def _cut_back(file_number: int) -> int:
-    """Cut the file off behind its last whole row, and return where that is."""
+    """Cut the file off after its last whole row, and return where that is."""
     size = end = os.fstat(file_number).st_size
     while end:
         start = max(end - _TAIL, 0)

@@ -25,11 +25,10 @@ from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run.bad_images import BadImages
 from pipeline.run.clock import Clock
 from pipeline.run.conclusion import conclude
 from pipeline.run.evaluate import from_latents
-from pipeline.run.health import BITS, FORWARD, Health, slowest
+from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import GRID, SampleGrids, spread

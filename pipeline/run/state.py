@@ -1,4 +1,4 @@
-"""All mutable state of a run besides the players': small, JSON, the same on every rank."""
+"""A run's mutable state besides the players: small, JSON, the same on every rank."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ PartialSums = dict[str, tuple[float, float, float]]  # chart name → total, wei
 
 @dataclass
 class State:
-    """Where a run stands. Random state is not here: every draw is a function of cur_nimg."""
+    """Where a run stands. It needs no random state: every draw is a function of cur_nimg."""
 
     cur_nimg: int = 0  # real images shown to D; also the position in the data
-    plan: str = ""  # fingerprint of which sample comes when
+    plan: str = ""  # fingerprint of the order of samples
     data: str = ""  # … and of the shards' contents
-    label_frequencies: list[float] | None = None  # of the training images, which fake labels follow
+    label_frequencies: list[float] | None = None  # of the training images; fake labels follow them
     wandb_id: str | None = None
-    reported: int = 0  # cur_nimg up to which all ticks, scores and sheets that were due are done
+    reported: int = 0  # cur_nimg up to which all due ticks, scores and sample grids are done
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
-    bad: list[str] = field(default_factory=list)  # what is wrong with which training images, on any rank
-    in_a_row: dict[str, int] = field(default_factory=dict)  # for how many ticks what has been suspected
+    bad: list[str] = field(default_factory=list)  # unusable training images, on any rank, and why
+    in_a_row: dict[str, int] = field(default_factory=dict)  # suspicion → ticks in a row: see Health
     stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
 
     def moved_to(self, new: State) -> State:
-        """The same place in a training that goes on with the data of `new`: other images, other scores."""
+        """The same place, on the data of `new`: without the best score and the bad images of the old data."""
         return replace(
             self, plan=new.plan, data=new.data, label_frequencies=new.label_frequencies, best=None, bad=[]
         )

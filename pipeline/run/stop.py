@@ -1,8 +1,8 @@
 """How a process is asked to stop: by a signal, or by the end of its launcher.
 
 Signal handlers do nothing here. The interpreter writes each signal's number into a socket, even while the
-main thread is inside a library, and one thread reads them one after another: however close together two
-signals come, neither can interrupt the answer to the other.
+main thread is inside a library, and one thread reads them in turn: handling one signal cannot interrupt
+handling another, however close together they come.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from pipeline import STOP_SIGNALS
 
 LAUNCHER = "SHARDGAN_LAUNCHER"  # in a child's environment: the PID of its parent, whose end stops the child
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
-TERMINATED = 143  # exit status of a rank that another signal ended before it had joined the others
+TERMINATED = 143  # exit status of a rank that another signal ended before it joined the others
 
 _LAUNCHERS = (
     *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
 )
 _INTERVAL_S = 0.5
-_APART_S = 1.0  # between two Ctrl-C that are not one
+_APART_S = 1.0  # a second Ctrl-C within it is the same one
 
 
 def hold() -> None:
-    """Keep stop signals pending for this thread and for the processes that it starts, until they listen."""
+    """Keep stop signals pending for this thread and the processes that it starts, until they listen."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
@@ -57,12 +57,12 @@ class StopSignals:
         on_stop: called once, with the first signal. on_kill: called before a second Ctrl-C ends this process.
         on_tick: called about twice a second, and after each signal.
         """
-        self.received: str | None = None  # why this process is to stop, as "on SIGTERM"
+        self.received: str | None = None  # why this process must stop, as "on SIGTERM"
         self.interrupted = False  # by Ctrl-C
         self._on_stop, self._on_kill, self._on_tick = on_stop, on_kill, on_tick
         self._grace_s: float | None = None
         self._joining = False
-        self._asked_s = 0.0  # for how long it has been asked to stop
+        self._asked_s = 0.0  # since it was asked to stop
         self._ctrl_c: float | None = None
         self._launcher = _launcher()
         self._handlers: dict[int, object] = {}
@@ -83,7 +83,7 @@ class StopSignals:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def configure(self, chosen: str, grace_s: float) -> None:
-        """chosen: one more signal, as "USR1". grace_s: seconds after which a stop is given up if not done."""
+        """chosen: one more signal, as "USR1". grace_s: the process ends this many seconds after it."""
         if self._installed:
             self._handle(signal.Signals[f"SIG{chosen}"])
         self._grace_s = grace_s
@@ -99,12 +99,12 @@ class StopSignals:
             self._joining, self._asked_s = False, 0.0
 
     def done(self) -> None:
-        """The run has come to its end: there is nothing left to give up."""
+        """The run has ended: run.grace no longer applies."""
         self._grace_s = None
 
     @property
     def status(self) -> int:
-        """Exit status of what was stopped before it had begun."""
+        """Exit status of a process that was stopped before it began."""
         return INTERRUPTED if self.interrupted else TERMINATED
 
     def close(self) -> None:
@@ -128,9 +128,8 @@ class StopSignals:
     # In the thread
 
     def _listen(self) -> None:
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, STOP_SIGNALS
-        )  # the main thread may hold them for its children
+        # The main thread may hold them for its children.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         last = time.monotonic()
         while not self._closed.is_set():
             try:
@@ -170,7 +169,7 @@ class StopSignals:
             _end(self.status)
         elif not self._joining and self._grace_s is not None and self._asked_s >= self._grace_s:
             what = f"asked to stop ({self.received}), and not done within run.grace = {self._grace_s:g} s"
-            # Whoever asked is about to kill this process: better to end with a word.
+            # The scheduler is about to kill this process: end with a message instead.
             _end(1, f"error: {what}. The same command continues from the newest checkpoint.\n")
 
 
@@ -178,7 +177,7 @@ _of_this_process: set[StopSignals] = set()
 
 
 def _in_a_fork() -> None:
-    """A forked child must not write its signals into its parent's socket."""
+    """Keep a forked child from writing its signals into its parent's socket."""
     if _of_this_process:
         signal.set_wakeup_fd(-1)
         _of_this_process.clear()
@@ -188,17 +187,17 @@ os.register_at_fork(after_in_child=_in_a_fork)
 
 
 def _do_nothing(_number: int, _frame: object) -> None:
-    """What the interpreter does besides, writing the number into the socket, is all that is needed."""
+    """The interpreter itself writes the number into the socket."""
 
 
 def _launcher() -> int | None:
-    """PID of the process without which this one has no reason to go on, if there is one.
+    """PID of the launcher whose end stops this process, if there is one.
 
-    A shell, a notebook or a person's script is none: what they have started outlives them.
+    A shell, a notebook or a user's script is none: what they start outlives them.
     """
     ours = os.environ.pop(LAUNCHER, None)
     if ours is not None:
-        return int(ours)  # which has ended already if it is not the parent
+        return int(ours)  # if it is not the parent, it has ended
     parent = os.getppid()
     with suppress(psutil.Error):
         words = psutil.Process(parent).cmdline()[:4]
@@ -208,7 +207,7 @@ def _launcher() -> int | None:
 
 
 def _end(status: int, message: str = "") -> None:
-    """End this process here and now, from a thread, whatever the main thread is stuck in."""
+    """End this process at once, from a thread, whatever the main thread is doing."""
     if os.isatty(1):
         message = f"\x1b[?25h{message}"  # a progress bar hides the cursor
     with suppress(OSError, ValueError):

@@ -1,9 +1,9 @@
-"""How much of the time a run trains that is killed every minute. By hand:
+"""How much of its time a run trains that is killed every minute. By hand:
 
     python tests/benchmarks/killed_every_minute.py 60 600 configs/fashion-mnist.yaml --procs 2 [key=value …]
 
-kills all processes of `shardgan train …` (SIGKILL, nothing is asked) every 60 seconds for 600, starts the
-same command again each time, and prints where the time went.
+kills all processes of `shardgan train …` (SIGKILL) every 60 seconds for 600, starts the same command again
+each time, and prints where the time went.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def main(every: float, total: float, arguments: list[str]) -> None:
         start, before = time.time(), _saved(folder)
         _attempt(arguments, min(every, total - (start - begun)))
         kills += 1
-        told = [
+        reported = [
             row
             for row in rows(folder / "metrics.jsonl")
             if row["time"] > start and "Timing/sec_per_kimg" in row
         ]
-        if not told:
+        if not reported:
             spent["start"] += time.time() - start
             continue
-        pace = statistics.median(row["Timing/sec_per_kimg"] for row in told)
-        first = told[0]["time"] - start - pace * (told[0]["Progress/kimg"] - before)
-        kept = pace * (_saved(folder) - before)
+        sec_per_kimg = statistics.median(row["Timing/sec_per_kimg"] for row in reported)
+        first = reported[0]["time"] - start - sec_per_kimg * (reported[0]["Progress/kimg"] - before)
+        kept = sec_per_kimg * (_saved(folder) - before)
         spent["start"] += first
         spent["train"] += kept
         spent["train again"] += time.time() - start - first - kept

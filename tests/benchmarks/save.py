@@ -12,13 +12,11 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from launch.bench import pair
+from launch.bench.meter import clocked
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
@@ -63,12 +61,11 @@ def main(parameters: float) -> None:
 
 
 def _seconds(work: Callable[[], object], ranks: Ranks) -> float:
+    seconds: list[float] = []
     ranks.barrier()
-    start = time.perf_counter()
-    work()
-    if ranks.device.type == "cuda":
-        torch.cuda.synchronize()
-    return max(ranks.gather_objects(time.perf_counter() - start))
+    with clocked(seconds):
+        work()
+    return max(ranks.gather_objects(seconds[0]))
 
 
 if __name__ == "__main__":

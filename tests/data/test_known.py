@@ -36,9 +36,9 @@ def test_fashion_mnist_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         known.fashion_mnist(print)
     monkeypatch.setattr(known, "_FASHION_FILES", hashes)
     data = known.fashion_mnist(print)
-    assert (data.images == x.reshape(-1, 28, 28)).all() and (data.labels == y.reshape(-1)).all()
+    assert (data.images == x.reshape(-1, 28, 28)).all() and (data.labelled.values == y.reshape(-1)).all()
     index = prepare("fashion-mnist", str(tmp_path / "out"), Options(size=32), workers=1)
-    assert index.num_samples == 10 and index.class_names == data.classes
+    assert index.num_samples == 10 and index.class_names == data.labelled.classes
     shard = webdataset.WebDataset(f"{tmp_path}/out/shard-000000.tar", shardshuffle=False).decode("l8")
     assert {s["png"][2:30, 2:30].tobytes() for s in shard} == {image.tobytes() for image in data.images}
 

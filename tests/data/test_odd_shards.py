@@ -22,8 +22,8 @@ from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks
 from pipeline.data.index import load_index
 from pipeline.data.locate import Location
 from pipeline.data.plan import Split
-from pipeline.data.prepare.all_images import load_all_images
 from pipeline.data.prepare.reindex import build_index
+from pipeline.data.prepare.shards import all_images
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.reader import Reader
 from pipeline.data.stream import heldout_batches, label_frequencies
@@ -161,7 +161,7 @@ def test_prepare_takes_every_image_of_samples_with_several(tmp_path: Path) -> No
     members += [("a.png", image_of(0, 9)), ("a.jpg", image_of(0, 9)), ("b.photo.png", image_of(0, 10))]
     write_tar(tmp_path / "d" / "x.tar", members)
     write_tar(tmp_path / "d" / "y.tar", [("c.png", image_of(1, 0)), ("c.cls", b"1")])
-    index = load_all_images(str(tmp_path / "d"))
+    index = all_images(str(tmp_path / "d"))
     keys = [index.table(shard).key(row) for shard in range(2) for row in range(index.sizes[shard])]
     assert keys == ["22.00", "22.01", "22.02", "22.03", "b", "c"]
     assert index.table(0).label.tolist() == [-1, 1, 0, -1, -1] and index.passed_over("unusable").count == 1

@@ -19,7 +19,7 @@ from pipeline.data.batches import flips
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Plan, Split
 from pipeline.data.stream import Batch, check_images
-from pipeline.run.bad_images import BadImages
+from pipeline.run.health import BadImages
 from pipeline.run.report import Report
 
 BATCH = 6

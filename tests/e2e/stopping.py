@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch._dynamo  # noqa: F401  # which an optimizer imports
 from torch.distributed import TCPStore
 
 import pipeline.loop

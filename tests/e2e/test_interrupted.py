@@ -139,7 +139,7 @@ def test_one_process(worlds, of_one, signal, status, name):
 def test_two_processes(worlds, of_two):
     """Here with decoded images kept in memory, which changes nothing but the time it takes."""
     assert_as_if_nothing_had_happened(worlds.adam[2], of_two)
-    line = "data.cache=ram: 500 decoded images, 0.4 MiB, are kept in memory, once per machine"
+    line = "data.cache=ram: 500 decoded images, 387 KiB, are kept in memory, once per machine"
     assert of_two.stopped.output.count(line) == of_two.continued.output.count(line) == 1
 
 

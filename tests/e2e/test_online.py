@@ -1,4 +1,4 @@
-"""A real training tracked online: the server dies in the middle, and in the end W&B has all of it once."""
+"""A real training tracked online: the server dies in the middle, and W&B ends up with every row once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ IMPATIENT = {
 }
 
 
-@pytest.mark.long  # most of it is waiting for the server at the end
+@pytest.mark.long  # mostly waits for the server at the end
 def test_the_server_dies_in_mid_run(worlds, tmp_path):
-    """Not a step, a row or the exit status is lost; the same command sends what was missed."""
+    """No step, row or exit status is lost; the same command sends what is missing."""
     (tmp_path / "adam.yaml").write_text(ADAM.replace("wandb: false", "wandb: true"))
     line = shardgan("train", "adam.yaml", "--procs", "1", "run.out=.", "run.name=online")
     folder = RunFolder(tmp_path / "online")

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch._dynamo  # noqa: F401  # which an optimizer imports
+
 from pipeline import train
 from pipeline.console import end_process
 

@@ -25,17 +25,17 @@ def test_prints_a_ratio_per_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_read_the_same_images(tmp_path: Path) -> None:
-    shards = bench_loader._make(tmp_path / "shards", 28, 1, "PNG")
-    contestants = bench_loader._contestants(shards, 28, 1)
+    shards = bench_loader.make_shards(tmp_path / "shards", 28, 1, "PNG")
+    contestants = bench_loader._contestants(str(shards), 28, 1)
     steps = 2 * bench_loader._PER_SHARD // bench_loader._BATCH
-    ours = [batch.images for batch in islice(contestants["ours"](), steps)]
-    theirs = [images for images, _ in islice(contestants["webdataset + Pillow"](), steps)]
+    ours = [batch.images for batch in islice(contestants["ours"], steps)]
+    theirs = [images for images, _ in islice(contestants["webdataset + Pillow"], steps)]
     assert sorted(i.numpy().tobytes() for b in ours for i in b) == sorted(
         i.tobytes() for b in theirs for i in b
     )
-    kept = [batch.images for batch in islice(contestants["cached"](), steps)]
+    kept = [batch.images for batch in islice(contestants["cached"], steps)]
     assert sorted(i.numpy().tobytes() for b in kept for i in b) == sorted(
         i.numpy().tobytes() for b in ours for i in b
     )
     size = sum(path.stat().st_size for path in shards.glob("*.tar"))
-    assert sum(map(len, islice(contestants["bytes alone"](), steps))) == size
+    assert sum(map(len, islice(contestants["bytes alone"], steps))) == size

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from launch.bench import bench, pair
 from launch.bench.memory import held, in_theory
 from launch.bench.meter import storages
-from launch.bench.penalty_worker import Clocked
+from launch.bench.penalty import Clocked
 from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
 from launch.doctor.networks import build_players
@@ -80,8 +80,8 @@ def test_fsdp2_holds_and_sends_what_it_should():
         assert measured[name] == pytest.approx(due[name], rel=0.02), name
     assert sum(found["sent"].values()) == pytest.approx(sent, rel=0.02)
     job = Job(load(None, found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
-    foretold = doctor_memory.states(job, build_players(job, 0))
-    assert foretold == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
+    forecast = doctor_memory.states(job, build_players(job, 0))
+    assert forecast == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
 
 
 def test_penalty_measures_a_step_and_the_ways_to_the_value():

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from launch.bench import bench
 from launch.bench.rivals import BareMaths
-from launch.bench.step import Ours, _ratios, _unheeded
+from launch.bench.step import Ours, _ignored_signals, _ratios
 from pipeline.config import load
 from pipeline.gan.images import to_float
 
@@ -31,7 +31,7 @@ def test_the_bare_maths_are_those_of_the_step(tmp_path):
         "ema.rampup=0",
     ]
     settings = load(None, [f"data.train={SHARDS}", *keys, "G.width=4", "D.width=4", "G.z_dim=8"])
-    ours = Ours(settings, tmp_path / "ours", "no", _unheeded())
+    ours = Ours(settings, tmp_path / "ours", "no", _ignored_signals())
     bare = BareMaths(settings, torch.device("cpu"), bf16=False)
     reals = ours.some_images(5 * 8).split(8)
     gan = ours._gan

@@ -1,4 +1,4 @@
-"""`shardgan doctor` as a whole, and its checks of settings, networks and place on what is really wrong."""
+"""`shardgan doctor` as a whole, and its checks of config, networks and place on real mistakes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from click.testing import CliRunner, Result
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from launch import doctor
 from launch.cli import cli
-from launch.doctor import examine, fails, job_of
+from launch.doctor import checks
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
-from launch.doctor.finding import Finding, Job
+from launch.doctor.checks import examine, job_of
+from launch.doctor.finding import Finding, Job, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
 
@@ -106,15 +106,15 @@ def test_the_defaults_are_those_of_train() -> None:
 
 def test_more_processes_than_gpus_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (found,) = doctor._launcher(job())
+    (found,) = checks.launcher(job())
     assert found.verdict == "warning" and "2 processes, but this machine has 1 GPU" in found.text
 
 
 def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ACCELERATE_FILES", place)
-    (missing,) = doctor._launcher(job())
+    monkeypatch.setattr(checks, "ACCELERATE_FILES", place)
+    (missing,) = checks.launcher(job())
     shutil.copy(ACCELERATE_FILES / "single.yaml", place / "ddp.yaml")
-    (wrong,) = doctor._launcher(job())
+    (wrong,) = checks.launcher(job())
     assert missing.verdict == wrong.verdict == "would fail"
     assert "ddp.yaml cannot be read" in missing.text and "distributed_type NO" in wrong.text
 
@@ -314,7 +314,7 @@ def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "would fail" and "nowhere.invalid" in found.text
 
 
-def test_the_tracker_is_asked_and_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tracker_is_asked_without_sending_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, str]]] = []
 
     class Server(http.server.BaseHTTPRequestHandler):
@@ -330,7 +330,7 @@ def test_the_tracker_is_asked_and_told_nothing(monkeypatch: pytest.MonkeyPatch) 
 
     key = "0123456789abcdef" * 2 + "01234567"
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    wandb.teardown()  # what it was told before
+    wandb.teardown()  # it caches its settings
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_API_KEY", key)
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from launch.cli import cli
-from launch.doctor import fails
 from launch.doctor import live as doctor_live
 from launch.doctor import place as doctor_place
+from launch.doctor.finding import fails
 from launch.processes import free_port, run
 from pipeline.data.index import load_index
 
@@ -54,13 +54,13 @@ def test_two_machines_that_differ_are_named(tmp_path: Path) -> None:
     outputs = [machine.communicate(timeout=400) for machine in started]
     assert [machine.returncode for machine in started] == [0, 0], outputs
     ended = subprocess.CompletedProcess([], 0, outputs[0][0], "")
-    told = doctor_live.told(ended)
-    assert told is not None and told["world"] == 2 and min(told["seconds"].values()) > 0
-    found = {finding.check: finding for finding in doctor_live.compare(told["nodes"])}
+    report = doctor_live.read_found(ended)
+    assert report is not None and report["world"] == 2 and min(report["seconds"].values()) > 0
+    found = {finding.check: finding for finding in doctor_live.compare(report["nodes"])}
     assert set(found) == {"live: code", "live: versions", "live: data"} and fails(list(found.values()))
     assert all("(machine 1) has" in f.text and "(machine 0)" in f.text and f.remedy for f in found.values())
     assert "wandb 0.1 (not 0.3" in found["live: versions"].text
-    assert told["nodes"][0]["data"] == load_index(str(FASHION)).fingerprint
+    assert report["nodes"][0]["data"] == load_index(str(FASHION)).fingerprint
 
 
 def _machine(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:
@@ -99,7 +99,7 @@ def test_a_node_that_does_not_see_the_data() -> None:
     assert found.verdict == "would fail" and found.text == "b: There are no shards at data"
 
 
-def test_a_failure_is_told_by_its_errors_once() -> None:
+def test_a_failure_is_shown_by_its_errors_once() -> None:
     said = "Traceback (most recent call last):\n  File x\n[rank1]: ValueError: no\nModuleNotFoundError: m\n"
     assert doctor_live.reasons(said * 2 + "torch.ChildFailedError: \n===\n") == [
         "[rank1]: ValueError: no",
@@ -122,7 +122,7 @@ def test_places_are_what_the_nodes_say(monkeypatch: pytest.MonkeyPatch) -> None:
         for n, gpus in ((1, 3), (0, 4))
     ]
     ended = subprocess.CompletedProcess([], 0, "\n".join(["srun: queued", *lines]), "")
-    places = doctor_live.places_told(ended)
+    places = doctor_live.read_places(ended)
     assert [place["node"] for place in places] == ["n0", "n1"]
     assert doctor_live.fitting(8, places) == (3, False) and doctor_live.fitting(2, places) == (2, False)
     (unlike,) = doctor_live.unlike(places)
@@ -131,7 +131,7 @@ def test_places_are_what_the_nodes_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor_live.fitting(16, none) == (8, True) and not list(doctor_live.unlike(none))
 
 
-def test_a_shell_of_salloc_is_told_cpus_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_in_a_shell_of_salloc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     monkeypatch.setenv("SLURM_JOB_CPUS_PER_NODE", "72(x2),36")
     assert doctor_place.allocated_cpus() == 36

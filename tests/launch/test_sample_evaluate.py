@@ -162,7 +162,7 @@ def test_the_model_cards_lines_make_images(run, tmp_path):
 def test_the_model_card_says_what_was_shown_not_owned(run, tmp_path):
     export(run, tmp_path / "out")
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
-    assert "of which D was shown 64, counting repeats" in card
+    assert "D was shown 64 of them, counting repeats" in card
     assert "one of 10 classes, grey" in card and "pip install" in card
 
 

@@ -63,7 +63,7 @@ def test_collect_before_all_is_done_chooses_by_what_all_have(tmp_path):
         assert min(Image.open(tmp_path / "mine" / picture).size) > 300
 
 
-def test_a_choice_that_no_longer_stands_is_taken_back(tmp_path):
+def test_an_outdated_choice_is_withdrawn(tmp_path):
     """Run folders of trials were removed: they are to come again, and nothing says what was chosen."""
     base, trials = selection(tmp_path)
     for trial, score in zip(trials, [2.0, 1.0, 2.1, 1.1], strict=True):
@@ -159,7 +159,7 @@ def test_a_range_has_two_ends_and_not_too_many_values(count):
 
 
 @pytest.mark.parametrize("values", ["", " ", ",", "1,,2", "1,", ",1", "[0.5,0.9", "0.5]", "'a,b", "1:2"])
-def test_values_that_cannot_be_told_apart_are_refused(values):
+def test_unclear_values_are_refused(values):
     with pytest.raises(UserError, match=r"--grid a\.b="):
         select_candidates.grid([f"a.b={values}"])
 
@@ -218,7 +218,7 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert "| [bold] L2\\|L1 [/x] | 2 |" in select_verdict.markdown(found, trials)
 
 
-def test_named_candidates_are_told_apart_by_colour(tmp_path):
+def test_named_candidates_differ_in_colour(tmp_path):
     rows = [Row(Arm(f"{n}", (), {}), [], {}) for n in range(25)]
     styles = {str(style) for style in select_plots._styles(rows)}
     assert len(styles) == 25

@@ -113,7 +113,7 @@ def test_only_a_larger_weight_penalty_is_preferred(tmp_path, grid, choice, rule)
     found = table_of(trials, scores, rule)
     assert found.choice.arm.label == choice
     if found.penalty is None:
-        assert "stand in an order" in select_verdict.markdown(found, trials)
+        assert "ordered by regularisation" in select_verdict.markdown(found, trials)
 
 
 def test_of_several_keys_and_of_arms_the_best_mean_is_chosen(tmp_path):

@@ -46,24 +46,24 @@ def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
         select_local.shares(LaunchOptions("ddp", 2), 3)
 
 
-def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, told: list[str]) -> StopSignals:
+def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, said: list[str]) -> StopSignals:
     """`run`, with `code` in the place of each training."""
     line = [sys.executable, "-c", code]
     monkeypatch.setattr(select_local, "training", lambda *_: (line, dict(os.environ)))
     folder = tmp_path / "mine"
-    with select_local.hold(folder, trials, told.append):
-        return select_local.train(trials, LaunchOptions(), jobs, folder, told.append, ended)
+    with select_local.hold(folder, trials, said.append):
+        return select_local.train(trials, LaunchOptions(), jobs, folder, said.append, ended)
 
 
-def test_what_begins_is_told_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):
+def test_what_begins_is_shown_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):
     _, trials = selection(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WANDB_RUN_ID", "one-for-all")
-    told, ended = [], []
-    train(tmp_path, trials, lambda trial, _: ended.append(trial), monkeypatch, WRITES, 2, told)
-    assert len(ended) == 4 and len(told) == 1
-    assert trials[0].name in told[0] and trials[1].name in told[0] and str(tmp_path / "mine/logs") in told[0]
-    assert trials[2].name not in told[0]
+    said, ended = [], []
+    train(tmp_path, trials, lambda trial, _: ended.append(trial), monkeypatch, WRITES, 2, said)
+    assert len(ended) == 4 and len(said) == 1
+    assert trials[0].name in said[0] and trials[1].name in said[0] and str(tmp_path / "mine/logs") in said[0]
+    assert trials[2].name not in said[0]
     seen = [json.loads((tmp_path / "mine" / "logs" / f"{t.name}.log").read_text()) for t in trials]
     assert not any("WANDB_RUN_ID" in one for one in seen)
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0", "1"}
@@ -74,16 +74,16 @@ def test_what_does_not_compare_ends_all_at_once(tmp_path, monkeypatch):
     """The first ends, and turns out not to compare: the one beside it is asked to stop, no other starts."""
     _, trials = selection(tmp_path)
     code = f"import os, time\ntry: os.mkdir('{tmp_path}/first')\nexcept OSError: time.sleep(60)"
-    told = []
+    said = []
 
     def ended(trial, problem):
-        told.append(trial.name)
+        said.append(trial.name)
         raise UserError("does not compare")
 
     began = time.monotonic()
     with pytest.raises(UserError, match="does not compare"):
         train(tmp_path, trials, ended, monkeypatch, code, 2, [])
-    assert time.monotonic() - began < 30 and len(told) == 1
+    assert time.monotonic() - began < 30 and len(said) == 1
     assert len(list((tmp_path / "mine" / "logs").iterdir())) == 2
 
 
@@ -103,14 +103,14 @@ def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
 def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_path):
     _, trials = selection(tmp_path)
     held = {folder: take(folder, print) for folder in (tmp_path / "mine", trials[1].folder)}
-    told: list[str] = []
+    said: list[str] = []
 
     def say(text: str) -> None:
-        told.append(text)
+        said.append(text)
         next(lock for folder, lock in held.items() if text.startswith(f"{folder} ")).release()
 
     with select_local.hold(tmp_path / "mine", trials, say) as lock:
-        assert [text.split(" is in use by pid ")[0] for text in told] == list(map(str, held))
+        assert [text.split(" is in use by pid ")[0] for text in said] == list(map(str, held))
         lock.check()
     with pytest.raises(LockLostError):
         lock.check()

@@ -31,7 +31,7 @@ def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
         selection(tmp_path, "run.total_kimg=0.032")
     selection(tmp_path, "run.total_kimg=0.05")  # in whole updates the same
     _, longer = selection(tmp_path, "run.total_kimg=0.128")
-    assert not longer[1].done  # and goes on
+    assert not longer[1].done  # and is resumed
 
 
 def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp_path):
@@ -46,7 +46,7 @@ def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp
     assert all("ema.rampup=0" in trial.arguments for trial in trials)
 
 
-def test_a_trial_whose_reference_cannot_be_read_is_taken_as_it_is(tmp_path):
+def test_a_trial_whose_reference_cannot_be_read_is_used_as_it_is(tmp_path):
     base, trials = selection(tmp_path)
     for trial in trials:
         finish(trial)
@@ -55,7 +55,7 @@ def test_a_trial_whose_reference_cannot_be_read_is_taken_as_it_is(tmp_path):
     select_start.check(base, trials, LaunchOptions(), 1)
 
 
-def test_what_all_trials_share_is_noted_and_held_to(tmp_path):
+def test_what_all_trials_share_is_written_and_compared(tmp_path):
     one = LaunchOptions()
     _, trials = selection(tmp_path)
     select_start.write_common(tmp_path / "mine", select_start.common(trials, one))
@@ -159,7 +159,7 @@ def test_one_candidate_that_cannot_be_built_does_not_stop_the_others(tmp_path):
     select_start.check(base, trials, LaunchOptions(), 1)
 
 
-def test_a_batch_that_one_candidate_cannot_divide_is_told_with_its_name(tmp_path):
+def test_a_batch_that_one_candidate_cannot_divide_is_refused_with_its_name(tmp_path):
     base, trials = selection(tmp_path, grid=["data.batch_size=16,15"])
     with pytest.raises(UserError, match=r"data.batch_size=15: .*cannot be divided equally over 2"):
         select_start.check(base, trials, LaunchOptions("ddp", 2), 1)
@@ -194,7 +194,7 @@ def test_trials_in_the_queue_are_not_trained_here_too(tmp_path, monkeypatch):
     select_queue.refuse_queued(tmp_path)
 
 
-def test_jobs_that_failed_are_told_from_those_that_are_not_through(tmp_path):
+def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
     _, trials = selection(tmp_path)
     folder = tmp_path / "mine" / "slurm"
     folder.mkdir(parents=True)

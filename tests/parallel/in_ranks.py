@@ -1,8 +1,8 @@
 """What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT [EARLIER]`.
 
 The parity matrix; two of its cases continued from the checkpoints that the launch before, of another
-strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; fp16; and
-updates that are skipped.
+strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; fp16;
+updates that are skipped; and, as it may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import dirac
 import half
+import mutant
 import skips
 import wire
 from safetensors.torch import save_file
@@ -39,6 +40,7 @@ def main(out: Path, earlier: Path | None) -> None:
     if ranks.main:
         for name, value in found.items():
             (out / name).write_text(json.dumps(value))
+    mutant.train(ranks, mutant.MADE.get(f"{ranks.strategy}-{ranks.world}", ()), out / "mistakes")
     assert "transformers" not in sys.modules  # Accelerate's DeepSpeed plugin would need it; nothing here does
     ranks.leave()
 

@@ -1,14 +1,14 @@
-"""Runs cases of the parity matrix with a known mistake in the training: `python -m mutant MISTAKES OUT`.
+"""Trains cases of the parity matrix with a known mistake: the tests show that the comparison sees it.
 
-For the tests that show that the comparison sees such mistakes; started by `accelerate launch` like the real
-one. Several mistakes (with commas between) are made one after the other, each into OUT/MISTAKE.
+`python -m mutant OUT` trains them without one, in the ranks of a launch.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import parity
+from pipeline.config import WeightPenalty
 from pipeline.console import end_process
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
@@ -25,14 +26,15 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 CASES = ("sgd-l2-free-1", "adam-l2-clipped-2")
-RAISED = "raised.txt"  # a mistake that ended the training tells there how
+RAISED = "raised.txt"  # the error of a mistake that ended the training
 
 
 def _penalty_times(factor: Callable[[], float]) -> Any:
     right = LocalPenalty.add_gradient
 
-    def wrong(self: LocalPenalty, gradients: Any, scale: float = 1.0) -> None:
-        right(self, gradients, scale * factor())
+    def wrong(self: LocalPenalty, gradients: Any) -> None:
+        l2, l1 = self.coefficients.l2 * factor(), self.coefficients.l1 * factor()
+        right(replace(self, coefficients=WeightPenalty(l2, l1)), gradients)
 
     return patch.object(LocalPenalty, "add_gradient", wrong)
 
@@ -45,7 +47,7 @@ def _world() -> int:
 
 @contextmanager
 def _gradients_never_reduced() -> Iterator[None]:
-    """DDP and FSDP2, which accumulate without sending until told otherwise."""
+    """DDP and FSDP2 accumulate without sending."""
 
     def replicated(self: ReplicatedEngine, last: bool) -> Any:
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
@@ -63,7 +65,7 @@ def _gradients_never_reduced() -> Iterator[None]:
 
 
 def _norm_never_reduced() -> Any:
-    """Sharded players: each rank clips by the norm of its own part."""
+    """Sharded players: each rank clips by the norm of its part."""
     right = Ranks.sum
 
     def wrong(self: Ranks, values: torch.Tensor) -> torch.Tensor:
@@ -73,16 +75,16 @@ def _norm_never_reduced() -> Any:
 
 
 def _padding_counted_in() -> Any:
-    """ZeRO: what fills up a rank's flat partition is taken for weights, as a sum over all of it would."""
+    """ZeRO: the padding of a rank's flat partition counts as weights, as in a sum over all of it."""
     from pipeline.parallel.zero import ZeroEngine
 
     right = ZeroEngine.step
 
     def wrong(self: ZeroEngine, now: Any) -> Any:
         flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
-        for offset, fragment in zip(self._offsets, self.fragments, strict=True):
-            known[offset : offset + fragment.data.numel()] = True
-        flat[~known] = 1.0  # memory that nobody wrote to may hold anything
+        for part in self._slices:
+            known[part] = True
+        flat[~known] = 1.0  # uninitialised memory may hold anything
         true_values = LocalPenalty.values
         extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])
 
@@ -98,7 +100,7 @@ def _padding_counted_in() -> Any:
 def _other_player_neither_frozen_nor_cleaned() -> Any:
     @contextmanager
     def updating(self: Engine, frozen: Engine, twice: bool = False) -> Iterator[None]:
-        frozen.frozen = True  # bare all the same, as DDP's wrapper would wait for its gradients
+        frozen.frozen = True  # else DDP's wrapper would wait for its gradients
         try:
             yield
         finally:
@@ -121,9 +123,20 @@ MISTAKES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main(mistakes: list[str], out: Path) -> None:
-    """Train the chosen cases once with each mistake."""
-    ranks = parity.join()
+EVERYWHERE = ("none", "doubled-penalty", "penalty-over-world")
+LAST = "gradients-left-in-D"  # it may end the training
+# "strategy-world" → the mistakes that can be made there. Of what ZeRO sums we reduce only the norm.
+MADE = {
+    "single-1": ("none", "doubled-penalty", LAST),
+    "ddp-2": (*EVERYWHERE, "gradients-not-reduced", LAST),
+    "fsdp2-2": (*EVERYWHERE, "gradients-not-reduced", "norm-not-reduced", LAST),
+    "zero2-2": (*EVERYWHERE, "norm-not-reduced", LAST),
+    "zero3-2": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
+}
+
+
+def train(ranks: Ranks, mistakes: Sequence[str], out: Path) -> None:
+    """Train the chosen cases once with each mistake, into OUT/MISTAKE."""
     chosen = [case for case in parity.cases(ranks.world) if case.name in CASES]
     for mistake in mistakes:
         folder = out / mistake
@@ -134,9 +147,10 @@ def main(mistakes: list[str], out: Path) -> None:
                 parity.train_all(chosen, ranks, folder)
         except Exception as error:
             (folder / RAISED).write_text(f"{type(error).__name__}: {error}")
-    ranks.leave()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1].split(","), Path(sys.argv[2]))
+    together = parity.join()
+    train(together, ["none"], Path(sys.argv[1]))
+    together.leave()
     end_process(0)

@@ -1,4 +1,4 @@
-"""W&B as on a machine of which it knows nothing."""
+"""W&B on a machine that it has never run on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture
 def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A machine on which nobody has logged in, whatever this one is."""
+    """A machine where nobody is logged in to W&B."""
     import wandb
 
     for name in [name for name in os.environ if name.startswith("WANDB_")]:

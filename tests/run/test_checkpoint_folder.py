@@ -1,4 +1,4 @@
-"""What a kill may leave in a folder of checkpoints, and what of it a run goes on from."""
+"""What a kill may leave in a checkpoint folder, and what a run resumes from then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_checkpoint_that_is_replaced_is_there_before_and_after(tmp_path):
-    """Killed between the two renames, the older one is brought back; after them, it goes."""
+    """After a kill between the two renames the older one is restored; after both it is deleted."""
     old, new = write(tmp_path / "240", "old"), write(tmp_path / ".partial-240", "new")
     old.rename(checkpoint.replaced(old))
     checkpoint.recover(tmp_path)
@@ -37,7 +37,7 @@ def test_an_exchange_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_a_row_that_was_put_off_by_a_stop_is_written_once(tmp_path):
-    """The checkpoint of a stop knows rows up to 120; the job that went on wrote 240's, and was killed."""
+    """The checkpoint of a stop has rows up to 120; the job that resumed wrote row 240 and was killed."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(f'{{"cur_nimg": {nimg}, "x": 1}}\n' for nimg in (0, 120, 240)))
     MainReport(tmp_path, Tracker(), 480, cur_nimg=240, reported=120).row(240, {"x": 2})

@@ -1,4 +1,4 @@
-"""Files are written alike where the file system lacks something, and its failures are heard."""
+"""Files are written in the same way on file systems that lack something, and failures are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring: features, three ranks, the cache, and what may be compared with what."""
+"""Scoring: features, three ranks, the cache, and which scores compare."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.run import tensor_cache as cache
 from pipeline.run.features import Extractor, Inception, load_features
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
-TRAIN = 205  # more than three ranks look at in one go, and than are held out
+TRAIN = 205  # more than three ranks take in one batch, and more than are held out
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Several threads that share busy cores wait for each other far longer than they compute."""
+    """One thread: several on busy cores mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -182,7 +182,7 @@ def test_the_cache_gives_the_same_number_and_a_damaged_one_is_not_believed(alone
     for damaged in (content[: len(content) // 2], b"", bytes(flipped)):
         file.write_bytes(damaged)
         assert score(alone) == first
-        assert file.stat().st_size == len(content)  # written anew
+        assert file.stat().st_size == len(content)  # written again
 
     def unexpected(*_: object, **__: object) -> None:
         raise AssertionError("the real features were computed again")
@@ -236,7 +236,7 @@ def test_scores_of_one_run_are_against_the_same_references(tmp_path):
 
 
 class Pixels(Extractor):
-    """A user's features: the corner pixels, through a weight."""
+    """A user's features: the corner pixels times a weight."""
 
     def __init__(self) -> None:
         super().__init__("pixels", "1", 4)
@@ -253,7 +253,7 @@ class NoName(Pixels):
 
 
 class Script(torch.nn.Module):
-    """Called as the canonical file is; its features are coarse pixels."""
+    """Has the interface of the canonical file; its features are coarse pixels."""
 
     def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         assert return_features
@@ -275,7 +275,7 @@ def test_features_of_a_users_own(real, monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         importlib.invalidate_caches()
         versions.append(load_features("mine:Mine").version)
-    assert versions[0] != versions[1]  # kept features of real images are those of this code
+    assert versions[0] != versions[1]  # cached features of real images are of this code
     for wrong, message in (
         ("test_evaluate:NoName", "is named 'inception'"),
         ("test_evaluate:Script", "not a class derived from pipeline.run.features.Extractor"),
@@ -309,7 +309,7 @@ def test_fid_is_said_of_the_canonical_file_only(real, alone, tmp_path, monkeypat
 def test_the_fid_of_papers_is_of_50_000_images_against_all_that_were_trained_on(
     real, alone, tmp_path, monkeypatch
 ):
-    """Fewer here; beside the scores against held-out images, which it leaves as they are."""
+    """With fewer images here; scores against held-out images stay as they are."""
     torch.jit.script(Script()).save(tmp_path / "net.pt")
     monkeypatch.setattr(Inception, "SHA256", hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest())
     monkeypatch.setattr(evaluate, "FULL", 90)

@@ -1,4 +1,4 @@
-"""SampleGrids of images, read back from the file."""
+"""Grids of images, read back from the file."""
 
 from contextlib import nullcontext
 
@@ -34,7 +34,6 @@ def test_every_image_is_found_at_its_place(tmp_path, channels):
 def test_large_images_and_a_given_scale_are_taken_as_they_are():
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     assert tile(images, columns=8).shape == (68, 68, 3)
-    assert tile(images, columns=8, scale=2).shape == (132, 132, 3)
 
 
 def test_what_is_not_uint8_images_is_refused():
@@ -56,7 +55,7 @@ def test_what_no_format_is_named_by_is_refused(tmp_path):
 
 
 def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
-    """In the order of training, and under the same name when a resumed run makes one again."""
+    """In the order of training, and under the same name when a resumed run writes one again."""
     sheets = SampleGrids(tmp_path, OneRank(), Report())
     moments = [0, 512, 1024, 1536, 1984, 50_048]
     for time in range(2):
@@ -70,7 +69,7 @@ def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
 
 
 class OneRank:
-    """As much of Ranks as sheets use."""
+    """The part of Ranks that sample grids use."""
 
     main = True
     raise_together = staticmethod(nullcontext)

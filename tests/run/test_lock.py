@@ -103,12 +103,12 @@ def beats_often(monkeypatch):
 
 
 def on_another_machine() -> None:
-    holder._kernel = lambda: "another"
+    holder.kernel = lambda: "another"
     holder.socket.gethostname = lambda: "elsewhere"
 
 
 def in_another_container() -> None:
-    holder._pid_namespace = lambda: "pid:[1]"
+    holder.pid_namespace = lambda: "pid:[1]"
 
 
 def silent(text: str) -> None:
@@ -182,7 +182,7 @@ def test_a_zombie_is_gone_and_so_is_one_whose_pid_is_another_process(
     os.kill(one.process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, one.process.pid, os.WEXITED | os.WNOWAIT)  # not reaped
     take(tmp_path / "run", silent).release()
-    monkeypatch.setattr(holder, "_process", lambda _: ("S", "long ago"))
+    monkeypatch.setattr(holder, "state_of", lambda _: ("S", "long ago"))
     with take(tmp_path / "run", silent):  # by this very pid
         monkeypatch.undo()
         monkeypatch.setattr(fcntl, "flock", lambda *_: None)

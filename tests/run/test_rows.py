@@ -28,7 +28,7 @@ VALUES = {f"chart{k}": float(k) for k in range(60)}
 
 @contextmanager
 def full_at(size: int) -> Iterator[None]:
-    """No file of this process grows beyond so many bytes: a write across that is cut short, and the next
+    """Limits this process's files to so many bytes: a write across the limit is cut short, the next one
     fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -64,7 +64,7 @@ def held(engine: Any, averages: Any) -> int:
 
 
 def begin(saver: Saver, engine: Any, averages: Any) -> Made:
-    """Copy the player for a checkpoint; what that made."""
+    """Copy the player for a checkpoint; returns the bytes that this allocated."""
     with Made() as made:
         saver.begin([engine], averages, State(cur_nimg=12))
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -23,7 +24,7 @@ HALF = 80
 def features():
     """Features of real images and of damaged ones, by name: 80 x 1280 each."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several that share busy cores wait for each other far longer than they compute
+    torch.set_num_threads(1)  # several threads on busy cores mostly wait for each other
     images, labels = stored_images()
     generator = torch.Generator().manual_seed(0)
     half = images[HALF : 2 * HALF].float()
@@ -73,7 +74,7 @@ def test_kid_block_by_block_is_kid(monkeypatch, features):
 
 
 def test_kid_of_identical_sets_is_negative_in_closed_form(features):
-    """Within, the U-statistic leaves out the diagonal, the largest entries; across, nothing."""
+    """Within a set the U-statistic omits the diagonal, the largest entries; across sets nothing."""
     x = features["one half"].double()
     kernel = (x @ x.T / 1280 + 1) ** 3
     n, total, diagonal = 80, kernel.sum(), kernel.trace()
@@ -104,7 +105,7 @@ def test_frechet_equals_torchmetrics_and_numpy(narrow):
 
 
 def test_frechet_of_fewer_images_than_dimensions(features):
-    """Against the root of the one covariance around the other, by symmetric eigenvalues of Gram matrices."""
+    """Against a matrix square root from symmetric eigenvalues of Gram matrices."""
     real, fake = (features[name][:40].double().numpy() for name in ("one half", "noisy"))
     (m1, x), (m2, y) = ((a.mean(0), (a - a.mean(0)) / np.sqrt(39)) for a in (real, fake))
     gram = x @ y.T
@@ -207,15 +208,15 @@ def test_every_score_moves_the_right_way_on_real_images(features):
     for score in (
         "precision",
         "density",
-    ):  # odd images; what is dropped or collapsed is good as far as it goes
+    ):  # odd images; dropped or collapsed sets have good images
         assert found["noisy"][score] < 0.75 * null[score]
         assert found["blurred"][score] < null[score]
         assert found["collapsed"][score] > 0.9 * null[score] < found["one class"][score]
 
 
 def test_equal_images_are_at_distance_0():
-    """By the definitions, fakes that are the real images lie on them (precision) but, where there are six
-    copies of each, in no neighbourhood of theirs (density: strictly inside)."""
+    """By definition, fakes that equal real images count for precision but, with six copies of each, lie in no
+    neighbourhood for density, which counts strictly inside."""
     fake = torch.randn(30, 64, generator=torch.Generator().manual_seed(1)) * 3 + 5
     real = fake.repeat(6, 1)
     assert scores.precision_recall(real, fake) == (1.0, 1.0)
@@ -223,7 +224,7 @@ def test_equal_images_are_at_distance_0():
     assert scores.memorisation(real, fake + 1, fake) == (0.0, 1.0)
 
 
-# The table of them
+# METRICS
 
 
 def test_the_config_takes_the_metrics_of_the_table():
@@ -247,7 +248,7 @@ def test_what_leads_is_one_number_and_the_lower_the_better():
     ],
 )
 def test_checkpoints_are_compared_by_the_first_that_leads(metrics, chart):
-    """On held-out images: neither on training images nor by fid50k_full, which is against these too."""
+    """On held-out images: not on training images, and not by fid50k_full."""
     charts = [
         "fid50k_full",
         "fid_train",
@@ -259,3 +260,7 @@ def test_checkpoints_are_compared_by_the_first_that_leads(metrics, chart):
     assert scores.leading_chart(metrics, [f"Metrics/{name}" for name in charts]) == chart
     charts = ["Metrics/fd_efflite0_train", "Metrics/fd_efflite0"]
     assert scores.leading_chart(["fd"], charts) == "Metrics/fd_efflite0"
+
+
+def test_the_readme_lists_every_metric():
+    assert f"--metrics {','.join(scores.METRICS)} " in (Path(__file__).parents[2] / "README.md").read_text()

@@ -108,7 +108,7 @@ def test_a_key_is_found_in_netrc(tmp_path, monkeypatch):
 
 @pytest.fixture
 def refusing_server(monkeypatch):
-    """A server that answers, and refuses everything."""
+    """A server that answers every request with a refusal."""
 
     class Refuse(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,6 +1,6 @@
-"""Whatever happens to W&B: training goes on, metrics.jsonl is whole, and in the end W&B has each step once.
+"""Whatever happens to W&B: training continues, metrics.jsonl is whole, and W&B ends up with each step once.
 
-The real client and its real service process, against a server that can be told to misbehave.
+The real client and its real service process, against a server that misbehaves on demand.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ pytestmark = pytest.mark.usefixtures("no_account")
 ROOT = Path(__file__).parents[2]
 KEY = "fedcba9876543210" * 2 + "fedcba98"
 CONFIG = load(None, ["data.train=shards", "run.name=demo", "track.project=proj", "track.tags=[a,b]"])
-TOTAL = 20  # ticks of a run; a sheet every 4
+TOTAL = 20  # ticks of a run; a sample grid every 4
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    """A server, and a client that knows the key and does not wait long with anything."""
+    """A server, and a client that has the key and uses short waits."""
     with wandb_server() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         for name in ("FILE_STREAM", "GRAPHQL", "FILE_TRANSFER"):
             monkeypatch.setenv(f"WANDB__{name}_RETRY_WAIT_MIN_SECONDS", "0.1")
             monkeypatch.setenv(f"WANDB__{name}_RETRY_WAIT_MAX_SECONDS", "0.2")
-        # Rows are sent every 15 seconds, the first at once, if figures of the machine have not been before.
+        # Rows are sent every 15 seconds; the first at once, unless statistics of the machine came before.
         monkeypatch.setenv("WANDB__DISABLE_STATS", "true")
         monkeypatch.setattr(wandb_mode, "_ANSWER_S", 0.5)
         monkeypatch.setattr(tracker_module, "_INIT_S", 10.0)
@@ -56,7 +56,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
 
 
 class Job:
-    """One start of the command that trains, as far as reports go."""
+    """One start of the training command, reduced to its reports."""
 
     def __init__(self, folder: Path, start: int = 0) -> None:
         self.folder, self.said = folder, list[str]()
@@ -84,7 +84,7 @@ class Job:
 
 
 def values(tick: int) -> dict[str, float]:
-    """So many that the client's buffer, of which a kill takes the rest, overflows every few rows."""
+    """So many that the client's buffer, whose content a kill loses, is flushed every few rows."""
     return {"Progress/kimg": tick / 10, **{f"Loss/G/{n}": 1 / (tick + n + 3) for n in range(300)}}
 
 
@@ -93,7 +93,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_whole(folder: Path, run: ServedRun, ticks: int = TOTAL) -> None:
-    """metrics.jsonl has every tick once; W&B too, with the same values and with the sheets."""
+    """metrics.jsonl has every tick once; so has W&B, with the same values and the sample grids."""
     assert [row["cur_nimg"] for row in rows(folder)] == [tick * 100 for tick in range(ticks)]
     assert run.steps == [tick * 100 for tick in range(ticks)]
     for row, shown in zip(rows(folder), run.history, strict=True):
@@ -106,7 +106,7 @@ def assert_whole(folder: Path, run: ServedRun, ticks: int = TOTAL) -> None:
 
 
 def again(folder: Path, times: int = 1) -> list[list[str]]:
-    """What the same command says, once the run is finished; in a new process, as W&B's client keeps state."""
+    """Output of the same command on the finished run; in a new process, as W&B's client keeps state."""
     script = f"""
         import json
         from pathlib import Path
@@ -125,7 +125,7 @@ def again(folder: Path, times: int = 1) -> list[list[str]]:
 
 
 def services() -> list[psutil.Process]:
-    """The service processes of W&B that this process has started."""
+    """The W&B service processes that this process started."""
     mine = [child for child in psutil.Process().children() if "wandb-core" in child.name()]
     return [service for service in mine if service.status() != psutil.STATUS_ZOMBIE]
 
@@ -162,13 +162,13 @@ def test_a_server_that_dies_gets_the_rest_by_the_same_command(tmp_path, server, 
     catch_up(CONFIG, tmp_path, unreachable.append)
     assert "does not answer" in unreachable[0] and not list(tmp_path.glob("wandb/offline*"))
     server.come_back()
-    # The first sends what is missing, the second hears from the server that it is there, the third knows.
+    # The first sends what is missing, the second learns from the server that it is there, the third knows.
     assert again(tmp_path, times=3) == [[f"W&B: {server.url}/me/proj/runs/{job.tracker.run_id}"]] * 2 + [[]]
     assert_whole(tmp_path, server.run)
 
 
 def test_a_server_that_fails_gets_the_rest_by_the_same_command(tmp_path, server, monkeypatch):
-    """500 to everything, first in mid-run and then from the start."""
+    """Status 500 to every request, first in mid-run and then from the start."""
     monkeypatch.setattr(tracker_module, "_FINISH_S", 1.0)
     job = Job(tmp_path).train(0, 4)
     server.until(lambda: bool(server.runs))
@@ -236,13 +236,13 @@ def test_the_service_of_wandb_dies_or_hangs(tmp_path, server, monkeypatch, numbe
     assert len(rows(tmp_path)) == TOTAL
     assert len(said) == 2 and "W&B has stopped" in said[1]
     service.kill()
-    with suppress(OSError):  # what the client keeps of it is not for the next test
+    with suppress(OSError):  # the client's state would leak into the next test
         tracker_module._end_service()
     again(tmp_path)
     assert_whole(tmp_path, server.run)
 
 
-@pytest.mark.long  # where a kill cuts W&B's file is left to chance; the next test cuts it itself
+@pytest.mark.long  # a kill cuts W&B's file at a random place; the next test cuts it itself
 def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server, monkeypatch):
     """SIGKILL to the job and W&B's service at seeded ticks, with a checkpoint every five."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -268,7 +268,7 @@ def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server,
         os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
     subprocess.run(line, cwd=ROOT, check=True)
-    files = [run for run in offline_runs(tmp_path) if run.run_id]  # one killed early holds nothing
+    files = [run for run in offline_runs(tmp_path) if run.run_id]  # empty if killed early
     assert len({run.run_id for run in files}) == 1
     assert [row["_step"] for run in files for row in run.history] == [tick * 100 for tick in range(TOTAL)]
     sync(tmp_path)
@@ -276,26 +276,26 @@ def test_an_offline_run_killed_again_and_again_is_synced_whole(tmp_path, server,
 
 
 def cut(folder: Path) -> Path:
-    """The one offline file, as a kill leaves it: W&B's service writes in blocks of 32 KiB."""
+    """Cut the one offline file as a kill does: W&B's service writes blocks of 32 KiB."""
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     os.truncate(path, 40_000)
-    remembered = folder / "wandb" / "run.json"  # what only an orderly end writes is not there
+    remembered = folder / "wandb" / "run.json"  # without what only an orderly end writes
     remembered.write_text(json.dumps(json.loads(remembered.read_text()) | {"has": -1, "complete": []}))
     return path
 
 
-def job_of_its_own(folder: Path, start: int, stop: int, **environment: str) -> None:
+def separate_job(folder: Path, start: int, stop: int, **environment: str) -> None:
     script = f"Job(Path({str(folder)!r}), {start - 1}).train({start}, {stop}).end()"
     line = [sys.executable, "-c", f"from tests.run.test_tracking_faults import *; {script}"]
     subprocess.run(line, cwd=ROOT, env=os.environ | environment, check=True)
 
 
 def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp_path, server, monkeypatch):
-    """`wandb sync` stops at such a file without an error: the next job writes what it held once more."""
+    """`wandb sync` stops at such a file without an error, so the next job writes its rows again."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     Job(tmp_path).train(0, TOTAL).end()
     path = cut(tmp_path)
-    job_of_its_own(tmp_path, 2, TOTAL)
+    separate_job(tmp_path, 2, TOTAL)
     (run,) = offline_runs(tmp_path)
     assert [row["_step"] for row in run.history] == [tick * 100 for tick in range(TOTAL)]
     assert not path.exists() and not list(tmp_path.glob("wandb/.offline-run*"))
@@ -304,7 +304,7 @@ def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp
 
 
 def test_what_was_synced_of_a_file_that_a_kill_cut_is_not_sent_twice(tmp_path, server, monkeypatch):
-    """How much that was only the server knows: from then on the run is completed there."""
+    """Only the server knows how much that was, so the run is completed there."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     Job(tmp_path).train(0, 8).end()
     path = cut(tmp_path)
@@ -322,19 +322,20 @@ def test_what_was_synced_of_a_file_that_a_kill_cut_is_not_sent_twice(tmp_path, s
 
 def test_an_offline_run_that_is_synced_between_its_jobs_has_each_step_once(tmp_path, server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for start, stop in ((0, 7), (5, 13), (11, TOTAL)):  # each repeats two steps, those after its checkpoint
-        job_of_its_own(tmp_path, start, stop)
+    for start, stop in ((0, 7), (5, 13), (11, TOTAL)):  # each repeats the two steps after the checkpoint
+        separate_job(tmp_path, start, stop)
         sync(tmp_path)
         assert server.run.steps == [tick * 100 for tick in range(stop)]
     assert_whole(tmp_path, server.run)
 
 
 def test_local_time_that_goes_back_does_not_keep_rows_from_wandb(tmp_path, server, monkeypatch):
-    """Folders are named by local time: one of another time zone, and one that a kill left without a row."""
+    """Folders are named by local time: one job is in another time zone, and one was killed before its first
+    row."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     stops = [(0, "Asia/Tokyo"), (7, "UTC"), (13, "Asia/Tokyo"), (TOTAL, "")]
     for (start, zone), (stop, _) in itertools.pairwise(stops):
-        job_of_its_own(tmp_path, start, stop, TZ=zone)
+        separate_job(tmp_path, start, stop, TZ=zone)
         if zone == "UTC":
             written = next(tmp_path.glob("wandb/offline-run-*/*.wandb"))
             early = written.parents[1] / f"offline-run-20200101_000000-{written.stem.removeprefix('run-')}"
@@ -348,7 +349,7 @@ def test_local_time_that_goes_back_does_not_keep_rows_from_wandb(tmp_path, serve
 def sync(folder: Path) -> str:
     line = [str(Path(sys.executable).parent / "wandb"), "sync", *map(str, folder.glob("wandb/offline-run-*"))]
     environment = os.environ | {"WANDB_MODE": "online"}
-    ended = subprocess.run(  # in a folder of its own: it leaves its log in ./wandb
+    ended = subprocess.run(  # in its own folder, as it writes a log to ./wandb
         line, check=False, capture_output=True, text=True, cwd=folder, env=environment
     )
     assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,4 @@
-"""W&B's own variables: they count where the config says nothing, and never break a run or mix two."""
+"""W&B's own variables: used where the config is silent; they never break a run or mix two."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def config(name: str, *settings: str) -> Config:
 
 
 def track(folder: Path, step: int, *settings: str) -> list[str]:
-    """One start of a command that tracks one row; what it says."""
+    """One start of a command that tracks one row; returns its output."""
     said: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
     tracker = open_tracker(config(folder.name, *settings), folder, None, said.append)
@@ -52,7 +52,7 @@ def test_a_variable_counts_where_the_config_says_nothing(tmp_path, monkeypatch):
 
 def test_doctor_shows_what_counts(monkeypatch):
     given(monkeypatch, **VARIABLES)
-    (finding,) = tracker_findings(SimpleNamespace(settings=config("demo")))  # type: ignore[arg-type]
+    (finding,) = tracker_findings(SimpleNamespace(config=config("demo")))  # type: ignore[arg-type]
     assert "nice in project lab/faces" in finding.text
 
 

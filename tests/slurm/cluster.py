@@ -239,7 +239,7 @@ class Cluster:
         """Come back as soon as a job is seen in a condition; fails if it ends without."""
         seen: Seen = {}
 
-        def told() -> str:
+        def report() -> str:
             log = Path(seen.get("StdOut", "/nowhere"))
             return f"{seen}\n{log.read_text(errors='replace') if log.is_file() else 'no log'}"
 
@@ -247,10 +247,10 @@ class Cluster:
             nonlocal seen
             seen = self.job(job)
             found = happened(seen)
-            assert found or seen["JobState"] not in ENDED, f"job {job} has ended:\n{told()}"
+            assert found or seen["JobState"] not in ENDED, f"job {job} has ended:\n{report()}"
             return found
 
-        _until(look, f"job {job}", told)
+        _until(look, f"job {job}", report)
         return seen
 
     def ended(self, job: str) -> Seen:
@@ -277,8 +277,8 @@ def _environment(folder: Path) -> dict[str, str]:
     return {"PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf"), "LC_ALL": "C.UTF-8"} | keep
 
 
-def _until(happened: Callable[[], bool], what: str, told: Callable[[], str] = lambda: "") -> None:
+def _until(happened: Callable[[], bool], what: str, report: Callable[[], str] = lambda: "") -> None:
     end = time.monotonic() + DEADLINE
     while not happened():
-        assert time.monotonic() < end, f"{what}: not within {DEADLINE:g} s\n{told()}"
+        assert time.monotonic() < end, f"{what}: not within {DEADLINE:g} s\n{report()}"
         time.sleep(0.1)

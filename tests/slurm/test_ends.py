@@ -74,7 +74,7 @@ def test_asked_to_end_it_saves_and_is_not_requeued(project):
     project.cluster.run("scancel", "--batch", "--signal=TERM", job.id)
     seen = job.ended()
     assert seen["JobState"] == "COMPLETED" and seen["Restarts"] == "0" and job.run.stopped_at
-    assert "was told to end" in job.log
+    assert "ends as asked" in job.log
 
 
 @pytest.mark.timeout(3600)
@@ -98,7 +98,7 @@ def test_pairs_of_signals_to_all_processes_and_to_the_script(project):
     assert_same_run(job.run, whole)
 
 
-def test_told_to_make_room_while_it_is_still_starting(project):
+def test_asked_to_make_room_while_it_is_still_starting(project):
     """Before any process listens; the signal is not lost."""
     job = Job(project, "early", LONG)
     project.cluster.until(job.id, lambda _: any("launch.launcher" in line for line in project.left_behind()))
@@ -126,7 +126,7 @@ def test_requeues_are_bounded(project):
     job = Job(project, "bounded", LONG, SHARDGAN_REQUEUES="0").at_work()
     project.preempt(job.id)
     assert job.ended()["JobState"] == "FAILED"
-    assert "is not DONE: submit again to continue, or set SHARDGAN_REQUEUES" in job.log
+    assert "is not DONE: submit again to resume, or set SHARDGAN_REQUEUES" in job.log
 
 
 def test_a_node_dies_and_the_job_goes_on_when_it_is_back(project, whole):
@@ -148,7 +148,7 @@ def test_a_killed_process_ends_the_job_everywhere(project, victim):
     seen = job.ended()
     assert seen["JobState"] == "FAILED" and seen["Restarts"] == "0"
     assert "srun: error: n2: task 1" in job.log
-    assert f"before {job.run.path} was DONE; the same submission continues" in job.log
+    assert f"before {job.run.path} was DONE; the same submission resumes" in job.log
     continued = Job(project, job.run.path.name, LONG)
     continued.at_work(len(job.run.rows) + 2)
     project.cluster.run("scancel", continued.id)

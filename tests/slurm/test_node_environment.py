@@ -55,7 +55,7 @@ class Node:
             check=False, cwd=self.folder, env=ours | environment, capture_output=True, text=True,
         )  # fmt: skip
 
-    def told(self, **environment: str) -> dict[str, str]:
+    def variables(self, **environment: str) -> dict[str, str]:
         ended = self.run("tell", **environment)
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
@@ -67,9 +67,9 @@ def node(tmp_path: Path) -> Node:
 
 
 def test_a_node_without_gpus_trains_on_cpus(node: Node) -> None:
-    told = node.told()
-    assert told["ACCELERATE_USE_CPU"] == "1" and told["DS_ACCELERATOR"] == "cpu"
-    assert told["SHARDGAN_PROCS"] == "1" and told["SHARDGAN_CPUS"] == "2"
+    found = node.variables()
+    assert found["ACCELERATE_USE_CPU"] == "1" and found["DS_ACCELERATOR"] == "cpu"
+    assert found["SHARDGAN_PROCS"] == "1" and found["SHARDGAN_CPUS"] == "2"
 
 
 @pytest.mark.parametrize("how", ["found", "allocated", "asked for"])
@@ -82,15 +82,15 @@ def test_gpus_are_used_whether_slurm_gives_them_out_or_not(node: Node, how: str)
         "allocated": {"SLURM_GPUS_ON_NODE": "2"},
         "asked for": {"ACCELERATE_USE_CPU": "false"},
     }
-    told = node.told(**more[how])
-    assert told.get("ACCELERATE_USE_CPU", "false") == "false" and "DS_ACCELERATOR" not in told
-    assert told["SHARDGAN_PROCS"] == ("2" if how == "allocated" else "1")
+    found = node.variables(**more[how])
+    assert found.get("ACCELERATE_USE_CPU", "false") == "false" and "DS_ACCELERATOR" not in found
+    assert found["SHARDGAN_PROCS"] == ("2" if how == "allocated" else "1")
 
 
 def test_cpus_though_there_are_gpus(node: Node) -> None:
     node.command("nvidia-smi", "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'")
-    told = node.told(ACCELERATE_USE_CPU="1", SLURM_GPUS_ON_NODE="2")
-    assert told["ACCELERATE_USE_CPU"] == "1" and told["DS_ACCELERATOR"] == "cpu"
+    found = node.variables(ACCELERATE_USE_CPU="1", SLURM_GPUS_ON_NODE="2")
+    assert found["ACCELERATE_USE_CPU"] == "1" and found["DS_ACCELERATOR"] == "cpu"
 
 
 def test_the_python_of_an_image_is_used_unless_another_is_named(node: Node) -> None:
@@ -138,13 +138,13 @@ def test_variables_of_other_launchers_are_cleared(node: Node) -> None:
     }
     others |= {"MEGATRON_LM_X", "PARALLELISM_CONFIG_X", "ACCELERATE_USE_SAGEMAKER", "MPI_LOCALNRANKS"}
     assert set(environment.left_over(dict.fromkeys(others, "1"))) == others
-    told = node.told(**dict.fromkeys(others, "1"), ACCELERATE_USE_CPU="0", MY_RANK="7")
-    assert not others & told.keys() and told["MY_RANK"] == "7" and told["ACCELERATE_USE_CPU"] == "0"
+    found = node.variables(**dict.fromkeys(others, "1"), ACCELERATE_USE_CPU="0", MY_RANK="7")
+    assert not others & found.keys() and found["MY_RANK"] == "7" and found["ACCELERATE_USE_CPU"] == "0"
 
 
 @pytest.mark.parametrize(("given", "used"), [("4,2", "4"), ("", "2"), ("3", "3")])
 def test_threads_as_openmp_has_them(node: Node, given: str, used: str) -> None:
-    assert node.told(OMP_NUM_THREADS=given)["OMP_NUM_THREADS"] == used
+    assert node.variables(OMP_NUM_THREADS=given)["OMP_NUM_THREADS"] == used
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "many", ",2"])
@@ -161,7 +161,7 @@ def test_no_file_where_the_job_runs_hides_a_module(node: Node) -> None:
 
 
 def test_an_active_conda_environment_is_used(node: Node) -> None:
-    assert node.told(VIRTUAL_ENV="", CONDA_PREFIX=sys.prefix)["python"] == sys.executable
+    assert node.variables(VIRTUAL_ENV="", CONDA_PREFIX=sys.prefix)["python"] == sys.executable
 
 
 def test_a_number_of_processes_that_is_none(node: Node) -> None:

@@ -1,4 +1,4 @@
-"""What is written for Slurm and what is said to it, seen from outside: no cluster is needed."""
+"""What is written for Slurm and how it is called, without a cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.data.record import places
 URL = "https://me:secret@host/data"
 
 
-def test_an_installation_without_the_batch_files_is_told_apart_from_a_full_disk(tmp_path, monkeypatch):
+def test_an_installation_without_the_batch_files_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm, "ROOT", tmp_path)
     with pytest.raises(UserError, match=r"folder slurm/, which is not part of what is installed"):
         slurm.render("a", tmp_path / "run", ["train.sbatch"], slurm.Resources())
@@ -159,11 +159,11 @@ def job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_few_cpus_are_told_of(settings: Config, job: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_cpus_give_a_warning(settings: Config, job: None, capsys: pytest.CaptureFixture[str]) -> None:
     _, description, *_ = nodes.plan(settings, 2)
     assert description.name == "nodes-7-2.json", "what a node still sees of the start before is not this"
-    assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (told := capsys.readouterr().err)
-    assert "Ask for --cpus-per-task=8." in told
+    assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (warned := capsys.readouterr().err)
+    assert "Ask for --cpus-per-task=8." in warned
 
 
 def test_a_file_system_that_lags(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,8 +214,8 @@ def test_an_index_of_the_cache_goes_with_the_job(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("SHARDGAN_CACHE", str(node))
     monkeypatch.setenv("SHARDGAN_INDEX", str(tmp_path / "kept"))
     index_copies.bring(data)
-    told: list[str] = []
-    assert load_index(str(bare), told.append).fingerprint == known.fingerprint and not told
+    said: list[str] = []
+    assert load_index(str(bare), said.append).fingerprint == known.fingerprint and not said
     copy = places(bare)[1] / "index.json"
     copy.write_text("newer")
     index_copies.bring(data)

@@ -50,10 +50,10 @@ def test_one_element_of_an_array_is_requeued_alone(project):
     assert (other["JobState"], other["Restarts"]) == ("RUNNING", "0")
 
 
-def test_processes_that_someone_else_told_to_stop_are_not_started_again(project):
-    line = ("--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=told", "run.total_kimg=24")
+def test_processes_that_someone_else_stopped_are_not_started_again(project):
+    line = ("--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=stopped", "run.total_kimg=24")
     job = project.sbatch(*line)
-    project.cluster.until(job, lambda _: rows_written(project.run("told").path, 2)())
+    project.cluster.until(job, lambda _: rows_written(project.run("stopped").path, 2)())
     project.cluster.run("scancel", "--signal=TERM", job)  # not the batch script
     seen = project.cluster.ended(job)
-    assert (seen["JobState"], seen["Restarts"]) == ("FAILED", "0") and project.run("told").stopped_at
+    assert (seen["JobState"], seen["Restarts"]) == ("FAILED", "0") and project.run("stopped").stopped_at

@@ -37,16 +37,16 @@ def queue_left_empty(project) -> Iterator[None]:
 def image(project) -> dict[str, str]:
     """A command to put before python, as a container's."""
     (project.path / "image.py").write_text(IMAGE)
-    noted = project.path / "run-in-image"
-    noted.unlink(missing_ok=True)
+    log = project.path / "run-in-image"
+    log.unlink(missing_ok=True)
     return {
         "SHARDGAN_CONTAINER": f"{sys.executable} {project.path}/image.py",
-        "RUN_IN_IMAGE": str(noted),
+        "RUN_IN_IMAGE": str(log),
     }
 
 
 @pytest.fixture
-def elsewhere(project) -> Iterator[str]:
+def remote(project) -> Iterator[str]:
     """Shards without an index, on a web server that the nodes reach."""
     shards = project.path / "shards"
     shards.mkdir()
@@ -71,7 +71,7 @@ def elsewhere(project) -> Iterator[str]:
         {"SBATCH_CPUS_PER_GPU": "2"},
     ],
 )
-def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(project, options) -> None:
+def test_whatever_sbatch_passes_on_and_however_cpus_were_asked_for(project, options) -> None:
     name, gpus = next(iter(options)), "--gpus-per-node=1"
     job = project.sbatch(
         "--nodes=2", gpus, "slurm/train.sbatch", "configs/tiny.yaml", f"run.name={name}", SHORT, **options
@@ -81,7 +81,7 @@ def test_whatever_sbatch_was_told_to_pass_on_and_however_cpus_were_asked_for(pro
 
 
 def test_options_for_srun_reach_every_step(project) -> None:
-    """As a plugin for containers needs them: also what is looked at before, and the job that collects."""
+    """As a plugin for containers needs them: also the checks before, and the job that collects."""
     mark, marks = project.path / "mark.sh", project.path / "marks"
     mark.write_text(f'#!/bin/sh\necho "$SLURM_JOB_ID $SLURMD_NODENAME" >> {marks}\n')
     mark.chmod(0o755)
@@ -100,9 +100,7 @@ def test_options_for_srun_reach_every_step(project) -> None:
     assert sorted(seen)[:5] == [f"{job} n1"] * 3 + [f"{job} n2"] * 2 and seen[5:] == [f"{collecting} n1"]
 
 
-def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(
-    project, image, elsewhere
-) -> None:
+def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(project, image, remote) -> None:
     """The image's own python3, not that of the login node; the index from a cache that only that one has. And
     what was asked for wins over SBATCH_*."""
     alone = f"{project.cluster.local}/home"  # on the disk of the head
@@ -114,14 +112,14 @@ def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(
         line = (str(BIN / "shardgan"), *arguments)
         return project.cluster.run(*line, cwd=project.path, **environment).stdout
 
-    shardgan("prepare", "--index-only", elsewhere)
-    name = "from elsewhere"
-    settings = (f"data.train={elsewhere}", f"run.name={name}", SHORT)
+    shardgan("prepare", "--index-only", remote)
+    name = "from remote shards"
+    settings = (f"data.train={remote}", f"run.name={name}", SHORT)
     said = shardgan("submit", "configs/tiny.yaml", "--nodes=2", "--gpus=0", "--time=30", *settings)
     job = said.split()[1].rstrip(":")
     seen = project.cluster.ended(job)
     assert seen["JobState"] == "COMPLETED", project.log(job)
-    assert (seen["JobName"], seen["TimeLimit"]) == ("from_elsewhere", "00:30:00")
+    assert (seen["JobName"], seen["TimeLimit"]) == ("from_remote_shards", "00:30:00")
     assert seen["StdOut"] == str(project.run(name).path / "slurm" / "1" / f"{job}.log")
     assert set(Path(image["RUN_IN_IMAGE"]).read_text().split()) == {"python3"}
 

@@ -117,7 +117,7 @@ def test_starting_over_takes_a_free_name_once_and_for_all(project, monkeypatch):
         (["data.batch_sise=3"], "did you mean `batch_size`?"),
     ],
 )
-def test_what_cannot_be_submitted_is_told_before_anything_is_written(project, arguments, said):
+def test_what_cannot_be_submitted_is_refused_before_anything_is_written(project, arguments, said):
     ended = project.shardgan("submit", *TINY, "run.name=bad", *arguments)
     assert ended.returncode == 2 and said in ended.stderr, ended.stderr
     assert "Traceback" not in ended.stderr and "secret" not in ended.stderr

@@ -11,7 +11,7 @@ TICK, EPOCH = 120, 450  # images
 
 @pytest.fixture(scope="module")
 def preempted(project):
-    """Two nodes of one process; told to make room as soon as there are two rows. W&B is on."""
+    """Two nodes of one process; asked to make room as soon as there are two rows. W&B is on."""
     job = project.sbatch(
         "--nodes=2", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=ddp-2", "track.wandb=true"
     )

@@ -1,4 +1,4 @@
-"""What ranks publish of themselves for each other, and the last thing they hear: why the job ends."""
+"""What ranks publish about themselves, and the verdict: why the job ends."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ import json
 import os
 import socket
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import psutil
 from torch._C._distributed_c10d import Store
 
-
-def _name_space() -> str:
-    path = Path("/proc/self/ns/pid")
-    return str(path.readlink()) if path.exists() else ""
+from pipeline.holder import pid_namespace, state_of
 
 
 @dataclass(frozen=True)
@@ -23,26 +18,21 @@ class Process:
     """One process among those of all hosts and containers."""
 
     host: str = field(default_factory=socket.gethostname)
-    pids: str = field(default_factory=_name_space)  # in which its pid means something
+    pids: str = field(default_factory=pid_namespace)  # in which its pid means something
     pid: int = field(default_factory=os.getpid)
 
     def is_near(self) -> bool:
         """Whether its pid means something here."""
-        return (self.host, self.pids) == (socket.gethostname(), _name_space())
+        return (self.host, self.pids) == (socket.gethostname(), pid_namespace())
 
     def is_gone(self) -> bool:
-        """Whether it has ended, as far as can be seen from here."""
-        if not self.is_near():
-            return False
-        try:
-            return psutil.Process(self.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-        except psutil.NoSuchProcess:
-            return True
+        """Whether it has certainly ended."""
+        return self.is_near() and state_of(self.pid)[0] in "ZX"
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank publishes of itself, about every second."""
+    """What a rank publishes about itself, about every second."""
 
     rank: int
     process: Process
@@ -82,13 +72,13 @@ def read_beat(store: Store, rank: int) -> Beat | None:
 class Verdict:
     """Why the job ends."""
 
-    by: int  # the rank that found out
+    by: int  # the rank that saw it
     text: str
-    told: bool = False  # to the person, by the rank that failed
-    frozen: Process | None = None  # which cannot leave by itself
+    printed: bool = False  # by the rank that failed
+    frozen: Process | None = None  # cannot exit by itself
 
     def publish(self, store: Store) -> Verdict:
-        """Returns the one that stands, which is the first."""
+        """Returns the first verdict, which counts."""
         store.compare_set("watch/verdict", "", json.dumps(dataclasses.asdict(self)))
         return read_verdict(store) or self
 

@@ -1,13 +1,12 @@
 """Ends the job, on all ranks and with one message, when a rank is gone, frozen or stuck.
 
-Every rank has two threads. One looks at its own main thread every second. The other publishes what was seen
-to the launcher's store, and reads the neighbour's: a rank that is gone or has fallen silent is named by the
-one before it. A rank that has itself not moved for the whole timeout compares all ranks: once none of them
-moves, the one furthest behind is to blame. Whoever finds something out first writes a verdict into the
-store and tells the person; everyone reads it and leaves. The traffic is a few short messages per rank and
-second, and the launcher's store outlives every rank.
+Every rank has two threads. One looks at its own main thread every second. The other publishes what it saw in
+the launcher's store and reads its neighbour's: each rank reports the next one if that is gone or silent. A
+rank that has not moved for the whole timeout compares all ranks: if none moves, the one furthest behind is to
+blame. The first to find something writes a verdict into the store and prints it; all read it and exit. The
+traffic is a few short messages per rank and second, and the launcher's store outlives every rank.
 
-Time is counted in short steps: a job that was suspended as a whole (and its ranks with it) has not aged.
+Time is counted in short steps, so that a job that was suspended as a whole has not aged.
 """
 
 from __future__ import annotations
@@ -36,18 +35,20 @@ from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.beats import Beat, Process, Verdict, read_beat, read_verdict
 from pipeline.parallel.watch.whereabouts import Progress, Whereabouts, look
 
-BACKSTOP = timedelta(hours=24)  # of collectives: slow work elsewhere is no reason to give up, a verdict is
-_PATIENCE_S = 10.0  # for the main rank to finish its reports once all is lost
-_TRAFFIC = 64 * 1024  # bytes read or written since the last look that tell a working rank from a waiting one
-_LOST_S = 10.0  # of silence: long enough to take a rank for gone when connections broke
+BACKSTOP = timedelta(hours=24)  # of collectives: a verdict ends them, not slow work on another rank
+_PATIENCE_S = 10.0  # for the main rank to finish its reports before the job ends
+_TRAFFIC = (
+    64 * 1024
+)  # bytes that a working rank reads or writes between two looks, and a waiting one does not
+_LOST_S = 10.0  # of silence after which a rank is gone, if connections broke
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|TCPStore|recvValue", re.IGNORECASE)
 
 
 class JobEndedError(Exception):
-    """A rank failed, and why has been told: nothing is left but to leave."""
+    """A rank failed, and the reason is printed: just exit."""
 
 
-class Clock:
+class _Duration:
     """How long something has lasted, in steps of a limited size."""
 
     def __init__(self, longest_step_s: float) -> None:
@@ -61,7 +62,7 @@ class Clock:
 
 
 class Watch:
-    """Watches over this rank and its neighbour while it is entered; does nothing in a world of one."""
+    """Watches this rank and its neighbour inside its `with` block; does nothing in a world of one."""
 
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         self.progress = Progress()
@@ -69,11 +70,11 @@ class Watch:
         self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
         self._spread = int(os.environ.get("LOCAL_WORLD_SIZE") or launch.world) < launch.world
-        self._still, self._unheard, self._silent = (Clock(timeout_s / 4) for _ in range(3))
+        self._still, self._unheard, self._silent = (_Duration(timeout_s / 4) for _ in range(3))
         self._heard = False
         self._mine = Beat(launch.rank, Process())
         self._neighbour: Beat | None = None
-        self._awake = False  # whether the neighbour was seen to move: what is left of an earlier try is not
+        self._awake = False  # the neighbour has moved: what it published is not from an earlier attempt
         self._suspicious = self._leaving = False
         self._failure: Verdict | None = None
         self._wake, self._over = threading.Event(), threading.Event()
@@ -91,13 +92,13 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Literal[False]:
-        """Tell the others how this rank ends. Raises JobEndedError when all is told."""
+        """Publish how this rank ends. Raises JobEndedError once the reason is printed."""
         if self._world == 1:
             return False
         if error is None or isinstance(error, CommonError):
             self._say_goodbye(None)
-        elif isinstance(error, UserError | KeyboardInterrupt):  # told by this rank, in its own way
-            self._say_goodbye(Verdict(self._rank, str(error), told=True))
+        elif isinstance(error, UserError | KeyboardInterrupt):  # this rank prints it itself
+            self._say_goodbye(Verdict(self._rank, str(error), printed=True))
             self._linger()
         else:
             if not (_is_broken_connection(error) and self._is_explained()):
@@ -110,13 +111,13 @@ class Watch:
         return False
 
     def _say_goodbye(self, failure: Verdict | None) -> None:
-        """Let the others know, before this process is gone."""
+        """Publish that this rank exits, and why."""
         self._failure, self._leaving = failure, True
         self._wake.set()
         self._threads[1].join(_PATIENCE_S)
 
     def _is_explained(self) -> bool:
-        """Connections are broken: wait until it is told which rank has gone. False if nobody finds out."""
+        """Connections broke: wait until a verdict says which rank is gone. False if there is none."""
         self._suspicious = True
         deadline = time.monotonic() + min(2.5 * _LOST_S, self._timeout_s / 2)
         while self._threads[1].is_alive() and time.monotonic() < deadline:
@@ -125,19 +126,19 @@ class Watch:
         if not self._threads[1].is_alive() and not self._over.is_set():
             where = os.environ["MASTER_ADDR"]
             what = f"is cut off from other ranks and from the launcher on {where}, which must have ended"
-            self._tell(f"{self._mine.name} {what}: see what was said there.")
+            self._print(f"{self._mine.name} {what}: see the messages there.")
             return True
         return self._over.is_set()
 
     def _linger(self) -> None:
-        """Until other machines have read the verdict: the launcher that keeps it may go when we do."""
+        """Wait until other machines have read the verdict: the launcher that holds it may exit with us."""
         if self._spread:
             time.sleep(3 * self._interval_s)
 
     # This rank
 
     def _look_inside(self) -> None:
-        """Thread: note where the main thread is and for how long. No word to others, who may not answer."""
+        """Thread: record where the main thread is, and for how long. It never waits for other ranks."""
         seen, moves = look(self.progress), 0
         while not self._leaving and not self._over.is_set():
             before, moves_before = seen, moves
@@ -153,18 +154,18 @@ class Watch:
             )
             unheard, self._heard = self._unheard.advance(restart=self._heard), False
             if still >= self._timeout_s and unheard >= self._timeout_s / 2:
-                what = f"has not moved for {still:.0f} s, and the others cannot be asked"
+                what = f"has not moved for {still:.0f} s, and the other ranks cannot be reached"
                 self._end(self._verdict(self._mine.described(what)))
             time.sleep(self._interval_s)
 
     # The others
 
     def _look_around(self) -> None:
-        """Thread: publish, read, judge. It ends where there is no store: the rank is then left to itself."""
+        """Thread: publish, read, judge. It ends without a store."""
         with suppress(dist.DistError, RuntimeError):
             store = launcher_store(timedelta(seconds=self._timeout_s))
             number, launcher = 0, os.getppid()
-            while not self._over.is_set() and os.getppid() == launcher:  # else its store is gone with it
+            while not self._over.is_set() and os.getppid() == launcher:  # its store ends with it
                 number += 1
                 leaving = self._leaving
                 dataclasses.replace(self._mine, number=number, left=leaving).publish(store)
@@ -199,7 +200,7 @@ class Watch:
         if self._awake and not moved and beat.process.is_gone():
             if (last := read_beat(store, rank)) is not None and last.left:
                 return None
-            return self._verdict(beat.described("is gone: killed (for want of memory?) or crashed"))
+            return self._verdict(beat.described("is gone: killed (out of memory?) or crashed"))
         if silent >= (_LOST_S if self._suspicious else self._timeout_s):
             state = "gone or cut off" if self._suspicious else "frozen or cut off"
             what = f"has not answered for {silent:.0f} s: it is {state}"
@@ -214,7 +215,7 @@ class Watch:
         working = [beat for beat in beats if beat is not None and not beat.left]
         still = min(beat.still_s for beat in working)
         if None in beats or still < self._timeout_s:
-            return None  # somebody is still at work (or frozen, which its neighbour finds out)
+            return None  # one is still working, or frozen, which its neighbour will see
         last = min(beat.moves for beat in working)
         behind = [beat for beat in working if beat.moves == last]
         behind = [beat for beat in behind if not beat.waiting] or behind
@@ -231,12 +232,12 @@ class Watch:
     # The end
 
     def _end(self, verdict: Verdict) -> None:
-        """Leave, whatever state the main thread is in; the main rank's has a moment to finish its reports."""
+        """Exit, whatever the main thread is doing; the main rank has a moment to finish its reports."""
         leave = threading.Timer(_PATIENCE_S, _abandon)
         leave.daemon = True
         leave.start()
-        if verdict.by == self._rank and not verdict.told:
-            self._tell(verdict.text)
+        if verdict.by == self._rank and not verdict.printed:
+            self._print(verdict.text)
         if verdict.frozen is not None and verdict.frozen.is_near():
             with suppress(ProcessLookupError):
                 os.kill(verdict.frozen.pid, signal.SIGKILL)
@@ -245,20 +246,20 @@ class Watch:
             self._linger()
             end_process(1)
 
-    def _tell(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         lead = "\n" if sys.stderr.isatty() else ""  # there may be a progress bar on this line
         print(f"{lead}error: {text}", file=sys.stderr, flush=True)
         print(f"The job ends on all {self._world} ranks. {self.last_words()}", file=sys.stderr, flush=True)
 
 
 def _has_moved(before: Whereabouts, now: Whereabouts) -> bool:
-    """Outside of updates, any work counts: another place in the code, or files being read or written. Inside,
-    a network may spin for ever, and only what all ranks do equally often counts."""
+    """Outside of updates, any work counts: another place in the code, or reading and writing. Inside, where a
+    network may loop for ever, only what all ranks do equally often counts."""
     return not now.updating and (now.trace != before.trace or now.traffic - before.traffic >= _TRAFFIC)
 
 
 def _is_broken_connection(error: BaseException) -> bool:
-    """Whether it is what a rank meets when another one has gone."""
+    """Whether the error is one that another rank's end causes."""
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or bool(_BROKEN.search(str(error)))
     )

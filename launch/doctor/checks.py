@@ -1,0 +1,122 @@
+"""All that doctor checks: functions from a job to findings, here and in a file by what they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from rich import progress
+from rich.console import Console
+
+from launch.doctor import data, memory, networks, place, surroundings
+from launch.doctor.finding import Finding, Job, ok, warning, would_fail
+from launch.processes import ACCELERATE_FILES, default_procs
+from pipeline.config import Config, UserError
+from pipeline.parallel.batch import batch_shape
+from pipeline.run.folder import check_same, finished
+from pipeline.wording import counted
+
+Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
+
+_TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}  # distributed_type; the others: DEEPSPEED
+
+
+def job_of(
+    config: Config,
+    nodes: int = 1,
+    gpus: int | None = None,
+    strategy: str | None = None,
+    precision: str = "no",
+) -> Job:
+    """A job with the defaults of `shardgan train`."""
+    gpus = gpus or default_procs(strategy)
+    return Job(config, nodes, gpus, strategy or ("single" if nodes * gpus == 1 else "ddp"), precision)
+
+
+def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Finding]:
+    """All checks that need no other process. progress: called while shards are read."""
+    index, of_data = data.examine(job, progress)
+    players, of_networks = networks.examine(job, index)
+    found = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks]
+    if players is not None:
+        num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
+        found += [*memory.examine(job, players, num_classes), *place.space(job, players, index)]
+    return [*found, *surroundings.examine(job), *place.examine(job)]
+
+
+def _config(job: Job) -> Iterator[Finding]:
+    """Whether the run can begin or be resumed; the config has been read."""
+    config = job.config
+    folder = Path(config.run.out) / str(config.run.name)
+    if not config.run.resume or not folder.exists():
+        yield ok("config", f"valid; a new run of {config.run.total_kimg:g} kimg in {folder}")
+        return
+    try:
+        check_same(config, folder)
+    except UserError as error:
+        yield would_fail("config", str(error))
+        return
+    if finished(folder, config):
+        yield warning("config", f"{folder} is finished", "Raise run.total_kimg, or give another run.name.")
+    else:
+        yield ok("config", f"valid; the run in {folder} would be resumed")
+
+
+def launcher(job: Job) -> Iterator[Finding]:
+    """The strategy's Accelerate file, and processes that it can start."""
+    path, gpus = ACCELERATE_FILES / f"{job.strategy}.yaml", torch.cuda.device_count()
+    try:
+        kind = yaml.safe_load(path.read_text())["distributed_type"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        yield would_fail("launcher", f"{path} cannot be read: {error}", "Restore the file.")
+        return
+    if kind != _TYPES.get(job.strategy, "DEEPSPEED"):
+        text = f"{path} says distributed_type {kind}, which is not {job.strategy}"
+        yield would_fail("launcher", text, "Restore the file.")
+    elif job.strategy == "single" and job.world > 1:
+        text = f"single is one process, not {job.world}"
+        yield would_fail("launcher", text, "Choose another --strategy.")
+    elif 0 < gpus < job.gpus and job.nodes == 1:
+        text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
+        yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
+    else:
+        yield ok("launcher", f"{job.strategy}, precision {job.precision}: {path.name}")
+
+
+def _batch(job: Job) -> Iterator[Finding]:
+    """How the global batch is divided over ranks and rounds, and which rank is on which node."""
+    try:
+        yield ok("batch", str(batch_shape(job.config.data, job.world)))
+        yield ok("rank map", "\n".join(_rank_map(job)))
+    except UserError as error:
+        yield would_fail("batch", str(error))
+
+
+def _rank_map(job: Job) -> Iterator[str]:
+    """A line per node, by its name inside an allocation; of many nodes, the first three and the last."""
+    names = place.allocated()
+    for node in range(job.nodes):
+        if node < 3 or node == job.nodes - 1:
+            first, last = node * job.gpus, (node + 1) * job.gpus - 1
+            name = names[node] if node < len(names) else f"node {node}"
+            yield f"{name}: {f'rank {first}' if first == last else f'ranks {first} to {last}'}"
+        elif node == 3:
+            yield "…"
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """A progress bar for the bytes of the shards, on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        progress.TextColumn("reading shards"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,103 @@
+"""Images in WebDataset shards, also in odd ones that training passes over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.data.index import Announce, Index, local_index, not_empty
+from pipeline.data.prepare.labels import renumbered, some
+from pipeline.data.prepare.listing import LeftOut
+from pipeline.data.prepare.pictures import LeftOutError, Picture, open_picture
+from pipeline.data.prepare.source import Source
+from pipeline.data.reader import BadSampleError, Reader, image_of
+from pipeline.data.record import shard_of
+from pipeline.data.samples import PassedOver
+from pipeline.data.sidecar import SampleTable, scan_all_images
+
+
+@dataclass(frozen=True)
+class AllImages(Index):
+    """`tables`: where the images of each shard lie."""
+
+    tables: tuple[SampleTable, ...] = field(default=(), compare=False)
+
+    def table(self, shard: int) -> SampleTable:
+        return self.tables[shard]
+
+
+def all_images(train: str, announce: Announce = lambda _: None) -> Index:
+    """As load_index, for shards on this machine, but where a sample has several images each is one by itself.
+
+    Such samples have dots in their keys, which here end at the last one. Raises UserError as load_index does.
+    """
+    index = local_index(train, announce)
+    tables = tuple(
+        scan_all_images(index.path(i), shard.url) if shard.unusable else index.table(i)
+        for i, shard in enumerate(index.shards)
+    )
+    shards = tuple(shard_of(shard.url, table) for shard, table in zip(index.shards, tables, strict=True))
+    return not_empty(AllImages(index.name, index.root, shards, index.class_names, tables=tables))
+
+
+class Shards(Source):
+    """The images and labels of shards; whatever else their samples hold is left behind."""
+
+    def __init__(self, index: Index) -> None:
+        self._index, self._reader = index, Reader(index, len(index.shards))
+        self._ends = np.cumsum(index.sizes)
+        tables = [index.table(shard) for shard in range(len(index.shards))]
+        values = np.concatenate([table.label for table in tables])
+        labelled = renumbered(values, index.class_names, "the shards")
+        if values.max() < 0:
+            keys = (table.key(row) for table in tables for row in range(len(table)))
+            labelled = replace(labelled, warnings=_about_folders(keys))
+        left_out = [
+            item
+            for shard, table in zip(index.shards, tables, strict=True)
+            for kind, what in (("no image", table.without_image), ("unusable", table.unusable))
+            for item in _passed_over(shard.url, kind, what)
+        ]
+        super().__init__(index.name, labelled, left_out)
+
+    def fingerprint(self) -> str:
+        return self._index.fingerprint
+
+    def path(self, number: int) -> str:
+        shard, row = self._place(number)
+        return f"{self._index.shards[shard].url}/{self._index.table(shard).key(row)}"
+
+    def describe(self, number: int) -> str:
+        shard, row = self._place(number)
+        return f"sample {self._index.table(shard).key(row)} of {self._index.shards[shard].url}"
+
+    def image(self, number: int) -> Picture:
+        try:
+            sample = self._reader.read(*self._place(number))
+        except BadSampleError as error:
+            raise LeftOutError("damaged", str(error)) from None
+        return open_picture(image_of(sample))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - int(self._ends[shard] - self._index.sizes[shard])
+
+
+def _passed_over(shard: str, kind: str, what: PassedOver) -> Iterator[LeftOut]:
+    """The samples of a shard that have no image to use: the first of them one by one."""
+    yield from (LeftOut(shard, kind, reason) for reason in what.reasons)
+    if more := what.count - len(what.reasons):
+        yield LeftOut(shard, kind, f"{more:,} more samples like these", more)
+
+
+def _about_folders(keys: Iterable[str]) -> tuple[str, ...]:
+    """A tar of class folders can be read as a shard, but the labels of a shard are its .cls files."""
+    folders = sorted({key.rpartition("/")[0] for key in keys if "/" in key})
+    if len(folders) < 2:
+        return ()
+    return (
+        f"the folders {some(folders)} of the shards are not taken for classes. If they are, unpack the "
+        "shards and prepare the folder.",
+    )

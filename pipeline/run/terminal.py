@@ -1,0 +1,106 @@
+"""A run in the terminal: a progress bar, or plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_WIDE = 90  # columns of a terminal with room for a long bar
+
+
+class Lines:
+    """Plain lines."""
+
+    def __init__(self, total_nimg: int, cur_nimg: int) -> None:
+        self._total = total_nimg
+        self._last = (time.monotonic(), cur_nimg)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
+        """The few numbers that a person watches."""
+        now, (then, before) = time.monotonic(), self._last
+        self._last = now, cur_nimg
+        status = "  ".join(_status(values).values())
+        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {status}"
+        if cur_nimg > before:
+            left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
+            text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        self.say(text)
+
+    def advance(self, cur_nimg: int) -> None:
+        """Move the bar."""
+
+    def working(self, text: str) -> None:
+        """On the bar: what happens between updates."""
+
+    def close(self) -> None:
+        """Free the terminal."""
+
+
+class Bar(Lines):
+    """A progress bar, with lines above it."""
+
+    def __init__(self, total_nimg: int, cur_nimg: int) -> None:
+        super().__init__(total_nimg, cur_nimg)
+        self._console = Console(file=sys.stdout)
+        self._width = 24 if self._console.width >= _WIDE else 10
+        self._bar = Progress(
+            BarColumn(bar_width=self._width),
+            TextColumn("{task.completed:.1f}/{task.total:g} kimg"),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=total_nimg / 1000, status="")
+        self.advance(cur_nimg)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
+        kimg = 2 * len(f"{self._total / 1000:g}") + len(".0/ kimg 0:00:00 ")
+        self.working(_fitting(_status(values), self._console.width - self._width - kimg - 3))
+        self.advance(cur_nimg)
+
+    def advance(self, cur_nimg: int) -> None:
+        self._bar.update(self._task, completed=cur_nimg / 1000)
+
+    def working(self, text: str) -> None:
+        self._bar.update(self._task, status=text)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def is_score(key: str) -> bool:
+    return key.startswith("Metrics/") and not key.endswith("_images")
+
+
+def _status(values: Mapping[str, float]) -> dict[str, str]:
+    """Speed, losses and scores, each with its label, by label."""
+    scores = [key for key in values if is_score(key) and not key.endswith("_train")]
+    shown = {
+        "img/s": ("Timing/img_per_sec", "{:.0f}"),
+        "L_D": ("Loss/D/loss", "{:.3f}"),
+        "L_G": ("Loss/G/loss", "{:.3f}"),
+        **{key.removeprefix("Metrics/"): (key, "{:.4f}") for key in scores},
+    }
+    return {
+        label: f"{label} {form.format(values[key])}" for label, (key, form) in shown.items() if key in values
+    }
+
+
+def _fitting(status: Mapping[str, str], room: int) -> str:
+    """What fits into `room` characters; scores matter most."""
+    shown = dict(status)
+    for label in ("L_G", "L_D", "img/s"):
+        if len("  ".join(shown.values())) > room:
+            shown.pop(label, None)
+    return "  ".join(shown.values())
