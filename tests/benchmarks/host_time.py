@@ -39,9 +39,8 @@ def compare(checkouts: list[Path]) -> None:
         for checkout, sides in zip(checkouts, taken, strict=True):
             for measure in (statistics.median, min):
                 ours, bare = (measure(side[3:]) for side in sides)  # without the first turns, which warm up
-                print(
-                    f"{case}: {checkout}: {measure.__name__} {ours:.0f} µs, bare {bare:.0f} ({ours / bare - 1:+.1%})"
-                )
+                found = f"{measure.__name__} {ours:.0f} µs, bare {bare:.0f} ({ours / bare - 1:+.1%})"
+                print(f"{case}: {checkout}: {found}")
     for worker in workers:
         worker.kill()
 
