@@ -27,6 +27,7 @@ from pipeline.data.locate import Location, locate, refuse_unlisted
 from pipeline.data.record import (
     INDEX,
     REBUILD,
+    Shard,
     entry_shard,
     file_size,
     is_complete,
@@ -37,9 +38,6 @@ from pipeline.data.record import (
     sidecars,
     unreadable,
     write_record,
-)
-from pipeline.data.record import (
-    Shard as Shard,  # the class is part of this module
 )
 from pipeline.data.remote.fetch import RemoteShards, is_verifiable
 from pipeline.data.remote.urls import is_url, locate_url
