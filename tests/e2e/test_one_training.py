@@ -82,7 +82,7 @@ def test_with_resume_false_both_train_under_names_of_their_own(folder):
         assert len(RunFolder(folder / "runs" / name).rows) == 1
 
 
-def test_a_killed_one_is_followed_at_once(worlds, folder, monkeypatch):
+def test_a_killed_one_is_followed_at_once(folder, monkeypatch):
     """And while a training is at work its run can be sampled, exported and scored."""
     line, path = ["train", "adam.yaml", "run.name=run", "--procs", "1"], folder / "runs" / "run"
     first = Started(shardgan(*line, LONG), folder).until((path / "checkpoints" / "240").exists)
