@@ -62,7 +62,7 @@ class Scorer:
             return None
 
     def is_best(self, state: State, scores: Mapping[str, float]) -> bool:
-        """Whether the leading score is the lowest so far, kept in `state`; warns if it is far worse than the best."""
+        """Whether the leading score is the lowest so far (kept in `state`); warns if it is far above that."""
         name = leading_chart(self._config.score.metrics, scores)
         if name is None:
             return False
