@@ -20,6 +20,7 @@ from launch.processes import cores, free_port
 from pipeline.config import UserError, load
 from pipeline.console import end_process
 from pipeline.data.index import load_index
+from pipeline.parallel.environment import flag
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 
@@ -53,7 +54,7 @@ def describe(path: str, settings: list[str], device: str) -> Fingerprint:
 
 def place() -> dict[str, Any]:
     """What this node has room for, and a free port of it."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = flag(os.environ, "ACCELERATE_USE_CPU")
     return {
         "place": os.environ.get("SLURM_NODEID", "0"),
         "node": node_name(),

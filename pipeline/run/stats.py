@@ -14,7 +14,6 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
 _TOGETHER = 16  # reports of a name that wait
-LOSS_PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
 
 
 @dataclass(frozen=True)
@@ -156,13 +155,18 @@ class Stats:
         self._units[name] = unit
 
 
+def _place(chart: str) -> tuple[bool, bool, str]:
+    """Where a part of a loss is in its sum, whose rounding depends on the order."""
+    return not chart.endswith("/adversarial"), not chart.endswith("/l2_penalty"), chart
+
+
 def _complete(values: dict[str, float]) -> dict[str, float]:
     """Add each player's loss, the sum of its parts, and turn squared norms into norms."""
     for player in ("D", "G"):
-        # A lazily applied penalty counts 0 in the updates without it, so that the parts always add up.
-        parts = [values[f"Loss/{player}/{part}"] for part in LOSS_PARTS if f"Loss/{player}/{part}" in values]
+        # All that the player reports under Loss/ is part of it; a lazy penalty is 0 in updates without it.
+        parts = sorted((name for name in values if name.startswith(f"Loss/{player}/")), key=_place)
         if parts:
-            values[f"Loss/{player}/loss"] = sum(parts)
+            values[f"Loss/{player}/loss"] = sum(values[part] for part in parts)
         gradient, penalty = f"Gradients/{player}/norm", f"Gradients/{player}/penalty"
         for name in values:
             if name in (gradient, penalty) or name.startswith(f"Weights/{player}/norm"):

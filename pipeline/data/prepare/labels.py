@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pipeline.config import UserError
 from pipeline.data.prepare.listing import LABELS, Listing, parts
 from pipeline.data.prepare.pictures import LeftOutError
-from pipeline.data.sidecar import LARGEST_LABEL
+from pipeline.data.samples import LARGEST_LABEL
 from pipeline.wording import counted, printable
 
 Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import UserError
 from pipeline.data import sidecar
-from pipeline.data.index import Index, Shard, load_index
+from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
 from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
 from pipeline.data.prepare.files import open_source
@@ -35,7 +35,7 @@ from pipeline.data.prepare.source import Options as Options  # is part of this m
 from pipeline.data.prepare.source import Source
 from pipeline.data.prepare.staging import Skipped, Written, discard, finished, note, noted, publish, staging
 from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
-from pipeline.data.record import shard_of, sidecar_path, write_record
+from pipeline.data.record import Shard, shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
