@@ -24,7 +24,7 @@ from pipeline.gan.draws import Draws
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.evaluate import evaluate_generator
-from pipeline.run.export import load_generator, load_run
+from pipeline.run.export import load_generator
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.references import references, training_images
 from pipeline.run.scores import METRICS
@@ -61,8 +61,7 @@ def evaluate(
     """
     if unknown := [name for name in metrics.split(",") if name not in METRICS]:
         raise UserError(f"--metrics: no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
-    config, checkpoint, state = load_run(run)
-    G = load_generator(config, checkpoint, state)  # at once: a run in training deletes this checkpoint soon
+    G, config, state = load_generator(run)
     score = replace(
         config.score,
         metrics=tuple(metrics.split(",")),  # type: ignore[arg-type]  # known ones

@@ -13,7 +13,7 @@ from launch.paths import UserPath
 from pipeline.config import UserError
 from pipeline.gan.draws import Draws
 from pipeline.run.evaluate import from_latents
-from pipeline.run.export import load_generator, load_run
+from pipeline.run.export import load_generator
 from pipeline.run.grid import FORMATS, save_grid
 from pipeline.run.state import State
 
@@ -35,8 +35,7 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
     """Write images from the moving average of G in the run folder RUN as one picture."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: not a known picture format ({', '.join(FORMATS)}).")
-    config, checkpoint, state = load_run(run)
-    G = load_generator(config, checkpoint, state)
+    G, config, state = load_generator(run)
     draws = Draws(seed, config.G.z_dim, _frequencies(state, classes))
     z, c, columns = (
         _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))

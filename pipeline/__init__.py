@@ -7,6 +7,6 @@ from pipeline.api import shadows
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+shadows.refuse(shadows.on_the_path())
 if "pipeline.train" in sys.orig_argv:  # python -m pipeline.train: a signal waits until train.py can answer it
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-shadows.refuse(shadows.on_the_path())

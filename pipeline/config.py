@@ -8,10 +8,9 @@ precision are not settings: they are read from the launcher, so the two cannot d
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from pipeline.config_layers import read_file, read_override
-from pipeline.credentials import reason, redacted, scrubbed
+from pipeline.config_layers import expand_shorthands, explain, read_file, read_override
+from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module
 
 _STRICT = ConfigDict(extra="forbid")
@@ -257,11 +256,11 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     layers += [read_override(text, Config) for text in overrides]
     source = str(path) if path is not None else "the given settings"
     try:
-        merged = OmegaConf.merge(*(OmegaConf.create(_expand_shorthands(layer)) for layer in layers))
+        merged = OmegaConf.merge(*(OmegaConf.create(expand_shorthands(layer)) for layer in layers))
         values = OmegaConf.to_container(merged, resolve=True)
         config = TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        raise UserError("\n".join([f"{source} is not a valid config:", *_explain(error)])) from None
+        raise UserError("\n".join([f"{source} is not a valid config:", *explain(error, Config())])) from None
     except OmegaConfBaseException as error:
         given = [layer.get("data") for layer in layers] if error.full_key == "data.train" else ()
         raise UserError(
@@ -314,36 +313,3 @@ def _check(config: Config) -> None:
             problems.append(f"optim.{name}.momentum: only sgd has it; for {optimizer.kind} set betas")
     if problems:
         raise UserError("\n".join(["The settings do not fit together:", *(f"  {p}" for p in problems)]))
-
-
-def _expand_shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """penalty.l2 → penalty.G.l2 and penalty.D.l2, in each layer, so that a later layer still wins."""
-    penalty = layer.get("penalty")
-    if not isinstance(penalty, dict):
-        return dict(layer)
-    both = {key: penalty[key] for key in ("l2", "l1") if key in penalty}
-    rest = {key: value for key, value in penalty.items() if key not in both}
-    for player in ("G", "D") if both else ():
-        rest[player] = both | (rest.get(player) or {})
-    return {**layer, "penalty": rest}
-
-
-def _explain(error: ValidationError) -> Iterable[str]:
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        where = ".".join(path)
-        if problem["type"] == "unexpected_keyword_argument":
-            near = difflib.get_close_matches(path[-1], _keys_of(path[:-1]), n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(_keys_of(path[:-1]))}"
-            yield scrubbed(f"  {where}: no such key{hint}")
-        else:
-            said = problem["msg"].removeprefix("Value error, ")
-            yield scrubbed(f"  {where}: {said} (found {problem['input']!r})")
-
-
-def _keys_of(path: list[str]) -> list[str]:
-    """The keys of the section at `path`."""
-    section: Any = Config()
-    for part in path:
-        section = getattr(section, part, None)
-    return [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []

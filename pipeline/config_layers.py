@@ -7,8 +7,10 @@ Here the type of the setting decides instead: text stays as written, and numbers
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 import typing
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -16,6 +18,7 @@ from typing import Any, Literal, Union
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from pipeline.credentials import reason, redacted, scrubbed
 from pipeline.errors import UserError
@@ -58,6 +61,41 @@ def read_override(text: str, section: type) -> Layer:
     assert isinstance(values, dict)
     layer: Layer = _typed(section, _string_keys(values), _string_keys(written))
     return layer
+
+
+def expand_shorthands(layer: Layer) -> Layer:
+    """penalty.l2 → penalty.G.l2 and penalty.D.l2, in each layer, so that a later layer still wins."""
+    penalty = layer.get("penalty")
+    if not isinstance(penalty, dict):
+        return dict(layer)
+    both = {key: penalty[key] for key in ("l2", "l1") if key in penalty}
+    rest = {key: value for key, value in penalty.items() if key not in both}
+    for player in ("G", "D") if both else ():
+        rest[player] = both | (rest.get(player) or {})
+    return {**layer, "penalty": rest}
+
+
+def explain(error: ValidationError, defaults: object) -> Iterator[str]:
+    """A line per problem, with its path. defaults: a config of the class that was validated."""
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        where = ".".join(path)
+        if problem["type"] == "unexpected_keyword_argument":
+            keys = _keys_of(defaults, path[:-1])
+            near = difflib.get_close_matches(path[-1], keys, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(keys)}"
+            yield scrubbed(f"  {where}: no such key{hint}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            yield scrubbed(f"  {where}: {message} (found {problem['input']!r})")
+
+
+def _keys_of(defaults: object, path: list[str]) -> list[str]:
+    """The keys of the section at `path`."""
+    section: Any = defaults
+    for part in path:
+        section = getattr(section, part, None)
+    return [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
 
 
 def _nested(key: str, value: Any) -> Layer:

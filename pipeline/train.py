@@ -63,7 +63,8 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         signals.configure(config.run.stop_signal, config.run.grace)
     except ValueError as error:
         if rank:  # the main rank shows the same, and its launcher ends this one: do not end first
-            time.sleep(_PATIENCE_S)
+            with signals.joining():
+                time.sleep(_PATIENCE_S)
         return _refuse(error)
     try:
         with Watch(launch, config.run.timeout_s) as watch, ExitStack() as held:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from launch.bench import pair, table
+from launch.bench.meter import Traffic, footprint
 from launch.bench.pair import Found
 from pipeline.parallel import theory
+from pipeline.run.stats import Stats
+from pipeline.step import train_step
 
 _MIB = 2**20
+_UPDATES = 3  # the first ones allocate, and some strategies learn the order of the layers from them
 _HELD = ("weights", "optimizer", "G_ema", "gradients")
 
 
@@ -22,7 +31,7 @@ def command(**options: Any) -> None:
     Trains a residual pair for three updates on made-up images. Prints a line of JSON per launch, then a
     table: measured, and theory in brackets.
     """
-    found = pair.measure("launch.bench.memory_worker", **options)
+    found = pair.measure("launch.bench.memory", **options)
     table.show(
         f"MiB per rank; {pair.title(found)} in fp32, Adam",
         (*_HELD, "held in all", "sent per update"),
@@ -54,3 +63,28 @@ def _row(found: Found) -> list[str]:
     cells += [(sum(measured.values()), sum(due.values())), (sum(found["sent"].values()), sent)]
     name = f"{found['strategy']} x{found['world']}"
     return [name, *(f"{mine / _MIB:.1f} ({theirs / _MIB:.1f})" for mine, theirs in cells)]
+
+
+# In a rank
+
+
+def main(out: Path, settings: list[str]) -> None:
+    """Measure under the launcher's strategy; the main rank writes OUT."""
+    ranks, gan, reals, found = pair.begin(settings)
+    stats = Stats(ranks.device)
+    for update in range(_UPDATES - 1):
+        train_step(gan, reals, update * gan.batch_size, stats)
+    at_step: list[dict[str, int]] = []  # of D, then of G
+    hook = register_optimizer_step_pre_hook(lambda *_: at_step.append(footprint(gan)))
+    with Traffic(ranks.world) as traffic:
+        train_step(gan, reals, (_UPDATES - 1) * gan.batch_size, stats)
+    hook.remove()
+    found |= {"at_rest": footprint(gan), "at_step_D": at_step[0], "at_step_G": at_step[1]}
+    found |= {"sent": traffic.sent, "calls": traffic.calls, "losses": stats.reduce(ranks, {}).values}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found["peak"] = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else peak
+    pair.end(ranks, out, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -19,8 +19,7 @@ import click
 import torch
 
 from launch.processes import STRATEGIES, launch, parse_strategies
-from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.data.stream import Batch
 from pipeline.gan.resnet import Discriminator
 from pipeline.parallel.batch import batch_shape
@@ -79,7 +78,7 @@ def launches(strategies: str, worlds: list[int]) -> list[tuple[str, int]]:
 
 
 def settings(parameters: float, size: int, batch: int) -> list[str]:
-    """Settings of a residual pair with at least so many parameters in each."""
+    """Settings of a residual pair with at least `parameters` in each player."""
     width = 8
     with torch.device("meta"):
         while (
@@ -116,12 +115,10 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
 def begin(pair: list[str]) -> tuple[Ranks, Gan, Iterator[Batch], Found]:
     """Meet the others and build the pair: (ranks, players, this rank's endless batches, first findings)."""
     ranks = Ranks(read_launch(), timedelta(seconds=600))
-    resolved = config.load(None, pair)
-    shape = batch_shape(resolved.data, ranks.world)
-    gan = build(resolved, ranks, shape)
-    images = torch.randint(
-        0, 256, (shape.local, 3, resolved.data.size, resolved.data.size), dtype=torch.uint8
-    )
+    config = load(None, pair)
+    shape, size = batch_shape(config.data, ranks.world), config.data.size
+    gan = build(config, ranks, shape)
+    images = torch.randint(0, 256, (shape.local, 3, size, size), dtype=torch.uint8)
     found: Found = {"strategy": ranks.strategy, "world": ranks.world, "settings": pair}
     for engine in (gan.G, gan.D):
         found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)

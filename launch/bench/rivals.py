@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain, repeat
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -90,7 +91,7 @@ class TutorialLoop:
             num_workers=workers,
             persistent_workers=workers > 0,
         )
-        self._batches = self._endless()
+        self._batches: Iterator[Tensor] = chain.from_iterable(repeat(self._loader))
 
     def run(self, updates: int) -> None:
         for _ in range(updates):
@@ -115,10 +116,6 @@ class TutorialLoop:
         self._optimizer_G.step()
         means = (says_of_real.mean(), says_of_fake.mean(), says_now.mean())
         return tuple(value.item() for value in (loss_real + loss_fake, loss_G, *means))
-
-    def _endless(self) -> Iterator[Tensor]:
-        while True:
-            yield from self._loader
 
 
 class TutorialApart:

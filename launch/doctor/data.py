@@ -1,4 +1,4 @@
-"""The data half of `shardgan doctor`: every byte of the shards, how they are divided, and what is in them."""
+"""What `shardgan doctor` says of the data: every byte of the shards, how they are split, what is in them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -23,14 +24,15 @@ from pipeline.data.plan import split_of
 from pipeline.data.prepare.summary import read_origins
 from pipeline.data.prepare.verify import Verified, verify
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.record import REBUILD
 from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.wording import counted, in_bytes
 
 _DECODED = 256  # images, evenly over all of them
-_COMPARED = 50_000  # pairs of samples with equal CRC and size that are read to see whether they are equal
-_MOST_SAMPLES = 50_000_000  # of which duplicates are looked for: 8 bytes each
+_COMPARED = 50_000  # pairs of samples with equal CRC and size that are read and compared
+_MOST_SAMPLES = 50_000_000  # among which duplicates are searched: 8 bytes each
 _FEW_UPDATES = 20  # per epoch
 _NAMED = 3  # pairs of equal images
 _REASONS = 3  # named in a finding about samples that are passed over
@@ -44,7 +46,7 @@ def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | Non
     try:
         if is_url(data.train):
             index = load_index(data.train, remote=data.remote)
-            found = list(shards_elsewhere(job, index))
+            found = list(remote_shards(job, index))
         else:
             verified = verify(data.train, progress)
             found = list(shards(verified))
@@ -53,15 +55,7 @@ def examine(job: Job, progress: Callable[[int, int], None]) -> tuple[Index | Non
             index = load_index(data.train)
     except UserError as error:
         return None, [would_fail("shards", str(error))]
-    checks = (
-        passed_over,
-        labels,
-        split,
-        pictures,
-        in_memory,
-        lambda job, index: duplicates(job, index, verified),
-    )
-    for check in checks:
+    for check in (passed_over, labels, split, pictures, in_memory, partial(duplicates, verified)):
         try:
             found += check(job, index)
         except UserError as error:
@@ -73,25 +67,19 @@ def shards(verified: Sequence[Verified]) -> Iterator[Finding]:
     """Each shard whole, and what index.json and its sidecar say."""
     problems = [problem for shard in verified for problem in shard.problems]
     if problems:
-        yield would_fail(
-            "shards",
-            some(problems),
-            "Fetch the named shards again; if they were changed on purpose, run `shardgan prepare "
-            "--index-only` on the folder.",
-        )
+        remedy = f"Fetch the named shards again; if they were changed on purpose, {REBUILD}."
+        yield would_fail("shards", some(problems), remedy)
         return
     size, samples = sum(s.filesize for s in verified), sum(s.nsamples for s in verified)
     what = sorted({name for shard in verified for name in shard.against})
     checked = (
-        f"sizes, SHA-256 and every CRC agree with {' and '.join(what)}"
-        if what
-        else "whole; their index was not there yet, and is now"
+        f"sizes, SHA-256 and every CRC agree with {' and '.join(what)}" if what else "whole; now indexed"
     )
     yield ok("shards", f"{counted(len(verified), 'shard')}, {samples:,} images, {in_bytes(size)}: {checked}")
 
 
-def shards_elsewhere(job: Job, index: Index) -> Iterator[Finding]:
-    """One shard fetched and checked whole, and room for those that are needed at a time."""
+def remote_shards(job: Job, index: Index) -> Iterator[Finding]:
+    """One shard fetched and checked, and room for those that are needed at a time."""
     assert index.remote is not None
     one, size = _to_fetch(index), sum(shard.filesize for shard in index.shards)
     os.close(index.open(one))  # checks its SHA-256
@@ -100,7 +88,7 @@ def shards_elsewhere(job: Job, index: Index) -> Iterator[Finding]:
     index.remote.check_room([shard.filesize for shard in index.shards], window)
     text = (
         f"{counted(len(index.shards), 'shard')}, {index.num_samples:,} images, {in_bytes(size)} at "
-        f"{index.where}: {index.shards[one].url} fetched and sound, the others are checked as they come"
+        f"{index.where}: {index.shards[one].url} fetched and intact; the others are checked when fetched"
     )
     folder = index.remote.cache.folder
     free = shutil.disk_usage(folder).free
@@ -156,7 +144,7 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
     try:
         odd = odd_labels(index, job.config.data.max_bad)
     except UserError as error:
-        remedy = "Prepare the images anew from sub-folders, one per class, or set data.conditional=false."
+        remedy = "Prepare the images again from sub-folders, one per class, or set data.conditional=false."
         yield would_fail("labels", str(error), remedy)
         return
     for text, advice in odd:
@@ -166,7 +154,7 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
     if empty := index.num_classes - len(counts):
         names = (name for label, name in enumerate(index.classes) if label not in counts)
         text = f"{empty:,} of {index.num_classes:,} classes have no image: {', '.join(islice(names, 5))}"
-        yield warning("labels", text, "Nothing is learnt of them; number classes without gaps.")
+        yield warning("labels", text, "Nothing is learnt of them; number the classes without gaps.")
         return
     low, high = min(counts.values()), max(counts.values())
     yield ok("labels", f"{index.num_classes} classes of {low:,} to {high:,} images")
@@ -191,7 +179,7 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
         yield warning("split", f"{text}: a batch shows some images more than once", remedy)
     elif updates < _FEW_UPDATES:
         each = training // job.world
-        remedy = "Expect D to learn them by heart: more images, data.xflip, or a larger λ_D."
+        remedy = "D will memorise them: use more images, data.xflip, or a larger λ_D."
         yield warning("split", f"{text}, {each:,} images per rank", remedy)
     else:
         yield ok("split", text)
@@ -208,11 +196,9 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     """Some images decoded: sizes, modes, damage."""
     data = job.config.data
     modes, bad, wrong = Counter[str](), list[str](), list[str]()
-    first, end = 0, index.num_samples
-    if index.remote:  # of the shard that is here
-        first = sum(index.sizes[: _to_fetch(index)])
-        end = first + index.sizes[_to_fetch(index)]
-    picked = np.unique(np.linspace(first, end - 1, _DECODED).astype(np.int64))
+    # Of remote shards only of the one that has been fetched; those before it are empty.
+    end = index.sizes[_to_fetch(index)] if index.remote else index.num_samples
+    picked = np.unique(np.linspace(0, end - 1, _DECODED).astype(np.int64))
     decoder, stages = Decode(data.size, data.channels), load_stages(data.stages)
     for sample in _read(job, index, picked):
         modes[_what(sample)] += 1
@@ -228,7 +214,7 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     elif bad:
         expected = len(bad) / len(picked) * index.num_samples
         judge = would_fail if expected > data.max_bad else warning
-        remedy = f"Prepare the images anew, or raise data.max_bad={data.max_bad}."
+        remedy = f"Prepare the images again, or raise data.max_bad={data.max_bad}."
         yield judge("images", f"{text}\n{len(bad)} cannot be used: {some(bad, 2)}", remedy)
     elif data.channels == 1 and any("grey" not in what for what in modes):
         remedy = "Set data.channels=3 if colour matters."
@@ -252,11 +238,11 @@ def in_memory(job: Job, index: Index) -> Iterator[Finding]:
             yield ok("data.cache", text)
 
 
-def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator[Finding]:
+def duplicates(verified: Sequence[Verified], job: Job, index: Index) -> Iterator[Finding]:
     """Images that are there more than once, byte for byte, and whether that spoils the held-out ones."""
     if index.remote or index.num_samples > _MOST_SAMPLES:
-        what = "shards elsewhere" if index.remote else f"more than {_MOST_SAMPLES:,} images"
-        yield ok("duplicates", f"not looked for in {what}")
+        what = "remote shards" if index.remote else f"more than {_MOST_SAMPLES:,} images"
+        yield ok("duplicates", f"not searched for in {what}")
         return
     images = np.concatenate([shard.images for shard in verified])
     order = np.argsort(images, kind="stable")
@@ -269,7 +255,8 @@ def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator
     if not twice:
         yield ok("duplicates", "none: no two images are the same bytes")
         return
-    held = _held_out(job, index)
+    plan = split_of(job.config, index).heldout()
+    held = np.concatenate([np.isin(np.arange(n), plan.rows(i)) for i, n in enumerate(index.sizes)])
     apart = int((held[pairs_read[equal]].sum(axis=1) == 1).sum())
     text = f"{counted(twice, 'image')} {'is' if twice == 1 else 'are'} there more than once, byte for byte"
     if apart:
@@ -283,37 +270,21 @@ def duplicates(job: Job, index: Index, verified: Sequence[Verified]) -> Iterator
 
 
 def _named(index: Index, pairs: NDArray[np.int64]) -> Iterator[str]:
-    """What the images of pairs [n, 2] were made of, as far as `shardgan prepare` has kept it."""
-    ends = np.cumsum(index.sizes)
-    shards = np.searchsorted(ends, pairs, side="right").reshape(-1).tolist()
-    firsts = [int(ends[shard]) - index.sizes[shard] for shard in shards]
-    rows = [number - first for number, first in zip(pairs.reshape(-1).tolist(), firsts, strict=True)]
-    keys = [index.table(shard).key(row) for shard, row in zip(shards, rows, strict=True)]
+    """What the images of pairs [n, 2] were made of, as far as `shardgan prepare` has recorded it."""
+    places = [index.place(number) for number in pairs.reshape(-1).tolist()]
+    keys = [index.table(shard).key(row) for shard, row in places]
     origins = read_origins(index.root, set(keys))
-    urls = [index.shards[shard].url for shard in shards]
+    urls = [index.shards[shard].url for shard, _ in places]
     names = [origins.get(key, f"{key} in {url}") for key, url in zip(keys, urls, strict=True)]
     yield from (f"{a} = {b}" for a, b in zip(names[::2], names[1::2], strict=True))
 
 
-def _held_out(job: Job, index: Index) -> NDArray[np.bool_]:
-    """Whether a sample is held out, in the order of shards and rows."""
-    plan = split_of(job.config, index).heldout()
-    held = np.zeros(index.num_samples, np.bool_)
-    first = 0
-    for shard, size in enumerate(index.sizes):
-        held[first + plan.rows(shard)] = True
-        first += size
-    return held
-
-
 def _read(job: Job, index: Index, samples: NDArray[np.int64]) -> Iterator[Sample]:
     """Samples by number, in the order of shards and rows."""
-    ends = np.cumsum(index.sizes)
     reader = Reader(index, job.config.data.window)
     try:
         for number in samples.tolist():
-            shard = int(np.searchsorted(ends, number, side="right"))
-            yield reader.read(shard, number - int(ends[shard]) + index.sizes[shard])
+            yield reader.read(*index.place(number))
     finally:
         reader.close()
 

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
-from pipeline.config import UserError
+from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
@@ -114,10 +114,9 @@ def _cache(job: Job, index: Index | None) -> Iterator[Finding]:
         yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", remedy)
 
 
-def moments_of(optimizer: object) -> int:
-    """Numbers that an optimizer keeps for each parameter."""
-    kind, momentum = getattr(optimizer, "kind", "adam"), getattr(optimizer, "momentum", 0.0)
-    return 2 if kind != "sgd" else int(momentum > 0)
+def moments_of(optimizer: Optimizer) -> int:
+    """Numbers that an optimizer keeps per parameter."""
+    return int(optimizer.momentum > 0) if optimizer.kind == "sgd" else 2
 
 
 def rendezvous(job: Job) -> Iterator[Finding]:

@@ -17,10 +17,10 @@ import torch
 from launch.bench.meter import clocked
 from launch.fingerprint import Fingerprint, fingerprint, node_name
 from launch.processes import cores, free_port
-from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import UserError, load
 from pipeline.console import end_process
 from pipeline.data.index import load_index
+from pipeline.parallel.environment import flag
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 
@@ -44,17 +44,17 @@ def describe(path: str, settings: list[str], device: str) -> Fingerprint:
     """This node's fingerprint and kind of device, or why its config or data cannot be read."""
     seen = {"device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"}
     try:
-        resolved = config.load(path, settings)
-        assert resolved.data.train is not None
-        index = load_index(resolved.data.train, remote=resolved.data.remote)
+        config = load(path, settings)
+        assert config.data.train is not None
+        index = load_index(config.data.train, remote=config.data.remote)
     except UserError as error:
         return seen | fingerprint() | {"problem": str(error)}
-    return seen | fingerprint(resolved, index.fingerprint)
+    return seen | fingerprint(config, index.fingerprint)
 
 
 def place() -> dict[str, Any]:
     """What this node has room for, and a free port of it."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    on_cpu = flag(os.environ, "ACCELERATE_USE_CPU")
     return {
         "place": os.environ.get("SLURM_NODEID", "0"),
         "node": node_name(),

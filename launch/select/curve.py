@@ -18,7 +18,7 @@ from pipeline.data.plan import split_of
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
 from pipeline.run.evaluate import from_latents
-from pipeline.run.export import load_generator, load_run
+from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
 
 if TYPE_CHECKING:
@@ -147,8 +147,7 @@ def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upr
 def _images(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     """What G_ema of a candidate's first trial makes of the same latents; None without a checkpoint."""
     try:
-        config, checkpoint, state = load_run(row.outcomes[0].trial.folder)
-        G = load_generator(config, checkpoint, state)
+        G, config, state = load_generator(row.outcomes[0].trial.folder)
     except (OSError, ValueError, SafetensorError):
         return None
     z, c = Draws(0, config.G.z_dim, state.label_frequencies).grid(shape[0] * shape[1])

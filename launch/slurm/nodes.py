@@ -19,6 +19,7 @@ from launch.slurm import index_copies
 from pipeline.config import Config, UserError, load
 from pipeline.credentials import redacted
 from pipeline.durable import write
+from pipeline.parallel.environment import flag
 
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
@@ -113,7 +114,7 @@ def _read(first: Path) -> Fingerprint:
 
 def _check_gpus(procs: int) -> None:
     """A GPU for each process here, unless they are to train on CPUs. Raises UserError."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+    if flag(os.environ, "ACCELERATE_USE_CPU"):
         return
     import torch
 

@@ -1,7 +1,7 @@
-"""`data.cache=ram`: decoded images, kept in memory that all processes of one machine share.
+"""`data.cache=ram`: decoded images in memory that all processes of one machine share.
 
-The memory is an anonymous file (memfd): no size limit but the machine's, nothing left behind however its
-processes end. Others of the same machine open it through /proc. An image takes up memory when first decoded.
+The memory is an anonymous file (memfd), which has no size limit but the machine's and leaves nothing behind.
+Other processes open it through /proc. An image takes memory once it has been decoded.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _OWN_GROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 class Cache:
     """Decoded images and their labels by shard and row; `sizes` are the samples per shard.
 
-    Any number of processes may get and put at once: what two of them put for a sample is the same, and none
-    sees the flag of a sample before its pixels. That is what the fence is for: no thread waits for it, but
-    what stands in two locked sections happens in their order, whatever a processor would like to reorder.
+    Any number of processes may get and put at once: two of them put the same for a sample, and none sees the
+    flag of a sample before its pixels. The fence ensures that: no thread waits for it, but a processor may
+    not reorder what is in two locked sections.
     """
 
     def __init__(self, path: str, sizes: Sequence[int], size: int, channels: int) -> None:
@@ -51,7 +51,7 @@ class Cache:
         return type(self), (self._path, self._sizes, *self._shape)
 
     def get(self, shard: int, row: int) -> tuple[NDArray[np.uint8], int] | None:
-        """(uint8 [C, H, W], label), a view not to be written to; None if it has not been put yet."""
+        """(uint8 [C, H, W], label), a view that must not be written to; None if it has not been put yet."""
         slot = self._starts[shard] + row
         with self._fence:
             filled = self._filled[slot]
@@ -67,18 +67,16 @@ class Cache:
 
 
 def reserve(sizes: Sequence[int], size: int, channels: int) -> tuple[str | None, str]:
-    """Make room for all samples of a data set: the path for a Cache, and a line about it.
-
-    The path is None if they do not fit. The memory lasts as long as this process.
-    """
+    """Memory for all samples of a data set: the path for a Cache (None if they do not fit), and a line about
+    it. It lasts as long as this process."""
     need = sum(sizes) * (size * size * channels + _LABEL + _FLAG)
     what = f"data.cache=ram: {sum(sizes):,} decoded images, {in_bytes(need)}"
     if not hasattr(os, "memfd_create"):
-        return None, f"{what}, are kept on Linux only; they are decoded anew in each epoch"
+        return None, f"{what}, are kept on Linux only; they are decoded again in each epoch"
     if need > _SHARE * (free := free_memory()):
         return None, (
             f"{what}, do not fit into {_SHARE:.0%} of the free memory ({in_bytes(free)}); they are decoded "
-            "anew in each epoch"
+            "again in each epoch"
         )
     file = os.memfd_create("shardgan-cache", os.MFD_CLOEXEC)
     os.ftruncate(file, need)
@@ -86,7 +84,7 @@ def reserve(sizes: Sequence[int], size: int, channels: int) -> tuple[str | None,
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken: of the machine, or of a control group (a container, a Slurm job)."""
+    """Free bytes of the machine, or of a control group (a container, a Slurm job) if it has fewer."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     return min([machine, *_free_in_groups()])
@@ -106,7 +104,7 @@ def _free_in_groups() -> Iterator[int]:
             try:
                 limit = int((folder / most).read_text())  # "max" where there is none
                 counts = dict(text.split() for text in (folder / "memory.stat").read_text().splitlines())
-                # Files read earlier count as used, but make room when room is needed.
+                # Cached files count as used, but are dropped when memory is needed.
                 yield limit - int((folder / used).read_text()) + int(counts.get(idle, 0))
             except (OSError, ValueError):
                 continue

@@ -12,19 +12,22 @@ import json
 import os
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pipeline.config import Remote, UserError
 from pipeline.credentials import redacted
-from pipeline.data.locate import Location, locate
+from pipeline.data.locate import Location, locate, refuse_unlisted
 from pipeline.data.record import (
     INDEX,
     REBUILD,
+    Shard,
     entry_shard,
     file_size,
     is_complete,
@@ -35,9 +38,6 @@ from pipeline.data.record import (
     sidecars,
     unreadable,
     write_record,
-)
-from pipeline.data.record import (
-    Shard as Shard,  # the class is part of this module
 )
 from pipeline.data.remote.fetch import RemoteShards, is_verifiable
 from pipeline.data.remote.urls import is_url, locate_url
@@ -101,6 +101,15 @@ class Index:
     def where(self) -> str:
         """Where the shards are, for messages."""
         return str(self.remote.folder if self.remote else self.root)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(self.sizes))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """Shard and row of a sample, numbered in the order of shards and rows."""
+        shard = bisect_right(self._ends, number)
+        return shard, number - self._ends[shard] + self.sizes[shard]
 
     def path(self, shard: int) -> Path:
         """Of a shard on this machine."""
@@ -167,7 +176,7 @@ def load_index(train: str, announce: Announce = lambda _: None, remote: Remote |
 def local_index(train: str, announce: Announce) -> Index:
     """As load_index, for shards on this machine, which may all be empty."""
     location = locate(train)
-    _refuse_unlisted(location)
+    refuse_unlisted(location)
     index = index_of(location.root, location.record, _shards(location, announce))
     if location.whole and not location.entries:
         write_record(index.root, index.name, index.shards, {})
@@ -277,15 +286,3 @@ def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any]) -> Shard
         if table.filesize == size and table.sha256 == entry.get("sha256", table.sha256):
             return shard_of(url, table)
     return None
-
-
-def _refuse_unlisted(location: Location) -> None:
-    """Raises UserError for a missing shard, then for one too many."""
-    for url in location.urls if location.unlisted else ():
-        file_size(location.root, url)
-    if extra := location.unlisted:
-        raise UserError(
-            f"{location.root} holds {extra[0]}"
-            + (f" and {len(extra) - 1} more shards" if len(extra) > 1 else "")
-            + f", which {INDEX} does not list. If it belongs to the data, {REBUILD}; else remove it."
-        )

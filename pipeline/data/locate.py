@@ -15,7 +15,7 @@ from typing import Any
 from braceexpand import braceexpand  # comes with webdataset, which reads brace lists by it
 
 from pipeline.config import UserError
-from pipeline.data.record import read_record
+from pipeline.data.record import INDEX, REBUILD, file_size, read_record
 
 _MOST_SHARDS = 1_000_000
 _SUFFIX = ".tar"  # .TAR likewise, except beside an index.json that does not list it
@@ -82,6 +82,18 @@ def look(train: str) -> Location:
     folders = {str(path.parent) for path in paths}
     root = Path(os.path.commonpath(sorted(folders)))
     return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)
+
+
+def refuse_unlisted(location: Location) -> None:
+    """Raises UserError for a missing shard, then for one too many."""
+    for url in location.urls if location.unlisted else ():
+        file_size(location.root, url)
+    if extra := location.unlisted:
+        raise UserError(
+            f"{location.root} holds {extra[0]}"
+            + (f" and {len(extra) - 1} more shards" if len(extra) > 1 else "")
+            + f", which {INDEX} does not list. If it belongs to the data, {REBUILD}; else remove it."
+        )
 
 
 def refuse_none(found: Location) -> None:

@@ -1,9 +1,9 @@
 """Which sample when: pure integers, no files, no processes.
 
 The order of an epoch is a function of (seed, epoch, shard sizes): the shards are permuted, cut into windows
-of a few shards, and the samples of each window permuted. The only state of a training's data is therefore
-one integer, the number of images consumed since its start; epoch, shard and row follow from it, for any
-number of ranks and workers. Memory is that of a few windows, and seeking is a bisection.
+of a few shards, and the samples of each window permuted. So the only state of the data is one integer, the
+images consumed since the start of training; epoch, shard and row follow from it, for any number of ranks and
+workers. Only a few windows are in memory, and seeking is a bisection.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pipeline.data.index import Index
 
 Ints = NDArray[np.int64]
 
-_VERSION = 1  # of the order itself: part of the fingerprint, raised when the same seed gives another order
-_SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS, _SPARE = range(5)  # what a permutation is for
+_VERSION = 1  # of the order: part of the fingerprint, raised when the same seed gives another order
+_SHARDS, _WINDOW, _SPLIT_SHARDS, _SPLIT_ROWS, _REPLACEMENT = range(5)  # what a permutation is for
 _TOLERANCE = 0.05  # whole shards are held out if that meets the wished share to within so much of it
 _TRAINING, _HELD_OUT = 0, 1
 _IN_WINDOW = 8  # attempts to replace a sample by one of the same window
@@ -39,10 +39,9 @@ def permutation(n: int, *purpose: int) -> Ints:
 class Split:
     """Which rows of which shard are trained on and which are held out, fixed by the seed.
 
-    Whole shards are held out where that meets the wished share; else every shard gives some of its rows.
-    `folds` cuts the data into so many disjoint parts that together are all of it and holds out number
-    `fold`; without it the share `holdout` is held out (0: nothing). `window` is for the plans: how many
-    shards of `sizes` samples are shuffled together.
+    Whole shards are held out if that gives about the wanted share; else every shard gives some of its rows.
+    `folds` cuts the data into so many disjoint parts and holds out number `fold`; without it the share
+    `holdout` is held out (0: nothing). Plans shuffle `window` shards together.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Split:
         if self._folds is not None:
             return (slot + self._folds - 1 - self._fold) // self._folds
         total = int(self._sizes.sum())
-        # Python integers where the product would not fit: 10^8 samples do, 10^10 need not.
+        # Python integers if the product might not fit: 10^8 samples do, 10^10 may not.
         if total < 2**31:
             return slot * self._wanted // max(total, 1)
         return np.array([int(s) * self._wanted // total for s in np.atleast_1d(slot)], np.int64)
@@ -152,7 +151,7 @@ def _fold_shards(sizes: Ints, order: Ints, folds: int, fold: int) -> Ints | None
 
 
 class Plan:
-    """Order of one part of the data, epoch after epoch without end. `size` is the samples of an epoch."""
+    """The order of one part of the data, epoch after epoch without end. `size`: samples per epoch."""
 
     def __init__(self, split: Split, part: int) -> None:
         self._split, self._part, self._seed, self._window = split, part, split.seed, split.window
@@ -160,7 +159,7 @@ class Plan:
         self._present = np.flatnonzero(self._counts)
         self.size = int(self._counts.sum())
         self.fingerprint = split.fingerprint(part)
-        # Caches, not state: two epochs meet in a batch that wraps, and two windows in any batch.
+        # Caches, not state: a batch may span two epochs, and any batch two windows.
         self._epoch_order: Callable[[int], tuple[Ints, Ints]] = lru_cache(2)(self._order)
         self._window_samples: Callable[[int, int], Ints] = lru_cache(2)(self._shuffle)
 
@@ -168,7 +167,7 @@ class Plan:
         return type(self), (self._split, self._part)
 
     def epoch(self, position: int) -> float:
-        """How many times the data have been gone through after `position` images."""
+        """How many epochs `position` images are."""
         return position / self.size
 
     def samples(self, position: int, count: int) -> Ints:
@@ -199,7 +198,7 @@ class Plan:
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
         """The (shard, row) to use in place of the sample at a position; another one for every attempt.
 
-        First from the same window, whose shards are at hand, and after some attempts from the whole epoch.
+        From the same window, whose shards are open, and after some attempts from the whole epoch.
         """
         epoch, place = divmod(position, self.size)
         _, ends = self._epoch_order(epoch)
@@ -207,28 +206,28 @@ class Plan:
         first, end = (int(ends[window - 1]) if window else 0), int(ends[window])
         if attempt >= _IN_WINDOW:
             first, end = 0, self.size
-        purpose = np.random.SeedSequence((self._seed, _SPARE, self._part, position, attempt))
+        purpose = np.random.SeedSequence((self._seed, _REPLACEMENT, self._part, position, attempt))
         chosen = first + int(np.random.PCG64(purpose).random_raw()) % (end - first)
         shard, row = self.samples(epoch * self.size + chosen, 1)[0].tolist()
         return shard, row
 
     def rows(self, shard: int) -> Ints:
-        """The rows of a shard that this plan comes to, ascending."""
+        """The rows of a shard in this plan, ascending."""
         return self._split.rows(shard, self._part)
 
     @property
     def counts(self) -> Ints:
-        """Samples of each shard that this plan comes to [shards]."""
+        """Samples of each shard in this plan [shards]."""
         return self._counts
 
     @property
     def seed(self) -> int:
-        """What the order, and whatever else is drawn per sample, follows from."""
+        """Of the order, and of whatever else is drawn per sample."""
         return self._seed
 
     @property
     def window(self) -> int:
-        """Shards that are read from at a time."""
+        """Shards that are read from at once."""
         return self._window
 
     @property
@@ -237,7 +236,7 @@ class Plan:
         return bool(self._split.by_shard or not self._split.held.any())
 
     def _order(self, epoch: int) -> tuple[Ints, Ints]:
-        """Shards in the order of an epoch, and the place in the epoch at which each window ends."""
+        """Shards in the order of an epoch, and where in the epoch each window ends."""
         order = self._present[permutation(len(self._present), self._seed, _SHARDS, self._part, epoch)]
         ends = np.cumsum(self._counts[order])
         last = np.arange(self._window - 1, len(order) + self._window - 1, self._window)

@@ -22,14 +22,14 @@ INDEX = "index.json"
 REBUILD = "run `shardgan prepare --index-only` on the folder"
 _SIDECARS = ".shardgan"
 _LARGEST_FILE = 2**63 - 1
-_PASSED_OVER = ("without_image", "unusable")  # in index.json only where there are any
+_PASSED_OVER = ("without_image", "unusable")  # in index.json only if there are any
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar. `url` is its name relative to the index's root; `labels` counts samples per class.
 
-    `without_image` and `unusable` count samples that are passed over: they are not among the `nsamples`.
+    `without_image` and `unusable` count samples that are passed over and not among the `nsamples`.
     """
 
     url: str
@@ -135,7 +135,7 @@ def _entry(shard: Shard) -> dict[str, Any]:
 
 
 def read_record(root: Path) -> dict[str, Any]:
-    """index.json as a dict, its shard list checked; {} if there is none. Raises UserError if it is unfit."""
+    """index.json with its shard list checked; {} if there is none. Raises UserError if it is unfit."""
     paths = [path for place in places(root) if (path := place / INDEX).exists()]
     if not paths:
         return {}
@@ -147,7 +147,7 @@ def read_record(root: Path) -> dict[str, Any]:
 
 
 def parse_record(data: bytes, path: str) -> dict[str, Any]:
-    """index.json as a dict, its shard list checked. Raises UserError, calling it `path`, if it is unfit."""
+    """index.json with its shard list checked. Raises UserError, calling it `path`, if it is unfit."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
 """The members of a tar → samples: which member is the image, which the label, and what is passed over.
 
 A sample is the members `KEY.extension` of one KEY, which ends at the first dot of the file name, as in
-webdataset. Shards come from many hands: a sample without exactly one image is passed over and counted, with
-the reason; it never keeps the others from being used.
+webdataset. A sample without exactly one image is passed over and counted, with the reason; the others are
+used.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LARGEST_LABEL = 999_999
 LABEL = f"a file KEY.cls that holds one whole number from 0 to {LARGEST_LABEL:,}"
 REPAIR = "`shardgan prepare SHARDS OUT` makes new shards of the images."
 MOST_REASONS = 20  # kept of one shard and kind
-_ARRAY = "npy"  # an image only where there is no other: beside one it is an embedding or the like
+_ARRAY = "npy"  # an image only if there is no other: beside one it is an embedding or the like
 _NAMED = 3  # extensions in a reason
 _LONGEST_NAME = 60  # characters of a name in a reason
 
 
 @dataclass(frozen=True)
 class PassedOver:
-    """How many samples (or members) of a shard are not used, and for the first of them where and why."""
+    """How many samples (or members) of a shard are not used, and why for the first of them."""
 
     count: int = 0
     reasons: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Image(NamedTuple):
 
 @dataclass(slots=True)
 class Sample:
-    """What is known of one key. `images` are the extensions of those that are images with equal right."""
+    """The members of one key. `images`: the extensions of all that could be the image."""
 
     key: str
     header: int
@@ -93,18 +93,18 @@ class Sample:
             self.images.append(extension)
 
     def problem(self) -> str:
-        """Why the image cannot be used, or which it is; "" if there is one, or none."""
-        name = f"sample '{shown(self.key)}'"
+        """Why the image cannot be used, or is not a single one; "" if there is one, or none."""
         if len(self.images) > 1:
             dotted = any("." in extension for extension in self.images)
             why = ": a key ends at the first dot of a file name" if dotted else ""
-            return f"{name} has {len(self.images)} images ({_listed(self.images)}){why}."
+            images = f"{len(self.images)} images ({_listed(self.images)})"
+            return f"sample '{shown(self.key)}' has {images}{why}."
         if self.labels > 1:
-            return f"{name} has {self.labels} labels (.cls)."
+            return f"sample '{shown(self.key)}' has {self.labels} labels (.cls)."
         return self.image.problem if self.image else ""
 
     def lack(self) -> str:
-        """What there is in place of an image."""
+        """That there is no image, and what there is."""
         only = f", only {_listed(self.others)}" if self.others else ""
         return f"sample '{shown(self.key)}' has no image ({', '.join(IMAGE_EXTENSIONS)}){only}."
 
@@ -119,13 +119,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def split_at_last_dot(name: str) -> tuple[str, str]:
-    """The same of a name that has a dot, for keys with dots in them."""
+    """The same of a name that has a dot, for keys with dots."""
     key, _, extension = name.rpartition(".")
     return key, extension.lower()
 
 
 def parse_label(value: Any) -> int:
-    """The class that a .cls stands for, as bytes, text or a number; -1 for everything that is no class."""
+    """The class in a .cls, given as bytes, text or a number; -1 if it is none."""
     if isinstance(value, bytes | str):
         text = value.strip()
         digits = text if isinstance(text, bytes) else text.encode()
@@ -138,7 +138,7 @@ def parse_label(value: Any) -> int:
 
 
 def image_extension(sample: Mapping[str, Any]) -> str | None:
-    """Under which extension a webdataset sample holds its image; None if it holds none."""
+    """The extension of a webdataset sample's image; None if it has none."""
     found = [key for key in sample if _is_image(key) and not key.startswith("__")]
     return min(
         found, key=lambda key: (_rank(key), IMAGE_EXTENSIONS.index(key.rpartition(".")[2])), default=None
@@ -146,7 +146,7 @@ def image_extension(sample: Mapping[str, Any]) -> str | None:
 
 
 def shown(name: str) -> str:
-    """A name out of a tar as it may be printed: short, and without control characters."""
+    """A name from a tar made fit for printing: short, without control characters."""
     return repr(name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "…")[1:-1]
 
 

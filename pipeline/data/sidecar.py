@@ -1,7 +1,7 @@
 """Where every sample of a shard lies: built by one strict walk, kept beside the shard, read lazily.
 
-A sidecar is an `.npz` of plain arrays (no pickle): about 40 bytes per sample, so the windows a stream has
-open cost megabytes, whatever the size of the data.
+A sidecar is an `.npz` of plain arrays (no pickle): about 40 bytes per sample, so the open windows of a stream
+take megabytes, whatever the size of the data.
 """
 
 from __future__ import annotations
@@ -19,15 +19,10 @@ from numpy.typing import NDArray
 from pipeline import durable
 from pipeline.config import UserError
 from pipeline.data.samples import (
-    IMAGE_EXTENSIONS as IMAGE_EXTENSIONS,  # is part of this module
-)
-from pipeline.data.samples import (
-    LARGEST_LABEL as LARGEST_LABEL,  # likewise
-)
-from pipeline.data.samples import (
+    IMAGE_EXTENSIONS,
+    LARGEST_LABEL,
     MOST_REASONS,
     NONE,
-    Image,
     PassedOver,
     Sample,
     image_extension,
@@ -42,7 +37,7 @@ _COLUMNS = {  # arrays of SampleTable, in the order of the file
     "name_ends": np.int64, "offset": np.int64, "size": np.int64,
     "extension": np.uint32, "label": np.int64, "crc": np.uint32,
 }  # fmt: skip
-_EXTRA = "passed_over"  # JSON, only where there is something to say: what earlier versions wrote has none
+_EXTRA = "passed_over"  # JSON, only of odd shards, and not in sidecars of earlier versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +60,7 @@ class SampleTable:
     extension: NDArray[np.unsignedinteger[Any]]
     label: NDArray[np.int64]
     crc: NDArray[np.uint32]
-    extensions: tuple[str, ...] = IMAGE_EXTENSIONS  # and others such as input.png, where a sample has them
+    extensions: tuple[str, ...] = IMAGE_EXTENSIONS  # and others, such as input.png
     without_image: PassedOver = NONE
     unusable: PassedOver = NONE
     strays: PassedOver = NONE
@@ -83,17 +78,15 @@ class SampleTable:
 
 
 def scan(path: Path, shard: str) -> SampleTable:
-    """Walk the tar at `path` and note its samples.
+    """The samples of the tar at `path`: members `KEY.extension` with the same KEY, one of which is the image.
 
-    A sample is the members `KEY.extension` with the same KEY; one of them is the image. Samples of which
-    that is not so are passed over. Raises UserError, naming the shard and byte offset, for what is no whole
-    tar.
+    Other samples are passed over. Raises UserError, naming the shard and byte offset, if it is no whole tar.
     """
     return _table(*_walk(path, shard))
 
 
 def scan_all_images(path: Path, shard: str) -> SampleTable:
-    """As `scan`, but where a sample has several images each is one by itself, its key up to the last dot."""
+    """As `scan`, but each of several images in a sample is one by itself, its key up to the last dot."""
     walked = _walk(path, shard)
     several = {sample.key for sample in walked[1] if len(sample.images) > 1}
     return _table(*(_walk(path, shard, several) if several else walked))
@@ -102,7 +95,7 @@ def scan_all_images(path: Path, shard: str) -> SampleTable:
 def _walk(
     path: Path, shard: str, at_last_dot: Collection[str] = ()
 ) -> tuple[TarReader, Collection[Sample], PassedOver]:
-    """The samples, and the members that belong to none. Keys of `at_last_dot` are taken apart there."""
+    """The samples, and the members that belong to none. Keys in `at_last_dot` end there."""
     samples: dict[str, Sample] = {}
     strays: list[str] = []
     count = 0
@@ -126,19 +119,11 @@ def _walk(
 
 
 def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> SampleTable:
-    used: list[Sample] = []
-    images: list[Image] = []
-    without: list[Sample] = []
-    unusable: list[Sample] = []
-    for sample in samples:
-        if sample.image is None:
-            without.append(sample)
-        elif sample.problem():
-            unusable.append(sample)
-        else:
-            used.append(sample)
-            images.append(sample.image)
-    names = [sample.key.encode() for sample in used]
+    without = [sample for sample in samples if sample.image is None]
+    unusable = [sample for sample in samples if sample.image is not None and sample.problem()]
+    used = [(sample, sample.image) for sample in samples if sample.image is not None and not sample.problem()]
+    images = [image for _, image in used]
+    names = [sample.key.encode() for sample, _ in used]
     extensions = tuple(dict.fromkeys([*IMAGE_EXTENSIONS, *(image.extension for image in images)]))
     numbers = {extension: number for number, extension in enumerate(extensions)}
     return SampleTable(
@@ -151,7 +136,7 @@ def _table(tar: TarReader, samples: Collection[Sample], strays: PassedOver) -> S
         extension=np.array(
             [numbers[image.extension] for image in images], np.min_scalar_type(len(extensions))
         ),
-        label=np.array([sample.label for sample in used], np.int64),
+        label=np.array([sample.label for sample, _ in used], np.int64),
         crc=np.array([image.crc for image in images], np.uint32),
         extensions=extensions,
         without_image=_passed_over(tar, without, Sample.lack),
@@ -180,7 +165,7 @@ def save(table: SampleTable, path: Path) -> None:
 
 
 def _extra(table: SampleTable) -> dict[str, NDArray[np.uint8]]:
-    """What is said only of odd shards: the extensions of their images, and what was passed over."""
+    """Only of odd shards: the extensions of their images, and what was passed over."""
     known = (table.without_image, table.unusable, table.strays)
     if table.extensions == IMAGE_EXTENSIONS and known == (NONE,) * 3:
         return {}
@@ -189,7 +174,7 @@ def _extra(table: SampleTable) -> dict[str, NDArray[np.uint8]]:
 
 
 def _read_extra(data: bytes) -> dict[str, Any]:
-    """The arguments of SampleTable that _extra wrote. Raises ValueError if they are none: anyone may have."""
+    """The arguments of SampleTable that _extra wrote. Raises ValueError for what _extra does not write."""
     extensions, *known = json.loads(data)
     without_image, unusable, strays = (PassedOver(count, tuple(reasons)) for count, reasons in known)
     for what in (without_image, unusable, strays):
@@ -208,11 +193,11 @@ def _read_extra(data: bytes) -> dict[str, Any]:
 
 
 def load(path: Path) -> SampleTable | None:
-    """The sidecar at `path`; None if there is none, or none this version can read (it is built anew)."""
+    """The sidecar at `path`; None if there is none that this version can read, and it must be built."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
-                return None  # not by `save`: unpacked it may be of any size
+                return None  # not from `save`: it may have any size when unpacked
             if int(file["version"]) != _VERSION:
                 return None
             table = SampleTable(
@@ -222,13 +207,13 @@ def load(path: Path) -> SampleTable | None:
                 **{name: file[name].astype(kind) for name, kind in _COLUMNS.items()},
                 **(_read_extra(file[_EXTRA].tobytes()) if _EXTRA in file else {}),
             )
-    except Exception:  # bytes made to do harm make numpy and zipfile raise nearly anything
+    except Exception:  # hostile bytes make numpy and zipfile raise nearly anything
         return None
     return table if _plausible(table) and _are_keys(table.names, table.name_ends) else None
 
 
 def _plausible(table: SampleTable) -> bool:
-    """Arrays that fit each other and the file: a sidecar may have come with the data, from anyone."""
+    """Whether the arrays fit each other and the file: a sidecar may come from anyone, with the data."""
     columns = (table.name_ends, table.offset, table.size, table.extension, table.label, table.crc)
     if len({column.shape for column in columns}) != 1 or table.offset.ndim != 1:
         return False
@@ -250,7 +235,7 @@ def _plausible(table: SampleTable) -> bool:
 
 
 def _are_keys(names: bytes, ends: NDArray[np.int64]) -> bool:
-    """Whether each key by itself is UTF-8: all together are, and none begins inside a character."""
+    """Whether each key is UTF-8: all together are, and none begins inside a character."""
     try:
         names.decode()
     except UnicodeDecodeError:
@@ -260,7 +245,7 @@ def _are_keys(names: bytes, ends: NDArray[np.int64]) -> bool:
 
 
 def check(table: SampleTable, shard: str, filesize: int, sha256: str | None) -> None:
-    """Raises UserError if a freshly scanned shard is not the one its index speaks of."""
+    """Raises UserError if a shard that was just scanned is not the one in its index."""
     if table.filesize != filesize or (sha256 is not None and table.sha256 != sha256):
         raise UserError(
             f"shard {shard} is not the file that index.json describes (another SHA-256). Fetch it again, or, "

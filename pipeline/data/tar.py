@@ -1,9 +1,8 @@
 """A strict walk over the members of a tar file.
 
 Python's `tarfile`, and with it the usual loaders, takes a file cut at a member boundary or inside a header
-for the end of the archive, and loses the rest without a word. Here every byte is accounted for: header
-checksums, sizes, the end-of-archive mark, and nothing but zeros after it. The file is read once, from front
-to back, and hashed on the way, so a stream from elsewhere would do as well as a local file.
+for the end of the archive, and silently loses the rest. Here every byte is checked: header checksums, sizes,
+the end-of-archive mark, and nothing but zeros after it. The file is read once, in order, and hashed.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import BinaryIO, NamedTuple
 from pipeline.config import UserError
 
 BLOCK = 512
-LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped over, images refused
-_LARGEST_EXTENSION = 1 << 20  # of a member whose data describe the next one (long names)
-MOST_HEADERS = 1_000_000  # of one file: what is noted of its members stays below a gigabyte
+LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped, images refused
+_LARGEST_EXTENSION = 1 << 20  # bytes of a member that describes the next one (long names)
+MOST_HEADERS = 1_000_000  # of one file: what is stored of its members stays below a gigabyte
 _NO_SIZE = "damaged: the member's size is not a number."
 _REGULAR = (b"0", b"\0", b"7")
 _FOLDER, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK, _GNU_SPARSE = b"5", b"g", b"L", b"K", b"S"
@@ -35,9 +34,9 @@ _COMPRESSED = {  # first bytes → how, and what unpacks it
 
 
 class Member(NamedTuple):
-    """A file in a tar. `name` is whatever the archive says: never use it as a path.
+    """A file in a tar. `name` is what the archive says: never use it as a path.
 
-    irregular: what it is if it is no plain file (a link, which is never followed); data are then None.
+    irregular: what it is if it is no plain file (a link is never followed); data is then None.
     """
 
     name: str
@@ -49,10 +48,10 @@ class Member(NamedTuple):
 
 
 class TarReader:
-    """Walks one tar file from front to back. `shard` is what to call it in messages.
+    """Walks one tar file from front to back. `shard` is its name in messages.
 
     After the walk `size` and `sha256` are those of the whole file. Raises UserError, naming the shard and
-    the byte offset, on anything that is not exactly a complete, plain tar.
+    the byte offset, unless it is exactly one complete, plain tar.
     """
 
     def __init__(self, file: BinaryIO, shard: str) -> None:
@@ -101,7 +100,7 @@ class TarReader:
             sparse = False
 
     def _irregular(self, header: bytes, name: str, start: int, size: int) -> Member:
-        """A file that is stored in a way of its own, its data read over."""
+        """A file that is stored in a special way; its data is skipped."""
         kind = header[156:157]
         more = header[482] if kind == _GNU_SPARSE else 0
         while more:

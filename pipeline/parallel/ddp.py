@@ -40,7 +40,6 @@ class ReplicatedEngine(MasterEngine):
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
         self._ddp = _wrap(module) if ranks.world > 1 else None
-        self._penalties: dict[str, torch.Tensor] | None = None
         self._settle_buckets(example)
 
     @property
@@ -59,9 +58,6 @@ class ReplicatedEngine(MasterEngine):
         if self._ddp is not None and not self.frozen:
             self._penalties = self.penalty.values()
             self._loss_gradient = poisoned(self._loss_gradient, self._penalties).float()
-
-    def penalties(self) -> dict[str, torch.Tensor] | None:
-        return self._penalties
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()

@@ -17,7 +17,6 @@ class Ema:
         self.engine = engine
         self.averages = [f.data.clone() for f in engine.fragments]
         self._module = unsharded.requires_grad_(False).eval()
-        self._shapes = {f.name: f.shape for f in engine.fragments}
         self._whole = True
         self._release()
 
@@ -36,8 +35,7 @@ class Ema:
         named = dict(self._module.named_parameters())
         with torch.no_grad():
             for name, tensor in self.engine.whole(self.averages):
-                shape = self._shapes[name]
-                named[name].data = tensor.new_empty(shape).copy_(tensor.view(shape))
+                named[name].data = tensor.clone(memory_format=torch.contiguous_format)
             buffers = dict(self._module.named_buffers())
             for name, value in pooled_buffers(self.engine.module, self.engine.ranks).items():
                 buffers[name].copy_(value)
@@ -47,6 +45,6 @@ class Ema:
         """Free the whole weights, which training does not need, but keep the module."""
         if self._whole:
             named = dict(self._module.named_parameters())
-            for name in self._shapes:
-                named[name].data = named[name].new_empty(0)
+            for fragment in self.engine.fragments:
+                named[fragment.name].data = named[fragment.name].new_empty(0)
             self._whole = False

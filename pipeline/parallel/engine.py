@@ -51,6 +51,7 @@ class PlayerSettings:
 class Engine(abc.ABC):
     """One player under some strategy."""
 
+    fragments: list[Fragment]  # this rank's fp32 masters of every trainable parameter, in the module's order
     penalty: LocalPenalty  # over the fragments
 
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
@@ -73,18 +74,14 @@ class Engine(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def fragments(self) -> list[Fragment]:
-        """This rank's fp32 master elements of every trainable parameter, in the module's order."""
-
-    @property
-    @abc.abstractmethod
     def copies(self) -> int:
         """How many ranks hold each element: 1 if the player is sharded over all ranks, the world if it is
         replicated. In between, each copy is sharded over ranks that are next to each other."""
 
-    @abc.abstractmethod
     def forward(self, *inputs: Any) -> torch.Tensor:
         """The forward pass whose gradients will be averaged over ranks."""
+        output: torch.Tensor = self.module(*inputs)
+        return output
 
     @abc.abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,14 +52,10 @@ class Fsdp2Engine(MasterEngine):
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
 
-    def forward(self, *inputs: Any) -> torch.Tensor:
-        output: torch.Tensor = self.module(*inputs)
-        return output
-
     def begin_turn(self) -> None:
-        super().begin_turn()
         """Blocks stay gathered to the end of the turn if the launcher's file says so, and from their first
         backward on if there is a second."""
+        super().begin_turn()
         keep = self.ranks.keep_gathered
         for module in self._modules if keep or self.twice else ():
             module.set_reshard_after_forward(not keep, recurse=False)
@@ -137,14 +132,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def _rows(shape: torch.Size, world: int) -> int:
-    """Rows per rank, fewer on the last ranks: torch.chunk, and so FSDP2, divides the first axis this way."""
-    return -(-shape[0] // world)
-
-
-def _per_row(shape: torch.Size) -> int:
-    return shape.numel() // shape[0]
-
-
 def _first_element(shape: torch.Size, ranks: Ranks) -> int:
-    return min(ranks.rank * _rows(shape, ranks.world), shape[0]) * _per_row(shape)
+    """Index of this rank's first element: torch.chunk, and so FSDP2, deals out rows (first axis), as many to
+    each rank but the last ones, which may get fewer or none."""
+    rows = -(-shape[0] // ranks.world)
+    return min(ranks.rank * rows, shape[0]) * (shape.numel() // shape[0])

@@ -33,25 +33,18 @@ class MasterEngine(Engine):
         fragments: the same elements, described; both in the module's order."""
         super().__init__(module, player, ranks, batch)
         self._masters = masters
-        self._fragments = fragments
+        self.fragments = fragments
         self._penalised = [masters[f.name] for f in fragments if f.penalised]
         self.penalty = LocalPenalty.over(fragments, player.penalty)
+        self._penalties: dict[str, torch.Tensor] | None = None  # their values, if the turn begins with them
         self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
         start_momentum(self._optimizer, masters.values())
         self._share = torch.full((), 1 / batch.rounds, device=ranks.device)  # of a round in the loss
         self._loss_gradient = self._share  # what backward passes begin with
 
-    @property
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
-
     @abc.abstractmethod
     def collect_gradients(self) -> None:
         """Put each master's gradient, averaged over ranks, into its `.grad`."""
-
-    def penalties(self) -> dict[str, torch.Tensor] | None:
-        """The weight penalties' values, if the turn has begun with them."""
-        return None
 
     def begin_turn(self) -> None:
         if not self.frozen:
@@ -69,9 +62,8 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
-        penalties = self.penalties()
-        squares, of_weights = sums_of_squares(gradients, () if penalties else self.penalty.squared)
-        penalties = penalties or self.penalty.values(of_weights)
+        squares, of_weights = sums_of_squares(gradients, () if self._penalties else self.penalty.squared)
+        penalties = self._penalties or self.penalty.values(of_weights)
         squares = self.agreed(squares, penalties)
         self.clip(gradients, squares)
         # A loss, gradient or penalty that is not finite on any rank makes the norm non-finite on all: they

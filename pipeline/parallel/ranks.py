@@ -39,7 +39,7 @@ class Ranks:
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
         cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
-        self.progress = progress or Progress()  # for whoever watches this rank
+        self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
             state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):

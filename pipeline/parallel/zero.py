@@ -53,18 +53,12 @@ class ZeroEngine(Engine):
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
         self._flat, places = self._masters(named)
         start_momentum(self._optimizer, [self._flat])
-        self._offsets = [offset for offset, _, _ in places.values()]
-        self._fragments = [
-            Fragment(
-                name,
-                start,
-                shapes[name],
-                self._flat.detach()[offset : offset + count],
-                name in player.penalised,
-            )
-            for name, (offset, start, count) in places.items()
+        self._slices = [slice(offset, offset + count) for offset, _, count in places.values()]
+        self.fragments = [
+            Fragment(name, start, shapes[name], self._flat.detach()[part], name in player.penalised)
+            for (name, (_, start, _)), part in zip(places.items(), self._slices, strict=True)
         ]
-        self.penalty = LocalPenalty.over(self._fragments, player.penalty)
+        self.penalty = LocalPenalty.over(self.fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
         self._last_round, self._hooked = True, False
         self._gathered: AbstractContextManager[Any] | None = None
@@ -100,10 +94,6 @@ class ZeroEngine(Engine):
     @property
     def _stage(self) -> int:
         return int(self._ds.zero_optimization_stage())
-
-    @property
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
 
     def masters_changed(self) -> None:
         zero = self._ds.optimizer
@@ -178,13 +168,8 @@ class ZeroEngine(Engine):
         assert gradient is not None
         if self.loss_scale is not None:
             self.loss_scale.down_([gradient])
-        parts = [
-            gradient[offset : offset + f.data.numel()]
-            for offset, f in zip(self._offsets, self._fragments, strict=True)
-        ]
-        self.penalty.add_gradient(
-            [part for part, f in zip(parts, self._fragments, strict=True) if f.penalised]
-        )
+        parts = [gradient[part] for part in self._slices]
+        self.penalty.add_gradient([p for p, f in zip(parts, self.fragments, strict=True) if f.penalised])
         squares = self.agreed(sum_of_squares(parts), self._penalties)
         self.clip([gradient], squares)
         optimizer.found_inf = self.skipping(squares).to(gradient.device)  # type: ignore[attr-defined]
@@ -194,23 +179,17 @@ class ZeroEngine(Engine):
 
     def moments(self) -> list[dict[str, torch.Tensor]]:
         state = self._optimizer.state[self._flat]
-        return [
-            {
-                key: value.clone() if value.ndim == 0 else value[offset : offset + f.data.numel()]
-                for key, value in state.items()
-            }
-            for offset, f in zip(self._offsets, self._fragments, strict=True)
-        ]
+        return [{k: t[part] if t.ndim else t.clone() for k, t in state.items()} for part in self._slices]
 
     def load_moments(self, states: list[dict[str, torch.Tensor]]) -> None:
         whole: dict[str, torch.Tensor] = {}
-        for offset, fragment, state in zip(self._offsets, self._fragments, states, strict=True):
+        for part, state in zip(self._slices, states, strict=True):
             for key, value in state.items():
                 if key == "step":
                     whole[key] = value.to(self._flat.device)
                 else:
                     flat = whole.setdefault(key, torch.zeros_like(self._flat, requires_grad=False))
-                    flat[offset : offset + fragment.data.numel()] = value.to(flat.device).view(-1)
+                    flat[part] = value.to(flat.device).view(-1)
         self._optimizer.state[self._flat] = whole
         start_momentum(self._optimizer, [self._flat])
 

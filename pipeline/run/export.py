@@ -31,13 +31,14 @@ def load_run(run: Path) -> tuple[Config, Path, State]:
     return begun(run), found, checkpoint.read_state(found)
 
 
-def load_generator(config: Config, found: Path, state: State) -> nn.Module:
-    """G_ema of a checkpoint from `load_run`: on the CPU, in eval mode, with pooled BatchNorm statistics.
+def load_generator(run: Path) -> tuple[nn.Module, Config, State]:
+    """G_ema of a run's newest intact checkpoint, on the CPU, in eval mode, with pooled BatchNorm statistics.
 
-    Raises UserError if it is gone: a run in training keeps only its newest ones.
+    Raises UserError as `load_run` does, or if training has just deleted the checkpoint.
     """
+    config, found, state = load_run(run)
     try:
-        return _fill(build_G(config, state.num_classes), found, "G", "ema")
+        return _fill(build_G(config, state.num_classes), found, "G", "ema"), config, state
     except OSError as error:
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 

@@ -53,12 +53,14 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
                 + "\nBring one back, or start over under a new name with run.resume=false."
             )
         return state, stats
+    for complaint in complaints if ranks.main else ():
+        say(f"warning: {complaint}; falling back")
     saved = checkpoint.read_state(found)
-    warnings = [f"{complaint}; falling back" for complaint in complaints]
     if (saved.plan, saved.data) != (state.plan, state.data):
         saved = _moved(folder, saved, state, new_data)
         ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
-        warnings.append("resumes on other data: new scores do not compare with earlier ones")
+        if ranks.main:
+            say("warning: resumes on other data: new scores do not compare with earlier ones")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
     ranks.progress.cur_nimg = saved.cur_nimg
@@ -66,8 +68,6 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
         strategy, world = checkpoint.saved_by(found)
         other = (strategy, world) != (ranks.strategy, ranks.world)
         by = f", saved by {counted(world, 'process')} under {strategy}" if other else ""
-        for warning in warnings:
-            say(f"warning: {warning}")
         say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{by})")
     return saved, stats
 

@@ -32,7 +32,7 @@ def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list
         if row is not None:
             found.append(row)
         elif line:
-            complain(f"{file}, line {number} is damaged, and is passed over: {_shown(line)}")
+            complain(f"{file}, line {number} is damaged and is skipped: {_shown(line)}")
     return found
 
 

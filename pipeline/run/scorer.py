@@ -62,7 +62,7 @@ class Scorer:
             return None
 
     def is_best(self, state: State, scores: Mapping[str, float]) -> bool:
-        """Whether the leading score is the lowest so far, kept in `state`; warns if it is far from it."""
+        """Whether the leading score is the lowest so far (kept in `state`); warns if it is far above that."""
         name = leading_chart(self._config.score.metrics, scores)
         if name is None:
             return False
@@ -76,7 +76,7 @@ class Scorer:
         return better
 
     def _interrupt(self, _: object, batches: tuple[Tensor, ...]) -> None:
-        """Before each batch of a score, of which all ranks have equally many."""
+        """Before each batch of a score; all ranks have the same number of them."""
         if self._ranks.poll_any(self._signals.received is not None)()[0]:
             raise _Interrupted
         self._scored += len(batches[0]) * self._ranks.world

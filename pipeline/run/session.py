@@ -126,7 +126,7 @@ class Session:
             try:
                 self._health.check(reduced)
             except RunError:
-                self._saver.finish()  # what is being written is from before
+                self._saver.finish()  # the save under way is from before
                 raise
             self._bad.check()
             if self._scorer.is_best(state, scores):

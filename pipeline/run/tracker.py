@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import Config
 from pipeline.credentials import redacted
-from pipeline.run.wandb_files import (
-    Tracked,
-    drop_incomplete,
-    leave_to_the_server,
-    new_id,
-    recall,
-    remember,
-)
+from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
 from pipeline.run.wandb_mode import Mode, choose_mode, names, public
 
 if TYPE_CHECKING:
@@ -92,35 +85,30 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         if mode == "disabled":
             return Tracker(run_id)
         sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
-        known = recall(folder)
-        run_id = run_id or (known.run_id if known else None)
-        if known is None or known.run_id != run_id:
-            known = Tracked(run_id or new_id(folder), online=False, has=-1)
-        known = drop_incomplete(folder, known)
+        known, new = find_run(folder, run_id)
     except Exception as error:
         announce(f"W&B is off: {_one_line(error)}")
         return Tracker(run_id)
+    run_id = None if new else known.run_id
     for attempt in (mode, "offline") if mode == "online" else (mode,):
         if attempt == "offline" and known.online:
             # Only the server knows which steps it has: an offline file would repeat some or leave a gap.
             announce(f"W&B cannot be reached ({reason}). {_LATER}")
             return Tracker(run_id)
         try:
-            run, known = _open(config, folder, known, attempt, new=run_id is None)
+            run, known = _open(config, folder, known, attempt, new)
             tracked = _opened(run, folder, known)
         except Exception as error:
             reason = _one_line(error)
             with suppress(Exception):
                 _end_service()  # which keeps the run's id in use
             continue
-        where = str(run.url)
-        if run.offline:
-            where = f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*"
-        announce(f"W&B: {where}{f' ({reason})' if reason else ''}")
+        tracker = WandbTracker(run, tracked, folder, announce)
+        announce(f"W&B: {tracker.where}{f' ({reason})' if reason else ''}")
         wanted = os.environ.get("WANDB_RUN_ID", known.run_id)
         if wanted != known.run_id:
             announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {known.run_id}.")
-        return WandbTracker(run, tracked, where, folder, announce)
+        return tracker
     announce(f"W&B is off: {reason}")
     return Tracker(run_id)
 
@@ -132,11 +120,10 @@ class WandbTracker(Tracker):
     continues.
     """
 
-    def __init__(
-        self, run: wandb.Run, tracked: Tracked, where: str, folder: Path, announce: Announce
-    ) -> None:
+    def __init__(self, run: wandb.Run, tracked: Tracked, folder: Path, announce: Announce) -> None:
         super().__init__(tracked.run_id)
-        self.where = where
+        to_upload = f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*"
+        self.where = to_upload if run.offline else str(run.url)
         self._run, self._tracked, self._folder, self._announce = run, tracked, folder, announce
         self._last = tracked.has
         self._open, self._failed = True, False

@@ -37,21 +37,16 @@ def recall(folder: Path) -> Tracked | None:
         return None
 
 
-def new_id(folder: Path) -> str:
-    """The id of a new run: WANDB_RUN_ID, unless a run beside it has that."""
-    wanted = os.environ.get("WANDB_RUN_ID")
-    others = (recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json"))
-    if wanted and not any(other and other.run_id == wanted for other in others):
-        return wanted
-    return secrets.token_hex(4)
+def find_run(folder: Path, run_id: str | None) -> tuple[Tracked, bool]:
+    """The W&B run of the run in `folder`, of this id if it has one; and whether it is new.
 
-
-def drop_incomplete(folder: Path, known: Tracked) -> Tracked:
-    """Delete offline files that no job closed: their rows are written again. Returns what is known then.
-
-    A file that `wandb sync` has begun to upload stays, and the run counts as online: only the server knows
-    how much it got. Raises OSError.
+    Deletes offline files that no job closed: their rows are written again. A file that `wandb sync` has begun
+    to upload stays, and the run counts as online: only the server knows how much it got. Raises OSError.
     """
+    known = recall(folder)
+    new = known is None and run_id is None
+    if known is None or run_id not in (None, known.run_id):
+        known = Tracked(run_id or _new_id(folder), online=False, has=-1)
     online = known.online
     for run in _offline(folder, known.run_id):
         if run.name in known.complete:
@@ -65,7 +60,7 @@ def drop_incomplete(folder: Path, known: Tracked) -> Tracked:
     settled = replace(known, online=online, has=known.has if counted else -1)
     if settled != known:
         remember(folder, settled)
-    return settled
+    return settled, new
 
 
 def leave_to_the_server(folder: Path, run_id: str) -> None:
@@ -76,3 +71,12 @@ def leave_to_the_server(folder: Path, run_id: str) -> None:
 
 def _offline(folder: Path, run_id: str) -> list[Path]:
     return list(folder.glob(f"wandb/offline-run-*-{run_id}"))
+
+
+def _new_id(folder: Path) -> str:
+    """The id of a new run: WANDB_RUN_ID, unless a run beside it has that."""
+    wanted = os.environ.get("WANDB_RUN_ID")
+    others = (recall(file.parents[1]) for file in folder.parent.glob("*/wandb/run.json"))
+    if wanted and not any(other and other.run_id == wanted for other in others):
+        return wanted
+    return secrets.token_hex(4)

@@ -136,7 +136,7 @@ def test_no_room() -> None:
     path, line = reserve([10**9, 10**9], 256, 3)
     assert path is None
     assert line.startswith("data.cache=ram: 2,000,000,000 decoded images, 366,227.7 GiB")
-    assert "do not fit into 75% of the free memory" in line and "decoded anew" in line
+    assert "do not fit into 75% of the free memory" in line and "decoded again" in line
     with pytest.raises(UserError, match=r"data.cache=ram: .*No such file"):
         Cache("/proc/0/fd/0", [1], SIZE, 1)
 

@@ -16,7 +16,7 @@ from tiny_shards import image_of, write_tar
 from pipeline.config import UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.prepare.reindex import build_index
-from pipeline.data.sidecar import IMAGE_EXTENSIONS
+from pipeline.data.samples import IMAGE_EXTENSIONS
 
 
 def test_index_is_built_once_and_says_so(make_shards: MakeShards) -> None:

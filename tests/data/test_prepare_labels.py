@@ -130,7 +130,7 @@ def test_labels_that_cannot_be_used(tmp_path: Path, text: str, message: str, pla
         prepare(str(source), str(tmp_path / "out"), Options(), workers=1)
     assert "--classes none" in str(refused.value) and "\n" not in str(refused.value)
     summary, _, found = prepared(source, classes="none")
-    assert summary.index.num_samples == 40 and not found and summary.tables == ["dataset.json"]
+    assert summary.index.num_samples == 40 and not found and summary.images.tables == ["dataset.json"]
 
 
 def test_a_dataset_json_of_something_else(tmp_path: Path) -> None:

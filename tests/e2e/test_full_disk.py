@@ -40,7 +40,7 @@ def test_a_full_disk(worlds, small_disk, tmp_path):
     lines = ended.output.splitlines()
     warnings = [line for line in lines if line.startswith("warning: Checkpoint")]
     assert len(warnings) == 4 and all(
-        "No space left" in line and "Training goes on" in line for line in warnings
+        "No space left" in line and "Training continues" in line for line in warnings
     )
     (error,) = [line for line in lines if line.startswith("error:")]
     assert "4 checkpoints in a row" in error and "Make room" in error and "Traceback" not in ended.output

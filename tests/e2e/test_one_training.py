@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from launching import ADAM, ROOT, RunFolder, Started, identical, rows_written, run, shardgan, without_clocks
 from no_flock import without_flock
+
+from launch.cli import cli
 
 LONG = "run.total_kimg=960"
 # A training whose heartbeats are a second apart, to be taken over from in some seconds.
@@ -79,18 +82,19 @@ def test_with_resume_false_both_train_under_names_of_their_own(folder):
         assert len(RunFolder(folder / "runs" / name).rows) == 1
 
 
-def test_a_killed_one_is_followed_at_once(worlds, folder):
+def test_a_killed_one_is_followed_at_once(folder, monkeypatch):
     """And while a training is at work its run can be sampled, exported and scored."""
-    command, path = shardgan("train", "adam.yaml", "run.name=run", "--procs", "1"), folder / "runs" / "run"
-    first = Started([*command, LONG], folder).until((path / "checkpoints" / "240").exists)
-    for use in (["sample", "--out", "sheet.png"], ["export", "--out", "out"], ["evaluate"]):
-        ended = run(shardgan(use[0], "runs/run", *use[1:]), folder)
-        assert ended.status == 0, ended.output
-    assert run([*command, "--dry-run"], folder).status == 0
+    line, path = ["train", "adam.yaml", "run.name=run", "--procs", "1"], folder / "runs" / "run"
+    first = Started(shardgan(*line, LONG), folder).until((path / "checkpoints" / "240").exists)
+    monkeypatch.chdir(folder)
+    uses = (["sample", "runs/run", "--out", "sheet.png"], ["export", "runs/run", "--out", "out"])
+    for use in (*uses, ["evaluate", "runs/run"], [*line, "--dry-run"]):
+        used = CliRunner().invoke(cli, use)
+        assert used.exit_code == 0, used.output
     assert (path / ".lock").exists() and not list((folder / "out").glob(".*"))
     os.killpg(first.process.pid, signal.SIGKILL)
     first.wait()
-    ended = run(command, folder)
+    ended = run(shardgan(*line), folder)
     assert ended.status == 0 and "waiting" not in ended.output, ended.output
 
 

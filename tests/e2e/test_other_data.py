@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ADAM, FASHION, Ended, RunFolder, run
+from launching import ADAM, FASHION, RunFolder
+
+import pipeline.train
 
 
 @pytest.fixture(scope="module")
@@ -20,29 +21,33 @@ def place(tmp_path_factory) -> Path:
     shards = sorted((folder / "other").glob("*.tar"))
     shutil.copy(sorted(FASHION.glob("*.tar"))[1], shards[0])
     (folder / "other" / "index.json").unlink()
-    assert train(folder, 0.24).status == 0
+    assert train(folder, 0.24) == 0
     return folder
 
 
-def train(folder: Path, kimg: float, *settings: str) -> Ended:
-    line = [sys.executable, "-m", "pipeline.train", "adam.yaml", f"run.total_kimg={kimg}", *settings]
-    return run(line, folder)
+def train(folder: Path, kimg: float, *settings: str) -> int:
+    line = [str(folder / "adam.yaml"), f"run.out={folder / 'runs'}", f"run.total_kimg={kimg}", *settings]
+    return pipeline.train.main(line)
 
 
-def test_the_same_data_elsewhere_are_the_same_data(place):
-    ended = train(place, 0.36, "data.train=copy")
-    assert ended.status == 0 and RunFolder(place / "runs" / "adam").done, ended.output
+def test_the_same_data_elsewhere_are_the_same_data(place, signals_kept):
+    assert train(place, 0.36, f"data.train={place / 'copy'}") == 0
+    assert RunFolder(place / "runs" / "adam").done
 
 
-def test_other_data_are_refused_unless_asked_for(place):
+def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
+    other = f"data.train={place / 'other'}"
     found = RunFolder(place / "runs" / "adam")
     rows, config = found.rows, (found.path / "config.yaml").read_text()
-    ended = train(place, 0.6, "data.train=other")
-    assert ended.status == 2 and ended.output.count("error: ") == 1, ended.output
-    assert "was trained on other data" in ended.output and "run.new_data=true" in ended.output
+    capfd.readouterr()
+    assert train(place, 0.6, other) == 2
+    said = "".join(capfd.readouterr())
+    assert said.count("error: ") == 1, said
+    assert "was trained on other data" in said and "run.new_data=true" in said
     assert found.rows == rows and (found.path / "config.yaml").read_text() == config
-    ended = train(place, 0.6, "data.train=other", "run.new_data=true")
-    assert ended.status == 0 and found.done, ended.output
-    assert ended.output.count("warning: ") == 1 and "do not compare" in ended.output
+    assert train(place, 0.6, other, "run.new_data=true") == 0
+    said = "".join(capfd.readouterr())
+    assert found.done, said
+    assert said.count("warning: ") == 1 and "do not compare" in said
     assert found.rows[: len(rows)] == rows and found.rows[-1]["cur_nimg"] == 600
-    assert train(place, 0.72, "data.train=other").status == 0  # from here on they are the run's
+    assert train(place, 0.72, other) == 0  # from here on they are the run's

@@ -204,6 +204,7 @@ def test_a_bare_launcher_refuses_with_one_message(tmp_path):
     ended = run(accelerate(2, "good.yaml", "G.widht=8"), tmp_path)
     assert ended.status not in (0, None)
     assert ended.output.count("did you mean `width`?") == 1
+    assert "SIGKILL" not in ended.output  # the other rank leaves when the launcher asks it to
     assert not (tmp_path / "runs").exists()
 
 
@@ -213,4 +214,5 @@ def test_a_file_for_one_process_is_refused_for_two(tmp_path):
     ended = run(accelerate(2, "good.yaml", file="single.yaml"), tmp_path)
     assert ended.status not in (0, None)
     assert ended.output.count("error: ") == 1 and "ddp.yaml" in ended.output
+    assert "SIGKILL" not in ended.output
     assert not (tmp_path / "runs").exists()

@@ -190,7 +190,7 @@ def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
         ("mynets.nets:function", r"not a class derived from torch\.nn\.Module"),
     ],
 )
-def test_a_users_mistake_is_told_in_one_line(users, kind, message):
+def test_a_users_mistake_is_reported_in_one_line(users, kind, message):
     with pytest.raises(UserError, match=message) as caught:
         check_networks(config(f"D.kind={kind}"), 0)
     assert f"D.kind={kind}" in str(caught.value) and "\n" not in str(caught.value)

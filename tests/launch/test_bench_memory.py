@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from launch.bench import bench, pair
 from launch.bench.memory import held, in_theory
 from launch.bench.meter import storages
-from launch.bench.penalty_worker import Clocked
+from launch.bench.penalty import Clocked
 from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
 from launch.doctor.networks import build_players

@@ -312,7 +312,7 @@ def test_shards_behind_a_url(
     )
     texts = {finding.check: finding.text for finding in found}
     assert index is not None and {f.verdict for f in found} == {"ok", "warning"}  # 50 held out for 1000
-    assert "shard-000000.tar fetched and sound" in texts["shards"] and server in texts["shards"]
+    assert "shard-000000.tar fetched and intact" in texts["shards"] and server in texts["shards"]
     assert "100 decoded" in texts["images"]
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
     monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path / "another"))

@@ -1,4 +1,4 @@
-"""The launches that the tests of this folder share: each strategy and world once, for all that is asked."""
+"""The launches that the tests of this folder share: each strategy and world once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def launched(
 ) -> Iterator[Callable[[str], Path]]:
     """ "strategy-world" → the folder that `in_ranks` filled there.
 
-    All that the chosen tests ask for are launched in turn, two at a time: one alone mostly waits for itself.
+    All launches that the chosen tests need run in turn, two at a time: one alone mostly waits.
     """
     launches: dict[str, Future[Path]] = {}
     pool = ThreadPoolExecutor(2)
@@ -25,7 +25,7 @@ def launched(
     def launch(name: str) -> Future[Path]:
         if name not in launches:
             first = before(name)
-            earlier = None if first is None else launch(first)  # queued before this one, so under way by then
+            earlier = None if first is None else launch(first)  # queued before this one
             launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier)
         return launches[name]
 

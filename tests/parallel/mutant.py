@@ -26,7 +26,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 CASES = ("sgd-l2-free-1", "adam-l2-clipped-2")
-RAISED = "raised.txt"  # a mistake that ended the training tells there how
+RAISED = "raised.txt"  # the error of a mistake that ended the training
 
 
 def _penalty_times(factor: Callable[[], float]) -> Any:
@@ -47,7 +47,7 @@ def _world() -> int:
 
 @contextmanager
 def _gradients_never_reduced() -> Iterator[None]:
-    """DDP and FSDP2, which accumulate without sending until told otherwise."""
+    """DDP and FSDP2 accumulate without sending."""
 
     def replicated(self: ReplicatedEngine, last: bool) -> Any:
         return nullcontext() if self._ddp is None else self._ddp.no_sync()
@@ -65,7 +65,7 @@ def _gradients_never_reduced() -> Iterator[None]:
 
 
 def _norm_never_reduced() -> Any:
-    """Sharded players: each rank clips by the norm of its own part."""
+    """Sharded players: each rank clips by the norm of its part."""
     right = Ranks.sum
 
     def wrong(self: Ranks, values: torch.Tensor) -> torch.Tensor:
@@ -75,16 +75,16 @@ def _norm_never_reduced() -> Any:
 
 
 def _padding_counted_in() -> Any:
-    """ZeRO: what fills up a rank's flat partition is taken for weights, as a sum over all of it would."""
+    """ZeRO: the padding of a rank's flat partition counts as weights, as in a sum over all of it."""
     from pipeline.parallel.zero import ZeroEngine
 
     right = ZeroEngine.step
 
     def wrong(self: ZeroEngine, now: Any) -> Any:
         flat, known = self._flat.detach(), torch.zeros_like(self._flat, dtype=torch.bool)
-        for offset, fragment in zip(self._offsets, self.fragments, strict=True):
-            known[offset : offset + fragment.data.numel()] = True
-        flat[~known] = 1.0  # memory that nobody wrote to may hold anything
+        for part in self._slices:
+            known[part] = True
+        flat[~known] = 1.0  # uninitialised memory may hold anything
         true_values = LocalPenalty.values
         extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])
 
@@ -100,7 +100,7 @@ def _padding_counted_in() -> Any:
 def _other_player_neither_frozen_nor_cleaned() -> Any:
     @contextmanager
     def updating(self: Engine, frozen: Engine, twice: bool = False) -> Iterator[None]:
-        frozen.frozen = True  # bare all the same, as DDP's wrapper would wait for its gradients
+        frozen.frozen = True  # else DDP's wrapper would wait for its gradients
         try:
             yield
         finally:

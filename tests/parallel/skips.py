@@ -1,6 +1,6 @@
-"""Updates that are skipped, tried in the ranks of a launch: one rank's images, loss or penalty is not finite.
+"""Skipped updates, tried in the ranks of a launch: one rank's images, loss or penalty is not finite.
 
-Each case is trained twice, once with such tries before every update and once without.
+Each case is trained twice, with such tries before every update and without.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ Turn = Callable[[Gan, bool], None]  # of these players, on infinite images or no
 
 
 def record(ranks: Ranks) -> dict[str, dict[str, list[str]]]:
-    """For each case and each kind of try: what it changed on some rank, which should be nothing; and "after"
-    all: in what the training with tries ends up to be another than the one without."""
+    """For each case and each kind of try: what it changed on some rank, which should be nothing; under
+    "after": what differs at the end between the training with tries and the one without."""
     return {name: _record(case, ranks) for name, case in CASES.items()}
 
 
 def settled(ranks: Ranks) -> dict[str, Any]:
-    """What libraries were to leave to us: each process group's timeout in seconds, what NCCL does when ranks
-    fail, and under ZeRO whether DeepSpeed's timer is on."""
+    """Settings that libraries must not change: each process group's timeout in seconds, what NCCL does when
+    ranks fail, and under ZeRO whether DeepSpeed's timer is on."""
     gan, _ = parity.start(CASES["sgd"], parity.initial_state(CASES["sgd"]), ranks)
     engine: Any = gan.G
     return {
@@ -86,7 +86,7 @@ def _record(case: Case, ranks: Ranks) -> dict[str, list[str]]:
 
 
 def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) -> Tensors:
-    """What some updates make of it all; `tries` is called with a player and their turn before each turn."""
+    """The state after some updates; `tries` is called before each turn, with the player and the turn."""
     state, stats = parity.initial_state(case), Stats(ranks.device)
     gan, batches = parity.start(case, state, ranks)
     for nimg in range(0, _UPDATES * case.batch, case.batch):
@@ -108,7 +108,7 @@ def _train(case: Case, ranks: Ranks, tries: Callable[[str, Gan, Turn], None]) ->
 
 @contextmanager
 def _spoilt(kind: str, gan: Gan, ranks: Ranks) -> Iterator[tuple[Gan, bool]]:
-    """The same players on all ranks but the last, on which something is not a number for once."""
+    """The same players on all ranks but the last, on which something is not finite once."""
     player, _, what = kind.partition("-")
     if ranks.rank != ranks.world - 1:
         yield gan, False
@@ -132,7 +132,7 @@ def _spoilt(kind: str, gan: Gan, ranks: Ranks) -> Iterator[tuple[Gan, bool]]:
 
 
 def _snapshot(gan: Gan, moments: bool) -> Tensors:
-    """Copies of all that this rank trains. (Moments are there from the first update on.)"""
+    """Copies of all that this rank trains. Moments exist from the first update on."""
     found = {f"{e.player.name}/{name}": t.clone() for e in (gan.G, gan.D) for name, t in _state(e, moments)}
     return found | {f"G_ema/{n}": average.clone() for n, average in enumerate(gan.G_ema.averages)}
 

@@ -39,7 +39,7 @@ class Meeting:
 
 
 def engine_of(rank: int, copies: int, meeting: Meeting) -> Any:
-    """What this rank holds of one parameter: rows, of which neighbours hold one copy together."""
+    """A rank that holds rows of one parameter; neighbours share one copy."""
     parts = WORLD // copies
     rows = WEIGHT.chunk(parts)[rank % parts]
     fragment = Fragment("weight", (rank % parts) * rows.numel(), WEIGHT.shape, rows.clone(), True)
@@ -73,7 +73,7 @@ def test_a_norm_counts_every_element_once_and_is_the_same_on_all_ranks(copies):
 
 
 @pytest.mark.parametrize("copies", [1, 2, 4])
-def test_what_is_not_finite_on_one_rank_is_so_on_all(copies):
+def test_a_value_that_is_not_finite_on_one_rank_is_so_on_all(copies):
     def norm(engine: Engine) -> torch.Tensor:
         penalty = torch.tensor(torch.nan if engine.ranks.rank == 3 else 1.0, dtype=torch.float64)
         return engine.agreed(torch.ones((), dtype=torch.float64), {"l2_penalty": penalty})

@@ -1,4 +1,4 @@
-"""Players are where the launcher puts them, and wait for the device where they must."""
+"""Players are on the launcher's device, and wait for it only where they must."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def alone():
     dist.destroy_process_group()
 
 
-def test_fsdp2_shards_where_the_launcher_says_and_not_where_torch_was_built_for(alone, monkeypatch):
+def test_fsdp2_shards_over_the_launchers_kind_of_device_not_the_one_torch_was_built_for(alone, monkeypatch):
     """A build for CUDA on a machine without GPUs, or with ACCELERATE_USE_CPU=1 on one that has some."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     network = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))

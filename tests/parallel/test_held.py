@@ -1,4 +1,4 @@
-"""What is held in memory, and how long: whole G_ema, blocks that FSDP2 gathered, DeepSpeed's buckets."""
+"""What stays in memory, and how long: the whole G_ema, FSDP2's gathered blocks, DeepSpeed's buckets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.run.health import FORWARD
 from pipeline.run.session import _peak_memory_gb, of_this_rank
 
 
-def test_whole_g_ema_is_there_from_asking_until_the_next_update():
+def test_whole_g_ema_is_in_memory_from_the_call_to_the_next_update():
     network, copy = nn.Linear(3, 2), nn.Linear(3, 2)
     fragments = [Fragment(n, 0, p.shape, p.detach(), True) for n, p in network.named_parameters()]
     engine = SimpleNamespace(
@@ -60,7 +60,7 @@ def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
 
 
 def test_fsdp2_refuses_tied_parameters():
-    """Sharded twice, one parameter would be trained as two."""
+    """Sharded twice, it would be trained as two parameters."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     refuse_ties(module)
     module[1].weight = module[0].weight
@@ -68,8 +68,8 @@ def test_fsdp2_refuses_tied_parameters():
         refuse_ties(module)
 
 
-def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_single_rank():
-    """On a GPU it is two events per pass."""
+def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():
+    """On a GPU they are two events per pass."""
     taken = []
     player = SimpleNamespace(forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), copies=1)
     found = of_this_rank(SimpleNamespace(G=player, D=player), world=1)
@@ -77,7 +77,7 @@ def test_what_is_noted_of_forward_passes_is_let_go_of_at_every_tick_also_by_a_si
 
 
 def test_all_penalties_are_where_the_weights_are():
-    """Also one that is not used; `meta` stands in for a device that is not the CPU."""
+    """Also an unused one; `meta` represents a device that is not the CPU."""
     values = LocalPenalty(WeightPenalty(l1=1e-3), [torch.empty(3, device="meta")]).values()
     assert {value.device.type for value in values.values()} == {"meta"} and len(values) == 2
 

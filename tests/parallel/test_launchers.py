@@ -43,7 +43,7 @@ def test_the_strategy_is_the_launchers(environment, strategy):
 
 
 @pytest.mark.parametrize(
-    ("environment", "told"),
+    ("environment", "message"),
     [
         ({"MASTER_PORT": "29500"}, "distributed_type: NO"),
         ({"RANK": "abc"}, "RANK=abc is not a whole number"),
@@ -61,13 +61,13 @@ def test_the_strategy_is_the_launchers(environment, strategy):
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, "/nowhere.json cannot be read"),
     ],
 )
-def test_what_would_train_something_else_is_refused(environment, told):
-    with pytest.raises(UserError, match=told):
+def test_what_would_train_something_else_is_refused(environment, message):
+    with pytest.raises(UserError, match=message):
         read_launch(environment)
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"zero_optimization": {"stage": 0}}, "ddp.yaml"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param to cpu"),
@@ -75,8 +75,8 @@ def test_what_would_train_something_else_is_refused(environment, told):
         ({"optimizer": {"type": "Adam"}}, "optim.G"),
     ],
 )
-def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, settings, told):
-    with pytest.raises(UserError, match=told):
+def test_a_deepspeed_file_that_cannot_be_followed_is_refused(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
         read_launch(with_file(tmp_path, **settings))
 
 

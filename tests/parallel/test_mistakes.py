@@ -1,4 +1,4 @@
-"""What the parity matrix is worth: known mistakes are put into the training, and the comparison sees each."""
+"""The parity matrix sees mistakes: known ones are put into the training, and the comparison finds each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CASES = {case.name: case for case in parity.cases()}
 
 
 def wrong(folder, case):
-    """What the comparison finds wrong with a training."""
+    """What the comparison finds in a training."""
     raised = folder / mutant.RAISED
     if raised.exists():
         return [raised.read_text()]

@@ -1,4 +1,4 @@
-"""What networks draw themselves: the streams of torch.manual_seed, without what that costs."""
+"""Randomness inside networks: the streams of torch.manual_seed, at a fraction of its cost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_stream_is_that_of_manual_seed(seed):
 
 
 def test_a_gpu_draws_from_the_generator_that_was_seeded(monkeypatch):
-    """The device's own, by its index, or by the current one where it has none; no other is touched."""
+    """The generator of the device's index, or of the current device if it has none; no other."""
     seeded: list[tuple[int, int]] = []
     generators = [
         SimpleNamespace(manual_seed=lambda seed, gpu=gpu: seeded.append((gpu, seed))) for gpu in (0, 1)
@@ -52,7 +52,7 @@ def test_a_gpu_draws_from_the_generator_that_was_seeded(monkeypatch):
     assert seeded == [(1, 5), (0, 6)]
 
 
-def test_every_round_is_seeded_by_rank_and_round_and_not_through_manual_seed(monkeypatch):
+def test_every_round_is_seeded_by_rank_and_round_without_manual_seed(monkeypatch):
     ranks: Any = SimpleNamespace(
         rank=0, world=1, device=CPU, precision="no", low_precision=None, progress=Progress()
     )

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from launch import selfcheck
 from launch.selfcheck import low_precision, parity
+from pipeline.config import WeightPenalty
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -20,7 +21,11 @@ ADD, SKIPPING = LocalPenalty.add_gradient, Engine.skipping
 
 
 def penalty_times(factor):
-    return patch.object(LocalPenalty, "add_gradient", lambda self, gradients: ADD(self, gradients, factor))
+    def add(penalty, gradients):
+        λ = WeightPenalty(l2=factor * penalty.coefficients.l2, l1=factor * penalty.coefficients.l1)
+        ADD(LocalPenalty(λ, penalty.weights), gradients)
+
+    return patch.object(LocalPenalty, "add_gradient", add)
 
 
 def never_skipping(self, squares):

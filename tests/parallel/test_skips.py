@@ -1,4 +1,4 @@
-"""An update that is skipped on one rank's account is skipped on all, and leaves no trace on any."""
+"""An update that one rank must skip is skipped by all, and leaves no trace on any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.parallel.buffers import Buffers, BufferSnapshot
 
 @pytest.mark.parametrize("case", skips.CASES)
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_a_skipped_update_changes_nothing_and_the_next_is_as_if_it_had_not_been(launched, name, case):
+def test_a_skipped_update_changes_nothing_and_the_next_is_as_without_it(launched, name, case):
     """Weights, running statistics, u and v of spectral norm, G_ema; after it moments too. The very first
     updates are among those skipped, when momentum has not been written to."""
     changed = json.loads((launched(name) / "skips.json").read_text())[case]
@@ -36,7 +36,7 @@ def test_collectives_of_every_library_wait_as_long_as_ours(launched, name):
     }
 
 
-def test_buffers_of_all_kinds_are_put_back_where_told_and_others_are_left_alone():
+def test_buffers_of_all_types_are_restored_on_a_skip_and_replaced_ones_are_left_alone():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
     network.register_buffer("cache", torch.zeros(2, dtype=torch.int32))
     network.register_buffer("none", None)

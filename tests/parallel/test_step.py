@@ -45,7 +45,7 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
 
 
 def at(cur_nimg: int) -> schedules.Now:
-    """SGD's rate falls from turn to turn; gradient penalties on real images always, on fakes by turns."""
+    """SGD's rate falls from turn to turn; a gradient penalty on reals always, on fakes every other time."""
     rates = Rates(0.02 / (1 + cur_nimg / CASE.batch), (0.5, 0.999))
     due = {"real": 1, "fake": schedules.lazy_factor(2, cur_nimg // CASE.batch)}
     penalties = tuple(GradientPenalty(f"on_{on}", on, r1, GAMMAS[on], due[on]) for on in ("real", "fake"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -259,3 +260,7 @@ def test_checkpoints_are_compared_by_the_first_that_leads(metrics, chart):
     assert scores.leading_chart(metrics, [f"Metrics/{name}" for name in charts]) == chart
     charts = ["Metrics/fd_efflite0_train", "Metrics/fd_efflite0"]
     assert scores.leading_chart(["fd"], charts) == "Metrics/fd_efflite0"
+
+
+def test_the_readme_lists_every_metric():
+    assert f"--metrics {','.join(scores.METRICS)} " in (Path(__file__).parents[2] / "README.md").read_text()

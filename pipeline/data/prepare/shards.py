@@ -47,7 +47,6 @@ class Shards(Source):
 
     def __init__(self, index: Index) -> None:
         self._index, self._reader = index, Reader(index, len(index.shards))
-        self._ends = np.cumsum(index.sizes)
         tables = [index.table(shard) for shard in range(len(index.shards))]
         values = np.concatenate([table.label for table in tables])
         labelled = renumbered(values, index.class_names, "the shards")
@@ -66,23 +65,19 @@ class Shards(Source):
         return self._index.fingerprint
 
     def path(self, number: int) -> str:
-        shard, row = self._place(number)
+        shard, row = self._index.place(number)
         return f"{self._index.shards[shard].url}/{self._index.table(shard).key(row)}"
 
     def describe(self, number: int) -> str:
-        shard, row = self._place(number)
+        shard, row = self._index.place(number)
         return f"sample {self._index.table(shard).key(row)} of {self._index.shards[shard].url}"
 
     def image(self, number: int) -> Picture:
         try:
-            sample = self._reader.read(*self._place(number))
+            sample = self._reader.read(*self._index.place(number))
         except BadSampleError as error:
             raise LeftOutError("damaged", str(error)) from None
         return open_picture(image_of(sample))
-
-    def _place(self, number: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, number - int(self._ends[shard] - self._index.sizes[shard])
 
 
 def _passed_over(shard: str, kind: str, what: PassedOver) -> Iterator[LeftOut]:

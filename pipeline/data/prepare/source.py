@@ -1,4 +1,4 @@
-"""Where `shardgan prepare` takes images from, by what all such places have in common."""
+"""Where `shardgan prepare` takes images from, and how it is to write them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.prepare.labels import Labels
+from pipeline.data.prepare.labels import Classes, Labels
 from pipeline.data.prepare.listing import LeftOut
 from pipeline.data.prepare.pictures import Fit, Picture
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are written. None: as the source suggests (size, fit) or as each image is (channels).
+
+    background: what is under transparency and in padding: white, black or #rrggbb. None: white and black.
+    """
+
+    size: int | None = None
+    fit: Fit | None = None
+    channels: int | None = None
+    per_shard: int = 1000
+    classes: Classes = "top"
+    background: str | None = None
 
 
 @dataclass(eq=False)

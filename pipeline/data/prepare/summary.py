@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.index import Index
-from pipeline.data.prepare.labels import Labels, some
+from pipeline.data.prepare.labels import some
 from pipeline.data.prepare.listing import LeftOut, by_kind
-from pipeline.data.prepare.pictures import Fit
+from pipeline.data.prepare.source import Options, Source
 from pipeline.wording import one_line
 
 _SKIPPED = "skipped.txt"
@@ -26,28 +26,26 @@ class Summary:
     """What was made of a source. `facts` counts images by what was done to them (see pictures.fitted)."""
 
     index: Index
-    size: int
-    fit: Fit | None
-    background: str | None
+    options: Options
+    images: Source
     facts: Mapping[str, int]
-    labelled: Labels
     left_out: Sequence[LeftOut]
-    tables: Sequence[str]
 
     def lines(self, out: str) -> Iterator[str]:
         """For people. `out` is what they called the folder."""
-        yield f"{self.size}x{self.size}: {', '.join(self._images())}"
-        if self.labelled.classes:
-            yield f"classes, from {self.labelled.origin}: {self._classes()}"
-        yield from self.labelled.remarks
+        size, labelled = self.options.size, self.images.labelled
+        yield f"{size}x{size}: {', '.join(self._images())}"
+        if labelled.classes:
+            yield f"classes, from {labelled.origin}: {self._classes()}"
+        yield from labelled.remarks
         if self.left_out:
             count = sum(item.count for item in self.left_out)
             yield f"left out: {count:,} ({by_kind(self.left_out)}), listed in {_SKIPPED}"
-        if self.tables:
-            yield f"not read: {some(self.tables)} (labels are taken from folders or dataset.json)"
+        if self.images.tables:
+            yield f"not read: {some(self.images.tables)} (labels are taken from folders or dataset.json)"
         channels = 3 if self.facts.get("colour") else 1
         yield (
-            f"next: shardgan train CONFIG data.train={shlex.quote(out)} data.size={self.size} "
+            f"next: shardgan train CONFIG data.train={shlex.quote(out)} data.size={size} "
             f"data.channels={channels}"
         )
 
@@ -55,11 +53,11 @@ class Summary:
         said = {
             "colour": "in colour",
             "grey": "in grey",
-            "transparent": f"with transparency, laid on {self.background or 'white'}",
-            "padded": f"padded with {self.background or 'black'}",
+            "transparent": f"with transparency, laid on {self.options.background or 'white'}",
+            "padded": f"padded with {self.options.background or 'black'}",
             "cropped": "cropped to a square",
             "stretched": "stretched to a square",
-            "enlarged": f"smaller than {self.size} and enlarged",
+            "enlarged": f"smaller than {self.options.size} and enlarged",
             "first of several": "of several frames or pages, of which the first is taken",
         }
         return (f"{self.facts[fact]:,} {text}" for fact, text in said.items() if self.facts.get(fact))
@@ -68,7 +66,7 @@ class Summary:
         counts = Counter[int]()
         for shard in self.index.shards:
             counts.update(shard.labels)
-        names = self.labelled.classes
+        names = self.images.labelled.classes
         each = [counts[label] for label in range(len(names))]
         numbers = all(name == str(label) for label, name in enumerate(names))
         if len(names) <= _NAMED and not numbers:

@@ -1,7 +1,7 @@
 """Images → tar shards, byte for byte the same each time, and their index.
 
-Shards are written by webdataset's own TarWriter, in the folder that staging.py keeps for them. Images are
-shuffled once, by a fixed seed, so that every shard is a fair sample of the whole.
+Shards are written by webdataset's own TarWriter, in the folder that staging.py provides. Images are shuffled
+once, by a fixed seed, so that every shard is a fair sample of the whole.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,42 +24,33 @@ from numpy.typing import NDArray
 
 from pipeline.config import UserError
 from pipeline.data import sidecar
-from pipeline.data.index import Index, Shard, load_index
+from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
 from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
 from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.known import KNOWN
-from pipeline.data.prepare.labels import Classes
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import Fit, Fitted, LeftOutError, fitted, png
+from pipeline.data.prepare.pictures import Fitted, LeftOutError, fitted, png
+from pipeline.data.prepare.source import Options as Options  # is part of this module
 from pipeline.data.prepare.source import Source
-from pipeline.data.prepare.staging import Skipped, Written, discard, finished, note, noted, publish, staging
+from pipeline.data.prepare.staging import (
+    Skipped,
+    Written,
+    discard,
+    finished,
+    publish,
+    record,
+    recorded,
+    staging,
+)
 from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
-from pipeline.data.record import shard_of, sidecar_path, write_record
+from pipeline.data.record import Shard, shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
-
-
 _COLOURS = {"white": "#ffffff", "black": "#000000"}
 
-Jobs = list[tuple[int, NDArray[np.int64]]]  # of each shard its number and which images go into it
-
-
-@dataclass(frozen=True)
-class Options:
-    """How images are written. None: as the source suggests (size, fit) or as each image is (channels).
-
-    background: what transparency is laid on and padding filled with: white, black or #rrggbb. None: white for
-    the one, black for the other.
-    """
-
-    size: int | None = None
-    fit: Fit | None = None
-    channels: int | None = None
-    per_shard: int = 1000
-    classes: Classes = "top"
-    background: str | None = None
+Jobs = list[tuple[int, NDArray[np.int64]]]  # each shard's number and images
 
 
 def prepare(
@@ -74,12 +65,12 @@ def prepare(
 ) -> Index:
     """Write the images of `source` (a folder, a zip, shards, a known data set) as shards into a new folder.
 
-    `progress(done, total)` is called in images, `report` once, with what became of every file of the source.
-    Files that cannot be read are skipped, told by `announce` and listed in skipped.txt with all that are no
+    `progress(done, total)` counts images; `report` is called once, with what became of every file of the
+    source. Files that cannot be read are skipped, announced and listed in skipped.txt with all that are no
     images; sources.txt says which file each sample was made of. If `out` was made by the same call before,
-    nothing is done; if such a call was killed, this one goes on with the shards that are missing. Raises
-    UserError if there are no images, they do not fit the options, or `out` is in use or made of files that
-    have changed since (leaving nothing behind), or if the disk is full.
+    nothing is done; if such a call was killed, this one makes the missing shards. Raises UserError if there
+    are no images, they do not fit the options, `out` is in use or was made of files that have changed since
+    (leaving nothing behind), or the disk is full.
     """
     options = replace(options, background=_colour(options.background))
     target = Path(out).expanduser().absolute()
@@ -89,7 +80,10 @@ def prepare(
     gone = source in KNOWN or not Path(source).expanduser().exists()
     if before and gone and is_same_place(before, recipe):
         return _is_there(target, announce)
-    images = _open(source, options.classes, announce, target)
+    if source in KNOWN:
+        images: Source = KNOWN[source](announce)
+    else:
+        images = open_source(source, options.classes, announce, without=target)
     fingerprint = images.fingerprint()
     if before:
         refuse_changed(target, source, before, recipe, len(images), fingerprint)
@@ -97,35 +91,42 @@ def prepare(
     for warning in images.labelled.warnings:
         announce(f"warning: {warning}")
     resolved = _resolve(images, options)
+    extra = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
     with staging(target, json.dumps([recipe, fingerprint]), announce) as folder:
         jobs = _jobs(images, resolved.per_shard)
-        if kept := finished(folder):
-            announce(f"{kept} of {len(jobs)} shards are there from an earlier try; going on with the others.")
+        if ready := finished(folder):
+            announce(f"{ready} of {len(jobs)} shards are there from an earlier try; making the others.")
         written = _write_all(images, resolved, folder, jobs, workers or _cores(), progress)
-        skipped = [LeftOut(item.name, item.kind, item.reason) for shard in written for item in shard.skipped]
-        list_left_out(folder, skipped, images.left_out, announce)
-        shards = [result.shard for result in written if result.shard.nsamples]
-        if not shards:
-            raise _none_can_be_read(images, skipped[0].reason)
-        write_origins(folder, _origins(images, jobs, written))
-        extra: dict[str, Any] = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
-        if images.labelled.classes:
-            extra["classes"] = list(images.labelled.classes)
-        write_record(folder, images.name, shards, extra)
+        left_out = _describe_all(folder, images, jobs, written, extra, announce)
         publish(folder, target)
     index = load_index(str(target), announce)
-    report(_summary(index, resolved, images, written, [*skipped, *images.left_out]))
+    facts = sum((Counter(result.facts) for result in written), Counter[str]())
+    report(Summary(index, resolved, images, facts, left_out))
     return index
 
 
-def _open(source: str, classes: Classes, announce: Callable[[str], None], target: Path) -> Source:
-    if source in KNOWN:
-        return KNOWN[source](announce)
-    return open_source(source, classes, announce, without=target)
+def _describe_all(
+    folder: Path,
+    images: Source,
+    jobs: Jobs,
+    written: list[Written],
+    extra: dict[str, Any],
+    announce: Callable[[str], None],
+) -> list[LeftOut]:
+    """Write index.json, sources.txt and skipped.txt; returns what is in the latter."""
+    skipped = [LeftOut(item.name, item.kind, item.reason) for shard in written for item in shard.skipped]
+    list_left_out(folder, skipped, images.left_out, announce)
+    shards = [result.shard for result in written if result.shard.nsamples]
+    if not shards:
+        raise _none_can_be_read(images, skipped[0].reason)
+    write_origins(folder, _origins(images, jobs, written))
+    classes = {"classes": list(images.labelled.classes)} if images.labelled.classes else {}
+    write_record(folder, images.name, shards, extra | classes)
+    return [*skipped, *images.left_out]
 
 
 def _is_there(target: Path, announce: Callable[[str], None]) -> Index:
-    announce(f"{target} is there already, made by the same command; remove it to make it anew.")
+    announce(f"{target} is there already, made by the same command; remove it to make it again.")
     return load_index(str(target), announce)
 
 
@@ -161,7 +162,7 @@ def _resolve(images: Source, options: Options) -> Options:
     if size is None:
         raise _none_can_be_read(images, reason)
     resizes = options.size is not None
-    # Without --size nothing may change an image: another size than the first one's is then an error.
+    # Without --size no image may be changed: another size than the first one's is an error.
     return replace(options, size=size, fit=(options.fit or images.fit) if resizes else None)
 
 
@@ -186,7 +187,7 @@ def _write_all(
     done, total = 0, len(images)
     results: dict[int, Written] = {}
     progress(done, total)
-    # Forked, so that the workers have the source's arrays without a copy.
+    # Forked: the workers have the source's arrays without a copy.
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), multiprocessing.get_context("fork"), _adopt, (images, options, folder)
     )
@@ -208,18 +209,18 @@ _job: tuple[Source, Options, Path]  # of a worker process
 def _adopt(images: Source, options: Options, folder: Path) -> None:
     global _job
     _job = (images, options, folder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends the pool
-    end_with_parent()  # if that is killed, nobody else would end this one and give back the folder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the pool
+    end_with_parent()  # a killed parent ends nothing, and the folder would stay locked
 
 
 def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
     folder = _job[2]
-    if (earlier := noted(folder, number)) is not None:
+    if (earlier := recorded(folder, number)) is not None:
         return earlier
     path = folder / f"shard-{number:06d}.tar"
     try:
         written = _write_tar(path, number, rows)
-        note(folder, number, written)
+        record(folder, number, written)
     except BaseException:
         discard(path)
         raise
@@ -255,7 +256,7 @@ def _key(number: int, place: int) -> str:
 
 
 def tar_writer(file: BinaryIO) -> Any:
-    """webdataset's writer, told to write the same bytes for the same samples: no times, no names."""
+    """webdataset's writer, set to write the same bytes for the same samples: no times, no names."""
     return webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
 
 
@@ -279,22 +280,3 @@ def _origins(images: Source, jobs: Jobs, written: list[Written]) -> Iterator[tup
         for place, row in enumerate(rows.tolist()):
             if place not in absent:
                 yield _key(number, place), images.path(row)
-
-
-def _summary(
-    index: Index, options: Options, images: Source, written: list[Written], left_out: list[LeftOut]
-) -> Summary:
-    facts = Counter[str]()
-    for result in written:
-        facts.update(result.facts)
-    assert options.size is not None
-    return Summary(
-        index=index,
-        size=options.size,
-        fit=options.fit,
-        background=options.background,
-        facts=facts,
-        labelled=images.labelled,
-        left_out=left_out,
-        tables=images.tables,
-    )

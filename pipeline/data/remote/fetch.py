@@ -1,4 +1,4 @@
-"""The shards of an index that lie elsewhere: fetched when they are needed, or a little before."""
+"""Remote shards of an index: fetched when they are needed, or a little before."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _LARGEST_SIDECAR = 1 << 30
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """A folder of shards at a URL, and how its shards are kept here. Cheap to send to worker processes."""
+    """A folder of shards at a URL, and how they are kept here. Cheap to send to worker processes."""
 
     folder: RemoteFolder
     settings: Remote
@@ -36,7 +37,7 @@ class RemoteShards:
 
     @property
     def home(self) -> Path:
-        """Where its index and sidecars are on this machine: the same whatever credentials are used."""
+        """Where its index and sidecars are on this machine, whatever the credentials."""
         return cache_folder() / "index" / hashlib.sha256(os.fsencode(str(self.folder))).hexdigest()[:24]
 
     @property
@@ -44,7 +45,7 @@ class RemoteShards:
         return ShardCache(_shards_folder(self.settings), int(self.settings.gb * 1e9))
 
     def record(self, tell: Callable[[str], None]) -> dict[str, Any]:
-        """index.json: as `shardgan prepare --index-only` made it here, else the folder's own; {} if none."""
+        """index.json: made here by `shardgan prepare --index-only`, else the folder's; {} if none."""
         if record := read_record(self.home):
             return record
         try:
@@ -62,14 +63,14 @@ class RemoteShards:
         return tuple(sorted(name for name in names if name.endswith(".tar") and name[0] not in "./"))
 
     def open(self, shard: Shard) -> int:
-        """A file descriptor of the whole shard, which stays here as long as that is open."""
+        """A file descriptor of the whole shard, which is not removed while it is open."""
         patience = Patience(self.settings)
         return self.cache.open(shard, lambda part: self._fetch(shard, part, patience), patience)
 
     def ahead(self, shard: Shard, keep: Collection[str], stop: threading.Event) -> None:
-        """Fetch a shard for later if there is room without removing those of `keep` (SHA-256).
+        """Fetch a shard for later if there is room without removing those in `keep` (SHA-256).
 
-        In one attempt: a reader that waits for the shard meanwhile should come to know what is wrong.
+        In one attempt, so that a reader that waits for the shard soon finds out what is wrong.
         """
         patience = Patience(self.settings, stop, attempts=1)
         self.cache.ahead(shard, lambda part: self._fetch(shard, part, patience), patience, keep)
@@ -79,7 +80,7 @@ class RemoteShards:
         patience = Patience(self.settings)
         table = self._sidecar(shard, patience)
         if table is None:
-            file = self.open(shard)  # which walks it, if it is fetched only now
+            file = self.open(shard)  # walks it if it is fetched only now
             try:
                 table = self._sidecar(shard, patience) or self._scan(self.cache.path(shard), shard.url)
             finally:
@@ -88,7 +89,7 @@ class RemoteShards:
         return table
 
     def check_room(self, sizes: Sequence[int], window: int) -> None:
-        """Raises UserError if the two windows of shards that are needed at a time do not fit."""
+        """Raises UserError if the two windows of shards that are needed at once do not fit."""
         needed = sum(sorted(sizes)[-2 * window :])
         if needed > self.settings.gb * 1e9:
             raise UserError(
@@ -98,7 +99,7 @@ class RemoteShards:
             )
 
     def index(self, url: str, tell: Callable[[str], None]) -> Shard:
-        """Fetch a shard of which nothing is known, and note what is in it."""
+        """Fetch a shard that no index lists, and index it."""
         patience = Patience(self.settings)
 
         def make(path: Path) -> Shard:
@@ -113,14 +114,8 @@ class RemoteShards:
     def _fetch(self, shard: Shard, part: Path, patience: Patience) -> None:
         """A shard into the file `part`, checked, with its sidecar."""
         try:
-            download(
-                self.folder,
-                shard.url,
-                part,
-                patience,
-                most=shard.filesize,
-                check=lambda: _check(shard, part),
-            )
+            check = partial(_check, shard, part)
+            download(self.folder, shard.url, part, patience, most=shard.filesize, check=check)
         except FileNotFoundError as error:
             raise UserError(f"{error}, although {INDEX} lists it.") from None
         if self._sidecar(shard, patience) is None:
@@ -135,7 +130,7 @@ class RemoteShards:
             name = str(sidecar_path(Path(), shard.url))
             data = read(self.folder, name, patience, most=_LARGEST_SIDECAR)
         except (FileNotFoundError, UserError):
-            return None  # it only saves the walk
+            return None  # without it the shard is walked
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / "sidecar").write_bytes(data)
             table = sidecar.load(Path(scratch) / "sidecar")

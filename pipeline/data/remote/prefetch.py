@@ -1,4 +1,4 @@
-"""Shards of elsewhere are fetched before they are needed."""
+"""Fetches remote shards before they are needed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _TRIES = 5  # per shard and window
 
 
 class Prefetch:
-    """Fetches in the background what is said to be wanted next; with local shards, nothing.
+    """Fetches in the background the shards that are wanted next; does nothing for local shards.
 
-    Every worker of every rank does so, each what no other is fetching. What fails here is left to the
-    reader, which fetches for itself what is not there, and says so if it cannot.
+    Every worker of every rank has one, and fetches what no other is fetching. Failures are left to the
+    reader, which fetches what is missing itself and raises the error if it cannot.
     """
 
     def __init__(self, index: Index) -> None:
@@ -36,7 +36,7 @@ class Prefetch:
             thread.start()
 
     def want(self, shards: Iterable[int]) -> None:
-        """These come next, the most urgent first; whatever else was wanted before no longer matters."""
+        """Replaces what was wanted before. The most urgent shards come first."""
         shards = list(dict.fromkeys(shards))
         keep = frozenset(self._index.shards[shard].sha256 for shard in shards)
         if keep == self._keep:
@@ -46,7 +46,7 @@ class Prefetch:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Break off what is under way; no thread is left."""
+        """Stop all transfers and threads."""
         self._stop.set()
         with self._changed:
             self._changed.notify_all()

@@ -1,11 +1,11 @@
-"""Shards of elsewhere on this node's disk: bounded, and shared by all ranks, workers and runs.
+"""Remote shards on this node's disk: bounded, and shared by all ranks, workers and runs.
 
-A file is named by what is in it, its SHA-256, and has that name only when it is whole and checked. Locks are
-`flock`s on the files themselves, which the kernel lifts when a process dies, however it dies:
+A file is named by its SHA-256, and has that name only when it is whole and checked. Locks are `flock`s on the
+files themselves, which the kernel releases when a process dies, however it dies:
 
-- who reads NAME.tar holds a shared lock on it, who wants to remove it needs the exclusive one;
-- who fetches it holds the exclusive lock on NAME.SIZE.part: one process of the node does, the others wait;
-- who makes room, or begins to fetch, holds the lock on the folder's `.lock`, so that sums are right.
+- a reader of NAME.tar holds a shared lock on it; to remove it takes the exclusive one;
+- the one process of the node that fetches it holds the exclusive lock on NAME.SIZE.part; the others wait;
+- a process that makes room or starts to fetch locks the folder's `.lock`, so that sums are right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.data.record import Shard
 from pipeline.data.remote.transfer import Patience
 
 _POLL_S = 0.05
-# Names of this cache's own files. Whatever else is in the folder is somebody's, and stays.
+# Names of this cache's own files. All others in the folder stay.
 _WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
 _PART = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.(\d{1,19})\.part", re.ASCII)
 
@@ -38,10 +38,10 @@ class ShardCache:
         self.folder, self._limit = folder, limit
 
     def open(self, shard: Shard, fetch: Fetch, patience: Patience) -> int:
-        """A file descriptor of the shard, fetched if need be. As long as it is open the file stays.
+        """A file descriptor of the shard, fetched if need be. The file is not removed while it is open.
 
-        A shard that is asked for here is fetched although the cache be full of what is being read. Raises
-        UserError, also when another process has been fetching it for too long.
+        Fetches even if the cache is full of shards that are being read. Raises UserError, also if another
+        process takes too long to fetch the shard.
         """
         while True:
             with self._complaints():
@@ -58,10 +58,8 @@ class ShardCache:
             patience.pause(_POLL_S)
 
     def ahead(self, shard: Shard, fetch: Fetch, patience: Patience, keep: Collection[str]) -> None:
-        """Fetch a shard for later, unless there is no room, or somebody else does.
-
-        None of the shards `keep` (SHA-256) has to go for it.
-        """
+        """Fetch a shard for later, unless another process does, or there is no room without removing one of
+        `keep` (SHA-256)."""
         with self._complaints():
             here = self.path(shard).exists()
             part = None if here else self._claim(shard, needed=False, keep=keep, patience=patience)
@@ -69,7 +67,7 @@ class ShardCache:
                 os.close(self._fill(part, shard, fetch))
 
     def add(self, make: Callable[[Path], Shard], patience: Patience) -> Shard:
-        """Keep a shard of which nothing is known before `make` has fetched it."""
+        """Keep a shard whose SHA-256 is known only when `make` has fetched it."""
         with self._complaints():
             with self._locked(patience):
                 path = self.folder / f"{uuid4().hex}.0.part"
@@ -129,24 +127,22 @@ class ShardCache:
             path.unlink(missing_ok=True)
             os.close(file)
             raise
-        fcntl.flock(
-            file, fcntl.LOCK_SH
-        )  # never waits: nobody locks what has just come, and for an instant at most
+        fcntl.flock(file, fcntl.LOCK_SH)  # does not wait: others lock a new file for an instant at most
         return file
 
     def _make_room(self, size: int, keep: Collection[str]) -> bool:
-        """Remove what has not been read for longest until `size` more bytes fit; False if they do not."""
+        """Remove the least recently read until `size` more bytes fit; False if they do not."""
         used, removable = 0, []
         for entry in self.folder.iterdir():
             if part := _PART.fullmatch(entry.name):
-                if not _remove_unused(entry):  # else it was a killed process's
+                if not _remove_unused(entry):  # it can be removed if its process was killed
                     used += int(part[1])
             elif _WHOLE.fullmatch(entry.name):
                 status = entry.stat()
                 used += status.st_size
                 if entry.stem not in keep:
                     removable.append((status.st_mtime_ns, status.st_size, entry))
-        # A disk with less room than the bound bounds as well.
+        # The disk may have less room than the limit.
         excess = max(used + size - self._limit, size - shutil.disk_usage(self.folder).free)
         for _, freed, entry in sorted(removable):
             if excess <= 0:
@@ -157,7 +153,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self, patience: Patience) -> Iterator[None]:
-        """Alone in making room."""
+        """Only one process makes room at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -175,7 +171,7 @@ class ShardCache:
             yield
         except OSError as error:
             raise UserError(
-                f"The shards of elsewhere cannot be kept in {self.folder} ({error.strerror or error}). Set "
+                f"Remote shards cannot be kept in {self.folder} ({error.strerror or error}). Set "
                 "data.remote.folder to a folder on a disk of this machine."
             ) from None
 
@@ -196,7 +192,7 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless someone holds a lock on it, which no one can take meanwhile."""
+    """Remove a file unless a process holds a lock on it."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

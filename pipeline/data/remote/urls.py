@@ -1,4 +1,4 @@
-"""`data.train` as a URL → a folder elsewhere, and the shards in it if they are named one by one."""
+"""`data.train` as a URL → a remote folder, and the shards in it if they are named one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMES = ("http", "https", "s3", "gs")
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of shards at a URL. What may be shown of it (`str`) is apart from what lets one in."""
+    """A folder of shards at a URL. Its `str` may be shown: credentials are not in it."""
 
     scheme: str
     path: str  # host or bucket, and the folder in it; ends in a slash
@@ -27,7 +27,7 @@ class RemoteFolder:
         return f"{self.scheme}://{self.path}"
 
     def show(self, name: str) -> str:
-        """The URL of a file in the folder, for people."""
+        """The URL of a file in the folder, for messages."""
         return f"{self}{name}"
 
     def url(self, name: str) -> str:
@@ -38,7 +38,7 @@ class RemoteFolder:
         return f"{self.scheme}://{self.login}{path}{quote(name)}{self.query}"
 
     def name(self, listed: str) -> str | None:
-        """The name of a file in the folder by what a listing calls it; None for one that is elsewhere."""
+        """The name of a file in the folder by its name in a listing; None if it is not in the folder."""
         http = self.scheme in ("http", "https")
         # Links of a page come appended to the URL of the page, keys of a bucket without a scheme.
         starts = (self.url("").rstrip("/") + "/", self.url("").rpartition("?")[0]) if http else (self.path,)
