@@ -257,3 +257,27 @@ def test_the_core_stays_small():
     )
     assert session.name == "Session" and session.end_lineno - session.lineno < 180
     assert len([f for f in FILES if f.parent == Path("pipeline/data")]) <= 16
+
+
+DIALECT = re.compile(
+    r"\b(anew|noted|cure[ds]?|told|tak(e|es|en|ing) up|elsewhere|stand-ins?|spares?|unseen|sheets?"
+    r"|(is|are) seen to|by then|be it|goes? on|gone on|in the making|sound ones?|hand(s|ed)? in"
+    r"|lets? go of|settings: Config)\b",
+    re.IGNORECASE,
+)
+
+
+def dialect(text: str) -> list[str]:
+    return [line for line in text.splitlines() if DIALECT.search(line)]
+
+
+def test_the_field_s_words_are_used():
+    """resume, intact, sample grid, replacement, remote, held-out; and plain English besides."""
+    folders = [f for top in ("pipeline", "launch", "slurm", "configs") for f in (ROOT / top).rglob("*.*")]
+    texts = [f for f in folders if f.suffix in (".py", ".sh", ".sbatch", ".yaml", ".md")]
+    texts += [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / ".github").glob("*.md")]
+    assert len(texts) > 150
+    assert {str(f): found for f in texts if (found := dialect(f.read_text()))} == {}
+    assert dialect("Errors that only waiting cures are told anew.") and not dialect(
+        "A retold story is spared."
+    )
