@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 @click.option(
     "--background",
     metavar="COLOUR",
-    help="What transparency is laid on and padding filled with: white, black or #rrggbb. Default: white "
-    "under transparency, black for padding.",
+    help="The colour under transparency and in padding: white, black or #rrggbb. Default: white under "
+    "transparency, black in padding.",
 )
 @click.option("--channels", type=click.Choice(["1", "3"]), help="Grey or RGB. Default: as each image is.")
 @click.option(
@@ -63,12 +63,12 @@ def prepare(
 
     SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder,
     WebDataset shards (one, or a folder of them, as img2dataset makes it), or one of the known data sets
-    fashion-mnist and cifar10, which are downloaded. Images are shuffled once; the same command writes the
-    same bytes, and after a kill goes on from there. Files that are no images or cannot be read are left out,
-    counted, and listed in OUT/skipped.txt; OUT/sources.txt says which file each sample was made of.
+    fashion-mnist and cifar10, which are downloaded. Images are shuffled once. The same command writes the
+    same bytes; after a kill it makes only what is missing. Files that are no images or cannot be read are
+    left out, counted, and listed in OUT/skipped.txt; OUT/sources.txt lists the file of each sample.
 
-    With --index-only SOURCE is a folder that holds shards already; at an https://, s3:// or gs:// URL they
-    are fetched once, and the index is kept on this machine.
+    With --index-only SOURCE is a folder of shards. At an https://, s3:// or gs:// URL they are fetched once,
+    and the index is kept on this machine.
     """
     if index_only:
         _index_only(source, out)

@@ -24,7 +24,7 @@ _PNG_HEAD = struct.Struct(
 )  # signature, header chunk with its CRC, the next one's length and name
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\r", b"\0\0\0\0IEND\xaeB`\x82"
 _PLAIN = {b"\x08\0\0\0\0": "L", b"\x08\x02\0\0\0": "RGB"}  # 8 bits of grey or colour, not interlaced
-_ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # where an orientation may stand
+_ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # may hold an orientation
 NPY_MAGIC = npy_format.MAGIC_PREFIX
 _NPY_VERSIONS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 _LARGEST_NPY_HEADER = 1000  # characters: those of plain arrays have about 70
@@ -59,7 +59,7 @@ def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
             pixels = _pillow(data, size, channels)
     except WrongSizeError:
         raise
-    except UnidentifiedImageError:  # its own message tells a memory address, another one each time
+    except UnidentifiedImageError:  # its own message has a memory address
         raise BadImageError(f"not a whole {', '.join(FORMATS)} or .npy image") from None
     except Exception as error:  # damaged or hostile bytes make decoders raise nearly anything
         raise BadImageError(str(error) or type(error).__name__) from None
@@ -70,13 +70,13 @@ def _pillow(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.size != (size, size):
             raise WrongSizeError(*image.size)
-        image.load()  # a PNG may say how it is turned after its pixels
+        image.load()  # a PNG's orientation may follow its pixels
         upright = ImageOps.exif_transpose(image) if not _ORIENTED.isdisjoint(image.info) else image
         return np.frombuffer(to_channels(upright, channels).tobytes(), np.uint8)
 
 
 def _plain_png(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | None:
-    """By Pillow's decoder, but without its walk through the file, which takes longer than a small image.
+    """By Pillow's decoder, without its walk through the file, which takes longer than a small image.
 
     None if there is more in this PNG than 8-bit grey or colour in one piece.
     """
@@ -94,11 +94,8 @@ def _plain_png(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | Non
 
 
 def _plain_jpeg(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | None:
-    """By simplejpeg, if it is installed; None if this is not a JPEG, or one that Pillow knows better.
-
-    Those are pictures with metadata (they may be turned), in CMYK, and colour wanted in grey, which Pillow
-    weighs after the conversion to RGB.
-    """
+    """By simplejpeg, if installed; None if this is not a JPEG, or one for Pillow: with metadata (it may be
+    rotated), in CMYK, or in colour but wanted in grey, which Pillow weighs after the conversion to RGB."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8") or b"Exif\0" in data or b"ns.adobe.com" in data:
         return None
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)

@@ -1,4 +1,4 @@
-"""The worker processes of a stream: how they start, and that they never outlive or hold up the training."""
+"""The worker processes of a stream: how they start, and how they never outlive or stall the training."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from pipeline.config import UserError
 from pipeline.folders import socket_folder
 
 _PREFETCH = 4  # batches ahead, per worker
-_TIMEOUT_S = 600.0  # without a batch: an error rather than a run that waits for ever
-_LOOK_S = 5.0  # how often that is looked at
+_TIMEOUT_S = 600.0  # without a batch: an error
+_LOOK_S = 5.0  # how often that is checked
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class WorkerError(UserError):
-    """A worker process is gone, or as good as gone."""
+    """A worker process has ended or is stuck."""
 
     status = 1
 
@@ -45,9 +45,9 @@ class WorkerError(UserError):
 class Loader(Iterator[Any]):
     """Items of `pipeline`, in order, made by `workers` processes (0: in this one). They start at once.
 
-    An item is (tensor of item_bytes, …), or an error. Closed by `close()`, when collected, or at the end of
-    the process. Raises UserError if there can be no workers. Iterating raises WorkerError within seconds if
-    one has ended or cannot hand over its item, and after 10 minutes without an item.
+    An item is (tensor of item_bytes, …), or an error. Closed by `close()`, when collected, or at exit. Raises
+    UserError if workers cannot be started. Iterating raises WorkerError within seconds if one has ended or
+    cannot hand over its item, and after 10 minutes without an item.
     """
 
     def __init__(self, pipeline: IterableDataset[Any], workers: int, item_bytes: int = 0) -> None:
@@ -69,19 +69,19 @@ class Loader(Iterator[Any]):
         before = set(multiprocessing.active_children())
         with _signals_blocked(), _no_main_module(method), _sigchld_as_before(), _refusal():
             if method is not None:
-                multiprocessing.get_context(method).Lock()  # else torch's loader shows a traceback
+                multiprocessing.get_context(method).Lock()  # fails here without torch's traceback
             if method == "forkserver":
                 _start_fork_server(folder)
             self._items = iter(loader)
         self._processes = set(multiprocessing.active_children()) - before
         self._patience = _Patience(self._processes)
         self._finalizer = weakref.finalize(self, _shut_down, self._items, self._processes, self._patience)
-        # finalize() does run at exit, but perhaps after multiprocessing has begun to wait for its children.
+        # finalize() runs at exit, but perhaps after multiprocessing has begun to wait for its children.
         atexit.register(self._finalizer)
 
     def __next__(self) -> Any:
         if not self._finalizer.alive:
-            raise StopIteration  # closed: waiting for workers that are gone would never end
+            raise StopIteration  # closed: there are no workers to wait for
         try:
             with self._patience:
                 item = next(self._items)
@@ -114,9 +114,9 @@ class Loader(Iterator[Any]):
 
 
 class _Patience:
-    """Ends the workers if an item that is waited for does not come; the loader sees that they are gone.
+    """Kills the workers if an item does not come in time; the loader then finds that they have ended.
 
-    Seconds are counted while this process runs: one that is suspended does not lose patience.
+    Only seconds in which this process runs count, not those while it is suspended.
     """
 
     def __init__(self, processes: set[multiprocessing.process.BaseProcess]) -> None:
@@ -159,12 +159,12 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _as_array(item: Any) -> Any:
-    """In a worker: what goes through a pipe, in place of a tensor, which would go through shared memory."""
+    """In a worker: an array goes through a pipe, while a tensor would go through shared memory."""
     return (item[0].numpy(), *item[1:]) if isinstance(item, tuple) else item
 
 
 def _fit_in_shared_memory(workers: int, item_bytes: int) -> bool:
-    """Whether there is room for all tensors under way, of this machine's other ranks too."""
+    """Whether there is room for all tensors in transit, of this machine's other ranks too."""
     if not _SHARED_MEMORY.is_dir():
         return True  # not on Linux
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -174,7 +174,7 @@ def _fit_in_shared_memory(workers: int, item_bytes: int) -> bool:
 
 @contextlib.contextmanager
 def _refusal() -> Iterator[None]:
-    """Raises UserError where processes, or the semaphores between them, cannot be had."""
+    """Raises UserError if processes or semaphores cannot be created."""
     try:
         yield
     except (OSError, ImportError) as error:
@@ -186,8 +186,7 @@ def _refusal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sigchld_as_before() -> Iterator[None]:
-    """torch would raise an error in the middle of anything when a worker dies. Here it is seen when the
-    worker's next item is due."""
+    """Without torch's handler, which raises anywhere when a worker dies: the next item due will show it."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -195,20 +194,18 @@ def _sigchld_as_before() -> Iterator[None]:
 
 
 def start_method() -> str:
-    """How workers start: by fork as long as the process has not touched CUDA, else from a fork server.
+    """How workers start: by fork until the process has used CUDA, then from a fork server.
 
-    Forking a process that uses CUDA, NCCL or InfiniBand can hang the child (PyTorch's notes on DDP say so);
-    a fork server, which imports torch once per rank, costs some seconds and 0.3 GB instead of milliseconds.
-    On CPU nothing of the sort is at stake, and short runs and tests start at once.
+    Forking a process that uses CUDA, NCCL or InfiniBand can hang the child (see PyTorch's notes on DDP). A
+    fork server imports torch once per rank, which costs seconds and 0.3 GB instead of milliseconds.
     """
     return "forkserver" if torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
 
 
 def _start_fork_server(folder: str) -> None:
-    """With what the workers need imported, once, and deaf to signals like them.
+    """With the workers' imports, and signals blocked as in them. folder: for its socket.
 
-    It brings multiprocessing's resource tracker along, whose start lets SIGINT and SIGTERM through again:
-    so that comes first. folder: for its socket.
+    It starts multiprocessing's resource tracker, which unblocks SIGINT and SIGTERM: so that comes first.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pipeline.data.stream"])
     resource_tracker.ensure_running()
@@ -222,9 +219,8 @@ def _start_fork_server(folder: str) -> None:
 
 @contextlib.contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """What is started inside never sees Ctrl-C or a scheduler's notice: those go to the whole process group,
-    and are the training process's to answer, with its workers alive until it is done.
-    """
+    """Processes started inside ignore Ctrl-C and a scheduler's signals, which go to the whole process group:
+    the training process handles them, and needs its workers until it is done."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -235,7 +231,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_main_module(method: str | None) -> Iterator[None]:
-    """Keep a fork server's workers from importing the training script, which they do not need, anew."""
+    """Keep a fork server's workers from importing the training script, which they do not need."""
     main = sys.modules["__main__"]
     if method == "forkserver":
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -246,12 +242,12 @@ def _no_main_module(method: str | None) -> Iterator[None]:
 
 
 def _begin(reasons: Connection, folder: str, _: int) -> None:
-    """In a worker: make sockets in `folder`, end with the training process, and when an item cannot be handed
-    over, which `reasons` is told."""
+    """In a worker: make sockets in `folder`; end with the training process, or when an item cannot be handed
+    over, with the reason sent to `reasons`."""
     tempfile.tempdir = folder
 
     def give_up(error: Exception, _item: object) -> NoReturn:
-        """What multiprocessing does in a thread of its own, where it would print this and go on."""
+        """Called in a thread of multiprocessing's, which would print the error and continue."""
         reasons.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
         os._exit(1)
 
@@ -260,10 +256,10 @@ def _begin(reasons: Connection, folder: str, _: int) -> None:
 
 
 def end_with_parent() -> None:
-    """In a child of multiprocessing: end as soon as the parent does, however it ended.
+    """In a child of multiprocessing: end as soon as the parent ends, however it ends.
 
-    DataLoader's own watchdog looks for another parent, which a fork server's child never gets, and which,
-    kept alive by that child, never ends: without this, both would outlive a killed rank for good.
+    DataLoader's own watchdog waits for a change of parent, which a fork server's child never sees: without
+    this, both would outlive a killed rank.
     """
     console.take()  # a fork server's child has streams of its own
     parent = multiprocessing.parent_process()
@@ -279,7 +275,7 @@ def end_with_parent() -> None:
 def _shut_down(items: Any, processes: set[multiprocessing.process.BaseProcess], patience: _Patience) -> None:
     patience.over.set()
     if processes:
-        items._shutdown_workers()  # what the iterator's own __del__ does; idempotent
+        items._shutdown_workers()  # as the iterator's __del__ does; idempotent
     for process in processes:
         if process.is_alive():  # stuck in a read; SIGTERM is blocked, see above
             process.kill()

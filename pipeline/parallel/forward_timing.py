@@ -1,7 +1,7 @@
-"""How long a rank computes, apart from what it waits for the others: time spent in forward passes.
+"""Time spent in forward passes: how long a rank computes, without its waiting for others.
 
-Training in step, all ranks take equally long over an update, however fast each is. A forward pass waits for
-nobody where parameters are not gathered for it (DDP, ZeRO 1 and 2), so there it tells a slow rank.
+Ranks train in step, so an update takes as long on a fast rank as on a slow one. A forward pass waits for no
+rank unless parameters are gathered for it: under DDP and ZeRO 1 and 2 its time shows which rank is slow.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ForwardTimer:
         self._events.append(events)
 
     def take(self) -> float:
-        """Seconds since the last call. On a GPU, to be called when it has finished."""
+        """Seconds since the last call. On a GPU, call it once all work is finished."""
         for start, end in self._events or ():
             self._seconds += start.elapsed_time(end) / 1000
         if self._events is not None:

@@ -22,7 +22,7 @@ class Reduced:
 
     values: dict[str, float]  # chart name → value
     updates: dict[str, float]  # chart name → how many updates it is the mean of
-    each: dict[str, list[float]]  # what was each rank's own → its value on every rank
+    each: dict[str, list[float]]  # a name in `mine` → its value on every rank
     broken: dict[str, list[int]]  # chart name → ranks that reported something not finite
 
 
@@ -59,7 +59,7 @@ class Stats:
             self.mean(name, value)
 
     def add(self, shares: Mapping[str, Contribution]) -> None:
-        """Add each rank's share of some statistics: scalars, which nobody writes to afterwards."""
+        """Add this rank's contributions: scalars, which must not change afterwards."""
         for name, share in shares.items():
             if self._units.setdefault(name, share.unit) != share.unit:
                 self._rescale(name, share.unit)  # from a checkpoint of another world or strategy
@@ -69,7 +69,7 @@ class Stats:
             self._weights[name] = self._weights.get(name, 0.0) + share.weight
 
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
-        """Start afresh; returns what has been reported on all ranks, and every rank's values of `mine`.
+        """What all ranks have reported since the last call, and every rank's values of `mine`.
 
         Collective, one all-reduce. All ranks must have reported the same names, as they do when all run
         the same updates.
@@ -110,7 +110,7 @@ class Stats:
         return {name: (total, self._weights[name], self._units[name]) for name, total in totals}
 
     def load(self, ranks: Ranks, saved: Sequence[PartialSums]) -> None:
-        """Put back what `state` gave on each rank; in another world the first rank takes over all of it."""
+        """Load what `state` returned on each rank; in another world the first rank gets all of it."""
         if len(saved) == ranks.world:
             mine = saved[ranks.rank]
         else:
@@ -148,7 +148,7 @@ class Stats:
                 self._totals[start : start + len(values)].add_(part)
 
     def _rescale(self, name: str, unit: float) -> None:
-        """Let what was reported before weigh as much per update as what is reported now."""
+        """Make earlier reports weigh as much per update as those of now."""
         factor = unit / self._units[name]
         self._totals[self._places[name]].mul_(factor)
         self._weights[name] *= factor

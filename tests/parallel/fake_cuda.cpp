@@ -1,5 +1,5 @@
-// Lets a torch built for CPUs alone take tensors without memory for tensors on a GPU: it claims one CUDA device
-// whose streams and events do nothing. To be preloaded, as torch asks once, while it loads.
+// Makes a CPU build of torch accept tensors without memory as tensors on a GPU: claims one CUDA device whose
+// streams and events do nothing. Preload it: torch asks once, while it loads.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

@@ -18,16 +18,16 @@ HERE = Path(__file__).parent
 # the device, at most so many times those of the bare maths. (Under FSDP2 without those around gathers.)
 BUDGETS = {
     "fp32, batch norm": 1.25,
-    "fp32, no norm": 1.27,
+    "fp32, no norm": 1.26,
     "bf16, batch norm": 1.25,
-    "bf16, no norm": 1.28,  # 20 casts: D's weights for each pass, so that gradients are added up in fp32
+    "bf16, no norm": 1.27,  # 20 casts: D's weights for each pass, so that gradients are added up in fp32
     "fsdp2, fp32, batch norm": 1.25,
     "fsdp2, bf16, no norm": 1.25,
 }
-OTHERS = ("fp32, all on", "bf16, all on", "fp16, all on", "fsdp2, bf16, all on", "fsdp2, fp16, all on")
+OTHERS = ("fp32, all on", "fp16, all on", "fsdp2, bf16, all on")
 pytestmark = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for the stand-in of a GPU"),
-    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has its own idea of a GPU"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for the pretended GPU"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch"),
 ]
 
 

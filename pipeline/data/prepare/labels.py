@@ -26,8 +26,7 @@ _FEW = 3  # names in a message
 class Labels:
     """values: int64 [n], -1 without a label; classes: their names by label, () without labels.
 
-    `origin` says where the labels come from, `warnings` what may be wrong with them, `remarks` what else is
-    to be known.
+    origin: where the labels come from; warnings: what may be wrong with them; remarks: what else to know.
     """
 
     values: NDArray[np.int64]
@@ -66,7 +65,7 @@ def label(listing: Listing, by: Classes, source: str, read: Callable[[str], byte
 
 
 def _shared_folders(images: Sequence[str]) -> tuple[str, ...]:
-    """The folders that hold all there is, as zips often have one."""
+    """The folders that hold everything; zips often have one."""
     folders = [parts(name)[:-1] for name in images]
     ends = list(zip(min(folders), max(folders), strict=False))
     shared = next((i for i, (first, last) in enumerate(ends) if first != last), len(ends))
@@ -95,7 +94,7 @@ def _by_folders(listing: Listing, shared: int, by: Classes, source: str) -> Labe
 
 
 def _other_folders(listing: Listing, shared: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Empty folders, and those of which something is left out, below the ones that all images share."""
+    """Empty folders and those of files that are left out, below the folders that all images share."""
     folders = [*map(parts, listing.empty), *(parts(item.name)[:-1] for item in listing.left_out)]
     for folder in folders:
         if folder[: len(shared)] == shared and not any(p.startswith((".", "__MACOSX")) for p in folder):
@@ -174,7 +173,7 @@ def _entries(labels: object, what: str, way_out: str) -> dict[str, int]:
 
 
 def renumbered(values: NDArray[np.int64], names: Sequence[str], origin: str) -> Labels:
-    """Labels as they are, or, where most classes would be empty, numbered anew without gaps."""
+    """Labels as they are, or renumbered without gaps if most classes would be empty."""
     count = int(values.max(initial=-1)) + 1
     found, places = np.unique(values, return_inverse=True)
     labels = found[found >= 0].tolist()
@@ -183,12 +182,12 @@ def renumbered(values: NDArray[np.int64], names: Sequence[str], origin: str) -> 
     classes = tuple(names[label] if label < len(names) else str(label) for label in labels)
     places = places.reshape(values.shape) - int(found[0] < 0)
     remark = (
-        f"labels up to {count - 1:,}, but only {len(labels):,} of them occur: numbered anew from 0, and "
+        f"labels up to {count - 1:,}, but only {len(labels):,} of them occur: renumbered from 0, and "
         "index.json lists the old ones as names"
     )
     return Labels(places.astype(np.int64), classes, origin, remarks=(remark,))
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few of many names."""
+    """The first few names."""
     return ", ".join(names[:_FEW]) + ", …" * (len(names) > _FEW)

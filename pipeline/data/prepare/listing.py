@@ -1,4 +1,4 @@
-"""The files of a folder or a zip: its images, and every other file with the reason why it is left out."""
+"""The files of a folder or a zip: its images, and every other file with the reason for leaving it out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# What Pillow decodes without running anything, and people have. What a file really is, its bytes say.
+# Common formats that Pillow decodes without running anything. The bytes of a file decide what it really is.
 EXTENSIONS = frozenset(
     (
         *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
@@ -60,7 +60,7 @@ class Listing:
             self.left_out.append(LeftOut(name, kind if suffix else "no suffix", "not the name of an image"))
 
     def take_labels(self, name: str) -> None:
-        """A file that was left out is read after all, for the labels it holds."""
+        """A file is no longer left out, as its labels are read."""
         self.tables.remove(name)
         self.left_out = [item for item in self.left_out if item.name != name]
 
@@ -69,7 +69,7 @@ class Listing:
 
 
 def list_folder(root: Path, without: Path | None = None) -> Listing:
-    """All files below `root` but those of the folder `without`. Links to folders are not followed."""
+    """All files below `root`, except in the folder `without`. Links to folders are not followed."""
     listing = Listing()
 
     def refused(error: OSError) -> None:
@@ -149,7 +149,7 @@ def parts(name: str) -> tuple[str, ...]:
 
 
 def _hidden(name: str) -> tuple[str, str] | None:
-    """Kind and reason, if this is no file that a person put there."""
+    """Kind and reason, if a system put this file there."""
     if name.startswith(".") or "/." in name or "__MACOSX" in name:
         for part in parts(name):
             if part.startswith(("._", "__MACOSX")):

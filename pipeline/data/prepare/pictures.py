@@ -1,4 +1,4 @@
-"""One image file → a square picture of the size wanted, and what was done to it."""
+"""One image file → a square picture of the wanted size, and what was done to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.data.decode import (
 )
 
 Fit = Literal["crop", "pad", "stretch"]
-# Beyond what training reads: decoders of Pillow's own, or in its wheels, that run nothing and load nothing.
+# More than training reads: decoders in Pillow or its wheels that run and load nothing.
 _FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _MOST = {"JPEG2000": LARGEST // 4, "AVIF": LARGEST // 2}  # pixels; their decoders take far more memory
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
@@ -27,7 +27,7 @@ _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
 class LeftOutError(BadImageError):
-    """A file that no image can be made of. `kind` is what it is counted by."""
+    """A file that no image can be made of. A summary counts by `kind`."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -35,14 +35,14 @@ class LeftOutError(BadImageError):
 
 
 class Picture(NamedTuple):
-    """An image as it is in its file, upright. `first`: there are more, of an animation or on other pages."""
+    """An image as in its file, upright. `first`: of several, in an animation or on pages."""
 
     image: Image.Image
     first: bool = False
 
 
 class Fitted(NamedTuple):
-    """An 8-bit grey or RGB image of the size wanted. `facts`: what a summary counts."""
+    """An 8-bit grey or RGB image of the wanted size. `facts`: what a summary counts."""
 
     image: Image.Image
     facts: tuple[str, ...]
@@ -58,7 +58,7 @@ def open_picture(data: bytes) -> Picture:
             return _opened(data)
     except LeftOutError:
         raise
-    except UnidentifiedImageError:  # its own message tells a memory address, another one each time
+    except UnidentifiedImageError:  # its own message has a memory address
         raise LeftOutError("unreadable", f"not a {', '.join(_FORMATS)} or .npy image") from None
     except Image.DecompressionBombError:
         raise LeftOutError("too many pixels", f"more than {LARGEST:,} pixels are too many") from None
@@ -77,7 +77,7 @@ def _opened(data: bytes) -> Picture:
         raise LeftOutError("too many pixels", f"{image.width}x{image.height} pixels are too many")
     if _tile(image) > most:
         raise LeftOutError("too many pixels", f"tiles of {_tile(image):,} pixels are too many")
-    # Photographs may carry a second image, of another lens or for a preview; that is no page.
+    # An MPO's second image, of another lens or for a preview, is no page.
     first = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     image.load()
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
@@ -90,7 +90,7 @@ def _opened(data: bytes) -> Picture:
 
 
 def _tile(image: Image.Image) -> int:
-    """Pixels of a tile, which in a TIFF may be larger than the image."""
+    """Pixels of a TIFF's tile, which may be larger than the image."""
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return 0
     width, height = (int(image.tag_v2.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH))
@@ -102,8 +102,8 @@ def fitted(
 ) -> Fitted | None:
     """The picture at size x size. None if it has another size and `fit` is None.
 
-    channels: 1 or 3, None for grey as grey and colour as colour. background: what transparency is laid on
-    and padding filled with; None: white and black. Raises LeftOutError for modes that cannot be converted.
+    channels: 1, 3, or None to keep grey and colour. background: see Options. Raises LeftOutError for modes
+    that cannot be converted.
     """
     image, first = picture
     grey = channels == 1 or (channels is None and (image.mode in ("L", "1", "LA") or image.mode[0] == "I"))

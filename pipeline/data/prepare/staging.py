@@ -1,7 +1,7 @@
-"""Shards in the making: in a folder beside their own, which takes its name when everything is there.
+"""Shards that are being made: in a folder beside the target, which is renamed when everything is there.
 
-Nothing half-written ever looks finished. Every shard leaves a note when it is whole, so that after a kill, or
-on a disk that was full, the same command goes on with the shards that have none.
+Nothing half-written ever looks finished. Every finished shard is recorded, so that after a kill, or a full
+disk, the same command makes only the shards that are missing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from pipeline.data.record import Shard
 from pipeline.lock import LOCK, HeldError, Lock, LockLostError, take
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOTES, _RECIPE = ".progress", "recipe"
+_RECORDS, _RECIPE = ".progress", "recipe"
 
 
 class Skipped(NamedTuple):
-    """An image that could not be read. `place` is where in its shard it would be, `kind` what it is counted
-    by."""
+    """An image that could not be read. `place`: its place in its shard; a summary counts by `kind`."""
 
     place: int
     name: str
@@ -38,7 +37,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """One finished shard, the images that could not be read for it, and how often what was done to others."""
+    """One finished shard, the images that could not be read for it, and counts of what was done to others."""
 
     shard: Shard
     skipped: tuple[Skipped, ...]
@@ -47,7 +46,7 @@ class Written:
 
 @contextmanager
 def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
-    """The folder to write to, ours alone. To be renamed to `target`, by `publish`, when all is there.
+    """The folder to write to, locked for this process. `publish` renames it to `target` when all is there.
 
     It holds what an earlier call with the same `recipe` has finished, and nothing else.
     """
@@ -57,22 +56,22 @@ def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda 
     try:
         _clear(folder, recipe)
         yield folder
-        shutil.rmtree(target / _NOTES)
+        shutil.rmtree(target / _RECORDS)
         shutil.rmtree(target / LOCK)
     except OSError as error:
-        _lock.check()  # files that another has removed are no failure of the disk
+        _lock.check()  # the disk has not failed if another process removed the files
         if error.errno not in FULL:
             raise
         raise UserError(f"No space left for {target} ({error.strerror}). {_kept(folder)}") from None
     except BrokenProcessPool:
         raise UserError(
-            "A process that prepares images was killed, most likely for want of memory. Run the same command "
-            "again with fewer --workers: it goes on from there."
+            "A process that prepares images was killed, most likely out of memory. Run the same command "
+            "again with fewer --workers: it makes only what is missing."
         ) from None
     except (LockLostError, _NotPublishedError):
         raise
     except UserError:
-        discard(folder)  # what was asked for cannot be made
+        discard(folder)  # the images or options are wrong: nothing in it is of use
         raise
     finally:
         if not finished(folder):
@@ -93,7 +92,7 @@ def _take(folder: Path, target: Path, announce: Callable[[str], None]) -> Lock:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder that is not to be kept, unless it is another process's by now."""
+    """Remove a file or folder, unless another process has the lock now."""
     with suppress(LockLostError):
         _lock.check()
         if path.is_dir():
@@ -103,11 +102,11 @@ def discard(path: Path) -> None:
 
 
 class _NotPublishedError(UserError):
-    """All was made, and is kept."""
+    """Everything was made, and is kept."""
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Everything is there: give it its name. Raises UserError if that cannot be."""
+    """Rename the finished folder. Raises UserError if that fails."""
     _lock.check()
     try:
         folder.replace(target)
@@ -118,27 +117,27 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def _clear(folder: Path, recipe: str) -> None:
-    note = folder / _NOTES / _RECIPE
-    same = note.exists() and note.read_text() == recipe
+    kept = folder / _RECORDS / _RECIPE
+    same = kept.exists() and kept.read_text() == recipe
     for left in folder.iterdir():
         if left.name == LOCK or (same and not _is_unfinished(left)):
             continue
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not same:
-        note.parent.mkdir()
-        note.write_text(recipe)
+        kept.parent.mkdir()
+        kept.write_text(recipe)
 
 
 def _is_unfinished(path: Path) -> bool:
-    """A shard without a note: removed, as a process that was suspended may still have it open."""
+    """A shard without a record: it is removed, as a suspended process may still have it open."""
     number = path.stem.removeprefix("shard-")
-    finished = number.isdecimal() and (path.parent / _NOTES / f"{int(number)}.json").exists()
+    finished = number.isdecimal() and (path.parent / _RECORDS / f"{int(number)}.json").exists()
     return path.suffix == ".tar" and not finished
 
 
 def finished(folder: Path) -> int:
-    """How many shards are noted to be whole."""
-    return len(list((folder / _NOTES).glob("*.json")))
+    """How many shards are recorded as finished."""
+    return len(list((folder / _RECORDS).glob("*.json")))
 
 
 def _kept(folder: Path) -> str:
@@ -146,20 +145,20 @@ def _kept(folder: Path) -> str:
         return "Nothing was kept of it; make room or choose another place, and run the command again."
     return (
         f"{count} finished shard{'s are' if count > 1 else ' is'} kept in {folder}: make room and run the "
-        "same command again, which goes on from there, or remove that folder."
+        "same command again, which makes the others, or remove that folder."
     )
 
 
-def note(folder: Path, number: int, written: Written) -> None:
-    """Shard `number` is whole. Raises LockLostError if the folder is another's by now."""
+def record(folder: Path, number: int, written: Written) -> None:
+    """Record shard `number` as finished. Raises LockLostError if another process has the folder now."""
     _lock.check()
-    durable.write(folder / _NOTES / f"{number}.json", json.dumps(asdict(written)))
+    durable.write(folder / _RECORDS / f"{number}.json", json.dumps(asdict(written)))
 
 
-def noted(folder: Path, number: int) -> Written | None:
-    """What was noted of a shard, if it is there as it was then."""
+def recorded(folder: Path, number: int) -> Written | None:
+    """The record of a shard, if that is there unchanged."""
     try:
-        values = json.loads((folder / _NOTES / f"{number}.json").read_text())
+        values = json.loads((folder / _RECORDS / f"{number}.json").read_text())
         labels = {int(label): count for label, count in values["shard"].pop("labels").items()}
         shard = Shard(**values["shard"], labels=labels)
         if shard.nsamples:

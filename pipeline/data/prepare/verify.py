@@ -1,15 +1,14 @@
 """Every byte of the shards against what index.json and the sidecars say of them.
 
-A run trusts its index: it looks at file sizes when it starts and at a sample's CRC when it reads it. Here
-everything is read, once, and everything that is wrong is said, not only the first thing.
+A run trusts its index: it checks file sizes when it starts and a sample's CRC when it reads it. Here
+everything is read, once, and every problem is reported, not only the first.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from numpy.typing import NDArray
 
 from pipeline.config import UserError
 from pipeline.data import sidecar
+from pipeline.data.index import in_threads
 from pipeline.data.locate import Location, locate
-from pipeline.data.record import INDEX, places, sidecar_path
+from pipeline.data.record import INDEX, sidecars
 from pipeline.data.sidecar import SampleTable
 from pipeline.wording import counted
 
@@ -28,13 +28,13 @@ Entry = Mapping[str, Any]  # of a shard in index.json; empty if it is not listed
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """One shard as it really is. `problems`: what is wrong, naming the shard and, where known, the byte."""
+    """One shard as it is. `problems`: what is wrong, naming the shard and, if known, the byte."""
 
     url: str
     problems: tuple[str, ...]
     filesize: int = 0
-    against: tuple[str, ...] = ()  # what there was to compare with: index.json, its sidecar
-    # Of each sample its image's CRC and size: equal for equal images.
+    against: tuple[str, ...] = ()  # what it was compared with: index.json, its sidecar
+    # CRC and size of each sample's image: equal for equal images.
     images: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
     unlabelled: int = 0
 
@@ -46,8 +46,8 @@ class Verified:
 def verify(train: str, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Verified]:
     """Read all shards of `train`, on this machine, several at a time, and compare them with their index.
 
-    `progress` is told (bytes done, bytes in all). What is kept of a shard is 8 bytes per sample. Raises
-    UserError only where there is nothing to verify: no shards, or an index.json that is none.
+    `progress` gets (bytes done, bytes in all). The result takes 8 bytes per sample. Raises UserError only if
+    there is nothing to verify: no shards, or an unfit index.json.
     """
     location = locate(train)
     known = location.entries
@@ -55,20 +55,14 @@ def verify(train: str, progress: Callable[[int, int], None] = lambda done, total
     sizes = {url: int(known.get(url, {}).get("filesize", 0)) or _size(location.root / url) for url in urls}
     total, done = sum(sizes.values()), 0
     found = []
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        work = [pool.submit(_verify, location, url, known) for url in urls]
-        try:
-            for url, future in zip(urls, work, strict=True):
-                found.append(future.result())
-                done += sizes[url]
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    for url, shard in zip(urls, in_threads(partial(_verify, location, known), urls), strict=True):
+        found.append(shard)
+        done += sizes[url]
+        progress(done, total)
     return found
 
 
-def _verify(location: Location, url: str, known: Mapping[str, Entry]) -> Verified:
+def _verify(location: Location, known: Mapping[str, Entry], url: str) -> Verified:
     entry, where = known.get(url, {}), f"shard {url} in {location.root}"
     try:
         table = sidecar.scan(location.root / url, url)
@@ -81,17 +75,16 @@ def _verify(location: Location, url: str, known: Mapping[str, Entry]) -> Verifie
         shorter = "filesize" in entry and size != entry["filesize"]
         more = f" It has {counted(size, 'byte')}, {INDEX} says {entry['filesize']:,}." if shorter else ""
         return Verified(url, (f"{error}{more}",))
-    noted = [load for place in places(location.root) if (load := sidecar.load(sidecar_path(place, url)))]
-    # A sidecar of another file than index.json speaks of is not used by anyone; it is made anew.
-    noted = [old for old in noted if old.sha256 == entry.get("sha256", old.sha256)]
+    # A sidecar of another file than the one in index.json is never used, but built again.
+    indexed = [t for t in sidecars(location.root, url) if t.sha256 == entry.get("sha256", t.sha256)]
     problems = [f"{where} is not listed in {INDEX}."] if known and not entry else []
     problems += _against_index(table, entry, where)
-    for old in noted[:1]:
+    for old in indexed[:1]:
         problems += _against_sidecar(table, old, url)
     images = table.crc.astype(np.uint64) << np.uint64(32) | table.size.astype(np.uint64) & np.uint64(
         2**32 - 1
     )
-    against = ((INDEX,) if "sha256" in entry else ()) + (("sidecar",) if noted else ())
+    against = ((INDEX,) if "sha256" in entry else ()) + (("sidecar",) if indexed else ())
     unlabelled = int((table.label < 0).sum())
     return Verified(url, tuple(problems), table.filesize, against, images, unlabelled)
 
@@ -112,21 +105,21 @@ def _against_index(table: SampleTable, entry: Entry, where: str) -> Iterator[str
         yield f"{where} is not the file that {INDEX} describes (another SHA-256)."
 
 
-def _against_sidecar(table: SampleTable, noted: SampleTable, url: str) -> Sequence[str]:
-    """Where exactly a shard differs from what was noted of it when it was indexed."""
-    if len(table) != len(noted):
-        return [f"shard {url} has {counted(len(table), 'sample')}, its sidecar lists {len(noted):,}."]
-    same = (table.crc == noted.crc) & (table.size == noted.size) & (table.offset == noted.offset)
+def _against_sidecar(table: SampleTable, indexed: SampleTable, url: str) -> Sequence[str]:
+    """Where exactly a shard differs from what it was when it was indexed."""
+    if len(table) != len(indexed):
+        return [f"shard {url} has {counted(len(table), 'sample')}, its sidecar lists {len(indexed):,}."]
+    same = (table.crc == indexed.crc) & (table.size == indexed.size) & (table.offset == indexed.offset)
     said = []
     for rows, problem in (
         (np.flatnonzero(~same), "is not what was indexed (wrong CRC)"),
-        (np.flatnonzero(same & (table.label != noted.label)), "has another label than was indexed"),
+        (np.flatnonzero(same & (table.label != indexed.label)), "has another label than was indexed"),
     ):
         if len(rows):
             row = int(rows[0])
             more = f" And so for {counted(len(rows) - 1, 'more sample')}." if len(rows) > 1 else ""
             said.append(f"shard {url}, byte {table.offset[row]}: sample {table.key(row)!r} {problem}.{more}")
-    if table.names != noted.names:
+    if table.names != indexed.names:
         said.append(f"shard {url} has other sample names than its sidecar lists.")
     return said
 

@@ -33,7 +33,16 @@ from pipeline.data.prepare.listing import LeftOut
 from pipeline.data.prepare.pictures import Fitted, LeftOutError, fitted, png
 from pipeline.data.prepare.source import Options as Options  # is part of this module
 from pipeline.data.prepare.source import Source
-from pipeline.data.prepare.staging import Skipped, Written, discard, finished, note, noted, publish, staging
+from pipeline.data.prepare.staging import (
+    Skipped,
+    Written,
+    discard,
+    finished,
+    publish,
+    record,
+    recorded,
+    staging,
+)
 from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
 from pipeline.data.record import Shard, shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
@@ -206,12 +215,12 @@ def _adopt(images: Source, options: Options, folder: Path) -> None:
 
 def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:
     folder = _job[2]
-    if (earlier := noted(folder, number)) is not None:
+    if (earlier := recorded(folder, number)) is not None:
         return earlier
     path = folder / f"shard-{number:06d}.tar"
     try:
         written = _write_tar(path, number, rows)
-        note(folder, number, written)
+        record(folder, number, written)
     except BaseException:
         discard(path)
         raise

@@ -1,8 +1,8 @@
-"""Files from https://, s3:// and gs:// as a whole: watched, tried again, and given up after a stated time.
+"""Whole files from https://, s3:// and gs://: watched, retried, and given up after a stated time.
 
-fsspec speaks the protocols. What it leaves open is decided here, alike for all of them: a transfer that
-stalls is broken off, what may pass is tried again at growing intervals, what cannot is said at once, and
-nothing is waited for longer than `data.remote.timeout_s`.
+fsspec speaks the protocols. The rest is decided here, in one way for all: a stalled transfer is stopped,
+passing errors are retried at growing intervals, others are raised at once, and nothing takes longer than
+`data.remote.timeout_s`.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class StoppedError(Exception):
 
 
 class WrongBytesError(Exception):
-    """What has arrived is not what was to be fetched."""
+    """What has arrived is not the wanted file."""
 
 
 class _StalledError(Exception):
-    """A transfer that was broken off here because nothing came."""
+    """A transfer that was stopped because nothing came."""
 
 
 class _OverError(Exception):
-    """A transfer that was broken off here because the time was over."""
+    """A transfer that was stopped because its time was over."""
 
 
 class Patience:
-    """How long to go on with something: a deadline, a number of attempts, an event that ends it early."""
+    """How long to try: a deadline, a number of attempts, an event that ends it early."""
 
     def __init__(
         self, settings: Remote, stop: threading.Event | None = None, attempts: int | None = None
@@ -67,7 +67,7 @@ class Patience:
         return time.monotonic() >= self.deadline
 
     def pause(self, seconds: float) -> None:
-        """Raises StoppedError when told to stop."""
+        """Raises StoppedError if the event is set."""
         if self._stop.wait(min(seconds, max(0.0, self.deadline - time.monotonic()))):
             raise StoppedError
 
@@ -95,7 +95,7 @@ def download(
     """
 
     with tempfile.TemporaryDirectory() as scratch:
-        # By another name: gcsfs removes what it fails to fetch, and `target` may be open and locked.
+        # Under another name: gcsfs removes what it fails to fetch, and `target` may be open and locked.
         link = Path(scratch) / "link"
 
         async def get(filesystem: Any, progress: Callback) -> None:
@@ -142,7 +142,7 @@ def _persist(
     check: Callable[[], None],
     tell: Callable[[str], None],
 ) -> _T:
-    """Do it until it is done, or there is no point or no time in going on."""
+    """Repeat until it succeeds, cannot succeed, or time is over."""
     what = folder.show(name)
     problem = ""
     wrong: set[str] = set()
@@ -167,7 +167,7 @@ def _persist(
         if attempt == 1:
             tell(f"{what}: {problem}; trying again for up to {patience.timeout_s:g} s …")
         last = attempt == patience.attempts
-        if not last:  # at another moment than other ranks
+        if not last:  # at a random moment, unlike other ranks
             pause = min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S)
             patience.pause(pause * random.SystemRandom().uniform(0.5, 1))
         if last or patience.over:
@@ -214,11 +214,11 @@ async def _watched(
             task.cancel()
             await asyncio.wait({task}, timeout=1)
         if task.done() and not task.cancelled():
-            task.exception()  # looked at, or asyncio would complain
+            task.exception()  # retrieved, or asyncio would warn
 
 
 class _Progress(Callback):  # type: ignore[misc]
-    """Counts what arrives, and refuses more than there should be."""
+    """Counts the bytes that arrive. Raises WrongBytesError if there are too many."""
 
     def __init__(self, most: int | None) -> None:
         super().__init__()
@@ -231,14 +231,14 @@ class _Progress(Callback):  # type: ignore[misc]
 
 
 class _Client:
-    """One protocol's connections, of one process."""
+    """One protocol's connections in one process."""
 
     def __init__(self, scheme: str) -> None:
         self.filesystem = _filesystem(scheme)
         self._connecting = asyncio.Lock()
 
     async def connect(self) -> None:
-        """Once, although several transfers may begin at the same time."""
+        """Only once, even if several transfers begin at the same time."""
         if hasattr(self.filesystem, "set_session"):
             async with self._connecting:
                 await self.filesystem.set_session()
@@ -258,12 +258,12 @@ def _filesystem(scheme: str) -> Any:
     if scheme in ("http", "https"):
         import aiohttp
 
-        # No limit to a whole transfer, which is watched; proxies and ~/.netrc as for curl; URLs as they are,
-        # since a signature may be of every character.
+        # No limit to a whole transfer, which is watched; proxies and ~/.netrc as for curl; URLs as they
+        # are, since a signature may hold any character.
         options["encoded"] = True
         options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True}
     if scheme == "s3":
-        options["max_concurrency"] = 1  # else one file comes in parts of 50 MB, and looks stalled between
+        options["max_concurrency"] = 1  # else a file comes in parts of 50 MB, and looks stalled in between
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError:
@@ -273,7 +273,7 @@ def _filesystem(scheme: str) -> Any:
 
 
 def _problem(error: Exception) -> tuple[str, bool]:
-    """What went wrong, without credentials, and whether it may go better another time."""
+    """What went wrong, without credentials, and whether to retry."""
     text = scrubbed(" ".join(str(error).split()))
     status = next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
     if isinstance(error, _StalledError):
