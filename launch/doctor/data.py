@@ -113,21 +113,19 @@ def passed_over(job: Job, index: Index) -> Iterator[Finding]:
         yield would_fail("odd samples", str(error))
         return
     if without.count:
-        yield ok("no image", f"{counted(without.count, 'sample')} passed over\n{_first(without)}")
+        yield ok("no image", _passed_over(without, "sample"))
     if unusable.count:
-        yield warning(
-            "odd samples", f"{counted(unusable.count, 'sample')} passed over\n{_first(unusable)}", REPAIR
-        )
+        yield warning("odd samples", _passed_over(unusable, "sample"), REPAIR)
     strays = [index.table(i).strays for i in range(0 if index.remote else len(index.shards))]
     if count := sum(found.count for found in strays):
         first = PassedOver(count, tuple(reason for found in strays for reason in found.reasons))
-        yield ok("other files", f"{counted(count, 'file')} passed over\n{_first(first)}")
+        yield ok("other files", _passed_over(first, "file"))
 
 
-def _first(what: PassedOver) -> str:
-    lines = what.reasons[:_REASONS]
-    more = what.count - len(lines)
-    return "\n".join([*lines, *[f"… and {more:,} more"] * (len(lines) and more > 0)])
+def _passed_over(what: PassedOver, noun: str) -> str:
+    reasons = what.reasons[:_REASONS]
+    more = [f"… and {what.count - len(reasons):,} more"] if 0 < len(reasons) < what.count else []
+    return "\n".join([f"{counted(what.count, noun)} passed over", *reasons, *more])
 
 
 def labels(job: Job, index: Index) -> Iterator[Finding]:

@@ -151,13 +151,16 @@ def _fold_shards(sizes: Ints, order: Ints, folds: int, fold: int) -> Ints | None
 
 
 class Plan:
-    """The order of one part of the data, epoch after epoch without end. `size`: samples per epoch."""
+    """The order of one part of the data, epoch after epoch without end.
+
+    size: samples per epoch; counts: of each shard [shards]; window: shards that are read from at once.
+    """
 
     def __init__(self, split: Split, part: int) -> None:
-        self._split, self._part, self._seed, self._window = split, part, split.seed, split.window
-        self._counts = split.counts(part)
-        self._present = np.flatnonzero(self._counts)
-        self.size = int(self._counts.sum())
+        self._split, self._part, self.seed, self.window = split, part, split.seed, split.window
+        self.counts = split.counts(part)
+        self._present = np.flatnonzero(self.counts)
+        self.size = int(self.counts.sum())
         self.fingerprint = split.fingerprint(part)
         # Caches, not state: a batch may span two epochs, and any batch two windows.
         self._epoch_order: Callable[[int], tuple[Ints, Ints]] = lru_cache(2)(self._order)
@@ -188,11 +191,11 @@ class Plan:
         """The shards of the window at a position and of those after it, `windows` in all, in that order."""
         epoch, place = divmod(position, self.size)
         order, ends = self._epoch_order(epoch)
-        first = int(np.searchsorted(ends, place, side="right")) * self._window
-        shards: list[int] = order[first : first + windows * self._window].tolist()
-        missing = windows - -(-len(shards) // self._window)
+        first = int(np.searchsorted(ends, place, side="right")) * self.window
+        shards: list[int] = order[first : first + windows * self.window].tolist()
+        missing = windows - -(-len(shards) // self.window)
         if missing > 0:
-            shards += self._epoch_order(epoch + 1)[0][: missing * self._window].tolist()
+            shards += self._epoch_order(epoch + 1)[0][: missing * self.window].tolist()
         return list(dict.fromkeys(shards))
 
     def replacement(self, position: int, attempt: int) -> tuple[int, int]:
@@ -206,7 +209,7 @@ class Plan:
         first, end = (int(ends[window - 1]) if window else 0), int(ends[window])
         if attempt >= _IN_WINDOW:
             first, end = 0, self.size
-        purpose = np.random.SeedSequence((self._seed, _REPLACEMENT, self._part, position, attempt))
+        purpose = np.random.SeedSequence((self.seed, _REPLACEMENT, self._part, position, attempt))
         chosen = first + int(np.random.PCG64(purpose).random_raw()) % (end - first)
         shard, row = self.samples(epoch * self.size + chosen, 1)[0].tolist()
         return shard, row
@@ -216,41 +219,26 @@ class Plan:
         return self._split.rows(shard, self._part)
 
     @property
-    def counts(self) -> Ints:
-        """Samples of each shard in this plan [shards]."""
-        return self._counts
-
-    @property
-    def seed(self) -> int:
-        """Of the order, and of whatever else is drawn per sample."""
-        return self._seed
-
-    @property
-    def window(self) -> int:
-        """Shards that are read from at once."""
-        return self._window
-
-    @property
     def whole_shards(self) -> bool:
         """Whether each shard is in this plan with all of its samples or none."""
         return bool(self._split.by_shard or not self._split.held.any())
 
     def _order(self, epoch: int) -> tuple[Ints, Ints]:
         """Shards in the order of an epoch, and where in the epoch each window ends."""
-        order = self._present[permutation(len(self._present), self._seed, _SHARDS, self._part, epoch)]
-        ends = np.cumsum(self._counts[order])
-        last = np.arange(self._window - 1, len(order) + self._window - 1, self._window)
+        order = self._present[permutation(len(self._present), self.seed, _SHARDS, self._part, epoch)]
+        ends = np.cumsum(self.counts[order])
+        last = np.arange(self.window - 1, len(order) + self.window - 1, self.window)
         return order, ends[np.minimum(last, len(order) - 1)]
 
     def _shuffle(self, epoch: int, window: int) -> Ints:
         """The (shard, row) pairs of one window in their order [samples of the window, 2]."""
         order, _ = self._epoch_order(epoch)
-        shards = order[window * self._window : (window + 1) * self._window].tolist()
+        shards = order[window * self.window : (window + 1) * self.window].tolist()
         rows = [self._split.rows(shard, self._part) for shard in shards]
         pairs = np.empty((sum(map(len, rows)), 2), np.int64)
         pairs[:, 0] = np.repeat(shards, [len(r) for r in rows])
         pairs[:, 1] = np.concatenate(rows)
-        return pairs[permutation(len(pairs), self._seed, _WINDOW, self._part, epoch, window)]
+        return pairs[permutation(len(pairs), self.seed, _WINDOW, self._part, epoch, window)]
 
 
 class HeldOutPlan(Plan):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import shutil
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ def project(cluster: Cluster) -> Project:
     path = cluster.folder / "project"
     for name in ("pipeline", "launch", "slurm"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(path, quiet=1)  # once, for the processes of all jobs
     (path / "configs").mkdir()
     (path / "configs" / "tiny.yaml").write_text(TINY)
     return Project(cluster, path)
