@@ -94,7 +94,7 @@ class RemoteShards:
         if needed > self.settings.gb * 1e9:
             raise UserError(
                 f"data.remote.gb={self.settings.gb:g} is too little: two windows of {window} shards "
-                f"(data.window) take up to {needed / 1e9:.3g} GB. Give {self.cache.folder} more, or make the "
+                f"(data.window) need up to {needed / 1e9:.3g} GB. Give {self.cache.folder} more, or make the "
                 "window smaller."
             )
 
