@@ -28,7 +28,7 @@ def files_of(count: int, fingerprint: str) -> dict[str, Any]:
 
 
 def made_before(target: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """index.json of `target`, if it was made by the same recipe, though perhaps of files that have moved; {} if
+    """index.json of `target`, if it was made by the same recipe, though perhaps of moved files; {} if
     there is no target. Raises UserError if it holds something else."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return {}
