@@ -228,7 +228,7 @@ def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
         prepare(str(source), str(tmp_path / fit), options, workers=1, report=said.append)
     lines = [next(summary.lines("out")) for summary in said]
     small = "1 smaller than 12 and enlarged"
-    many = "3 of several frames or pages, of which the first is taken"
+    many = "3 of several frames or pages: the first is used"
     clear = "3 with transparency, laid on white"
     assert lines == [
         f"12x12: 7 in colour, 1 in grey, {clear}, 2 cropped to a square, {small}, {many}",

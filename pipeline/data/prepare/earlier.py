@@ -17,20 +17,24 @@ Recipe = dict[str, Any]  # where the images come from, and how they are written
 
 
 def where_from(source: str) -> dict[str, str]:
-    """What is kept of where images come from: the name, and, as many have the same, a digest of the path
-    (data that are published need not tell it)."""
+    """Where images come from: the name, and a digest of the path, which published data should not show."""
     path = redacted(source) if "://" in source else os.path.realpath(Path(source).expanduser())
     return {"source": Path(path).name, "path": hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}
 
 
 def files_of(count: int, fingerprint: str) -> dict[str, Any]:
-    """What is kept of the files of a source, to see later whether they are the same."""
+    """Recorded to see later whether the files of a source are the same."""
     return {"images": count, "fingerprint": fingerprint}
 
 
 def made_before(target: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any]:
+<<<<<<< HEAD
     """index.json of `target` if the same recipe made it, though its files may have moved since; {} if it is
     not there. Raises UserError if `target` holds something else."""
+=======
+    """index.json of `target`, if it was made by the same recipe, though perhaps of moved files; {} if
+    there is no target. Raises UserError if it holds something else."""
+>>>>>>> main
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return {}
     if target.is_dir() and (target / INDEX).exists():
@@ -46,7 +50,7 @@ def made_before(target: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> di
 
 
 def _older(before: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What versions did not keep."""
+    """What earlier versions did not record."""
     return {"path": recipe["path"]} if "path" in recipe and "path" not in before else {}
 
 
@@ -56,7 +60,7 @@ def _files(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_same_place(before: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether the images came from where they come from now."""
+    """Whether the images came from the same place."""
     return bool(before["prepared"].get("path", recipe.get("path")) == recipe.get("path"))
 
 

@@ -58,7 +58,7 @@ class Summary:
             "cropped": "cropped to a square",
             "stretched": "stretched to a square",
             "enlarged": f"smaller than {self.options.size} and enlarged",
-            "first of several": "of several frames or pages, of which the first is taken",
+            "first of several": "of several frames or pages: the first is used",
         }
         return (f"{self.facts[fact]:,} {text}" for fact, text in said.items() if self.facts.get(fact))
 
