@@ -28,13 +28,8 @@ def files_of(count: int, fingerprint: str) -> dict[str, Any]:
 
 
 def made_before(target: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Any]:
-<<<<<<< HEAD
-    """index.json of `target` if the same recipe made it, though its files may have moved since; {} if it is
-    not there. Raises UserError if `target` holds something else."""
-=======
     """index.json of `target`, if it was made by the same recipe, though perhaps of moved files; {} if
     there is no target. Raises UserError if it holds something else."""
->>>>>>> main
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return {}
     if target.is_dir() and (target / INDEX).exists():
