@@ -71,11 +71,9 @@ class Clocked(LocalPenalty):
 
     seconds: list[float] = field(default_factory=list)
 
-    def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        with clocked(
-            self.seconds
-        ):  # the step may have summed these squares with the gradient's: sum them again here
-            return super().values()
+    def sums(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        with clocked(self.seconds):  # again, as the step may have summed these squares with the gradient's
+            return super().sums()
 
     def add_gradient(self, gradients: list[torch.Tensor]) -> None:
         with clocked(self.seconds):
@@ -142,7 +140,7 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
 
 def _over_fragments(engine: Engine) -> torch.Tensor:
     """As it is charted: each rank's sum over its own elements, and one all-reduce of a scalar."""
-    return engine.total(engine.penalty.values()["l2_penalty"])
+    return engine.total(engine.penalty.sums()["l2_penalty"])
 
 
 def _gathered(ranks: Ranks, engine: Engine, gradient: bool) -> None:

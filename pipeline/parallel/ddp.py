@@ -56,7 +56,7 @@ class ReplicatedEngine(MasterEngine):
         the all-reduce spreads the NaN. (Sharded players agree on their gradients' norm.)"""
         super().begin_turn()
         if self._ddp is not None and not self.frozen:
-            self._penalties = self.penalty.values()
+            self._penalties = self.penalty.sums()
             self._loss_gradient = poisoned(self._loss_gradient, self._penalties).float()
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:

@@ -31,11 +31,12 @@ from pipeline.parallel.weight_penalty import LocalPenalty
 
 @dataclass(frozen=True)
 class Contribution:
-    """One rank's part of a statistic, whose value is Σ total / Σ weight over all ranks."""
+    """One rank's part of a statistic, whose value is Σ total · factors / Σ weight over all ranks."""
 
     total: torch.Tensor
     weight: float
     unit: float  # sum of `weight` over all ranks in one update
+    factors: tuple[float, ...] = ()  # `total`, fp64, is still to be multiplied by these, one after another
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,11 @@ class Engine(abc.ABC):
         )
 
     def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
-        """{part: sum over this rank's fragments} → {"section/player/part": contribution}. Over all ranks
-        these sums add up to `copies` times the whole."""
-        weight, unit = self.copies / self.ranks.world, float(self.copies)
-        return {f"{section}/{self.player.name}/{p}": Contribution(v, weight, unit) for p, v in local.items()}
+        """{part: sum over this rank's fragments} → {"section/player/part": contribution}; a penalty's is
+        without its factors. Over all ranks these sums add up to `copies` times the whole."""
+        weight, unit, factors = self.copies / self.ranks.world, float(self.copies), self.penalty.factors
+        prefix = f"{section}/{self.player.name}"
+        return {f"{prefix}/{p}": Contribution(v, weight, unit, factors.get(p, ())) for p, v in local.items()}
 
 
 def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

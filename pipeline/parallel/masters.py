@@ -36,7 +36,7 @@ class MasterEngine(Engine):
         self.fragments = fragments
         self._penalised = [masters[f.name] for f in fragments if f.penalised]
         self.penalty = LocalPenalty.over(fragments, player.penalty)
-        self._penalties: dict[str, torch.Tensor] | None = None  # their values, if the turn begins with them
+        self._penalties: dict[str, torch.Tensor] | None = None  # their sums, if the turn begins with them
         self._optimizer = make_optimizer(list(masters.values()), player.optimizer)
         start_momentum(self._optimizer, masters.values())
         self._share = torch.full((), 1 / batch.rounds, device=ranks.device)  # of a round in the loss
@@ -63,7 +63,7 @@ class MasterEngine(Engine):
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised))
         squares, of_weights = sums_of_squares(gradients, () if self._penalties else self.penalty.squared)
-        penalties = self._penalties or self.penalty.values(of_weights)
+        penalties = self._penalties or self.penalty.sums(of_weights)
         squares = self.agreed(squares, penalties)
         self.clip(gradients, squares)
         # A loss, gradient or penalty that is not finite on any rank makes the norm non-finite on all: they

@@ -34,8 +34,9 @@ class LocalPenalty:
         """The weights whose squares are penalised: all or none."""
         return self.weights if self.coefficients.l2 else []
 
-    def values(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Chart part → this rank's share of the penalty (fp64 scalar): l2_penalty, and l1_penalty if used.
+    def sums(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Σw² over this rank's elements as l2_penalty and, if used, Σ|w| as l1_penalty: fp64 scalars, which
+        `factors` make the penalties of.
 
         squares: the sum of squares of `squared`, if it is known already.
         """
@@ -44,24 +45,29 @@ class LocalPenalty:
             squares = torch.zeros((), dtype=torch.float64, device=device)
         elif squares is None:
             squares = sum_of_squares(self.weights)
-        values = {"l2_penalty": self.coefficients.l2 * squares}
-        if self.coefficients.l1:
-            values["l1_penalty"] = self.coefficients.l1 * sum_of_magnitudes(self.weights)
-        return values
+        found = {"l2_penalty": squares}
+        return found | ({"l1_penalty": sum_of_magnitudes(self.weights)} if self.coefficients.l1 else {})
 
-    def gradient(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{"penalty": this rank's share of ‖∂penalty/∂W‖²}, from `values`; empty if unpenalised.
+    @property
+    def factors(self) -> dict[str, tuple[float, ...]]:
+        """What the charts of `sums` and `gradient` are still to be multiplied by: statistics do it for many
+        updates at once."""
+        l2, l1 = self.coefficients.l2, self.coefficients.l1
+        return {"l2_penalty": (l2,), "l1_penalty": (l1,), "penalty": () if l1 else (l2, 4 * l2)}
+
+    def gradient(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{"penalty": this rank's share of ‖∂penalty/∂W‖², less its `factors`}; empty if unpenalised.
 
         L2 alone takes no pass over the weights: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for each
         w ≠ 0.
         """
         l2, l1 = self.coefficients.l2, self.coefficients.l1
-        squares = 4 * l2 * values["l2_penalty"]
-        if l1:
-            squares = squares + 4 * l2 * values["l1_penalty"]
-            for weight in self.weights:
-                squares = squares + l1**2 * torch.count_nonzero(weight)
-        return {"penalty": squares} if l2 or l1 else {}
+        if not l1:
+            return {"penalty": sums["l2_penalty"]} if l2 else {}
+        squares = 4 * l2 * (l2 * sums["l2_penalty"]) + 4 * l2 * (l1 * sums["l1_penalty"])
+        for weight in self.weights:
+            squares = squares + l1**2 * torch.count_nonzero(weight)
+        return {"penalty": squares}
 
     def add_gradient(self, gradients: list[torch.Tensor]) -> None:
         """Add ∂penalty/∂W, in place, to the gradients of the penalised fragments: one for each of `weights`,

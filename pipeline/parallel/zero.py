@@ -148,7 +148,7 @@ class ZeroEngine(Engine):
     def step(self, now: Rates) -> dict[str, Contribution]:
         self.doing("step")
         set_rates(self._optimizer, now)
-        self._penalties = penalties = self.penalty.values()
+        self._penalties = penalties = self.penalty.sums()
         self._hooked = False
         self._ds.step()
         self._masters_written()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 import torch
 
@@ -13,7 +13,8 @@ from pipeline.parallel.engine import Contribution
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
-_TOGETHER = 16  # reports of a name that wait
+_TOGETHER = 32  # reports of a name that wait
+_Report = tuple[torch.Tensor, tuple[float, ...]]  # a scalar and its factors: see Contribution
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Stats:
     def __init__(self, device: torch.device, reports: int = 1) -> None:
         """reports: how often something averaged is reported in one update, over all ranks and rounds."""
         self._device, self._reports = device, float(reports)
-        self._waiting: dict[str, list[torch.Tensor]] = {}
+        self._waiting: dict[str, list[_Report]] = {}
         self._places: dict[str, int] = {}  # where in the totals a name is
         self._totals = torch.zeros(0, dtype=torch.float64, device=device)
         self._weights: dict[str, float] = {}
@@ -65,7 +66,8 @@ class Stats:
                 self._rescale(name, share.unit)  # from a checkpoint of another world or strategy
             if len(self._waiting.get(name, ())) == _TOGETHER:
                 self._add_waiting()
-            self._waiting.setdefault(name, []).append(share.total.to(self._device, non_blocking=True))
+            value = share.total.to(self._device, non_blocking=True)
+            self._waiting.setdefault(name, []).append((value, share.factors))
             self._weights[name] = self._weights.get(name, 0.0) + share.weight
 
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
@@ -130,22 +132,30 @@ class Stats:
     def _add_waiting(self) -> None:
         """Add to each name's total its reports, one after another: neighbours of one dtype together."""
         waiting, self._waiting = self._waiting, {}
-        new = sorted(waiting.keys() - self._places, key=lambda name: (str(waiting[name][0].dtype), name))
+        new = sorted(waiting.keys() - self._places, key=lambda name: (str(waiting[name][0][0].dtype), name))
         if new:
             self._places |= {name: place for place, name in enumerate(new, start=len(self._places))}
             self._totals = torch.cat([self._totals, self._totals.new_zeros(len(new))])
         ordered = sorted((self._places[name], values) for name, values in waiting.items())
-        runs: dict[torch.dtype, list[tuple[int, list[torch.Tensor]]]] = {}  # (place of the first, values)
+        runs: dict[torch.dtype, list[tuple[int, list[_Report]]]] = {}  # (place of the first, reports)
         for number in range(max(map(len, waiting.values()), default=0)):
             layer = enumerate((place, values[number]) for place, values in ordered if number < len(values))
-            for (_, dtype), run in groupby(layer, lambda at: (at[1][0] - at[0], at[1][1].dtype)):
+            for (_, dtype), run in groupby(layer, lambda at: (at[1][0] - at[0], at[1][1][0].dtype)):
                 reports = [report for _, report in run]
                 runs.setdefault(dtype, []).append((reports[0][0], [value for _, value in reports]))
         for alike in runs.values():
             lengths = [len(values) for _, values in alike]
-            parts = torch.split(torch.stack([value for _, values in alike for value in values]), lengths)
+            parts = torch.split(self._stacked([each for _, values in alike for each in values]), lengths)
             for (start, values), part in zip(alike, parts, strict=True):
                 self._totals[start : start + len(values)].add_(part)
+
+    def _stacked(self, reports: list[_Report]) -> torch.Tensor:
+        values = torch.stack([value for value, _ in reports])
+        if factors := [*zip_longest(*(factors for _, factors in reports), fillvalue=1.0)]:
+            table = torch.tensor(factors, dtype=torch.float64).to(self._device, non_blocking=True)
+            for each in table.unbind():
+                values.mul_(each)
+        return values
 
     def _rescale(self, name: str, unit: float) -> None:
         """Make earlier reports weigh as much per update as those of now."""

@@ -82,13 +82,13 @@ def _nan_loss(player: str, calls: range, ranks: Ranks, _folder: Path) -> Iterato
 @contextmanager
 def _nan_penalty(ranks: Ranks, _folder: Path) -> Iterator[None]:
     """A penalty is not a number on one rank, once."""
-    right, count = LocalPenalty.values, iter(range(10**9))
+    right, count = LocalPenalty.sums, iter(range(10**9))
 
-    def wrong(self: LocalPenalty) -> dict[str, torch.Tensor]:
+    def wrong(self: LocalPenalty, *given: torch.Tensor) -> dict[str, torch.Tensor]:
         bad = ranks.rank == BAD_RANK and next(count) == 40  # D and G in turn
-        return {part: value * (float("nan") if bad else 1.0) for part, value in right(self).items()}
+        return {part: value * (float("nan") if bad else 1.0) for part, value in right(self, *given).items()}
 
-    with patch.object(LocalPenalty, "values", wrong):
+    with patch.object(LocalPenalty, "sums", wrong):
         yield
 
 

@@ -85,13 +85,13 @@ def _padding_counted_in() -> Any:
         for part in self._slices:
             known[part] = True
         flat[~known] = 1.0  # uninitialised memory may hold anything
-        true_values = LocalPenalty.values
-        extra = self.penalty.coefficients.l2 * sum_of_squares([flat[~known]])
+        true_sums = LocalPenalty.sums
+        extra = sum_of_squares([flat[~known]])
 
-        def values(penalty: LocalPenalty) -> dict[str, torch.Tensor]:
-            return {k: v + extra * (k == "l2_penalty") for k, v in true_values(penalty).items()}
+        def sums(penalty: LocalPenalty) -> dict[str, torch.Tensor]:
+            return {k: v + extra * (k == "l2_penalty") for k, v in true_sums(penalty).items()}
 
-        with patch.object(LocalPenalty, "values", values):
+        with patch.object(LocalPenalty, "sums", sums):
             return right(self, now)
 
     return patch.object(ZeroEngine, "step", wrong)

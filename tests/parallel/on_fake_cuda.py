@@ -42,7 +42,7 @@ from pipeline.step import train_step
 
 GPU = torch.device("cuda:0")
 LOW = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SPREAD = 16  # updates of which statistics are added up in one go
+SPREAD = 32  # updates of which statistics are added up in one go
 
 
 @dataclass(frozen=True)

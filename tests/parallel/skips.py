@@ -120,12 +120,12 @@ def _spoilt(kind: str, gan: Gan, ranks: Ranks) -> Iterator[tuple[Gan, bool]]:
 
         yield replace(gan, losses=replace(gan.losses, **{player.lower(): loss})), False
     elif what == "penalty":
-        values = LocalPenalty.values
+        sums = LocalPenalty.sums
 
         def spoilt(self: LocalPenalty, *given: torch.Tensor) -> Tensors:
-            return {part: value * float("nan") for part, value in values(self, *given).items()}
+            return {part: value * float("nan") for part, value in sums(self, *given).items()}
 
-        with patch.object(LocalPenalty, "values", spoilt):
+        with patch.object(LocalPenalty, "sums", spoilt):
             yield gan, False
     else:
         yield gan, True

@@ -78,15 +78,15 @@ def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():
 
 def test_all_penalties_are_where_the_weights_are():
     """Also an unused one; `meta` represents a device that is not the CPU."""
-    values = LocalPenalty(WeightPenalty(l1=1e-3), [torch.empty(3, device="meta")]).values()
+    values = LocalPenalty(WeightPenalty(l1=1e-3), [torch.empty(3, device="meta")]).sums()
     assert {value.device.type for value in values.values()} == {"meta"} and len(values) == 2
 
 
 def test_a_rank_without_a_penalised_fragment_has_nothing_to_add():
     penalty = LocalPenalty(WeightPenalty(l2=1e-3, l1=1e-3), [])
     penalty.add_gradient([])
-    assert {float(value) for value in penalty.values().values()} == {0.0}
-    assert float(penalty.gradient(penalty.values())["penalty"]) == 0.0
+    assert {float(value) for value in penalty.sums().values()} == {0.0}
+    assert float(penalty.gradient(penalty.sums())["penalty"]) == 0.0
 
 
 def test_peak_memory_on_a_gpu_is_that_of_one_tick(monkeypatch):

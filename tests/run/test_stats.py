@@ -106,9 +106,24 @@ def test_an_update_takes_little_more_than_a_launch_for_each_type_however_many_ch
     stats = Stats(torch.device("cpu"), 1)
     update = {f"Loss/{n}": Contribution(torch.tensor(float(n)), 1.0, 1.0) for n in range(30)}
     update |= {f"Gradients/{n}": Contribution(torch.tensor(float(n)).double(), 1.0, 1.0) for n in range(30)}
-    for _ in range(20):
+    for _ in range(40):
         stats.add(update)
     with Launches() as launches:
-        for _ in range(16):
+        for _ in range(32):
             stats.add(update)
-    assert launches.count == 2 * (16 + 1)
+    assert launches.count == 2 * (32 + 1)
+
+
+def test_factors_are_multiplied_in_one_after_another():
+    """As if each report had been multiplied before it was added."""
+    stats, whole, generator = (
+        Stats(torch.device("cpu")),
+        Stats(torch.device("cpu")),
+        torch.Generator().manual_seed(0),
+    )
+    for update in range(70):
+        value = torch.rand((), dtype=torch.float64, generator=generator)
+        l2 = 1e-4 * (update + 1)
+        stats.add({"a": Contribution(value, 1.0, 1.0, (l2, 4 * l2)), "b": Contribution(value, 1.0, 1.0)})
+        whole.add({"a": Contribution(4 * l2 * (l2 * value), 1.0, 1.0), "b": Contribution(value, 1.0, 1.0)})
+    assert stats.state() == whole.state()
