@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,22 +17,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "tests" / "assets" / "fashion-mnist-500"  # 500 real images, 28x28, ten classes
 
-# Fixtures that take minutes and serve several files; in the order in which their tests start.
-SHARED = ("cluster", "worlds", "launched")
+# Files that share a fixture which takes minutes, for one worker to make it: (folder, a word in the file).
+SHARED = (("tests/slurm/", ""), ("tests/e2e/", "worlds"), ("tests/parallel/", "launched"))
 
 
-@pytest.hookimpl(tryfirst=True)
+@cache
+def group_of(file: str) -> str:
+    """What one worker does: a file (relative to the project's root), or all files that share a fixture."""
+    folders = [folder for folder, _ in SHARED if file.startswith(folder)]
+    words = dict(SHARED)
+    return next((f for f in folders if re.search(rf"\b{words[f]}\b", (ROOT / file).read_text())), file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups tests for several workers (`-n 2 --dist loadgroup`): a file's, or those of a shared fixture."""
-    if not getattr(config.option, "loadgroup", False):
-        return
-    groups = {}
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        shared = next((name for name in SHARED if name in fixtures), None)
-        groups[item] = shared or item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group(groups[item]))
-    items.sort(key=lambda item: SHARED.index(groups[item]) if groups[item] in SHARED else len(SHARED))
+    """For several workers: what takes longest comes first."""
+    if hasattr(config, "workerinput"):
+        order = {folder: place for place, (folder, _) in enumerate(SHARED)}
+        items.sort(key=lambda item: order.get(group_of(item.nodeid.partition("::")[0]), len(order)))
 
 
 @pytest.fixture(autouse=True)
