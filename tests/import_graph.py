@@ -13,7 +13,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WIDTH = 106
+WIDTH = 118
 Graph = Mapping[str, set[str]]  # what → all that it imports
 
 
