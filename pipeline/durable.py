@@ -20,13 +20,14 @@ _LACKING_FOR_FOLDERS = _LACKING | {errno.EACCES, errno.EPERM, errno.EBADF, errno
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, make_folder: bool = True) -> Iterator[Path]:
     """Where to write what becomes `path` when the block ends; nothing is left behind if it fails.
 
     Readers see the old file or all of the new one. Several processes may write it at once; the last one
-    wins. Raises OSError.
+    wins. Raises OSError. make_folder: False where a folder that is gone was removed by another process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield partial
@@ -36,9 +37,9 @@ def whole(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes, make_folder: bool = True) -> None:
     """Write a file whole or not at all, text in UTF-8. Raises OSError."""
-    with whole(path) as partial:
+    with whole(path, make_folder) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -150,9 +150,9 @@ def _passed_over(tar: TarReader, samples: Sequence[Sample], why: Callable[[Sampl
     return PassedOver(len(samples), tuple(reasons))
 
 
-def save(table: SampleTable, path: Path) -> None:
-    """Write a sidecar; several processes may do so at once. Raises OSError."""
-    with durable.whole(path) as partial, partial.open("wb") as file:
+def save(table: SampleTable, path: Path, make_folder: bool = True) -> None:
+    """Write a sidecar; several processes may do so at once. Raises OSError. See durable.whole."""
+    with durable.whole(path, make_folder) as partial, partial.open("wb") as file:
         np.savez(
             file,
             version=np.array(_VERSION),

@@ -8,6 +8,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,8 +20,12 @@ from tiny_shards import contents, png
 
 from pipeline import lock
 from pipeline.config import UserError
+from pipeline.data import sidecar
+from pipeline.data.prepare import staging
 from pipeline.data.prepare.writer import Options, prepare
+from pipeline.data.record import Shard
 
+FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 FORK = multiprocessing.get_context("fork")
 
 
@@ -177,12 +182,26 @@ def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_pat
     processes = begun(pictures, tmp_path / "out", said)
     for process in processes:
         process.suspend()
-    prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
-    made = contents(tmp_path / "out")
-    for process in processes:
-        process.resume()
+    try:
+        prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
+        made = contents(tmp_path / "out")
+    finally:
+        for process in processes:
+            process.resume()
     assert ".out.partial was removed" in said.get(timeout=60)
     assert contents(tmp_path / "out") == made and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_recorded_makes_no_folder_that_another_process_removed(tmp_path, monkeypatch):
+    """As when this process was suspended just before it writes."""
+    folder = tmp_path / ".out.partial"
+    monkeypatch.setattr(staging, "_lock", SimpleNamespace(check=lambda: None))
+    with pytest.raises(FileNotFoundError):
+        staging.record(folder, 0, staging.Written(Shard("0.tar", 1, 1, "", {}), (), {}))
+    table = sidecar.scan(FASHION / "shard-000000.tar", "shard-000000.tar")
+    with pytest.raises(FileNotFoundError):
+        sidecar.save(table, folder / "0.idx", make_folder=False)
+    assert not folder.exists()
 
 
 def test_a_file_system_without_flock(pictures: Path, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def _kept(folder: Path) -> str:
 def record(folder: Path, number: int, written: Written) -> None:
     """Record shard `number` as finished. Raises LockLostError if another process has the folder now."""
     _lock.check()
-    durable.write(folder / _RECORDS / f"{number}.json", json.dumps(asdict(written)))
+    durable.write(folder / _RECORDS / f"{number}.json", json.dumps(asdict(written)), make_folder=False)
 
 
 def recorded(folder: Path, number: int) -> Written | None:

@@ -247,7 +247,9 @@ def _write_tar(path: Path, number: int, rows: NDArray[np.int64]) -> Written:
         path.unlink()
         return Written(Shard(path.name, 0, 0, "", {}), tuple(skipped), {})
     table = sidecar.scan(path, path.name)
-    sidecar.save(table, sidecar_path(folder, path.name))
+    beside = sidecar_path(folder, path.name)
+    beside.parent.mkdir(exist_ok=True)  # unless another process has removed `folder`
+    sidecar.save(table, beside, make_folder=False)
     return Written(shard_of(path.name, table), tuple(skipped), dict(facts))
 
 
