@@ -54,7 +54,8 @@ class _Launcher:
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's launcher then handles none of ours
         self._asked = set[int]()
         self._number: int | None = None
-        self._signals = stop.StopSignals("USR1", "USR2", on_stop=self._stop, on_tick=self._pass_on)
+        # A signal may have waited for it, and its thread then calls these before it is returned.
+        stop.StopSignals("USR1", "USR2", on_stop=self._stop, on_tick=self._pass_on)
         stop.hold()  # pending for the training processes until they handle them
         os.environ[stop.LAUNCHER] = str(os.getpid())
 
@@ -66,7 +67,7 @@ class _Launcher:
             return
         children = psutil.Process().children()
         if not children and not self._asked and not os.times().children_user:  # none so far
-            os._exit(self._signals.status)
+            os._exit(stop.INTERRUPTED if self._number == signal.SIGINT else stop.TERMINATED)
         for child in children:
             if child.pid not in self._asked:
                 self._asked.add(child.pid)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from launch import launcher
 from launch.doctor import surroundings
 from launch.processes import environment_of, notes
 from launch.select import local as select_local
@@ -17,6 +21,7 @@ from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.folders import provide_home
+from pipeline.run import stop
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,3 +198,24 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long") / ("x" * 120)
     folder.mkdir()
     return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGUSR1, stop.TERMINATED), (signal.SIGINT, stop.INTERRUPTED)]
+)
+def test_a_signal_that_waited_for_the_launcher_ends_it(monkeypatch, number, status):
+    """The listening thread may be faster than the constructor that starts it."""
+
+    def listening(*_: str, on_stop: Callable[[int], None], on_tick: Callable[[], None]) -> None:
+        on_stop(number)
+        on_tick()
+
+    children = SimpleNamespace(children=list)
+    monkeypatch.setattr(stop, "StopSignals", listening)
+    monkeypatch.setattr(launcher.psutil, "Process", lambda: children)
+    monkeypatch.setattr(launcher.os, "times", lambda: SimpleNamespace(children_user=0.0))
+    monkeypatch.setattr(launcher.os, "_exit", sys.exit)
+    monkeypatch.setattr(stop, "hold", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        launcher._Launcher()
+    assert ended.value.code == status
