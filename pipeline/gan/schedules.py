@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from pipeline.config import Config
-from pipeline.gan.gradient_penalty import GradientPenalty, r1
+from pipeline.config import R1, Config, Schedulable
+from pipeline.gan.gradient_penalty import GradientPenalty, Interpolated, Slope
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,47 @@ class Now:
     gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
     ema_beta: float  # share of the old G_ema that an update keeps
 
-    def differentiates(self, *images: str) -> bool:
-        """Whether a penalty due now needs D's gradient with respect to "real" or "fake" images."""
-        return any(p.factor and p.on in images for p in self.gradient_penalties)
+    def differentiates(self, images: str) -> bool:
+        """Whether a penalty that is due takes the gradient of D's pass on "real" or "fake" images."""
+        return any(penalty.needs == images for penalty in self.gradient_penalties)
 
 
 def at(config: Config, cur_nimg: int) -> Now:
     """What a config says for the update, or the turn of D, that begins after cur_nimg images."""
-    G, D, gamma = config.optim.G, config.optim.D, config.penalty.r1.gamma
-    factor = lazy_factor(config.penalty.r1.interval, cur_nimg // config.data.batch_size)
+    G, D = config.optim.G, config.optim.D
     return Now(
         G=Rates(G.lr, G.betas),
         D=Rates(D.lr, D.betas),
-        gradient_penalties=(GradientPenalty("r1", "real", r1, gamma, factor),) if gamma else (),
+        gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
         ema_beta=ema_beta(config.images_per_update, config.ema.kimg, config.ema.rampup, cur_nimg),
     )
+
+
+def _gradient_penalties(config: Config, cur_nimg: int) -> Iterator[GradientPenalty]:
+    penalty, D_update = config.penalty, cur_nimg // config.data.batch_size
+    if is_used(penalty.r1.gamma):
+        yield _slope("r1", "real", penalty.r1, D_update)
+    if is_used(penalty.r2.gamma):
+        yield _slope("r2", "fake", penalty.r2, D_update)
+    if penalty.wgan_gp.weight:
+        yield Interpolated(penalty.wgan_gp.weight)
+
+
+def _slope(name: str, on: Literal["real", "fake"], given: R1, D_update: int) -> Slope:
+    return Slope(
+        name,
+        on,
+        given.gamma,
+        factor=lazy_factor(given.interval, D_update),
+        every=round(1 / given.fraction),
+        sigma=given.sigma,
+        sided=given.sided,
+    )
+
+
+def is_used(weight: Schedulable) -> bool:
+    """Whether a weight, or either end of its schedule, is not 0."""
+    return any(weight) if isinstance(weight, tuple) else weight > 0
 
 
 def lazy_factor(interval: int, D_update: int) -> int:

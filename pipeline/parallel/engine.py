@@ -156,25 +156,43 @@ class Engine(abc.ABC):
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
 
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Passes inside take no gradient and leave the buffers as they were."""
+        snapshot = BufferSnapshot(self._buffers)
+        with torch.no_grad():
+            yield
+        snapshot.restore()
+
     def doing(self, what: str) -> None:
         """Say what this rank does, for the watch of the other ranks."""
         self.ranks.progress.doing = f"in the {what} of {self.player.name}"
 
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.
+        """Cut an update into rounds that fit on the device: yields (drawn, *local), the round's part of each
+        on the device.
 
         drawn: for the global batch; this rank takes its part. local: this rank's tensors [batch.local, …],
         None stays None. Gradients are averaged over ranks in the last round.
         """
         mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
-        tensors = [drawn.z[mine], None if drawn.c is None else drawn.c[mine], *local]
         for number in range(self.batch.rounds):
-            seed_generators(drawn.seed + self.ranks.rank * self.batch.rounds + number, self.ranks.device)
+            seed = drawn.seed + self.ranks.rank * self.batch.rounds + number
+            seed_generators(seed, self.ranks.device)
             part = slice(number * self.batch.images, (number + 1) * self.batch.images)
+            z, c, augmentation, mix = (
+                self._on_device(t, mine, part) for t in (drawn.z, drawn.c, drawn.augmentation, drawn.mix)
+            )
+            assert z is not None
             with self.accumulating(last=number == self.batch.rounds - 1):
-                yield tuple(
-                    None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
-                )
+                yield Drawn(z, c, seed, augmentation, mix), *(self._on_device(t, part) for t in local)
+
+    def _on_device(self, tensor: torch.Tensor | None, *parts: slice) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        for part in parts:
+            tensor = tensor[part]
+        return tensor.to(self.ranks.device, non_blocking=True)
 
     @property
     def in_first_copy(self) -> bool:

@@ -17,7 +17,7 @@ from launch.selfcheck import parity
 from pipeline.config import Optimizer
 from pipeline.gan import schedules
 from pipeline.gan.draws import Draws
-from pipeline.gan.gradient_penalty import GradientPenalty, r1
+from pipeline.gan.gradient_penalty import Slope
 from pipeline.gan.losses import Adversarial
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.schedules import Rates
@@ -40,7 +40,7 @@ GAMMAS = {"real": 0.7, "fake": 0.3}
 UPDATES = 2
 
 
-def augmented(images: torch.Tensor) -> torch.Tensor:
+def augmented(images: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
     return 0.8 * images.flip(3) + 0.1
 
 
@@ -48,7 +48,7 @@ def at(cur_nimg: int) -> schedules.Now:
     """SGD's rate falls from turn to turn; a gradient penalty on reals always, on fakes every other time."""
     rates = Rates(0.02 / (1 + cur_nimg / CASE.batch), (0.5, 0.999))
     due = {"real": 1, "fake": schedules.lazy_factor(2, cur_nimg // CASE.batch)}
-    penalties = tuple(GradientPenalty(f"on_{on}", on, r1, GAMMAS[on], due[on]) for on in ("real", "fake"))
+    penalties = tuple(Slope(f"on_{on}", on, GAMMAS[on], factor=due[on]) for on in ("real", "fake"))
     return replace(schedules.at(CONFIG, cur_nimg), G=rates, D=rates, gradient_penalties=penalties)
 
 
@@ -119,8 +119,8 @@ def test_reals_go_to_the_device_in_Gs_turn_only_for_a_paired_loss(paired):
 def test_the_hook_sees_every_image_that_D_does_and_costs_nothing_by_default():
     gan, seen = gan_on_one_process(), []
     image = torch.zeros(1)
-    assert gan.augment(image) is image
-    gan = replace(gan, augment=lambda images: seen.append(len(images)) or images)
+    assert gan.augment(image, None) is image
+    gan = replace(gan, augment=lambda images, _: seen.append(len(images)) or images)
     train_step(gan, iter(parity.reals(CASE, 2)), 0, Stats(CPU))
     turns = (2, 2, 1)  # real and fake images of two turns of D, fake ones of G's
     assert seen == [CASE.batch // 2] * (2 * sum(turns))  # in two rounds each
