@@ -172,27 +172,25 @@ class Engine(abc.ABC):
         """Cut an update into rounds that fit on the device: yields (drawn, *local), the round's part of each
         on the device.
 
-        drawn: for the global batch; this rank takes its part. local: this rank's tensors [batch.local, …],
-        None stays None. Gradients are averaged over ranks in the last round.
+        drawn: for the global batch, of which this rank takes its part of each round. local: this rank's
+        tensors [batch.local, …] in the order of rounds; None stays None. Gradients are averaged over ranks in
+        the last round.
         """
-        mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
+        images = self.batch.images
         for number in range(self.batch.rounds):
             seed = drawn.seed + self.ranks.rank * self.batch.rounds + number
             seed_generators(seed, self.ranks.device)
-            part = slice(number * self.batch.images, (number + 1) * self.batch.images)
-            z, c, augmentation, mix = (
-                self._on_device(t, mine, part) for t in (drawn.z, drawn.c, drawn.augmentation, drawn.mix)
+            of_all = self.batch.part(self.ranks.rank, number)
+            of_mine = slice(number * images, (number + 1) * images)
+            z = drawn.z[of_all].to(self.ranks.device, non_blocking=True)
+            c, augmentation, mix = (
+                self._on_device(tensor, of_all) for tensor in (drawn.c, drawn.augmentation, drawn.mix)
             )
-            assert z is not None
             with self.accumulating(last=number == self.batch.rounds - 1):
-                yield Drawn(z, c, seed, augmentation, mix), *(self._on_device(t, part) for t in local)
+                yield Drawn(z, c, seed, augmentation, mix), *(self._on_device(t, of_mine) for t in local)
 
-    def _on_device(self, tensor: torch.Tensor | None, *parts: slice) -> torch.Tensor | None:
-        if tensor is None:
-            return None
-        for part in parts:
-            tensor = tensor[part]
-        return tensor.to(self.ranks.device, non_blocking=True)
+    def _on_device(self, tensor: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+        return None if tensor is None else tensor[part].to(self.ranks.device, non_blocking=True)
 
     @property
     def in_first_copy(self) -> bool:
