@@ -47,7 +47,7 @@ def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
                 stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
             stats.mean("Loss/D/adversarial", adversarial)
-            stats.scores(real=real.logits, fake=fake.logits)
+            stats.scores(real.logits, fake.logits, gan.losses.paired)
         stats.add(D.step(now.D))
 
 

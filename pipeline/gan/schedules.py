@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import R1, Config, Schedulable
+from pipeline.config import Config, Schedulable
 from pipeline.gan.gradient_penalty import GradientPenalty, Interpolated, Slope
+from pipeline.settings import R1
 
 
 @dataclass(frozen=True)
