@@ -6,6 +6,7 @@ batch passes at once, the optimizers are torch's for-loop ones, and the average 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
-from pipeline.config import Config, Optimizer, WeightPenalty
+from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
@@ -49,17 +50,21 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             parts = {"adversarial": _d_loss(config.loss.kind, real, fake)}
             parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, nimg)
             parts |= _between(config, D, x, y, c, draws.uniform("mix", nimg, case.batch).to(device))
-            parts |= _penalties(D, config.penalty.D, config.penalty.on)
+            parts |= _penalties(config, "D", D, nimg)
+            _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
         fake_c = c if config.loss.kind == "relativistic" else fake_c
         real = D(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
         parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c), real)}
-        parts |= _penalties(G, config.penalty.G, config.penalty.on)
+        parts |= _penalties(config, "G", G, nimg)
+        _set_rates(config, "G", G_optimizer, nimg)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
-        half_life = min(1000 * config.ema.kimg, config.ema.rampup * start)
-        beta = 0.5 ** ((nimg - start) / half_life) if start else 0.0
+        half_life = 1000 * _at(config.ema.kimg, config, start)
+        if not isinstance(config.ema.kimg, tuple):
+            half_life = min(half_life, config.ema.rampup * start)
+        beta = 0.5 ** ((nimg - start) / half_life) if half_life else 0.0
         for name, p in G.named_parameters():
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
     tensors = {f"G/{name}": p.detach() for name, p in _trained(G)}
@@ -114,7 +119,7 @@ def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], nimg: int) -> T
                 slopes = (D(images + step, c) - behind) / (given.sigma * given.sided)
             else:
                 (slopes,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-            value = given.interval * given.gamma / 2 * slopes.square().sum() / len(images)
+            value = given.interval * _at(given.gamma, config, nimg) / 2 * slopes.square().sum() / len(images)
             parts[f"{name}_penalty"] = value
     return parts
 
@@ -152,13 +157,23 @@ def _g_loss(kind: str, fake: Tensor, real: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, torch.ones_like(fake))
 
 
-def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
+def _at(value: Schedulable, config: Config, nimg: int) -> float:
+    """A setting after nimg images: of [from, to], the share cos² of `from` falls from 1 to 0."""
+    if not isinstance(value, tuple):
+        return value
+    angle = min(nimg / config.run.burn_in_kimg / 1000, 1.0) * math.pi / 2
+    return value[0] * math.cos(angle) ** 2 + value[1] * math.sin(angle) ** 2
+
+
+def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Tensors:
     """λ₂ Σ w² and λ₁ Σ |w| over all that trains, or over kernels: here, weights of two axes or more."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    chosen = [p for _, p in _trained(module) if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
-    parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
+    penalty: WeightPenalty = getattr(config.penalty, player)
+    everything = config.penalty.on == "all"
+    chosen = [p for _, p in _trained(module) if everything or (p.ndim > 1 and id(p) not in embeddings)]
+    parts = {"l2_penalty": _at(penalty.l2, config, nimg) * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
-        parts["l1_penalty"] = penalty.l1 * _total(p.abs().sum() for p in chosen)
+        parts["l1_penalty"] = _at(penalty.l1, config, nimg) * _total(p.abs().sum() for p in chosen)
     return parts
 
 
@@ -168,8 +183,16 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     if config.kind == "sgd":
-        return torch.optim.SGD(module.parameters(), config.lr, momentum=config.momentum, foreach=False)
-    return torch.optim.Adam(module.parameters(), config.lr, betas=config.betas, eps=config.eps, foreach=False)
+        return torch.optim.SGD(module.parameters(), momentum=config.momentum, foreach=False)
+    return torch.optim.Adam(module.parameters(), eps=config.eps, foreach=False)
+
+
+def _set_rates(config: Config, player: str, optimizer: torch.optim.Optimizer, nimg: int) -> None:
+    settings: Optimizer = getattr(config.optim, player)
+    for group in optimizer.param_groups:
+        group["lr"] = _at(settings.lr, config, nimg)
+        if settings.kind != "sgd":
+            group["betas"] = tuple(_at(beta, config, nimg) for beta in settings.betas)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

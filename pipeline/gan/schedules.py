@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.config import Config, Schedulable
+from pipeline.config import R1, Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.gradient_penalty import GradientPenalty, Interpolated, Slope
-from pipeline.settings import R1
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one player's optimizer steps with."""
+    """What one player steps with."""
 
     lr: float
     betas: tuple[float, float]
+    l2: float  # λ of λ‖W‖²
+    l1: float  # λ of λ‖W‖₁
 
 
 @dataclass(frozen=True)
@@ -35,40 +37,59 @@ class Now:
 
 def at(config: Config, cur_nimg: int) -> Now:
     """What a config says for the update, or the turn of D, that begins after cur_nimg images."""
-    G, D = config.optim.G, config.optim.D
+
+    def now(value: Schedulable) -> float:
+        return scheduled(value, cur_nimg, config.run.burn_in_kimg)
+
+    def rates(optimizer: Optimizer, penalty: WeightPenalty) -> Rates:
+        betas = now(optimizer.betas[0]), now(optimizer.betas[1])
+        return Rates(now(optimizer.lr), betas, now(penalty.l2), now(penalty.l1))
+
+    kimg = config.ema.kimg
+    rampup = 0.0 if isinstance(kimg, tuple) else config.ema.rampup
     return Now(
-        G=Rates(G.lr, G.betas),
-        D=Rates(D.lr, D.betas),
+        G=rates(config.optim.G, config.penalty.G),
+        D=rates(config.optim.D, config.penalty.D),
         gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
-        ema_beta=ema_beta(config.images_per_update, config.ema.kimg, config.ema.rampup, cur_nimg),
+        ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
     )
 
 
-def _gradient_penalties(config: Config, cur_nimg: int) -> Iterator[GradientPenalty]:
-    penalty, D_update = config.penalty, cur_nimg // config.data.batch_size
-    if is_used(penalty.r1.gamma):
-        yield _slope("r1", "real", penalty.r1, D_update)
-    if is_used(penalty.r2.gamma):
-        yield _slope("r2", "fake", penalty.r2, D_update)
-    if penalty.wgan_gp.weight:
-        yield Interpolated(penalty.wgan_gp.weight)
-
-
-def _slope(name: str, on: Literal["real", "fake"], given: R1, D_update: int) -> Slope:
-    return Slope(
-        name,
-        on,
-        given.gamma,
-        factor=lazy_factor(given.interval, D_update),
-        every=round(1 / given.fraction),
-        sigma=given.sigma,
-        sided=given.sided,
-    )
+def scheduled(value: Schedulable, cur_nimg: int, burn_in_kimg: float) -> float:
+    """The value after cur_nimg images: of [from, to], half a cosine's way over burn_in_kimg thousand images,
+    then `to` (Huang et al. 2024, R3GAN, app. D)."""
+    if not isinstance(value, tuple):
+        return value
+    start, end = value
+    progress = min(cur_nimg / (1000 * burn_in_kimg), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else end
 
 
 def is_used(weight: Schedulable) -> bool:
     """Whether a weight, or either end of its schedule, is not 0."""
     return any(weight) if isinstance(weight, tuple) else weight > 0
+
+
+def _gradient_penalties(config: Config, cur_nimg: int) -> Iterator[GradientPenalty]:
+    penalty = config.penalty
+    if is_used(penalty.r1.gamma):
+        yield _slope("r1", "real", penalty.r1, config, cur_nimg)
+    if is_used(penalty.r2.gamma):
+        yield _slope("r2", "fake", penalty.r2, config, cur_nimg)
+    if penalty.wgan_gp.weight:
+        yield Interpolated(penalty.wgan_gp.weight)
+
+
+def _slope(name: str, on: Literal["real", "fake"], given: R1, config: Config, cur_nimg: int) -> Slope:
+    return Slope(
+        name,
+        on,
+        gamma=scheduled(given.gamma, cur_nimg, config.run.burn_in_kimg),
+        factor=lazy_factor(given.interval, cur_nimg // config.data.batch_size),
+        every=round(1 / given.fraction),
+        sigma=given.sigma,
+        sided=given.sided,
+    )
 
 
 def lazy_factor(interval: int, D_update: int) -> int:
