@@ -98,7 +98,7 @@ def _train(
     with closing(open_report(config, folder, state, ranks, still_ours)) as report:
         report.say(introduction(config, index, split, gan, ranks))
         session = Session(config, folder, index, split, ranks, report, signals, state)
-        with closing(open_reals(config, index, split, state, ranks, report)) as reals:
+        with closing(open_reals(config, index, split, state, ranks, batch, report)) as reals:
             completed = loop.train(gan, reals, state, stats, config.run, session)
         session.conclude(state, completed)
     ranks.leave()

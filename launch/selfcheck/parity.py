@@ -226,9 +226,9 @@ def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
 def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]:
     """New players, and this rank's part of the global batches from state.cur_nimg on."""
     config = case.config(ranks.world)
-    gan = build(config, ranks, batch_shape(config.data, ranks.world), state.label_frequencies)
-    share = case.batch // ranks.world
-    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    batch = batch_shape(config.data, ranks.world)
+    gan = build(config, ranks, batch, state.label_frequencies)
+    mine = batch.positions(ranks.rank)
     due = reals(case, UPDATES * config.loss.D_steps)[state.cur_nimg // case.batch :]
     return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
 

@@ -134,7 +134,7 @@ class Batches:
 
     def __call__(self, samples: Iterable[Decoded]) -> Iterator[Item | UserError]:
         decoded = iter(samples)
-        for start in self._source.steps():
+        for step in self._source.steps():
             buffer = torch.empty(buffer_bytes(self._shape), dtype=torch.uint8)
             batch = unpack(buffer, self._shape)
             assert batch.labels is not None
@@ -146,14 +146,14 @@ class Batches:
                 yield error
                 return
             if self._xflip:
-                mirrored = self._mirrored(start)
+                mirrored = self._mirrored(step)
                 images[mirrored] = images[mirrored, :, :, ::-1]
             yield buffer, self._replacements.found()
 
-    def _mirrored(self, start: int) -> NDArray[np.bool_]:
-        images = self._shape[0]
-        epochs = (start + np.arange(images, dtype=np.int64)) // self._plan.size
-        return flips(self._plan.seed, epochs, self._plan.samples(start, images))
+    def _mirrored(self, step: Sequence[range]) -> NDArray[np.bool_]:
+        epochs = np.concatenate([np.asarray(part, np.int64) for part in step]) // self._plan.size
+        pairs = np.concatenate([self._plan.samples(part.start, len(part)) for part in step])
+        return flips(self._plan.seed, epochs, pairs)
 
 
 def buffer_bytes(shape: Shape) -> int:

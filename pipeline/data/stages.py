@@ -68,8 +68,8 @@ def apply(stages: Sequence[Stage], sample: Sample) -> Sample:
 class PlannedSamples:
     """The source stage: raw samples in the order of the plan, without end.
 
-    Step i stands for the global positions start + i * batch_size …, of which this rank reads its equal,
-    contiguous slice. DataLoader worker k of K reads only the steps k, k + K, …
+    Step i stands for the global positions start + i * batch_size …, cut into equal rounds, of each of which
+    this rank reads its equal, contiguous part. DataLoader worker k of K reads only the steps k, k + K, …
     A damaged sample is an error, unless `replacements` allow for it.
     """
 
@@ -81,35 +81,43 @@ class PlannedSamples:
         batch_size: int,
         rank: int,
         world: int,
+        rounds: int = 1,
         replacements: Replacements | None = None,
     ) -> None:
-        if batch_size % world:
-            raise ValueError(f"a batch of {batch_size} cannot be divided equally over {world} ranks")
+        if batch_size % (world * rounds):
+            raise ValueError(
+                f"a batch of {batch_size} cannot be divided equally over {world} ranks and {rounds} rounds"
+            )
         self._index, self._plan, self._batch_size = index, plan, batch_size
-        self._local = batch_size // world
-        self._start = start + rank * self._local
+        images = batch_size // (world * rounds)
+        firsts = ((number * world + rank) * images for number in range(rounds))
+        self._parts = [range(first, first + images) for first in firsts]
+        self._start = start
         self._replacements = replacements or Replacements(index, plan, allowed=False)
 
-    def steps(self) -> Iterator[int]:
-        """The global position of the first sample of each step that this worker reads."""
+    def steps(self) -> Iterator[list[range]]:
+        """The global positions of the samples of each step that this worker reads: a range per round."""
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        return count(self._start + first * self._batch_size, stride * self._batch_size)
+        for start in count(self._start + first * self._batch_size, stride * self._batch_size):
+            yield [range(start + part.start, start + part.stop) for part in self._parts]
 
     def positions(self) -> Iterator[int]:
         """The global position of each sample that this worker reads."""
-        return (start + i for start in self.steps() for i in range(self._local))
+        return (position for step in self.steps() for part in step for position in part)
 
     def planned(self, ahead: Prefetch, epochs: int | None = None) -> Iterator[tuple[int, int, int]]:
         """(position, shard, row) of each sample that this worker reads.
 
         Shards are prefetched, during the first `epochs` only if given.
         """
-        for start in self.steps():
-            done = epochs is not None and start - self._start >= epochs * self._plan.size
-            ahead.want(() if done else self._plan.shards_from(start, windows=2))
-            for i, (shard, row) in enumerate(self._plan.samples(start, self._local).tolist()):
-                yield start + i, shard, row
+        for part in (part for step in self.steps() for part in step):
+            done = epochs is not None and part.start - self._start >= epochs * self._plan.size
+            ahead.want(() if done else self._plan.shards_from(part.start, windows=2))
+            for position, (shard, row) in zip(
+                part, self._plan.samples(part.start, len(part)).tolist(), strict=True
+            ):
+                yield position, shard, row
 
     def __call__(self) -> Iterator[Sample]:
         reader, ahead = Reader(self._index, self._plan.window), Prefetch(self._index)

@@ -55,10 +55,11 @@ def training_batches(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    rounds: int = 1,
     cache: Cache | None = None,
 ) -> TrainingBatches:
     """This rank's batches from global position `start` on, without end: step i covers the positions
-    start + i * batch_size …, of which the rank gets its contiguous batch_size / world.
+    start + i * batch_size …, cut into equal rounds, of each of which the rank gets its equal part.
 
     Worker processes start at once (0: decode in this process, as asked). data.stages are put between reading
     and decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
@@ -70,7 +71,7 @@ def training_batches(
     shape = (data.batch_size // world, data.channels, data.size, data.size)
     stages = load_stages(data.stages)
     replacements = Replacements(index, plan, allowed=data.max_bad > 0)
-    source = PlannedSamples(index, plan, start, data.batch_size, rank, world, replacements)
+    source = PlannedSamples(index, plan, start, data.batch_size, rank, world, rounds, replacements)
     decoder = Decode(data.size, data.channels, index.num_classes if data.conditional else None)
     decoded: tuple[object, ...]
     if cache is not None:

@@ -9,7 +9,11 @@ from pipeline.config import Data, UserError
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How one global batch lies over ranks and rounds: batch_size = world × rounds × images."""
+    """How one global batch lies over ranks and rounds: batch_size = world × rounds × images.
+
+    Round r is the r-th of `rounds` equal, contiguous parts of the batch, divided over the ranks in order: the
+    images of a round do not depend on the number of ranks.
+    """
 
     world: int
     rounds: int
@@ -17,7 +21,17 @@ class BatchShape:
 
     @property
     def local(self) -> int:
+        """Images of a rank, in all rounds."""
         return self.rounds * self.images
+
+    def part(self, rank: int, number: int) -> slice:
+        """Where the images of a rank in one round lie in the global batch."""
+        start = (number * self.world + rank) * self.images
+        return slice(start, start + self.images)
+
+    def positions(self, rank: int) -> list[int]:
+        """The places in the global batch of a rank's images [local], round by round."""
+        return [i for r in range(self.rounds) for i in range(self.world * self.local)[self.part(rank, r)]]
 
     def __str__(self) -> str:
         """In words: "64 = 2 ranks x 1 round x 32 images"."""

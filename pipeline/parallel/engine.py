@@ -163,17 +163,19 @@ class Engine(abc.ABC):
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
         """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.
 
-        drawn: for the global batch; this rank takes its part. local: this rank's tensors [batch.local, …],
-        None stays None. Gradients are averaged over ranks in the last round.
+        drawn: for the global batch, of which this rank takes its part of each round. local: this rank's
+        tensors [batch.local, …] in the order of rounds; None stays None. Gradients are averaged over ranks in
+        the last round.
         """
-        mine = slice(self.ranks.rank * self.batch.local, (self.ranks.rank + 1) * self.batch.local)
-        tensors = [drawn.z[mine], None if drawn.c is None else drawn.c[mine], *local]
+        images = self.batch.images
         for number in range(self.batch.rounds):
             seed_generators(drawn.seed + self.ranks.rank * self.batch.rounds + number, self.ranks.device)
-            part = slice(number * self.batch.images, (number + 1) * self.batch.images)
+            part = self.batch.part(self.ranks.rank, number)
+            of_round = [None if t is None else t[part] for t in (drawn.z, drawn.c)]
+            of_round += [None if t is None else t[number * images : (number + 1) * images] for t in local]
             with self.accumulating(last=number == self.batch.rounds - 1):
                 yield tuple(
-                    None if t is None else t[part].to(self.ranks.device, non_blocking=True) for t in tensors
+                    None if t is None else t.to(self.ranks.device, non_blocking=True) for t in of_round
                 )
 
     @property

@@ -10,6 +10,7 @@ from pipeline.data.plan import Split, split_of
 from pipeline.data.stream import TrainingBatches, training_batches
 from pipeline.errors import CommonError
 from pipeline.gan.networks import check_networks
+from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
 from pipeline.run.state import State
@@ -40,16 +41,17 @@ def agreed_data(config: Config, ranks: Ranks) -> tuple[Index, Split]:
 
 
 def open_reals(
-    config: Config, index: Index, split: Split, state: State, ranks: Ranks, report: Report
+    config: Config, index: Index, split: Split, state: State, ranks: Ranks, batch: BatchShape, report: Report
 ) -> TrainingBatches:
-    """This rank's part of every global batch, from where the run stands, without end."""
+    """This rank's part of every round of every global batch, from where the run stands, without end."""
     return training_batches(
         index,
         split.training(),
         config.data,
         start=state.cur_nimg,
         rank=ranks.rank,
-        world=ranks.world,
+        world=batch.world,
+        rounds=batch.rounds,
         cache=_open_cache(config, index, ranks, report),
     )
 

@@ -16,6 +16,7 @@ from pipeline.data.stream import (
 )
 
 BATCH = 12  # divides over 1, 2, 3 and 4 ranks
+_PLACE = ("start", "rank", "world", "rounds", "cache")
 
 
 def open_all(root: Path, **split: object) -> tuple[Index, Plan]:
@@ -25,7 +26,7 @@ def open_all(root: Path, **split: object) -> tuple[Index, Plan]:
 
 def batches(index: Index, plan: Plan, **changes: object) -> TrainingBatches:
     """`changes` of Data by key, or of where in the stream to start and for which rank."""
-    place = {key: changes.pop(key) for key in ("start", "rank", "world", "cache") if key in changes}
+    place = {key: changes.pop(key) for key in _PLACE if key in changes}
     return training_batches(index, plan, data_of(**changes), **place)  # type: ignore[arg-type]
 
 

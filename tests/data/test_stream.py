@@ -64,6 +64,25 @@ def test_ledger(make_shards: MakeShards, layout: str, world: int, workers: int) 
         assert once == Counter((s, r) for s, n in enumerate(index.sizes) for r in range(n))
 
 
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 3), (3, 0)])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_a_round_is_the_same_images_for_any_ranks(
+    make_shards: MakeShards, world: int, workers: int, rounds: int
+) -> None:
+    """Flipped or not; with a step that begins in one epoch and ends in the next."""
+    index, plan = open_all(make_shards(LAYOUTS["uneven"]))
+    keys = {"batch_size": 36, "xflip": True, "start": 5, "rounds": rounds}
+    alone = batches(index, plan, **keys)
+    ranks = [batches(index, plan, rank=rank, world=world, workers=workers, **keys) for rank in range(world)]
+    for _ in range(plan.size // 36 + 2):
+        parts = [next(rank).images.chunk(rounds) for rank in ranks]
+        assert torch.equal(
+            torch.cat([part for turn in zip(*parts, strict=True) for part in turn]), next(alone).images
+        )
+    for rank in ranks:
+        rank.close()
+
+
 def test_stopped_and_resumed_at_other_worlds(make_shards: MakeShards) -> None:
     """Three times within one epoch, with other ranks and workers: nothing twice, nothing missing."""
     index, plan = open_all(make_shards([50, 20, 61, 13]), holdout=0.1)

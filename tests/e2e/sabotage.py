@@ -183,15 +183,18 @@ def _read_only(ranks: Ranks, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _signal_in_score(ranks: Ranks, _folder: Path) -> Iterator[None]:
-    """One rank, and only that, is told to stop in the middle of the second evaluation."""
-    right, count = pipeline.run.scorer.evaluate_generator, iter(range(10**9))
+    """One rank, and only that, is told to stop in the second evaluation, before its first batch."""
+    right, count = pipeline.run.scorer.Scorer._interrupt, iter(range(10**9))
 
-    def signalled(*arguments: Any) -> Any:
-        if ranks.rank == BAD_RANK and next(count) == 1:
-            os.kill(os.getpid(), signal.SIGUSR2)
-        return right(*arguments)
+    def told(self: pipeline.run.scorer.Scorer, *given: Any) -> None:
+        if ranks.rank == BAD_RANK and self._scored == 0 and next(count) == 1:
+            heard = threading.Event()
+            with patch.object(self._signals, "_on_stop", lambda _: heard.set()):
+                os.kill(os.getpid(), signal.SIGUSR2)
+                assert heard.wait(60.0)
+        right(self, *given)
 
-    with patch.object(pipeline.run.scorer, "evaluate_generator", signalled):
+    with patch.object(pipeline.run.scorer.Scorer, "_interrupt", told):
         yield
 
 

@@ -99,12 +99,22 @@ def test_pairs_of_signals_to_all_processes_and_to_the_script(project):
 
 
 def test_asked_to_make_room_while_it_is_still_starting(project):
-    """Before any process listens; the signal is not lost."""
-    job = Job(project, "early", LONG)
-    project.cluster.until(job.id, lambda _: any("launch.launcher" in line for line in project.left_behind()))
+    """Before any process listens: they start only after the batch script has passed the signal on."""
+    hold, go = project.path / "hold.sh", project.path / "go"
+    wait = f"case $* in *launch.launcher*) until [ -e {go} ]; do sleep 0.1; done ;; esac"
+    hold.write_text(f'#!/bin/sh\n{wait}\nexec "$@"\n')
+    hold.chmod(0o755)
+    job = Job(project, "early", LONG, SHARDGAN_CONTAINER=str(hold))
+
+    def runs(command: str) -> bool:
+        return any(command in line for line in project.left_behind())
+
+    project.cluster.until(job.id, lambda _: runs("launch.launcher"))
     project.preempt(job.id)
+    project.cluster.until(job.id, lambda _: runs("sleep 3"))  # between one passing on and the next
+    go.touch()
     project.cluster.until(job.id, lambda seen: seen["Restarts"] == "1")
-    assert "kimg      0.2" not in job.log
+    assert "requeue 1 of at most 100" in job.log and not job.run.done
     project.cluster.run("scancel", job.id)
     job.ended()
 

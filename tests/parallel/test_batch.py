@@ -1,0 +1,44 @@
+"""How a global batch lies over ranks and rounds."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.config import Optimizer, WeightPenalty
+from pipeline.gan.draws import Drawn
+from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.ddp import ReplicatedEngine
+from pipeline.parallel.engine import PlayerSettings
+from pipeline.parallel.watch.whereabouts import Progress
+
+IMAGES = 2
+
+
+@pytest.mark.parametrize(("world", "rounds"), itertools.product((1, 2, 3), (1, 2, 3)))
+def test_rounds_of_all_ranks_are_the_global_batch(world, rounds):
+    shape = BatchShape(world, rounds, IMAGES)
+    size = world * rounds * IMAGES
+    z, c = torch.arange(2.0 * size).view(size, 2), torch.arange(size)
+    seen = [
+        list(_engine(shape, rank).rounds(Drawn(z, c, 0), c[shape.positions(rank)])) for rank in range(world)
+    ]
+    for number in range(rounds):
+        part = slice(number * size // rounds, (number + 1) * size // rounds)
+        for found, whole in zip(zip(*(rank[number] for rank in seen), strict=True), (z, c, c), strict=True):
+            assert torch.equal(torch.cat(found), whole[part])
+
+
+def _engine(shape: BatchShape, rank: int) -> ReplicatedEngine:
+    ranks: Any = SimpleNamespace(
+        rank=0, world=1, device=torch.device("cpu"), precision="no", low_precision=None, progress=Progress()
+    )
+    player = PlayerSettings("G", Optimizer(), WeightPenalty(), frozenset())
+    engine = ReplicatedEngine(nn.Linear(2, 1), player, ranks, shape, ())
+    ranks.rank = rank
+    return engine
