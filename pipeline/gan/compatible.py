@@ -75,8 +75,8 @@ def _of_fractions(config: Config, images: int) -> Iterator[str]:
         every = round(1 / slope.fraction)
         if is_used(slope.gamma) and images % every:
             yield (
-                f"penalty.{name}.fraction=1/{every}: {every} does not divide the number of a rank's images in "
-                f"a round, {images}. Change the fraction, data.batch_size or data.batch_gpu"
+                f"penalty.{name}.fraction=1/{every}: {every} does not divide the images of a rank "
+                f"and round, {images}. Change the fraction, data.batch_size or data.batch_gpu"
             )
 
 

@@ -59,8 +59,8 @@ def test_ranks_and_rounds_partition_one_draw():
     for world in (1, 2, 3, 4):
         slices = [slice(r * 12 // world, (r + 1) * 12 // world) for r in range(world)]
         drawn = [Draws(1, 8, [3, 1]).latents("G", 128, 12) for _ in slices]  # by each rank for itself
-        assert torch.equal(torch.cat([zs[s] for (zs, _, _), s in zip(drawn, slices, strict=True)]), z)
-        assert torch.equal(torch.cat([cs[s] for (_, cs, _), s in zip(drawn, slices, strict=True)]), c)
+        assert torch.equal(torch.cat([zs[s] for (zs, *_), s in zip(drawn, slices, strict=True)]), z)
+        assert torch.equal(torch.cat([cs[s] for (_, cs, *_), s in zip(drawn, slices, strict=True)]), c)
 
 
 def test_fake_labels_follow_the_frequencies():
