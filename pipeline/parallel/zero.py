@@ -114,14 +114,14 @@ class ZeroEngine(Engine):
         return output
 
     def _through_twin(self, *inputs: Any) -> torch.Tensor:
-        """Stage 3, a pass that is differentiated twice: gather the whole player until its backward is done,
-        and run it without hooks."""
+        """Stage 3, a pass that is differentiated twice: gather the whole player until the last backward of
+        the turn is done, and run it without hooks."""
         if self._gathered is None:
             zero = import_deepspeed(self.ranks.device).zero
             gathered: AbstractContextManager[Any] = zero.GatheredParameters(list(self.module.parameters()))
             gathered.__enter__()
             self._gathered = gathered
-            self._ds.optimizer.clear_backward_seen_flag()
+        self._ds.optimizer.clear_backward_seen_flag()  # or a round would overwrite the one before
         tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         self._twin.train(self.module.training)
         output: torch.Tensor = torch.func.functional_call(self._twin, tensors, inputs)
@@ -135,7 +135,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: torch.Tensor) -> None:
         self.doing("backward")
         self._ds.backward(self.scaled(loss))  # divides by the rounds itself
-        if self._gathered is not None:
+        if self._gathered is not None and self._last_round:
             self._gathered.__exit__(None, None, None)
             self._gathered = None
         if not self._last_round:
