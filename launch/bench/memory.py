@@ -14,6 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from launch.bench import pair, table
 from launch.bench.meter import Traffic, footprint
 from launch.bench.pair import Found
+from pipeline.config import load
+from pipeline.gan.schedules import at
 from pipeline.parallel import theory
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
@@ -25,13 +27,14 @@ _HELD = ("weights", "optimizer", "G_ema", "gradients")
 
 @click.command("memory")
 @pair.options(images=1)
-def command(**options: Any) -> None:
+@click.argument("settings", nargs=-1)
+def command(settings: tuple[str, ...], **options: Any) -> None:
     """MiB per rank of weights, optimizer state, G_ema and gradients, and MiB sent per rank and update.
 
-    Trains a residual pair for three updates on made-up images. Prints a line of JSON per launch, then a
-    table: measured, and theory in brackets.
+    Trains a residual pair for three updates on made-up images, under the penalties in SETTINGS
+    (penalty.r2.gamma=1). Prints a line of JSON per launch, then a table: measured, and theory in brackets.
     """
-    found = pair.measure("launch.bench.memory", **options)
+    found = pair.measure("launch.bench.memory", more=settings, **options)
     table.show(
         f"MiB per rank; {pair.title(found)} in fp32, Adam",
         (*_HELD, "held in all", "sent per update"),
@@ -54,7 +57,8 @@ def held(found: Found) -> dict[str, float]:
 def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
-    return theory.held(*job), theory.sent(*job)
+    penalties = at(load(None, found["settings"]), 0).gradient_penalties
+    return theory.held(*job), theory.sent(*job, twice=any(penalty.twice for penalty in penalties))
 
 
 def _row(found: Found) -> list[str]:

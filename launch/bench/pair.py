@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,16 @@ def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def measure(
-    module: str, *arguments: str, strategies: str, procs: str, params: float, size: str, images: int
+    module: str,
+    *arguments: str,
+    strategies: str,
+    procs: str,
+    params: float,
+    size: str,
+    images: int,
+    more: Sequence[str] = (),
 ) -> list[Found]:
-    """Launch `python -m module OUT *arguments SETTINGS…` under each strategy; returns the JSON in OUT.
+    """Launch `python -m module OUT *arguments SETTINGS… *more` under each strategy; returns the JSON in OUT.
 
     Prints each as a line; what is running goes to stderr. Raises UserError with the end of the processes'
     output if they fail.
@@ -66,7 +73,7 @@ def measure(
     found = []
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)
-        pair = settings(params, int(size), images * world)
+        pair = [*settings(params, int(size), images * world), *more]
         found.append(_measured(strategy, world, [module, *arguments], pair))
         click.echo(json.dumps(found[-1]))
     return found

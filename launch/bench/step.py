@@ -1,4 +1,5 @@
-"""`shardgan bench step`: the whole training step, its bare maths and the tutorials' loop, side by side.
+"""`shardgan bench step`: the whole training step, its bare maths and the tutorials' loop, side by side; then
+D's turn with gradient penalties (objective.py).
 
 They take turns of a few updates, so that other load slows all of them alike. Ratios are the median over
 turns, and of everyone's fastest turn, which other load disturbs least. Images are real images shown to D.
@@ -20,7 +21,7 @@ from typing import Literal
 import click
 import torch
 
-from launch.bench import table
+from launch.bench import objective, table
 from launch.bench.loader import make_shards
 from launch.bench.meter import clocked
 from launch.bench.rivals import BareMaths, TutorialApart
@@ -71,7 +72,8 @@ def command(
 ) -> None:
     """The whole step (shards, statistics, reports, L2) beside its bare maths and the tutorials' DCGAN loop.
 
-    Same networks and batch, in turns, so that ratios hold under other load.
+    Then D's turn with R1 + R2, exact and estimated, beside a plain one. Same networks and batch, in turns, so
+    that ratios hold under other load.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -82,6 +84,9 @@ def command(
         config = load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
         wanted = [name for name in _ARITHMETIC if precision in (name, "both")]
         _report(config, measure(config, Path(folder), wanted, steps))
+        images = torch.randint(0, 256, (batch, 1, int(size), int(size)), dtype=torch.uint8)
+        penalised = {a: objective.measure(config, images, _ARITHMETIC[a], steps) for a in wanted}
+        objective.report(penalised, batch)
 
 
 def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:

@@ -27,12 +27,13 @@ def held(strategy: str, world: int, G: int, D: int) -> dict[str, float]:
     }
 
 
-def sent(strategy: str, world: int, G: int, D: int) -> float:
+def sent(strategy: str, world: int, G: int, D: int, twice: bool = False) -> float:
     """Bytes that one rank sends per update, with collectives as rings.
 
     DDP: an all-reduce of each gradient. ZeRO 1 and 2: a reduce and a gather of each player. FSDP2: a reduce
     of each, and a gather for every turn it takes part in. ZeRO 3 gathers for every pass instead: G forward in
-    D's turn, forward and backward in its own; D twice each way in its own turn, once in G's.
+    D's turn, forward and backward in its own; D twice each way in its own turn, once in G's. But where
+    gradient penalties differentiate D's passes twice, it gathers D once for all of them.
     """
-    times_G, times_D = {"fsdp2": (3, 3), "zero3": (4, 7)}.get(strategy, (2, 2))
+    times_G, times_D = {"fsdp2": (3, 3), "zero3": (4, 4 if twice else 7)}.get(strategy, (2, 2))
     return 4 * (times_G * G + times_D * D) * (world - 1) / world

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
 from pipeline.errors import CommonError
+from pipeline.gan.losses import adversarial
+from pipeline.gan.schedules import at
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -27,6 +32,16 @@ CASES = {
     "clipped": Case("clipped", OPTIMIZER, rounds=2),
     "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
 }
+# What D's turn may contain besides; each in one round and in two, by the same engines.
+SLOPES = ("penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1")
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "r1-r2": ("loss.kind=relativistic", *SLOPES),
+    "half": ("loss.kind=relativistic", *SLOPES, *(f"penalty.r{n}.fraction=1/2" for n in (1, 2))),
+    "difference": ("loss.kind=relativistic", *SLOPES, *(f"penalty.r{n}.sigma=0.3" for n in (1, 2))),
+    "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=10"),
+}
+ROUNDS = (1, 2)
 ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 
@@ -46,9 +61,12 @@ class Wire(TorchDispatchMode):
 
 
 def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """For each case: the calls of its third update, those of a tick after it, and the players' sizes. And
-    those of an answer from the main rank, with what every rank got of it."""
-    return {name: _record(case, ranks) for name, case in CASES.items()} | {"from_main": _from_main(ranks)}
+    """For each case: the calls of its third update, those of a tick after it, and the players' sizes. The
+    calls of an update with each objective. And those of an answer from the main rank, with what every rank
+    got of it."""
+    cases = {name: _record(case, ranks) for name, case in CASES.items()}
+    objectives = {f"{name}-{rounds}": found for rounds in ROUNDS for name, found in _objectives(rounds, ranks)}
+    return cases | {"objectives": objectives, "from_main": _from_main(ranks)}
 
 
 def _from_main(ranks: Ranks) -> dict[str, Any]:
@@ -77,6 +95,25 @@ def _record(case: Case, ranks: Ranks) -> dict[str, Any]:
         stats.reduce(ranks, {"seconds": 1.0, "waited": 0.5})
     sizes = {engine.player.name: _size(engine) for engine in (gan.G, gan.D)}
     return {"update": update.calls, "tick": tick.calls, "bytes": sizes}
+
+
+def _objectives(rounds: int, ranks: Ranks) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(objective, calls of its second update and the players' sizes): one pair of engines for them all."""
+    common = Case("objectives", (), rounds, batch=24)
+    gan, batches = parity.start(common, parity.initial_state(common), ranks)
+    batch, stats = next(batches), Stats(ranks.device)
+    sizes = {engine.player.name: _size(engine) for engine in (gan.G, gan.D)}
+    for name, settings in OBJECTIVES.items():
+        trained = _with_objective(gan, replace(common, settings=settings).config(ranks.world))
+        train_step(trained, iter([batch]), 0, stats)
+        with Wire() as update:
+            train_step(trained, iter([batch]), common.batch, stats)
+        yield name, {"update": update.calls, "bytes": sizes}
+
+
+def _with_objective(gan: Gan, config: Config) -> Gan:
+    losses, mixes = adversarial(config.loss.kind), config.penalty.wgan_gp.weight > 0
+    return replace(gan, at=partial(at, config), losses=losses, mixes=mixes)
 
 
 def _size(engine: Engine) -> int:
