@@ -49,6 +49,7 @@ class Case:
     rounds: int = 1
     batch: int = 12
     resumed: bool = True
+    objective: bool = False  # one of OBJECTIVE, which tests train under fewer launches
 
     def config(self, world: int) -> Config:
         """A norm-free DCGAN of awkward sizes: few tensors divide equally over 2 or 3 ranks.
@@ -86,6 +87,14 @@ SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
+# Two rounds each. Schedules end after update 4 of 5.
+OBJECTIVE: dict[str, tuple[str, ...]] = {
+    "schedules": (
+        *_optimizers("adam", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
+        *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
+        *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
+    ),
+}
 
 
 def shared_batch(world: int) -> int:
@@ -96,7 +105,7 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, two D steps, residual networks,
-    parameters that do not train, and tied ones, which FSDP2 refuses.
+    parameters that do not train, and tied ones, which FSDP2 refuses; then OBJECTIVE.
     """
     batch = shared_batch(world)
     penalties = {
@@ -134,7 +143,7 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
         found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, batch))
-    return found
+    return found + [Case(name, given, 2, batch, objective=True) for name, given in OBJECTIVE.items()]
 
 
 def reals(case: Case, count: int) -> list[Batch]:
