@@ -35,7 +35,7 @@ def launched(
             first = before(name)
             earlier = None if first is None else launch(first)  # queued before this one
             asked = {params["case"] for params in chosen if params["name"] == name and "case" in params}
-            cases = sorted(asked & parity.OBJECTIVE.keys())
+            cases = sorted(asked & parity.OBJECTIVE)
             launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier, cases)
         return launches[name]
 

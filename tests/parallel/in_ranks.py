@@ -28,14 +28,14 @@ CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that tr
 def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy)
-    cases = [case for case in cases if not case.objective or case.name in objective]
+    cases = [case for case in cases if case.name not in parity.OBJECTIVE or case.name in objective]
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
         if case.name in CONTINUED:
             tensors = parity.resume(case, ranks, earlier / "checkpoints" / case.name)
             if ranks.main:
                 save_file(tensors, out / f"continued-{case.name}.safetensors")
-    found = {dirac.name(*lambdas): dirac.train(ranks, *lambdas) for lambdas in dirac.LAMBDAS}
+    found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"] = wire.record(ranks)
     found["overflow.json"] = half.train(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
