@@ -31,7 +31,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Signal = Literal["USR1", "USR2", "HUP", "CONT"]
-Norm = Literal["batch", "group", "instance", "none"]
+Norm = Literal["batch", "sync_batch", "group", "instance", "none"]
 
 
 def _plain_name(name: str | None) -> str | None:

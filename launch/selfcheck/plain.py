@@ -7,6 +7,7 @@ batch passes at once, the optimizers are torch's for-loop ones, and the average 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
     batches = iter(reals(case, UPDATES * config.loss.D_steps))
+    # Norms of a round are the only thing that rounds change.
+    norms = any(isinstance(m, nn.BatchNorm2d) for m in (*G.modules(), *D.modules()))
+    in_rounds = partial(_in_rounds, case.rounds if norms else 1)
     nimg = 0
     for _ in range(UPDATES):
         start, D_rows = nimg, []
@@ -44,12 +48,13 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
             assert images is not None
             x = (images.float() / 127.5 - 1).requires_grad_()
-            parts = _d_parts(config, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
+            fakes = in_rounds(G, z, fake_c).detach()
+            parts = _d_parts(config, in_rounds(D, x, c), in_rounds(D, fakes, fake_c), x, nimg)
             parts |= _penalties(D, config.penalty.D, config.penalty.on)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
-        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c))}
+        parts = {"adversarial": _g_loss(config.loss.kind, in_rounds(D, in_rounds(G, z, fake_c), fake_c))}
         parts |= _penalties(G, config.penalty.G, config.penalty.on)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
         half_life = min(1000 * config.ema.kimg, config.ema.rampup * start)
@@ -68,6 +73,12 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(device) for t in tensors]
+
+
+def _in_rounds(rounds: int, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """The module's output for the whole batch, of which it sees a round at a time."""
+    parts = [[None] * rounds if t is None else t.chunk(rounds) for t in inputs]
+    return torch.cat([module(*of_round) for of_round in zip(*parts, strict=True)])
 
 
 def _update(
