@@ -10,7 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from launch.bench.meter import clocked
 from launch.bench.pair import Found
 from pipeline.config import WeightPenalty
 from pipeline.data.stream import Batch
+from pipeline.gan.schedules import Now, Rates
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -75,9 +76,9 @@ class Clocked(LocalPenalty):
         with clocked(self.seconds):  # again, as the step may have summed these squares with the gradient's
             return super().sums()
 
-    def add_gradient(self, gradients: list[torch.Tensor]) -> None:
+    def add_gradient(self, gradients: list[torch.Tensor], now: Rates) -> None:
         with clocked(self.seconds):
-            super().add_gradient(gradients)
+            super().add_gradient(gradients, now)
 
 
 def main(out: Path, steps: int, settings: list[str]) -> None:
@@ -96,10 +97,11 @@ def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[s
     own, stats = [], Stats(ranks.device)
     for number in range(steps + _WARM_UP):
         for on in (False, True) if number % 2 else (True, False):
-            penalties = _set_penalties(gan, on)
+            penalties = _set_penalties(gan, λ := 1e-6 if on else 0.0)
+            with_λ = replace(gan, at=partial(_with_L2, gan.at, λ))
             ranks.barrier()
             with clocked(seconds[on]):
-                train_step(gan, reals, number * gan.batch_size, stats)
+                train_step(with_λ, reals, number * gan.batch_size, stats)
             own += [sum(sum(p.seconds) for p in penalties) / seconds[True][-1]] if on else []
     without, with_L2 = seconds[False][_WARM_UP:], seconds[True][_WARM_UP:]
     return {
@@ -110,14 +112,18 @@ def _steps(gan: Gan, ranks: Ranks, reals: Iterator[Batch], steps: int) -> dict[s
     }
 
 
-def _set_penalties(gan: Gan, on: bool) -> list[Clocked]:
-    """Give both players L2 or none."""
+def _set_penalties(gan: Gan, λ: float) -> list[Clocked]:
+    """Give both players L2, or none with λ = 0."""
     made = []
     for engine in (gan.G, gan.D):
-        coefficients = WeightPenalty(l2=1e-6 if on else 0.0)
-        engine.penalty = penalty = Clocked.over(engine.fragments, coefficients)
+        engine.penalty = penalty = Clocked.over(engine.fragments, WeightPenalty(l2=λ))
         made.append(penalty)
     return made
+
+
+def _with_L2(at: Callable[[int], Now], λ: float, cur_nimg: int) -> Now:
+    now = at(cur_nimg)
+    return replace(now, G=replace(now.G, l2=λ), D=replace(now.D, l2=λ))
 
 
 def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]:
@@ -127,7 +133,7 @@ def _ways_to_the_value(gan: Gan, ranks: Ranks, repeats: int) -> dict[str, float]
         "gathered_value_ms": partial(_gathered, ranks, gradient=False),
         "gathered_autograd_ms": partial(_gathered, ranks, gradient=True),
     }
-    _set_penalties(gan, on=True)
+    _set_penalties(gan, λ=1e-6)
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats + 1):
         for name, way in ways.items():

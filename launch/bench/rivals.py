@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.config import Config, Optimizer
+from pipeline.config import Config
 from pipeline.gan.networks import build_D, build_G
-from pipeline.gan.schedules import ema_beta
+from pipeline.gan.schedules import Rates, at, ema_beta, scheduled
 
 _AN_EPOCH = 60_000  # images the tutorial's loop sees before its loader starts over: those of an MNIST
 
@@ -32,9 +32,10 @@ class BareMaths:
         self.G = _channels_last(build_G(config, 0), device)
         self.D = _channels_last(build_D(config, 0), device)
         self.G_ema = _channels_last(build_G(config, 0), device)
-        self._beta = ema_beta(config.images_per_update, config.ema.kimg, rampup=0, cur_nimg=0)
-        self._optimizer_G = _adam(self.G, config.optim.G, fused=True)
-        self._optimizer_D = _adam(self.D, config.optim.D, fused=True)
+        now, kimg = at(config, 0), scheduled(config.ema.kimg, 0, config.run.burn_in_kimg)
+        self._beta = ema_beta(config.images_per_update, kimg, rampup=0, cur_nimg=0)
+        self._optimizer_G = _adam(self.G, now.G, fused=True)
+        self._optimizer_D = _adam(self.D, now.D, fused=True)
         self._device, self._bf16 = device, bf16
         self._z = (config.data.batch_size, config.G.z_dim)
         size, channels = config.data.size, config.data.channels
@@ -78,8 +79,9 @@ class TutorialLoop:
         """images: uint8 [n, C, H, W], so this loop is spared the decoding."""
         self.G = build_G(config, 0).to(device)
         self.D = nn.Sequential(build_D(config, 0), nn.Sigmoid()).to(device)
-        self._optimizer_G = _adam(self.G, config.optim.G, fused=False)
-        self._optimizer_D = _adam(self.D, config.optim.D, fused=False)
+        now = at(config, 0)
+        self._optimizer_G = _adam(self.G, now.G, fused=False)
+        self._optimizer_D = _adam(self.D, now.D, fused=False)
         self._criterion = nn.BCELoss()
         self._device, self._z_dim = device, config.G.z_dim
         workers = config.data.workers
@@ -170,5 +172,5 @@ def _channels_last(module: nn.Module, device: torch.device) -> nn.Module:
     return placed
 
 
-def _adam(module: nn.Module, optim: Optimizer, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.Adam(module.parameters(), lr=optim.lr, betas=optim.betas, fused=fused, foreach=False)
+def _adam(module: nn.Module, now: Rates, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.Adam(module.parameters(), lr=now.lr, betas=now.betas, fused=fused, foreach=False)

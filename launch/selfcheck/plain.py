@@ -6,6 +6,7 @@ batch passes at once, the optimizers are torch's for-loop ones, and the average 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, reals
-from pipeline.config import Config, Optimizer, WeightPenalty
+from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
@@ -50,15 +51,19 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             x = (images.float() / 127.5 - 1).requires_grad_()
             fakes = in_rounds(G, z, fake_c).detach()
             parts = _d_parts(config, in_rounds(D, x, c), in_rounds(D, fakes, fake_c), x, nimg)
-            parts |= _penalties(D, config.penalty.D, config.penalty.on)
+            parts |= _penalties(config, "D", D, nimg)
+            _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
         parts = {"adversarial": _g_loss(config.loss.kind, in_rounds(D, in_rounds(G, z, fake_c), fake_c))}
-        parts |= _penalties(G, config.penalty.G, config.penalty.on)
+        parts |= _penalties(config, "G", G, nimg)
+        _set_rates(config, "G", G_optimizer, nimg)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
-        half_life = min(1000 * config.ema.kimg, config.ema.rampup * start)
-        beta = 0.5 ** ((nimg - start) / half_life) if start else 0.0
+        half_life = 1000 * _at(config.ema.kimg, config, start)
+        if not isinstance(config.ema.kimg, tuple):
+            half_life = min(half_life, config.ema.rampup * start)
+        beta = 0.5 ** ((nimg - start) / half_life) if half_life else 0.0
         for name, p in G.named_parameters():
             G_ema[name] = beta * G_ema[name] + (1 - beta) * p.detach()
     tensors = {f"G/{name}": p.detach() for name, p in _trained(G)}
@@ -105,7 +110,8 @@ def _d_parts(config: Config, real_logits: Tensor, fake_logits: Tensor, x: Tensor
         parts["r1_penalty"] = x.new_zeros(())
         if (nimg // config.data.batch_size) % r1.interval == 0:
             (gradient,) = torch.autograd.grad(real_logits.sum(), x, create_graph=True)
-            parts["r1_penalty"] = r1.interval * r1.gamma / 2 * gradient.square().sum() / len(x)
+            factor = r1.interval * _at(r1.gamma, config, nimg) / 2
+            parts["r1_penalty"] = factor * gradient.square().sum() / len(x)
     return parts
 
 
@@ -126,13 +132,23 @@ def _g_loss(kind: str, fake: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
 
 
-def _penalties(module: nn.Module, penalty: WeightPenalty, on: str) -> Tensors:
+def _at(value: Schedulable, config: Config, nimg: int) -> float:
+    """A setting after nimg images: of [from, to], the share cos² of `from` falls from 1 to 0."""
+    if not isinstance(value, tuple):
+        return value
+    angle = min(nimg / config.run.burn_in_kimg / 1000, 1.0) * math.pi / 2
+    return value[0] * math.cos(angle) ** 2 + value[1] * math.sin(angle) ** 2
+
+
+def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Tensors:
     """λ₂ Σ w² and λ₁ Σ |w| over all that trains, or over kernels: here, weights of two axes or more."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    chosen = [p for _, p in _trained(module) if on == "all" or (p.ndim > 1 and id(p) not in embeddings)]
-    parts = {"l2_penalty": penalty.l2 * _total(p.pow(2).sum() for p in chosen)}
+    penalty: WeightPenalty = getattr(config.penalty, player)
+    everything = config.penalty.on == "all"
+    chosen = [p for _, p in _trained(module) if everything or (p.ndim > 1 and id(p) not in embeddings)]
+    parts = {"l2_penalty": _at(penalty.l2, config, nimg) * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
-        parts["l1_penalty"] = penalty.l1 * _total(p.abs().sum() for p in chosen)
+        parts["l1_penalty"] = _at(penalty.l1, config, nimg) * _total(p.abs().sum() for p in chosen)
     return parts
 
 
@@ -142,8 +158,16 @@ def _total(values: Iterable[Tensor]) -> Tensor:
 
 def _optimizer(module: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
     if config.kind == "sgd":
-        return torch.optim.SGD(module.parameters(), config.lr, momentum=config.momentum, foreach=False)
-    return torch.optim.Adam(module.parameters(), config.lr, betas=config.betas, eps=config.eps, foreach=False)
+        return torch.optim.SGD(module.parameters(), momentum=config.momentum, foreach=False)
+    return torch.optim.Adam(module.parameters(), eps=config.eps, foreach=False)
+
+
+def _set_rates(config: Config, player: str, optimizer: torch.optim.Optimizer, nimg: int) -> None:
+    settings: Optimizer = getattr(config.optim, player)
+    for group in optimizer.param_groups:
+        group["lr"] = _at(settings.lr, config, nimg)
+        if settings.kind != "sgd":
+            group["betas"] = tuple(_at(beta, config, nimg) for beta in settings.betas)
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from pipeline.config import Config
+from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.gradient_penalty import GradientPenalty, r1
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one player's optimizer steps with."""
+    """What one player steps with."""
 
     lr: float
     betas: tuple[float, float]
+    l2: float  # λ of λ‖W‖²
+    l1: float  # λ of λ‖W‖₁
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,33 @@ class Now:
 
 def at(config: Config, cur_nimg: int) -> Now:
     """What a config says for the update, or the turn of D, that begins after cur_nimg images."""
-    G, D, gamma = config.optim.G, config.optim.D, config.penalty.r1.gamma
+
+    def now(value: Schedulable) -> float:
+        return scheduled(value, cur_nimg, config.run.burn_in_kimg)
+
+    def rates(optimizer: Optimizer, penalty: WeightPenalty) -> Rates:
+        betas = now(optimizer.betas[0]), now(optimizer.betas[1])
+        return Rates(now(optimizer.lr), betas, now(penalty.l2), now(penalty.l1))
+
+    gamma, kimg = config.penalty.r1.gamma, config.ema.kimg
     factor = lazy_factor(config.penalty.r1.interval, cur_nimg // config.data.batch_size)
+    rampup = 0.0 if isinstance(kimg, tuple) else config.ema.rampup
     return Now(
-        G=Rates(G.lr, G.betas),
-        D=Rates(D.lr, D.betas),
-        gradient_penalties=(GradientPenalty("r1", "real", r1, gamma, factor),) if gamma else (),
-        ema_beta=ema_beta(config.images_per_update, config.ema.kimg, config.ema.rampup, cur_nimg),
+        G=rates(config.optim.G, config.penalty.G),
+        D=rates(config.optim.D, config.penalty.D),
+        gradient_penalties=(GradientPenalty("r1", "real", r1, now(gamma), factor),) if gamma else (),
+        ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
     )
+
+
+def scheduled(value: Schedulable, cur_nimg: int, burn_in_kimg: float) -> float:
+    """The value after cur_nimg images: of [from, to], half a cosine's way over burn_in_kimg thousand images,
+    then `to` (Huang et al. 2024, R3GAN, app. D)."""
+    if not isinstance(value, tuple):
+        return value
+    start, end = value
+    progress = min(cur_nimg / (1000 * burn_in_kimg), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else end
 
 
 def lazy_factor(interval: int, D_update: int) -> int:

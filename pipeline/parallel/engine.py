@@ -11,6 +11,7 @@ import abc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -251,23 +252,29 @@ class Engine(abc.ABC):
             factor = (self.player.optimizer.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, factor.to(gradients[0].device, gradients[0].dtype))
 
-    def outcome(self, penalties: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
+    def outcome(self, penalties: Mapping[str, torch.Tensor], now: Rates) -> dict[str, Contribution]:
         """Charts of the update that `skipping` has decided on. An overflow that the loss scale answers by
         halving is not charted as skipped."""
         skipped = self._found_inf if self.loss_scale is None else not_finite(self._squares)
         on_all = {"norm": self._squares, "skipped": skipped}
         section, world = f"Gradients/{self.player.name}", float(self.ranks.world)
-        gradient = self.chart("Gradients", self.penalty.gradient(penalties))
+        factors = self.penalty.factors(now)
+        gradient = self.chart("Gradients", self.penalty.gradient(penalties, now), factors)
         return (
-            self.chart("Loss", penalties)
+            self.chart("Loss", penalties, factors)
             | gradient
             | {f"{section}/{name}": Contribution(value, 1.0, world) for name, value in on_all.items()}
         )
 
-    def chart(self, section: str, local: Mapping[str, torch.Tensor]) -> dict[str, Contribution]:
-        """{part: sum over this rank's fragments} → {"section/player/part": contribution}; a penalty's is
-        without its factors. Over all ranks these sums add up to `copies` times the whole."""
-        weight, unit, factors = self.copies / self.ranks.world, float(self.copies), self.penalty.factors
+    def chart(
+        self,
+        section: str,
+        local: Mapping[str, torch.Tensor],
+        factors: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+    ) -> dict[str, Contribution]:
+        """{part: sum over this rank's fragments} → {"section/player/part": contribution}. Over all ranks the
+        sums add up to `copies` times the whole. factors: what a part is still to be multiplied by."""
+        weight, unit = self.copies / self.ranks.world, float(self.copies)
         prefix = f"{section}/{self.player.name}"
         return {f"{prefix}/{p}": Contribution(v, weight, unit, factors.get(p, ())) for p, v in local.items()}
 

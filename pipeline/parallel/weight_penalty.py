@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from pipeline.config import WeightPenalty
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sum_of_squares
 
 
@@ -22,7 +23,7 @@ from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sum_of_squa
 class LocalPenalty:
     """One player's weight penalties on one rank's fragments."""
 
-    coefficients: WeightPenalty
+    coefficients: WeightPenalty  # which of the two there are; how strong they are `now` says
     weights: list[torch.Tensor]  # the penalised fragments' data
 
     @classmethod
@@ -48,34 +49,33 @@ class LocalPenalty:
         found = {"l2_penalty": squares}
         return found | ({"l1_penalty": sum_of_magnitudes(self.weights)} if self.coefficients.l1 else {})
 
-    @property
-    def factors(self) -> dict[str, tuple[float, ...]]:
+    def factors(self, now: Rates) -> dict[str, tuple[float, ...]]:
         """What the charts of `sums` and `gradient` are still to be multiplied by: statistics do it for many
         updates at once."""
-        l2, l1 = self.coefficients.l2, self.coefficients.l1
-        return {"l2_penalty": (l2,), "l1_penalty": (l1,), "penalty": () if l1 else (l2, 4 * l2)}
+        squares = () if self.coefficients.l1 else (now.l2, 4 * now.l2)
+        return {"l2_penalty": (now.l2,), "l1_penalty": (now.l1,), "penalty": squares}
 
-    def gradient(self, sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def gradient(self, sums: Mapping[str, torch.Tensor], now: Rates) -> dict[str, torch.Tensor]:
         """{"penalty": this rank's share of ‖∂penalty/∂W‖², less its `factors`}; empty if unpenalised.
 
         L2 alone takes no pass over the weights: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for each
         w ≠ 0.
         """
-        l2, l1 = self.coefficients.l2, self.coefficients.l1
-        if not l1:
-            return {"penalty": sums["l2_penalty"]} if l2 else {}
+        if not self.coefficients.l1:
+            return {"penalty": sums["l2_penalty"]} if self.coefficients.l2 else {}
+        l2, l1 = now.l2, now.l1
         squares = 4 * l2 * (l2 * sums["l2_penalty"]) + 4 * l2 * (l1 * sums["l1_penalty"])
         for weight in self.weights:
             squares = squares + l1**2 * torch.count_nonzero(weight)
         return {"penalty": squares}
 
-    def add_gradient(self, gradients: list[torch.Tensor]) -> None:
+    def add_gradient(self, gradients: list[torch.Tensor], now: Rates) -> None:
         """Add ∂penalty/∂W, in place, to the gradients of the penalised fragments: one for each of `weights`,
         of the same shape."""
         if not gradients:
             return
-        if self.coefficients.l2:
-            torch._foreach_add_(gradients, self.weights, alpha=2 * self.coefficients.l2)
-        if self.coefficients.l1:
+        if now.l2:
+            torch._foreach_add_(gradients, self.weights, alpha=2 * now.l2)
+        if now.l1:
             signs = torch._foreach_sign(self.weights)  # 0 at 0, as autograd's subgradient
-            torch._foreach_add_(gradients, signs, alpha=self.coefficients.l1)
+            torch._foreach_add_(gradients, signs, alpha=now.l1)

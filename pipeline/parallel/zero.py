@@ -60,6 +60,7 @@ class ZeroEngine(Engine):
         ]
         self.penalty = LocalPenalty.over(self.fragments, player.penalty)
         self._penalties: dict[str, torch.Tensor] = {}
+        self._now: Rates | None = None  # that of the step under way
         self._last_round, self._hooked = True, False
         self._gathered: AbstractContextManager[Any] | None = None
         self._optimizer.register_step_pre_hook(self._before_optimizer)
@@ -148,13 +149,13 @@ class ZeroEngine(Engine):
     def step(self, now: Rates) -> dict[str, Contribution]:
         self.doing("step")
         set_rates(self._optimizer, now)
-        self._penalties = penalties = self.penalty.sums()
+        self._penalties, self._now = self.penalty.sums(), now
         self._hooked = False
         self._ds.step()
         self._masters_written()
         if not self._hooked:  # stage 3, and any stage with offloading, skips a non-finite update itself
             self.skipping(torch.full_like(self._squares, torch.inf))
-        return self.outcome(penalties)
+        return self.outcome(self._penalties, now)
 
     def _masters_written(self) -> None:
         """Stage 3 gathers on its own stream, which waits for no other: on a GPU the next gather could read a
@@ -165,11 +166,12 @@ class ZeroEngine(Engine):
     def _before_optimizer(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
         """Called by the optimizer's step when the averaged gradient of the flat partition is in place."""
         gradient = self._flat.grad
-        assert gradient is not None
+        assert gradient is not None and self._now is not None
         if self.loss_scale is not None:
             self.loss_scale.down_([gradient])
         parts = [gradient[part] for part in self._slices]
-        self.penalty.add_gradient([p for p, f in zip(parts, self.fragments, strict=True) if f.penalised])
+        penalised = [p for p, f in zip(parts, self.fragments, strict=True) if f.penalised]
+        self.penalty.add_gradient(penalised, self._now)
         squares = self.agreed(sum_of_squares(parts), self._penalties)
         self.clip([gradient], squares)
         optimizer.found_inf = self.skipping(squares).to(gradient.device)  # type: ignore[attr-defined]

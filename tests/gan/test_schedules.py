@@ -10,7 +10,8 @@ def test_rates_are_the_configs_at_any_time():
     config = load(None, ["data.train=x", "optim.D.lr=3e-4", "optim.G.betas=[0.0,0.99]"])
     for cur_nimg in (0, 64, 10**9):
         now = at(config, cur_nimg)
-        assert Rates(3e-4, (0.5, 0.999)) == now.D and Rates(2e-4, (0.0, 0.99)) == now.G
+        assert Rates(3e-4, (0.5, 0.999), l2=0.0, l1=0.0) == now.D
+        assert Rates(2e-4, (0.0, 0.99), l2=0.0, l1=0.0) == now.G
         assert now == at(config, cur_nimg)
 
 

@@ -17,6 +17,7 @@ from launch.doctor.finding import Job
 from launch.doctor.networks import build_players
 from pipeline.config import UserError, WeightPenalty, load
 from pipeline.gan.networks import build_D, build_G
+from pipeline.gan.schedules import Rates
 from pipeline.parallel import theory
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -62,7 +63,8 @@ def test_a_clocked_penalty_is_the_penalty():
     fragments = [Fragment("w", 0, weights.shape, weights, penalised=True)]
     plain, clocked = (c.over(fragments, WeightPenalty(l2=0.1)) for c in (LocalPenalty, Clocked))
     gradients = [torch.ones(7, 5)], [torch.ones(7, 5)]
-    plain.add_gradient(gradients[0]), clocked.add_gradient(gradients[1])
+    now = Rates(2e-4, (0.5, 0.999), l2=0.1, l1=0.0)
+    plain.add_gradient(gradients[0], now), clocked.add_gradient(gradients[1], now)
     assert torch.equal(gradients[0][0], gradients[1][0]) and plain.sums() == clocked.sums()
     assert len(clocked.seconds) == 2 and min(clocked.seconds) > 0
 

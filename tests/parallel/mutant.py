@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import parity
-from pipeline.config import WeightPenalty
 from pipeline.console import end_process
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import sum_of_squares
@@ -32,9 +32,8 @@ RAISED = "raised.txt"  # the error of a mistake that ended the training
 def _penalty_times(factor: Callable[[], float]) -> Any:
     right = LocalPenalty.add_gradient
 
-    def wrong(self: LocalPenalty, gradients: Any) -> None:
-        l2, l1 = self.coefficients.l2 * factor(), self.coefficients.l1 * factor()
-        right(replace(self, coefficients=WeightPenalty(l2, l1)), gradients)
+    def wrong(self: LocalPenalty, gradients: Any, now: Rates) -> None:
+        right(self, gradients, replace(now, l2=now.l2 * factor(), l1=now.l1 * factor()))
 
     return patch.object(LocalPenalty, "add_gradient", wrong)
 

@@ -49,7 +49,7 @@ def engine_of(rank: int, copies: int, meeting: Meeting) -> Any:
     concrete = dict.fromkeys(Engine.__abstractmethods__)
     engine = type("Invented", (Engine,), concrete | {"fragments": [fragment], "copies": copies})
     made = object.__new__(engine)
-    made.ranks, made.player, made.penalty = ranks, SimpleNamespace(name="G"), SimpleNamespace(factors={})
+    made.ranks, made.player = ranks, SimpleNamespace(name="G")
     return made
 
 

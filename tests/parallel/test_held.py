@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Optimizer, UserError, WeightPenalty
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.fragments import Fragment
@@ -84,9 +85,10 @@ def test_all_penalties_are_where_the_weights_are():
 
 def test_a_rank_without_a_penalised_fragment_has_nothing_to_add():
     penalty = LocalPenalty(WeightPenalty(l2=1e-3, l1=1e-3), [])
-    penalty.add_gradient([])
+    now = Rates(2e-4, (0.5, 0.999), l2=1e-3, l1=1e-3)
+    penalty.add_gradient([], now)
     assert {float(value) for value in penalty.sums().values()} == {0.0}
-    assert float(penalty.gradient(penalty.sums())["penalty"]) == 0.0
+    assert float(penalty.gradient(penalty.sums(), now)["penalty"]) == 0.0
 
 
 def test_peak_memory_on_a_gpu_is_that_of_one_tick(monkeypatch):

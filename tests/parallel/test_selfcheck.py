@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,6 @@ from click.testing import CliRunner
 
 from launch import selfcheck
 from launch.selfcheck import low_precision, parity
-from pipeline.config import WeightPenalty
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -21,9 +21,8 @@ ADD, SKIPPING = LocalPenalty.add_gradient, Engine.skipping
 
 
 def penalty_times(factor):
-    def add(penalty, gradients):
-        λ = WeightPenalty(l2=factor * penalty.coefficients.l2, l1=factor * penalty.coefficients.l1)
-        ADD(LocalPenalty(λ, penalty.weights), gradients)
+    def add(penalty, gradients, now):
+        ADD(penalty, gradients, replace(now, l2=factor * now.l2, l1=factor * now.l1))
 
     return patch.object(LocalPenalty, "add_gradient", add)
 

@@ -46,7 +46,7 @@ def augmented(images: torch.Tensor) -> torch.Tensor:
 
 def at(cur_nimg: int) -> schedules.Now:
     """SGD's rate falls from turn to turn; a gradient penalty on reals always, on fakes every other time."""
-    rates = Rates(0.02 / (1 + cur_nimg / CASE.batch), (0.5, 0.999))
+    rates = Rates(0.02 / (1 + cur_nimg / CASE.batch), (0.5, 0.999), l2=0.0, l1=0.0)
     due = {"real": 1, "fake": schedules.lazy_factor(2, cur_nimg // CASE.batch)}
     penalties = tuple(GradientPenalty(f"on_{on}", on, r1, GAMMAS[on], due[on]) for on in ("real", "fake"))
     return replace(schedules.at(CONFIG, cur_nimg), G=rates, D=rates, gradient_penalties=penalties)
@@ -129,6 +129,6 @@ def test_the_hook_sees_every_image_that_D_does_and_costs_nothing_by_default():
 def test_an_optimizer_takes_the_rates_of_now():
     for kind, betas in itertools.product(("adam", "adamw", "sgd"), ((0.0, 0.9), (0.5, 0.99))):
         optimizer = make_optimizer([nn.Parameter(torch.ones(2))], Optimizer(kind=kind))
-        set_rates(optimizer, Rates(3e-3, betas))
+        set_rates(optimizer, Rates(3e-3, betas, l2=0.0, l1=0.0))
         (group,) = optimizer.param_groups
         assert group["lr"] == 3e-3 and group.get("betas", betas) == betas

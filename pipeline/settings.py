@@ -1,0 +1,330 @@
+"""Every setting and its default, as frozen dataclasses. `pipeline/config.py` reads and checks them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Signal = Literal["USR1", "USR2", "HUP", "CONT"]
+Norm = Literal["batch", "sync_batch", "group", "instance", "none"]
+
+Schedulable = float | tuple[float, float]  # a constant, or [from, to] along the cosine of run.burn_in_kimg
+
+
+def _each_end(bounds: Any) -> BeforeValidator:
+    """Of a `Schedulable` whose number, or both of whose ends, are within `bounds`."""
+    number = TypeAdapter(bounds)
+
+    def checked(value: Any) -> Schedulable:
+        pair = isinstance(value, list | tuple)
+        try:
+            ends = [number.validate_python(end) for end in (value if pair else [value])]
+        except ValidationError as error:
+            problem = error.errors()[0]
+            if problem["type"] in ("float_type", "float_parsing"):
+                raise ValueError("must be a number or [from, to]") from None
+            raise ValueError(problem["msg"] + " at both ends" * pair) from None
+        if pair and len(ends) != 2:
+            raise ValueError("must be a number or [from, to]")
+        return (ends[0], ends[1]) if pair else ends[0]
+
+    return BeforeValidator(checked)
+
+
+ScheduledNonNegative = Annotated[Schedulable, _each_end(NonNegative)]
+ScheduledPositive = Annotated[Schedulable, _each_end(Positive)]
+ScheduledBelowOne = Annotated[Schedulable, _each_end(BelowOne)]
+ScheduledShare = Annotated[Schedulable, _each_end(Annotated[float, Field(ge=0, le=1)])]
+
+
+def _one_in(value: Any) -> float:
+    """1/k, given as a number or as the text `1/k`."""
+    numerator, slash, denominator = str(value).partition("/")
+    try:
+        share = float(numerator) / float(denominator) if slash else float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        share = 0.0
+    k = round(1 / share) if 0 < share <= 1 else 0
+    if not k or not math.isclose(k * share, 1, rel_tol=1e-6):
+        raise ValueError("must be 1, 1/2, 1/3 or another 1/k")
+    return 1 / k
+
+
+OneIn = Annotated[float, BeforeValidator(_one_in)]
+
+
+def _plain_name(name: str | None) -> str | None:
+    if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
+        raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+    if name is not None and not name.isprintable():
+        raise ValueError("has characters that cannot be printed, or are not in this shell's locale")
+    return name
+
+
+def _place(text: str) -> str:
+    """A local path with `~` and `$VARIABLE` expanded; a URL unchanged."""
+    if "://" in text:
+        plain = text if "@" in text else text.replace(" ", "-")  # S3 keys may contain blanks, logins may not
+        if not re.fullmatch(r"\w+://((?!://)[^\s\x00-\x1f])+", plain):
+            raise ValueError("is neither a path nor one URL")
+        return text
+    path = os.path.expandvars(text)
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
+        raise ValueError(f"the variable {unset[0]} is not set")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        raise ValueError("there is no such home folder; write the path out") from None
+
+
+Place = Annotated[str, AfterValidator(_place)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Run:
+    """What a run is called, how long it lasts and how often it reports. Every kimg may be fractional."""
+
+    name: Annotated[str | None, AfterValidator(_plain_name)] = None  # None: the config file's stem
+    out: Place = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    total_kimg: Positive = 1000.0  # thousands of real images shown to D
+    burn_in_kimg: NonNegative = 0.0  # every setting given as [from, to] moves along one cosine of this length
+    tick_kimg: Positive = 4.0  # a line in metrics.jsonl and a point in every chart
+    snapshot_kimg: Positive = 50.0  # a grid of generated images
+    checkpoint_kimg: Positive = 50.0
+    eval_kimg: Positive = 100.0  # scores on held-out images
+    keep: Count = 2  # newest checkpoints kept, and the one with the best score
+    max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row before the run ends
+    max_skipped: Annotated[int, Field(ge=0)] = 10  # non-finite updates of a player, in a tick or in a row
+    stop_signal: Signal = "USR1"  # save and stop, as on SIGTERM and Ctrl-C
+    grace: Positive = 90.0  # seconds from a stop signal to all processes saved and gone
+    resume: bool = True  # False: start over under a new name, never over old files
+    new_data: bool = False  # resume with other shards than the run was trained on
+    timeout_s: Positive = 600.0  # a rank without a sign of life for this long ends the job
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Remote:
+    """Remote shards, cached whole on the local disk and shared by all ranks and runs."""
+
+    folder: str | None = None  # on the node's own disk; None: shards/ in $SHARDGAN_CACHE or ~/.cache/shardgan
+    gb: Positive = 50.0  # size limit; the least recently read shards are removed first
+    stall_s: Positive = 30.0  # a transfer without progress for this long is restarted
+    timeout_s: Annotated[float, Field(gt=0, le=500)] = 300.0  # a shard missing for this long ends the run
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Data:
+    """Which images, at what size, and which of them are held out."""
+
+    train: Place | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
+    size: Count = 32  # pixels, height = width
+    channels: Literal[1, 3] = 3
+    conditional: bool = False  # train on the shards' .cls labels
+    batch_size: Count = 64  # global, per D update; divided over ranks and rounds
+    batch_gpu: Count | None = None  # at most this many images at once on a device; rounds follow
+    workers: Annotated[int, Field(ge=0)] = 1  # decoding processes per rank; 0: in the training process
+    window: Count = 16  # shards shuffled together; more mixes better, with more open files
+    holdout: BelowOne = 0.1  # share of the samples held out, if folds is not set
+    xflip: bool = False  # mirror half of the images, others in each epoch
+    remote: Remote = Remote()
+    stages: tuple[str, ...] = ()  # your own webdataset stages, each package.module:name, before decoding
+    cache: Literal["none", "ram"] = "none"  # ram: decode each image once and keep it in memory, if all fit
+    max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that are replaced by others; more end the run
+    folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of this many parts …
+    fold: Annotated[int, Field(ge=0)] = 0  # … this one
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Generator:
+    """G: z (and a label) → image."""
+
+    kind: str = "dcgan"  # or resnet, or package.module:Class
+    z_dim: Count = 128
+    width: Count = 64  # channels next to the image; doubled with each layer further in
+    depth: Count = 1  # resnet: residual blocks per resolution
+    norm: Norm = "batch"
+    dropout: BelowOne = 0.0
+    spectral_norm: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Discriminator:
+    """D: image (and a label) → logit."""
+
+    kind: str = "dcgan"
+    width: Count = 64
+    depth: Count = 1
+    norm: Norm = "batch"
+    dropout: BelowOne = 0.0
+    spectral_norm: bool = False
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    """The adversarial loss. `minimax` is the article's, `nonsaturating` Goodfellow's practical form."""
+
+    kind: Literal["minimax", "nonsaturating", "hinge", "least_squares", "relativistic", "wasserstein"] = (
+        "nonsaturating"
+    )
+    D_steps: Count = 1  # D updates per G update, each on fresh reals and latents
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WeightPenalty:
+    """λ of λ‖W‖² (l2) and of λ‖W‖₁ (l1): plain sums, neither averaged nor halved."""
+
+    l2: ScheduledNonNegative = 0.0
+    l1: ScheduledNonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class R1:
+    """(γ/2) E‖∇D(x)‖² on real images (Mescheder et al. 2018, eq. 9), every `interval` D updates."""
+
+    gamma: ScheduledNonNegative = 0.0
+    interval: Count = 16  # lazy: applied every `interval` updates, times `interval` (Karras et al. 2020)
+    sigma: NonNegative = 0.0  # 0: exact; else a finite difference over noise of this standard deviation
+    sided: Literal[1, 2] = 2  # finite difference: from x to x + σε (1), or from x − σε to x + σε (2)
+    fraction: OneIn = 1.0  # 1/k: on every k-th image of the batch
+
+
+@dataclass(frozen=True, config=_STRICT)
+class R2(R1):
+    """(γ/2) E‖∇D(G(z))‖², R1 on generated images (Mescheder et al. 2018, eq. 10)."""
+
+    interval: Count = 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WganGp:
+    """weight · E(‖∇D(x̂)‖ − 1)², x̂ between a real and a generated image (Gulrajani et al. 2017, eq. 3)."""
+
+    weight: NonNegative = 0.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Penalty:
+    """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
+
+    on: Literal["weights", "all"] = "weights"  # kernels of convolutions and linear layers, or everything
+    G: WeightPenalty = WeightPenalty()
+    D: WeightPenalty = WeightPenalty()
+    r1: R1 = R1()
+    r2: R2 = R2()
+    wgan_gp: WganGp = WganGp()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Augment:
+    """Augmentation of every image that D sees, real or generated; never of samples and scores."""
+
+    ops: tuple[Literal["flip", "shift", "scale", "rotate", "colour", "cutout"], ...] = ()
+    p: ScheduledShare | None = None  # probability of each op; or
+    target: BelowOne | None = None  # adjust p until the mean sign of D on real images (of pairs) is this
+    speed_kimg: Positive = 500.0  # with target: how long p takes from 0 to 1
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """One player's optimizer."""
+
+    kind: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: ScheduledPositive = 2e-4
+    betas: tuple[ScheduledBelowOne, ScheduledBelowOne] = (0.5, 0.999)
+    eps: Positive = 1e-8
+    momentum: BelowOne = 0.0  # sgd
+    decoupled_decay: NonNegative = 0.0  # adamw: Loshchilov & Hutter's, which is not the L2 penalty
+    clip: Positive | None = None  # largest gradient norm, weight penalties included
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizers:
+    """One optimizer per player."""
+
+    G: Optimizer = Optimizer()
+    D: Optimizer = Optimizer()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Ema:
+    """G_ema, the moving average of G that is sampled, scored and exported."""
+
+    kimg: ScheduledNonNegative = 10.0  # half-life; 0: G itself; [from, to] has no rampup
+    rampup: Annotated[float, Field(ge=0, le=1)] = 0.05  # at most this share of cur_nimg; 0: no limit
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Score:
+    """What is measured, on generated against held-out images, with which features, on how many images."""
+
+    metrics: tuple[Literal["kid", "fd", "pr", "dc", "nn"], ...] = ("kid",)  # pipeline/run/scores.py
+    features: str = "efflite0"  # or inception:PATH, or package.module:Class
+    images: Annotated[int, Field(ge=2)] = 1000  # generated and real alike; fewer if fewer are held out
+    train_images: Annotated[int, Field(ge=0)] = 0  # compared with too; 0: only for nn, as many as `images`
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Track:
+    """Weights & Biases, online or offline. Its WANDB_* variables apply where nothing is set here."""
+
+    wandb: bool = True
+    project: str | None = None  # None: WANDB_PROJECT, or else shardgan
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """All settings of a run."""
+
+    run: Run = Run()
+    data: Data = Data()
+    G: Generator = Generator()
+    D: Discriminator = Discriminator()
+    loss: Loss = Loss()
+    penalty: Penalty = Penalty()
+    augment: Augment = Augment()
+    optim: Optimizers = Optimizers()
+    ema: Ema = Ema()
+    score: Score = Score()
+    track: Track = Track()
+
+    @property
+    def images_per_update(self) -> int:
+        """Real images shown to D in one alternating update: what cur_nimg advances by."""
+        return self.data.batch_size * self.loss.D_steps
+
+    @property
+    def schedulable(self) -> dict[str, Schedulable | None]:
+        """Dotted key → value of every setting that may be [from, to]."""
+        values: dict[str, Schedulable | None] = {
+            "penalty.r1.gamma": self.penalty.r1.gamma,
+            "penalty.r2.gamma": self.penalty.r2.gamma,
+            "augment.p": self.augment.p,
+            "ema.kimg": self.ema.kimg,
+        }
+        for name in ("G", "D"):
+            optimizer: Optimizer = getattr(self.optim, name)
+            penalty: WeightPenalty = getattr(self.penalty, name)
+            values |= {f"optim.{name}.lr": optimizer.lr, f"penalty.{name}.l2": penalty.l2}
+            values |= {f"optim.{name}.betas[{i}]": beta for i, beta in enumerate(optimizer.betas)}
+            values[f"penalty.{name}.l1"] = penalty.l1
+        return values
