@@ -34,10 +34,15 @@ class Gan:
     at: Callable[[int], Now]  # images shown so far → all that depends on progress
     batch_size: int  # global, per D update
     D_steps: int
-    augment: Callable[[Tensor], Tensor] = lambda images: images  # of every image that D sees
+    mixes: bool = False  # whether D's turn looks between real and fake images
+    augment: Callable[[Tensor, Tensor | None], Tensor] = lambda images, _: images  # all that D sees
 
-    def latents(self, player: str, cur_nimg: int) -> Drawn:
-        return self.draws.latents(player, cur_nimg, self.batch_size)
+    def draw(self, player: str, cur_nimg: int) -> Drawn:
+        """The random inputs of a player's turn, for the global batch."""
+        drawn = self.draws.latents(player, cur_nimg, self.batch_size, labels=not self.losses.paired)
+        if self.mixes and player == "D":
+            drawn = drawn._replace(mix=self.draws.uniform("mix", cur_nimg, self.batch_size))
+        return drawn
 
 
 def build(
@@ -68,4 +73,5 @@ def build(
         at=partial(at, config),
         batch_size=data.batch_size,
         D_steps=config.loss.D_steps,
+        mixes=config.penalty.wgan_gp.weight > 0,
     )

@@ -6,6 +6,7 @@ from pipeline.config import Config
 from pipeline.data.check import remarks
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
+from pipeline.gan import compatible
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
@@ -25,6 +26,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),
+        *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),
     ]
     if index.remote:
         lines.append(f"  {index.remote}")

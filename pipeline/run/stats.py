@@ -47,15 +47,17 @@ class Stats:
         """Average a scalar over everything that reports it: rounds, updates, ranks."""
         self.add({name: Contribution(value.detach(), 1.0, self._reports)})
 
-    def scores(self, **logits: torch.Tensor) -> None:
-        """What the images are → D's logits [N] on them: charts their means, and how often D says real (as the
-        mean sign). All of one shape and type."""
-        given = [of.detach() for of in logits.values()]
-        table = given[0].new_empty(2, len(given), len(given[0]))
-        torch.stack(given, out=table[0])
+    def scores(self, real: torch.Tensor, fake: torch.Tensor, paired: bool = False) -> None:
+        """Charts the means of D's logits [N] on real and fake images, and how often D says real, as the mean
+        sign; if paired, also how often it prefers the i-th real to the i-th fake. Both of one type."""
+        given = {"real": real.detach(), "fake": fake.detach()}
+        if paired:
+            given["paired"] = given["real"] - given["fake"]
+        table = real.new_empty(2, len(given), len(real))
+        torch.stack([*given.values()], out=table[0])
         torch.sign(table[0], out=table[1])
         means = table.flatten(0, 1).mean(1, dtype=torch.float32)
-        names = [f"Loss/{chart}/{of}" for chart in ("scores", "signs") for of in logits]
+        names = [f"Loss/{chart}/{of}" for chart in ("scores", "signs") for of in given]
         for name, value in zip(names, means.unbind(), strict=True):
             self.mean(name, value)
 

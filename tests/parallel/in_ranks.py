@@ -33,7 +33,7 @@ def main(out: Path, earlier: Path | None) -> None:
             tensors = parity.resume(case, ranks, earlier / "checkpoints" / case.name)
             if ranks.main:
                 save_file(tensors, out / f"continued-{case.name}.safetensors")
-    found = {dirac.name(*lambdas): dirac.train(ranks, *lambdas) for lambdas in dirac.LAMBDAS}
+    found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"] = wire.record(ranks)
     found["overflow.json"] = half.train(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)

@@ -212,7 +212,7 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
         sum=all_reduce if world > 1 else lambda values: values,
     )  # fmt: skip
     gan = build(options, ranks, batch_shape(options.data, world), [1.0] * case.classes or None)
-    gan = replace(gan, augment=augment or gan.augment)
+    gan = replace(gan, augment=(lambda images, _: augment(images)) if augment else gan.augment)
     local = options.data.batch_size // world
     labels = torch.zeros(local, dtype=torch.int64) if case.classes else None
     batch = Batch(torch.zeros(local, options.data.channels, 64, 64, dtype=torch.uint8), labels)
