@@ -10,7 +10,7 @@ from pipeline.gan import compatible
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.wording import counted
+from pipeline.wording import counted, in_time
 
 
 def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:
@@ -22,7 +22,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"{counted(len(index.shards), 'shard')}, {split.heldout().size:,} held out; "
         f"{data.channels}x{data.size}x{data.size}",
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
-        f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
+        f"λ_G‖W‖² {in_time(penalty.G.l2)}, λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),
