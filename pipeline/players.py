@@ -49,7 +49,7 @@ class Gan:
         return drawn
 
     def augmentation(self, purpose: str, cur_nimg: int, count: int) -> Tensor | None:
-        """Parameters of `augment` for `count` images, as `Augmentation.draw` gives them; None while p is 0."""
+        """Parameters of `augment` for `count` images, by `Augmentation.draw`; None while p is 0."""
         if not (p := self.augment_p(cur_nimg)):
             return None
         return self.augment.draw(self.draws.generator("augmentation", purpose, cur_nimg), count, p)
