@@ -10,7 +10,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.config import Config, UserError
 from pipeline.gan.schedules import is_used
-from pipeline.wording import counted
 
 _COARSE = 0.03  # σ; at 0.01 bf16's rounding of the logits makes the penalty 1.9 times as large, here 1.1
 
@@ -76,8 +75,8 @@ def _of_fractions(config: Config, images: int) -> Iterator[str]:
         every = round(1 / slope.fraction)
         if is_used(slope.gamma) and images % every:
             yield (
-                f"penalty.{name}.fraction=1/{every}: a rank's round holds {counted(images, 'image')}, which "
-                f"{every} does not divide. Change the fraction, data.batch_size or data.batch_gpu"
+                f"penalty.{name}.fraction=1/{every}: {every} does not divide the images of a rank "
+                f"and round, {images}. Change the fraction, data.batch_size or data.batch_gpu"
             )
 
 
