@@ -87,6 +87,7 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+_SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 
 
@@ -134,6 +135,8 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "spectral-r1": ("D.options.spectral_norm=true", *R1),
         "group": tuple(f"{player}.options={{width: 8, norm: group, activation: silu}}" for player in "GD"),
         "instance": ("G.options.norm=instance", "D.options.norm=instance"),
+        "sync-batch": _SYNC_BATCH,
+        "sync-batch-r1": (*_SYNC_BATCH, *R1),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
         "relativistic": ("data.conditional=true", "loss.kind=relativistic"),
         "r1-r2": ("loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
