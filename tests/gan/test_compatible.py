@@ -43,8 +43,8 @@ def test_R1_goes_with_batch_norm():
 
 def test_a_schedule_that_ends_at_0_is_used():
     with pytest.raises(UserError, match=r"penalty\.r2"):
-        check_layers(config("penalty.r2.gamma=[1,0]"), NORMED)
-    check_layers(config("penalty.r2.fraction=1/4", "penalty.r2.sigma=0.1"), NORMED)  # γ is 0
+        check_layers(config("penalty.r2.gamma=[1,0]"), NORMED[0])
+    check_layers(config("penalty.r2.fraction=1/4", "penalty.r2.sigma=0.1"), NORMED[0])  # γ is 0
 
 
 def test_dropout_in_D_is_refused_for_a_finite_difference_only():
