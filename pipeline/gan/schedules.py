@@ -29,6 +29,7 @@ class Now:
     D: Rates
     gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
     ema_beta: float  # share of the old G_ema that an update keeps
+    augment_p: float  # probability of each operation; 0 without any, and where p is adaptive
 
     def differentiates(self, images: str) -> bool:
         """Whether a penalty that is due takes the gradient of D's pass on "real" or "fake" images."""
@@ -52,6 +53,7 @@ def at(config: Config, cur_nimg: int) -> Now:
         D=rates(config.optim.D, config.penalty.D),
         gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
         ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
+        augment_p=now(config.augment.p or 0.0),
     )
 
 

@@ -63,6 +63,8 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
             say("warning: resumes on other data: new scores do not compare with earlier ones")
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
+    if gan.adaptive:
+        gan.adaptive.load(saved.adaptive)
     ranks.progress.cur_nimg = saved.cur_nimg
     if ranks.main:
         strategy, world = checkpoint.saved_by(found)
