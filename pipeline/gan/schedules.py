@@ -115,8 +115,8 @@ def ema_beta(images: int, half_life: float) -> float:
     return 0.5 ** (images / half_life) if half_life else 0.0
 
 
-def charts(config: Config, cur_nimg: int) -> dict[str, float]:
-    """Chart → value of what may be scheduled, where it is used."""
+def charts(config: Config, cur_nimg: int, augment_p: float) -> dict[str, float]:
+    """Chart → value of what may be scheduled, where it is used; augment_p may be adaptive."""
     now = at(config, cur_nimg)
     found = {}
     for player, rates in (("G", now.G), ("D", now.D)):
@@ -126,6 +126,7 @@ def charts(config: Config, cur_nimg: int) -> dict[str, float]:
         found |= {f"Progress/{player}/beta2": rates.betas[1]} if optimizer.kind != "sgd" else {}
         found |= {f"Progress/{player}/l2": rates.l2} if is_used(penalty.l2) else {}
         found |= {f"Progress/{player}/l1": rates.l1} if is_used(penalty.l1) else {}
+    found |= {"Progress/augment_p": augment_p} if config.augment.ops else {}
     found |= {f"Progress/{p.name}_gamma": p.gamma for p in now.gradient_penalties if isinstance(p, Slope)}
     return found | (
         {"Progress/ema_kimg": half_life(config, cur_nimg) / 1000} if is_used(config.ema.kimg) else {}
