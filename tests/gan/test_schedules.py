@@ -100,5 +100,6 @@ def test_charts_show_what_is_used():
     assert charts(load(None, SCHEDULED), 20_000, augment_p=0.55) == {
         "Progress/G/lr": 5e-5, "Progress/G/beta2": 0.999, "Progress/G/l1": 1e-4,
         "Progress/D/lr": 2e-4, "Progress/D/beta2": 0.99, "Progress/D/l2": 0.0,
-        "Progress/r1_gamma": 0.005, "Progress/r2_gamma": 1.0, "Progress/ema_kimg": 5.0, "Progress/augment_p": 0.55,
+        "Progress/r1_gamma": 0.005, "Progress/r2_gamma": 1.0, "Progress/ema_kimg": 5.0,
+        "Progress/augment_p": 0.55,
     }  # fmt: skip
