@@ -7,7 +7,8 @@ batch passes at once, the optimizers are torch's for-loop ones, and the average 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     config, state, rows = case.config(world=1), initial_state(case), []
     G = build_G(config, state.num_classes).to(device)
     D = build_D(config, state.num_classes).to(device)
+    _normalise_by_round(case.rounds, G, D)
     G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
@@ -79,6 +81,16 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(device) for t in tensors]
+
+
+def _normalise_by_round(rounds: int, *networks: nn.Module) -> None:
+    """Let batch norm see one round of the batch after another, all that rounds change."""
+    for norm in (m for network in networks for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.forward = partial(_each_part, norm.forward, rounds)  # type: ignore[method-assign]
+
+
+def _each_part(norm: Callable[[Tensor], Tensor], rounds: int, x: Tensor) -> Tensor:
+    return torch.cat([norm(part) for part in x.chunk(rounds)])
 
 
 def _update(

@@ -8,9 +8,10 @@ from torch import nn
 from pipeline.config import UserError, load
 from pipeline.gan.compatible import check_layers, check_objective, remarks
 from pipeline.gan.networks import check_networks
+from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 
 PLAIN = nn.Sequential(nn.Conv2d(1, 1, 3))
-NORMED = nn.Sequential(nn.Conv2d(1, 1, 3), nn.BatchNorm2d(1))
+NORMED = [nn.Sequential(nn.Conv2d(1, 1, 3), norm(1)) for norm in (nn.BatchNorm2d, SyncBatchNorm2d)]
 NOISY = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Dropout(0.1))
 R1, R2 = "penalty.r1.gamma=1", "penalty.r2.gamma=1"
 OBJECTIVES = {
@@ -27,21 +28,23 @@ def config(*settings: str):
 
 
 @pytest.mark.parametrize("what", OBJECTIVES)
-def test_batch_norm_in_D_is_refused_where_an_images_logit_must_be_its_own(what):
+@pytest.mark.parametrize("normed", NORMED)
+def test_batch_norm_in_D_is_refused_where_an_images_logit_must_be_its_own(what, normed):
     given = config(*OBJECTIVES[what])
     check_layers(given, PLAIN)
     with pytest.raises(UserError, match=f"{what} together with batch normalisation in D"):
-        check_layers(given, NORMED)
+        check_layers(given, normed)
 
 
 def test_R1_goes_with_batch_norm():
-    check_layers(config(R1), NORMED)
+    for normed in NORMED:
+        check_layers(config(R1), normed)
 
 
 def test_a_schedule_that_ends_at_0_is_used():
     with pytest.raises(UserError, match=r"penalty\.r2"):
-        check_layers(config("penalty.r2.gamma=[1,0]"), NORMED)
-    check_layers(config("penalty.r2.fraction=1/4", "penalty.r2.sigma=0.1"), NORMED)  # γ is 0
+        check_layers(config("penalty.r2.gamma=[1,0]"), NORMED[0])
+    check_layers(config("penalty.r2.fraction=1/4", "penalty.r2.sigma=0.1"), NORMED[0])  # γ is 0
 
 
 def test_dropout_in_D_is_refused_for_a_finite_difference_only():

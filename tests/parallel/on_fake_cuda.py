@@ -63,6 +63,7 @@ class Case:
 
 _NO_NORM = ("G.norm=none", "D.norm=none")
 _ALL_ON = (
+    "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
     "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
     *(f"{player}.{key}" for player in "GD" for key in ("dropout=0.1", "spectral_norm=true")),
     *(f"optim.{player}.clip=1" for player in "GD"),

@@ -12,33 +12,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
-from pipeline.config import Config, UserError
+from pipeline.config import UserError
 from pipeline.errors import CommonError
 from pipeline.gan.losses import adversarial
 from pipeline.gan.schedules import at
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
-from pipeline.players import Gan
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
 # Two cases that differ in their penalties alone, L2 and L1 on all parameters against none; with rounds and
 # clipping, and with neither.
 OPTIMIZER = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 PENALTIES = ("penalty.l2=1e-3", "penalty.l1=1e-4", "penalty.on=all")
 CASES = {
     "plain": Case("plain", ()),
     "plain-penalised": Case("plain-penalised", PENALTIES),
     "clipped": Case("clipped", OPTIMIZER, rounds=2),
     "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
+    "sync-batch": Case("sync-batch", SYNC_BATCH, rounds=2),
+    "sync-batch-r1": Case("sync-batch-r1", (*SYNC_BATCH, "penalty.r1.gamma=1", "penalty.r1.interval=1")),
 }
-# What D's turn may contain besides; each in one round and in two, by the same engines.
-SLOPES = ("penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1")
+NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
+# Objectives, each in one round and in two.
+PAIRED = ("loss.kind=relativistic", "penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "r1-r2": ("loss.kind=relativistic", *SLOPES),
-    "half": ("loss.kind=relativistic", *SLOPES, *(f"penalty.r{n}.fraction=1/2" for n in (1, 2))),
-    "difference": ("loss.kind=relativistic", *SLOPES, *(f"penalty.r{n}.sigma=0.3" for n in (1, 2))),
+    "r1-r2": PAIRED,
+    "half": (*PAIRED, "penalty.r1.fraction=1/2", "penalty.r2.fraction=1/2"),
+    "difference": (*PAIRED, "penalty.r1.sigma=0.3", "penalty.r2.sigma=0.3"),
     "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=10"),
 }
 ROUNDS = (1, 2)
@@ -62,8 +65,8 @@ class Wire(TorchDispatchMode):
 
 def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
     """For each case: the calls of its third update, those of a tick after it, and the players' sizes. The
-    calls of an update with each objective. And those of an answer from the main rank, with what every rank
-    got of it."""
+    calls of a third update with each objective. And those of an answer from the main rank, with what every
+    rank got of it."""
     cases = {name: _record(case, ranks) for name, case in CASES.items()}
     objectives = {f"{name}-{rounds}": found for rounds in ROUNDS for name, found in _objectives(rounds, ranks)}
     return cases | {"objectives": objectives, "from_main": _from_main(ranks)}
@@ -98,22 +101,20 @@ def _record(case: Case, ranks: Ranks) -> dict[str, Any]:
 
 
 def _objectives(rounds: int, ranks: Ranks) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(objective, calls of its second update and the players' sizes): one pair of engines for them all."""
+    """(objective, what `_record` finds of an update): one pair of engines has them all, one after another."""
     common = Case("objectives", (), rounds, batch=24)
     gan, batches = parity.start(common, parity.initial_state(common), ranks)
     batch, stats = next(batches), Stats(ranks.device)
     sizes = {engine.player.name: _size(engine) for engine in (gan.G, gan.D)}
     for name, settings in OBJECTIVES.items():
-        trained = _with_objective(gan, replace(common, settings=settings).config(ranks.world))
-        train_step(trained, iter([batch]), 0, stats)
+        config = replace(common, settings=settings).config(ranks.world)
+        losses, mixes = adversarial(config.loss.kind), config.penalty.wgan_gp.weight > 0
+        trained = replace(gan, at=partial(at, config), losses=losses, mixes=mixes)
+        for _ in range(2):
+            train_step(trained, iter([batch]), 0, stats)
         with Wire() as update:
-            train_step(trained, iter([batch]), common.batch, stats)
+            train_step(trained, iter([batch]), 0, stats)
         yield name, {"update": update.calls, "bytes": sizes}
-
-
-def _with_objective(gan: Gan, config: Config) -> Gan:
-    losses, mixes = adversarial(config.loss.kind), config.penalty.wgan_gp.weight > 0
-    return replace(gan, at=partial(at, config), losses=losses, mixes=mixes)
 
 
 def _size(engine: Engine) -> int:
