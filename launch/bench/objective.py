@@ -1,4 +1,4 @@
-"""What gradient penalties cost, for `shardgan bench step`: D's turn with each, beside a plain one, in turns."""
+"""What gradient penalties cost, for `shardgan bench step`: D's turn with them beside one without."""
 
 from __future__ import annotations
 
@@ -41,41 +41,40 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def measure(config: Config, images: torch.Tensor, precision: Precision, turns: int) -> Seconds:
-    """D's turns on images, uint8 [batch, C, H, W], under the relativistic loss and without norms, which some
-    of the penalties refuse. One pair trains under all objectives."""
-    config = replace(
-        config,
-        loss=replace(config.loss, kind="relativistic"),
-        G=replace(config.G, norm="none"),
-        D=replace(config.D, norm="none"),
-    )
-    penalties = {name: load(None, ["data.train=none", *keys]).penalty for name, keys in OBJECTIVES.items()}
+def measure(config: Config, precision: Precision, turns: int) -> Seconds:
+    """D's turns on images of noise, one of each objective after another.
+
+    Under the relativistic loss and without norms, which penalties on fakes refuse. One pair has them all.
+    """
+    norm_free = {player: replace(getattr(config, player), norm="none") for player in "GD"}
+    config = replace(config, loss=replace(config.loss, kind="relativistic"), **norm_free)
     ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=config.run.timeout_s))
     gan = build(config, ranks, batch_shape(config.data, 1))
-    stats, batch = Stats(ranks.device), Batch(images, None)
+    penalties = {name: load(None, ["data.train=none", *keys]).penalty for name, keys in OBJECTIVES.items()}
+    data, stats = config.data, Stats(ranks.device)
+    images = torch.randint(0, 256, (data.batch_size, data.channels, data.size, data.size), dtype=torch.uint8)
     seconds: Seconds = {name: [] for name in penalties}
     for turn in range(_WARM_UP + turns):
         for name, penalty in penalties.items():
             trained = replace(gan, at=partial(at, replace(config, penalty=penalty)))
             with clocked(seconds[name]):
-                update_D(trained, batch, turn * config.data.batch_size, stats)
+                update_D(trained, Batch(images, None), turn * data.batch_size, stats)
     return {name: taken[_WARM_UP:] for name, taken in seconds.items()}
 
 
 def report(seconds: Mapping[str, Seconds], batch: int) -> None:
-    """seconds: by arithmetic."""
-    rows = []
-    for arithmetic, found in seconds.items():
-        for name, taken in found.items():
-            times = statistics.median(a / b for a, b in zip(taken, found[_PLAIN], strict=True))
-            fastest = min(taken) / min(found[_PLAIN])
-            row = [f"{name} {arithmetic}", f"{batch / statistics.median(taken):.1f}", f"{times:.2f} ({fastest:.2f})"]
-            rows.append(row)
-    turns = len(next(iter(next(iter(seconds.values())).values())))
+    """Print a table. seconds: what `measure` returned, by arithmetic."""
+    turns = {len(taken) for found in seconds.values() for taken in found.values()}
     table.show(
         "D's turn, relativistic, norms none",
-        ("images/s", "times the plain turn"),
-        rows,
-        f"Medians (in brackets: fastest) of {turns} turns of one update of D.",
+        ("images/s", "times the first"),
+        [_row(arithmetic, name, seconds[arithmetic], batch) for arithmetic in seconds for name in OBJECTIVES],
+        f"Medians (in brackets: fastest) of {max(turns)} turns of D",
     )
+
+
+def _row(arithmetic: str, name: str, seconds: Seconds, batch: int) -> list[str]:
+    taken, plain = seconds[name], seconds[_PLAIN]
+    times = statistics.median(a / b for a, b in zip(taken, plain, strict=True))
+    per_second = f"{batch / statistics.median(taken):.1f}"
+    return [f"{name}, {arithmetic}", per_second, f"{times:.2f} ({min(taken) / min(plain):.2f})"]

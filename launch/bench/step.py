@@ -84,8 +84,7 @@ def command(
         config = load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
         wanted = [name for name in _ARITHMETIC if precision in (name, "both")]
         _report(config, measure(config, Path(folder), wanted, steps))
-        images = torch.randint(0, 256, (batch, 1, int(size), int(size)), dtype=torch.uint8)
-        penalised = {a: objective.measure(config, images, _ARITHMETIC[a], steps) for a in wanted}
+        penalised = {a: objective.measure(config, _ARITHMETIC[a], steps) for a in wanted}
         objective.report(penalised, batch)
 
 

@@ -46,7 +46,8 @@ def ok(check: str, text: str) -> Finding:
     return Finding(check, "ok", text)
 
 
-def warning(check: str, text: str, remedy: str) -> Finding:
+def warning(check: str, text: str, remedy: str = "") -> Finding:
+    """remedy: empty if the text says what to do."""
     return Finding(check, "warning", text, remedy)
 
 

@@ -12,10 +12,12 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.index import Index
+from pipeline.gan.compatible import check_objective, remarks
 from pipeline.gan.networks import build_D, build_G, check_networks
+from pipeline.gan.schedules import at
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
-from pipeline.wording import counted
+from pipeline.wording import counted, in_bytes
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 
@@ -36,7 +38,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
-    for check in (tied, batch_norm, r1, weight_penalty, cadence):
+    for check in (tied, batch_norm, objective, weight_penalty, cadence):
         found += check(job, G, D)
     return (G, D), found
 
@@ -89,16 +91,23 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     yield warning("BatchNorm", text, f"Set {norms} to sync_batch, group or instance for equal results.")
 
 
-def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """R1 takes gradients per image; under ZeRO 3 it gathers all of D."""
-    if not job.config.penalty.r1.gamma:
+def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """What training would refuse or remark on, and what ZeRO 3 gathers for it."""
+    try:
+        check_objective(job.config, batch_shape(job.config.data, job.world).images, job.precision)
+    except UserError as error:
+        yield would_fail("objective", str(error))
         return
-    if has_batch_norm(D) or has_sync_batch_norm(D):
+    for remark in remarks(job.config, job.precision):
+        yield warning("objective", remark)
+    if job.config.penalty.r1.gamma and (has_batch_norm(D) or has_sync_batch_norm(D)):
         text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
         yield warning("R1", text, "Set D.norm to none, group or instance.")
-    if job.strategy == "zero3":
-        text = "every R1 update gathers all of D on each rank at once"
-        yield warning("R1", text, "Use fsdp2, or zero2 if D fits, should memory be short.")
+    twice = [penalty.name for penalty in at(job.config, 0).gradient_penalties if penalty.twice]
+    if job.strategy == "zero3" and twice:
+        whole = in_bytes(4 * sum(p.numel() for p in D.parameters()))
+        text = f"{' and '.join(twice)} exact: each rank gathers all of D, {whole}, once in every such turn"
+        yield ok("gradient penalty", text)
 
 
 def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -139,7 +139,8 @@ class Interpolated:
 
     def __call__(self, real: Judged, fake: Judged, mix: Tensor | None) -> Tensor:
         assert mix is not None
-        x, y = real.images.detach(), fake.images.detach()
+        x = real.images.detach()
+        y = fake.images.detach().to(x.dtype)  # G's are bf16 under autocast
         between = y.lerp(x, mix.to(x.dtype).view(-1, 1, 1, 1)).requires_grad_()
         norms = (_squared_norms(real.again(between, 1), between) + _TINY).sqrt()
         return self.gamma * (norms - 1).square().mean()

@@ -51,7 +51,6 @@ class Fsdp2Engine(MasterEngine):
             for name, shape in shapes.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
-        self._last_round = True
 
     def begin_turn(self) -> None:
         """Blocks stay gathered to the end of the turn if the launcher's file says so, and from their first
@@ -69,19 +68,9 @@ class Fsdp2Engine(MasterEngine):
             module.reshard()
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        self._last_round = last
-        self._average(False)
-        return nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Gradients are averaged here alone: a penalty's own gradient, taken before, would find those of the
-        earlier rounds and average them a second time."""
-        self._average(self._last_round)
-        super().backward(loss)
-
-    def _average(self, wanted: bool) -> None:
         for module in self._modules:
-            module.set_requires_gradient_sync(wanted, recurse=False)
+            module.set_requires_gradient_sync(last, recurse=False)
+        return nullcontext()
 
     def collect_gradients(self) -> None:
         for name, parameter in self._sharded.items():

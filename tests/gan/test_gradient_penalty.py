@@ -160,6 +160,15 @@ def test_wgan_gp_looks_between_the_ith_fake_and_the_ith_real():
     assert penalty.item() == pytest.approx(((2 - 1) ** 2 + (0.25 * 5 + 0.75 * 9 - 1) ** 2) / 2)
 
 
+def test_wgan_gp_takes_fakes_of_lower_precision():
+    real, fake, mix = torch.randn(3, 1, 1, 1), torch.randn(3, 1, 1, 1).bfloat16(), torch.rand(3)
+
+    def penalty(fake):
+        return Interpolated(1.0)(*both(lambda x: 0.5 * x.square().flatten(), real, fake), mix)
+
+    assert torch.equal(penalty(fake), penalty(fake.float()))
+
+
 def test_wgan_gp_is_finite_where_D_is_flat():
     w = torch.zeros(4, requires_grad=True)
     seen = judged(lambda x: x.flatten(1) @ w, torch.randn(3, 1, 2, 2))

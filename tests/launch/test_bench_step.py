@@ -6,7 +6,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from launch.bench import bench
+from launch.bench import bench, objective
 from launch.bench.rivals import BareMaths
 from launch.bench.step import Ours, _ignored_signals, _ratios
 from pipeline.config import load
@@ -60,6 +60,25 @@ def test_the_command_prints_everyone():
         assert f"{name} fp32" in result.output
     assert "shardgan bf16" in result.output and "bare maths bf16" in result.output
     assert "1 turns of 8 updates" in result.output
+    for name in objective.OBJECTIVES:
+        assert f"{name}, fp32" in result.output and f"{name}, bf16" in result.output
+
+
+def test_each_objective_is_measured_as_it_says(monkeypatch):
+    """In one turn of D: whose passes are differentiated twice, and what is charted."""
+    seen = []
+    monkeypatch.setattr(objective, "update_D", lambda gan, *_: seen.append(gan.at(0).gradient_penalties))
+    config = load(None, ["data.train=none", "data.size=28", "data.batch_size=4", "G.width=2", "D.width=2"])
+    found = objective.measure(config, "no", turns=1)
+    assert {len(taken) for taken in found.values()} == {1}
+    of_one_turn = [{(p.name, p.twice, p.every) for p in each} for each in seen[-len(found) :]]
+    assert of_one_turn == [
+        set(),
+        {("r1", True, 1), ("r2", True, 1)},
+        {("r1", True, 4), ("r2", True, 4)},
+        {("r1", False, 1), ("r2", False, 1)},
+        {("r1", False, 4), ("r2", False, 4)},
+    ]
 
 
 def test_ratios_of_turns_ignore_what_slows_a_whole_turn():

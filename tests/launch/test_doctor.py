@@ -30,6 +30,7 @@ from pipeline import config
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
+PENALISED = ["penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1"]
 GOOD = f"""
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
 G: {{width: 8, norm: group}}
@@ -160,7 +161,6 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
     [
         (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
         (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
-        (["penalty.r1.gamma=1"], "zero3", "R1", ["gathers all of D"]),
         (["penalty.l2=1e-4"], "ddp", "weight penalty", ["λ is set for G,"]),
         (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ is set for D,"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
@@ -171,6 +171,40 @@ def test_traps(settings: list[str], strategy: str, check: str, words: list[str])
     found = networks(job(*settings, strategy=strategy, procs=1 if strategy == "single" else 2))[check]
     assert found.verdict == "warning" and found.remedy
     assert all(word in found.text for word in words), found.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "word"),
+    [
+        (["penalty.r2.gamma=1"], "fp16", "fp16"),
+        (["penalty.r1.gamma=1", "penalty.r1.fraction=1/4"], "no", "4"),
+    ],
+)
+def test_an_objective_that_training_refuses(settings: list[str], precision: str, word: str) -> None:
+    found = networks(job(*settings, precision=precision))["objective"]
+    assert found.verdict == "would fail" and word in found.text
+
+
+def test_what_a_run_remarks_on_is_a_warning() -> None:
+    found = networks(job("penalty.r1.gamma=1", "loss.kind=relativistic"))["objective"]
+    assert found.verdict == "warning" and "interval=16" in found.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "twice"),
+    [
+        (["penalty.r1.gamma=[1,0]", "penalty.r2.gamma=1", "run.burn_in_kimg=1"], "r1 and r2"),
+        (["penalty.wgan_gp.weight=1"], "wgan_gp"),
+        (["penalty.r1.gamma=1", "penalty.r1.sigma=0.1"], None),
+        ([], None),
+    ],
+)
+def test_exact_gradient_penalties_gather_D_under_zero3(settings: list[str], twice: str | None) -> None:
+    name = "gradient penalty"
+    assert name not in networks(job(*settings, strategy="zero2"))
+    found = networks(job(*settings, strategy="zero3"))
+    assert (name in found) == (twice is not None)
+    assert twice is None or found[name].text.startswith(f"{twice} exact: each rank gathers all of D")
 
 
 def test_norms_over_all_ranks_are_no_trap() -> None:
@@ -192,6 +226,8 @@ def test_no_trap_without_cause() -> None:
         (["G.norm=batch", "G.width=32", "D.width=32"], "no"),
         (["G.kind=resnet", "D.kind=resnet", "penalty.r1.gamma=1", "data.size=32", "G.width=16"], "no"),
         (["G.kind=resnet", "D.kind=resnet", "data.size=32", "data.channels=3", "G.width=16"], "bf16"),
+        (["loss.kind=relativistic", *PENALISED, "G.width=32", "D.width=32"], "no"),
+        (["loss.kind=relativistic", *PENALISED, "penalty.r1.fraction=1/4", "penalty.r2.sigma=0.1"], "no"),
         (
             ["data.conditional=true", "D.spectral_norm=true", "penalty.l1=1e-5", *SGD, "loss.D_steps=2"],
             "fp16",

@@ -76,10 +76,19 @@ COMPARED = {
     "fsdp2, fp32, batch norm": Case(strategy="fsdp2"),
     "fsdp2, bf16, no norm": Case("bf16", _NO_NORM, "fsdp2", keep_gathered=True),
 }
+_OBJECTIVE = (
+    *_NO_NORM, "data.conditional=true", "data.batch_gpu=16", "data.batch_size=32", "loss.kind=relativistic",
+    _ALL_ON[0], _ALL_ON[1], "penalty.wgan_gp.weight=1",
+    *(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in ("gamma=1", "interval=1")),
+)  # fmt: skip
+_QUARTER = ("penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4")
 OTHERS = {
     "fp32, all on": Case("no", (*_ALL_ON, "data.batch_size=32"), classes=10),
     "fp16, all on": Case("fp16", (*_ALL_ON, "data.batch_size=32", "loss.D_steps=1"), classes=10),
     "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, "loss.D_steps=1"), "fsdp2", classes=10),
+    "fp32, objective": Case("no", _OBJECTIVE, classes=10),
+    "bf16, finite difference": Case("bf16", (*_OBJECTIVE, "penalty.r1.sigma=0.1"), classes=10),
+    "fsdp2, bf16, on a quarter": Case("bf16", (*_OBJECTIVE, *_QUARTER), "fsdp2", classes=10),
 }
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 

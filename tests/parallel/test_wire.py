@@ -38,7 +38,7 @@ def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
     """DDP never does; ZeRO 1 and 2 each player once, after its step; FSDP2 and ZeRO 3 at most for every
     pass: D forward and backward on real images, on fakes and in G's turn, G forward twice, backward once."""
     record, rounds = recorded(launched, name)[case], wire.CASES[case].rounds
-    gathered = sum(size for operation, size in record["update"] if "gather" in operation)
+    gathered = sum(_gathers(record["update"]))
     sizes, strategy = record["bytes"], name.rsplit("-", 1)[0]
     if strategy == "ddp":
         assert gathered == 0
@@ -63,19 +63,24 @@ def test_sync_batch_sends_two_numbers_per_channel_in_every_pass(launched, name, 
 @pytest.mark.parametrize("rounds", wire.ROUNDS)
 @pytest.mark.parametrize("name", SEVERAL)
 def test_what_objectives_send(launched, name, rounds):
-    """Where parameters stay whole, what the plain one sends. FSDP2 and ZeRO 3 gather D for D(real) of a pair
-    in G's turn, and for exact gradient penalties once in D's; ZeRO 3 for every pass of finite differences."""
+    """DDP and ZeRO 1 and 2 what the plain one does; FSDP2 gathers the same. ZeRO 3 gathers D for D(real) of a
+    pair in G's turn, and in D's once if it is differentiated twice; for finite differences in every pass."""
     objectives = recorded(launched, name)["objectives"]
     strategy, sizes = name.rsplit("-", 1)[0], objectives["plain-1"]["bytes"]
     plain = objectives[f"plain-{rounds}"]["update"]
-    for objective in wire.OBJECTIVES:
+    for objective, settings in wire.OBJECTIVES.items():
         sent = objectives[f"{objective}-{rounds}"]["update"]
-        if strategy != "zero3":
+        if strategy == "fsdp2":
+            assert _gathers(sent) == _gathers(plain), objective
+        elif strategy != "zero3":
             assert sent == plain, objective
         elif objective not in ("plain", "difference"):
-            of_D = 1 + rounds * (3 if "loss.kind=relativistic" in wire.OBJECTIVES[objective] else 2)
-            gathered = sum(size for operation, size in sent if "gather" in operation)
-            assert gathered == rounds * 3 * sizes["G"] + of_D * sizes["D"], objective
+            of_D = 1 + rounds * (3 if "loss.kind=relativistic" in settings else 2)
+            assert sum(_gathers(sent)) == rounds * 3 * sizes["G"] + of_D * sizes["D"], objective
+
+
+def _gathers(calls):
+    return [size for operation, size in calls if "gather" in operation]
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -68,7 +68,9 @@ def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
     calls of a third update with each objective. And those of an answer from the main rank, with what every
     rank got of it."""
     cases = {name: _record(case, ranks) for name, case in CASES.items()}
-    objectives = {f"{name}-{rounds}": found for rounds in ROUNDS for name, found in _objectives(rounds, ranks)}
+    objectives = {
+        f"{name}-{rounds}": found for rounds in ROUNDS for name, found in _objectives(rounds, ranks)
+    }
     return cases | {"objectives": objectives, "from_main": _from_main(ranks)}
 
 
