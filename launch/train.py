@@ -39,6 +39,7 @@ def train(
 
     from pipeline.config import UserError, dump, load
     from pipeline.credentials import redacted
+    from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
     from pipeline.run.reals import checked_index
@@ -49,7 +50,7 @@ def train(
         raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
     processes.check_gpus(procs)
     resolved = load(config, settings)
-    batch_shape(resolved.data, procs)
+    check_objective(resolved, batch_shape(resolved.data, procs).images, mixed_precision)
     command, environment = processes.training(strategy, procs, mixed_precision, [config, *settings])
     named = under_a_free_name(resolved)
     folder = Path(named.run.out) / str(named.run.name)

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config_layers import expand_shorthands, explain, read_file, read_override
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
+from pipeline.settings import R1 as R1
 from pipeline.settings import Augment as Augment
 from pipeline.settings import Config as Config
 from pipeline.settings import Data as Data

@@ -10,8 +10,10 @@ without autograd or communication (pipeline/parallel/weight_penalty.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from pipeline.data.stream import Batch
+from pipeline.gan.gradient_penalty import judge
 from pipeline.gan.images import to_float
 from pipeline.players import Gan
 from pipeline.run.stats import Stats
@@ -32,21 +34,20 @@ def train_step(gan: Gan, reals: Iterator[Batch], cur_nimg: int, stats: Stats) ->
 def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
     """D on real images, D on fakes, one step of D."""
     G, D, now = gan.G, gan.D, gan.at(cur_nimg)
-    with D.updating(frozen=G, twice=now.differentiates("real", "fake")):
-        for z, fake_c, images, c in D.rounds(gan.latents("D", cur_nimg), batch.images, batch.labels):
-            real = to_float(images).requires_grad_(now.differentiates("real"))
-            real_logits = D(gan.augment(real), c)
-            fake = G(z, fake_c).detach().requires_grad_(now.differentiates("fake"))
-            fake_logits = D(gan.augment(fake), fake_c)
-            loss = adversarial = gan.losses.d(real_logits, fake_logits)
-            seen = {"real": (real, real_logits), "fake": (fake, fake_logits)}
+    with D.updating(frozen=G, twice=any(penalty.twice for penalty in now.gradient_penalties)):
+        for drawn, images, c in D.rounds(gan.draw("D", cur_nimg), batch.images, batch.labels):
+            fake_c = c if gan.losses.paired else drawn.c
+            seen = partial(judge, D, gan.augment, augmentation=drawn.augmentation)
+            real = seen(to_float(images), c, differentiate=now.differentiates("real"))
+            fake = seen(G(drawn.z, fake_c).detach(), fake_c, differentiate=now.differentiates("fake"))
+            loss = adversarial = gan.losses.d(real.logits, fake.logits)
             for penalty in now.gradient_penalties:
-                value = penalty(*seen[penalty.on])
+                value = penalty(real, fake, drawn.mix)
                 loss = loss + value
                 stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
             stats.mean("Loss/D/adversarial", adversarial)
-            stats.scores(real=real_logits, fake=fake_logits)
+            stats.scores(real.logits, fake.logits, gan.losses.paired)
         stats.add(D.step(now.D))
 
 
@@ -55,9 +56,13 @@ def update_G(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
     G, D, now = gan.G, gan.D, gan.at(cur_nimg)
     pairs = (batch.images, batch.labels) if gan.losses.paired else (None, None)
     with G.updating(frozen=D):
-        for z, fake_c, images, c in G.rounds(gan.latents("G", cur_nimg), *pairs):
-            fake_logits = D(gan.augment(G(z, fake_c)), fake_c)
-            real_logits = None if images is None else D(gan.augment(to_float(images)), c)
+        for drawn, images, c in G.rounds(gan.draw("G", cur_nimg), *pairs):
+            fake_c = c if gan.losses.paired else drawn.c
+            real_logits = None
+            if images is not None:
+                with D.unobserved():  # first: stage 3 keeps gathered what it ran after a pass with gradient
+                    real_logits = D(gan.augment(to_float(images), drawn.augmentation), c)
+            fake_logits = D(gan.augment(G(drawn.z, fake_c), drawn.augmentation), fake_c)
             adversarial = gan.losses.g(fake_logits, real_logits)
             G.backward(adversarial)
             stats.mean("Loss/G/adversarial", adversarial)

@@ -25,6 +25,7 @@ from pipeline import console, loop
 from pipeline.config import Config, load
 from pipeline.errors import CommonError, UserError
 from pipeline.folders import provide_home
+from pipeline.gan.compatible import check_objective
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.launched import Launch, read_launch
 from pipeline.parallel.ranks import Ranks
@@ -60,6 +61,7 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
         config = load(path, overrides)
         batch = batch_shape(config.data, launch.world)
+        check_objective(config, batch.images, launch.precision)
         signals.configure(config.run.stop_signal, config.run.grace)
     except ValueError as error:
         if rank:  # the main rank shows the same, and its launcher ends this one: do not end first

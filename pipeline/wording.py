@@ -26,3 +26,8 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """Escapes everything in a text that is not printable."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))
+
+
+def in_time(value: float | tuple[float, float]) -> str:
+    """A setting that may be scheduled: 0.001, or "0.001 → 0.0001" of [0.001, 0.0001]."""
+    return " → ".join(f"{end:g}" for end in value) if isinstance(value, tuple) else f"{value:g}"

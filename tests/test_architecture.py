@@ -51,6 +51,7 @@ ARROWS = {
         "pipeline.errors",
         "pipeline.holder",
         "pipeline.gan.penalised",
+        "pipeline.gan.sync_batch_norm",
         "pipeline.gan.draws.Drawn",
         "pipeline.gan.schedules.Rates",
     ),

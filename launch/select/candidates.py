@@ -14,10 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
 
 _LONGEST = 200  # bytes of a slug: a file's name has 255, which seed, fold and suffix share
 _MOST = 1000  # values of a range
+_PAIR = re.compile(r"\[\s*([^\s,\[\]]+)\s*,\s*([^\s,\[\]]+)\s*\]")
+_SCHEDULABLE = {*Config().schedulable, "penalty.l2", "penalty.l1"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as part of a folder's; a long one is cut and ends in a hash."""
-        slug = re.sub(r"[^\w.=+,-]+", "_", self.name.replace(", ", ","))
+        changes = [f"{key}={_in_time(key, value, 'to')}" for key, value in self.values.items()]
+        slug = re.sub(r"[^\w.=+,-]+", "_", (", ".join(changes) or self.name).replace(", ", ","))
         if len(slug.encode()) <= _LONGEST:
             return slug
         digest = hashlib.sha256(slug.encode()).hexdigest()[:8]
@@ -40,7 +43,7 @@ class Arm:
     @property
     def label(self) -> str:
         """The values of a grid, each with the part of its key that sets it apart; else the name."""
-        values = list(self.values.values())
+        values = [_in_time(key, value, " → ") for key, value in self.values.items()]
         if len(values) < 2:
             return values[0] if values else self.name
         _, keys, _ = _common(list(self.values))
@@ -147,6 +150,15 @@ def _shortest(written: str) -> str:
         return written
     short = f"{value:g}"
     return short if float(short) == value or math.isnan(value) else repr(value)
+
+
+def _in_time(key: str, written: str, arrow: str) -> str:
+    """[1, 0.1] of a setting that may be scheduled as 1 → 0.1; anything else as it is written."""
+    if key.endswith(".betas"):  # each of two may be scheduled
+        within = _PAIR.sub(lambda pair: f"{pair[1]}{arrow}{pair[2]}", written.strip()[1:-1])
+        return f"[{within}]"
+    pair = _PAIR.fullmatch(written) if key in _SCHEDULABLE else None
+    return f"{pair[1]}{arrow}{pair[2]}" if pair else written
 
 
 def _common(keys: Sequence[str]) -> tuple[str, list[str], str]:

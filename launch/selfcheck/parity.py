@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -23,6 +24,7 @@ from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
 from pipeline.durable import save_tensors
+from pipeline.gan import gradient_penalty
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
@@ -84,7 +86,37 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+_SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
+# Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
+OBJECTIVE = frozenset(
+    (
+        "relativistic",
+        "r1-r2",
+        "r2",
+        "wgan-gp",
+        "fraction",
+        "difference",
+        "schedules",
+        "sync-batch",
+        "sync-batch-r1",
+    )
+)
+_SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
+    *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
+    *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
+    *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
+)
+
+
+def _slopes(*keys: str) -> tuple[str, ...]:
+    return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
+
+
+def known_noise(images: torch.Tensor) -> torch.Tensor:
+    """In place of the finite difference's ε, which other worlds draw otherwise: a function of the image."""
+    phases = torch.arange(images[0].numel(), device=images.device).view(images.shape[1:])
+    return 2**0.5 * torch.sin(7 * images + phases)
 
 
 def shared_batch(world: int) -> int:
@@ -94,8 +126,9 @@ def shared_batch(world: int) -> int:
 
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
-    a penalty on all parameters, R1, norms of single images, labels, two D steps, residual networks,
-    parameters that do not train, and tied ones, which FSDP2 refuses.
+    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
+    schedules, two D steps, residual networks, parameters that do not train, and tied ones, which FSDP2
+    refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -121,7 +154,16 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "spectral-r1": ("D.options.spectral_norm=true", *R1),
         "group": tuple(f"{player}.options={{width: 8, norm: group, activation: silu}}" for player in "GD"),
         "instance": ("G.options.norm=instance", "D.options.norm=instance"),
+        "sync-batch": _SYNC_BATCH,
+        "sync-batch-r1": (*_SYNC_BATCH, *R1),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
+        "relativistic": ("data.conditional=true", "loss.kind=relativistic"),
+        "r1-r2": ("loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+        "r2": ("penalty.r2.gamma=0.7", "penalty.r2.interval=2"),
+        "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
+        "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
+        "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "schedules": _SCHEDULES,
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
@@ -132,7 +174,8 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     for name, settings in special.items():
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
-        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, batch))
+        images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
+        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, images))
     return found
 
 
@@ -177,7 +220,8 @@ def join() -> Ranks:
 def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
     """Train each case, unbroken and resumed, and write the results."""
     for case in chosen:
-        tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
+        with patch.object(gradient_penalty, "noise", known_noise):
+            tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))

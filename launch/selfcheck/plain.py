@@ -7,13 +7,14 @@ batch passes at once, the optimizers are torch's for-loop ones, and the average 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, reals
+from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
 from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
@@ -32,6 +33,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     config, state, rows = case.config(world=1), initial_state(case), []
     G = build_G(config, state.num_classes).to(device)
     D = build_D(config, state.num_classes).to(device)
+    _normalise_by_round(case.rounds, G, D)
     G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
@@ -44,14 +46,20 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             images, c = _on(device, batch.images, batch.labels)
             z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
             assert images is not None
-            x = (images.float() / 127.5 - 1).requires_grad_()
-            parts = _d_parts(config, D(x, c), D(G(z, fake_c).detach(), fake_c), x, nimg)
+            fake_c = c if config.loss.kind == "relativistic" else fake_c
+            x, y = (images.float() / 127.5 - 1).requires_grad_(), G(z, fake_c).detach().requires_grad_()
+            real, fake = D(x, c), D(y, fake_c)
+            parts = {"adversarial": _d_loss(config.loss.kind, real, fake)}
+            parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, nimg)
+            parts |= _between(config, D, x, y, c, draws.uniform("mix", nimg, case.batch).to(device))
             parts |= _penalties(config, "D", D, nimg)
             _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
-        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c))}
+        fake_c = c if config.loss.kind == "relativistic" else fake_c
+        real = D(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
+        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c), real)}
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
@@ -75,6 +83,16 @@ def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(device) for t in tensors]
 
 
+def _normalise_by_round(rounds: int, *networks: nn.Module) -> None:
+    """Let batch norm see one round of the batch after another, all that rounds change."""
+    for norm in (m for network in networks for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.forward = partial(_each_part, norm.forward, rounds)  # type: ignore[method-assign]
+
+
+def _each_part(norm: Callable[[Tensor], Tensor], rounds: int, x: Tensor) -> Tensor:
+    return torch.cat([norm(part) for part in x.chunk(rounds)])
+
+
 def _update(
     player: str, module: nn.Module, optimizer: torch.optim.Optimizer, parts: Tensors, clip: float | None
 ) -> dict[str, float]:
@@ -91,17 +109,42 @@ def _update(
     return row | {f"Gradients/{player}/norm": squares**0.5}
 
 
-def _d_parts(config: Config, real_logits: Tensor, fake_logits: Tensor, x: Tensor, nimg: int) -> Tensors:
-    """The adversarial loss of D and, when it is due, R1."""
-    parts = {"adversarial": _d_loss(config.loss.kind, real_logits, fake_logits)}
-    r1 = config.penalty.r1
-    if r1.gamma:
-        parts["r1_penalty"] = x.new_zeros(())
-        if (nimg // config.data.batch_size) % r1.interval == 0:
-            (gradient,) = torch.autograd.grad(real_logits.sum(), x, create_graph=True)
-            factor = r1.interval * _at(r1.gamma, config, nimg) / 2
-            parts["r1_penalty"] = factor * gradient.square().sum() / len(x)
+Seen = tuple[Tensor, Tensor | None, Tensor]  # images, labels, logits
+
+
+def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], nimg: int) -> Tensors:
+    """R1 and R2, as far as they are due: of the logits there are, or by a pass of their own."""
+    parts: Tensors = {}
+    for name, (images, c, logits) in seen.items():
+        given = getattr(config.penalty, name)
+        if not given.gamma:
+            continue
+        parts[f"{name}_penalty"] = images.new_zeros(())
+        if (nimg // config.data.batch_size) % given.interval == 0:
+            if given.fraction < 1 or given.sigma:
+                chosen = torch.arange(0, len(images), round(1 / given.fraction), device=images.device)
+                images, c = images.detach()[chosen].requires_grad_(), None if c is None else c[chosen]
+                logits = D(images, c)
+            if given.sigma:
+                step = given.sigma * known_noise(images.detach())
+                behind = D(images - step, c) if given.sided == 2 else logits
+                slopes = (D(images + step, c) - behind) / (given.sigma * given.sided)
+            else:
+                (slopes,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+            value = given.interval * _at(given.gamma, config, nimg) / 2 * slopes.square().sum() / len(images)
+            parts[f"{name}_penalty"] = value
     return parts
+
+
+def _between(config: Config, D: nn.Module, x: Tensor, y: Tensor, c: Tensor | None, mix: Tensor) -> Tensors:
+    """WGAN-GP."""
+    if not config.penalty.wgan_gp.weight:
+        return {}
+    u = mix.view(-1, 1, 1, 1)
+    between = (u * x + (1 - u) * y).requires_grad_()
+    (slopes,) = torch.autograd.grad(D(between, c).sum(), between, create_graph=True)
+    norms = slopes.flatten(1).norm(dim=1)
+    return {"wgan_gp_penalty": config.penalty.wgan_gp.weight * ((norms - 1) ** 2).mean()}
 
 
 def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
@@ -109,16 +152,21 @@ def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
         return (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
     if kind == "least_squares":
         return 0.5 * ((real - 1) ** 2).mean() + 0.5 * (fake**2).mean()
+    if kind == "wasserstein":
+        return (fake - real).mean()
     ones, zeros = torch.ones_like(real), torch.zeros_like(fake)
+    if kind == "relativistic":
+        return F.binary_cross_entropy_with_logits(real - fake, ones)
     return F.binary_cross_entropy_with_logits(real, ones) + F.binary_cross_entropy_with_logits(fake, zeros)
 
 
-def _g_loss(kind: str, fake: Tensor) -> Tensor:
-    if kind == "hinge":
+def _g_loss(kind: str, fake: Tensor, real: Tensor) -> Tensor:
+    if kind in ("hinge", "wasserstein"):
         return -fake.mean()
     if kind == "least_squares":
         return 0.5 * ((fake - 1) ** 2).mean()
-    return F.binary_cross_entropy_with_logits(fake, torch.ones_like(fake))
+    logits = fake - real if kind == "relativistic" else fake
+    return F.binary_cross_entropy_with_logits(logits, torch.ones_like(fake))
 
 
 def _at(value: Schedulable, config: Config, nimg: int) -> float:

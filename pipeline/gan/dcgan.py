@@ -173,7 +173,7 @@ def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
     without a norm images start almost grey, logits almost constant, and learning starts late. He's gain keeps
     the scale at any width; group and instance norm do not depend on it.
     """
-    if norm == "batch":
+    if norm in ("batch", "sync_batch"):
         return 0.02
     if isinstance(layer, _ConvTransposeNd):  # with stride s, an output pixel sees k²/s² inputs per channel
         return gain / math.sqrt(layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride))

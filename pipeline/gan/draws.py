@@ -29,6 +29,8 @@ class Drawn(NamedTuple):
     z: Tensor  # float32 [count, z_dim]
     c: Tensor | None  # int64 [count]
     seed: int  # for dropout inside the networks; callers add their rank and round
+    augmentation: Tensor | None = None  # float32 [count, columns]: gan/augment.py
+    mix: Tensor | None = None  # float32 [count], uniform in [0, 1): where WGAN-GP looks
 
 
 class Draws:
@@ -47,17 +49,22 @@ class Draws:
             if not all(f >= 0 for f in label_frequencies) or not sum(label_frequencies) > 0:
                 raise ValueError(f"label frequencies must be ≥ 0 and not all 0: {list(label_frequencies)}")
 
-    def latents(self, purpose: str, cur_nimg: int, count: int) -> Drawn:
+    def latents(self, purpose: str, cur_nimg: int, count: int, labels: bool = True) -> Drawn:
         """z, standard normal float32 [count, z_dim], labels int64 [count] or None, and a seed, on the CPU.
 
         `count` is the whole global batch: a draw of another count is another draw, not a slice of this one.
+        labels: False leaves them out.
         """
-        z = torch.randn(count, self._z_dim, generator=self._generator("latents", purpose, cur_nimg))
+        z = torch.randn(count, self._z_dim, generator=self.generator("latents", purpose, cur_nimg))
         seed = derive_seed(self._seed, "networks", purpose, cur_nimg)
-        if self._frequencies is None:
+        if self._frequencies is None or not labels:
             return Drawn(z, None, seed)
-        u = torch.rand(count, dtype=torch.float64, generator=self._generator("labels", purpose, cur_nimg))
+        u = torch.rand(count, dtype=torch.float64, generator=self.generator("labels", purpose, cur_nimg))
         return Drawn(z, self._inverse_cdf(u), seed)
+
+    def uniform(self, purpose: str, cur_nimg: int, count: int) -> Tensor:
+        """float32 [count] in [0, 1), for the whole global batch as in `latents`, on the CPU."""
+        return torch.rand(count, generator=self.generator(purpose, cur_nimg))
 
     def grid(self, count: int) -> tuple[Tensor, Tensor | None]:
         """The fixed latents of sample grids, as `latents` gives them; labels cycle through the classes.
@@ -84,5 +91,6 @@ class Draws:
         cdf = self._frequencies.cumsum(0)
         return torch.searchsorted(cdf / cdf[-1], u, right=True)
 
-    def _generator(self, *parts: int | str) -> torch.Generator:
+    def generator(self, *parts: int | str) -> torch.Generator:
+        """A source of random numbers for what `parts` name."""
         return torch.Generator().manual_seed(derive_seed(self._seed, *parts))

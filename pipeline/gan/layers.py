@@ -9,6 +9,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from pipeline.config import Norm, UserError
 from pipeline.gan.penalised import KERNEL_LAYERS
+from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 
 Activation = Literal["relu", "leaky_relu", "silu"]
 SLOPE = 0.2  # of leaky ReLUs (Radford et al. 2016, section 3)
@@ -18,6 +19,8 @@ def norm_layer(kind: Norm, channels: int) -> nn.Module:
     """The norm named `kind` in the config, for features [N, channels, H, W]; "none": the identity."""
     if kind == "batch":
         return nn.BatchNorm2d(channels)
+    if kind == "sync_batch":
+        return SyncBatchNorm2d(channels)
     if kind == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     if kind == "group":

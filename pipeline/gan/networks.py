@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, resnet
+from pipeline.gan.compatible import check_layers
 from pipeline.gan.draws import derive_seed
 from pipeline.gan.penalised import check_penalty, penalised_names
 from pipeline.plugins import import_class, reason
@@ -129,7 +130,9 @@ def _check_shape(
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
     if _section(config, player).kind in FAMILIES:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
-            network(**arguments)
+            module = network(**arguments)
+        if player == "D":
+            check_layers(config, module)
         return
     try:
         module, out = _forward(network, arguments, given, "meta")
@@ -146,6 +149,8 @@ def _check_shape(
         raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
     penalty = config.penalty.G if player == "G" else config.penalty.D
     check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
+    if player == "D":
+        check_layers(config, module)
 
 
 def _forward(

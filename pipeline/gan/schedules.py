@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
-from pipeline.gan.gradient_penalty import GradientPenalty, r1
+from pipeline.config import R1, Config, Optimizer, Schedulable, WeightPenalty
+from pipeline.gan.gradient_penalty import GradientPenalty, Interpolated, Slope
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,11 @@ class Now:
     D: Rates
     gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
     ema_beta: float  # share of the old G_ema that an update keeps
+    augment_p: float  # probability of each operation; 0 without any, and where p is adaptive
 
-    def differentiates(self, *images: str) -> bool:
-        """Whether a penalty due now needs D's gradient with respect to "real" or "fake" images."""
-        return any(p.factor and p.on in images for p in self.gradient_penalties)
+    def differentiates(self, images: str) -> bool:
+        """Whether a penalty that is due takes the gradient of D's pass on "real" or "fake" images."""
+        return any(penalty.needs == images for penalty in self.gradient_penalties)
 
 
 def at(config: Config, cur_nimg: int) -> Now:
@@ -43,14 +46,14 @@ def at(config: Config, cur_nimg: int) -> Now:
         betas = now(optimizer.betas[0]), now(optimizer.betas[1])
         return Rates(now(optimizer.lr), betas, now(penalty.l2), now(penalty.l1))
 
-    gamma, kimg = config.penalty.r1.gamma, config.ema.kimg
-    factor = lazy_factor(config.penalty.r1.interval, cur_nimg // config.data.batch_size)
+    kimg = config.ema.kimg
     rampup = 0.0 if isinstance(kimg, tuple) else config.ema.rampup
     return Now(
         G=rates(config.optim.G, config.penalty.G),
         D=rates(config.optim.D, config.penalty.D),
-        gradient_penalties=(GradientPenalty("r1", "real", r1, now(gamma), factor),) if gamma else (),
+        gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
         ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
+        augment_p=now(config.augment.p or 0.0),
     )
 
 
@@ -62,6 +65,33 @@ def scheduled(value: Schedulable, cur_nimg: int, burn_in_kimg: float) -> float:
     start, end = value
     progress = min(cur_nimg / (1000 * burn_in_kimg), 1.0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else end
+
+
+def is_used(weight: Schedulable) -> bool:
+    """Whether a weight, or either end of its schedule, is not 0."""
+    return any(weight) if isinstance(weight, tuple) else weight > 0
+
+
+def _gradient_penalties(config: Config, cur_nimg: int) -> Iterator[GradientPenalty]:
+    penalty = config.penalty
+    if is_used(penalty.r1.gamma):
+        yield _slope("r1", "real", penalty.r1, config, cur_nimg)
+    if is_used(penalty.r2.gamma):
+        yield _slope("r2", "fake", penalty.r2, config, cur_nimg)
+    if penalty.wgan_gp.weight:
+        yield Interpolated(penalty.wgan_gp.weight)
+
+
+def _slope(name: str, on: Literal["real", "fake"], given: R1, config: Config, cur_nimg: int) -> Slope:
+    return Slope(
+        name,
+        on,
+        gamma=scheduled(given.gamma, cur_nimg, config.run.burn_in_kimg),
+        factor=lazy_factor(given.interval, cur_nimg // config.data.batch_size),
+        every=round(1 / given.fraction),
+        sigma=given.sigma,
+        sided=given.sided,
+    )
 
 
 def lazy_factor(interval: int, D_update: int) -> int:

@@ -45,7 +45,7 @@ class BufferSnapshot:
         self._sizes, self._before = _sizes(memory), torch.cat(memory) if any(map(len, memory)) else None
 
     @torch.no_grad()
-    def restore(self, unless: torch.Tensor) -> None:
+    def restore(self, unless: torch.Tensor | None = None) -> None:
         """Restore the buffers unless `unless`, a flag on the device, is true; no host sync. A buffer replaced
         by one of another size stays as it is."""
         before, now = self._before, self._memory()
@@ -55,7 +55,7 @@ class BufferSnapshot:
             pairs = zip(torch.split(before, self._sizes), now, strict=True)
             same = [(old, new) for old, new in pairs if len(old) == len(new)]
             before, now = torch.cat([old for old, _ in same]), [new for _, new in same]
-        restored = torch.where(unless, torch.cat(now), before)
+        restored = before if unless is None else torch.where(unless, torch.cat(now), before)
         torch._foreach_copy_(now, torch.split(restored, _sizes(now)))
 
     def _memory(self) -> list[torch.Tensor]:

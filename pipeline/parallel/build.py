@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.gan.penalised import check_penalty
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.batch_norm import synchronise
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine, PlayerSettings
 from pipeline.parallel.ranks import Ranks
@@ -26,6 +27,7 @@ def build_engine(
     example: small inputs of the network, on the device. Raises UserError for a penalty that covers nothing.
     """
     check_penalty(player.name, network, player.penalty, player.penalised)
+    synchronise(network, ranks.world)
     # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
     if ranks.strategy == "fsdp2":
         from pipeline.parallel.fsdp2 import Fsdp2Engine

@@ -157,12 +157,21 @@ class Engine(abc.ABC):
             for parameter in frozen._trainable:
                 parameter.requires_grad_(True)
 
+    @contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Passes inside take no gradient and leave the buffers as they were."""
+        snapshot = BufferSnapshot(self._buffers)
+        with torch.no_grad():
+            yield
+        snapshot.restore()
+
     def doing(self, what: str) -> None:
         """Say what this rank does, for the watch of the other ranks."""
         self.ranks.progress.doing = f"in the {what} of {self.player.name}"
 
     def rounds(self, drawn: Drawn, *local: torch.Tensor | None) -> Iterator[tuple[Any, ...]]:
-        """Cut an update into rounds that fit on the device: yields (z, c, *local parts), on the device.
+        """Cut an update into rounds that fit on the device: yields (drawn, *local), the round's part of each
+        on the device.
 
         drawn: for the global batch, of which this rank takes its part of each round. local: this rank's
         tensors [batch.local, …] in the order of rounds; None stays None. Gradients are averaged over ranks in
@@ -170,14 +179,19 @@ class Engine(abc.ABC):
         """
         images = self.batch.images
         for number in range(self.batch.rounds):
-            seed_generators(drawn.seed + self.ranks.rank * self.batch.rounds + number, self.ranks.device)
-            part = self.batch.part(self.ranks.rank, number)
-            of_round = [None if t is None else t[part] for t in (drawn.z, drawn.c)]
-            of_round += [None if t is None else t[number * images : (number + 1) * images] for t in local]
+            seed = drawn.seed + self.ranks.rank * self.batch.rounds + number
+            seed_generators(seed, self.ranks.device)
+            of_all = self.batch.part(self.ranks.rank, number)
+            of_mine = slice(number * images, (number + 1) * images)
+            z = drawn.z[of_all].to(self.ranks.device, non_blocking=True)
+            c, augmentation, mix = (
+                self._on_device(tensor, of_all) for tensor in (drawn.c, drawn.augmentation, drawn.mix)
+            )
             with self.accumulating(last=number == self.batch.rounds - 1):
-                yield tuple(
-                    None if t is None else t.to(self.ranks.device, non_blocking=True) for t in of_round
-                )
+                yield Drawn(z, c, seed, augmentation, mix), *(self._on_device(t, of_mine) for t in local)
+
+    def _on_device(self, tensor: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+        return None if tensor is None else tensor[part].to(self.ranks.device, non_blocking=True)
 
     @property
     def in_first_copy(self) -> bool:

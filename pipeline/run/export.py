@@ -16,6 +16,7 @@ from pipeline.parallel.batch_norm import pooled
 from pipeline.run import checkpoint
 from pipeline.run.folder import begun
 from pipeline.run.state import State
+from pipeline.wording import in_time
 
 
 def load_run(run: Path) -> tuple[Config, Path, State]:
@@ -101,7 +102,7 @@ def _model_card(config: Config, state: State) -> str:
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
 trained by ShardGAN on the images in `{redacted(str(data.train))}`; D was shown {state.cur_nimg:,} of them,
 counting repeats. Loss `{config.loss.kind}`; L2 penalties
-λ_G = {penalty.G.l2:g}, λ_D = {penalty.D.l2:g} on `{penalty.on}`.
+λ_G = {in_time(penalty.G.l2)}, λ_D = {in_time(penalty.D.l2)} on `{penalty.on}`.
 
 | file | what |
 |---|---|

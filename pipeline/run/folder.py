@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter
 
-from pipeline.config import Config, Ema, UserError, dump, load
+from pipeline.config import Config, Ema, Run, UserError, dump, load
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.report import say
@@ -25,8 +25,9 @@ DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
 
 # What may change when a run is resumed: how long, how often, where and how fast, not what is trained.
+# Schedules last for the burn-in, and augmentation that adapts does so once per tick.
 _FREE = {
-    "run": None,
+    "run": {field.name for field in dataclasses.fields(Run)} - {"burn_in_kimg", "tick_kimg"},
     "track": None,
     "score": None,
     "data": {"train", "workers", "batch_gpu", "cache", "max_bad"},
@@ -166,6 +167,8 @@ def check_same(config: Config, folder: Path) -> None:
         return
     before, now = _fixed(begun(folder)), _fixed(as_begun(config, folder))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
+    if before["augment.target"] is None:
+        del keys["run.tick_kimg"]
     changed = [
         f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
     ]
@@ -189,7 +192,7 @@ def finished(folder: Path, config: Config) -> bool:
 def _fixed(config: Config) -> dict[str, Any]:
     """Dotted key → value of everything that must not change when a run is resumed."""
     flat: dict[str, Any] = {}
-    for section, values in TypeAdapter(Config).dump_python(config).items():
+    for section, values in TypeAdapter(Config).dump_python(config, mode="json").items():
         free = _FREE.get(section, set())
         if free is not None:
             flat |= _flat(section, {key: value for key, value in values.items() if key not in free})

@@ -40,7 +40,7 @@ class Health:
         self._compare_replicas(tick.each)
         self._suspect(
             "D has won",
-            tick.values.get("Loss/signs/real", 0) > _WON and tick.values.get("Loss/signs/fake", 0) < -_WON,
+            _has_won(tick.values),
             "D has been right about every image for some time, which leaves G little to learn from. Give G a "
             "chance by a smaller or slower D (D.width, optim.D.lr), R1 (penalty.r1.gamma) or a larger "
             "penalty.D.l2.",
@@ -228,3 +228,11 @@ def _ranks(ranks: list[int], world: int) -> str:
     if len(ranks) == world:
         return "all ranks" if world > 1 else "the only rank"
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _has_won(values: Mapping[str, float]) -> bool:
+    """Whether D is right about every image; of pairs, whose logits mean something only together, about every
+    pair."""
+    if "Loss/signs/paired" in values:
+        return values["Loss/signs/paired"] > _WON
+    return values.get("Loss/signs/real", 0) > _WON and values.get("Loss/signs/fake", 0) < -_WON

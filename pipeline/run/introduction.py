@@ -6,10 +6,11 @@ from pipeline.config import Config
 from pipeline.data.check import remarks
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
+from pipeline.gan import compatible
 from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.wording import counted
+from pipeline.wording import counted, in_time
 
 
 def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:
@@ -21,10 +22,11 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"{counted(len(index.shards), 'shard')}, {split.heldout().size:,} held out; "
         f"{data.channels}x{data.size}x{data.size}",
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
-        f"λ_G‖W‖² {penalty.G.l2:g}, λ_D‖W‖² {penalty.D.l2:g} on {penalty.on}",
+        f"λ_G‖W‖² {in_time(penalty.G.l2)}, λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),
+        *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),
     ]
     if index.remote:
         lines.append(f"  {index.remote}")

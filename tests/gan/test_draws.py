@@ -20,8 +20,8 @@ def test_seeds_differ_wherever_the_parts_do():
 def test_the_same_place_gives_the_same_draw_and_another_place_another():
     draws, again = Draws(7, 16, [1, 1]), Draws(7, 16, [1, 1])
     torch.randn(5)  # what else is drawn does not matter
-    z, c, _ = draws.latents("D", 640, 8)
-    z2, c2, _ = again.latents("D", 640, 8)
+    z, c, *_ = draws.latents("D", 640, 8)
+    z2, c2, *_ = again.latents("D", 640, 8)
     assert torch.equal(z, z2) and torch.equal(c, c2)
     others = [
         draws.latents("G", 640, 8),
@@ -40,7 +40,7 @@ def test_drawing_leaves_the_global_generator_alone():
 
 
 def test_latents_are_standard_normal():
-    z, c, _ = Draws(0, 64, None).latents("D", 0, 4096)
+    z, c, *_ = Draws(0, 64, None).latents("D", 0, 4096)
     assert z.shape == (4096, 64) and z.dtype == torch.float32 and z.device.type == "cpu" and c is None
     n = z.numel()
     assert abs(z.mean().item()) < 5 / n**0.5 and abs(z.std().item() - 1) < 5 / (2 * n) ** 0.5
@@ -55,17 +55,17 @@ def test_what_networks_draw_themselves_has_a_seed_of_its_own():
 
 def test_ranks_and_rounds_partition_one_draw():
     """However many ranks slice it, the global batch is the same."""
-    z, c, _ = Draws(1, 8, [3, 1]).latents("G", 128, 12)
+    z, c, *_ = Draws(1, 8, [3, 1]).latents("G", 128, 12)
     for world in (1, 2, 3, 4):
         slices = [slice(r * 12 // world, (r + 1) * 12 // world) for r in range(world)]
         drawn = [Draws(1, 8, [3, 1]).latents("G", 128, 12) for _ in slices]  # by each rank for itself
-        assert torch.equal(torch.cat([zs[s] for (zs, _, _), s in zip(drawn, slices, strict=True)]), z)
-        assert torch.equal(torch.cat([cs[s] for (_, cs, _), s in zip(drawn, slices, strict=True)]), c)
+        assert torch.equal(torch.cat([zs[s] for (zs, *_), s in zip(drawn, slices, strict=True)]), z)
+        assert torch.equal(torch.cat([cs[s] for (_, cs, *_), s in zip(drawn, slices, strict=True)]), c)
 
 
 def test_fake_labels_follow_the_frequencies():
     frequencies = torch.tensor([50.0, 0.0, 30.0, 15.0, 5.0, 0.0])
-    _, c, _ = Draws(0, 2, frequencies.tolist()).latents("G", 0, 20_000)
+    _, c, *_ = Draws(0, 2, frequencies.tolist()).latents("G", 0, 20_000)
     assert c.dtype == torch.int64
     counts = torch.bincount(c, minlength=6).double()
     expected = 20_000 * frequencies.double() / 100
@@ -77,7 +77,7 @@ def test_fake_labels_follow_the_frequencies():
 
 @pytest.mark.parametrize("frequencies", [[1.0], [0, 0, 1e-12], [0.1] * 10])
 def test_every_label_is_a_class_that_occurs(frequencies):
-    _, c, _ = Draws(0, 1, frequencies).latents("D", 0, 5000)
+    _, c, *_ = Draws(0, 1, frequencies).latents("D", 0, 5000)
     occurring = torch.tensor(frequencies).nonzero().flatten()
     assert torch.isin(c, occurring).all()
 

@@ -6,7 +6,7 @@ from torch.nn.functional import binary_cross_entropy
 
 from pipeline.gan.losses import adversarial
 
-KINDS = ("minimax", "nonsaturating", "hinge", "least_squares")
+KINDS = ("minimax", "nonsaturating", "hinge", "least_squares", "wasserstein", "relativistic")
 real = torch.tensor([-3.0, -0.2, 0.0, 0.7, 4.0])
 fake = torch.tensor([-2.5, -1.0, 0.1, 1.5, 3.0])
 
@@ -61,9 +61,10 @@ def test_sure_of_the_wrong_and_of_the_right(kind, dtype):
 def test_logits_of_half_precision_are_averaged_in_float32(kind):
     loss = adversarial(kind)
     many = torch.linspace(0.1, 0.9, 10_000).bfloat16()
+    other = many.flip(0)
     for half, full in (
-        (loss.d(many, many), loss.d(many.float(), many.float())),
-        (loss.g(many), loss.g(many.float())),
+        (loss.d(many, other), loss.d(many.float(), other.float())),
+        (loss.g(many, other), loss.g(many.float(), other.float())),
     ):
         assert half.dtype == torch.float32
         torch.testing.assert_close(half, full, rtol=0, atol=0)
@@ -74,7 +75,7 @@ def test_each_player_pulls_the_logits_its_way(kind):
     loss = adversarial(kind)
     r, f = torch.tensor([-0.5, 0.5], requires_grad=True), torch.tensor([-0.5, 0.5], requires_grad=True)
     d_real, d_fake = torch.autograd.grad(loss.d(r, f), (r, f))
-    (g_fake,) = torch.autograd.grad(loss.g(f), f)
+    (g_fake,) = torch.autograd.grad(loss.g(f, r.detach()), f)
     assert (d_real < 0).all(), "lowering L_D must raise the logits of real images"
     if kind == "least_squares":  # towards 0 from either side
         assert (d_fake.sign() == f.sign()).all()
@@ -89,3 +90,33 @@ def test_nonsaturating_learns_where_minimax_does_not():
     (fast,) = torch.autograd.grad(adversarial("nonsaturating").g(lost), lost)
     assert slow.item() == pytest.approx(-torch.tensor(-10.0).sigmoid().item())
     assert fast.item() == pytest.approx(-torch.tensor(10.0).sigmoid().item())
+
+
+def test_wasserstein_by_hand():
+    loss = adversarial("wasserstein")
+    assert loss.d(real, fake).item() == pytest.approx((1.1 - 1.5) / 5)
+    assert loss.g(fake).item() == pytest.approx(-1.1 / 5)
+
+
+@pytest.mark.parametrize("gap", [-200.0, -3.0, 0.0, 3.0, 200.0])
+def test_the_relativistic_loss_compares_pairs(gap):
+    """∂L_D/∂aᵢ = −σ(bᵢ − aᵢ)/N, ∂L_D/∂bᵢ its opposite, ∂L_G/∂bᵢ = −σ(aᵢ − bᵢ)/N: finite and exact far out."""
+    loss = adversarial("relativistic")
+    assert loss.paired
+    a = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    b = (a.detach() + gap * torch.tensor([1.0, 0.5, -1.0])).requires_grad_()
+    by_a, by_b = torch.autograd.grad(loss.d(a, b), (a, b))
+    assert by_a.dtype == torch.float64
+    torch.testing.assert_close(by_a, -(b - a).sigmoid() / 3, rtol=1e-12, atol=0)
+    torch.testing.assert_close(by_b, -by_a, rtol=1e-12, atol=0)
+    (of_G,) = torch.autograd.grad(loss.g(b, a.detach()), b)
+    torch.testing.assert_close(of_G, -(a - b).sigmoid() / 3, rtol=1e-12, atol=0)
+    swapped = torch.tensor([2, 0, 1])
+    torch.testing.assert_close(loss.d(a[swapped], b[swapped]), loss.d(a, b))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_double_precision_stay_so(kind):
+    loss = adversarial(kind)
+    assert loss.d(real.double(), fake.double()).dtype == torch.float64
+    assert loss.g(fake.double(), real.double()).dtype == torch.float64

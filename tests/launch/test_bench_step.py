@@ -37,7 +37,7 @@ def test_the_bare_maths_are_those_of_the_step(tmp_path):
     gan = ours._gan
     for number, real in enumerate(reals):
         before = number * 8
-        z = gan.latents("D", before).z, gan.latents("G", before + 8).z
+        z = gan.draw("D", before).z, gan.draw("G", before + 8).z
         bare.update(to_float(real), *z)
     ours.run(len(reals))
     ours.close()

@@ -191,11 +191,29 @@ def test_one_candidate_written_twice_is_refused(tmp_path, grid):
         (["optim.G.lr=1", "optim.G.eps=2"], "optim.G.{lr,eps}", "lr 1, eps 2"),
         (["G.width=8", "D.norm=none"], "candidate", "G.width 8, D.norm none"),
         (["penalty.l2=1"], "penalty.l2", "1"),
+        (["penalty.r1.gamma=[1, 0.1]"], "penalty.r1.gamma", "1 → 0.1"),
+        (["optim.G.betas=[0,[0.9,0.99]]"], "optim.G.betas", "[0,0.9 → 0.99]"),
+        (["optim.G.betas=[0,0.9]"], "optim.G.betas", "[0,0.9]"),
+        (["G.options.widths=[8,16]"], "G.options.widths", "[8,16]"),
     ],
 )
 def test_labels_are_short(axes, title, label):
     (arm,) = select_candidates.grid(axes)
     assert (arm.title, arm.label) == (title, label)
+
+
+def test_schedules_are_values_of_a_grid(tmp_path):
+    _, trials = selection(
+        tmp_path, "run.burn_in_kimg=1", grid=["penalty.r1.gamma=[1,0.1],[10,1],0.5"], folds=2
+    )
+    assert [t.config.penalty.r1.gamma for t in trials[:3]] == [(1.0, 0.1), (10.0, 1.0), 0.5]
+    assert [t.folder.name for t in trials[:3]] == [
+        f"penalty.r1.gamma={value},seed=0,fold=0" for value in ("1to0.1", "10to1", "0.5")
+    ]
+    table = table_of(trials, [[2.0, 2.0], [1.0, 1.0], [3.0, 3.0]])
+    assert table.choice is not None and table.choice.arm.label == "10 → 1"
+    base = select_candidates.grid(["optim.G.betas=[0,[0.9,0.99]],[0,0.9]"])
+    assert [arm.slug for arm in base] == ["optim.G.betas=_0,0.9to0.99_", "optim.G.betas=_0,0.9_"]
 
 
 def test_a_long_name_still_makes_a_folder():

@@ -19,7 +19,16 @@ from pipeline.step import train_step
 
 STEP = 0.5  # h, of both players' SGD
 UPDATES = 20
-LAMBDAS = ((0.0, 0.0), (0.0, 0.1), (0.05, 0.1))  # λ of G and of D
+SHRINKS = {  # game → its settings and the radius that an update leaves of 1, near the origin
+    "free": ((), 1.0),
+    "l2-of-D": (("penalty.D.l2=0.1",), 0.9**0.5),
+    "l2-of-both": (("penalty.G.l2=0.05", "penalty.D.l2=0.1"), (0.95 * 0.9) ** 0.5),
+    "r1": (("penalty.r1.gamma=0.2", "penalty.r1.interval=1"), 0.9**0.5),  # R1(γ) is L2(γ/2) on D
+    "r1-r2": (
+        ("penalty.r1.gamma=0.1", "penalty.r1.interval=1", "penalty.r2.gamma=0.1", "loss.kind=relativistic"),
+        0.9**0.5,  # R1 + R2 is L2(γ) on D
+    ),
+}
 _START = 1e-3  # so near the origin that the game is linear to 1e-6
 
 
@@ -45,15 +54,16 @@ class Slope(nn.Module):
         return images.flatten() * self.psi
 
 
-def train(ranks: Ranks, of_G: float, of_D: float) -> list[tuple[float, float]]:
+def train(ranks: Ranks, game: str) -> list[tuple[float, float]]:
     """(θ, ψ) at the start and after each update."""
     settings = config.load(
         None,
         [
             "data.train=none", "data.size=1", "data.channels=1", "data.batch_size=12",
             "G.z_dim=1", "G.kind=dirac:Point", "D.kind=dirac:Slope", "loss.kind=minimax",
-            "penalty.on=all", f"penalty.G.l2={of_G}", f"penalty.D.l2={of_D}",
+            "penalty.on=all",
             *(f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", f"lr={STEP}")),
+            *SHRINKS[game][0],
         ],
     )  # fmt: skip
     batch = batch_shape(settings.data, ranks.world)
@@ -68,7 +78,3 @@ def train(ranks: Ranks, of_G: float, of_D: float) -> list[tuple[float, float]]:
 
 def _point(weights: parity.Tensors) -> tuple[float, float]:
     return float(weights["G/theta"]), float(weights["D/psi"])
-
-
-def name(of_G: float, of_D: float) -> str:
-    return f"dirac-{of_G}-{of_D}.json"

@@ -63,6 +63,7 @@ class Case:
 
 _NO_NORM = ("G.norm=none", "D.norm=none")
 _ALL_ON = (
+    "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
     "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
     *(f"{player}.{key}" for player in "GD" for key in ("dropout=0.1", "spectral_norm=true")),
     *(f"optim.{player}.clip=1" for player in "GD"),
@@ -212,7 +213,7 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
         sum=all_reduce if world > 1 else lambda values: values,
     )  # fmt: skip
     gan = build(options, ranks, batch_shape(options.data, world), [1.0] * case.classes or None)
-    gan = replace(gan, augment=augment or gan.augment)
+    gan = replace(gan, augment=(lambda images, _: augment(images)) if augment else gan.augment)
     local = options.data.batch_size // world
     labels = torch.zeros(local, dtype=torch.int64) if case.classes else None
     batch = Batch(torch.zeros(local, options.data.channels, 64, 64, dtype=torch.uint8), labels)

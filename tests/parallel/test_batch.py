@@ -25,13 +25,15 @@ def test_rounds_of_all_ranks_are_the_global_batch(world, rounds):
     shape = BatchShape(world, rounds, IMAGES)
     size = world * rounds * IMAGES
     z, c = torch.arange(2.0 * size).view(size, 2), torch.arange(size)
-    seen = [
-        list(_engine(shape, rank).rounds(Drawn(z, c, 0), c[shape.positions(rank)])) for rank in range(world)
-    ]
-    for number in range(rounds):
+    given = Drawn(z, c, 0, augmentation=3 * z, mix=c / 2)
+    ranks = [_engine(shape, rank).rounds(given, c[shape.positions(rank)]) for rank in range(world)]
+    wholes = (z, c, given.augmentation, given.mix, c)
+    for number, of_round in enumerate(zip(*ranks, strict=True)):
         part = slice(number * size // rounds, (number + 1) * size // rounds)
-        for found, whole in zip(zip(*(rank[number] for rank in seen), strict=True), (z, c, c), strict=True):
+        mine = [(drawn.z, drawn.c, drawn.augmentation, drawn.mix, local) for drawn, local in of_round]
+        for found, whole in zip(zip(*mine, strict=True), wholes, strict=True):
             assert torch.equal(torch.cat(found), whole[part])
+    assert number == rounds - 1
 
 
 def _engine(shape: BatchShape, rank: int) -> ReplicatedEngine:

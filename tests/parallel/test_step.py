@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from launch.selfcheck import parity
-from pipeline.config import Optimizer
+from pipeline.config import Config, Optimizer
+from pipeline.data.stream import Batch
 from pipeline.gan import schedules
 from pipeline.gan.draws import Draws
-from pipeline.gan.gradient_penalty import GradientPenalty, r1
+from pipeline.gan.gradient_penalty import Slope
 from pipeline.gan.losses import Adversarial
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.schedules import Rates
@@ -26,7 +27,7 @@ from pipeline.parallel.masters import make_optimizer, set_rates
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.players import build
 from pipeline.run.stats import Stats
-from pipeline.step import Gan, train_step
+from pipeline.step import Gan, train_step, update_G
 
 CPU = torch.device("cpu")
 CASE = parity.Case("seams", (*parity.SGD, "loss.D_steps=2"), rounds=2)
@@ -40,7 +41,7 @@ GAMMAS = {"real": 0.7, "fake": 0.3}
 UPDATES = 2
 
 
-def augmented(images: torch.Tensor) -> torch.Tensor:
+def augmented(images: torch.Tensor, _: torch.Tensor | None = None) -> torch.Tensor:
     return 0.8 * images.flip(3) + 0.1
 
 
@@ -48,16 +49,16 @@ def at(cur_nimg: int) -> schedules.Now:
     """SGD's rate falls from turn to turn; a gradient penalty on reals always, on fakes every other time."""
     rates = Rates(0.02 / (1 + cur_nimg / CASE.batch), (0.5, 0.999), l2=0.0, l1=0.0)
     due = {"real": 1, "fake": schedules.lazy_factor(2, cur_nimg // CASE.batch)}
-    penalties = tuple(GradientPenalty(f"on_{on}", on, r1, GAMMAS[on], due[on]) for on in ("real", "fake"))
+    penalties = tuple(Slope(f"on_{on}", on, GAMMAS[on], factor=due[on]) for on in ("real", "fake"))
     return replace(schedules.at(CONFIG, cur_nimg), G=rates, D=rates, gradient_penalties=penalties)
 
 
-def gan_on_one_process() -> Gan:
+def gan_on_one_process(config: Config = CONFIG, label_frequencies: list[float] | None = None) -> Gan:
     ranks: Any = SimpleNamespace(
         rank=0, world=1, main=True, strategy="single", device=CPU, precision="no", low_precision=None,
         progress=Progress(), sum=lambda values: values,
     )  # fmt: skip
-    return build(CONFIG, ranks, batch_shape(CONFIG.data, 1))
+    return build(config, ranks, batch_shape(config.data, 1), label_frequencies)
 
 
 def plain() -> tuple[nn.Module, nn.Module]:
@@ -119,8 +120,8 @@ def test_reals_go_to_the_device_in_Gs_turn_only_for_a_paired_loss(paired):
 def test_the_hook_sees_every_image_that_D_does_and_costs_nothing_by_default():
     gan, seen = gan_on_one_process(), []
     image = torch.zeros(1)
-    assert gan.augment(image) is image
-    gan = replace(gan, augment=lambda images: seen.append(len(images)) or images)
+    assert gan.augment(image, None) is image
+    gan = replace(gan, augment=lambda images, _: seen.append(len(images)) or images)
     train_step(gan, iter(parity.reals(CASE, 2)), 0, Stats(CPU))
     turns = (2, 2, 1)  # real and fake images of two turns of D, fake ones of G's
     assert seen == [CASE.batch // 2] * (2 * sum(turns))  # in two rounds each
@@ -132,3 +133,45 @@ def test_an_optimizer_takes_the_rates_of_now():
         set_rates(optimizer, Rates(3e-3, betas, l2=0.0, l1=0.0))
         (group,) = optimizer.param_groups
         assert group["lr"] == 3e-3 and group.get("betas", betas) == betas
+
+
+def turn_of_G(*settings: str) -> tuple[Gan, list[Any], dict[str, list[torch.Tensor]]]:
+    """The Gan after a relativistic turn of G over labelled images, the passes of D in it as (images require
+    a gradient, labels), and D's buffers before it and after each pass."""
+    config = parity.Case("pairs", ("data.conditional=true", "loss.kind=relativistic", *settings), rounds=2)
+    gan, labels = gan_on_one_process(config.config(world=1), [1.0] * 3), torch.arange(12) % 3
+    images = torch.randint(0, 256, (12, 1, 28, 28), dtype=torch.uint8)
+    passes: list[Any] = []
+    buffers: dict[str, list[torch.Tensor]] = {n: [b.clone()] for n, b in gan.D.module.named_buffers()}
+
+    def seen(_: nn.Module, given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        passes.append((torch.is_grad_enabled() and given[0].requires_grad, given[1]))
+        for name, buffer in gan.D.module.named_buffers():
+            buffers[name].append(buffer.clone())
+
+    gan.D.module.register_forward_pre_hook(seen)
+    update_G(gan, Batch(images, labels), 12, Stats(CPU))
+    for name, buffer in gan.D.module.named_buffers():
+        buffers[name].append(buffer.clone())
+    return gan, passes, buffers
+
+
+def test_of_a_pair_both_have_the_reals_label_and_only_the_fake_has_a_gradient():
+    _, passes, _ = turn_of_G()
+    labels = torch.arange(12) % 3
+    assert [gradient for gradient, _ in passes] == [False, True] * 2
+    for number, (_, c) in enumerate(passes):
+        assert torch.equal(c, labels[number // 2 * 6 :][:6])
+
+
+def test_the_reals_in_Gs_turn_leave_Ds_buffers_as_they_were():
+    """Spectral norm's u and v move with each pass on fakes, and with those alone."""
+    _, _, buffers = turn_of_G("D.options.spectral_norm=true")
+    assert buffers
+    for name, (start, *seen, end) in buffers.items():
+        before_real, before_fake = seen[::2], seen[1::2]
+        assert all(torch.equal(a, b) for a, b in zip(before_real, before_fake, strict=True)), name
+        assert torch.equal(start, seen[0]), name
+        if not name.startswith("to_logit"):  # one row is its own singular vector from the start
+            assert not torch.equal(before_real[0], before_real[1]), name
+            assert not torch.equal(before_fake[1], end), name

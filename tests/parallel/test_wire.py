@@ -49,6 +49,17 @@ def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
         assert 0 < gathered <= rounds * (6 * sizes["D"] + 3 * sizes["G"])
 
 
+@pytest.mark.parametrize("case", ["sync-batch", "sync-batch-r1"])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_sync_batch_sends_two_numbers_per_channel_in_every_pass(launched, name, case):
+    """Forward: G twice, D three times; backward: G once, D three times, and R1 adds one backward of D and one
+    backward of that."""
+    calls = [tuple(call) for call in recorded(launched, name)[case]["update"]]
+    sent = sum(calls.count(("allreduce_", 8 * 2 * channels)) for channels in (5, 10))
+    of_D = 8 if "r1" in case else 6
+    assert sent == wire.CASES[case].rounds * (3 * wire.NORMS["G"] + of_D * wire.NORMS["D"])
+
+
 @pytest.mark.parametrize("name", SEVERAL)
 def test_sharded_players_agree_on_one_scalar_each(launched, name):
     """The squared gradient norm, for clipping and skipping alike; DeepSpeed takes its own at stage 3."""

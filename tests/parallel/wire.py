@@ -20,13 +20,17 @@ from pipeline.step import train_step
 # Two cases that differ in their penalties alone, L2 and L1 on all parameters against none; with rounds and
 # clipping, and with neither.
 OPTIMIZER = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 PENALTIES = ("penalty.l2=1e-3", "penalty.l1=1e-4", "penalty.on=all")
 CASES = {
     "plain": Case("plain", ()),
     "plain-penalised": Case("plain-penalised", PENALTIES),
     "clipped": Case("clipped", OPTIMIZER, rounds=2),
     "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
+    "sync-batch": Case("sync-batch", SYNC_BATCH, rounds=2),
+    "sync-batch-r1": Case("sync-batch-r1", (*SYNC_BATCH, "penalty.r1.gamma=1", "penalty.r1.interval=1")),
 }
+NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
 ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 

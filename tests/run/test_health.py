@@ -34,12 +34,15 @@ def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", **run: int
 
 
 def tick(values=None, updates=None, each=None, broken=None) -> Reduced:
-    return Reduced(values or {}, updates or {}, each or {}, broken or {})
+    return Reduced(values or {}, {}, updates or {}, each or {}, broken or {})
 
 
-def test_d_that_wins_is_told_once_and_again_only_after_it_has_not_won(warnings):
+@pytest.mark.parametrize("paired", [False, True])
+def test_d_that_wins_is_told_once_and_again_only_after_it_has_not_won(warnings, paired):
     judge = health(warnings)
-    won, even = ({"Loss/signs/real": s, "Loss/signs/fake": -s} for s in (1.0, 0.5))
+    of_pairs = [{"Loss/signs/real": 1.0, "Loss/signs/fake": 1.0, "Loss/signs/paired": s} for s in (1.0, 0.5)]
+    of_each = [{"Loss/signs/real": s, "Loss/signs/fake": -s} for s in (1.0, 0.5)]
+    won, even = of_pairs if paired else of_each
     for _ in range(60):
         judge.check(tick(won))
     assert len(warnings.told) == 1 and warnings.told[0].startswith("D has won")

@@ -127,3 +127,14 @@ def test_factors_are_multiplied_in_one_after_another():
         stats.add({"a": Contribution(value, 1.0, 1.0, (l2, 4 * l2)), "b": Contribution(value, 1.0, 1.0)})
         whole.add({"a": Contribution(4 * l2 * (l2 * value), 1.0, 1.0), "b": Contribution(value, 1.0, 1.0)})
     assert stats.state() == whole.state()
+
+
+def test_scores_and_signs_of_pairs():
+    stats = Stats(torch.device("cpu"))
+    real, fake = torch.tensor([1.0, -2.0, 3.0, 4.0]), torch.tensor([2.0, -3.0, 1.0, 3.5])
+    stats.scores(real, fake, paired=True)
+    values = stats.reduce(ALONE, {}).values
+    assert values["Loss/scores/real"] == 1.5 and values["Loss/scores/fake"] == 0.875
+    assert values["Loss/signs/real"] == 0.5 and values["Loss/signs/paired"] == 0.5  # 3 of 4 pairs
+    stats.scores(real, fake)
+    assert "Loss/signs/paired" not in stats.reduce(ALONE, {}).values

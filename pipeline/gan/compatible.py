@@ -1,0 +1,109 @@
+"""Which objectives which discriminators admit: decided on the built module, not on the config's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from pipeline.config import Config, UserError
+from pipeline.gan.schedules import is_used
+
+_COARSE = 0.03  # σ; at 0.01 bf16's rounding of the logits makes the penalty 1.9 times as large, here 1.1
+
+
+def check_objective(config: Config, images: int, precision: str) -> None:
+    """Raise UserError for an objective that cannot be trained in this precision, or in rounds of so many
+    images on a rank."""
+    _refuse([*_of_precision(config, precision), *_of_fractions(config, images)])
+
+
+def check_layers(config: Config, D: nn.Module) -> None:
+    """Raise UserError for an objective that needs other layers than D has."""
+    _refuse([*_of_layers(config, D)])
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        lines = ["This objective cannot be trained as it stands:", *(f"  {p}." for p in problems)]
+        raise UserError("\n".join(lines))
+
+
+def _of_precision(config: Config, precision: str) -> Iterator[str]:
+    if precision != "fp16":
+        return
+    penalty = config.penalty
+    used = {
+        "loss.kind=relativistic": config.loss.kind == "relativistic",
+        "penalty.r2": is_used(penalty.r2.gamma),
+        "penalty.wgan_gp": penalty.wgan_gp.weight > 0,
+    }
+    for what in (name for name, there in used.items() if there):
+        yield f"{what} under fp16, in which the gradients of logits underflow: use --mixed_precision bf16"
+
+
+def _of_layers(config: Config, D: nn.Module) -> Iterator[str]:
+    """Layers by which an image's logit depends on other images, or two passes on one image differ."""
+    penalty, slopes = config.penalty, {"r1": config.penalty.r1, "r2": config.penalty.r2}
+    used = {name: slope for name, slope in slopes.items() if is_used(slope.gamma)}
+    if any(isinstance(layer, _BatchNorm) for layer in D.modules()):
+        reasons = {
+            "loss.kind=relativistic": config.loss.kind == "relativistic",
+            "penalty.r2": "r2" in used,
+            "penalty.wgan_gp": penalty.wgan_gp.weight > 0,
+            **{f"penalty.{name}.fraction": slope.fraction < 1 for name, slope in used.items()},
+            **{f"penalty.{name}.sigma": slope.sigma > 0 for name, slope in used.items()},
+        }
+        for what in (name for name, there in reasons.items() if there):
+            yield (
+                f"{what} together with batch normalisation in D, where an image's logit depends on the other "
+                "images: set D.norm to none, group or instance"
+            )
+    noisy = any(isinstance(layer, _DropoutNd) and layer.p > 0 for layer in D.modules())
+    for name in (name for name, slope in used.items() if slope.sigma and noisy):
+        yield (
+            f"penalty.{name}.sigma compares two passes of D, between which dropout alone makes a difference: "
+            f"set D.dropout=0, or penalty.{name}.sigma=0"
+        )
+
+
+def _of_fractions(config: Config, images: int) -> Iterator[str]:
+    for name in ("r1", "r2"):
+        slope = getattr(config.penalty, name)
+        every = round(1 / slope.fraction)
+        if is_used(slope.gamma) and images % every:
+            yield (
+                f"penalty.{name}.fraction=1/{every}: {every} does not divide the images of a rank "
+                f"and round, {images}. Change the fraction, data.batch_size or data.batch_gpu"
+            )
+
+
+def remarks(config: Config, precision: str) -> Iterator[str]:
+    """What to know about the objective, a line each."""
+    for name in ("r1", "r2"):
+        slope = getattr(config.penalty, name)
+        if not is_used(slope.gamma):
+            continue
+        if config.loss.kind == "relativistic" and slope.interval > 1:
+            yield (
+                f"penalty.{name}.interval={slope.interval}: the relativistic loss converges with one in "
+                "every update, and may not with a lazy one (Huang et al. 2024, app. E)"
+            )
+        if slope.sigma:
+            yield (
+                f"penalty.{name}.sigma={slope.sigma:g} estimates the penalty. Measured at batches of 32: its "
+                "gradient was 10 to 35 times noisier than the exact one is large, and D did not learn; give "
+                "it large batches and a γ about 10 times lower"
+            )
+        if slope.sigma and slope.sided == 1:
+            yield (
+                f"penalty.{name}.sided=1 was 3 to 20 times too large on images with flat areas; sided=2 was "
+                "right within 25 %"
+            )
+        if slope.sigma and slope.sigma < _COARSE and precision == "bf16":
+            yield (
+                f"penalty.{name}.sigma={slope.sigma:g} under bf16: rounding of logits makes it too large. "
+                f"Use {_COARSE} or more"
+            )
