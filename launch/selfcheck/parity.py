@@ -90,6 +90,11 @@ CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 
+_PATH = (
+    "G.kind=launch.selfcheck.networks:LatentGenerator",
+    *("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5"),
+)
+
 
 def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
@@ -144,6 +149,7 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "path": _PATH,
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
