@@ -86,7 +86,9 @@ def explain(error: ValidationError, defaults: object) -> Iterator[str]:
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(keys)}"
             yield scrubbed(f"  {where}: no such key{hint}")
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = (
+                problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, [a, b, …]")
+            )
             yield scrubbed(f"  {where}: {message} (found {problem['input']!r})")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.gan.adaptive import AdaptiveP
+from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Drawn, Draws
 from pipeline.gan.losses import Adversarial, adversarial
 from pipeline.gan.networks import build_D, build_G
@@ -34,15 +36,34 @@ class Gan:
     at: Callable[[int], Now]  # images shown so far → all that depends on progress
     batch_size: int  # global, per D update
     D_steps: int
+    augment: Augmentation  # of all that D sees
     mixes: bool = False  # whether D's turn looks between real and fake images
-    augment: Callable[[Tensor, Tensor | None], Tensor] = lambda images, _: images  # all that D sees
+    adaptive: AdaptiveP | None = None  # where p is neither given nor scheduled
 
     def draw(self, player: str, cur_nimg: int) -> Drawn:
         """The random inputs of a player's turn, for the global batch."""
         drawn = self.draws.latents(player, cur_nimg, self.batch_size, labels=not self.losses.paired)
+        drawn = drawn._replace(augmentation=self.augmentation(player, cur_nimg, self.batch_size))
         if self.mixes and player == "D":
             drawn = drawn._replace(mix=self.draws.uniform("mix", cur_nimg, self.batch_size))
         return drawn
+
+    def augmentation(self, purpose: str, cur_nimg: int, count: int) -> Tensor | None:
+        """Parameters of `augment` for `count` images, by `Augmentation.draw`; None while p is 0."""
+        if not (p := self.augment_p(cur_nimg)):
+            return None
+        return self.augment.draw(self.draws.generator("augmentation", purpose, cur_nimg), count, p)
+
+    def augment_p(self, cur_nimg: int) -> float:
+        """The probability of each operation in the update that begins after cur_nimg images."""
+        return self.adaptive.p if self.adaptive else self.at(cur_nimg).augment_p
+
+    def adapt(self, sums: Mapping[str, tuple[float, float]], cur_nimg: int) -> None:
+        """At a tick: an adaptive p follows what D has said since the last one, of each or of pairs of images.
+        sums: see Reduced."""
+        if self.adaptive:
+            signs = "paired" if self.losses.paired else "real"
+            self.adaptive.observe(*sums[f"Loss/signs/{signs}"], cur_nimg)
 
 
 def build(
@@ -64,6 +85,8 @@ def build(
         return build_engine(networks[name], player, ranks, batch, (inputs[name], c))
 
     G, D = engine("G"), engine("D")
+    target, speed, tick = config.augment.target, config.augment.speed_kimg, config.run.tick_kimg
+    adaptive = None if target is None else AdaptiveP(target, speed, tick)
     return Gan(
         G=G,
         D=D,
@@ -73,5 +96,7 @@ def build(
         at=partial(at, config),
         batch_size=data.batch_size,
         D_steps=config.loss.D_steps,
+        augment=Augmentation(config.augment.ops, data.size),
         mixes=config.penalty.wgan_gp.weight > 0,
+        adaptive=adaptive,
     )

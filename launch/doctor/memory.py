@@ -100,6 +100,8 @@ def second_update(
     """
     data = replace(config.data, batch_size=images, batch_gpu=None)
     config = replace(config, data=data, loss=replace(config.loss, D_steps=1))
+    if config.augment.ops:  # all of them, at once
+        config = replace(config, augment=replace(config.augment, p=1.0, target=None))
     ranks, stats = _OneProcess("no" if precision == "no" else "bf16"), Stats(torch.device("cpu"))
     gan = build(config, ranks, batch_shape(data, 1), [1.0] * num_classes or None)
     pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=torch.uint8)

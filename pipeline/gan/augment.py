@@ -86,7 +86,8 @@ class Augmentation:
             gain, grey, offset = parameters[:, 6:9, None, None, None].unbind(1)
             out = torch.addcmul(torch.addcmul(offset, out, gain), out.mean(1, keepdim=True), grey)
         if "cutout" in self._ops:
-            out = out.masked_fill(_square(self._size, parameters[:, 9:10], parameters[:, 10:12]), 0.0)
+            cut = _square(self._size, parameters[:, 9:10], parameters[:, 10:12])
+            out = torch.where(cut, 0.0, out)
         return out.to(images.dtype)
 
 

@@ -31,6 +31,7 @@ class Now:
     gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
     path: PathLength | None  # G's, also if it is not due; None without one
     ema_beta: float  # share of the old G_ema that an update keeps
+    augment_p: float  # probability of each operation; 0 without any, and where p is adaptive
 
     def differentiates(self, images: str) -> bool:
         """Whether a penalty that is due takes the gradient of D's pass on "real" or "fake" images."""
@@ -55,6 +56,7 @@ def at(config: Config, cur_nimg: int) -> Now:
         gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
         path=_path(config, cur_nimg) if config.penalty.path.weight else None,
         ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
+        augment_p=now(config.augment.p or 0.0),
     )
 
 

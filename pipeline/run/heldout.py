@@ -10,9 +10,9 @@ from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch, heldout_batches
 from pipeline.gan.images import to_float
-from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
+from pipeline.players import Gan
 from pipeline.run.stats import Stats
 
 
@@ -44,17 +44,23 @@ class HeldOutImages:
         """The first of them, uint8 [at most count, C, H, W], read on this rank."""
         return self._first(min(count, self._plan.size), 0, 1).images
 
-    def score(self, D: Engine, stats: Stats) -> None:
+    def score(self, gan: Gan, cur_nimg: int, stats: Stats) -> None:
         """Chart D's mean logit on them: next to Loss/scores/real, it shows over-fitting.
 
-        Computed as in training (BatchNorm by batch, so that the two compare); buffers are restored.
+        Computed as in training (augmented alike, BatchNorm by batch, so that the two compare); buffers are
+        restored.
         """
         if self._batch is None:
             return
+        D, rank, count = gan.D, self._ranks.rank, len(self._batch.images)
+        augmentation = gan.augmentation("heldout", cur_nimg, count * self._ranks.world)
+        if augmentation is not None:
+            augmentation = augmentation[rank * count : (rank + 1) * count].to(self._ranks.device)
         buffers = {name: b.clone() for name, b in D.module.named_buffers()}
         seed_generators(0, self._ranks.device)
         with torch.no_grad(), D.autocast():
-            logits = D.module(to_float(self._batch.images), self._batch.labels)
+            images = gan.augment(to_float(self._batch.images), augmentation)
+            logits = D.module(images, self._batch.labels)
         for name, buffer in D.module.named_buffers():
             buffer.copy_(buffers[name])
         stats.mean("Loss/scores/heldout", logits.float().mean())

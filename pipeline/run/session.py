@@ -117,10 +117,11 @@ class Session:
         Raises RunError when the figures say that the run cannot continue.
         """
         with self._progress.during("reporting"):
-            reduced = self._reduce(gan, stats)
+            reduced = self._reduce(gan, state.cur_nimg, stats)
+            gan.adapt(reduced.sums, state.cur_nimg)
             if any(reduced.each["bad"]):
                 self._bad.exchange()
-            values = reduced.values | self._charts(reduced.each, state.cur_nimg) | dict(scores)
+            values = reduced.values | self._charts(gan, reduced.each, state.cur_nimg) | dict(scores)
             self._report.row(state.cur_nimg, dict(sorted(values.items())))
             self.clock.start(state.cur_nimg)
             try:
@@ -157,6 +158,7 @@ class Session:
             self._report.flush()
             self._bad.exchange()
             state.stats = self._ranks.gather_objects(stats.state())
+            state.adaptive = gan.adaptive.state() if gan.adaptive else {}
             start = time.perf_counter()
             complaints = self._saver.finish()  # of the last save, done by now unless storage is slow
             before, self._saved = self._saved, time.perf_counter()
@@ -184,22 +186,25 @@ class Session:
 
     # Pieces of the above
 
-    def _reduce(self, gan: Gan, stats: Stats) -> Reduced:
+    def _reduce(self, gan: Gan, cur_nimg: int, stats: Stats) -> Reduced:
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
         mine = {"seconds": self.clock.seconds, "waited": self.clock.waited}
-        self._heldout.score(gan.D, stats)
+        self._heldout.score(gan, cur_nimg, stats)
         for engine in (gan.D, gan.G):
             stats.add(engine.chart("Weights", _squares(engine)))
+        if self._config.penalty.path.weight:
+            stats.mean("Progress/path_length", gan.G.moving_mean.value)
         mine |= {"memory": _peak_memory_gb(self._ranks.device), "bad": self._bad.found}
         return stats.reduce(self._ranks, mine | of_this_rank(gan, self._ranks.world))
 
-    def _charts(self, each: Mapping[str, list[float]], cur_nimg: int) -> dict[str, float]:
+    def _charts(self, gan: Gan, each: Mapping[str, list[float]], cur_nimg: int) -> dict[str, float]:
         """The charts that are not means of what updates reported."""
         return {
             "Progress/kimg": cur_nimg / 1000,
             "Progress/epoch": cur_nimg / self._train_size,
             "Progress/bad_images": self._bad.known,
+            **({"Progress/augment_p": gan.augment_p(cur_nimg)} if self._config.augment.ops else {}),
             "Resources/peak_mem_gb": max(each["memory"]),
             **self.clock.charts(each["seconds"], each["waited"], cur_nimg),
             **slowest(each[FORWARD]),

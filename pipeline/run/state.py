@@ -20,6 +20,7 @@ class State:
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
     bad: list[str] = field(default_factory=list)  # unusable training images, on any rank, and why
     in_a_row: dict[str, int] = field(default_factory=dict)  # suspicion → ticks in a row: see Health
+    adaptive: dict[str, float] = field(default_factory=dict)  # AdaptiveP.state(), where p is adaptive
     stats: list[PartialSums] = field(default_factory=list)  # per rank, since the last tick
 
     def moved_to(self, new: State) -> State:

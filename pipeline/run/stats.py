@@ -22,6 +22,7 @@ class Reduced:
     """A tick's statistics over all ranks, the same on each."""
 
     values: dict[str, float]  # chart name → value
+    sums: dict[str, tuple[float, float]]  # chart name → what its value is the ratio of: total, weight
     updates: dict[str, float]  # chart name → how many updates it is the mean of
     each: dict[str, list[float]]  # a name in `mine` → its value on every rank
     broken: dict[str, list[int]]  # chart name → ranks that reported something not finite
@@ -49,17 +50,19 @@ class Stats:
 
     def scores(self, real: torch.Tensor, fake: torch.Tensor, paired: bool = False) -> None:
         """Charts the means of D's logits [N] on real and fake images, and how often D says real, as the mean
-        sign; if paired, also how often it prefers the i-th real to the i-th fake. Both of one type."""
+        sign; if paired, also how often it prefers the i-th real to the i-th fake. Both of one type. Of signs,
+        the sums are exact."""
         given = {"real": real.detach(), "fake": fake.detach()}
         if paired:
             given["paired"] = given["real"] - given["fake"]
         table = real.new_empty(2, len(given), len(real))
         torch.stack([*given.values()], out=table[0])
         torch.sign(table[0], out=table[1])
-        means = table.flatten(0, 1).mean(1, dtype=torch.float32)
+        sums = table.flatten(0, 1).sum(1, dtype=torch.float32)
         names = [f"Loss/{chart}/{of}" for chart in ("scores", "signs") for of in given]
-        for name, value in zip(names, means.unbind(), strict=True):
-            self.mean(name, value)
+        weight = float(len(real))
+        for name, value in zip(names, sums.unbind(), strict=True):
+            self.add({name: Contribution(value, weight, weight * self._reports)})
 
     def add(self, shares: Mapping[str, Contribution]) -> None:
         """Add this rank's contributions: scalars, which must not change afterwards."""
@@ -96,8 +99,10 @@ class Stats:
         for kept in (self._places, self._weights, self._units):
             kept.clear()
         rows = [reduced[start : start + world] for start in range(2 * count, len(reduced), world)]
+        sums = {name: (reduced[i], reduced[count + i]) for i, name in enumerate(names)}
         return Reduced(
-            values=_complete({name: reduced[i] / reduced[count + i] for i, name in enumerate(names)}),
+            values=_complete({name: total / weight for name, (total, weight) in sums.items()}),
+            sums=sums,
             updates={name: reduced[count + i] / units[name] for i, name in enumerate(names)},
             each=dict(zip(own, rows[count:], strict=True)),
             broken={

@@ -194,6 +194,12 @@ def test_low_precision_around_it_does_not_matter():
     assert torch.equal(out, transform(low.float(), parameters).bfloat16())
 
 
+def test_images_stay_channels_last():
+    x, transform = images(dtype=torch.float32), Augmentation(OPS, 9)
+    out = transform(x.to(memory_format=torch.channels_last), transform.draw(generator(), COUNT, 1.0))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_adaptive_p_reaches_06_after_300_of_500_kimg_and_comes_back():
     adaptive = AdaptiveP(target=0.6, speed_kimg=500, tick_kimg=4)
     for n in range(50, 300_001, 50):

@@ -34,7 +34,7 @@ def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", **run: int
 
 
 def tick(values=None, updates=None, each=None, broken=None) -> Reduced:
-    return Reduced(values or {}, updates or {}, each or {}, broken or {})
+    return Reduced(values or {}, {}, updates or {}, each or {}, broken or {})
 
 
 @pytest.mark.parametrize("paired", [False, True])
