@@ -69,6 +69,7 @@ def update_G(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
                 value = now.path(fakes, G.latent, G.moving_mean)
                 loss = loss + value
                 stats.mean("Loss/G/path_penalty", value)
+                stats.mean("Progress/path_length", G.moving_mean.value)
             G.backward(loss)
             stats.mean("Loss/G/adversarial", adversarial)
         stats.add(G.step(now.G))

@@ -62,11 +62,13 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         real = D(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
         fakes = G(z, fake_c)
         parts = {"adversarial": _g_loss(config.loss.kind, D(fakes, fake_c), real)}
+        charts = {}
         if config.penalty.path.weight:
+            charts["Progress/path_length"] = path_length
             parts["path_penalty"], path_length = _path(config, G, fakes, len(rows), path_length)
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
-        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip) | charts)
         half_life = 1000 * _at(config.ema.kimg, config, start)
         if not isinstance(config.ema.kimg, tuple):
             half_life = min(half_life, config.ema.rampup * start)

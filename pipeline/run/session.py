@@ -194,8 +194,6 @@ class Session:
         self._heldout.score(gan, cur_nimg, stats)
         for engine in (gan.D, gan.G):
             stats.add(engine.chart("Weights", _squares(engine)))
-        if self._config.penalty.path.weight:
-            stats.mean("Progress/path_length", gan.G.moving_mean.value)
         mine |= {"memory": _peak_memory_gb(self._ranks.device), "bad": self._bad.found}
         return stats.reduce(self._ranks, mine | of_this_rank(gan, self._ranks.world))
 
