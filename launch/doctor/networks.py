@@ -38,7 +38,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
-    for check in (tied, batch_norm, objective, weight_penalty, cadence):
+    for check in (tied, batch_norm, objective, gathered_whole, weight_penalty, cadence):
         found += check(job, G, D)
     return (G, D), found
 
@@ -92,7 +92,7 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """What training would refuse or remark on, and what ZeRO 3 gathers for it."""
+    """What training would refuse or remark on."""
     try:
         check_objective(job.config, batch_shape(job.config.data, job.world).images, job.precision)
     except UserError as error:
@@ -103,11 +103,17 @@ def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     if job.config.penalty.r1.gamma and (has_batch_norm(D) or has_sync_batch_norm(D)):
         text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
         yield warning("R1", text, "Set D.norm to none, group or instance.")
-    twice = [penalty.name for penalty in at(job.config, 0).gradient_penalties if penalty.twice]
-    if job.strategy == "zero3" and twice:
-        whole = in_bytes(4 * sum(p.numel() for p in D.parameters()))
-        text = f"{' and '.join(twice)} exact: each rank gathers all of D, {whole}, once in every such turn"
-        yield ok("gradient penalty", text)
+
+
+def gathered_whole(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """ZeRO 3 gathers a player whose passes are differentiated twice."""
+    of_D = [penalty.name for penalty in at(job.config, 0).gradient_penalties if penalty.twice]
+    of_G = ["path length"] * (job.config.penalty.path.weight > 0)
+    for name, player, penalties in (("G", G, of_G), ("D", D, of_D)):
+        if job.strategy == "zero3" and penalties:
+            size = in_bytes(4 * sum(p.numel() for p in player.parameters()))
+            text = f"{' and '.join(penalties)}: each rank gathers all of {name}, {size}, in every such turn"
+            yield ok("gradient penalty", text)
 
 
 def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -204,7 +204,7 @@ def test_exact_gradient_penalties_gather_D_under_zero3(settings: list[str], twic
     assert name not in networks(job(*settings, strategy="zero2"))
     found = networks(job(*settings, strategy="zero3"))
     assert (name in found) == (twice is not None)
-    assert twice is None or found[name].text.startswith(f"{twice} exact: each rank gathers all of D")
+    assert twice is None or found[name].text.startswith(f"{twice}: each rank gathers all of D")
 
 
 def test_norms_over_all_ranks_are_no_trap() -> None:

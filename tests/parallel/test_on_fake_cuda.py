@@ -23,7 +23,7 @@ COMPARED = (
     "fsdp2, fp32, batch norm", "fsdp2, bf16, no norm",
 )  # fmt: skip
 OTHERS = (
-    "fp32, all on", "fp16, all on", "fsdp2, bf16, all on",
+    "fp32, all on", "fp16, all on", "bf16, path length", "fsdp2, bf16, all on",
     "fp32, objective", "bf16, finite difference", "fsdp2, bf16, on a quarter",
 )  # fmt: skip
 pytestmark = [

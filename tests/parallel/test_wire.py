@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import wire
@@ -81,6 +82,17 @@ def test_what_objectives_send(launched, name, rounds):
 
 def _gathers(calls):
     return [size for operation, size in calls if "gather" in operation]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_path_length_sends_one_number_whatever_the_rounds(launched, name):
+    """Only the ranks' mean of ‖J‖; where parameters are sharded, what is gathered for G's turn differs."""
+    without, penalised = (
+        Counter(map(tuple, recorded(launched, name)[case]["update"])) for case in ("latent", "path")
+    )
+    assert (penalised - without)["allreduce_", 4] == 1
+    if name.startswith(("ddp", "zero1", "zero2")):
+        assert penalised - without == {("allreduce_", 4): 1} and not without - penalised
 
 
 @pytest.mark.parametrize("name", SEVERAL)
