@@ -56,6 +56,7 @@ def test_theory():
     assert per_rank("zero2", 2) == ((3, 2, 0.5, 0.5), 2)
     assert per_rank("zero3", 2) == ((2, 2, 0.5, 1), 5.5)
     assert per_rank("fsdp2", 2) == ((3, 2, 0.5, 0.5), 3)
+    assert theory.sent("zero3", 2, 0.25, 0.25, twice=True) == 4
 
 
 def test_a_clocked_penalty_is_the_penalty():
@@ -76,7 +77,10 @@ def run(*arguments: str) -> dict:
 
 
 def test_fsdp2_holds_and_sends_what_it_should():
-    found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5")
+    """With gradient penalties no more than without."""
+    penalties = [f"penalty.{name}.{key}=1" for name in ("r1", "r2") for key in ("gamma", "interval")]
+    found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5", *penalties)
+    assert found["losses"]["Loss/D/r2_penalty"] > 0
     measured, (due, sent) = held(found), in_theory(found)
     for name in ("weights", "optimizer", "G_ema"):
         assert measured[name] == pytest.approx(due[name], rel=0.02), name
