@@ -30,7 +30,7 @@ CASES = {
     "sync-batch": Case("sync-batch", SYNC_BATCH, rounds=2),
     "sync-batch-r1": Case("sync-batch-r1", (*SYNC_BATCH, "penalty.r1.gamma=1", "penalty.r1.interval=1")),
 }
-NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
+NORMS = {"G": (10, 5), "D": (10,)}  # channels of the layers of batch norm under sync_batch
 ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 
