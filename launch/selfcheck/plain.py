@@ -30,7 +30,8 @@ def untrained(case: Case) -> Tensors:
 
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
-    config, state, rows = case.config(world=1), initial_state(case), []
+    config, state = case.config(world=1), initial_state(case)
+    rows: list[dict[str, float]] = []
     G = build_G(config, state.num_classes).to(device)
     D = build_D(config, state.num_classes).to(device)
     _normalise_by_round(case.rounds, G, D)
@@ -38,7 +39,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
     batches = iter(reals(case, UPDATES * config.loss.D_steps))
-    nimg = 0
+    nimg, path_length = 0, 0.0
     for _ in range(UPDATES):
         start, D_rows = nimg, []
         for _ in range(config.loss.D_steps):
@@ -59,10 +60,15 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
         fake_c = c if config.loss.kind == "relativistic" else fake_c
         real = D(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
-        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c), real)}
+        fakes = G(z, fake_c)
+        parts = {"adversarial": _g_loss(config.loss.kind, D(fakes, fake_c), real)}
+        charts = {}
+        if config.penalty.path.weight:
+            charts["Progress/path_length"] = path_length
+            parts["path_penalty"], path_length = _path(config, G, fakes, len(rows), path_length)
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
-        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip) | charts)
         half_life = 1000 * _at(config.ema.kimg, config, start)
         if not isinstance(config.ema.kimg, tuple):
             half_life = min(half_life, config.ema.rampup * start)
@@ -145,6 +151,20 @@ def _between(config: Config, D: nn.Module, x: Tensor, y: Tensor, c: Tensor | Non
     (slopes,) = torch.autograd.grad(D(between, c).sum(), between, create_graph=True)
     norms = slopes.flatten(1).norm(dim=1)
     return {"wgan_gp_penalty": config.penalty.wgan_gp.weight * ((norms - 1) ** 2).mean()}
+
+
+def _path(config: Config, G: nn.Module, fakes: Tensor, update: int, mean: float) -> tuple[Tensor, float]:
+    """Path length regularisation, and the moving mean after it."""
+    given = config.penalty.path
+    if update % given.interval:
+        return fakes.new_zeros(()), mean
+    y = known_noise(fakes.detach()) / fakes[0, 0].numel() ** 0.5
+    w = G.latent  # [N, layers, w_dim]
+    assert isinstance(w, Tensor)
+    (J,) = torch.autograd.grad((fakes * y).sum(), w, create_graph=True)
+    lengths = (J.square().sum(2).sum(1) / J.shape[1]) ** 0.5
+    value = given.interval * given.weight * ((lengths - mean) ** 2).mean()
+    return value, given.decay * mean + (1 - given.decay) * float(lengths.detach().mean())
 
 
 def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
