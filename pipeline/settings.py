@@ -157,7 +157,7 @@ class Generator:
     z_dim: Count = 128
     width: Count = 64  # channels next to the image; doubled with each layer further in
     depth: Count = 1  # resnet: residual blocks per resolution
-    norm: Norm = "batch"
+    norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class

@@ -14,7 +14,7 @@ from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
 from pipeline.wording import counted
 
 Players = tuple[nn.Module, nn.Module]  # G and D
@@ -64,13 +64,19 @@ def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """Its statistics are over one rank's images of one round."""
+    """Its statistics are over one rank's images of one round, or all ranks'."""
     who = [name for name, player in (("G", G), ("D", D)) if has_batch_norm(player)]
     try:
         shape = batch_shape(job.config.data, job.world)
     except UserError:
         return
-    if not who or (shape.world, shape.rounds) == (1, 1):
+    if (shape.world, shape.rounds) == (1, 1):
+        return
+    if any(map(has_sync_batch_norm, (G, D))):
+        of_round, rounds = shape.world * shape.images, counted(shape.rounds, "round")
+        text = f"sync_batch normalises over the {of_round} images of a round; a resume needs {rounds} again"
+        yield ok("BatchNorm", text)
+    if not who:
         return
     few, all_of_them = counted(shape.images, "image"), job.config.data.batch_size
     text = (
@@ -79,15 +85,15 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     )
     if shape.images < _SMALL:
         text += ", and statistics of so few images are noisy"
-    remedy = f"Set {' and '.join(f'{name}.norm' for name in who)} to group or instance for equal results."
-    yield warning("BatchNorm", text, remedy)
+    norms = " and ".join(f"{name}.norm" for name in who)
+    yield warning("BatchNorm", text, f"Set {norms} to sync_batch, group or instance for equal results.")
 
 
 def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """R1 takes gradients per image; under ZeRO 3 it gathers all of D."""
     if not job.config.penalty.r1.gamma:
         return
-    if has_batch_norm(D):
+    if has_batch_norm(D) or has_sync_batch_norm(D):
         text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
         yield warning("R1", text, "Set D.norm to none, group or instance.")
     if job.strategy == "zero3":

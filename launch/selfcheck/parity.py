@@ -89,6 +89,25 @@ ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
+# Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
+OBJECTIVE = frozenset(
+    (
+        "relativistic",
+        "r1-r2",
+        "r2",
+        "wgan-gp",
+        "fraction",
+        "difference",
+        "schedules",
+        "sync-batch",
+        "sync-batch-r1",
+    )
+)
+_SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
+    *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
+    *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
+    *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
+)
 
 
 def _slopes(*keys: str) -> tuple[str, ...]:
@@ -108,8 +127,9 @@ def shared_batch(world: int) -> int:
 
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
-    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties, two
-    D steps, residual networks, parameters that do not train, and tied ones, which FSDP2 refuses.
+    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
+    schedules, two D steps, residual networks, parameters that do not train, and tied ones, which FSDP2
+    refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -144,6 +164,7 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "schedules": _SCHEDULES,
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),

@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -90,10 +90,18 @@ def recover(folder: Path) -> tuple[Path | None, list[str]]:
     return found, complaints
 
 
-def saved_by(checkpoint: Path) -> tuple[str, int]:
-    """The strategy and world that wrote an intact checkpoint."""
+class SavedBy(NamedTuple):
+    """What wrote a checkpoint."""
+
+    strategy: str
+    world: int
+    rounds: int | None  # per update; None: not recorded, by a version that had no sync_batch
+
+
+def saved_by(checkpoint: Path) -> SavedBy:
+    """What wrote an intact checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    return manifest["strategy"], manifest["world"]
+    return SavedBy(manifest["strategy"], manifest["world"], manifest.get("rounds"))
 
 
 def read_state(checkpoint: Path) -> State:

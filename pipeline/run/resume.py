@@ -9,9 +9,11 @@ from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.data.stream import label_frequencies
 from pipeline.errors import CommonError
+from pipeline.parallel.batch_norm import has_sync_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint
+from pipeline.run.checkpoint import SavedBy
 from pipeline.run.folder import REFERENCE, finished
 from pipeline.run.report import say
 from pipeline.run.resend import catch_up
@@ -55,6 +57,8 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
         return state, stats
     for complaint in complaints if ranks.main else ():
         say(f"warning: {complaint}; falling back")
+    by = checkpoint.saved_by(found)
+    refuse_other_rounds(folder, by, gan)
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
         saved = _moved(folder, saved, state, new_data)
@@ -67,11 +71,29 @@ def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -
         gan.adaptive.load(saved.adaptive)
     ranks.progress.cur_nimg = saved.cur_nimg
     if ranks.main:
-        strategy, world = checkpoint.saved_by(found)
-        other = (strategy, world) != (ranks.strategy, ranks.world)
-        by = f", saved by {counted(world, 'process')} under {strategy}" if other else ""
-        say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{by})")
+        other = (by.strategy, by.world) != (ranks.strategy, ranks.world)
+        writer = f", saved by {counted(by.world, 'process')} under {by.strategy}" if other else ""
+        say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{writer})")
     return saved, stats
+
+
+def refuse_other_rounds(folder: Path, saved: SavedBy, gan: Gan) -> None:
+    """Raises CommonError if a network that normalises over the images of a round would see other rounds."""
+    batch, rounds = gan.D.batch, saved.rounds
+    if rounds in (None, batch.rounds) or not any(has_sync_batch_norm(e.module) for e in (gan.G, gan.D)):
+        return
+    images, left = divmod(batch.local, rounds)
+    remedy = (
+        f"{batch.world} processes cannot have {counted(rounds, 'round')} of equal parts: use as many "
+        f"processes as before ({saved.world})"
+        if left
+        else f"Set data.batch_gpu={images}"
+    )
+    raise CommonError(
+        f"{folder} normalises over the images of a round (norm: sync_batch) and was trained with "
+        f"{counted(rounds, 'round')} per update, not {batch.rounds}. {remedy}, or start over with "
+        "run.resume=false."
+    )
 
 
 def _moved(folder: Path, saved: State, state: State, new_data: bool) -> State:

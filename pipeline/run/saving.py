@@ -42,7 +42,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Any] | None = None
         self._phase: Literal["idle", "writing", "finishing"] = "idle"
-        self._state = State()
+        self._state, self._rounds = State(), 1
         self.failures = 0  # in a row
         if ranks.main:
             for left in folder.glob(".partial-*"):  # by a job that was killed while writing
@@ -52,6 +52,7 @@ class Saver:
     def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
         """Copy everything and start writing it. The previous save must be finished."""
         assert self._phase == "idle"
+        self._rounds = players[0].batch.rounds
         # Copies, as training adds to these lists.
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
@@ -118,6 +119,7 @@ class Saver:
             "cur_nimg": self._state.cur_nimg,
             "world": self._ranks.world,
             "strategy": self._ranks.strategy,
+            "rounds": self._rounds,
             "torch": torch.__version__,
             "files": files | {"state.json": _seal(partial / "state.json")},
         }

@@ -173,6 +173,11 @@ def test_traps(settings: list[str], strategy: str, check: str, words: list[str])
     assert all(word in found.text for word in words), found.text
 
 
+def test_norms_over_all_ranks_are_no_trap() -> None:
+    found = networks(job("G.norm=sync_batch", "D.norm=sync_batch", procs=2))["BatchNorm"]
+    assert found.verdict == "ok" and "over the 20 images of a round" in found.text
+
+
 def test_no_trap_without_cause() -> None:
     assert set(networks(job("penalty.D.l2=1e-4"))) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))

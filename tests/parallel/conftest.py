@@ -10,6 +10,8 @@ import pytest
 import torch
 from launches import before, run
 
+from launch.selfcheck import parity
+
 
 @pytest.fixture(scope="session")
 def launched(
@@ -17,8 +19,14 @@ def launched(
 ) -> Iterator[Callable[[str], Path]]:
     """ "strategy-world" → the folder that `in_ranks` filled there.
 
-    All launches that the chosen tests need run in turn, two at a time: one alone mostly waits.
+    All launches that the chosen tests need run in turn, two at a time: one alone mostly waits. Each trains
+    the cases of the objective that these tests ask for.
     """
+    chosen = [
+        (item.callspec.params, item.path.stem == "test_parity")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and "launched" in item.fixturenames
+    ]
     launches: dict[str, Future[Path]] = {}
     pool = ThreadPoolExecutor(2)
 
@@ -26,18 +34,19 @@ def launched(
         if name not in launches:
             first = before(name)
             earlier = None if first is None else launch(first)  # queued before this one
-            launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier)
+            asked = {params["case"] for params, of_matrix in chosen if of_matrix and params["name"] == name}
+            cases = sorted(asked & parity.OBJECTIVE)
+            launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier, cases)
         return launches[name]
 
-    for item in request.session.items:
-        if isinstance(item, pytest.Function) and "launched" in item.fixturenames:
-            launch(item.callspec.params["name"])
+    for params, _ in chosen:
+        launch(params["name"])
     yield lambda name: launch(name).result()
     pool.shutdown(cancel_futures=True)
 
 
-def _launch(name: str, out: Path, earlier: Future[Path] | None) -> Path:
-    run(name, ["in_ranks", str(out), *([] if earlier is None else [str(earlier.result())])])
+def _launch(name: str, out: Path, earlier: Future[Path] | None, cases: list[str]) -> Path:
+    run(name, ["in_ranks", str(out), "" if earlier is None else str(earlier.result()), *cases])
     return out
 
 

@@ -1,9 +1,9 @@
-"""What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT [EARLIER]`.
+"""What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT EARLIER [CASE …]`.
 
-The parity matrix; two of its cases continued from the checkpoints that the launch before, of another
-strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; fp16;
-updates that are skipped; batch normalisation over all ranks; and, as it may end the training, a matrix with
-known mistakes.
+The parity matrix, of the objective's cases only those named; two of its cases continued from the
+checkpoints that the launch before, of another strategy or world, left in EARLIER; the Dirac-GAN; a record
+of what passes between the ranks; fp16; updates that are skipped; batch normalisation over all ranks; and, as
+it may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pipeline.console import end_process
 CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves
 
 
-def main(out: Path, earlier: Path | None) -> None:
+def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy)
+    cases = [case for case in cases if case.name not in parity.OBJECTIVE or case.name in objective]
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
         if case.name in CONTINUED:
@@ -48,5 +49,5 @@ def main(out: Path, earlier: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2] else None, sys.argv[3:])
     end_process(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from in_ranks import CONTINUED
-from launches import EVERYWHERE, before
+from launches import EVERYWHERE, before, marks_of
 from safetensors.torch import load_file
 
 from launch import selfcheck
@@ -13,8 +13,8 @@ from launch.selfcheck import parity
 
 CASES = {case.name: case for case in parity.cases()}
 CELLS = [
-    pytest.param(launch, case.name, marks=marks)
-    for launch, marks in EVERYWHERE
+    pytest.param(launch, case.name, marks=marks_of(launch, case))
+    for launch, _ in EVERYWHERE
     for case in parity.cases(strategy=launch.partition("-")[0])
 ]
 RESUMED = [cell for cell in CELLS if CASES[str(cell.values[1])].resumed]

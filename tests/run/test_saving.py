@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
+from pipeline.run import checkpoint
 from pipeline.run.saving import Saver
 from pipeline.run.state import State
 
@@ -47,6 +49,7 @@ def player(device: str) -> Any:
     return SimpleNamespace(
         player=SimpleNamespace(name="G"),
         in_first_copy=True,
+        batch=BatchShape(world=1, rounds=3, images=4),
         fragments=[Fragment(name, 0, t.shape, t, True) for name, t in data.items()],
         optimizer_state=lambda: moments,
         buffers=lambda: {"running_mean": torch.zeros(8, device=device)},
@@ -95,6 +98,7 @@ def test_on_a_cpu_everything_is_copied_once_and_stored_in_the_order_of_the_whole
             fragment.data.zero_()  # the next update
     assert saver.finish() == []
     assert made.bytes == {"cpu": expected}
+    assert checkpoint.saved_by(tmp_path / "12") == ("single", 1, 3)
     stored = load_file(tmp_path / "12" / "G-00000.safetensors")
     assert stored["weights/conv.weight@0"].tolist() == before[0].contiguous().flatten().tolist()
     assert stored["exp_avg/conv.weight@0"].shape == (8 * 4 * 9,)

@@ -1,0 +1,43 @@
+"""What a run may not resume with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from pipeline.errors import CommonError
+from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
+from pipeline.parallel.batch import BatchShape
+from pipeline.run.checkpoint import SavedBy
+from pipeline.run.resume import refuse_other_rounds
+
+FOLDER = Path("runs/photos")
+
+
+def gan(batch: BatchShape, G: nn.Module, D: nn.Module) -> Any:
+    return SimpleNamespace(
+        **{name: SimpleNamespace(module=module, batch=batch) for name, module in (("G", G), ("D", D))}
+    )
+
+
+def test_norms_of_a_round_resume_with_as_many_rounds_only():
+    plain, synced = nn.BatchNorm2d(2), nn.Sequential(SyncBatchNorm2d(2))
+    saved = SavedBy("ddp", 2, 2)  # of 24 images
+    for batch in (BatchShape(1, 2, 12), BatchShape(2, 2, 6), BatchShape(3, 2, 4)):
+        refuse_other_rounds(FOLDER, saved, gan(batch, synced, synced))
+    other = BatchShape(1, 4, 6)
+    refuse_other_rounds(FOLDER, saved, gan(other, plain, plain))
+    refuse_other_rounds(FOLDER, saved._replace(rounds=None), gan(other, plain, synced))
+    for players in ((plain, synced), (synced, plain)):
+        with pytest.raises(CommonError, match=r"2 rounds per update, not 4\. Set data\.batch_gpu=12,"):
+            refuse_other_rounds(FOLDER, saved, gan(other, *players))
+
+
+def test_rounds_that_other_ranks_cannot_have_name_the_ranks_that_can():
+    three = gan(BatchShape(8, 1, 3), SyncBatchNorm2d(2), nn.Identity())
+    with pytest.raises(CommonError, match=r"8 processes cannot have 2 rounds .* as before \(2\)"):
+        refuse_other_rounds(FOLDER, SavedBy("ddp", 2, 2), three)
