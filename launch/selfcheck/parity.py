@@ -99,6 +99,8 @@ OBJECTIVE = frozenset(
         "fraction",
         "difference",
         "schedules",
+        "augmentation",
+        "adaptive",
         "sync-batch",
         "sync-batch-r1",
     )
@@ -108,6 +110,8 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
     *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
     *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
 )
+_AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
+_ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
 
 
 def _slopes(*keys: str) -> tuple[str, ...]:
@@ -128,8 +132,8 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    schedules, two D steps, residual networks, parameters that do not train, and tied ones, which FSDP2
-    refuses.
+    schedules, augmentation, two D steps, residual networks, parameters that do not train, and tied ones,
+    which FSDP2 refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -165,6 +169,8 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
         "schedules": _SCHEDULES,
+        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
+        "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
@@ -241,8 +247,11 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
     stats = Stats(ranks.device)
     for update in range(UPDATES):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
-        rows.append(stats.reduce(ranks, {}).values)
+        reduced = stats.reduce(ranks, {})
+        gan.adapt(reduced.sums, state.cur_nimg)
+        rows.append(reduced.values)
         if case.resumed and update + 1 == RESUMED_AFTER:
+            state.adaptive = gan.adaptive.state() if gan.adaptive else {}
             saver = Saver(folder, ranks, keep=1)
             saver.begin([gan.G, gan.D], gan.G_ema, state)
             assert saver.finish() == []
@@ -264,6 +273,7 @@ def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     stats = Stats(ranks.device)
     for _ in range(UPDATES - RESUMED_AFTER):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+        gan.adapt(stats.reduce(ranks, {}).sums, state.cur_nimg)
     return whole(gan)
 
 
@@ -272,6 +282,8 @@ def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]
     config = case.config(ranks.world)
     batch = batch_shape(config.data, ranks.world)
     gan = build(config, ranks, batch, state.label_frequencies)
+    if gan.adaptive:
+        gan.adaptive.load(state.adaptive)
     mine = batch.positions(ranks.rank)
     due = reals(case, UPDATES * config.loss.D_steps)[state.cur_nimg // case.batch :]
     return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
