@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import attrgetter
 
 import pytest
 
@@ -59,6 +60,61 @@ def test_lists_of_numbers_and_shorthands_are_decimal_too():
     made = load("optim.G.betas=[0, 0.99]", "penalty.l2=010", "run.total_kimg=1e3")
     assert (made.optim.G.betas, made.penalty.G.l2, made.penalty.D.l2) == ((0.0, 0.99), 10.0, 10.0)
     assert made.run.total_kimg == 1000.0
+
+
+SCHEDULES = {
+    "optim.D.lr=[2e-4,5e-5]": (2e-4, 5e-5),
+    "optim.G.betas=[0.0,[0.9,0.99]]": (0.0, (0.9, 0.99)),
+    "optim.G.betas=[[0.5,0],0.99]": ((0.5, 0.0), 0.99),
+    "penalty.D.l2=[010,0]": (10.0, 0.0),
+    "penalty.r1.gamma=[150,15]": (150.0, 15.0),
+    "ema.kimg=[0,1e3]": (0.0, 1000.0),
+    "penalty.r2.fraction=1/4": 0.25,
+    "penalty.r2.fraction=0.333333333333": 1 / 3,
+}
+
+
+@pytest.mark.parametrize("setting", SCHEDULES)
+def test_schedules_are_read_alike_from_a_file_and_the_command_line(setting, tmp_path):
+    key, _, value = setting.partition("=")
+    section, _, rest = key.partition(".")
+    inner = f"{rest.replace('.', ': {')}: {value}{'}' * rest.count('.')}"
+    file = written(tmp_path, f"data: {{train: x}}\nrun: {{burn_in_kimg: 9}}\n{section}: {{{inner}}}\n")
+    for found in (load("run.burn_in_kimg=9", setting), config.load(file)):
+        assert attrgetter(key)(found) == SCHEDULES[setting]
+        assert config.load(written(tmp_path, config.dump(found))) == found
+
+
+def test_a_shorthand_may_be_a_schedule_and_a_later_layer_wins(tmp_path):
+    text = "data: {train: x}\nrun: {burn_in_kimg: 9}\npenalty: {l2: [1e-3, 1e-4], r1: {gamma: 2}}\n"
+    found = config.load(written(tmp_path, text), ["penalty.D.l2=5e-4", "penalty.r1.gamma=[1,0]"])
+    assert (found.penalty.G.l2, found.penalty.D.l2) == ((1e-3, 1e-4), 5e-4)
+    assert found.penalty.r1.gamma == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["optim.D.lr=[2e-4,5e-5]"], "optim.D.lr: [from, to] is a schedule"),
+        (["penalty.l2=[1,0]", "ema.kimg=[0,1]"], "ema.kimg, penalty.G.l2, penalty.D.l2: [from, to] are"),
+        (["optim.G.betas=[0,[0.9,0.99]]"], "optim.G.betas[1]: [from, to] is a schedule"),
+        (["optim.D.lr=[1,2,3]"], "optim.D.lr: must be a number or [from, to] (found [1, 2, 3])"),
+        (["optim.D.lr=[1,fast]"], "optim.D.lr: must be a number or [from, to] (found [1, 'fast'])"),
+        (["optim.D.lr=[1,0]"], "optim.D.lr: Input should be greater than 0 at both ends (found [1, 0])"),
+        (["optim.D.lr=0"], "optim.D.lr: Input should be greater than 0 (found 0)"),
+        (["augment.ops=[flip]", "augment.p=[0,2]"], "augment.p: Input should be less than or equal to 1 at"),
+        (["augment.ops=[flip]"], "augment.ops: how often? Set augment.p"),
+        (["augment.p=0.1"], "augment.p: nothing to apply. Set augment.ops"),
+        (["augment.target=0.6"], "augment.target: nothing to apply. Set augment.ops"),
+        (["augment.ops=[flip]", "augment.p=0.1", "augment.target=0.6"], "augment.p and augment.target:"),
+        (["penalty.r1.fraction=0.3"], "penalty.r1.fraction: must be 1, 1/2, 1/3 or another 1/k (found 0.3)"),
+    ],
+)
+def test_schedules_and_augmentation_that_cannot_be_meant(settings, said):
+    with pytest.raises(UserError) as refused:
+        load(*settings)
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 2 and lines[1].strip().startswith(said)
 
 
 @pytest.mark.parametrize("setting", ["run.name=null", "data.folds=null", "optim.D.clip=~"])

@@ -32,8 +32,8 @@ class BareMaths:
         self.G = _channels_last(build_G(config, 0), device)
         self.D = _channels_last(build_D(config, 0), device)
         self.G_ema = _channels_last(build_G(config, 0), device)
-        now, kimg = at(config, 0), scheduled(config.ema.kimg, 0, config.run.burn_in_kimg)
-        self._beta = ema_beta(config.images_per_update, kimg, rampup=0, cur_nimg=0)
+        now = at(config, 0)
+        self._beta = ema_beta(config.images_per_update, 1000 * scheduled(config.ema.kimg, 0, 1))
         self._optimizer_G = _adam(self.G, now.G, fused=True)
         self._optimizer_D = _adam(self.D, now.D, fused=True)
         self._device, self._bf16 = device, bf16

@@ -46,13 +46,11 @@ def at(config: Config, cur_nimg: int) -> Now:
         betas = now(optimizer.betas[0]), now(optimizer.betas[1])
         return Rates(now(optimizer.lr), betas, now(penalty.l2), now(penalty.l1))
 
-    kimg = config.ema.kimg
-    rampup = 0.0 if isinstance(kimg, tuple) else config.ema.rampup
     return Now(
         G=rates(config.optim.G, config.penalty.G),
         D=rates(config.optim.D, config.penalty.D),
         gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
-        ema_beta=ema_beta(config.images_per_update, now(kimg), rampup, cur_nimg),
+        ema_beta=ema_beta(config.images_per_update, half_life(config, cur_nimg)),
         augment_p=now(config.augment.p or 0.0),
     )
 
@@ -62,9 +60,8 @@ def scheduled(value: Schedulable, cur_nimg: int, burn_in_kimg: float) -> float:
     then `to` (Huang et al. 2024, R3GAN, app. D)."""
     if not isinstance(value, tuple):
         return value
-    start, end = value
-    progress = min(cur_nimg / (1000 * burn_in_kimg), 1.0)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress)) if progress < 1 else end
+    share = 0.5 * (1 + math.cos(math.pi * min(cur_nimg / (1000 * burn_in_kimg), 1.0)))
+    return share * value[0] + (1 - share) * value[1]
 
 
 def is_used(weight: Schedulable) -> bool:
@@ -99,14 +96,38 @@ def lazy_factor(interval: int, D_update: int) -> int:
     return 0 if D_update % interval else interval
 
 
-def ema_beta(images: int, kimg: float, rampup: float, cur_nimg: int) -> float:
-    """The share of the old G_ema that an update keeps which shows `images` images to D.
+def half_life(config: Config, cur_nimg: int) -> float:
+    """That of G_ema in images, in the update that begins after cur_nimg images.
 
-    The half-life is `kimg` thousand images, whatever the batch size (Karras et al. 2018, app. C), but at most
-    `rampup` times cur_nimg, the images shown before the update: else G_ema would long be little but G's
-    first weights. Both are in the form of StyleGAN2-ADA's `ema_kimg` and `ema_rampup`; rampup = 0 sets no
-    limit. A half-life of 0 keeps nothing, and G_ema becomes G: with kimg = 0 always, with a ramp-up in the
-    first update.
+    It is `ema.kimg` thousand, whatever the batch size (Karras et al. 2018, app. C), but at most `ema.rampup`
+    times cur_nimg: else G_ema would long be little but G's first weights. Both are in the form of
+    StyleGAN2-ADA's `ema_kimg` and `ema_rampup`; rampup = 0 sets no limit, nor does a scheduled `ema.kimg`
+    have one.
     """
-    half_life = min(1000 * kimg, rampup * cur_nimg) if rampup else 1000 * kimg
+    kimg, rampup = config.ema.kimg, config.ema.rampup
+    images = 1000 * scheduled(kimg, cur_nimg, config.run.burn_in_kimg)
+    return min(images, rampup * cur_nimg) if rampup and not isinstance(kimg, tuple) else images
+
+
+def ema_beta(images: int, half_life: float) -> float:
+    """The share of the old G_ema that an update keeps which shows `images` images to D; half_life, too, is in
+    images. One of 0 keeps nothing, and G_ema becomes G."""
     return 0.5 ** (images / half_life) if half_life else 0.0
+
+
+def charts(config: Config, cur_nimg: int, augment_p: float) -> dict[str, float]:
+    """Chart → value of what may be scheduled, where it is used; augment_p may be adaptive."""
+    now = at(config, cur_nimg)
+    found = {}
+    for player, rates in (("G", now.G), ("D", now.D)):
+        optimizer: Optimizer = getattr(config.optim, player)
+        penalty: WeightPenalty = getattr(config.penalty, player)
+        found[f"Progress/{player}/lr"] = rates.lr
+        found |= {f"Progress/{player}/beta2": rates.betas[1]} if optimizer.kind != "sgd" else {}
+        found |= {f"Progress/{player}/l2": rates.l2} if is_used(penalty.l2) else {}
+        found |= {f"Progress/{player}/l1": rates.l1} if is_used(penalty.l1) else {}
+    found |= {"Progress/augment_p": augment_p} if config.augment.ops else {}
+    found |= {f"Progress/{p.name}_gamma": p.gamma for p in now.gradient_penalties if isinstance(p, Slope)}
+    return found | (
+        {"Progress/ema_kimg": half_life(config, cur_nimg) / 1000} if is_used(config.ema.kimg) else {}
+    )

@@ -21,6 +21,7 @@ from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.data.stream import Batch
 from pipeline.errors import RunError
+from pipeline.gan import schedules
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
@@ -202,7 +203,7 @@ class Session:
             "Progress/kimg": cur_nimg / 1000,
             "Progress/epoch": cur_nimg / self._train_size,
             "Progress/bad_images": self._bad.known,
-            **({"Progress/augment_p": gan.augment_p(cur_nimg)} if self._config.augment.ops else {}),
+            **schedules.charts(self._config, cur_nimg, gan.augment_p(cur_nimg)),
             "Resources/peak_mem_gb": max(each["memory"]),
             **self.clock.charts(each["seconds"], each["waited"], cur_nimg),
             **slowest(each[FORWARD]),

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.config import WeightPenalty
+from pipeline.gan.schedules import Rates
 from pipeline.parallel.engine import Contribution
+from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.run.stats import Stats
 
 ALONE: Any = SimpleNamespace(rank=0, world=1, main=True, sum=lambda table: table)
@@ -138,3 +141,23 @@ def test_scores_and_signs_of_pairs():
     assert values["Loss/signs/real"] == 0.5 and values["Loss/signs/paired"] == 0.5  # 3 of 4 pairs
     stats.scores(real, fake)
     assert "Loss/signs/paired" not in stats.reduce(ALONE, {}).values
+
+
+def test_charts_of_a_scheduled_penalty_are_of_each_update_at_its_own_strength():
+    """Σ over updates of λ‖W‖² and of ‖∂(λ‖W‖² + λ'‖W‖₁)/∂W‖², by autograd, with and without L1."""
+    for l1 in (0.0, 0.3):
+        weight = torch.tensor([1.0, -2.0, 0.0, 4.0])
+        penalty = LocalPenalty(WeightPenalty(l2=(0.5, 0.0), l1=(l1, l1) if l1 else 0.0), [weight])
+        stats, squares, values = Stats(torch.device("cpu")), 0.0, 0.0
+        for l2 in (0.5, 0.25, 0.0):
+            now, sums = Rates(2e-4, (0.5, 0.999), l2, l1), penalty.sums()
+            leaf = weight.double().requires_grad_()
+            (l2 * leaf.square().sum() + l1 * leaf.abs().sum()).backward()
+            squares, values = squares + float(leaf.grad.square().sum()), values + l2 * 21
+            penalty.add_gradient([added := torch.zeros(4)], now)
+            assert torch.equal(added, leaf.grad.float())
+            for name, value in (sums | penalty.gradient(sums, now)).items():
+                stats.add({name: Contribution(value, 1.0, 1.0, penalty.factors(now)[name])})
+        found = stats.reduce(ALONE, {}).values
+        assert found["l2_penalty"] == pytest.approx(values / 3)
+        assert found["penalty"] == pytest.approx(squares / 3)
