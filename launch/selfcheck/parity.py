@@ -90,21 +90,10 @@ CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
-OBJECTIVE = frozenset(
-    (
-        "relativistic",
-        "r1-r2",
-        "r2",
-        "wgan-gp",
-        "fraction",
-        "difference",
-        "schedules",
-        "augmentation",
-        "adaptive",
-        "sync-batch",
-        "sync-batch-r1",
-    )
-)
+OBJECTIVE = frozenset((
+    "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
+    "adaptive", "sync-batch", "sync-batch-r1",
+))  # fmt: skip
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
     *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
@@ -112,6 +101,10 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
 )
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
+_PATH = (
+    "G.kind=launch.selfcheck.networks:LatentGenerator",
+    *("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5"),
+)
 
 
 def _slopes(*keys: str) -> tuple[str, ...]:
@@ -132,8 +125,8 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    schedules, augmentation, two D steps, residual networks, parameters that do not train, and tied ones,
-    which FSDP2 refuses.
+    path length, schedules, augmentation, two D steps, residual networks, parameters that do not train, and
+    tied ones, which FSDP2 refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -168,6 +161,7 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "path": _PATH,
         "schedules": _SCHEDULES,
         "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),

@@ -31,7 +31,8 @@ def untrained(case: Case) -> Tensors:
 
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
-    config, state, rows = case.config(world=1), initial_state(case), []
+    config, state = case.config(world=1), initial_state(case)
+    rows: list[dict[str, float]] = []
     G = build_G(config, state.num_classes).to(device)
     D = build_D(config, state.num_classes).to(device)
     _normalise_by_round(case.rounds, G, D)
@@ -39,7 +40,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
     batches = iter(reals(case, UPDATES * config.loss.D_steps))
-    nimg, adapted = 0, 0.0
+    nimg, path_length, adapted = 0, 0.0, 0.0
     for _ in range(UPDATES):
         start, D_rows = nimg, []
         for _ in range(config.loss.D_steps):
@@ -63,14 +64,16 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         fake_c = c if config.loss.kind == "relativistic" else fake_c
         see = _seeing(config, D, draws, "G", nimg, adapted)
         real = see(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
-        parts = {"adversarial": _g_loss(config.loss.kind, see(G(z, fake_c), fake_c), real)}
+        fakes = G(z, fake_c)
+        parts = {"adversarial": _g_loss(config.loss.kind, see(fakes, fake_c), real)}
+        charts = {}
+        if config.penalty.path.weight:
+            charts["Progress/path_length"] = path_length
+            parts["path_penalty"], path_length = _path(config, G, fakes, len(rows), path_length)
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
-        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
-        if config.augment.target is not None:
-            step = (nimg - start) / (1000 * config.augment.speed_kimg)
-            more = float(signs.detach().mean()) > config.augment.target
-            adapted = min(max(adapted + (step if more else -step), 0.0), 1.0)
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip) | charts)
+        adapted = _adapted(config, adapted, signs, nimg - start)
         half_life = 1000 * _at(config.ema.kimg, config, start)
         if not isinstance(config.ema.kimg, tuple):
             half_life = min(half_life, config.ema.rampup * start)
@@ -105,6 +108,14 @@ def _seeing(config: Config, D: nn.Module, draws: Draws, player: str, nimg: int, 
         return logits
 
     return seen
+
+
+def _adapted(config: Config, p: float, signs: Tensor, images: int) -> float:
+    """p after an update, with which a tick ends."""
+    if config.augment.target is None:
+        return p
+    step = images / (1000 * config.augment.speed_kimg)
+    return min(max(p + (step if float(signs.detach().mean()) > config.augment.target else -step), 0.0), 1.0)
 
 
 def _normalise_by_round(rounds: int, *networks: nn.Module) -> None:
@@ -169,6 +180,20 @@ def _between(config: Config, D: Seeing, x: Tensor, y: Tensor, c: Tensor | None, 
     (slopes,) = torch.autograd.grad(D(between, c).sum(), between, create_graph=True)
     norms = slopes.flatten(1).norm(dim=1)
     return {"wgan_gp_penalty": config.penalty.wgan_gp.weight * ((norms - 1) ** 2).mean()}
+
+
+def _path(config: Config, G: nn.Module, fakes: Tensor, update: int, mean: float) -> tuple[Tensor, float]:
+    """Path length regularisation, and the moving mean after it."""
+    given = config.penalty.path
+    if update % given.interval:
+        return fakes.new_zeros(()), mean
+    y = known_noise(fakes.detach()) / fakes[0, 0].numel() ** 0.5
+    w = G.latent  # [N, layers, w_dim]
+    assert isinstance(w, Tensor)
+    (J,) = torch.autograd.grad((fakes * y).sum(), w, create_graph=True)
+    lengths = (J.square().sum(2).sum(1) / J.shape[1]) ** 0.5
+    value = given.interval * given.weight * ((lengths - mean) ** 2).mean()
+    return value, given.decay * mean + (1 - given.decay) * float(lengths.detach().mean())
 
 
 def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

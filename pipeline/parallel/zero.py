@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.config import UserError
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
+from pipeline.parallel.engine import Contribution, Engine, PlayerSettings, latent_of
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
 from pipeline.parallel.ranks import Ranks
@@ -126,6 +126,10 @@ class ZeroEngine(Engine):
         self._twin.train(self.module.training)
         output: torch.Tensor = torch.func.functional_call(self._twin, tensors, inputs)
         return output
+
+    @property
+    def latent(self) -> torch.Tensor:
+        return latent_of(self._twin if self.twice and self._stage == 3 else self.module)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

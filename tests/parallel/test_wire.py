@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import wire
@@ -58,6 +59,17 @@ def test_sync_batch_sends_two_numbers_per_channel_in_every_pass(launched, name, 
     sent = sum(calls.count(("allreduce_", 8 * 2 * channels)) for channels in (5, 10))
     of_D = 8 if "r1" in case else 6
     assert sent == wire.CASES[case].rounds * (3 * wire.NORMS["G"] + of_D * wire.NORMS["D"])
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_path_length_sends_one_number_whatever_the_rounds(launched, name):
+    """Only the ranks' mean of ‖J‖; where parameters are sharded, what is gathered for G's turn differs."""
+    without, penalised = (
+        Counter(map(tuple, recorded(launched, name)[case]["update"])) for case in ("latent", "path")
+    )
+    assert (penalised - without)["allreduce_", 4] == 1
+    if name.startswith(("ddp", "zero1", "zero2")):
+        assert penalised - without == {("allreduce_", 4): 1} and not without - penalised
 
 
 @pytest.mark.parametrize("name", SEVERAL)
