@@ -7,7 +7,6 @@ of the strategy. `shardgan selfcheck` and the tests compare the two.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import sys
@@ -180,11 +179,11 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     return found
 
 
-def reals(case: Case, count: int) -> list[Batch]:
-    """Random global batches of images and labels, the same on every rank."""
+def reals(case: Case, count: int, world: int = 1) -> list[Batch]:
+    """Random global batches of images and labels, the same on every rank of every world."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(case.batch) % 3
-    size = case.config(world=1).data.size
+    size = case.config(world).data.size
     return [
         Batch(
             torch.randint(0, 256, (case.batch, 1, size, size), generator=generator, dtype=torch.uint8),
@@ -220,17 +219,12 @@ def join() -> Ranks:
 
 def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
     """Train each case, unbroken and resumed, and write the results."""
-    for number, case in enumerate(chosen):
+    for case in chosen:
         with patch.object(gradient_penalty, "noise", known_noise):
             tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
-        if number == 0:
-            gc.collect()
-        # DeepSpeed collects garbage for every engine it makes, which takes longer than the rest of a case
-        # unless imported modules and earlier cases are out of the way.
-        gc.freeze()
 
 
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
@@ -279,7 +273,7 @@ def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]
     if gan.adaptive:
         gan.adaptive.load(state.adaptive)
     mine = batch.positions(ranks.rank)
-    due = reals(case, UPDATES * config.loss.D_steps)[state.cur_nimg // case.batch :]
+    due = reals(case, UPDATES * config.loss.D_steps, ranks.world)[state.cur_nimg // case.batch :]
     return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
 
 

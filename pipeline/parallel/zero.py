@@ -9,6 +9,7 @@ stays off, and nothing here depends on how it stores gradients before the call.
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -43,6 +44,7 @@ class ZeroEngine(Engine):
         self._twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
         elements = sum(p.numel() for p in named.values())
+        gc.freeze()  # `initialize` collects garbage several times, each 0.25 s for all that is there by now
         with waiting_for(ranks.timeout):
             self._ds, *_ = import_deepspeed(ranks.device).initialize(
                 model=module,
