@@ -38,7 +38,7 @@ CASES = {
     "latent": Case("latent", LATENT, rounds=2),
     "path": Case("path", (*LATENT, *PATH), rounds=2),
 }
-NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
+NORMS = {"G": (10, 5), "D": (10,)}  # channels of the layers of batch norm under sync_batch
 # Objectives, each in one round and in two.
 PAIRED = ("loss.kind=relativistic", "penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1")
 OBJECTIVES: dict[str, tuple[str, ...]] = {
