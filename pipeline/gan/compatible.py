@@ -13,6 +13,7 @@ from pipeline.config import Config, UserError
 from pipeline.gan.schedules import is_used
 
 _COARSE = 0.03  # σ; at 0.01 bf16's rounding of the logits makes the penalty 1.9 times as large, here 1.1
+_LEAKS = 0.8  # p above which G cannot tell how images are without augmentation
 
 
 def check_objective(config: Config, images: int, precision: str) -> None:
@@ -110,6 +111,12 @@ def _of_fractions(config: Config, images: int) -> Iterator[str]:
 
 def remarks(config: Config, precision: str) -> Iterator[str]:
     """What to know about the objective, a line each."""
+    p = config.augment.p or 0.0
+    if (highest := max(p) if isinstance(p, tuple) else p) > _LEAKS:
+        yield (
+            f"augment.p={highest:g}: above {_LEAKS:g}, G may learn to make augmented images (Karras et "
+            "al. 2020, section 2.2)"
+        )
     for name in ("r1", "r2"):
         slope = getattr(config.penalty, name)
         if not is_used(slope.gamma):

@@ -38,6 +38,7 @@ data: {{train: {FASHION}, size: 28, channels: 1, batch_size: {BATCH}, workers: 1
 G: {{width: 8, norm: none, z_dim: 32}}
 D: {{width: 8, norm: none}}
 penalty: {{G: {{l2: 1.0e-3}}, D: {{l2: 2.0e-3}}}}
+augment: {{ops: [flip, shift, scale, rotate, colour, cutout], target: 0.1, speed_kimg: 0.2}}
 ema: {{kimg: 0.05}}
 track: {{wandb: false}}
 """
