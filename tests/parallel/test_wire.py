@@ -76,7 +76,7 @@ def test_what_objectives_send(launched, name, rounds):
         counted = [size for operation, size in sent if operation != "broadcast_"]  # DeepSpeed checks its plan
         print(f"{name} {objective} {rounds}: {len(counted)} collectives, {sum(counted) / 1e3:.1f} kB")
         if strategy == "fsdp2":
-            assert _gathers(sent) == _gathers(plain), objective
+            assert sorted(_gathers(sent)) == sorted(_gathers(plain)), objective
         elif strategy != "zero3":
             assert sent == plain, objective
         elif objective not in ("plain", "difference"):
