@@ -220,6 +220,15 @@ class WganGp:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class PathLength:
+    """weight · E(‖J‖ − a)², the path length of G's latent (Karras et al. 2020, StyleGAN2, section 3.2)."""
+
+    weight: NonNegative = 0.0
+    interval: Count = 4  # lazy: applied every `interval` G updates, times `interval`
+    decay: BelowOne = 0.99  # the share of a, the moving mean of ‖J‖, that such an update keeps
+
+
+@dataclass(frozen=True, config=_STRICT)
 class Penalty:
     """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
 
@@ -229,6 +238,7 @@ class Penalty:
     r1: R1 = R1()
     r2: R2 = R2()
     wgan_gp: WganGp = WganGp()
+    path: PathLength = PathLength()
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -55,15 +55,21 @@ def update_G(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
     """G through the updated, frozen D, one step of G. batch: D's last, which a paired loss compares with."""
     G, D, now = gan.G, gan.D, gan.at(cur_nimg)
     pairs = (batch.images, batch.labels) if gan.losses.paired else (None, None)
-    with G.updating(frozen=D):
+    with G.updating(frozen=D, twice=now.path is not None and now.path.twice):
         for drawn, images, c in G.rounds(gan.draw("G", cur_nimg), *pairs):
             fake_c = c if gan.losses.paired else drawn.c
             real_logits = None
             if images is not None:
                 with D.unobserved():  # first: stage 3 keeps gathered what it ran after a pass with gradient
                     real_logits = D(gan.augment(to_float(images), drawn.augmentation), c)
-            fake_logits = D(gan.augment(G(drawn.z, fake_c), drawn.augmentation), fake_c)
-            adversarial = gan.losses.g(fake_logits, real_logits)
-            G.backward(adversarial)
+            fakes = G(drawn.z, fake_c)
+            fake_logits = D(gan.augment(fakes, drawn.augmentation), fake_c)
+            loss = adversarial = gan.losses.g(fake_logits, real_logits)
+            if now.path is not None:
+                value = now.path(fakes, G.latent, G.moving_mean)
+                loss = loss + value
+                stats.mean("Loss/G/path_penalty", value)
+                stats.mean("Progress/path_length", G.moving_mean.value)
+            G.backward(loss)
             stats.mean("Loss/G/adversarial", adversarial)
         stats.add(G.step(now.G))

@@ -148,6 +148,26 @@ def test_what_cannot_be_meant_is_refused_in_one_line(setting, said):
     assert "Value error" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ops=[flip]", "augment.ops: how often? Set augment.p"),
+        ("p=0.5", "augment.p: nothing to apply. Set augment.ops."),
+        ("target=0.6", "augment.target: nothing to apply. Set augment.ops."),
+        ("ops=[flip] p=0.5 target=0.6", "augment.p and augment.target: p is either given or adjusted"),
+        ("ops=[flip] target=60", "augment.target: Input should be less than 1 (found 60)"),
+        ("ops=[flip] p=50", "augment.p: Input should be less than or equal to 1"),
+        ("ops=[flip] p=[0,0.5]", "augment.p: [from, to] is a schedule over the first run.burn_in_kimg"),
+        ("ops=flip p=0.5", "augment.ops: Input should be a list, [a, b, …] (found 'flip')"),
+        ("ops=[color] p=0.5", "'colour' or 'cutout' (found 'color')"),
+    ],
+)
+def test_augmentation_that_cannot_be_meant_is_refused(given, said):
+    with pytest.raises(UserError) as refused:
+        load("data.train=x", *(f"augment.{setting}" for setting in given.split()))
+    assert said in str(refused.value)
+
+
 @pytest.mark.parametrize("name", [".hidden.yaml", ".yaml"])
 def test_a_config_file_that_gives_no_name_is_refused(name, tmp_path):
     file = tmp_path / name

@@ -36,7 +36,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
-    for check in (tied, batch_norm, r1, weight_penalty, cadence):
+    for check in (tied, batch_norm, r1, path_length, weight_penalty, cadence):
         found += check(job, G, D)
     return (G, D), found
 
@@ -87,6 +87,13 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
         text += ", and statistics of so few images are noisy"
     norms = " and ".join(f"{name}.norm" for name in who)
     yield warning("BatchNorm", text, f"Set {norms} to sync_batch, group or instance for equal results.")
+
+
+def path_length(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """Under ZeRO 3 it gathers all of G."""
+    if job.config.penalty.path.weight and job.strategy == "zero3":
+        text = "every update with path length regularisation gathers all of G on each rank at once"
+        yield warning("path length", text, "Use fsdp2, or zero2 if G fits, should memory be short.")
 
 
 def r1(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -1,9 +1,11 @@
-"""Networks of the parity matrix beside our own: with parameters that do not train, and with tied ones."""
+"""Networks of the parity matrix beside our own: with parameters that do not train, with tied ones, with a
+latent."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.gan import dcgan
@@ -57,3 +59,19 @@ class TiedDiscriminator(dcgan.Discriminator):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         return super().forward(self.begin(x), c)
+
+
+class LatentGenerator(dcgan.Generator):
+    """Maps z to a latent of two layers, for path length regularisation: the first makes images, of which the
+    second sets the contrast."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        z_dim = arguments["z_dim"]
+        self.mapping = nn.Sequential(nn.Linear(z_dim, z_dim), nn.SiLU(), nn.Linear(z_dim, 2 * z_dim))
+        self.contrast = nn.Linear(z_dim, arguments["channels"])
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        self.latent = self.mapping(z).unflatten(1, (2, -1))
+        images: Tensor = super().forward(self.latent[:, 0], c)
+        return torch.tanh(images * self.contrast(self.latent[:, 1])[:, :, None, None].exp())

@@ -7,7 +7,6 @@ of the strategy. `shardgan selfcheck` and the tests compare the two.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import sys
@@ -90,23 +89,20 @@ CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
-OBJECTIVE = frozenset(
-    (
-        "relativistic",
-        "r1-r2",
-        "r2",
-        "wgan-gp",
-        "fraction",
-        "difference",
-        "schedules",
-        "sync-batch",
-        "sync-batch-r1",
-    )
-)
+OBJECTIVE = frozenset((
+    "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
+    "adaptive", "sync-batch", "sync-batch-r1",
+))  # fmt: skip
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
     *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
     *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
+)
+_AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
+_ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
+_PATH = (
+    "G.kind=launch.selfcheck.networks:LatentGenerator",
+    *("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5"),
 )
 
 
@@ -128,8 +124,8 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    schedules, two D steps, residual networks, parameters that do not train, and tied ones, which FSDP2
-    refuses.
+    path length, schedules, augmentation, two D steps, residual networks, parameters that do not train, and
+    tied ones, which FSDP2 refuses.
     """
     batch = shared_batch(world)
     penalties = {
@@ -164,7 +160,10 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "path": _PATH,
         "schedules": _SCHEDULES,
+        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
+        "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
@@ -180,11 +179,11 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
     return found
 
 
-def reals(case: Case, count: int) -> list[Batch]:
-    """Random global batches of images and labels, the same on every rank."""
+def reals(case: Case, count: int, world: int = 1) -> list[Batch]:
+    """Random global batches of images and labels, the same on every rank of every world."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(case.batch) % 3
-    size = case.config(world=1).data.size
+    size = case.config(world).data.size
     return [
         Batch(
             torch.randint(0, 256, (case.batch, 1, size, size), generator=generator, dtype=torch.uint8),
@@ -220,17 +219,12 @@ def join() -> Ranks:
 
 def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
     """Train each case, unbroken and resumed, and write the results."""
-    for number, case in enumerate(chosen):
+    for case in chosen:
         with patch.object(gradient_penalty, "noise", known_noise):
             tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
-        if number == 0:
-            gc.collect()
-        # DeepSpeed collects garbage for every engine it makes, which takes longer than the rest of a case
-        # unless imported modules and earlier cases are out of the way.
-        gc.freeze()
 
 
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
@@ -241,8 +235,11 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
     stats = Stats(ranks.device)
     for update in range(UPDATES):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
-        rows.append(stats.reduce(ranks, {}).values)
+        reduced = stats.reduce(ranks, {})
+        gan.adapt(reduced.sums, state.cur_nimg)
+        rows.append(reduced.values)
         if case.resumed and update + 1 == RESUMED_AFTER:
+            state.adaptive = gan.adaptive.state() if gan.adaptive else {}
             saver = Saver(folder, ranks, keep=1)
             saver.begin([gan.G, gan.D], gan.G_ema, state)
             assert saver.finish() == []
@@ -264,6 +261,7 @@ def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     stats = Stats(ranks.device)
     for _ in range(UPDATES - RESUMED_AFTER):
         state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+        gan.adapt(stats.reduce(ranks, {}).sums, state.cur_nimg)
     return whole(gan)
 
 
@@ -272,8 +270,10 @@ def start(case: Case, state: State, ranks: Ranks) -> tuple[Gan, Iterator[Batch]]
     config = case.config(ranks.world)
     batch = batch_shape(config.data, ranks.world)
     gan = build(config, ranks, batch, state.label_frequencies)
+    if gan.adaptive:
+        gan.adaptive.load(state.adaptive)
     mine = batch.positions(ranks.rank)
-    due = reals(case, UPDATES * config.loss.D_steps)[state.cur_nimg // case.batch :]
+    due = reals(case, UPDATES * config.loss.D_steps, ranks.world)[state.cur_nimg // case.batch :]
     return gan, (Batch(b.images[mine], None if b.labels is None else b.labels[mine]) for b in due)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
 from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
+from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
@@ -30,7 +31,8 @@ def untrained(case: Case) -> Tensors:
 
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
-    config, state, rows = case.config(world=1), initial_state(case), []
+    config, state = case.config(world=1), initial_state(case)
+    rows: list[dict[str, float]] = []
     G = build_G(config, state.num_classes).to(device)
     D = build_D(config, state.num_classes).to(device)
     _normalise_by_round(case.rounds, G, D)
@@ -38,7 +40,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
     batches = iter(reals(case, UPDATES * config.loss.D_steps))
-    nimg = 0
+    nimg, path_length, adapted = 0, 0.0, 0.0
     for _ in range(UPDATES):
         start, D_rows = nimg, []
         for _ in range(config.loss.D_steps):
@@ -48,21 +50,30 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             assert images is not None
             fake_c = c if config.loss.kind == "relativistic" else fake_c
             x, y = (images.float() / 127.5 - 1).requires_grad_(), G(z, fake_c).detach().requires_grad_()
-            real, fake = D(x, c), D(y, fake_c)
+            see = _seeing(config, D, draws, "D", nimg, adapted)
+            real, fake = see(x, c), see(y, fake_c)
+            signs = (real - fake if config.loss.kind == "relativistic" else real).sign()
             parts = {"adversarial": _d_loss(config.loss.kind, real, fake)}
             parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, nimg)
-            parts |= _between(config, D, x, y, c, draws.uniform("mix", nimg, case.batch).to(device))
+            parts |= _between(config, see, x, y, c, draws.uniform("mix", nimg, case.batch).to(device))
             parts |= _penalties(config, "D", D, nimg)
             _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
         fake_c = c if config.loss.kind == "relativistic" else fake_c
-        real = D(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
-        parts = {"adversarial": _g_loss(config.loss.kind, D(G(z, fake_c), fake_c), real)}
+        see = _seeing(config, D, draws, "G", nimg, adapted)
+        real = see(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
+        fakes = G(z, fake_c)
+        parts = {"adversarial": _g_loss(config.loss.kind, see(fakes, fake_c), real)}
+        charts = {}
+        if config.penalty.path.weight:
+            charts["Progress/path_length"] = path_length
+            parts["path_penalty"], path_length = _path(config, G, fakes, len(rows), path_length)
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
-        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip))
+        rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip) | charts)
+        adapted = _adapted(config, adapted, signs, nimg - start)
         half_life = 1000 * _at(config.ema.kimg, config, start)
         if not isinstance(config.ema.kimg, tuple):
             half_life = min(half_life, config.ema.rampup * start)
@@ -81,6 +92,30 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _on(device: str, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(device) for t in tensors]
+
+
+Seeing = Callable[[Tensor, Tensor | None], Tensor]  # images, labels → logits
+
+
+def _seeing(config: Config, D: nn.Module, draws: Draws, player: str, nimg: int, adapted: float) -> Seeing:
+    """D on augmented images. adapted: what p is where it adapts."""
+    p = adapted if config.augment.p is None else _at(config.augment.p, config, nimg)
+    augment, count = Augmentation(config.augment.ops, config.data.size), config.data.batch_size
+    parameters = augment.draw(draws.generator("augmentation", player, nimg), count, p)
+
+    def seen(images: Tensor, c: Tensor | None) -> Tensor:
+        logits: Tensor = D(augment(images, parameters.to(images.device)), c)
+        return logits
+
+    return seen
+
+
+def _adapted(config: Config, p: float, signs: Tensor, images: int) -> float:
+    """p after an update, with which a tick ends."""
+    if config.augment.target is None:
+        return p
+    step = images / (1000 * config.augment.speed_kimg)
+    return min(max(p + (step if float(signs.detach().mean()) > config.augment.target else -step), 0.0), 1.0)
 
 
 def _normalise_by_round(rounds: int, *networks: nn.Module) -> None:
@@ -136,7 +171,7 @@ def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], nimg: int) -> T
     return parts
 
 
-def _between(config: Config, D: nn.Module, x: Tensor, y: Tensor, c: Tensor | None, mix: Tensor) -> Tensors:
+def _between(config: Config, D: Seeing, x: Tensor, y: Tensor, c: Tensor | None, mix: Tensor) -> Tensors:
     """WGAN-GP."""
     if not config.penalty.wgan_gp.weight:
         return {}
@@ -145,6 +180,20 @@ def _between(config: Config, D: nn.Module, x: Tensor, y: Tensor, c: Tensor | Non
     (slopes,) = torch.autograd.grad(D(between, c).sum(), between, create_graph=True)
     norms = slopes.flatten(1).norm(dim=1)
     return {"wgan_gp_penalty": config.penalty.wgan_gp.weight * ((norms - 1) ** 2).mean()}
+
+
+def _path(config: Config, G: nn.Module, fakes: Tensor, update: int, mean: float) -> tuple[Tensor, float]:
+    """Path length regularisation, and the moving mean after it."""
+    given = config.penalty.path
+    if update % given.interval:
+        return fakes.new_zeros(()), mean
+    y = known_noise(fakes.detach()) / fakes[0, 0].numel() ** 0.5
+    w = G.latent  # [N, layers, w_dim]
+    assert isinstance(w, Tensor)
+    (J,) = torch.autograd.grad((fakes * y).sum(), w, create_graph=True)
+    lengths = (J.square().sum(2).sum(1) / J.shape[1]) ** 0.5
+    value = given.interval * given.weight * ((lengths - mean) ** 2).mean()
+    return value, given.decay * mean + (1 - given.decay) * float(lengths.detach().mean())
 
 
 def _d_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Which objectives which discriminators admit: decided on the built module, not on the config's keys."""
+"""Which objectives which networks admit: decided on the built module, not on the config's keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -12,6 +13,7 @@ from pipeline.config import Config, UserError
 from pipeline.gan.schedules import is_used
 
 _COARSE = 0.03  # σ; at 0.01 bf16's rounding of the logits makes the penalty 1.9 times as large, here 1.1
+_LEAKS = 0.8  # p above which G cannot tell how images are without augmentation
 
 
 def check_objective(config: Config, images: int, precision: str) -> None:
@@ -23,6 +25,11 @@ def check_objective(config: Config, images: int, precision: str) -> None:
 def check_layers(config: Config, D: nn.Module) -> None:
     """Raise UserError for an objective that needs other layers than D has."""
     _refuse([*_of_layers(config, D)])
+
+
+def check_path(config: Config, G: nn.Module, images: Tensor) -> None:
+    """Raise UserError if G's path length cannot be taken. images: of G's last pass, made with gradients."""
+    _refuse([*_of_latent(config, G, images)])
 
 
 def _refuse(problems: list[str]) -> None:
@@ -39,9 +46,10 @@ def _of_precision(config: Config, precision: str) -> Iterator[str]:
         "loss.kind=relativistic": config.loss.kind == "relativistic",
         "penalty.r2": is_used(penalty.r2.gamma),
         "penalty.wgan_gp": penalty.wgan_gp.weight > 0,
+        "penalty.path": penalty.path.weight > 0,
     }
     for what in (name for name, there in used.items() if there):
-        yield f"{what} under fp16, in which the gradients of logits underflow: use --mixed_precision bf16"
+        yield f"{what} under fp16, in which its inner gradients underflow: use --mixed_precision bf16"
 
 
 def _of_layers(config: Config, D: nn.Module) -> Iterator[str]:
@@ -69,6 +77,27 @@ def _of_layers(config: Config, D: nn.Module) -> Iterator[str]:
         )
 
 
+def _of_latent(config: Config, G: nn.Module, images: Tensor) -> Iterator[str]:
+    latent = getattr(G, "latent", None)
+    if any(isinstance(layer, _BatchNorm) for layer in G.modules()):
+        yield (
+            "penalty.path together with batch normalisation in G, where an image depends on the latents of "
+            "the others: set G.norm to none, group or instance"
+        )
+    if not isinstance(latent, Tensor) or latent.ndim not in (2, 3) or len(latent) != len(images):
+        found = list(latent.shape) if isinstance(latent, Tensor) else type(latent).__name__
+        yield (
+            "penalty.path needs a G that sets self.latent in its forward: a tensor [N, w_dim] or "
+            f"[N, layers, w_dim] that its images are computed from. G.kind={config.G.kind} has "
+            f"{'none' if latent is None else found}"
+        )
+    elif not latent.requires_grad or torch.autograd.grad(images.sum(), latent, allow_unused=True)[0] is None:
+        yield (
+            f"penalty.path: the images of G.kind={config.G.kind} are not computed from the very tensor that "
+            "it sets self.latent to, or this tensor not by layers that train"
+        )
+
+
 def _of_fractions(config: Config, images: int) -> Iterator[str]:
     for name in ("r1", "r2"):
         slope = getattr(config.penalty, name)
@@ -82,6 +111,12 @@ def _of_fractions(config: Config, images: int) -> Iterator[str]:
 
 def remarks(config: Config, precision: str) -> Iterator[str]:
     """What to know about the objective, a line each."""
+    p = config.augment.p or 0.0
+    if (highest := max(p) if isinstance(p, tuple) else p) > _LEAKS:
+        yield (
+            f"augment.p={highest:g}: above {_LEAKS:g}, G may learn to make augmented images (Karras et "
+            "al. 2020, section 2.2)"
+        )
     for name in ("r1", "r2"):
         slope = getattr(config.penalty, name)
         if not is_used(slope.gamma):

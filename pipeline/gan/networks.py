@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, resnet
-from pipeline.gan.compatible import check_layers
+from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
 from pipeline.gan.penalised import check_penalty, penalised_names
 from pipeline.plugins import import_class, reason
@@ -128,19 +128,20 @@ def _check_shape(
     config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
 ) -> None:
     network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
-    if _section(config, player).kind in FAMILIES:  # their constructors refuse what does not fit
+    path = player == "G" and config.penalty.path.weight > 0
+    if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             module = network(**arguments)
         if player == "D":
             check_layers(config, module)
         return
     try:
-        module, out = _forward(network, arguments, given, "meta")
+        module, out = _forward(network, arguments, given, "meta", path)
     except UserError:
         raise
     except Exception:  # perhaps only because meta has no arithmetic
         try:
-            module, out = _forward(network, arguments, given, "cpu")
+            module, out = _forward(network, arguments, given, "cpu", path)
         except Exception as error:
             raise UserError(f"{_title(config, player)} cannot be built and run: {reason(error)}") from error
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -151,12 +152,14 @@ def _check_shape(
     check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
     if player == "D":
         check_layers(config, module)
+    if path:
+        check_path(config, module, out)
 
 
 def _forward(
-    network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str
+    network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str, gradient: bool
 ) -> tuple[nn.Module, Any]:
-    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradient):
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
         module = network(**arguments)
         return module, module(torch.zeros(given), labels)

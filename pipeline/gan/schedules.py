@@ -9,6 +9,7 @@ from typing import Literal
 
 from pipeline.config import R1, Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.gradient_penalty import GradientPenalty, Interpolated, Slope
+from pipeline.gan.path_length import PathLength
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Now:
     G: Rates
     D: Rates
     gradient_penalties: tuple[GradientPenalty, ...]  # D's, those that are not due included
+    path: PathLength | None  # G's, also if it is not due; None without one
     ema_beta: float  # share of the old G_ema that an update keeps
     augment_p: float  # probability of each operation; 0 without any, and where p is adaptive
 
@@ -50,6 +52,7 @@ def at(config: Config, cur_nimg: int) -> Now:
         G=rates(config.optim.G, config.penalty.G),
         D=rates(config.optim.D, config.penalty.D),
         gradient_penalties=tuple(_gradient_penalties(config, cur_nimg)),
+        path=_path(config, cur_nimg) if config.penalty.path.weight else None,
         ema_beta=ema_beta(config.images_per_update, half_life(config, cur_nimg)),
         augment_p=now(config.augment.p or 0.0),
     )
@@ -91,9 +94,17 @@ def _slope(name: str, on: Literal["real", "fake"], given: R1, config: Config, cu
     )
 
 
-def lazy_factor(interval: int, D_update: int) -> int:
-    """Lazy regularisation (Karras et al. 2020, app. B): `interval` in every interval-th D update, else 0."""
-    return 0 if D_update % interval else interval
+def _path(config: Config, cur_nimg: int) -> PathLength:
+    given = config.penalty.path
+    # G's turn begins after the images of its own update's D steps.
+    factor = lazy_factor(given.interval, cur_nimg // config.images_per_update - 1)
+    return PathLength(given.weight, given.decay, factor)
+
+
+def lazy_factor(interval: int, update: int) -> int:
+    """Lazy regularisation (Karras et al. 2020, app. B): `interval` in every interval-th update of a player,
+    else 0."""
+    return 0 if update % interval else interval
 
 
 def half_life(config: Config, cur_nimg: int) -> float:

@@ -25,6 +25,7 @@ from pipeline.parallel.buffers import Buffers, BufferSnapshot
 from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
+from pipeline.parallel.moving_mean import MovingMean
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -65,6 +66,7 @@ class Engine(abc.ABC):
         self.twice = False  # whether passes of this turn are differentiated twice
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
+        self.moving_mean = MovingMean(ranks)  # for a penalty that compares with one
         # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module, ranks.device)
@@ -133,6 +135,11 @@ class Engine(abc.ABC):
         with self.autocast(), self.forward_timer.measured():
             return self.module(*inputs) if self.frozen else self.forward(*inputs)
 
+    @property
+    def latent(self) -> torch.Tensor:
+        """What the images of G's last pass were computed from (gan/path_length.py)."""
+        return latent_of(self.module)
+
     @contextmanager
     def updating(self, frozen: Engine, twice: bool = False) -> Iterator[None]:
         """This player's turn: the other one is frozen, and gradients start and end empty.
@@ -149,6 +156,7 @@ class Engine(abc.ABC):
             yield
             if self._finite is not None:
                 snapshot.restore(unless=self._finite)
+                self.moving_mean.move(self._finite)
         finally:
             self.zero_grad()
             self.end_turn()
@@ -231,16 +239,17 @@ class Engine(abc.ABC):
 
     def optimizer_state(self) -> list[dict[str, torch.Tensor]]:
         """For each fragment, what the next step depends on besides the weights: moments and scalars."""
-        scale = {} if self.loss_scale is None else self.loss_scale.state()
-        return [state | scale for state in self.moments()]
+        shared = self.moving_mean.state() | ({} if self.loss_scale is None else self.loss_scale.state())
+        return [state | shared for state in self.moments()]
 
     def load_optimizer_state(self, states: list[dict[str, torch.Tensor]]) -> None:
         """Restore what `optimizer_state` returned, in this precision or another."""
         if self.loss_scale is not None and states and "loss_scale" in states[0]:
             self.loss_scale.load(states[0])
-        self.load_moments(
-            [{k: t for k, t in state.items() if not k.startswith("loss_scale")} for state in states]
-        )
+        if states:
+            self.moving_mean.load(states[0])
+        ours = ("loss_scale", "moving_mean")
+        self.load_moments([{k: t for k, t in s.items() if not k.startswith(ours)} for s in states])
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What training changes in this rank's network besides its fragments. Parameters that do not train
@@ -291,6 +300,12 @@ class Engine(abc.ABC):
         weight, unit = self.copies / self.ranks.world, float(self.copies)
         prefix = f"{section}/{self.player.name}"
         return {f"{prefix}/{p}": Contribution(v, weight, unit, factors.get(p, ())) for p, v in local.items()}
+
+
+def latent_of(module: nn.Module) -> torch.Tensor:
+    latent = module.latent
+    assert isinstance(latent, torch.Tensor)
+    return latent
 
 
 def poisoned(value: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -9,6 +9,7 @@ stays off, and nothing here depends on how it stores gradients before the call.
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from torch import nn
 from pipeline.config import UserError
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
+from pipeline.parallel.engine import Contribution, Engine, PlayerSettings, latent_of
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
 from pipeline.parallel.ranks import Ranks
@@ -43,6 +44,7 @@ class ZeroEngine(Engine):
         self._twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
         elements = sum(p.numel() for p in named.values())
+        gc.freeze()  # `initialize` collects garbage several times, each 0.25 s for all that is there by now
         with waiting_for(ranks.timeout):
             self._ds, *_ = import_deepspeed(ranks.device).initialize(
                 model=module,
@@ -126,6 +128,10 @@ class ZeroEngine(Engine):
         self._twin.train(self.module.training)
         output: torch.Tensor = torch.func.functional_call(self._twin, tensors, inputs)
         return output
+
+    @property
+    def latent(self) -> torch.Tensor:
+        return latent_of(self._twin if self.twice and self._stage == 3 else self.module)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -38,6 +38,7 @@ data: {{train: {FASHION}, size: 28, channels: 1, batch_size: {BATCH}, workers: 1
 G: {{width: 8, norm: none, z_dim: 32}}
 D: {{width: 8, norm: none}}
 penalty: {{G: {{l2: 1.0e-3}}, D: {{l2: 2.0e-3}}}}
+augment: {{ops: [flip, shift, scale, rotate, colour, cutout], target: 0.1, speed_kimg: 0.2}}
 ema: {{kimg: 0.05}}
 track: {{wandb: false}}
 """
@@ -140,7 +141,7 @@ class Started:
         self._log = folder / f"{time.monotonic_ns()}.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=_environment(environment), stdout=log, stderr=log,
+                command, cwd=folder, env=environment_of(environment), stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
@@ -225,7 +226,7 @@ def identical(a: dict[str, Tensors], b: dict[str, Tensors]) -> bool:
     )
 
 
-def _environment(extra: dict[str, str]) -> dict[str, str]:
+def environment_of(extra: dict[str, str]) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "FSDP_"))}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         inherited.pop(name, None)

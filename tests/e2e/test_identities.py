@@ -12,6 +12,11 @@ from launching import BATCH, UPDATES
 from safetensors.torch import load_file
 
 from pipeline import config
+from pipeline.data.index import load_index
+from pipeline.data.plan import split_of
+from pipeline.data.stream import heldout_batches
+from pipeline.gan.augment import Augmentation
+from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
 PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
@@ -56,6 +61,26 @@ def test_a_logged_penalty_is_that_of_the_weights_before_the_update(worlds, world
             assert math.isclose(row[f"Loss/{player}/l2_penalty"], coefficients.l2 * squares, rel_tol=1e-6)
             assert math.isclose(row[f"Gradients/{player}/penalty"], gradient, rel_tol=1e-6)
             assert math.isclose(row[f"Gradients/{player}/penalty_share"], share, rel_tol=1e-6)
+
+
+def test_the_score_of_held_out_images_is_that_of_augmented_ones(worlds):
+    """Over two ranks; p is that of the updates of the tick, and the draw that of one process."""
+    run, update = worlds.sgd[2], UPDATES - 3
+    settings, rows = config.load(run.path / "config.yaml"), run.rows
+    nimg, p = update * BATCH, rows[update - 2]["Progress/augment_p"]
+    D = build_D(settings, 0)
+    weights = load_file(run.path / "checkpoints" / str(nimg) / "D-00000.safetensors")
+    with torch.no_grad():
+        for name, parameter in D.named_parameters():
+            parameter.copy_(weights[f"weights/{name}@0"].view(parameter.shape))
+        index = load_index(settings.data.train)
+        plan = split_of(settings, index).heldout()
+        images = next(heldout_batches(index, plan, settings.data, batch=BATCH))[0].images.float() / 127.5 - 1
+        draws, augment = Draws(settings.run.seed, 32, None), Augmentation(settings.augment.ops, 28)
+        parameters = augment.draw(draws.generator("augmentation", "heldout", nimg), BATCH, p)
+        plain, augmented = (float(D(x).mean()) for x in (images, augment(images, parameters)))
+    assert p > 0.1 and abs(plain - augmented) > 1e-3
+    assert rows[update - 1]["Loss/scores/heldout"] == pytest.approx(augmented, abs=1e-5)
 
 
 def test_logged_norms_are_those_of_the_exported_weights(worlds):

@@ -2,7 +2,7 @@
 
 The loop below shares nothing with pipeline/step.py and pipeline/parallel: whole batches, contiguous tensors,
 λ·Σw² inside the loss, torch's for-loop optimizers, `.backward()` through both networks. It reads the images
-with tarfile and PIL, in the order of the plan.
+with tarfile and PIL, in the order of the plan, and adapts the augmentation's p tick by tick.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from pipeline import config, train
 from pipeline.data.plan import Split
+from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Draws
 from pipeline.gan.networks import build_D, build_G
 
@@ -29,18 +30,30 @@ def textbook(settings, updates: int):
     G, D = build_G(settings, 0), build_D(settings, 0)
     G_optimizer, D_optimizer = (_optimizer(m, o) for m, o in ((G, settings.optim.G), (D, settings.optim.D)))
     images, draws = _images_in_order(settings, updates * BATCH), Draws(settings.run.seed, 32, None)
+    augment, p, signs = Augmentation(settings.augment.ops, 28), 0.0, []
     for update in range(updates):
         nimg = update * BATCH
         x = images[nimg : nimg + BATCH].float() / 127.5 - 1
+        of_D, of_G = (
+            augment.draw(draws.generator("augmentation", player, at), BATCH, p)
+            for player, at in (("D", nimg), ("G", nimg + BATCH))
+        )
         D_optimizer.zero_grad()
         fakes = G(draws.latents("D", nimg, BATCH).z)
-        loss = softplus(-D(x)).mean() + softplus(D(fakes)).mean()
+        real = D(augment(x, of_D))
+        loss = softplus(-real).mean() + softplus(D(augment(fakes, of_D))).mean()
         (loss + settings.penalty.D.l2 * _sum_of_squared_kernels(D)).backward()
         D_optimizer.step()
         G_optimizer.zero_grad()
-        loss = softplus(-D(G(draws.latents("G", nimg + BATCH, BATCH).z))).mean()
+        fakes = G(draws.latents("G", nimg + BATCH, BATCH).z)
+        loss = softplus(-D(augment(fakes, of_G))).mean()
         (loss + settings.penalty.G.l2 * _sum_of_squared_kernels(G)).backward()
         G_optimizer.step()
+        signs += real.sign().tolist()
+        if len(signs) == round(1000 * settings.run.tick_kimg) and settings.augment.ops:
+            step = len(signs) / (1000 * settings.augment.speed_kimg)
+            p += step if sum(signs) > settings.augment.target * len(signs) else -step
+            p, signs = min(max(p, 0.0), 1.0), []
     return {"G": {k: p.detach() for k, p in G.named_parameters()}, "D": dict(D.state_dict())}
 
 
@@ -82,7 +95,7 @@ def test_with_penalties_the_weights_are_those_of_autograd(worlds, kind, scratch)
 
 @pytest.mark.parametrize(("kind", "text"), [("adam", ADAM), ("sgd", SGD)])
 def test_without_penalties_the_weights_are_those_of_the_bare_losses(tmp_path, signals_kept, kind, text):
-    """λ = 0, in this process: what is compared is arithmetic.
+    """λ = 0 and no augmentation, in this process: what is compared is arithmetic.
 
     Adam divides by the size of the gradient, and without penalties some gradients are all but rounding
     (weights into units that hardly ever fire): one of 1e-9 ± 1e-10 would move its weight by up to the
@@ -90,7 +103,14 @@ def test_without_penalties_the_weights_are_those_of_the_bare_losses(tmp_path, si
     in the reference too. SGD needs no such thing.
     """
     (tmp_path / "zero.yaml").write_text(text)
-    changes = ["penalty.l2=0", "run.total_kimg=0.24", "score.metrics=[]", f"run.out={tmp_path}"]
+    changes = [
+        "penalty.l2=0",
+        "augment.ops=[]",
+        "augment.target=null",
+        "run.total_kimg=0.24",
+        "score.metrics=[]",
+        f"run.out={tmp_path}",
+    ]
     changes += ["optim.G.eps=1e-5", "optim.D.eps=1e-5"] if kind == "adam" else []
     arguments = [str(tmp_path / "zero.yaml"), *changes]
     assert train.main(arguments) == 0

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from launching import ADAM, DEADLINE, RunFolder, _environment, run, shardgan
+from launching import ADAM, DEADLINE, RunFolder, environment_of, run, shardgan
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 SHORT = ["--procs", "1", "score.metrics=[]", "run.total_kimg=0.06", "run.tick_kimg=0.03"]
@@ -26,7 +26,7 @@ def test_a_run_whose_output_nobody_takes_is_finished(tmp_path):
     with Path("/dev/full").open("wb") as full:
         ended = subprocess.run(
             shardgan("train", "adam.yaml", *SHORT),
-            check=False, cwd=tmp_path, env=_environment(ASCII),
+            check=False, cwd=tmp_path, env=environment_of(ASCII),
             stdout=write, stderr=full, timeout=DEADLINE,
         )  # fmt: skip
     os.close(read)

@@ -36,6 +36,15 @@ def test_metrics_are_the_same(worlds, kind, world):
             assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), key
 
 
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_augmentation_adapts_alike(worlds, kind):
+    """Exactly, as p follows integers; and it is above 0 in time for other tests of these runs to see it."""
+    one, *others = ([row.get("Progress/augment_p") for row in r.rows] for r in getattr(worlds, kind).values())
+    upto = UPDATES if kind == "sgd" else 3
+    assert all(p[:upto] == one[:upto] for p in others)
+    assert max(one[1:upto]) > 0.2 and (kind == "adam" or 0.0 in one)
+
+
 def test_the_comparison_can_fail(worlds, scratch):
     """Twenty updates move the weights by much more than the tolerances, and the two kinds differ."""
     early, late = (worlds.sgd[2].exported_at(n * 12, scratch()) for n in (1, UPDATES))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from pipeline.config import UserError, load
-from pipeline.gan.compatible import check_layers, check_objective, remarks
+from pipeline.gan.compatible import check_layers, check_objective, check_path, remarks
 from pipeline.gan.networks import check_networks
 from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 
 PLAIN = nn.Sequential(nn.Conv2d(1, 1, 3))
 NORMED = [nn.Sequential(nn.Conv2d(1, 1, 3), norm(1)) for norm in (nn.BatchNorm2d, SyncBatchNorm2d)]
 NOISY = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Dropout(0.1))
-R1, R2 = "penalty.r1.gamma=1", "penalty.r2.gamma=1"
+R1, R2, PATH = "penalty.r1.gamma=1", "penalty.r2.gamma=1", "penalty.path.weight=2"
 OBJECTIVES = {
     "loss.kind=relativistic": ("loss.kind=relativistic",),
     "penalty.r2": (R2,),
@@ -60,8 +61,64 @@ def test_the_networks_of_a_config_are_looked_at_before_any_process_starts():
     check_networks(config("loss.kind=relativistic", "data.size=32", "D.norm=group"), 0)
 
 
+class Offering(nn.Module):
+    """x = A w of w = B z, of which it offers what it is told to."""
+
+    def __init__(self, offered):
+        super().__init__()
+        self.mapping, self.out, self.offered = nn.Linear(3, 4), nn.Linear(4, 9), offered
+
+    def forward(self, z):
+        w = self.mapping(z)
+        if (offered := self.offered(z, w)) is not None:
+            self.latent = offered
+        return self.out(w).view(-1, 1, 3, 3)
+
+
 @pytest.mark.parametrize(
-    "settings", [OBJECTIVES[w] for w in ("loss.kind=relativistic", "penalty.r2", "penalty.wgan_gp")]
+    ("offered", "words"),
+    [
+        (lambda z, w: None, r"sets self\.latent .* G\.kind=a\.b:C has none"),
+        (lambda z, w: "w", "has str"),
+        (lambda z, w: w[:1], r"has \[1, 4\]"),
+        (lambda z, w: w[:, None, None], r"has \[2, 1, 1, 4\]"),
+        (lambda z, w: z, "not computed from the very tensor"),
+        (lambda z, w: w.detach(), "not computed from the very tensor"),
+        (lambda z, w: w[:, None].repeat(1, 2, 1), "not computed from the very tensor"),
+    ],
+)
+def test_path_length_is_refused_for_a_G_whose_images_do_not_come_from_the_latent_it_offers(offered, words):
+    given, G = config(PATH, "G.kind=a.b:C"), Offering(offered)
+    with pytest.raises(UserError, match=words):
+        check_path(given, G, G(torch.zeros(2, 3)))
+
+
+def test_path_length_is_taken_of_a_G_that_offers_its_latent():
+    G = Offering(lambda z, w: w)
+    check_path(config(PATH), G, G(torch.zeros(2, 3)))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, SyncBatchNorm2d])
+def test_path_length_is_refused_with_batch_norm_in_G(norm):
+    G = Offering(lambda z, w: w)
+    G.normed = norm(1)
+    with pytest.raises(UserError, match=r"batch normalisation in G.*G\.norm to none"):
+        check_path(config(PATH), G, G(torch.zeros(2, 3)))
+
+
+def test_path_length_is_decided_before_any_process_starts():
+    with pytest.raises(UserError, match=r"G\.kind=dcgan has none"):
+        check_networks(config(PATH, "data.size=32", "G.norm=none"), 0)
+    check_networks(config("data.size=32", "G.norm=none"), 0)
+    kind = ("G.kind=launch.selfcheck.networks:LatentGenerator", "data.size=32", PATH)
+    check_networks(config(*kind, "G.options.norm=none"), 0)
+    with pytest.raises(UserError, match="batch normalisation in G"):
+        check_networks(config(*kind), 0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [OBJECTIVES[w] for w in ("loss.kind=relativistic", "penalty.r2", "penalty.wgan_gp")] + [(PATH,)],
 )
 def test_fp16_is_refused(settings):
     check_objective(config(*settings), 8, "bf16")
@@ -94,6 +151,12 @@ def test_all_problems_are_told_at_once():
         ((R1, R2, "loss.kind=relativistic", "penalty.r1.interval=1"), "bf16", []),
         ((R2, "penalty.r2.sigma=0.1"), "bf16", ["outweighs"]),
         ((R2, "penalty.r2.sigma=0.1", "penalty.r2.sided=1"), "no", ["outweighs", "sided=1"]),
+        (
+            ("augment.ops=[flip]", "augment.p=[0.9,0.5]", "run.burn_in_kimg=9"),
+            "no",
+            ["augment.p=0.9: above 0.8"],
+        ),
+        (("augment.ops=[flip]", "augment.p=0.8"), "no", []),
         ((R2, "penalty.r2.sigma=0.01"), "no", ["outweighs"]),
         ((R2, "penalty.r2.sigma=0.01"), "bf16", ["outweighs", "Use 0.03 or more"]),
     ],

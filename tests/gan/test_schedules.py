@@ -32,6 +32,17 @@ def test_r1_is_due_in_every_interval_th_update_of_D_and_counts_interval_times():
 
 def test_without_gamma_there_is_no_penalty():
     assert at(load(None, ["data.train=x"]), 0).gradient_penalties == ()
+    assert at(load(None, ["data.train=x"]), 0).path is None
+
+
+def test_path_length_is_due_in_every_interval_th_update_of_G_the_first_included():
+    """G's turn begins after the images of its update's two D steps."""
+    path = ("penalty.path.weight=2", "penalty.path.interval=3", "penalty.path.decay=0.9")
+    config = load(None, ["data.train=x", "data.batch_size=8", "loss.D_steps=2", *path])
+    turns = [at(config, 16 * (update + 1)).path for update in range(7)]
+    assert {(p.weight, p.decay) for p in turns} == {(2.0, 0.9)}
+    assert [p.factor for p in turns] == [3, 0, 0, 3, 0, 0, 3]
+    assert [p.twice for p in turns] == [p.factor > 0 for p in turns]
 
 
 def test_lazy_factors_average_to_one():

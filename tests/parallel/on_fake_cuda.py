@@ -62,11 +62,16 @@ class Case:
 
 
 _NO_NORM = ("G.norm=none", "D.norm=none")
+_SYNC_BATCH = ("G.norm=sync_batch", "D.norm=sync_batch")
 _ALL_ON = (
     "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
     "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
     *(f"{player}.{key}" for player in "GD" for key in ("dropout=0.1", "spectral_norm=true")),
     *(f"optim.{player}.clip=1" for player in "GD"),
+)  # fmt: skip
+_PATH = (
+    "G.kind=launch.selfcheck.networks:LatentGenerator", "G.options.norm=none",
+    "penalty.path.weight=1", "penalty.path.interval=1", "data.batch_gpu=32",
 )  # fmt: skip
 COMPARED = {
     "fp32, batch norm": Case(),
@@ -79,7 +84,8 @@ COMPARED = {
 OTHERS = {
     "fp32, all on": Case("no", (*_ALL_ON, "data.batch_size=32"), classes=10),
     "fp16, all on": Case("fp16", (*_ALL_ON, "data.batch_size=32", "loss.D_steps=1"), classes=10),
-    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, "loss.D_steps=1"), "fsdp2", classes=10),
+    "bf16, path length": Case("bf16", (*_NO_NORM, *_PATH)),
+    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, *_SYNC_BATCH, "loss.D_steps=1"), "fsdp2", classes=10),
 }
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 

@@ -1,6 +1,7 @@
 """Skipped updates, tried in the ranks of a launch: one rank's images, loss or penalty is not finite.
 
-Each case is trained twice, with such tries before every update and without.
+Each case is trained twice, with such tries before every update and without. G's path length is penalised in
+one: the moving mean that it is compared with is part of the state.
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ _SGD, _ADAM = (
     tuple(f"optim.{player}.{key}" for player in "GD" for key in keys)
     for keys in (("kind=sgd", "lr=0.02", "momentum=0.5"), ("kind=adam", "lr=1e-3"))
 )
+_PATH = (
+    "G.kind=launch.selfcheck.networks:LatentGenerator",
+    *("penalty.path.weight=0.1", "penalty.path.interval=1", "penalty.path.decay=0.5"),
+)
 CASES = {
-    "sgd": Case("sgd", (*_NETWORKS, *_SGD)),
+    "sgd": Case("sgd", (*_NETWORKS, *_SGD, *_PATH)),
     "adam-clipped-rounds": Case(
         "adam-clipped-rounds", (*_NETWORKS, *_ADAM, "optim.G.clip=0.5", "optim.D.clip=0.3"), rounds=2
     ),
@@ -140,6 +145,7 @@ def _snapshot(gan: Gan, moments: bool) -> Tensors:
 def _state(engine: Engine, moments: bool) -> Iterator[tuple[str, torch.Tensor]]:
     yield from ((f.name, f.data) for f in engine.fragments)
     yield from engine.buffers().items()
+    yield "moving_mean", engine.moving_mean.value
     for fragment, state in zip(engine.fragments, engine.optimizer_state() if moments else (), strict=False):
         yield from ((f"{fragment.name}/{key}", value) for key, value in state.items())
 

@@ -22,7 +22,7 @@ COMPARED = (
     "fp32, batch norm", "fp32, no norm", "bf16, batch norm", "bf16, no norm",
     "fsdp2, fp32, batch norm", "fsdp2, bf16, no norm",
 )  # fmt: skip
-OTHERS = ("fp32, all on", "fp16, all on", "fsdp2, bf16, all on")
+OTHERS = ("fp32, all on", "fp16, all on", "bf16, path length", "fsdp2, bf16, all on")
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for the pretended GPU"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch"),

@@ -16,8 +16,8 @@ from pipeline.parallel.buffers import Buffers, BufferSnapshot
 @pytest.mark.parametrize("case", skips.CASES)
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_a_skipped_update_changes_nothing_and_the_next_is_as_without_it(launched, name, case):
-    """Weights, running statistics, u and v of spectral norm, G_ema; after it moments too. The very first
-    updates are among those skipped, when momentum has not been written to."""
+    """Weights, running statistics, u and v of spectral norm, G_ema, moving means; after it moments too. The
+    very first updates are among those skipped, when momentum has not been written to."""
     changed = json.loads((launched(name) / "skips.json").read_text())[case]
     assert changed.keys() == {*skips.TRIES, "after"}
     assert {kind: names for kind, names in changed.items() if names} == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import wire
@@ -52,12 +53,25 @@ def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
 @pytest.mark.parametrize("case", ["sync-batch", "sync-batch-r1"])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_sync_batch_sends_two_numbers_per_channel_in_every_pass(launched, name, case):
-    """Forward: G twice, D three times; backward: G once, D three times, and R1 adds one backward of D and one
-    backward of that."""
+    """Forward in float64: G twice, D three times; backward in float32: G once, D three times. R1's backward
+    of D takes the statistics again, and both are differentiated."""
     calls = [tuple(call) for call in recorded(launched, name)[case]["update"]]
-    sent = sum(calls.count(("allreduce_", 8 * 2 * channels)) for channels in (5, 10))
-    of_D = 8 if "r1" in case else 6
-    assert sent == wire.CASES[case].rounds * (3 * wire.NORMS["G"] + of_D * wire.NORMS["D"])
+    channels = [count for counts in wire.NORMS.values() for count in counts]
+    sizes = {2 * count * bytes_ for count in channels for bytes_ in (4, 8)}
+    sent = sum(calls.count(("allreduce_", size)) for size in sizes)
+    of_D = 10 if "r1" in case else 6
+    assert sent == wire.CASES[case].rounds * (3 * len(wire.NORMS["G"]) + of_D * len(wire.NORMS["D"]))
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_path_length_sends_one_number_whatever_the_rounds(launched, name):
+    """Only the ranks' mean of ‖J‖; where parameters are sharded, what is gathered for G's turn differs."""
+    without, penalised = (
+        Counter(map(tuple, recorded(launched, name)[case]["update"])) for case in ("latent", "path")
+    )
+    assert (penalised - without)["allreduce_", 4] == 1
+    if name.startswith(("ddp", "zero1", "zero2")):
+        assert penalised - without == {("allreduce_", 4): 1} and not without - penalised
 
 
 @pytest.mark.parametrize("name", SEVERAL)

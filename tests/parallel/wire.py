@@ -22,6 +22,8 @@ from pipeline.step import train_step
 OPTIMIZER = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 PENALTIES = ("penalty.l2=1e-3", "penalty.l1=1e-4", "penalty.on=all")
+LATENT = ("G.kind=launch.selfcheck.networks:LatentGenerator",)
+PATH = ("penalty.path.weight=1", "penalty.path.interval=2")  # due in the third update
 CASES = {
     "plain": Case("plain", ()),
     "plain-penalised": Case("plain-penalised", PENALTIES),
@@ -29,8 +31,10 @@ CASES = {
     "clipped-penalised": Case("clipped-penalised", (*OPTIMIZER, *PENALTIES), rounds=2),
     "sync-batch": Case("sync-batch", SYNC_BATCH, rounds=2),
     "sync-batch-r1": Case("sync-batch-r1", (*SYNC_BATCH, "penalty.r1.gamma=1", "penalty.r1.interval=1")),
+    "latent": Case("latent", LATENT, rounds=2),
+    "path": Case("path", (*LATENT, *PATH), rounds=2),
 }
-NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
+NORMS = {"G": (10, 5), "D": (10,)}  # channels of the layers of batch norm under sync_batch
 ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import Cluster
+from forked import train_forked
 from launching import BIN, ROOT, RunFolder, accelerate, identical, train, without_clocks
 
 # Large enough to be caught at work, small enough to be done in seconds.
@@ -50,12 +51,12 @@ class Project:
         return self.cluster.run(str(BIN / "shardgan"), *arguments, cwd=self.path, check=False, **here)
 
     def locally(self, world: int, strategy: str, name: str, *settings: str) -> RunFolder:
-        """The tiny config trained on this machine by `accelerate launch`: what a job is compared with."""
+        """The tiny config trained on this machine, without Slurm: what a job is compared with."""
         out = self.path / "local"
-        line = [f"run.name={name}", f"run.out={out}", *settings]
-        return train(
-            accelerate(world, "configs/tiny.yaml", *line, file=f"{strategy}.yaml"), out / name, cwd=self.path
-        )
+        line = ["configs/tiny.yaml", f"run.name={name}", f"run.out={out}", *settings]
+        if strategy == "ddp":
+            return train_forked(world, line, out / name, cwd=self.path)
+        return train(accelerate(world, *line, file=f"{strategy}.yaml"), out / name, cwd=self.path)
 
     def preempt(self, job: str) -> None:
         """What Slurm does before the time limit, or to make room."""
