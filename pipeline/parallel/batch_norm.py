@@ -31,9 +31,10 @@ def has_sync_batch_norm(module: nn.Module) -> bool:
 def synchronise(module: nn.Module, world: int) -> None:
     """Let the network's sync_batch layers normalise over all ranks' images.
 
-    Each sends two numbers per channel, once per forward, backward and backward of a backward. They share the
-    group of the gradients. The order of collectives is the same on all ranks: forwards by the code; backwards
-    because autograd runs, of the nodes that are ready, the one made last, and all ranks make the same graph.
+    Each sends two numbers per channel in a forward and in a backward, and four in a backward that is itself
+    differentiated. They share the group of the gradients. The order of collectives is the same on all ranks:
+    forwards by the code; backwards because autograd runs, of the nodes that are ready, the one made last, and
+    all ranks make the same graph.
     """
     for layer in module.modules() if world > 1 else ():
         if isinstance(layer, SyncBatchNorm2d):

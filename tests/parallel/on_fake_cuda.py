@@ -62,6 +62,7 @@ class Case:
 
 
 _NO_NORM = ("G.norm=none", "D.norm=none")
+_SYNC_BATCH = ("G.norm=sync_batch", "D.norm=sync_batch")
 _ALL_ON = (
     "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
     "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
@@ -84,7 +85,7 @@ OTHERS = {
     "fp32, all on": Case("no", (*_ALL_ON, "data.batch_size=32"), classes=10),
     "fp16, all on": Case("fp16", (*_ALL_ON, "data.batch_size=32", "loss.D_steps=1"), classes=10),
     "bf16, path length": Case("bf16", (*_NO_NORM, *_PATH)),
-    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, "loss.D_steps=1"), "fsdp2", classes=10),
+    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, *_SYNC_BATCH, "loss.D_steps=1"), "fsdp2", classes=10),
 }
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 

@@ -31,6 +31,20 @@ def shared(dtype: torch.dtype = torch.float32) -> SyncBatchNorm2d:
     return norm
 
 
+def test_its_derivatives_are_those_of_differences():
+    norm, given = shared(torch.float64), torch.Generator().manual_seed(0)
+    x, scale, shift = (
+        torch.randn(shape, generator=given, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 2, 2), (3,), (3,))
+    )
+
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(function, (x, scale, shift))
+    assert torch.autograd.gradgradcheck(function, (x, scale, shift))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_it_returns_what_it_is_given(dtype):
     x = torch.randn(4, 3, 5, 5, dtype=dtype).to(memory_format=torch.channels_last)

@@ -53,12 +53,14 @@ def test_nothing_gathers_parameters_but_the_strategy(launched, name, case):
 @pytest.mark.parametrize("case", ["sync-batch", "sync-batch-r1"])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_sync_batch_sends_two_numbers_per_channel_in_every_pass(launched, name, case):
-    """Forward: G twice, D three times; backward: G once, D three times, and R1 adds one backward of D and one
-    backward of that."""
+    """Forward in float64: G twice, D three times; backward in float32: G once, D three times. R1's backward
+    of D takes the statistics again, and both are differentiated."""
     calls = [tuple(call) for call in recorded(launched, name)[case]["update"]]
-    sent = sum(calls.count(("allreduce_", 8 * 2 * channels)) for channels in (5, 10))
-    of_D = 8 if "r1" in case else 6
-    assert sent == wire.CASES[case].rounds * (3 * wire.NORMS["G"] + of_D * wire.NORMS["D"])
+    channels = [count for counts in wire.NORMS.values() for count in counts]
+    sizes = {2 * count * bytes_ for count in channels for bytes_ in (4, 8)}
+    sent = sum(calls.count(("allreduce_", size)) for size in sizes)
+    of_D = 10 if "r1" in case else 6
+    assert sent == wire.CASES[case].rounds * (3 * len(wire.NORMS["G"]) + of_D * len(wire.NORMS["D"]))
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -34,7 +34,7 @@ CASES = {
     "latent": Case("latent", LATENT, rounds=2),
     "path": Case("path", (*LATENT, *PATH), rounds=2),
 }
-NORMS = {"G": 2, "D": 1}  # layers of batch norm under sync_batch
+NORMS = {"G": (10, 5), "D": (10,)}  # channels of the layers of batch norm under sync_batch
 ANSWER = 100_000  # letters
 Call = tuple[str, int]  # operation, bytes of its largest argument
 
