@@ -29,11 +29,16 @@ if [ "$(cat "$venv/.shardgan-$extras" 2>/dev/null)" = "$stamp $PWD" ]; then
 fi
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 ||
     fail "$venv has no pip, and ensurepip cannot install it. Install it: uv pip install --python $venv/bin/python pip"
-pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt "$@"; }
+pip() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c launch/constraints.txt "$@"
+}
 echo "Installing torch (the largest part) …"
 pip torch
 echo "Installing the rest …"
 # DeepSpeed is built from source with the installed torch, hence not in isolation.
 pip setuptools wheel packaging ninja numpy psutil py-cpuinfo pydantic
 DS_BUILD_OPS=0 pip --no-build-isolation -e ".[$extras]"
+# On all cores, unlike pip. Some packages hold files for other versions of Python.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$venv/bin/python" -m compileall -qq -j 0 "$packages" || true
 echo "$stamp $PWD" > "$venv/.shardgan-$extras"
