@@ -30,6 +30,7 @@ from pipeline import config
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
+LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
 GOOD = f"""
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
 G: {{width: 8, norm: group}}
@@ -161,6 +162,7 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
         (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
         (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
         (["penalty.r1.gamma=1"], "zero3", "R1", ["gathers all of D"]),
+        ([*LATENT, "penalty.path.weight=1"], "zero3", "path length", ["gathers all of G"]),
         (["penalty.l2=1e-4"], "ddp", "weight penalty", ["λ is set for G,"]),
         (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ is set for D,"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
