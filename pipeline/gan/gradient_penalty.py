@@ -83,10 +83,12 @@ class Slope:
 
     sigma > 0: a finite difference along Gaussian noise ε in place of the gradient (Lin et al. 2025, APT):
     E (D(x + σε) − D(x))² / σ², or two-sided E (D(x + σε) − D(x − σε))² / 4σ². D's compared passes are one.
-    It is an estimate, and another regulariser than R1. Measured on trained D's of 28 px and batches of 32:
-    one-sided it is 3 to 20 times too large where images have flat areas, at which D is not smooth; two-sided
-    its value is right within 25 %, but the gradient of one draw is noisier than the exact gradient is large,
-    by 10 to 35 times, and with Adam it drowned D. Large batches (256 and more) are where it is used.
+    It is an estimate. Measured at γ = 1 on D's of 28 px that the exact penalty had trained (DECISIONS.md,
+    2026-11-26): one-sided, it is biased whatever the batch, 3 to 18 times too large with leaky ReLUs, and for
+    a smooth D (SiLU) from σ = 0.1 on. Two-sided, value and mean gradient are right within 7 % for a smooth D
+    at σ ≤ 0.1, and 6 to 40 % too small with leaky ReLUs. The gradient of one draw at one image is 25 to 60
+    times as noisy as the exact mean gradient is large (√pixels is 28): in batches of fewer than about 100
+    images, noise outweighs the adversarial gradient. It is proportional to γ, and to 1/√draws.
     """
 
     name: str

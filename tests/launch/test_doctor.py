@@ -31,6 +31,7 @@ from pipeline import config
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
 PENALISED = ["penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1"]
+LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
 GOOD = f"""
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
 G: {{width: 8, norm: group}}
@@ -191,20 +192,21 @@ def test_what_a_run_remarks_on_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "twice"),
+    ("settings", "text"),
     [
-        (["penalty.r1.gamma=[1,0]", "penalty.r2.gamma=1", "run.burn_in_kimg=1"], "r1 and r2"),
-        (["penalty.wgan_gp.weight=1"], "wgan_gp"),
+        ([*PENALISED, "penalty.r1.gamma=[1,0]", "run.burn_in_kimg=1"], "r1 and r2: each rank gathers all of D"),
+        (["penalty.wgan_gp.weight=1"], "wgan_gp: each rank gathers all of D"),
+        ([*LATENT, "penalty.path.weight=1"], "path length: each rank gathers all of G"),
         (["penalty.r1.gamma=1", "penalty.r1.sigma=0.1"], None),
         ([], None),
     ],
-)
-def test_exact_gradient_penalties_gather_D_under_zero3(settings: list[str], twice: str | None) -> None:
+)  # fmt: skip
+def test_what_is_differentiated_twice_is_gathered_under_zero3(settings: list[str], text: str | None) -> None:
     name = "gradient penalty"
     assert name not in networks(job(*settings, strategy="zero2"))
     found = networks(job(*settings, strategy="zero3"))
-    assert (name in found) == (twice is not None)
-    assert twice is None or found[name].text.startswith(f"{twice}: each rank gathers all of D")
+    assert (name in found) == (text is not None)
+    assert text is None or found[name].text.startswith(text)
 
 
 def test_norms_over_all_ranks_are_no_trap() -> None:
