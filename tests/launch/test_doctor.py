@@ -194,7 +194,10 @@ def test_what_a_run_remarks_on_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ([*PENALISED, "penalty.r1.gamma=[1,0]", "run.burn_in_kimg=1"], "r1 and r2: each rank gathers all of D"),
+        (
+            ["penalty.r1.gamma=[1,0]", "penalty.r2.gamma=1", "run.burn_in_kimg=1"],
+            "r1 and r2: each rank gathers all of D",
+        ),
         (["penalty.wgan_gp.weight=1"], "wgan_gp: each rank gathers all of D"),
         ([*LATENT, "penalty.path.weight=1"], "path length: each rank gathers all of G"),
         (["penalty.r1.gamma=1", "penalty.r1.sigma=0.1"], None),
