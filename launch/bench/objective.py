@@ -35,7 +35,7 @@ def _slopes(*keys: str) -> tuple[str, ...]:
 OBJECTIVES: Mapping[str, tuple[str, ...]] = {
     _PLAIN: (),
     "R1 + R2": _slopes(),
-    "on a quarter": _slopes("fraction=1/4"),
+    "R1 + R2, on a quarter": _slopes("fraction=1/4"),
     "finite difference": _slopes("sigma=0.1"),
     "finite difference, on a quarter": _slopes("sigma=0.1", "fraction=1/4"),
 }
