@@ -161,11 +161,11 @@ def test_data_that_cannot_be_trained_on(refused, tmp_path, case):
 def test_other_settings_on_a_run_that_is_there(worlds, refused, capfd):
     """All that would make it another run is named; what may change (tracking, cadence) is not."""
     settings = [f"run.out={worlds.folder}", "run.name=adam-1", "--procs", "1"]
-    changed = ["G.width=9", "penalty.D.l2=0.5", "run.tick_kimg=0.5", "track.wandb=true", "data.workers=0"]
+    changed = ["G.width=9", "penalty.D.l2=0.5", "run.snapshot_kimg=0.5", "track.wandb=true", "data.workers=0"]
     told = refused(worlds.folder / "adam.yaml", *settings, *changed)
     assert told.status == 2 and told.err.count("error: ") == 1
     assert "G.width: 8 → 9" in told.err and "penalty.D" in told.err and "run.resume=false" in told.err
-    assert not any(key in told.err for key in ("tick_kimg", "track", "workers"))
+    assert not any(key in told.err for key in ("snapshot_kimg", "track", "workers"))
 
 
 @pytest.fixture
