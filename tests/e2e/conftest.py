@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from forked import train_forked
 from launching import ADAM, SGD, RunFolder, Worlds, accelerate, train
 
 
@@ -23,13 +22,11 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def worlds(configs: Path, in_pairs: ThreadPoolExecutor) -> Worlds:
-    """Three trainings by the written-out `accelerate launch` line, three in forked ranks."""
+    """Six trainings by the written-out `accelerate launch` line."""
 
     def start(name: str, world: int) -> RunFolder:
         run_name = f"{name}-{world}"
         line = [str(configs / f"{name}.yaml"), f"run.name={run_name}", f"run.out={configs}"]
-        if name == "sgd":
-            return train_forked(world, line, configs / run_name)
         return train(accelerate(world, *line), configs / run_name)
 
     cases = [(name, world) for world in (3, 2, 1) for name in ("adam", "sgd")]

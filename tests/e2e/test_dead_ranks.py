@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forked import train_forked
 from launching import (
     ADAM,
     DEADLINE,
@@ -42,7 +41,6 @@ class Broken:
     checkpoints: list[int]  # when it had ended
     run: RunFolder
     command: list[str]
-    settings: list[str]  # the end of it: the config and what overrides it
     folder: Path  # it was started in
 
 
@@ -89,8 +87,7 @@ class Place:
         (orders / where).unlink(missing_ok=True)
         left_over = psutil.wait_procs(everyone, timeout=DEADLINE / 10)[1]
         checkpoints = sorted(int(p.name) for p in (found.path / "checkpoints").iterdir() if p.name.isdigit())
-        settings = self.settings(name)
-        return Broken(pid, ended, left_over, checkpoints, found, command, settings, self.folder)
+        return Broken(pid, ended, left_over, checkpoints, found, command, self.folder)
 
 
 def _read_once_there(file: Path, started: Started) -> str:
@@ -126,7 +123,7 @@ def jobs(place, at_once) -> dict[str, Callable[[], object]]:
     watched = [*accelerate(2)[:-2], str(Path(__file__).with_name("slow_but_living.py"))]
     started = {
         "unbroken": at_once.submit(
-            train_forked, 2, patient(place.settings("whole")), place.folder / "runs" / "whole", place.folder
+            lambda: train(place.command("whole", "accelerate"), place.folder / "runs" / "whole", place.folder)
         ),
         "frozen": at_once.submit(place.halt, "forward-0", signal.SIGSTOP, "accelerate"),
         "stuck": at_once.submit(place.halt, "forward-1", None, "shardgan"),
@@ -159,16 +156,6 @@ def assert_goes_on(broken: Broken, unbroken: RunFolder) -> None:
     assert_same(broken.run, unbroken)
 
 
-def patient(settings: list[str]) -> list[str]:
-    """For a run in which nothing happens to a rank, however busy the machine is while it starts."""
-    return [*settings, "run.timeout_s=600"]
-
-
-def assert_can_go_on(broken: Broken, unbroken: RunFolder) -> None:
-    """From what is in its folder, as the same command would; quicker."""
-    assert_same(train_forked(2, patient(broken.settings), broken.run.path, broken.folder), unbroken)
-
-
 def assert_same(found: RunFolder, unbroken: RunFolder) -> None:
     assert found.done
     assert identical(found.exported(), unbroken.exported())
@@ -188,13 +175,13 @@ def test_the_main_rank_frozen_in_an_update(jobs):
 def test_the_main_rank_frozen_in_a_collective(jobs):
     broken = jobs["waiting"]()
     assert_ended_by_name(broken, 0, "has not answered for 15 s: it is frozen", "in the backward of [GD]")
-    assert_can_go_on(broken, jobs["unbroken"]())
+    assert_goes_on(broken, jobs["unbroken"]())
 
 
 def test_a_rank_frozen_in_a_save(jobs):
     broken = jobs["saving"]()
     assert_ended_by_name(broken, 1, "has not answered for 15 s: it is frozen", "saving a checkpoint")
-    assert_can_go_on(broken, jobs["unbroken"]())
+    assert_goes_on(broken, jobs["unbroken"]())
 
 
 def test_a_rank_stuck_in_a_users_network(jobs):
@@ -202,7 +189,7 @@ def test_a_rank_stuck_in_a_users_network(jobs):
     broken = jobs["stuck"]()
     assert_ended_by_name(broken, 1, r"is stuck: it has not moved for \d+ s", IN_FORWARD)
     assert "Traceback" not in broken.ended.output
-    assert_can_go_on(broken, jobs["unbroken"]())
+    assert_goes_on(broken, jobs["unbroken"]())
 
 
 def test_a_killed_rank_and_a_launcher_that_restarts(jobs):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import train_forked
 from launching import (
     ADAM,
     BATCH,
@@ -17,11 +16,13 @@ from launching import (
     Ended,
     RunFolder,
     Started,
+    accelerate,
     identical,
     largest_difference,
     rows_written,
     run,
     shardgan,
+    train,
     without_clocks,
 )
 from wandb_offline import OfflineRun, offline_runs
@@ -107,9 +108,9 @@ def of_three(tmp_path_factory, in_pairs) -> tuple[RunFolder, Interrupted]:
         .replace("score: {images: 24}", "score: {metrics: []}")
     )
     settings = ["run.total_kimg=0.6", "run.name=mine"]
-    unbroken = ["mine.yaml", *settings, "run.out=unbroken"]
+    unbroken = accelerate(3, "mine.yaml", *settings, "run.out=unbroken")
     broken = shardgan("train", "mine.yaml", "--procs", "3", *settings, "run.out=broken")
-    whole = in_pairs.submit(train_forked, 3, unbroken, folder / "unbroken" / "mine", folder)
+    whole = in_pairs.submit(train, unbroken, folder / "unbroken" / "mine", folder)
     halves = interrupt(broken, folder / "broken" / "mine", cwd=folder)
     return whole.result(), halves
 

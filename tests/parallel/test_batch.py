@@ -20,7 +20,7 @@ from pipeline.parallel.watch.whereabouts import Progress
 IMAGES = 2
 
 
-@pytest.mark.parametrize(("world", "rounds"), itertools.product((1, 2, 3), (1, 2, 3)))
+@pytest.mark.parametrize(("world", "rounds"), [*itertools.product((1, 2, 3), (1, 2, 3))])
 def test_rounds_of_all_ranks_are_the_global_batch(world, rounds):
     shape = BatchShape(world, rounds, IMAGES)
     size = world * rounds * IMAGES

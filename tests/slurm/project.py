@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import Cluster
-from forked import train_forked
 from launching import BIN, ROOT, RunFolder, accelerate, identical, train, without_clocks
 
 # Large enough to be caught at work, small enough to be done in seconds.
@@ -54,8 +53,6 @@ class Project:
         """The tiny config trained on this machine, without Slurm: what a job is compared with."""
         out = self.path / "local"
         line = ["configs/tiny.yaml", f"run.name={name}", f"run.out={out}", *settings]
-        if strategy == "ddp":
-            return train_forked(world, line, out / name, cwd=self.path)
         return train(accelerate(world, *line, file=f"{strategy}.yaml"), out / name, cwd=self.path)
 
     def preempt(self, job: str) -> None:
