@@ -14,7 +14,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-_TINY = 1e-12  # under the root of a squared norm, whose derivative at 0 is infinite
+from pipeline.gan.precision import wide
+
+_TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Slope:
         images = judged.images.detach()[:: self.every]
         step = self.sigma * noise(images)
         other = images - step if self.sided == 2 else images
-        ahead, behind = _wide(judged.again(torch.cat([images + step, other]), self.every)).chunk(2)
+        ahead, behind = wide(judged.again(torch.cat([images + step, other]), self.every)).chunk(2)
         return (ahead - behind) / (self.sided * self.sigma)
 
 
@@ -144,7 +146,7 @@ class Interpolated:
         x = real.images.detach()
         y = fake.images.detach().to(x.dtype)  # G's are bf16 under autocast
         between = y.lerp(x, mix.to(x.dtype).view(-1, 1, 1, 1)).requires_grad_()
-        norms = (_squared_norms(real.again(between, 1), between) + _TINY).sqrt()
+        norms = root(_squared_norms(real.again(between, 1), between))
         return self.gamma * (norms - 1).square().mean()
 
 
@@ -154,12 +156,12 @@ def noise(images: Tensor) -> Tensor:
     return torch.randn_like(images)
 
 
+def root(squares: Tensor) -> Tensor:
+    """Norms from their squares, with a finite derivative at 0."""
+    return (squares + _TINY).sqrt()
+
+
 def _squared_norms(logits: Tensor, images: Tensor) -> Tensor:
     """‖∇D(x)‖² [N] for each image, to be differentiated again."""
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return _wide(gradient).square().flatten(1).sum(1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    """At least float32."""
-    return values.float() if values.dtype.itemsize < 4 else values
+    return wide(gradient).square().flatten(1).sum(1)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import relu, softplus
 
+from pipeline.gan.precision import wide
+
 
 @dataclass(frozen=True)
 class Adversarial:
@@ -27,63 +29,59 @@ def adversarial(kind: str) -> Adversarial:
     return _KINDS[kind]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype.itemsize < 4 else logits
-
-
 def _log_loss_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """−E[log σ(D(x))] − E[log(1 − σ(D(G(z))))]: Goodfellow et al. 2014, eq. 1, as D minimises it.
 
     softplus(−a) = −log σ(a) and softplus(a) = −log(1 − σ(a)), exact where σ would round to 0 or 1.
     """
-    return softplus(-_wide(real_logits)).mean() + softplus(_wide(fake_logits)).mean()
+    return softplus(-wide(real_logits)).mean() + softplus(wide(fake_logits)).mean()
 
 
 def _minimax_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """E[log(1 − σ(D(G(z))))]: Goodfellow et al. 2014, eq. 1. Its gradient vanishes where D is sure."""
-    return -softplus(_wide(fake_logits)).mean()
+    return -softplus(wide(fake_logits)).mean()
 
 
 def _nonsaturating_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """−E[log σ(D(G(z)))]: Goodfellow et al. 2014, section 3, the same fixed point with strong gradients."""
-    return softplus(-_wide(fake_logits)).mean()
+    return softplus(-wide(fake_logits)).mean()
 
 
 def _hinge_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """E[max(0, 1 − D(x))] + E[max(0, 1 + D(G(z)))]: Lim & Ye 2017; Miyato et al. 2018, eq. 16."""
-    return relu(1 - _wide(real_logits)).mean() + relu(1 + _wide(fake_logits)).mean()
+    return relu(1 - wide(real_logits)).mean() + relu(1 + wide(fake_logits)).mean()
 
 
 def _hinge_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """−E[D(G(z))]: Miyato et al. 2018, eq. 17."""
-    return -_wide(fake_logits).mean()
+    return -wide(fake_logits).mean()
 
 
 def _least_squares_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """½E[(D(x) − 1)²] + ½E[D(G(z))²]: Mao et al. 2017, eq. 9 (a = 0, b = c = 1)."""
-    return 0.5 * ((_wide(real_logits) - 1).square().mean() + _wide(fake_logits).square().mean())
+    return 0.5 * ((wide(real_logits) - 1).square().mean() + wide(fake_logits).square().mean())
 
 
 def _least_squares_g(fake_logits: Tensor, _: Tensor | None = None) -> Tensor:
     """½E[(D(G(z)) − 1)²]: Mao et al. 2017, eq. 9."""
-    return 0.5 * (_wide(fake_logits) - 1).square().mean()
+    return 0.5 * (wide(fake_logits) - 1).square().mean()
 
 
 def _wasserstein_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """−E[D(x)] + E[D(G(z))]: Arjovsky et al. 2017, eq. 3. D is to be 1-Lipschitz, which `penalty.wgan_gp`
     asks of it. G's is the hinge loss's."""
-    return _wide(fake_logits).mean() - _wide(real_logits).mean()
+    return wide(fake_logits).mean() - wide(real_logits).mean()
 
 
 def _relativistic_d(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """−E[log σ(D(x) − D(G(z)))] over pairs: Jolicoeur-Martineau 2018, eq. 4; Huang et al. 2024, eq. 2."""
-    return softplus(_wide(fake_logits) - _wide(real_logits)).mean()
+    return softplus(wide(fake_logits) - wide(real_logits)).mean()
 
 
 def _relativistic_g(fake_logits: Tensor, real_logits: Tensor | None) -> Tensor:
     """−E[log σ(D(G(z)) − D(x))] over pairs, D(x) a constant: the same, for G."""
     assert real_logits is not None
-    return softplus(_wide(real_logits) - _wide(fake_logits)).mean()
+    return softplus(wide(real_logits) - wide(fake_logits)).mean()
 
 
 _KINDS: dict[str, Adversarial] = {

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gan import gradient_penalty
-
-_TINY = 1e-12  # under the root of a squared norm, whose derivative at 0 is infinite
+from pipeline.gan.precision import wide
 
 
 class Mean(Protocol):
@@ -62,5 +61,4 @@ def path_lengths(images: Tensor, latent: Tensor) -> Tensor:
     """‖J‖ [N] along random directions y, to be differentiated again."""
     y = gradient_penalty.noise(images.detach()) / math.sqrt(images[0, 0].numel())
     (J,) = torch.autograd.grad(images, latent, y, create_graph=True)
-    J = J.float() if J.dtype.itemsize < 4 else J
-    return (J.square().sum(-1).view(len(J), -1).mean(1) + _TINY).sqrt()
+    return gradient_penalty.root(wide(J).square().sum(-1).view(len(J), -1).mean(1))

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.gan.precision import wide
+
 _OF_CHANNEL = (0, 2, 3)  # the axes of [N, C, H, W] that statistics are over
 
 
@@ -37,7 +39,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def moments(self, x: Tensor) -> Tensor:
         """Mean and variance over all ranks, float64 [2, C]. One collective; float64, as otherwise the
         variance of features far from 0 would cancel."""
-        var, mean = torch.stack(torch.var_mean(_wide(x), _OF_CHANNEL, correction=0)).double()
+        var, mean = torch.stack(torch.var_mean(wide(x), _OF_CHANNEL, correction=0)).double()
         local = torch.stack([mean, torch.addcmul(var, mean, mean)])
         mean, square = self._mean_over_ranks(local)
         return torch.stack([mean, torch.addcmul(square, mean, mean, value=-1)])
@@ -78,12 +80,12 @@ class _Normalise(torch.autograd.Function):
         x, weight, moments = ctx.saved_tensors
         if torch.is_grad_enabled():  # for a second derivative, which goes through the statistics too
             moments = layer.moments(x)
-        wide = _wide(x)
+        x_wide = wide(x)
         mean, std = moments[0], torch.sqrt(moments[1] + layer.eps)
-        mean, std = (t.to(wide.dtype).view(-1, 1, 1) for t in (mean, std))
-        normal = (wide - mean) / std
+        mean, std = (t.to(x_wide.dtype).view(-1, 1, 1) for t in (mean, std))
+        normal = (x_wide - mean) / std
         sums = torch.stack(
-            [gradient.sum(_OF_CHANNEL, dtype=wide.dtype), (gradient * normal).sum(_OF_CHANNEL)]
+            [gradient.sum(_OF_CHANNEL, dtype=x_wide.dtype), (gradient * normal).sum(_OF_CHANNEL)]
         )
         of_bias, of_weight = sums
         if not ctx.needs_input_grad[0]:
@@ -91,7 +93,3 @@ class _Normalise(torch.autograd.Function):
         shift, slope = layer.mean_over_ranks(sums / (x.numel() // x.shape[1])).view(2, -1, 1, 1)
         of_x = (gradient - torch.addcmul(shift, normal, slope)) * (weight.view(-1, 1, 1) / std)
         return of_x.to(x.dtype), of_weight, of_bias, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
