@@ -21,6 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config_layers import expand_shorthands, explain, read_file, read_override
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
+from pipeline.setting_types import Norm as Norm
+from pipeline.setting_types import Schedulable as Schedulable
 from pipeline.settings import R1 as R1
 from pipeline.settings import Augment as Augment
 from pipeline.settings import Config as Config
@@ -28,11 +30,9 @@ from pipeline.settings import Data as Data
 from pipeline.settings import Discriminator as Discriminator
 from pipeline.settings import Ema as Ema
 from pipeline.settings import Generator as Generator
-from pipeline.settings import Norm as Norm
 from pipeline.settings import Optimizer as Optimizer
 from pipeline.settings import Remote as Remote
 from pipeline.settings import Run as Run
-from pipeline.settings import Schedulable as Schedulable
 from pipeline.settings import Score as Score
 from pipeline.settings import WeightPenalty as WeightPenalty
 
