@@ -17,6 +17,7 @@ from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, resnet
 from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
+from pipeline.gan.frozen import freeze
 from pipeline.gan.penalised import check_penalty, penalised_names
 from pipeline.plugins import import_class, reason
 
@@ -40,7 +41,9 @@ def build_G(config: Config, num_classes: int) -> nn.Module:
 
 
 def build_D(config: Config, num_classes: int) -> nn.Module:
-    """D, as `build_G` builds G; a user's class is called with size, channels, num_classes and D.options."""
+    """D, as `build_G` builds G; a user's class is called with size, channels, num_classes and D.options.
+
+    Its first D.freeze blocks do not train."""
     return _build(config, "D", num_classes)
 
 
@@ -63,11 +66,17 @@ def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
         # torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
         try:
-            return network(**arguments)
+            return _as_trained(network(**arguments), config, player)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
+
+
+def _as_trained(module: nn.Module, config: Config, player: Player) -> nn.Module:
+    if player == "D":
+        freeze(module, config.D.freeze)
+    return module
 
 
 def _class_of(config: Config, player: Player) -> type[nn.Module]:
@@ -110,7 +119,8 @@ def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[
             f"other keys of {player}."
         )
     found, default = {}, type(section)()
-    for key in (field.name for field in dataclasses.fields(section) if field.name not in ("kind", "options")):
+    of_all = ("kind", "options", "freeze")
+    for key in (field.name for field in dataclasses.fields(section) if field.name not in of_all):
         value, families = getattr(section, key), [kind for kind in FAMILIES if key in _named(kind, player)]
         if section.kind in families:
             found[key] = value
@@ -131,7 +141,7 @@ def _check_shape(
     path = player == "G" and config.penalty.path.weight > 0
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
-            module = network(**arguments)
+            module = _as_trained(network(**arguments), config, player)
         if player == "D":
             check_layers(config, module)
         return
@@ -148,6 +158,7 @@ def _check_shape(
     if found != list(due):
         what = "images" if player == "G" else "logits"
         raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
+    _as_trained(module, config, player)
     penalty = config.penalty.G if player == "G" else config.penalty.D
     check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
     if player == "D":
