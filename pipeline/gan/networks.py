@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -61,22 +61,29 @@ def check_networks(config: Config, num_classes: int) -> None:
 
 
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
-    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    network, arguments = _made(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
         try:
-            return _as_trained(network(**arguments), config, player)
+            return network(**arguments)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
 
 
-def _as_trained(module: nn.Module, config: Config, player: Player) -> nn.Module:
-    if player == "D":
-        freeze(module, config.D.freeze)
-    return module
+def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
+    """Keyword arguments of a network's class → the network as the config trains it."""
+    network = _class_of(config, player)
+
+    def make(**arguments: Any) -> nn.Module:
+        module = network(**arguments)
+        if player == "D":
+            freeze(module, config.D.freeze)
+        return module
+
+    return make
 
 
 def _class_of(config: Config, player: Player) -> type[nn.Module]:
@@ -137,11 +144,11 @@ def _named(kind: str, player: Player) -> Mapping[str, inspect.Parameter]:
 def _check_shape(
     config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
 ) -> None:
-    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    network, arguments = _made(config, player), _arguments(config, player, num_classes)
     path = player == "G" and config.penalty.path.weight > 0
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
-            module = _as_trained(network(**arguments), config, player)
+            module = network(**arguments)
         if player == "D":
             check_layers(config, module)
         return
@@ -158,7 +165,6 @@ def _check_shape(
     if found != list(due):
         what = "images" if player == "G" else "logits"
         raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
-    _as_trained(module, config, player)
     penalty = config.penalty.G if player == "G" else config.penalty.D
     check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
     if player == "D":
@@ -168,7 +174,11 @@ def _check_shape(
 
 
 def _forward(
-    network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str, gradient: bool
+    network: Callable[..., nn.Module],
+    arguments: dict[str, Any],
+    given: tuple[int, ...],
+    device: str,
+    gradient: bool,
 ) -> tuple[nn.Module, Any]:
     with torch.device(device), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradient):
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
