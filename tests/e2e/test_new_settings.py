@@ -86,9 +86,7 @@ def test_a_start_that_was_killed_between_its_two_files_records_a_change_once(pla
     values = (0.5, 0.25, 0.5)
 
     def start(value):
-        folder.open_folder(
-            load(place / "job.yaml", [*given, f"penalty.G.l2={value}"]), run, 60, lambda: None
-        )
+        folder.open_folder(load(place / "job.yaml", [*given, f"penalty.G.l2={value}"]), run, 60, lambda: None)
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("name: same", "name: killed"))
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
