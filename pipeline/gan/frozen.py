@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 from torch import Tensor, nn
 
 from pipeline.config import UserError
@@ -11,16 +13,17 @@ def freeze(D: nn.Module, count: int) -> None:
     """Let the first `count` blocks of D, from the image inwards, stay as they are (Mo, Cho & Shin 2020,
     Freeze the Discriminator).
 
-    A block is an entry with parameters of `D.blocks`. Only parameters are frozen: batch norms still normalise
-    by the images at hand, as when the weights were learnt. Raises UserError unless D has more blocks.
+    A block is an entry with parameters of `D.blocks`; with the first goes what the class defines before it,
+    such as a layer from pixels. Only parameters are frozen: batch norms still normalise by the images at hand,
+    as when the weights were learnt. Raises UserError unless D has more blocks.
     """
-    for block in _blocks(D, count):
-        block.requires_grad_(False)
+    for layer in _layers(D, count):
+        layer.requires_grad_(False)
 
 
 def frozen_names(D: nn.Module, count: int) -> frozenset[str]:
     """Names, as in `D.named_parameters()`, of the parameters that `freeze` does not let train."""
-    frozen = {id(parameter) for block in _blocks(D, count) for parameter in block.parameters()}
+    frozen = {id(parameter) for layer in _layers(D, count) for parameter in layer.parameters()}
     return frozenset(name for name, parameter in D.named_parameters() if id(parameter) in frozen)
 
 
@@ -30,7 +33,7 @@ def constants_of(D: nn.Module, count: int) -> dict[str, Tensor]:
     return {name: named[name].detach().clone() for name in sorted(frozen_names(D, count))}
 
 
-def _blocks(D: nn.Module, count: int) -> list[nn.Module]:
+def _layers(D: nn.Module, count: int) -> list[nn.Module]:
     if not count:
         return []
     sequence = getattr(D, "blocks", None)
@@ -46,4 +49,5 @@ def _blocks(D: nn.Module, count: int) -> list[nn.Module]:
             f"D.freeze={count}: this D has {len(blocks)} blocks, of which at most {len(blocks) - 1} can be "
             "frozen."
         )
-    return blocks[:count]
+    before = takewhile(lambda child: child is not sequence, D.children())
+    return [*before, *blocks[:count]]

@@ -24,12 +24,14 @@ class Blockless(nn.Module):
         return self.layer(x.flatten(1)).squeeze(1)
 
 
-class OfBlocks(Blockless):
+class OfBlocks(nn.Module):
     def __init__(self, size, channels, num_classes):
-        super().__init__(size, channels, num_classes)
+        super().__init__()
+        self.from_pixels = nn.Conv2d(channels, 3, 1)
         # Entries without parameters are no blocks; the third shares the kernel of the first.
         self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)])
         self.blocks[3].weight = self.blocks[0].weight
+        self.to_logit = nn.Linear(3, 1)
 
 
 @pytest.mark.parametrize("kind", ["dcgan", "resnet"])
@@ -54,13 +56,17 @@ def test_exact_gradient_penalties_run_through_them():
     )
 
 
-def test_a_shared_parameter_is_frozen_everywhere():
+def test_what_comes_before_the_blocks_and_what_they_share_is_frozen():
     D = OfBlocks(32, 3, 0)
+    freeze(D, 0)
+    assert D.from_pixels.weight.requires_grad
     freeze(D, 1)
-    assert frozen_names(D, 1) == {"blocks.0.weight", "blocks.0.bias"}
+    assert frozen_names(D, 1) == {
+        f"{layer}.{name}" for layer in ("from_pixels", "blocks.0") for name in ("weight", "bias")
+    }
     assert not D.blocks[3].weight.requires_grad and D.blocks[3].bias.requires_grad
     freeze(D, 2)
-    assert not D.blocks[2].weight.requires_grad and D.layer.weight.requires_grad
+    assert not D.blocks[2].weight.requires_grad and D.to_logit.weight.requires_grad
 
 
 @pytest.mark.parametrize(
