@@ -96,6 +96,7 @@ class Generator:
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
+    checkpoint: bool = False  # compute activations again in the backward pass instead of keeping them
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class
 
 
@@ -111,6 +112,7 @@ class Discriminator:
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
+    checkpoint: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -50,6 +50,7 @@ class Case:
     rounds: int = 1
     batch: int = 12
     resumed: bool = True
+    slack: float = 1.0  # times the tolerance of `selfcheck`: where a difference of logits is divided by σ
 
     def config(self, world: int) -> Config:
         """A norm-free DCGAN of awkward sizes: few tensors divide equally over 2 or 3 ranks.
@@ -93,6 +94,7 @@ OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
     "adaptive", "sync-batch", "sync-batch-r1",
 ))  # fmt: skip
+THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
     *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
@@ -121,11 +123,11 @@ def shared_batch(world: int) -> int:
     return next(n for n in itertools.count(12) if n % (2 * world) == 0)
 
 
-def cases(world: int = 1, strategy: str = "single") -> list[Case]:
+def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
     path length, schedules, augmentation, two D steps, residual networks, parameters that do not train, and
-    tied ones, which FSDP2 refuses.
+    tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -176,7 +178,18 @@ def cases(world: int = 1, strategy: str = "single") -> list[Case]:
         rounds = 1 if "spectral" in name else 2
         images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
         found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, images))
-    return found
+    return found + _thorough(found) if thorough else found
+
+
+def _thorough(found: list[Case]) -> list[Case]:
+    """The cases of `THOROUGH`: the objective's in one round, and a finite difference at a tenth of the σ.
+
+    Of that one, the rounding of two logits weighs ten times as much in their difference over σ.
+    """
+    once = [replace(case, name=f"{case.name}-once", rounds=1) for case in found if case.name in OBJECTIVE]
+    difference = next(case for case in found if case.name == "difference")
+    settings = tuple(key.replace("sigma=0.3", "sigma=0.03") for key in difference.settings)
+    return [*once, replace(difference, name="difference-small", settings=settings, slack=10.0)]
 
 
 def reals(case: Case, count: int, world: int = 1) -> list[Batch]:

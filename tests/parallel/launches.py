@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import processes, selfcheck
-from launch.selfcheck.parity import OBJECTIVE, Case
+from launch.selfcheck.parity import OBJECTIVE, THOROUGH, Case
 
 HERE = Path(__file__).parent
 
@@ -23,7 +23,7 @@ LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 def marks_of(name: str, case: Case) -> tuple[pytest.MarkDecorator, ...]:
     """Of a case of the parity matrix under "strategy-world"."""
-    long = name in LONG or (case.name in OBJECTIVE and name not in FEW)
+    long = name in LONG or case.name in THOROUGH or (case.name in OBJECTIVE and name not in FEW)
     return (pytest.mark.long,) if long else ()
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from launch import selfcheck
 from launch.selfcheck import parity
 
-CASES = {case.name: case for case in parity.cases()}
+CASES = {case.name: case for case in parity.cases(thorough=True)}
 CELLS = [
     pytest.param(launch, case.name, marks=marks_of(launch, case))
     for launch, _ in EVERYWHERE
-    for case in parity.cases(strategy=launch.partition("-")[0])
+    for case in parity.cases(strategy=launch.partition("-")[0], thorough=True)
 ]
 RESUMED = [cell for cell in CELLS if CASES[str(cell.values[1])].resumed]
 
@@ -26,8 +26,9 @@ def test_it_trains_what_plain_torch_trains(launched, name, case):
     assert {key.partition("/")[0] for key in trained[0]} - {"resumed"} == {"G", "D", "G_ema"}
     found = list(selfcheck.differences(trained, selfcheck.expected(CASES[case])))
     assert len(found) > 50
+    slack = CASES[case].slack
     assert [
-        f"{what}: {error:.1e}" for column, what, error in found if error > selfcheck.tolerance(column)
+        f"{what}: {error:.1e}" for column, what, error in found if error > slack * selfcheck.tolerance(column)
     ] == []
 
 
