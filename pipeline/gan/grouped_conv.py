@@ -26,8 +26,8 @@ class GroupedConv2d(nn.Conv2d):
         return out if bias is None else out + bias[:, None, None]
 
 
-# A convolution x * w is linear in x and in w, and ⟨g, x * w⟩ defines both of its gradients. Their own gradients
-# are convolutions and such gradients again.
+# A convolution x * w is linear in x and in w, and ⟨g, x * w⟩ defines both of its gradients. Their own
+# gradients are convolutions and such gradients again.
 
 
 class _Convolved(torch.autograd.Function):

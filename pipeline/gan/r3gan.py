@@ -1,4 +1,4 @@
-"""R3GAN (Huang et al. 2024, "The GAN is dead; long live the GAN!", section 4 and app. C): no norms, no tricks.
+"""R3GAN's networks (Huang et al. 2024, "The GAN is dead; long live the GAN!"), without norms.
 
 Residual blocks with grouped convolutions and bilinear resampling between 4×4 features (28 px: 7×7) and the
 image. Channels double from the image inwards, up to max_width. The published networks have depth 2, z_dim 64
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gan.grouped_conv import GroupedConv2d
-from pipeline.gan.layers import SLOPE, Activation, activation_layer, refuse_size
+from pipeline.gan.layers import SLOPE, Activation, activation_layer, refuse_size, run
 from pipeline.gan.resample import enlarge, shrink
 
 SIZES = (28, 32, 64, 128, 256, 512, 1024)
@@ -27,8 +27,8 @@ _GROUPS = 96  # … so many groups
 class Generator(nn.Module):
     """G: z float [N, z_dim] and labels c int64 [N] (None if num_classes is 0) → images [N,C,H,W].
 
-    Images are not bounded: those of real images, [−1, 1], are learnt. A conditional G sees an embedding of the
-    class beside z. depth: blocks per resolution. Raises UserError for a size it does not have.
+    Images are not bounded: that real ones are in [−1, 1] is learnt. A conditional G sees an embedding of
+    the class beside z. depth: blocks per resolution. Raises UserError for a size it does not have.
     """
 
     def __init__(
@@ -41,9 +41,11 @@ class Generator(nn.Module):
         width: int = 64,
         max_width: int = 512,
         depth: int = 1,
+        checkpoint: bool = False,
         activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         start, inwards = _start_and_channels(size, width, max_width)
         outwards = inwards[::-1]
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None
@@ -62,15 +64,16 @@ class Generator(nn.Module):
         if self.embed is not None:
             z = torch.cat([z, self.embed(c)], dim=1)
         x = self.basis.spread(self.project(z)).contiguous(memory_format=torch.channels_last)
-        images: Tensor = self.blocks(x)
-        return images
+        for block in self.blocks:
+            x = run(block, x, checkpoint=self.checkpoint)
+        return x
 
 
 class Discriminator(nn.Module):
     """D: images float [N,C,H,W] and labels c int64 [N] (None if num_classes is 0) → logits [N].
 
-    A conditional D's logit is the inner product of features and the class's embedding, without a part that all
-    classes share. depth: blocks per resolution. Raises UserError for a size it does not have.
+    A conditional D's logit is the inner product of features and the class's embedding, without a part that
+    all classes share. depth: blocks per resolution. Raises UserError for a size it does not have.
     """
 
     def __init__(
@@ -82,9 +85,11 @@ class Discriminator(nn.Module):
         width: int = 64,
         max_width: int = 512,
         depth: int = 1,
+        checkpoint: bool = False,
         activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         start, inwards = _start_and_channels(size, width, max_width)
         of_image = nn.Conv2d(channels, inwards[0], 1, bias=False)
         blocks: list[nn.Module] = [nn.Sequential(of_image, Block(inwards[0], activation))]
@@ -102,7 +107,9 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.embed.weight, std=1 / math.sqrt(num_classes * last))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        features: Tensor = self.project(self.basis.gather(self.blocks(x)))
+        for block in self.blocks:
+            x = run(block, x, checkpoint=self.checkpoint)
+        features: Tensor = self.project(self.basis.gather(x))
         if self.embed is None:
             return features.squeeze(1)
         logits: Tensor = (features * self.embed(c)).sum(1)
@@ -110,8 +117,8 @@ class Discriminator(nn.Module):
 
 
 class Block(nn.Module):
-    """x + branch(x), [N, C, H, W]: 1×1 to twice the channels, 3×3 in groups, 1×1 back, and a biased activation
-    after the first two (fig. 4). Does nothing when new, as its last kernel is zero (Zhang et al. 2019, Fixup).
+    """x + branch(x), [N, C, H, W]: 1×1 to twice the channels, 3×3 in groups, 1×1 back, a biased activation
+    after the first two. Does nothing when new, as its last kernel is zero (Zhang et al. 2019, Fixup).
     """
 
     def __init__(self, channels: int, activation: Activation) -> None:
