@@ -14,6 +14,7 @@ from pipeline.setting_types import (
     NonNegative,
     Norm,
     OneIn,
+    PenaltyOn,
     Place,
     Positive,
     Schedulable,
@@ -90,10 +91,12 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels next to the image; doubled with each layer further in
-    depth: Count = 1  # resnet: residual blocks per resolution
+    max_width: Count = 512  # r3gan: no layer is wider
+    depth: Count = 1  # resnet, r3gan: residual blocks per resolution
+    blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -107,7 +110,9 @@ class Discriminator:
 
     kind: str = "dcgan"
     width: Count = 64
+    max_width: Count = 512
     depth: Count = 1
+    blocks: Annotated[int, Field(ge=0)] = 0
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -132,6 +137,7 @@ class WeightPenalty:
 
     l2: ScheduledNonNegative = 0.0
     l1: ScheduledNonNegative = 0.0
+    on: PenaltyOn = "auto"  # W: kernels of layers, all parameters, or kernels times their layer's weight_gain
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -170,9 +176,8 @@ class PathLength:
 
 @dataclass(frozen=True, config=_STRICT)
 class Penalty:
-    """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
+    """Penalties. The shorthands `penalty.l2`, `penalty.l1` and `penalty.on` set both players' at once."""
 
-    on: Literal["weights", "all"] = "weights"  # kernels of convolutions and linear layers, or everything
     G: WeightPenalty = WeightPenalty()
     D: WeightPenalty = WeightPenalty()
     r1: R1 = R1()

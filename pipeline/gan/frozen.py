@@ -14,8 +14,8 @@ def freeze(D: nn.Module, count: int) -> None:
     Freeze the Discriminator).
 
     A block is an entry with parameters of `D.blocks`; with the first goes what the class defines before it,
-    such as a layer from pixels. Only parameters are frozen: batch norms still normalise by the images at hand,
-    as when the weights were learnt. Raises UserError unless D has more blocks.
+    such as a layer from pixels. Only parameters are frozen: batch norms still normalise by the images at
+    hand, as when the weights were learnt. Raises UserError unless D has more blocks.
     """
     for layer in _layers(D, count):
         layer.requires_grad_(False)
