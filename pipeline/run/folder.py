@@ -211,6 +211,9 @@ def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
     """A line in changes.jsonl for each setting with another value from cur_nimg on. Raises OSError."""
     file = folder / CHANGES
     last = {row.get("key"): row for row in rows(file)}
+    for row in last.values():
+        if row["cur_nimg"] > cur_nimg:  # the run falls back to an older checkpoint, and trains that again
+            append(file, {**row, "cur_nimg": cur_nimg})
     for key, (old, new) in changes(config, folder).items():
         row = {"cur_nimg": cur_nimg, "key": key, "old": old, "new": new}
         if row != last.get(key):  # else a start that was killed before it could write config.yaml has

@@ -11,24 +11,25 @@ from launching import SGD, RunFolder, identical, without_clocks
 
 import pipeline.train
 from pipeline.config import load
+from pipeline.run import folder
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with two equal runs of five updates, of which one is to be changed."""
-    folder = tmp_path_factory.mktemp("new")
-    (folder / "job.yaml").write_text(SGD)
+    there = tmp_path_factory.mktemp("new")
+    (there / "job.yaml").write_text(SGD)
     torch.set_num_threads(1)
-    assert train(folder, "same", 0.06) == 0
-    shutil.copytree(folder / "runs" / "same", folder / "runs" / "changed")
-    config = folder / "runs" / "changed" / "config.yaml"
+    assert train(there, "same", 0.06) == 0
+    shutil.copytree(there / "runs" / "same", there / "runs" / "changed")
+    config = there / "runs" / "changed" / "config.yaml"
     config.write_text(config.read_text().replace("name: same", "name: changed"))
-    return folder
+    return there
 
 
-def train(folder, name, kimg, *settings):
-    given = [f"run.name={name}", f"run.out={folder / 'runs'}", f"run.total_kimg={kimg}", "run.keep=99"]
-    return pipeline.train.main([str(folder / "job.yaml"), *given, *settings])
+def train(place, name, kimg, *settings):
+    given = [f"run.name={name}", f"run.out={place / 'runs'}", f"run.total_kimg={kimg}"]
+    return pipeline.train.main([str(place / "job.yaml"), *given, *settings])
 
 
 def test_only_what_was_changed_differs_from_where_it_was_changed(place, tmp_path, signals_kept, capfd):
@@ -77,25 +78,28 @@ def test_only_what_was_changed_differs_from_where_it_was_changed(place, tmp_path
     assert "  penalty.G.l2: 0.01 → 0.001\n" in said and "  optim.D.lr: 0.02 → 0.01\n" in said
 
 
-def test_a_start_that_was_killed_between_its_two_files_records_a_change_once(place, monkeypatch):
-    from pipeline.run import folder
-
+def test_changes_are_recorded_once_whatever_happens_in_between(place, monkeypatch):
+    """A kill between changes.jsonl and config.yaml; values to and fro; a checkpoint lost after a change."""
     run = place / "runs" / "killed"
     shutil.copytree(place / "runs" / "same", run, ignore=shutil.ignore_patterns("changes.jsonl"))
-    given = ["run.name=killed", f"run.out={run.parent}", "run.new_settings=true"]
-    values = (0.5, 0.25, 0.5)
-
-    def start(value):
-        folder.open_folder(load(place / "job.yaml", [*given, f"penalty.G.l2={value}"]), run, 60, lambda: None)
-
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("name: same", "name: killed"))
+    given = ["run.name=killed", f"run.out={run.parent}", "run.new_settings=true"]
+
+    def start(value, cur_nimg=60):
+        config = load(place / "job.yaml", [*given, f"penalty.G.l2={value}"])
+        folder.open_folder(config, run, cur_nimg, lambda: None)
+
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(folder, "write", interrupted)
-        start(values[0])
-    for value in (values[0], *values):
+        start(0.5)
+    for value in (0.5, 0.5, 0.25, 0.5):
         start(value)
-    recorded = [json.loads(line)["new"] for line in (run / "changes.jsonl").read_text().splitlines()]
-    assert recorded == list(values)
+    start(0.5, cur_nimg=48)
+    start(0.5, cur_nimg=48)
+    recorded = [json.loads(line) for line in (run / "changes.jsonl").read_text().splitlines()]
+    assert [(row["cur_nimg"], row["old"], row["new"]) for row in recorded] == [
+        (60, 0.001, 0.5), (60, 0.5, 0.25), (60, 0.25, 0.5), (48, 0.25, 0.5)
+    ]  # fmt: skip
 
 
 def interrupted(*_):

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from launching import FASHION, RunFolder
 from safetensors.torch import load_file, save_file
 
+import launch.train
 import pipeline.train
 from pipeline.config import UserError, load
 from pipeline.run.source import check_init, fill, open_source
@@ -115,6 +117,17 @@ def test_what_cannot_be_started_from_is_refused(place, settings, said, capfd):
         check_init(configured(place, "run.name=new", *given), place / "runs" / "new", 0)
     assert train(place, "new", *given) == 2
     assert said in capfd.readouterr().err and not (place / "runs" / "new" / "config.yaml").exists()
+
+
+def test_the_command_refuses_before_it_starts_a_process(place, monkeypatch):
+    monkeypatch.setattr(launch.train, "_run", lambda *_: pytest.fail("processes were started"))
+    line = [str(place / "source.yaml"), "run.name=new", f"run.out={place / 'runs'}", "--procs", "2"]
+    for setting, said in (
+        (f"run.init={place}/none", "no run, no export"),
+        ("D.freeze=2", "at most 1 can be"),
+    ):
+        result = CliRunner().invoke(launch.train.train, [*line, setting])
+        assert isinstance(result.exception, UserError) and said in str(result.exception)
 
 
 def test_moments_need_a_run_to_start_from(place):

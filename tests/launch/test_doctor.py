@@ -9,12 +9,14 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,6 +29,7 @@ from launch.doctor.checks import examine, job_of
 from launch.doctor.finding import Finding, Job, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
+from pipeline.gan.networks import build_G
 
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
@@ -222,6 +225,14 @@ def test_no_trap_without_cause() -> None:
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
 
 
+def test_what_a_run_is_to_start_from_is_looked_for(tmp_path: Path) -> None:
+    found = networks(job(f"run.init={tmp_path}", f"run.out={tmp_path}"))["run.init"]
+    assert found.verdict == "would fail" and "no run, no export" in found.text
+    save_file(build_G(job().config, 0).state_dict(), tmp_path / "G_ema.safetensors")
+    found = networks(job(f"run.init={tmp_path}", f"run.out={tmp_path}"))["run.init"]
+    assert found.verdict == "ok" and found.text == f"starts from {tmp_path}"
+
+
 # Memory
 
 
@@ -276,6 +287,12 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     G, D = (4 * sum(p.numel() for p in player.parameters()) for player in players)
     assert doctor_memory.states(job(*sgd), players)["optimizer"] == D
     assert doctor_memory.states(job(), players)["weights"] == G + D
+
+    frozen = job("D.freeze=1", procs=4)
+    players = doctor_networks.build_players(frozen, 0)
+    kept = 4 * sum(p.numel() for p in players[1].blocks[0].parameters())  # type: ignore[operator, union-attr]
+    assert doctor_memory.states(frozen, players)["frozen weights"] == kept > 0
+    assert doctor_memory.states(replace(frozen, strategy="fsdp2"), players)["frozen weights"] == kept / 4
 
     class Small:
         total_memory = 1 << 16
