@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +18,8 @@ from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
+from pipeline.run.folder import under_a_free_name
+from pipeline.run.source import check_init
 from pipeline.wording import counted, in_bytes
 
 Players = tuple[nn.Module, nn.Module]  # G and D
@@ -35,19 +38,40 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         G, D = build_players(job, num_classes)
     except UserError as error:
         return None, [would_fail("networks", str(error))]
-    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
-    text, flops = f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters", None
-    try:
-        flops = forward(job.config, num_classes)
-    except Exception as error:  # a user's network may do anything
-        text += f"; FLOPs cannot be counted ({error})"
-    else:
-        text += f"; an image is {in_flops(flops[0])} in G, {in_flops(flops[1])} in D and "
-        text += f"{in_flops(of_training(job.config, *flops))} of training"
-    found = [ok("networks", text)]
+    flops, sizes = measured(job, num_classes, G, D)
+    found = [sizes, *initial_weights(job, num_classes)]
     for check in (tied, batch_norm, objective, gathered_whole, cadence):
         found += check(job, G, D)
     return (G, D), [*found, *scale.examine(job, num_classes, flops)]
+
+
+def measured(
+    job: Job, num_classes: int, G: nn.Module, D: nn.Module
+) -> tuple[tuple[float, float] | None, Finding]:
+    """Parameters and FLOPs; also returns those of an image in G and D if they can be counted."""
+    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
+    text = f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters"
+    try:
+        flops = forward(job.config, num_classes)
+    except Exception as error:  # a user's network may do anything
+        return None, ok("networks", f"{text}; FLOPs cannot be counted ({error})")
+    training = in_flops(of_training(job.config, *flops))
+    text += (
+        f"; an image takes {in_flops(flops[0])} in G and {in_flops(flops[1])} in D, {training} to train on"
+    )
+    return flops, ok("networks", text)
+
+
+def initial_weights(job: Job, num_classes: int) -> Iterator[Finding]:
+    """Can a new run start from what run.init names?"""
+    run = under_a_free_name(job.config).run
+    try:
+        source = check_init(job.config, Path(run.out) / str(run.name), num_classes)
+    except UserError as error:
+        yield would_fail("run.init", str(error))
+        return
+    if source is not None:
+        yield ok("run.init", f"starts from {source.where}")
 
 
 def build_players(job: Job, num_classes: int) -> Players:
