@@ -87,10 +87,13 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, or package.module:Class
+    kind: str = "dcgan"  # or resnet, vit, or package.module:Class
     z_dim: Count = 128
-    width: Count = 64  # channels next to the image; doubled with each layer further in
-    depth: Count = 1  # resnet: residual blocks per resolution
+    width: Count = 64  # channels next to the image, doubled with each layer further in; vit: of every token
+    depth: Count = 1  # resnet: residual blocks per resolution; vit: blocks
+    heads: Count | None = None  # vit: of attention; None: one per 64 channels
+    patch: Count = 2  # vit: pixels along the side of the square that a token stands for
+    outputs: Count = 4  # vit: depths at which an image is added to the output
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -105,6 +108,8 @@ class Discriminator:
     kind: str = "dcgan"
     width: Count = 64
     depth: Count = 1
+    heads: Count | None = None
+    patch: Count = 2
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
