@@ -14,6 +14,7 @@ from pipeline.setting_types import (
     NonNegative,
     Norm,
     OneIn,
+    PenaltyOn,
     Place,
     Positive,
     Schedulable,
@@ -87,10 +88,12 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, vit, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, vit, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels next to the image, doubled with each layer further in; vit: of every token
-    depth: Count = 1  # resnet: residual blocks per resolution; vit: blocks
+    max_width: Count = 512  # r3gan: no layer is wider
+    depth: Count = 1  # resnet, r3gan: residual blocks per resolution; vit: blocks
+    blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
     heads: Count | None = None  # vit: of attention; None: one per 64 channels
     patch: Count = 2  # vit: pixels along the side of the square that a token stands for
     outputs: Count = 4  # vit: depths at which an image is added to the output
@@ -107,7 +110,9 @@ class Discriminator:
 
     kind: str = "dcgan"
     width: Count = 64
+    max_width: Count = 512
     depth: Count = 1
+    blocks: Annotated[int, Field(ge=0)] = 0
     heads: Count | None = None
     patch: Count = 2
     norm: Norm = "batch"
@@ -133,6 +138,7 @@ class WeightPenalty:
 
     l2: ScheduledNonNegative = 0.0
     l1: ScheduledNonNegative = 0.0
+    on: PenaltyOn = "auto"  # W: kernels of layers, all parameters, or kernels times their layer's weight_gain
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -171,9 +177,8 @@ class PathLength:
 
 @dataclass(frozen=True, config=_STRICT)
 class Penalty:
-    """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
+    """Penalties. The shorthands `penalty.l2`, `penalty.l1` and `penalty.on` set both players' at once."""
 
-    on: Literal["weights", "all"] = "weights"  # kernels of convolutions and linear layers, or everything
     G: WeightPenalty = WeightPenalty()
     D: WeightPenalty = WeightPenalty()
     r1: R1 = R1()

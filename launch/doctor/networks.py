@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.index import Index
+from pipeline.gan import vit
 from pipeline.gan.compatible import check_objective, remarks
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at
@@ -38,7 +40,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
-    for check in (tied, batch_norm, objective, gathered_whole, weight_penalty, cadence):
+    for check in (tied, batch_norm, objective, gathered_whole, weight_penalty, learning_rate, cadence):
         found += check(job, G, D)
     return (G, D), found
 
@@ -133,6 +135,21 @@ def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
         norms = " and ".join(f"{name}.norm=none" for name in who)
         remedy = f"If it is to regularise, set {norms}, and leave spectral_norm off."
         yield warning("weight penalty", text, remedy)
+
+
+def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """A transformer's falls with its width."""
+    config = job.config
+    for name, section, optimizer in (("G", config.G, config.optim.G), ("D", config.D, config.optim.D)):
+        lr = optimizer.lr[0] if isinstance(optimizer.lr, tuple) else optimizer.lr
+        if section.kind == "vit" and not math.isclose(
+            lr, rule := vit.learning_rate(section.width), rel_tol=0.01
+        ):
+            text = (
+                f"optim.{name}.lr={lr:g}, where a vit of width {section.width} is to begin with "
+                f"2e-4 · 768 / width = {rule:.3g}"
+            )
+            yield warning("learning rate", text, f"Set optim.{name}.lr={rule:.3g}, unless it was tuned.")
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -96,7 +96,7 @@ R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective",
 ))  # fmt: skip
 FAMILIES = frozenset(("vit", "vit-difference"))  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
@@ -110,6 +110,9 @@ _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.0
 _PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
 
 
+_EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
+
+
 def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
 
@@ -119,7 +122,7 @@ def _vit(*keys: str) -> tuple[str, ...]:
     return (
         *_networks("pipeline.gan.vit"),
         *(f"G.options={{{sizes}, outputs: 2}}", f"D.options={{{sizes}}}"),
-        *("data.conditional=true", "loss.kind=relativistic", "penalty.on=all"),
+        *("data.conditional=true", "loss.kind=relativistic"),
     )
 
 
@@ -136,9 +139,10 @@ def shared_batch(world: int) -> int:
 
 def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
-    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    path length, schedules, augmentation, two D steps, residual networks, transformers, parameters that do not
-    train, and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, which may take long.
+    a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
+    the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
+    transformers, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
+    `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -158,6 +162,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
+        "effective": (*_networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
         "r1": R1,
         "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),

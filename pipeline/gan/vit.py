@@ -6,8 +6,7 @@ sees their sum alone, so that it is an ordinary D of images. (GAT's D sees all p
 falls with depth.) D reads the image's patches beside one class token, and judges by what has become of that.
 
 Norms are affine-free. width 1152, depth 28, heads 16 on 32 px of 4 channels in patches of 2 (XL/2): G has
-602 M parameters and D 447 M. The learning rate is to be 2e-4 · 768 / width. Each is a sequence of blocks,
-sharded one by one.
+602 M parameters and D 447 M. Each is a sequence of blocks, sharded one by one.
 """
 
 from __future__ import annotations
@@ -30,6 +29,12 @@ _START = (
 _MAPPING_RATE = (
     0.01  # of the layers from z to w, as a share of the learning rate (Karras et al. 2019, app. C)
 )
+
+
+def learning_rate(width: int) -> float:
+    """What a pair of this width is to be trained with (GAT, width-aware scaling). Nothing applies it: it is
+    for whoever writes a config."""
+    return 2e-4 * 768 / width
 
 
 class Generator(nn.Module):
