@@ -91,14 +91,18 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+_PENALTIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
+    "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
+}
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1", "effective",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective", "freeze",
 ))  # fmt: skip
-FAMILIES = frozenset(("vit", "vit-difference"))  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
@@ -126,6 +130,13 @@ def _vit(*keys: str) -> tuple[str, ...]:
     )
 
 
+_OF_FAMILIES = {
+    "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
+    "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
+}
+FAMILIES = frozenset(_OF_FAMILIES)  # trained under fewer launches, as those of OBJECTIVE
+
+
 def known_noise(images: torch.Tensor) -> torch.Tensor:
     """In place of the finite difference's ε, which other worlds draw otherwise: a function of the image."""
     phases = torch.arange(images[0].numel(), device=images.device).view(images.shape[1:])
@@ -145,15 +156,10 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
-    penalties = {
-        "none": (),
-        "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
-        "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
-    }
     clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}
     found = []
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
-        (1, 2), clips.items(), penalties.items()
+        (1, 2), clips.items(), _PENALTIES.items()
     ):
         resumed = clip == "clipped" and rounds == 2  # checkpoints depend on neither
         for kind, optimizer in {"sgd": SGD, "adam": ADAM}.items():
@@ -184,8 +190,8 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
-        "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
-        "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
+        **_OF_FAMILIES,
+        "freeze": ("D.freeze=1", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
         "tied": _networks("launch.selfcheck.networks", "Tied"),
     }
@@ -195,7 +201,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
         images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
-        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, images))
+        found.append(Case(name, (*SGD, *_PENALTIES["l2"], *settings), rounds, images))
     return found + _thorough(found) if thorough else found
 
 
