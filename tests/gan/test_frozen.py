@@ -45,6 +45,13 @@ def test_the_first_blocks_do_not_train_and_all_others_do(kind):
         assert torch.equal(p, q), name
 
 
+def test_a_transformer_s_layer_from_pixels_goes_with_its_first_block():
+    D = D_of("D.kind=vit", "D.width=16", "D.heads=2", "D.depth=2", "D.freeze=1")
+    frozen = {name for name, p in D.named_parameters() if not p.requires_grad}
+    assert {name.split(".")[0] for name in frozen} == {"from_pixels", "blocks"}
+    assert {name.split(".")[1] for name in frozen if name.startswith("blocks")} == {"0"}
+
+
 def test_exact_gradient_penalties_run_through_them():
     D = D_of("D.freeze=2", "D.norm=none").double()
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
