@@ -68,7 +68,11 @@ class Case:
                 f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
                 *_networks("pipeline.gan.dcgan"),
-                *(f"{player}.options={{width: 5, norm: none, activation: silu}}" for player in "GD"),
+                *(
+                    f"{player}.options={{width: 5, norm: none, activation: silu}}"
+                    for player in "GD"
+                    if not any(key.startswith(f"{player}.options={{") for key in self.settings)
+                ),
                 "ema.kimg=0.02",
                 "ema.rampup=0.5",
                 *self.settings,
@@ -94,6 +98,7 @@ OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
     "adaptive", "sync-batch", "sync-batch-r1",
 ))  # fmt: skip
+FAMILIES = frozenset(("r3gan",))  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
@@ -112,6 +117,14 @@ def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
 
 
+def _r3gan() -> tuple[str, ...]:
+    return (
+        *_networks("pipeline.gan.r3gan"),
+        *(f"{player}.options={{width: 5, max_width: 16, activation: silu}}" for player in "GD"),
+        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+    )
+
+
 def known_noise(images: torch.Tensor) -> torch.Tensor:
     """In place of the finite difference's ε, which other worlds draw otherwise: a function of the image."""
     phases = torch.arange(images[0].numel(), device=images.device).view(images.shape[1:])
@@ -126,8 +139,8 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    path length, schedules, augmentation, two D steps, residual networks, parameters that do not train, and
-    tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take long.
+    path length, schedules, augmentation, two D steps, residual networks, R3GAN, parameters that do not train,
+    and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -168,6 +181,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
+        "r3gan": _r3gan(),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
         "tied": _networks("launch.selfcheck.networks", "Tied"),
     }
