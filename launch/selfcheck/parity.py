@@ -96,7 +96,7 @@ R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective",
 ))  # fmt: skip
 FAMILIES = frozenset(("r3gan",))  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
@@ -111,6 +111,9 @@ _PATH = (
     "G.kind=launch.selfcheck.networks:LatentGenerator",
     *("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5"),
 )
+
+
+_EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
 
 
 def _slopes(*keys: str) -> tuple[str, ...]:
@@ -138,9 +141,10 @@ def shared_batch(world: int) -> int:
 
 def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
-    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    path length, schedules, augmentation, two D steps, residual networks, R3GAN, parameters that do not train,
-    and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take long.
+    a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
+    the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
+    R3GAN, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
+    `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -160,6 +164,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
+        "effective": (*_networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
         "r1": R1,
         "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),
