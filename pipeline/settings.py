@@ -91,12 +91,15 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, r3gan, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, vit, or package.module:Class
     z_dim: Count = 128
-    width: Count = 64  # channels next to the image; doubled with each layer further in
+    width: Count = 64  # channels next to the image, doubled with each layer further in; vit: of every token
     max_width: Count = 512  # r3gan: no layer is wider
-    depth: Count = 1  # resnet, r3gan: residual blocks per resolution
+    depth: Count = 1  # resnet, r3gan: residual blocks per resolution; vit: blocks
     blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
+    heads: Count | None = None  # vit: of attention; None: one per 64 channels
+    patch: Count = 2  # vit: pixels along the side of the square that a token stands for
+    outputs: Count = 4  # vit: depths at which an image is added to the output
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -113,6 +116,8 @@ class Discriminator:
     max_width: Count = 512
     depth: Count = 1
     blocks: Annotated[int, Field(ge=0)] = 0
+    heads: Count | None = None
+    patch: Count = 2
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
