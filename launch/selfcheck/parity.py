@@ -121,14 +121,6 @@ def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
 
 
-def _r3gan() -> tuple[str, ...]:
-    return (
-        *_networks("pipeline.gan.r3gan"),
-        *(f"{player}.options={{width: 5, max_width: 16, activation: silu}}" for player in "GD"),
-        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
-    )
-
-
 def _vit(*keys: str) -> tuple[str, ...]:
     sizes = ", ".join(["width: 8, depth: 2, heads: 2, patch: 7", *keys])
     return (
@@ -139,7 +131,11 @@ def _vit(*keys: str) -> tuple[str, ...]:
 
 
 _OF_FAMILIES = {
-    "r3gan": _r3gan(),
+    "r3gan": (
+        *_networks("pipeline.gan.r3gan"),
+        *(f"{player}.options={{width: 5, max_width: 16, activation: silu}}" for player in "GD"),
+        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+    ),
     "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
     "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
 }
