@@ -87,13 +87,16 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, or package.module:Class
+    kind: str = "dcgan"  # or resnet, stylegan2, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels next to the image; doubled with each layer further in
+    max_width: Count = 512  # stylegan2: no layer is wider
     depth: Count = 1  # resnet: residual blocks per resolution
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
+    mapping: Count = 8  # stylegan2: layers of the mapping network
+    mixing: Annotated[float, Field(ge=0, le=1)] = 0.0  # stylegan2: share of training images with two latents
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class
 
 
@@ -103,6 +106,7 @@ class Discriminator:
 
     kind: str = "dcgan"
     width: Count = 64
+    max_width: Count = 512
     depth: Count = 1
     norm: Norm = "batch"
     dropout: BelowOne = 0.0

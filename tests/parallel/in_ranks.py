@@ -29,7 +29,7 @@ CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that tr
 def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy, thorough=True)
-    named = parity.OBJECTIVE | parity.THOROUGH
+    named = parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH
     cases = [case for case in cases if case.name not in named or case.name in objective]
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
