@@ -97,6 +97,7 @@ class Generator:
     spectral_norm: bool = False
     mapping: Count = 8  # stylegan2: layers of the mapping network
     mixing: Annotated[float, Field(ge=0, le=1)] = 0.0  # stylegan2: share of training images with two latents
+    checkpoint: bool = False  # compute activations again in the backward pass instead of keeping them
     options: dict[str, Any] = dataclasses.field(default_factory=dict)  # keyword arguments of a Class
 
 
@@ -111,6 +112,7 @@ class Discriminator:
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
+    checkpoint: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -120,7 +120,7 @@ def _stylegan2() -> tuple[str, ...]:
     return (
         *_networks("pipeline.gan.stylegan2"),
         *(f"G.options={{{sizes}, mapping: 2, mixing: 0.5}}", f"D.options={{{sizes}}}"),
-        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1"), *_PATH, "penalty.on=all"),
+        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1"), *_PATH),
     )
 
 
@@ -138,8 +138,9 @@ def shared_batch(world: int) -> int:
 def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    path length, schedules, augmentation, two D steps, residual networks, StyleGAN2, parameters that do not train, and
-    tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take long.
+    path length, schedules, augmentation, two D steps, residual networks, StyleGAN2, parameters that do not
+    train, and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take
+    long.
     """
     batch = shared_batch(world)
     penalties = {

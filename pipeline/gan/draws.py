@@ -63,8 +63,8 @@ class Draws:
         return Drawn(z, self._inverse_cdf(u), seed)
 
     def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int) -> Tensor:
-        """z [count, z_dim] for style mixing (Karras et al. 2019, section 3.1), as columns [count, 2·z_dim + 1]:
-        z, a second z, and the crossover in [0, 1], from which layer on the second one counts.
+        """z [count, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [count, 2·z_dim + 1]
+        of z, a second z, and the crossover in [0, 1], from which layer on the second one counts.
 
         A `share` of the images have a crossover uniform in [0, 1), the others 1: the second never counts.
         """

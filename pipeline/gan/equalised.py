@@ -37,9 +37,7 @@ class EqualisedLinear(nn.Module):
 class EqualisedConv2d(nn.Module):
     """[N, inputs, H, W] → [N, outputs, H, W]; down: → [N, outputs, H/2, W/2], filtered first."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, bias: bool = True, down: bool = False
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, bias: bool = True, down: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
@@ -57,24 +55,18 @@ class EqualisedConv2d(nn.Module):
 
 
 class ModulatedConv2d(nn.Module):
-    """A convolution whose kernel w̃ depends on the image's latent (Karras et al. 2020, StyleGAN2, eq. 1 and 3):
+    """A convolution whose kernel k depends on the image's latent (Karras et al. 2020, StyleGAN2, eq. 1, 3):
 
-        w'_oik = s_i · w_oik    demodulate: w''_oik = w'_oik / √(Σ_ik w'_oik² + 1e-8)    s: linear in w, 1 at first
+        k'_oip = s_i · k_oip;   demodulate: k''_oip = k'_oip / √(Σ_ip k'_oip² + 1e-8);   s linear in w, 1 + …
 
-    x [N, inputs, H, W] and w [N, w_dim] → [N, outputs, H, W]; up: → [N, outputs, 2H, 2W], filtered after
-    it. The kernels of single images are never formed: a kernel that is scaled in its inputs is the same kernel
-    on scaled features, and one that is scaled in its outputs gives scaled features. All images then share one
-    convolution, which costs no memory for each of them and can be differentiated twice like any other.
+    x [N, inputs, H, W] and w [N, w_dim] → [N, outputs, H, W]; up: → [N, outputs, 2H, 2W], filtered after it.
+    The kernels of single images are never formed: a kernel that is scaled in its inputs is the same kernel on
+    scaled features, and one that is scaled in its outputs gives scaled features. All images then share one
+    convolution, which takes no memory for each of them and can be differentiated twice like any other.
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        w_dim: int,
-        demodulate: bool = True,
-        up: bool = False,
+        self, inputs: int, outputs: int, kernel: int, w_dim: int, demodulate: bool = True, up: bool = False
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel))

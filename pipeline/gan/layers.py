@@ -1,11 +1,13 @@
-"""What the network families share: norms, activations, spectral norm, the refusal of a size."""
+"""What the network families share: norms, activations, spectral norm, checkpointing, refusals."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint as keeping_inputs
 
 from pipeline.config import Norm, UserError
 from pipeline.gan.penalised import KERNEL_LAYERS
@@ -37,6 +39,28 @@ def normalise_kernels(module: nn.Module, *others: type[nn.Module]) -> None:
     for layer in list(module.modules()):
         if isinstance(layer, (*KERNEL_LAYERS, *others)):
             spectral_norm(layer)
+
+
+def run(block: nn.Module, *inputs: Any, checkpoint: bool) -> Any:
+    """block(*inputs). checkpoint: of its activations, keep only the inputs; each backward pass computes the
+    rest again (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+
+    Dropout and noise are drawn again as they were. Right for gradient penalties too, but a pass that is
+    differentiated twice saves little memory: its first backward keeps what it has computed again.
+    """
+    if checkpoint and torch.is_grad_enabled():
+        return keeping_inputs(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def refuse_checkpoint(norm: Norm, spectral_norm: bool) -> None:
+    """Raise UserError for a network that changes each time it is run, as checkpointing runs it again."""
+    changing = {"norm=batch": norm == "batch", "norm=sync_batch": norm == "sync_batch"}
+    for key in (k for k, on in (changing | {"spectral_norm=true": spectral_norm}).items() if on):
+        raise UserError(
+            f"checkpoint=true runs blocks a second time, and {key} changes with each: set norm to none, "
+            "group or instance and spectral_norm=false, or checkpoint=false."
+        )
 
 
 def refuse_size(family: str, size: int, sizes: tuple[int, ...]) -> None:

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Norm
-from pipeline.gan.layers import Activation, activation_layer, norm_layer, normalise_kernels, refuse_size
+from pipeline.gan.layers import (
+    Activation,
+    activation_layer,
+    norm_layer,
+    normalise_kernels,
+    refuse_checkpoint,
+    refuse_size,
+    run,
+)
 
 SIZES = (32, 64, 128, 256)
 _START = 4  # pixels of the smallest features
@@ -41,9 +49,13 @@ class Generator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        checkpoint: bool = False,
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
+        if checkpoint:
+            refuse_checkpoint(norm, spectral_norm)
         outwards = _channels(size, width)[::-1]
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None  # N(0, 1), as z is
         self.project = nn.Linear(2 * z_dim if num_classes else z_dim, outwards[0] * _START**2)
@@ -65,7 +77,9 @@ class Generator(nn.Module):
             z = torch.cat([z, self.embed(c)], dim=1)
         # Channels last: a view in the memory layout that convolutions prefer.
         x = self.project(z).view(len(z), _START, _START, -1).permute(0, 3, 1, 2)
-        images: Tensor = self.blocks(x)
+        for block in self.blocks:
+            x = run(block, x, checkpoint=self.checkpoint)
+        images: Tensor = x
         return images
 
 
@@ -88,9 +102,13 @@ class Discriminator(nn.Module):
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
+        checkpoint: bool = False,
         activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
+        if checkpoint:
+            refuse_checkpoint(norm, spectral_norm)
         *halving, last = _channels(size, width)
         blocks: list[nn.Module] = []
         for number, (inputs, outputs) in enumerate(pairwise([channels, *halving])):
@@ -111,7 +129,9 @@ class Discriminator(nn.Module):
             normalise_kernels(self, nn.Embedding)  # as Miyato & Koyama: all of D is Lipschitz, or none of it
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        features = self.blocks(x).sum((2, 3))
+        for block in self.blocks:
+            x = run(block, x, checkpoint=self.checkpoint)
+        features = x.sum((2, 3))
         logits: Tensor = self.to_logit(features).squeeze(1)
         if self.embed is not None:
             logits = logits + (features * self.embed(c)).sum(1)

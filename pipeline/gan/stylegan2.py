@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.gan.equalised import EqualisedConv2d, EqualisedLinear, ModulatedConv2d
-from pipeline.gan.layers import Activation, activation_layer, refuse_size
+from pipeline.gan.layers import Activation, activation_layer, refuse_size, run
 from pipeline.gan.noise import keys_of, white_noise
 from pipeline.gan.resample import enlarge, shrink
 
@@ -48,9 +49,11 @@ class Generator(nn.Module):
         max_width: int = 512,
         mapping: int = 8,
         mixing: float = 0.0,
+        checkpoint: bool = False,
         activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         self.z_dim, self.style_mixing = z_dim, mixing
         outwards = _channels(size, width, max_width)[::-1]
         start = size >> (len(outwards) - 1)
@@ -78,13 +81,14 @@ class Generator(nn.Module):
 
     def _synthesise(self, w: Tensor, keys: Tensor | None) -> Tensor:
         """w [N, layers, z_dim] → images. keys: of the images' noise; None: the same noise for all."""
-        x = image = None
+        x: Tensor | None = None
+        image: Any = None
         for number, block in enumerate(list(self.blocks)[1:]):
             # An RGB layer takes its scales from the w of the next block's first convolution.
             first = max(2 * number - 1, 0)
-            x, image = block(x, image, w[:, first : 2 * number + 2], keys)
-        assert image is not None
-        return image
+            x, image = run(block, x, image, w[:, first : 2 * number + 2], keys, checkpoint=self.checkpoint)
+        images: Tensor = image
+        return images
 
     def _same(self, w: Tensor) -> Tensor:
         return w[:, None].expand(-1, self.layers, -1)
@@ -92,7 +96,7 @@ class Generator(nn.Module):
     def _mixed(self, z: Tensor, c: Tensor | None) -> Tensor:
         """Style mixing (Karras et al. 2019, section 3.1): of layers from the crossover on, w is that of the
         second z."""
-        first, second, crossover = z.split([self.z_dim, self.z_dim, 1], dim=1)
+        first, second, crossover = torch.split(z, [self.z_dim, self.z_dim, 1], dim=1)
         labels = None if c is None else torch.cat([c, c])
         w, other = self.mapping(torch.cat([first, second]), labels).chunk(2)
         layer = torch.arange(self.layers, device=z.device)
@@ -115,9 +119,11 @@ class Discriminator(nn.Module):
         num_classes: int = 0,
         width: int = 64,
         max_width: int = 512,
+        checkpoint: bool = False,
         activation: Activation = "leaky_relu",
     ) -> None:
         super().__init__()
+        self.checkpoint = checkpoint
         inwards = _channels(size, width, max_width)
         end = size >> (len(inwards) - 1)
         blocks = [
@@ -129,7 +135,9 @@ class Discriminator(nn.Module):
         self.conditional = num_classes > 0
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.to_logit(self.blocks(x))
+        for block in self.blocks:
+            x = run(block, x, checkpoint=self.checkpoint)
+        logits: Tensor = self.to_logit(x)
         if self.conditional:
             assert c is not None
             logits = logits.gather(1, c[:, None])
@@ -183,13 +191,12 @@ class Synthesis(nn.Module):
     def forward(
         self, x: Tensor | None, image: Tensor | None, w: Tensor, keys: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if self.start is not None:
-            x = self.start.expand(len(w), -1, -1, -1)
+        features: Any = x if self.start is None else self.start.expand(len(w), -1, -1, -1)
         for number, conv in enumerate(self.convs):
-            x = conv(x, w[:, number], keys)
-        added = self.to_image(x, w[:, -1])
+            features = conv(features, w[:, number], keys)
+        added = self.to_image(features, w[:, -1])
         added = added + _per_channel(self.bias, added)
-        return x, added if image is None else enlarge(image) + added
+        return features, added if image is None else enlarge(image) + added
 
 
 class Styled(nn.Module):

@@ -33,15 +33,15 @@ def truncated(G: nn.Module, z: Tensor, c: Tensor | None, psi: float) -> Tensor:
     """
     if not (callable(getattr(G, "mapping", None)) and callable(getattr(G, "synthesis", None))):
         raise UserError(
-            f"Truncation needs a G with a latent w: {type(G).__name__} has no mapping(z, c) and synthesis(w), "
-            "as stylegan2 has."
+            f"Truncation needs a G with a latent w: {type(G).__name__} has no mapping(z, c) and "
+            "synthesis(w), as stylegan2 has."
         )
     parts = cast(Mapped, G)
     w = parts.mapping(z, c)
     if c is None:
         centre = _mean(parts, z, None)
     else:
-        classes, place = c.unique(return_inverse=True)
+        classes, place = torch.unique(c, return_inverse=True)
         centre = torch.stack([_mean(parts, z, label) for label in classes])[place]
     return parts.synthesis(centre + psi * (w - centre))
 

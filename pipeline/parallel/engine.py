@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Optimizer, WeightPenalty
 from pipeline.gan.draws import Drawn
@@ -144,7 +145,8 @@ class Engine(abc.ABC):
     def updating(self, frozen: Engine, twice: bool = False) -> Iterator[None]:
         """This player's turn: the other one is frozen, and gradients start and end empty.
 
-        twice: a gradient penalty differentiates this player's passes a second time.
+        twice: a gradient penalty differentiates this player's passes a second time. Attention is then
+        computed by plain products: torch's fused kernels cannot be differentiated twice (pytorch#116350).
         """
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
@@ -153,7 +155,8 @@ class Engine(abc.ABC):
         frozen.begin_turn()
         snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
         try:
-            yield
+            with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+                yield
             if self._finite is not None:
                 snapshot.restore(unless=self._finite)
                 self.moving_mean.move(self._finite)

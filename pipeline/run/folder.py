@@ -31,6 +31,8 @@ _FREE = {
     "track": None,
     "score": None,
     "data": {"train", "workers", "batch_gpu", "cache", "max_bad"},
+    "G": {"checkpoint"},
+    "D": {"checkpoint"},
 }
 
 

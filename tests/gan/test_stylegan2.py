@@ -20,7 +20,7 @@ from pipeline.gan.stylegan2 import SIZES, Discriminator, Generator
 from pipeline.gan.truncation import SAMPLES, truncated
 
 LABELS = torch.tensor([0, 2, 1, 2])
-FILTER = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64).outer(torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+FILTER = torch.tensor([1, 3, 3, 1]).outer(torch.tensor([1, 3, 3, 1])).double() / 64
 
 
 def count(module: nn.Module) -> int:
@@ -71,7 +71,9 @@ def linear(x: Tensor, weights: dict[str, Tensor], name: str, m: float = 1.0) -> 
     return x @ (m * kernel / math.sqrt(kernel.shape[1])).T + m * weights[f"{name}.bias"]
 
 
-def modulated(x: Tensor, w: Tensor, weights: dict[str, Tensor], name: str, demodulate: bool, up: bool) -> Tensor:
+def modulated(
+    x: Tensor, w: Tensor, weights: dict[str, Tensor], name: str, demodulate: bool, up: bool
+) -> Tensor:
     """One image after another, each with a kernel of its own."""
     kernel = weights[f"{name}.weight"]
     styles = linear(w, weights, f"{name}.style")
@@ -81,7 +83,7 @@ def modulated(x: Tensor, w: Tensor, weights: dict[str, Tensor], name: str, demod
         if demodulate:
             own = own / (own.pow(2).sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
         if up:
-            # A transposed convolution, as the authors': each pixel is spread with the kernel, then the filter.
+            # A transposed convolution, then the filter, as the authors': each pixel spreads the kernel.
             spread = F.pad(spread_out(image[None])[:, :, :-1, :-1], (2, 2, 2, 2))
             out.append(4 * filtered(F.conv2d(spread, own.flip(2, 3)), 1, 1))
         else:
@@ -182,8 +184,8 @@ def test_mixed_latents_are_those_of_two_z():
     [(256, 64, (24_767_458, 24_001_089)), (1024, 32, (30_370_060, 29_012_513))],
 )
 def test_published_parameter_counts(size, width, expected):
-    """24.77 and 24.00 M at 256 px (16384 channels · px), 30.37 and 29.01 M at 1024 px (32768). The published D
-    sees the standard deviation of its batch beside 512 channels, here left out: 512 kernels of 3×3."""
+    """24.77 and 24.00 M at 256 px (16384 channels · px), 30.37 and 29.01 M at 1024 px (32768). The published
+    D sees the standard deviation of its batch beside 512 channels, here left out: 512 kernels of 3×3."""
     with torch.device("meta"):
         G = Generator(z_dim=512, size=size, channels=3, width=width)
         D = Discriminator(size=size, channels=3, width=width)
@@ -250,8 +252,8 @@ def test_the_modulated_convolution_can_be_differentiated_twice(demodulate, up):
 
 @pytest.mark.parametrize("up", [False, True])
 def test_a_demodulated_layer_gives_one_variance_whatever_the_style(up):
-    """Of white features: 1. Where it doubles the size a pixel gets a quarter of the kernel, and the filter has
-    Σ (4 · FILTER)² = 25/16."""
+    """Of white features: 1. Where it doubles the size a pixel gets a quarter of the kernel, and the filter
+    has Σ (4 · FILTER)² = 25/16."""
     torch.manual_seed(0)
     layer = ModulatedConv2d(16, 400, 3, 8, up=up)
     for size in (0.1, 1.0, 10.0):
@@ -399,6 +401,18 @@ def test_low_precision_is_kept_throughout_and_close(dtype):
     assert images.dtype == logits.dtype == dtype
     assert (images.float() - exact).square().mean() < 1e-3 * exact.square().mean()
     assert (logits.float() - D(exact)).abs().max() < 0.05 * D(exact).abs().max() + 0.02
+
+
+def test_checkpointing_changes_no_bit():
+    """Noise is the same in the second pass, and path length reaches through it."""
+    z, found = torch.randn(4, 6).double(), []
+    for checkpoint in (False, True):
+        G, D = pair(activation="silu", checkpoint=checkpoint)
+        images = G(z, LABELS)
+        torch.manual_seed(1)
+        (path_lengths(images, G.latent).square().sum() + D(images, LABELS).sum()).backward()
+        found.append([p.grad for p in (*G.parameters(), *D.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_blocks_can_be_sharded_one_by_one():

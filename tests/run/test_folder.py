@@ -45,7 +45,14 @@ def test_what_is_trained_stays(tmp_path, began, changed, said):
 
 @pytest.mark.parametrize("began", [(), SCHEDULED, (*ADAPTIVE[:1], "augment.p=0.2")])
 def test_how_long_and_how_often_may_change(tmp_path, began):
-    free = ["run.tick_kimg=1", "run.total_kimg=7", "run.keep=9", "run.grace=1", "data.workers=3"]
+    free = [
+        "run.tick_kimg=1",
+        "run.total_kimg=7",
+        "run.keep=9",
+        "run.grace=1",
+        "data.workers=3",
+        "D.checkpoint=true",
+    ]
     assert refusal(tmp_path, began, [*began, *free]) is None
 
 
