@@ -87,11 +87,12 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, stylegan2, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, stylegan2, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels next to the image; doubled with each layer further in
-    max_width: Count = 512  # stylegan2: no layer is wider
-    depth: Count = 1  # resnet: residual blocks per resolution
+    max_width: Count = 512  # r3gan, stylegan2: no layer is wider
+    depth: Count = 1  # resnet, r3gan: residual blocks per resolution
+    blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -109,6 +110,7 @@ class Discriminator:
     width: Count = 64
     max_width: Count = 512
     depth: Count = 1
+    blocks: Annotated[int, Field(ge=0)] = 0
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False

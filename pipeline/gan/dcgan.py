@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from pipeline.config import Norm
+from pipeline.config import Norm, UserError
 from pipeline.gan.layers import (
     SLOPE,
     Activation,
@@ -24,6 +24,7 @@ from pipeline.gan.layers import (
     refuse_size,
 )
 from pipeline.gan.penalised import KERNEL_LAYERS
+from pipeline.gan.r3gan import Block, initialise_blocks
 
 SIZES = (28, 32, 64, 128)
 
@@ -31,7 +32,8 @@ SIZES = (28, 32, 64, 128)
 class Generator(nn.Module):
     """G: z float [N, z_dim] and labels c int64 [N] (None if num_classes is 0) → images [N,C,H,W] in [−1, 1].
 
-    A conditional G sees an embedding of the class beside z. Raises UserError for a size it does not have.
+    A conditional G sees an embedding of the class beside z. blocks: R3GAN's, in front of the first layer.
+    Raises UserError for a size it does not have, and for blocks with spectral norm.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Generator(nn.Module):
         channels: int,
         num_classes: int = 0,
         width: int = 64,
+        blocks: int = 0,
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
@@ -53,8 +56,9 @@ class Generator(nn.Module):
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None  # N(0, 1), as z is
         inputs = 2 * z_dim if num_classes else z_dim
         self.project = nn.Linear(inputs, outwards[0] * self.start**2, bias=norm == "none")
-        blocks = [Up(a, b, norm, activation, dropout) for a, b in pairwise(outwards[:-1])]
-        self.blocks = nn.Sequential(*blocks, Up(outwards[-2], channels, norm, activation))
+        residual = _residual(blocks, outwards[0], activation, spectral_norm)
+        ups = [Up(a, b, norm, activation, dropout) for a, b in pairwise(outwards[:-1])]
+        self.blocks = nn.Sequential(*residual, *ups, Up(outwards[-2], channels, norm, activation))
         _initialise(self, norm, gain=math.sqrt(2))
         if spectral_norm:
             normalise_kernels(self)
@@ -72,8 +76,8 @@ class Discriminator(nn.Module):
     """D: images float [N,C,H,W] and labels c int64 [N] (None if num_classes is 0) → logits [N].
 
     A conditional D is a projection discriminator (Miyato & Koyama 2018, eq. 3): it adds to the logit the
-    inner product of the class's embedding with the features summed over positions. Raises UserError for a
-    size it does not have.
+    inner product of the class's embedding with the features summed over positions. blocks: R3GAN's, after the
+    last layer. Raises UserError for a size it does not have, and for blocks with spectral norm.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class Discriminator(nn.Module):
         channels: int,
         num_classes: int = 0,
         width: int = 64,
+        blocks: int = 0,
         norm: Norm = "batch",
         dropout: float = 0.0,
         spectral_norm: bool = False,
@@ -91,8 +96,9 @@ class Discriminator(nn.Module):
         super().__init__()
         start, hidden = _start_and_hidden(size, width)
         first = Down(channels, hidden[0], "none", activation, dropout, bias=norm == "none")
-        blocks = [Down(a, b, norm, activation, dropout) for a, b in pairwise(hidden)]
-        self.blocks = nn.Sequential(first, *blocks)
+        downs = [Down(a, b, norm, activation, dropout) for a, b in pairwise(hidden)]
+        residual = _residual(blocks, hidden[-1], activation, spectral_norm)
+        self.blocks = nn.Sequential(first, *downs, *residual)
         self.to_logit = nn.Conv2d(hidden[-1], 1, start, bias=norm == "none")
         self.embed = nn.Embedding(num_classes, hidden[-1]) if num_classes else None
         _initialise(self, norm, gain=math.sqrt(2 / (1 + SLOPE**2)))
@@ -157,13 +163,23 @@ def _start_and_hidden(size: int, width: int) -> tuple[int, list[int]]:
     return start, [width * min(2**level, 8) for level in range(levels)]
 
 
+def _residual(blocks: int, channels: int, activation: Activation, spectral_norm: bool) -> list[Block]:
+    if blocks and spectral_norm:
+        raise UserError(
+            f"blocks={blocks} with spectral_norm=true: R3GAN's blocks begin with a kernel of zeros, which no "
+            "factor can normalise. Set blocks=0 or spectral_norm=false."
+        )
+    return [Block(channels, activation) for _ in range(blocks)]
+
+
 def _initialise(module: nn.Module, norm: Norm, gain: float) -> None:
-    """Kernels normal, biases 0."""
+    """Kernels normal, biases 0; blocks as in R3GAN."""
     for layer in module.modules():
         if isinstance(layer, KERNEL_LAYERS):
             nn.init.normal_(layer.weight, std=_std(layer, norm, gain))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+    initialise_blocks(module)
 
 
 def _std(layer: nn.Module, norm: Norm, gain: float) -> float:

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 
 def enlarge(x: Tensor) -> Tensor:
-    """[N,C,H,W] → [N,C,2H,2W]: zeros in between, then [1, 3, 3, 1]/4; bilinear but for the border."""
+    """[N,C,H,W] → [N,C,2H,2W]: zeros in between, then [1, 3, 3, 1]/4. Bilinear, but for the border."""
     larger: Tensor = _Enlarged.apply(x)  # type: ignore[no-untyped-call]
     return larger
 
 
 def shrink(x: Tensor) -> Tensor:
-    """[N,C,2H,2W] → [N,C,H,W]: [1, 3, 3, 1]/8, then every second pixel; bilinear, with an antialiasing
-    filter, but for the border."""
+    """[N,C,2H,2W] → [N,C,H,W]: [1, 3, 3, 1]/8, then every second pixel. Bilinear with antialiasing, but for
+    the border."""
     smaller: Tensor = _Shrunk.apply(x)  # type: ignore[no-untyped-call]
     return smaller
 
@@ -32,8 +32,8 @@ def smooth(x: Tensor, border: int) -> Tensor:
     return smoothed
 
 
-# Each is four times, or a quarter of, the other's adjoint. So a backward is the other's forward, however
-# often one differentiates; those of pooling are several times slower on a CPU.
+# Each is a multiple of the other's adjoint. So a backward is the other's forward, however often one
+# differentiates; those of pooling are several times slower on a CPU.
 
 
 class _Enlarged(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _Shrunk(torch.autograd.Function):
 
 
 class _Smoothed(torch.autograd.Function):
-    """Its adjoint is itself, with the borders that restore the size."""
+    """Its adjoint is itself, with the border that restores the size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, border: int) -> Tensor:
