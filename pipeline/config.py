@@ -22,6 +22,7 @@ from pipeline.config_layers import expand_shorthands, explain, read_file, read_o
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
 from pipeline.setting_types import Norm as Norm
+from pipeline.setting_types import PenaltyOn as PenaltyOn
 from pipeline.setting_types import Schedulable as Schedulable
 from pipeline.settings import R1 as R1
 from pipeline.settings import Augment as Augment

@@ -68,7 +68,7 @@ def expand_shorthands(layer: Layer) -> Layer:
     penalty = layer.get("penalty")
     if not isinstance(penalty, dict):
         return dict(layer)
-    both = {key: penalty[key] for key in ("l2", "l1") if key in penalty}
+    both = {key: penalty[key] for key in ("l2", "l1", "on") if key in penalty}
     rest = {key: value for key, value in penalty.items() if key not in both}
     for player in ("G", "D") if both else ():
         rest[player] = both | (rest.get(player) or {})

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pipeline.config import Config
+from pipeline.config import Config, WeightPenalty
 from pipeline.gan.adaptive import AdaptiveP
 from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Drawn, Draws
 from pipeline.gan.losses import Adversarial, adversarial
 from pipeline.gan.networks import build_D, build_G
-from pipeline.gan.penalised import penalised_names
+from pipeline.gan.penalised import penalised, resolved
 from pipeline.gan.schedules import Now, at
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.build import build_engine, whole_copy
@@ -82,10 +82,11 @@ def build(
     inputs = {"G": zeros(2, config.G.z_dim), "D": zeros(2, data.channels, data.size, data.size)}
 
     def engine(name: str) -> Engine:
-        penalised = penalised_names(networks[name], config.penalty.on)
-        optimizer, penalty = getattr(config.optim, name), getattr(config.penalty, name)
-        player = PlayerSettings(name, optimizer, penalty, penalised)
-        return build_engine(networks[name], player, ranks, batch, (inputs[name], c))
+        network, optimizer = networks[name], getattr(config.optim, name)
+        penalty: WeightPenalty = getattr(config.penalty, name)
+        penalty = replace(penalty, on=resolved(network, penalty.on))
+        player = PlayerSettings(name, optimizer, penalty, penalised(network, penalty.on))
+        return build_engine(network, player, ranks, batch, (inputs[name], c))
 
     G, D = engine("G"), engine("D")
     target, speed, tick = config.augment.target, config.augment.speed_kimg, config.run.tick_kimg
@@ -104,3 +105,9 @@ def build(
         style_mixing=float(getattr(networks["G"], "style_mixing", 0.0)),
         adaptive=adaptive,
     )
+
+
+def as_built(config: Config, gan: Gan) -> Config:
+    """The config, with what `penalty.on: auto` means for each of these players."""
+    penalty = replace(config.penalty, G=gan.G.player.penalty, D=gan.D.player.penalty)
+    return replace(config, penalty=penalty)

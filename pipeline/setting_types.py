@@ -16,6 +16,8 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Signal = Literal["USR1", "USR2", "HUP", "CONT"]
 Norm = Literal["batch", "sync_batch", "group", "instance", "none"]
+# auto: effective for a player that has a layer with a weight_gain, else weights (gan/penalised.py)
+PenaltyOn = Literal["auto", "weights", "all", "effective"]
 
 Schedulable = float | tuple[float, float]  # a constant, or [from, to] along the cosine of run.burn_in_kimg
 

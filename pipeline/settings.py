@@ -14,6 +14,7 @@ from pipeline.setting_types import (
     NonNegative,
     Norm,
     OneIn,
+    PenaltyOn,
     Place,
     Positive,
     Schedulable,
@@ -134,6 +135,7 @@ class WeightPenalty:
 
     l2: ScheduledNonNegative = 0.0
     l1: ScheduledNonNegative = 0.0
+    on: PenaltyOn = "auto"  # W: kernels of layers, all parameters, or kernels times their layer's weight_gain
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -172,9 +174,8 @@ class PathLength:
 
 @dataclass(frozen=True, config=_STRICT)
 class Penalty:
-    """Weight penalties of both players. The shorthands `penalty.l2` and `penalty.l1` set both at once."""
+    """Penalties. The shorthands `penalty.l2`, `penalty.l1` and `penalty.on` set both players' at once."""
 
-    on: Literal["weights", "all"] = "weights"  # kernels of convolutions and linear layers, or everything
     G: WeightPenalty = WeightPenalty()
     D: WeightPenalty = WeightPenalty()
     r1: R1 = R1()

@@ -30,7 +30,7 @@ from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.launched import Launch, read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
-from pipeline.players import build
+from pipeline.players import as_built, build
 from pipeline.run.folder import hold_folder, open_folder
 from pipeline.run.introduction import introduction
 from pipeline.run.reals import agreed_data, open_reals
@@ -95,6 +95,7 @@ def _train(
     held.callback(signals.done)
     state = first_state(config, index, split)
     gan = build(config, ranks, batch, state.label_frequencies)
+    config = as_built(config, gan)
     state, stats = resume(folder, gan, state, ranks, config.run.new_data)
     ranks.broadcast_from_main(lambda: open_folder(config, folder, still_ours))
     with closing(open_report(config, folder, state, ranks, still_ours)) as report:

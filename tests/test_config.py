@@ -92,6 +92,15 @@ def test_a_shorthand_may_be_a_schedule_and_a_later_layer_wins(tmp_path):
     assert found.penalty.r1.gamma == (1.0, 0.0)
 
 
+def test_on_is_that_of_both_players_unless_one_has_its_own(tmp_path):
+    assert [p.on for p in (load().penalty.G, load().penalty.D)] == ["auto", "auto"]
+    text = "data: {train: x}\npenalty: {on: all, G: {on: effective}}\n"
+    for settings, both in (([], ("effective", "all")), (["penalty.on=weights"], ("weights", "weights"))):
+        found = config.load(written(tmp_path, text), settings)
+        assert (found.penalty.G.on, found.penalty.D.on) == both
+        assert config.load(written(tmp_path, config.dump(found))) == found
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -89,7 +89,7 @@ def trials(
     _check_effective(candidates, overrides)
     _check_comparable(base, {arm: load(path, [*overrides, *arm.settings]) for arm in candidates})
     found = _trials(path, overrides, base, candidates, folds, seeds)
-    if any(as_begun(trial.config, trial.folder) != trial.config for trial in found):
+    if any(as_begun(trial.config, trial.folder).ema != trial.config.ema for trial in found):
         # The selection began without ema.rampup: trials with it would not compare with those.
         found = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
     return base, found
@@ -141,7 +141,11 @@ def _check_effective(candidates: Sequence[Arm], overrides: Sequence[str]) -> Non
 def _both_players(key: str) -> set[str]:
     """penalty.l2 sets penalty.G.l2 and penalty.D.l2."""
     section, _, name = key.partition(".")
-    return {f"penalty.{p}.{name}" for p in "GD"} if section == "penalty" and name in ("l2", "l1") else {key}
+    return (
+        {f"penalty.{p}.{name}" for p in "GD"}
+        if section == "penalty" and name in ("l2", "l1", "on")
+        else {key}
+    )
 
 
 def _check_comparable(base: Config, resolved: Mapping[Arm, Config]) -> None:

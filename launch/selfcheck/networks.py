@@ -1,5 +1,5 @@
 """Networks of the parity matrix beside our own: with parameters that do not train, with tied ones, with a
-latent."""
+latent, with equalised learning rates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.gan import dcgan
 
@@ -75,3 +76,52 @@ class LatentGenerator(dcgan.Generator):
         self.latent = self.mapping(z).unflatten(1, (2, -1))
         images: Tensor = super().forward(self.latent[:, 0], c)
         return torch.tanh(images * self.contrast(self.latent[:, 1])[:, :, None, None].exp())
+
+
+class Equalised(nn.Module):
+    """A linear layer, or a convolution of `kernel` pixels, that stores weights N(0, 1/m²) and computes with
+    m/√fan_in times those (Karras et al. 2018, section 4.1; 2019, app. C)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 0, stride: int = 1, m: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, *[kernel] * 2 * (kernel > 0)) / m)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight_gain = m / self.weight[0].numel() ** 0.5
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight_gain * self.weight
+        if weight.ndim == 2:
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, self.stride, padding=1)
+
+
+class EqualisedGenerator(nn.Module):
+    """Its mapping learns at half the rate; its last layer is a plain one."""
+
+    def __init__(self, *, z_dim: int, size: int, channels: int, **_: Any) -> None:
+        super().__init__()
+        self.start = size // 2
+        self.mapping = nn.Sequential(Equalised(z_dim, z_dim, m=0.5), nn.SiLU())
+        self.blocks = nn.Sequential(
+            *(Equalised(z_dim, 3 * self.start**2), nn.SiLU(), nn.Unflatten(1, (3, self.start, self.start))),
+            *(nn.Upsample(scale_factor=2), Equalised(3, 5, kernel=3), nn.SiLU()),
+        )
+        self.to_image = nn.Conv2d(5, channels, 1)
+
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.to_image(self.blocks(self.mapping(z))))
+
+
+class EqualisedDiscriminator(nn.Module):
+    def __init__(self, *, size: int, channels: int, **_: Any) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(Equalised(channels, 5, kernel=3, stride=2), nn.SiLU()),
+            *(Equalised(5, 7, kernel=3, stride=2), nn.SiLU(), nn.Flatten()),
+        )
+        self.to_logit = Equalised(7 * (size // 4) ** 2, 1)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.to_logit(self.blocks(x)).flatten()
+        return logits

@@ -96,7 +96,7 @@ R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective",
 ))  # fmt: skip
 FAMILIES = frozenset(("stylegan2",))  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
@@ -110,17 +110,22 @@ _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.0
 _PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
 
 
+_EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
+
+
 def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
 
 
 def _stylegan2() -> tuple[str, ...]:
-    """All at once: labels, pairs, R1 + R2, path length, style mixing; noise as soon as it has a strength."""
+    """All at once: labels, pairs, R1 + R2, path length, style mixing, L2 on kernels times their constants, and
+    noise as soon as it has a strength."""
     sizes = "width: 5, max_width: 8, activation: silu"
     return (
         *_networks("pipeline.gan.stylegan2"),
         *(f"G.options={{{sizes}, mapping: 2, mixing: 0.5}}", f"D.options={{{sizes}}}"),
-        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1"), *_PATH),
+        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+        *(*_PATH, "penalty.l2=0.05"),
     )
 
 
@@ -137,10 +142,10 @@ def shared_batch(world: int) -> int:
 
 def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> list[Case]:
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
-    a penalty on all parameters, R1, norms of single images, labels, pairs, the other gradient penalties,
-    path length, schedules, augmentation, two D steps, residual networks, StyleGAN2, parameters that do not
-    train, and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for tests that may take
-    long.
+    a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
+    the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
+    StyleGAN2, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
+    `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -160,6 +165,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
+        "effective": (*_networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
         "r1": R1,
         "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -234,11 +235,16 @@ def _at(value: Schedulable, config: Config, nimg: int) -> float:
 
 
 def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Tensors:
-    """λ₂ Σ w² and λ₁ Σ |w| over all that trains, or over kernels: here, weights of two axes or four."""
+    """λ₂ Σ (cw)² and λ₁ Σ |cw| over all that trains, or over kernels: here, weights of two axes or four."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     penalty: WeightPenalty = getattr(config.penalty, player)
-    everything = config.penalty.on == "all"
-    chosen = [p for _, p in _trained(module) if everything or (p.ndim in (2, 4) and id(p) not in embeddings)]
+    layers: list[Any] = [m for m in module.modules() if hasattr(m, "weight_gain")]
+    gains = {id(layer.weight): layer.weight_gain for layer in layers}
+    chosen = [
+        p * gains.get(id(p), 1.0) if penalty.on in ("auto", "effective") else p
+        for _, p in _trained(module)
+        if penalty.on == "all" or (p.ndim in (2, 4) and id(p) not in embeddings)
+    ]
     parts = {"l2_penalty": _at(penalty.l2, config, nimg) * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
         parts["l1_penalty"] = _at(penalty.l1, config, nimg) * _total(p.abs().sum() for p in chosen)

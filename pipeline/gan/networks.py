@@ -17,7 +17,7 @@ from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan import dcgan, r3gan, resnet, stylegan2
 from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
-from pipeline.gan.penalised import check_penalty, penalised_names
+from pipeline.gan.penalised import check_penalty, penalised
 from pipeline.plugins import import_class, reason
 
 Player = Literal["G", "D"]
@@ -151,7 +151,7 @@ def _check_shape(
         what = "images" if player == "G" else "logits"
         raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
     penalty = config.penalty.G if player == "G" else config.penalty.D
-    check_penalty(player, module, penalty, penalised_names(module, config.penalty.on))
+    check_penalty(player, module, penalty, penalised(module, penalty.on))
     if player == "D":
         check_layers(config, module)
     if path:

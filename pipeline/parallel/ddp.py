@@ -36,7 +36,8 @@ class ReplicatedEngine(MasterEngine):
         module.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         masters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         fragments = [
-            Fragment(name, 0, p.shape, p.detach(), name in player.penalised) for name, p in masters.items()
+            Fragment(name, 0, p.shape, p.detach(), player.penalised.get(name, 0.0))
+            for name, p in masters.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
         self._ddp = _wrap(module) if ranks.world > 1 else None

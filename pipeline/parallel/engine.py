@@ -49,7 +49,7 @@ class PlayerSettings:
     name: str  # "G" or "D", as in names of charts and files
     optimizer: Optimizer
     penalty: WeightPenalty
-    penalised: frozenset[str]  # names of the parameters the penalty covers
+    penalised: Mapping[str, float]  # parameters the penalty covers, and factors (gan/penalised.py)
 
 
 class Engine(abc.ABC):

@@ -24,7 +24,7 @@ class Fragment:
     start: int  # index of its first element in the flattened whole
     shape: torch.Size  # of the whole
     data: torch.Tensor  # fp32 master elements, the memory that the optimizer updates; any shape
-    penalised: bool  # covered by the player's weight penalties
+    penalised: float  # the factor that the player's weight penalties count it with; 0: not covered
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -46,7 +46,11 @@ class Fsdp2Engine(MasterEngine):
         masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
         fragments = [
             Fragment(
-                name, _first_element(shape, ranks), shape, masters[name].detach(), name in player.penalised
+                name,
+                _first_element(shape, ranks),
+                shape,
+                masters[name].detach(),
+                player.penalised.get(name, 0.0),
             )
             for name, shape in shapes.items()
         ]

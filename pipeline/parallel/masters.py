@@ -62,7 +62,7 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised), now)
-        squares, of_weights = sums_of_squares(gradients, () if self._penalties else self.penalty.squared)
+        squares, *of_weights = sums_of_squares(gradients, *([] if self._penalties else self.penalty.squared))
         penalties = self._penalties or self.penalty.sums(of_weights)
         squares = self.agreed(squares, penalties)
         self.clip(gradients, squares)

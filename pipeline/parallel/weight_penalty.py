@@ -4,19 +4,23 @@ Both are sums over elements and split over fragments: the gradient of λ‖W‖�
 element, on whichever rank it is. It is added on the local shards once, after the gradients have been averaged
 over ranks and before clipping, which equals autograd on the penalty inside the loss. Parameters that do not
 train are left out of value and gradient.
+
+A fragment may count with a constant factor c of its layer (gan/penalised.py): λ(cw)² with the gradient 2λc²w,
+and λ|cw| with λc·sign w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
 
 from pipeline.config import WeightPenalty
 from pipeline.gan.schedules import Rates
-from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sum_of_squares
+from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sums_of_squares
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,37 @@ class LocalPenalty:
 
     coefficients: WeightPenalty  # which of the two there are; how strong they are `now` says
     weights: list[torch.Tensor]  # the penalised fragments' data
+    gains: tuple[float, ...] = ()  # the factor c of each; none given: 1
 
     @classmethod
     def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> Self:
-        return cls(coefficients, [f.data for f in fragments if f.penalised])
+        mine = [f for f in fragments if f.penalised]
+        return cls(coefficients, [f.data for f in mine], tuple(f.penalised for f in mine))
+
+    @cached_property
+    def by_gain(self) -> dict[float, list[int]]:
+        """Factor c → which of `weights` have it."""
+        gains = self.gains or (1.0,) * len(self.weights)
+        return {c: [i for i, gain in enumerate(gains) if gain == c] for c in dict.fromkeys(gains)}
+
+    @cached_property
+    def _parts(self) -> list[list[torch.Tensor]]:
+        """The weights of each factor."""
+        return [[self.weights[i] for i in places] for places in self.by_gain.values()]
 
     @property
-    def squared(self) -> list[torch.Tensor]:
-        """The weights whose squares are penalised: all or none."""
-        return self.weights if self.coefficients.l2 else []
+    def squared(self) -> list[list[torch.Tensor]]:
+        """The weights whose squares are penalised, all or none, in lists of one factor each."""
+        return self._parts if self.coefficients.l2 else []
 
-    def sums(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Σw² over this rank's elements as l2_penalty and, if used, Σ|w| as l1_penalty: fp64 scalars, which
-        `factors` make the penalties of.
+    def sums(self, squares: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Σ(cw)² over this rank's elements as l2_penalty and, if used, Σ|cw| as l1_penalty: fp64 scalars,
+        which `factors` make the penalties of.
 
-        squares: the sum of squares of `squared`, if it is known already.
+        squares: the sums of squares of `squared`, if they are known already.
         """
-        if not self.squared:
-            device = self.weights[0].device if self.weights else None
-            squares = torch.zeros((), dtype=torch.float64, device=device)
-        elif squares is None:
-            squares = sum_of_squares(self.weights)
-        found = {"l2_penalty": squares}
-        return found | ({"l1_penalty": sum_of_magnitudes(self.weights)} if self.coefficients.l1 else {})
+        found = {"l2_penalty": self._total(sums_of_squares(*self.squared) if squares is None else squares, 2)}
+        return found | ({"l1_penalty": self._total(self._magnitudes(), 1)} if self.coefficients.l1 else {})
 
     def factors(self, now: Rates) -> dict[str, tuple[float, ...]]:
         """What the charts of `sums` and `gradient` are still to be multiplied by: statistics do it for many
@@ -58,24 +70,41 @@ class LocalPenalty:
     def gradient(self, sums: Mapping[str, torch.Tensor], now: Rates) -> dict[str, torch.Tensor]:
         """{"penalty": this rank's share of ‖∂penalty/∂W‖², less its `factors`}; empty if unpenalised.
 
-        L2 alone takes no pass over the weights: Σ (2λw + λ'·sign w)² is 4λ·λ‖w‖² + 4λ·λ'‖w‖₁ + λ'² for each
-        w ≠ 0.
+        L2 alone takes no pass over the weights where all factors c are 1: Σ (2λc²w + λ'c·sign w)² is
+        4λ²·Σc⁴w² + 4λλ'·Σc³|w| + λ'²·Σc², the last over each w ≠ 0.
         """
+        if not (self.coefficients.l2 or self.coefficients.l1):
+            return {}
+        plain = self.by_gain.keys() <= {1.0}
+        fourth = sums["l2_penalty"] if plain else self._total(sums_of_squares(*self.squared), 4)
         if not self.coefficients.l1:
-            return {"penalty": sums["l2_penalty"]} if self.coefficients.l2 else {}
+            return {"penalty": fourth}
         l2, l1 = now.l2, now.l1
-        squares = 4 * l2 * (l2 * sums["l2_penalty"]) + 4 * l2 * (l1 * sums["l1_penalty"])
-        for weight in self.weights:
-            squares = squares + l1**2 * torch.count_nonzero(weight)
+        third = sums["l1_penalty"] if plain else self._total(self._magnitudes(), 3)
+        squares = 4 * l2 * (l2 * fourth) + 4 * l2 * (l1 * third)
+        for c, weights in zip(self.by_gain, self._parts, strict=True):
+            for weight in weights:
+                squares = squares + (l1 * c) ** 2 * torch.count_nonzero(weight)
         return {"penalty": squares}
 
     def add_gradient(self, gradients: list[torch.Tensor], now: Rates) -> None:
         """Add ∂penalty/∂W, in place, to the gradients of the penalised fragments: one for each of `weights`,
         of the same shape."""
-        if not gradients:
-            return
-        if now.l2:
-            torch._foreach_add_(gradients, self.weights, alpha=2 * now.l2)
-        if now.l1:
-            signs = torch._foreach_sign(self.weights)  # 0 at 0, as autograd's subgradient
-            torch._foreach_add_(gradients, signs, alpha=now.l1)
+        for (c, places), weights in zip(self.by_gain.items(), self._parts, strict=True):
+            mine = [gradients[i] for i in places]
+            if now.l2:
+                torch._foreach_add_(mine, weights, alpha=2 * now.l2 * c**2)
+            if now.l1:
+                signs = torch._foreach_sign(weights)  # 0 at 0, as autograd's subgradient
+                torch._foreach_add_(mine, signs, alpha=now.l1 * c)
+
+    def _magnitudes(self) -> list[torch.Tensor]:
+        return [sum_of_magnitudes(weights) for weights in self._parts]
+
+    def _total(self, parts: Sequence[torch.Tensor], power: int) -> torch.Tensor:
+        """Σ cᵖᵒʷᵉʳ · part: a sum over the weights of each factor c → fp64 scalar; 0 without any."""
+        if not parts:
+            device = self.weights[0].device if self.weights else None
+            return torch.zeros((), dtype=torch.float64, device=device)
+        counted = [part if c == 1 else part * c**power for c, part in zip(self.by_gain, parts, strict=True)]
+        return counted[0] if len(counted) == 1 else torch.stack(counted).sum()

@@ -57,7 +57,7 @@ class ZeroEngine(Engine):
         start_momentum(self._optimizer, [self._flat])
         self._slices = [slice(offset, offset + count) for offset, _, count in places.values()]
         self.fragments = [
-            Fragment(name, start, shapes[name], self._flat.detach()[part], name in player.penalised)
+            Fragment(name, start, shapes[name], self._flat.detach()[part], player.penalised.get(name, 0.0))
             for (name, (_, start, _)), part in zip(places.items(), self._slices, strict=True)
         ]
         self.penalty = LocalPenalty.over(self.fragments, player.penalty)

@@ -102,7 +102,7 @@ def _model_card(config: Config, state: State) -> str:
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
 trained by ShardGAN on the images in `{redacted(str(data.train))}`; D was shown {state.cur_nimg:,} of them,
 counting repeats. Loss `{config.loss.kind}`; L2 penalties
-λ_G = {in_time(penalty.G.l2)}, λ_D = {in_time(penalty.D.l2)} on `{penalty.on}`.
+λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`.
 
 | file | what |
 |---|---|

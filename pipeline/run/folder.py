@@ -45,7 +45,7 @@ def find_folder(config: Config, announce: Callable[[str], None]) -> tuple[Config
     folder = Path(config.run.out) / str(config.run.name)
     check_same(config, folder)
     resumed = as_begun(config, folder)
-    if resumed != config:
+    if resumed.ema != config.ema:
         announce(f"note: {folder} began without ema.rampup and continues without it")
     return resumed, folder
 
@@ -145,10 +145,19 @@ def reference_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def as_begun(config: Config, folder: Path) -> Config:
-    """The config, with ema.rampup off if the run in `folder` began without it and it is not set now."""
-    if not (folder / "config.yaml").exists() or config.ema.rampup != Ema().rampup:
+    """The config; what it leaves open is as the run in `folder` began: `penalty.on: auto` is what it became,
+    and ema.rampup is off if the run has none and it is not set now."""
+    if not (folder / "config.yaml").exists():
         return config
-    return config if begun(folder).ema.rampup else _without_rampup(config)
+    before = begun(folder)
+    if config.ema.rampup == Ema().rampup and not before.ema.rampup:
+        config = _without_rampup(config)
+    penalty = config.penalty
+    if penalty.G.on == "auto":
+        penalty = dataclasses.replace(penalty, G=dataclasses.replace(penalty.G, on=before.penalty.G.on))
+    if penalty.D.on == "auto":
+        penalty = dataclasses.replace(penalty, D=dataclasses.replace(penalty.D, on=before.penalty.D.on))
+    return dataclasses.replace(config, penalty=penalty)
 
 
 def begun(folder: Path) -> Config:

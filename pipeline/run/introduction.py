@@ -22,7 +22,8 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"{counted(len(index.shards), 'shard')}, {split.heldout().size:,} held out; "
         f"{data.channels}x{data.size}x{data.size}",
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
-        f"λ_G‖W‖² {in_time(penalty.G.l2)}, λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.on}",
+        f"λ_G‖W‖² {in_time(penalty.G.l2)} on {penalty.G.on}, "
+        f"λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.D.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),

@@ -50,12 +50,12 @@ def test_the_printed_config_is_the_config(tmp_path):
     resolved = config.load(tmp_path / "adam.yaml", changes)
     assert config.load(tmp_path / "printed.yaml") == resolved
     assert resolved.penalty.D.l2 == 0.25 and resolved.optim.D.betas == (0.0, 0.9)
-    assert resolved.penalty.on == "all" and resolved.run.name == "adam"
+    assert resolved.penalty.G.on == resolved.penalty.D.on == "all" and resolved.run.name == "adam"
 
 
 def test_a_runs_own_config_is_the_config(worlds: Worlds):
     """The file in the run folder, and the one in its export, reproduce the run."""
-    settings = ["run.name=adam-2", f"run.out={worlds.folder}"]
+    settings = ["run.name=adam-2", f"run.out={worlds.folder}", "penalty.on=weights"]  # what auto became
     resolved = config.load(worlds.folder / "adam.yaml", settings)
     for place in ("config.yaml", "export/config.yaml"):
         assert config.load(worlds.adam[2].path / place) == resolved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import UserError, dump, load
-from pipeline.run.folder import check_same
+from pipeline.run.folder import check_same, find_folder
 
 SCHEDULED = ("run.burn_in_kimg=40", "optim.D.lr=[2e-4,5e-5]")
 ADAPTIVE = ("augment.ops=[flip]", "augment.target=0.6")
@@ -59,3 +59,23 @@ def test_how_long_and_how_often_may_change(tmp_path, began):
 def test_leaving_the_target_out_names_the_target_alone(tmp_path):
     told = refusal(tmp_path, ADAPTIVE, ["augment.ops=[flip]", "augment.p=0.2", "run.tick_kimg=4"])
     assert told is not None and "augment.target: 0.6 → None" in told and "tick_kimg" not in told
+
+
+def test_auto_goes_on_as_what_it_became(tmp_path):
+    """config.yaml says what; an older one has one `on` for both players."""
+    began = ["penalty.l2=1e-3", "penalty.G.on=effective", "penalty.D.on=weights"]
+    assert refusal(tmp_path, began, began[:1]) is None
+    assert refusal(tmp_path, began, ["penalty.l2=1e-3", "penalty.D.on=weights"]) is None
+    found, _ = find_folder(
+        settings(*began[:1], f"run.out={tmp_path.parent}", f"run.name={tmp_path.name}"), print
+    )
+    assert (found.penalty.G.on, found.penalty.D.on) == ("effective", "weights")
+    told = refusal(tmp_path, began, ["penalty.l2=1e-3", "penalty.on=weights"])
+    assert told is not None and "  penalty.G.on: 'effective' → 'weights'\n" in told and told.count("→") == 1
+
+
+def test_an_older_run_has_one_on_for_both_players(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {train: x}\npenalty: {on: all, G: {l2: 1.0, l1: 0.0}}\n")
+    check_same(settings("penalty.G.l2=1"), tmp_path)
+    with pytest.raises(UserError, match=r"penalty\.D\.on: 'all' → 'weights'"):
+        check_same(settings("penalty.G.l2=1", "penalty.D.on=weights"), tmp_path)
