@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 
+from launch.selfcheck import families
 from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
@@ -98,7 +99,7 @@ OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
     "adaptive", "sync-batch", "sync-batch-r1", "effective",
 ))  # fmt: skip
-FAMILIES = frozenset(("stylegan2",))  # likewise
+FAMILIES = frozenset(families.CASES)  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
@@ -107,7 +108,6 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
 )
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
-_PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
 
 
 _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
@@ -115,18 +115,6 @@ _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
 
 def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
-
-
-def _stylegan2() -> tuple[str, ...]:
-    """All at once: labels, pairs, R1 + R2, path length, style mixing, L2 on kernels times their constants, and
-    noise as soon as it has a strength."""
-    sizes = "width: 5, max_width: 8, activation: silu"
-    return (
-        *_networks("pipeline.gan.stylegan2"),
-        *(f"G.options={{{sizes}, mapping: 2, mixing: 0.5}}", f"D.options={{{sizes}}}"),
-        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
-        *(*_PATH, "penalty.l2=0.05"),
-    )
 
 
 def known_noise(images: torch.Tensor) -> torch.Tensor:
@@ -144,8 +132,8 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
     the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
-    StyleGAN2, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
-    `THOROUGH`, for tests that may take long.
+    families of networks, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also
+    those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     penalties = {
@@ -181,13 +169,13 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
-        "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *_PATH),
+        "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *families.PATH),
         "schedules": _SCHEDULES,
         "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
-        "stylegan2": _stylegan2(),
+        **families.CASES,
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
         "tied": _networks("launch.selfcheck.networks", "Tied"),
     }
