@@ -43,6 +43,7 @@ def train(
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
     from pipeline.run.reals import checked_index
+    from pipeline.run.source import check_init
 
     procs = procs or processes.default_procs(strategy)
     strategy = strategy or ("single" if procs == 1 else "ddp")
@@ -66,7 +67,8 @@ def train(
     if not finished(folder, named):
         refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
-    checked_index(resolved, announce=True)
+    index = checked_index(resolved, announce=True)
+    check_init(resolved, folder, index.num_classes if resolved.data.conditional else 0)
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: becomes the training process, with its exit status

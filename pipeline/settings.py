@@ -49,6 +49,9 @@ class Run:
     grace: Positive = 90.0  # seconds from a stop signal to all processes saved and gone
     resume: bool = True  # False: start over under a new name, never over old files
     new_data: bool = False  # resume with other shards than the run was trained on
+    new_settings: bool = False  # resume with another λ, lr, betas or γ (whatever may be [from, to])
+    init: Place | None = None  # begin with the weights of another run, an export or .safetensors files
+    init_optimizer: bool = False  # … and with that run's moments
     timeout_s: Positive = 600.0  # a rank without a sign of life for this long ends the job
 
 
@@ -116,6 +119,7 @@ class Discriminator:
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
     checkpoint: bool = False
+    freeze: Annotated[int, Field(ge=0)] = 0  # so many blocks next to the image stay as they are
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -219,7 +223,7 @@ class Optimizers:
 class Ema:
     """G_ema, the moving average of G that is sampled, scored and exported."""
 
-    kimg: ScheduledNonNegative = 10.0  # half-life; 0: G itself; [from, to] has no rampup
+    kimg: ScheduledNonNegative = 10.0  # half-life; 0: G itself; [from, to] and run.init have no rampup
     rampup: Annotated[float, Field(ge=0, le=1)] = 0.05  # at most this share of cur_nimg; 0: no limit
 
 

@@ -73,6 +73,8 @@ def states(job: Job, players: Players) -> dict[str, int]:
     held = theory.held(job.strategy, job.world, G, D)
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
+    if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
+        held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
     if job.strategy.startswith("zero"):
         held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))
     if job.strategy == "zero3":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,6 +18,8 @@ from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
+from pipeline.run.folder import under_a_free_name
+from pipeline.run.source import check_init
 from pipeline.wording import counted, in_bytes
 
 Players = tuple[nn.Module, nn.Module]  # G and D
@@ -38,9 +41,22 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
+    found += initial_weights(job, num_classes)
     for check in (tied, batch_norm, objective, gathered_whole, weight_penalty, cadence):
         found += check(job, G, D)
     return (G, D), found
+
+
+def initial_weights(job: Job, num_classes: int) -> Iterator[Finding]:
+    """Can a new run start from what run.init names?"""
+    run = under_a_free_name(job.config).run
+    try:
+        source = check_init(job.config, Path(run.out) / str(run.name), num_classes)
+    except UserError as error:
+        yield would_fail("run.init", str(error))
+        return
+    if source is not None:
+        yield ok("run.init", f"starts from {source.where}")
 
 
 def build_players(job: Job, num_classes: int) -> Players:

@@ -97,7 +97,7 @@ R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1", "effective",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective", "freeze",
 ))  # fmt: skip
 FAMILIES = frozenset(families.CASES)  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
@@ -175,6 +175,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
+        "freeze": ("D.freeze=1", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
         **families.CASES,
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
         "tied": _networks("launch.selfcheck.networks", "Tied"),
