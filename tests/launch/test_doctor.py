@@ -162,8 +162,8 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
     [
         (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
         (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
-        (["penalty.l2=1e-4"], "ddp", "weight penalty", ["λ is set for G,"]),
-        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ is set for D,"]),
+        (["penalty.G.l2=1e-4"], "ddp", "weight penalty", ["λ_G on weights", "2 of 3 kernels"]),
+        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
         (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
     ],
@@ -218,7 +218,10 @@ def test_norms_over_all_ranks_are_no_trap() -> None:
 
 
 def test_no_trap_without_cause() -> None:
-    assert set(networks(job("penalty.D.l2=1e-4"))) == {"networks"}
+    found = networks(job("penalty.D.l2=1e-4"))
+    assert set(found) == {"networks", "weight penalty"} and found["weight penalty"].verdict == "ok"
+    assert "through all of its kernels" in found["weight penalty"].text
+    assert set(networks(job())) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
 
 
