@@ -17,6 +17,7 @@ from launch.bench.meter import LivePeak
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
+from launch.processes import STRATEGIES
 from pipeline.config import Config, UserError
 from pipeline.data.stream import Batch
 from pipeline.parallel import theory
@@ -64,6 +65,14 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
         yield warning("memory", text, _REMEDY)
     else:
         yield ok("memory", text)
+
+
+def strategies(job: Job, players: Players) -> Iterator[Finding]:
+    """What a rank of as many would hold under each strategy, besides activations."""
+    if job.world > 1:
+        held = {s: sum(states(replace(job, strategy=s), players).values()) for s in STRATEGIES[1:]}
+        text = ", ".join(f"{strategy} {in_bytes(size)}" for strategy, size in held.items())
+        yield ok("strategies", f"per rank of {job.world}, besides activations: {text}")
 
 
 def states(job: Job, players: Players) -> dict[str, int]:

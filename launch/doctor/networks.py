@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.flops import forward, in_flops, of_training
 from pipeline.config import UserError
 from pipeline.data.index import Index
+from pipeline.gan import vit
 from pipeline.gan.compatible import check_objective, remarks
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at
@@ -40,7 +42,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         return None, [would_fail("networks", str(error))]
     flops, sizes = measured(job, num_classes, G, D)
     found = [sizes, *initial_weights(job, num_classes)]
-    for check in (tied, batch_norm, objective, gathered_whole, cadence):
+    for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
     return (G, D), [*found, *scale.examine(job, num_classes, flops)]
 
@@ -145,6 +147,21 @@ def gathered_whole(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
             size = in_bytes(4 * sum(p.numel() for p in player.parameters()))
             text = f"{' and '.join(penalties)}: each rank gathers all of {name}, {size}, in every such turn"
             yield ok("gradient penalty", text)
+
+
+def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """A transformer's falls with its width."""
+    config = job.config
+    for name, section, optimizer in (("G", config.G, config.optim.G), ("D", config.D, config.optim.D)):
+        lr = optimizer.lr[0] if isinstance(optimizer.lr, tuple) else optimizer.lr
+        if section.kind == "vit" and not math.isclose(
+            lr, rule := vit.learning_rate(section.width), rel_tol=0.01
+        ):
+            text = (
+                f"optim.{name}.lr={lr:g}, where a vit of width {section.width} is to begin with "
+                f"2e-4 · 768 / width = {rule:.3g}"
+            )
+            yield warning("learning rate", text, f"Set optim.{name}.lr={rule:.3g}, unless it was tuned.")
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -1,30 +1,37 @@
-"""Families of networks in the parity matrix: what the case of each differs by from the base config."""
+"""Families of networks in the parity matrix: what the cases of each differ by from the base config."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-_PAIRS = (
-    *("data.conditional=true", "loss.kind=relativistic"),
-    *(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in ("gamma=0.7", "interval=1")),
-)
 PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
+_PAIRS = ("data.conditional=true", "loss.kind=relativistic")
+_STYLEGAN2 = "width: 5, max_width: 8, activation: silu"
+_VIT = "width: 8, depth: 2, heads: 2, patch: 7, checkpoint: true"
 
 
-def _networks(family: str, G: str, D: str) -> tuple[str, ...]:
-    """Smooth activations, for the reason that `Case.config` gives."""
-    module = f"pipeline.gan.{family}"
-    return (
-        *(f"G.kind={module}:Generator", f"G.options={{{G}, activation: silu}}"),
-        *(f"D.kind={module}:Discriminator", f"D.options={{{D}, activation: silu}}"),
-    )
+def networks(module: str, prefix: str = "") -> tuple[str, ...]:
+    return (f"G.kind={module}:{prefix}Generator", f"D.kind={module}:{prefix}Discriminator")
+
+
+def slopes(*keys: str) -> tuple[str, ...]:
+    """Keys of both R1 and R2."""
+    return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
+
+
+def _pair(family: str, G: str, D: str) -> tuple[str, ...]:
+    """G and D with these options, with labels and relativistic pairs."""
+    return (*networks(f"pipeline.gan.{family}"), f"G.options={{{G}}}", f"D.options={{{D}}}", *_PAIRS)
 
 
 CASES: Mapping[str, tuple[str, ...]] = {
     "stylegan2": (  # L2 on kernels times a constant; noise as soon as it has a strength
-        *_networks(
-            "stylegan2", G="width: 5, max_width: 8, mapping: 2, mixing: 0.5", D="width: 5, max_width: 8"
-        ),
-        *(*_PAIRS, *PATH, "penalty.l2=0.05"),
+        *_pair("stylegan2", f"{_STYLEGAN2}, mapping: 2, mixing: 0.5", _STYLEGAN2),
+        *(*slopes("gamma=0.7", "interval=1"), *PATH, "penalty.l2=0.05"),
+    ),
+    "vit": (*_pair("vit", f"{_VIT}, outputs: 2", _VIT), *PATH, *slopes("gamma=0.7", "interval=1")),
+    "vit-difference": (
+        *_pair("vit", f"{_VIT}, outputs: 2", _VIT),
+        *slopes("gamma=0.7", "sigma=0.3", "interval=1"),
     ),
 }

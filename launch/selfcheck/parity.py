@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 
 from launch.selfcheck import families
+from launch.selfcheck.families import networks, slopes
 from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
@@ -68,7 +69,7 @@ class Case:
                 f"data.batch_size={self.batch}",
                 f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
-                *_networks("pipeline.gan.dcgan"),
+                *networks("pipeline.gan.dcgan"),
                 *(
                     f"{player}.options={{width: 5, norm: none, activation: silu}}"
                     for player in "GD"
@@ -81,10 +82,6 @@ class Case:
         )
 
 
-def _networks(module: str, prefix: str = "") -> tuple[str, ...]:
-    return (f"G.kind={module}:{prefix}Generator", f"D.kind={module}:{prefix}Discriminator")
-
-
 def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
     return tuple(f"optim.{player}.{key}" for player in "GD" for key in (f"kind={kind}", *keys))
 
@@ -92,6 +89,11 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+_PENALTIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
+    "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
+}
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
@@ -108,13 +110,7 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
 )
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
-
-
 _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
-
-
-def _slopes(*keys: str) -> tuple[str, ...]:
-    return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
 
 
 def known_noise(images: torch.Tensor) -> torch.Tensor:
@@ -136,15 +132,10 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
-    penalties = {
-        "none": (),
-        "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
-        "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
-    }
     clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}
     found = []
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
-        (1, 2), clips.items(), penalties.items()
+        (1, 2), clips.items(), _PENALTIES.items()
     ):
         resumed = clip == "clipped" and rounds == 2  # checkpoints depend on neither
         for kind, optimizer in {"sgd": SGD, "adam": ADAM}.items():
@@ -153,7 +144,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
-        "effective": (*_networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
+        "effective": (*networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
         "r1": R1,
         "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),
@@ -164,21 +155,21 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "sync-batch-r1": (*_SYNC_BATCH, *R1),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
         "relativistic": ("data.conditional=true", "loss.kind=relativistic"),
-        "r1-r2": ("loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+        "r1-r2": ("loss.kind=relativistic", *slopes("gamma=0.7", "interval=1")),
         "r2": ("penalty.r2.gamma=0.7", "penalty.r2.interval=2"),
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
-        "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
-        "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "fraction": ("data.conditional=true", *slopes("gamma=0.7", "interval=1", "fraction=1/2")),
+        "difference": (*slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
         "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *families.PATH),
         "schedules": _SCHEDULES,
-        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
+        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *slopes("gamma=0.7", "interval=2")),
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
-        "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
-        "freeze": ("D.freeze=1", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+        "resnet": ("data.size=32", *networks("pipeline.gan.resnet")),
         **families.CASES,
-        "frozen": _networks("launch.selfcheck.networks", "Frozen"),
-        "tied": _networks("launch.selfcheck.networks", "Tied"),
+        "freeze": ("D.freeze=1", "loss.kind=relativistic", *slopes("gamma=0.7", "interval=1")),
+        "frozen": networks("launch.selfcheck.networks", "Frozen"),
+        "tied": networks("launch.selfcheck.networks", "Tied"),
     }
     if strategy == "fsdp2":
         del special["tied"]
@@ -186,7 +177,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
         images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
-        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, images))
+        found.append(Case(name, (*SGD, *_PENALTIES["l2"], *settings), rounds, images))
     return found + _thorough(found) if thorough else found
 
 

@@ -138,7 +138,14 @@ def test_every_published_config_trains(there, tmp_path, file, signals_kept):
     size = min(data.size, 64)
     options = ["--size", size, "--channels", data.channels, "--workers", 1]
     call(prepare, "images", tmp_path / "shards", *options)
-    small = [f"data.size={size}", "G.width=8", "D.width=8", "data.batch_size=8", "data.workers=0", "score.images=8"]
+    small = [
+        f"data.size={size}",
+        "G.width=8",
+        "D.width=8",
+        "data.batch_size=8",
+        "data.workers=0",
+        "score.images=8",
+    ]
     small += [f"data.train={tmp_path}/shards", "run.total_kimg=0.016", f"run.out={tmp_path}"]
     assert pipeline.train.main([str(file), *small, "track.wandb=false"]) == 0
     run = RunFolder(tmp_path / file.stem)

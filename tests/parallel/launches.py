@@ -17,7 +17,7 @@ LAUNCHES = (
 )  # fmt: skip
 LONG = ("zero1-3", "ddp-1", "fsdp2-1", "zero1-1", "zero2-1", "zero3-1")
 EVERYWHERE = (*((name, ()) for name in LAUNCHES), *((name, (pytest.mark.long,)) for name in LONG))
-FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where OBJECTIVE and FAMILIES are trained by default
+FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where the objective's and families' cases are trained
 LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 
