@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
 _PAIRS = ("data.conditional=true", "loss.kind=relativistic")
+_R3GAN = "width: 5, max_width: 16, activation: silu"
 _STYLEGAN2 = "width: 5, max_width: 8, activation: silu"
 _VIT = "width: 8, depth: 2, heads: 2, patch: 7, checkpoint: true"
 
@@ -25,6 +26,7 @@ def _pair(family: str, G: str, D: str) -> tuple[str, ...]:
 
 
 CASES: Mapping[str, tuple[str, ...]] = {
+    "r3gan": (*_pair("r3gan", _R3GAN, _R3GAN), *slopes("gamma=0.7", "interval=1")),
     "stylegan2": (  # L2 on kernels times a constant; noise as soon as it has a strength
         *_pair("stylegan2", f"{_STYLEGAN2}, mapping: 2, mixing: 0.5", _STYLEGAN2),
         *(*slopes("gamma=0.7", "interval=1"), *PATH, "penalty.l2=0.05"),
