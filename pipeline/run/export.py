@@ -110,7 +110,8 @@ counting repeats. Loss `{config.loss.kind}`; L2 penalties
 | `config.yaml` | the resolved config; `shardgan train` reproduces the run from it |
 
 All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1), float32
-[N, {G.z_dim}]{label}, and gives images in [-1, 1], float32 [N, {shape}].
+[N, {G.z_dim}]{label}, and gives images, float32 [N, {shape}], of which
+[-1, 1] is from black to white: clamp them.
 
 To use it, install ShardGAN (`pip install .` in its source folder), which brings the modules `pipeline` and
 `launch`, and run this in the folder of these files.
@@ -125,6 +126,6 @@ from pipeline.gan.networks import build_G
 G = build_G(config.load("config.yaml"), num_classes={state.num_classes})
 G.load_state_dict(load_file("G_ema.safetensors"))
 with torch.no_grad():
-    images = G.eval()(torch.randn(16, {G.z_dim}){labels})
+    images = G.eval()(torch.randn(16, {G.z_dim}){labels}).clamp(-1, 1)
 ```
 """
