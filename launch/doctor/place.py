@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
@@ -21,6 +22,7 @@ from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.run.features import load_features
+from pipeline.run.images import images_of
 from pipeline.run.wandb_mode import choose_mode, names
 from pipeline.wording import counted, in_bytes
 
@@ -176,8 +178,12 @@ def _resolves(host: str) -> bool:
 
 
 def features(job: Job) -> Iterator[Finding]:
-    """Can the features that scores are computed from be loaded?"""
+    """Can the features that scores are computed from be loaded, and what makes images of latents?"""
     score = job.config.score
+    try:
+        images_of(job.config.data, torch.device("cpu"))
+    except UserError as error:
+        yield would_fail("decoder", str(error), "Set data.decoder.")
     if score.metrics:
         try:
             load_features(score.features)
