@@ -42,6 +42,7 @@ def train(
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
+    from pipeline.run.images import images_of
     from pipeline.run.reals import checked_index
 
     procs = procs or processes.default_procs(strategy)
@@ -67,6 +68,7 @@ def train(
         refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
     checked_index(resolved, announce=True)
+    images_of(resolved.data, torch.device("cpu"))
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: becomes the training process, with its exit status
