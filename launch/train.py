@@ -44,6 +44,7 @@ def train(
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
     from pipeline.run.images import images_of
     from pipeline.run.reals import checked_index
+    from pipeline.run.source import check_init
 
     procs = procs or processes.default_procs(strategy)
     strategy = strategy or ("single" if procs == 1 else "ddp")
@@ -67,7 +68,8 @@ def train(
     if not finished(folder, named):
         refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
-    checked_index(resolved, announce=True)
+    index = checked_index(resolved, announce=True)
+    check_init(resolved, folder, index.num_classes if resolved.data.conditional else 0)
     images_of(resolved.data, torch.device("cpu"))
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)

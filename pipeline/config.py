@@ -64,8 +64,14 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         except ValidationError:
             raise UserError(f"{path}: no run can be called {name!r}. Set run.name.") from None
         config = dataclasses.replace(config, run=run)
+    if config.run.init is not None and config.ema.rampup == Ema().rampup:
+        config = without_rampup(config)  # with it the first update would replace the source's G_ema by G
     _check(config)
     return config
+
+
+def without_rampup(config: Config) -> Config:
+    return dataclasses.replace(config, ema=dataclasses.replace(config.ema, rampup=0.0))
 
 
 def dump(config: Config) -> str:
@@ -88,6 +94,8 @@ def _check(config: Config) -> None:
             "data.remote.timeout_s must be less than run.timeout_s, or other ranks give up before the "
             "waiting one can name its shard"
         )
+    if config.run.init_optimizer and config.run.init is None:
+        problems.append("run.init_optimizer: of which run? Set run.init.")
     if config.data.folds is not None and config.data.fold >= config.data.folds:
         problems.append(f"data.fold: {config.data.fold} is not one of the folds 0 to {config.data.folds - 1}")
     for name in ("G", "D"):

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import Config, WeightPenalty
 from pipeline.gan.adaptive import AdaptiveP
 from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Drawn, Draws
+from pipeline.gan.frozen import constants_of
 from pipeline.gan.losses import Adversarial, adversarial
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised, resolved
@@ -67,12 +68,19 @@ class Gan:
 
 
 def build(
-    config: Config, ranks: Ranks, batch: BatchShape, label_frequencies: list[float] | None = None
+    config: Config,
+    ranks: Ranks,
+    batch: BatchShape,
+    label_frequencies: list[float] | None = None,
+    fill: Callable[[str, nn.Module], None] = lambda player, network: None,
 ) -> Gan:
-    """label_frequencies: of the training images, for fake labels; None: an unconditional Gan."""
+    """label_frequencies: of the training images, for fake labels; None: an unconditional Gan. fill: is given
+    each player's name and whole network on the CPU, to change its weights before they are sharded."""
     num_classes = len(label_frequencies or ())
     ranks.progress.doing = "building the networks"
     networks = {"G": build_G(config, num_classes), "D": build_D(config, num_classes)}
+    for name, network in networks.items():
+        fill(name, network)
     whole_G = whole_copy(networks["G"]).to(ranks.device)
     data, zeros = config.data, partial(torch.zeros, device=ranks.device)
     c = zeros(2, dtype=torch.int64) if num_classes else None
@@ -82,7 +90,8 @@ def build(
         network, optimizer = networks[name], getattr(config.optim, name)
         penalty: WeightPenalty = getattr(config.penalty, name)
         penalty = replace(penalty, on=resolved(network, penalty.on))
-        player = PlayerSettings(name, optimizer, penalty, penalised(network, penalty.on))
+        constants = constants_of(network, config.D.freeze) if name == "D" and ranks.main else {}
+        player = PlayerSettings(name, optimizer, penalty, penalised(network, penalty.on), constants)
         return build_engine(network, player, ranks, batch, (inputs[name], c))
 
     G, D = engine("G"), engine("D")

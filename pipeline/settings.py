@@ -49,6 +49,9 @@ class Run:
     grace: Positive = 90.0  # seconds from a stop signal to all processes saved and gone
     resume: bool = True  # False: start over under a new name, never over old files
     new_data: bool = False  # resume with other shards than the run was trained on
+    new_settings: bool = False  # resume with another λ, lr, betas or γ (whatever may be [from, to])
+    init: Place | None = None  # begin with the weights of another run, an export or .safetensors files
+    init_optimizer: bool = False  # … and with that run's moments
     timeout_s: Positive = 600.0  # a rank without a sign of life for this long ends the job
 
 
@@ -94,12 +97,15 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, r3gan, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, vit, or package.module:Class
     z_dim: Count = 128
-    width: Count = 64  # channels next to the image; doubled with each layer further in
+    width: Count = 64  # channels next to the image, doubled with each layer further in; vit: of every token
     max_width: Count = 512  # r3gan: no layer is wider
-    depth: Count = 1  # resnet, r3gan: residual blocks per resolution
+    depth: Count = 1  # resnet, r3gan: residual blocks per resolution; vit: blocks
     blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
+    heads: Count | None = None  # vit: of attention; None: one per 64 channels
+    patch: Count = 2  # vit: pixels along the side of the square that a token stands for
+    outputs: Count = 4  # vit: depths at which an image is added to the output
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
@@ -116,10 +122,13 @@ class Discriminator:
     max_width: Count = 512
     depth: Count = 1
     blocks: Annotated[int, Field(ge=0)] = 0
+    heads: Count | None = None
+    patch: Count = 2
     norm: Norm = "batch"
     dropout: BelowOne = 0.0
     spectral_norm: bool = False
     checkpoint: bool = False
+    freeze: Annotated[int, Field(ge=0)] = 0  # so many blocks next to the image stay as they are
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -223,7 +232,7 @@ class Optimizers:
 class Ema:
     """G_ema, the moving average of G that is sampled, scored and exported."""
 
-    kimg: ScheduledNonNegative = 10.0  # half-life; 0: G itself; [from, to] has no rampup
+    kimg: ScheduledNonNegative = 10.0  # half-life; 0: G itself; [from, to] and run.init have no rampup
     rampup: Annotated[float, Field(ge=0, le=1)] = 0.05  # at most this share of cur_nimg; 0: no limit
 
 

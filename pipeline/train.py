@@ -35,7 +35,7 @@ from pipeline.run.folder import hold_folder, open_folder
 from pipeline.run.introduction import introduction
 from pipeline.run.reals import agreed_data, open_reals
 from pipeline.run.report import open_report
-from pipeline.run.resume import first_state, is_finished, resume, where_to_resume
+from pipeline.run.resume import find_start, first_state, is_finished, resume, where_to_resume
 from pipeline.run.session import Session
 from pipeline.run.stop import INTERRUPTED, StopSignals
 
@@ -94,10 +94,11 @@ def _train(
         return True
     held.callback(signals.done)
     state = first_state(config, index, split)
-    gan = build(config, ranks, batch, state.label_frequencies)
+    start = find_start(config, folder, state, ranks)
+    gan = build(config, ranks, batch, state.label_frequencies, start.fill)
     config = as_built(config, gan)
-    state, stats = resume(folder, gan, state, ranks, config.run.new_data)
-    ranks.broadcast_from_main(lambda: open_folder(config, folder, still_ours))
+    state, stats = resume(start, folder, gan, state)
+    ranks.broadcast_from_main(lambda: open_folder(config, folder, state.cur_nimg, still_ours))
     with closing(open_report(config, folder, state, ranks, still_ours)) as report:
         report.say(introduction(config, index, split, gan, ranks))
         session = Session(config, folder, index, split, ranks, report, signals, state)

@@ -14,7 +14,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from launch.bench import pair, table
 from launch.bench.meter import Traffic, footprint
 from launch.bench.pair import Found
-from pipeline.config import load
 from pipeline.gan.schedules import at
 from pipeline.parallel import theory
 from pipeline.run.stats import Stats
@@ -31,8 +30,9 @@ _HELD = ("weights", "optimizer", "G_ema", "gradients")
 def command(settings: tuple[str, ...], **options: Any) -> None:
     """MiB per rank of weights, optimizer state, G_ema and gradients, and MiB sent per rank and update.
 
-    Trains a residual pair for three updates on made-up images, under the penalties in SETTINGS
-    (penalty.r2.gamma=1). Prints a line of JSON per launch, then a table: measured, and theory in brackets.
+    Trains a residual pair, or a config's pair, for three updates on made-up images, under the penalties in
+    SETTINGS (penalty.r2.gamma=1). Prints a line of JSON per launch, then a table: measured, and theory in
+    brackets.
     """
     found = pair.measure("launch.bench.memory", more=settings, **options)
     table.show(
@@ -57,7 +57,7 @@ def held(found: Found) -> dict[str, float]:
 def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
-    penalties = at(load(None, found["settings"]), 0).gradient_penalties
+    penalties = at(pair.config_of(found["settings"]), 0).gradient_penalties
     return theory.held(*job), theory.sent(*job, twice=any(penalty.twice for penalty in penalties))
 
 

@@ -1,4 +1,4 @@
-"""What `shardgan bench memory` and `bench penalty` train: a residual pair, on made-up images.
+"""What `shardgan bench memory` and `bench penalty` train: a residual pair or a config's, on made-up images.
 
 The command starts a module of ours on each strategy's processes and reads the JSON that their main rank
 wrote.
@@ -19,7 +19,7 @@ import click
 import torch
 
 from launch.processes import STRATEGIES, launch, parse_strategies
-from pipeline.config import UserError, load
+from pipeline.config import Config, UserError, load
 from pipeline.data.stream import Batch
 from pipeline.gan.resnet import Discriminator
 from pipeline.parallel.batch import batch_shape
@@ -28,6 +28,8 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan, build
 
 Found = dict[str, Any]
+
+_NO_CONFIG = "-"
 
 
 def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -43,6 +45,7 @@ def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]
         click.option(
             "--images", type=click.IntRange(1), default=images, show_default=True, help="Per process."
         ),
+        click.option("--config", metavar="CONFIG", help="Train its networks, in place of the residual pair."),
     )
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,6 +64,7 @@ def measure(
     params: float,
     size: str,
     images: int,
+    config: str | None,
     more: Sequence[str] = (),
 ) -> list[Found]:
     """Launch `python -m module OUT *arguments SETTINGS… *more` under each strategy; returns the JSON in OUT.
@@ -73,8 +77,9 @@ def measure(
     found = []
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)
-        pair = [*settings(params, int(size), images * world), *more]
-        found.append(_measured(strategy, world, [module, *arguments], pair))
+        batch = images * world
+        pair = [config or _NO_CONFIG, *(_as_made_up(batch) if config else settings(params, int(size), batch))]
+        found.append(_measured(strategy, world, [module, *arguments], [*pair, *more]))
         click.echo(json.dumps(found[-1]))
     return found
 
@@ -100,6 +105,18 @@ def settings(parameters: float, size: int, batch: int) -> list[str]:
     ]
 
 
+def _as_made_up(batch: int) -> list[str]:
+    """Settings of a config whose networks are trained on made-up images without labels, in one round."""
+    rounds = ("data.batch_gpu=null", f"data.batch_size={batch}", "loss.D_steps=1")
+    return ["data.train=none", "data.conditional=false", *rounds]
+
+
+def config_of(pair: Sequence[str]) -> Config:
+    """The config that is trained. pair: its file, if any, and the settings, as `Found` has them."""
+    path, *settings = pair
+    return load(None if path == _NO_CONFIG else path, settings)
+
+
 def title(found: list[Found]) -> str:
     return " and ".join(f"{p} {found[0][f'parameters_{p}'] / 1e6:.1f} M" for p in "GD") + " parameters"
 
@@ -122,10 +139,10 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
 def begin(pair: list[str]) -> tuple[Ranks, Gan, Iterator[Batch], Found]:
     """Meet the others and build the pair: (ranks, players, this rank's endless batches, first findings)."""
     ranks = Ranks(read_launch(), timedelta(seconds=600))
-    config = load(None, pair)
+    config = config_of(pair)
     shape, size = batch_shape(config.data, ranks.world), config.data.size
     gan = build(config, ranks, shape)
-    images = torch.randint(0, 256, (shape.local, 3, size, size), dtype=torch.uint8)
+    images = torch.randint(0, 256, (shape.local, config.data.channels, size, size), dtype=torch.uint8)
     found: Found = {"strategy": ranks.strategy, "world": ranks.world, "settings": pair}
     for engine in (gan.G, gan.D):
         found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)

@@ -43,7 +43,8 @@ def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Fin
     found = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks]
     if players is not None:
         num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
-        found += [*memory.examine(job, players, num_classes), *place.space(job, players, index)]
+        found += [*memory.examine(job, players, num_classes), *memory.strategies(job, players)]
+        found += place.space(job, players, index)
     return [*found, *surroundings.examine(job), *place.examine(job)]
 
 

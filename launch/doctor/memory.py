@@ -17,6 +17,7 @@ from launch.bench.meter import LivePeak
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
+from launch.processes import STRATEGIES
 from pipeline.config import Config, UserError
 from pipeline.data.stream import Batch
 from pipeline.parallel import theory
@@ -66,6 +67,14 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
         yield ok("memory", text)
 
 
+def strategies(job: Job, players: Players) -> Iterator[Finding]:
+    """What a rank of as many would hold under each strategy, besides activations."""
+    if job.world > 1:
+        held = {s: sum(states(replace(job, strategy=s), players).values()) for s in STRATEGIES[1:]}
+        text = ", ".join(f"{strategy} {in_bytes(size)}" for strategy, size in held.items())
+        yield ok("strategies", f"per rank of {job.world}, besides activations: {text}")
+
+
 def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
     with what is gathered or kept in buckets for a while."""
@@ -73,6 +82,8 @@ def states(job: Job, players: Players) -> dict[str, int]:
     held = theory.held(job.strategy, job.world, G, D)
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
+    if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
+        held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
     if job.strategy.startswith("zero"):
         held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))
     if job.strategy == "zero3":

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrizations import _SpectralNorm
 
+from launch.doctor import scale
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
+from launch.doctor.flops import forward, in_flops, of_training
 from pipeline.config import UserError
 from pipeline.data.index import Index
+from pipeline.gan import vit
 from pipeline.gan.compatible import check_objective, remarks
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
+from pipeline.run.folder import under_a_free_name
+from pipeline.run.source import check_init
 from pipeline.wording import counted, in_bytes
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, _SpectralNorm)
 _SMALL = 16  # images in a BatchNorm's batch
 
 
@@ -36,11 +40,40 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding
         G, D = build_players(job, num_classes)
     except UserError as error:
         return None, [would_fail("networks", str(error))]
-    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
-    found = [ok("networks", f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters")]
-    for check in (tied, batch_norm, objective, gathered_whole, weight_penalty, cadence):
+    flops, sizes = measured(job, num_classes, G, D)
+    found = [sizes, *initial_weights(job, num_classes)]
+    for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
-    return (G, D), found
+    return (G, D), [*found, *scale.examine(job, num_classes, flops)]
+
+
+def measured(
+    job: Job, num_classes: int, G: nn.Module, D: nn.Module
+) -> tuple[tuple[float, float] | None, Finding]:
+    """Parameters and FLOPs; also returns those of an image in G and D if they can be counted."""
+    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
+    text = f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters"
+    try:
+        flops = forward(job.config, num_classes)
+    except Exception as error:  # a user's network may do anything
+        return None, ok("networks", f"{text}; FLOPs cannot be counted ({error})")
+    training = in_flops(of_training(job.config, *flops))
+    text += (
+        f"; an image takes {in_flops(flops[0])} in G and {in_flops(flops[1])} in D, {training} to train on"
+    )
+    return flops, ok("networks", text)
+
+
+def initial_weights(job: Job, num_classes: int) -> Iterator[Finding]:
+    """Can a new run start from what run.init names?"""
+    run = under_a_free_name(job.config).run
+    try:
+        source = check_init(job.config, Path(run.out) / str(run.name), num_classes)
+    except UserError as error:
+        yield would_fail("run.init", str(error))
+        return
+    if source is not None:
+        yield ok("run.init", f"starts from {source.where}")
 
 
 def build_players(job: Job, num_classes: int) -> Players:
@@ -116,23 +149,19 @@ def gathered_whole(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
             yield ok("gradient penalty", text)
 
 
-def weight_penalty(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """‖W‖² of kernels whose scale a norm undoes."""
-    penalty = job.config.penalty
-    both = (("G", G, penalty.G), ("D", D, penalty.D))
-    who = [
-        name
-        for name, player, weights in both
-        if (weights.l2 or weights.l1) and any(isinstance(layer, _NORMS) for layer in player.modules())
-    ]
-    if who:
-        text = (
-            f"λ is set for {' and '.join(who)}, whose norms undo the scale of the kernels before them: there "
-            "the penalty acts mostly as a larger learning rate, not as a simpler function"
-        )
-        norms = " and ".join(f"{name}.norm=none" for name in who)
-        remedy = f"If it is to regularise, set {norms}, and leave spectral_norm off."
-        yield warning("weight penalty", text, remedy)
+def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
+    """A transformer's falls with its width."""
+    config = job.config
+    for name, section, optimizer in (("G", config.G, config.optim.G), ("D", config.D, config.optim.D)):
+        lr = optimizer.lr[0] if isinstance(optimizer.lr, tuple) else optimizer.lr
+        if section.kind == "vit" and not math.isclose(
+            lr, rule := vit.learning_rate(section.width), rel_tol=0.01
+        ):
+            text = (
+                f"optim.{name}.lr={lr:g}, where a vit of width {section.width} is to begin with "
+                f"2e-4 · 768 / width = {rule:.3g}"
+            )
+            yield warning("learning rate", text, f"Set optim.{name}.lr={rule:.3g}, unless it was tuned.")
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

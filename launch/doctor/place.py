@@ -21,6 +21,7 @@ from launch.processes import check_space, is_free
 from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
+from pipeline.gan.frozen import frozen_names
 from pipeline.run.features import load_features
 from pipeline.run.images import images_of
 from pipeline.run.wandb_mode import choose_mode, names
@@ -91,7 +92,9 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     run, optim = job.config.run, job.config.optim
     sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
     moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
-    checkpoint = sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
+    frozen, D = frozen_names(players[1], job.config.D.freeze), players[1].named_parameters()
+    checkpoint = 4 * sum(p.numel() for name, p in D if name in frozen)
+    checkpoint += sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
     kept = run.keep + bool(job.config.score.metrics)  # the one with the best score
     needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest is deleted when the newest is complete
     out = Path(run.out)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Difference = tuple[str, str, float]  # column, what, error
 
 COLUMNS = ("loss", "penalty", "gradient", "parameters", "EMA", "resume")
-WEIGHTS = 1e-6  # largest error of any weight after all updates, absolute
+WEIGHTS = 1e-6  # largest error of any weight after all updates, absolute; relative of weights above 1
 VALUES = 1e-5  # of any chart, relative, but never stricter than a tenth of that absolutely
 # In bf16 and fp16: of any chart, a few roundings of a number with 8 or 11 bits.
 LOW_VALUES = {"bf16": 4 * 2.0**-8, "fp16": 4 * 2.0**-11}
@@ -184,7 +184,7 @@ def _column(chart: str) -> str:
 
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    error = float((a.double() - b.double()).abs().max())
+    error = float(((a.double() - b.double()).abs() / b.double().abs().clamp(min=1)).max())
     return error if math.isfinite(error) else math.inf
 
 

@@ -68,7 +68,11 @@ class Case:
                 f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
                 *_networks("pipeline.gan.dcgan"),
-                *(f"{player}.options={{width: 5, norm: none, activation: silu}}" for player in "GD"),
+                *(
+                    f"{player}.options={{width: 5, norm: none, activation: silu}}"
+                    for player in "GD"
+                    if not any(key.startswith(f"{player}.options={{") for key in self.settings)
+                ),
                 "ema.kimg=0.02",
                 "ema.rampup=0.5",
                 *self.settings,
@@ -87,12 +91,17 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
 ADAM = _optimizers("adam", "lr=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
+_PENALTIES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
+    "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
+}
 _SYNC_BATCH = ("G.options.norm=sync_batch", "D.options.norm=sync_batch")
 R1 = ("penalty.r1.gamma=1.0", "penalty.r1.interval=2")
 # Of the cases below, those that tests train under fewer launches by default: see tests/parallel/launches.py.
 OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
-    "adaptive", "sync-batch", "sync-batch-r1", "effective",
+    "adaptive", "sync-batch", "sync-batch-r1", "effective", "freeze",
 ))  # fmt: skip
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
@@ -102,10 +111,7 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
 )
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
-_PATH = (
-    "G.kind=launch.selfcheck.networks:LatentGenerator",
-    *("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5"),
-)
+_PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
 
 
 _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
@@ -113,6 +119,22 @@ _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
 
 def _slopes(*keys: str) -> tuple[str, ...]:
     return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
+
+
+def _vit(*keys: str) -> tuple[str, ...]:
+    sizes = ", ".join(["width: 8, depth: 2, heads: 2, patch: 7", *keys])
+    return (
+        *_networks("pipeline.gan.vit"),
+        *(f"G.options={{{sizes}, outputs: 2}}", f"D.options={{{sizes}}}"),
+        *("data.conditional=true", "loss.kind=relativistic"),
+    )
+
+
+_OF_FAMILIES = {
+    "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
+    "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
+}
+FAMILIES = frozenset(_OF_FAMILIES)  # trained under fewer launches, as those of OBJECTIVE
 
 
 def known_noise(images: torch.Tensor) -> torch.Tensor:
@@ -130,19 +152,14 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
     the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
-    parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of `THOROUGH`, for
-    tests that may take long.
+    transformers, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
+    `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
-    penalties = {
-        "none": (),
-        "l2": ("penalty.G.l2=2e-3", "penalty.D.l2=3e-3"),
-        "l1l2": ("penalty.l2=1e-3", "penalty.G.l1=2e-4", "penalty.D.l1=3e-4"),
-    }
     clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}
     found = []
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
-        (1, 2), clips.items(), penalties.items()
+        (1, 2), clips.items(), _PENALTIES.items()
     ):
         resumed = clip == "clipped" and rounds == 2  # checkpoints depend on neither
         for kind, optimizer in {"sgd": SGD, "adam": ADAM}.items():
@@ -167,12 +184,14 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
         "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
         "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
-        "path": _PATH,
+        "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *_PATH),
         "schedules": _SCHEDULES,
         "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
         "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
+        **_OF_FAMILIES,
+        "freeze": ("D.freeze=1", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
         "frozen": _networks("launch.selfcheck.networks", "Frozen"),
         "tied": _networks("launch.selfcheck.networks", "Tied"),
     }
@@ -182,7 +201,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
         images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
-        found.append(Case(name, (*SGD, *penalties["l2"], *settings), rounds, images))
+        found.append(Case(name, (*SGD, *_PENALTIES["l2"], *settings), rounds, images))
     return found + _thorough(found) if thorough else found
 
 

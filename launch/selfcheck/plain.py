@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
 from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
@@ -30,6 +31,7 @@ def untrained(case: Case) -> Tensors:
     return {f"{name}/{key}": p.detach() for name, module in players.items() for key, p in _trained(module)}
 
 
+@sdpa_kernel(SDPBackend.MATH)  # which can be differentiated twice
 def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, float]]]:
     """Weights of G, D and G_ema after all updates, and each update's losses, penalties and gradient norms."""
     config, state = case.config(world=1), initial_state(case)
@@ -189,10 +191,11 @@ def _path(config: Config, G: nn.Module, fakes: Tensor, update: int, mean: float)
     if update % given.interval:
         return fakes.new_zeros(()), mean
     y = known_noise(fakes.detach()) / fakes[0, 0].numel() ** 0.5
-    w = G.latent  # [N, layers, w_dim]
+    w = G.latent  # [N, w_dim] or [N, layers, w_dim]
     assert isinstance(w, Tensor)
     (J,) = torch.autograd.grad((fakes * y).sum(), w, create_graph=True)
-    lengths = (J.square().sum(2).sum(1) / J.shape[1]) ** 0.5
+    layers = J.shape[1] if J.ndim == 3 else 1
+    lengths = (J.square().flatten(1).sum(1) / layers) ** 0.5
     value = given.interval * given.weight * ((lengths - mean) ** 2).mean()
     return value, given.decay * mean + (1 - given.decay) * float(lengths.detach().mean())
 

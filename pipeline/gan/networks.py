@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
-from pipeline.gan import dcgan, r3gan, resnet
+from pipeline.gan import dcgan, r3gan, resnet, vit
 from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
+from pipeline.gan.frozen import freeze
 from pipeline.gan.penalised import check_penalty, penalised
 from pipeline.plugins import import_class, reason
 
@@ -27,6 +28,7 @@ FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
         "dcgan": {"G": dcgan.Generator, "D": dcgan.Discriminator},
         "resnet": {"G": resnet.Generator, "D": resnet.Discriminator},
         "r3gan": {"G": r3gan.Generator, "D": r3gan.Discriminator},
+        "vit": {"G": vit.Generator, "D": vit.Discriminator},
     }
 )
 
@@ -41,7 +43,9 @@ def build_G(config: Config, num_classes: int) -> nn.Module:
 
 
 def build_D(config: Config, num_classes: int) -> nn.Module:
-    """D, as `build_G` builds G; a user's class is called with size, channels, num_classes and D.options."""
+    """D, as `build_G` builds G; a user's class is called with size, channels, num_classes and D.options.
+
+    Its first D.freeze blocks do not train."""
     return _build(config, "D", num_classes)
 
 
@@ -71,7 +75,7 @@ def check_reach(config: Config, largest: float) -> None:
 
 
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
-    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    network, arguments = _made(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
@@ -81,6 +85,19 @@ def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
             raise
         except Exception as error:
             raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
+
+
+def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
+    """Keyword arguments of a network's class → the network as the config trains it."""
+    network = _class_of(config, player)
+
+    def make(**arguments: Any) -> nn.Module:
+        module = network(**arguments)
+        if player == "D":
+            freeze(module, config.D.freeze)
+        return module
+
+    return make
 
 
 def _class_of(config: Config, player: Player) -> type[nn.Module]:
@@ -123,7 +140,8 @@ def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[
             f"other keys of {player}."
         )
     found, default = {}, type(section)()
-    for key in (field.name for field in dataclasses.fields(section) if field.name not in ("kind", "options")):
+    of_all = ("kind", "options", "freeze")
+    for key in (field.name for field in dataclasses.fields(section) if field.name not in of_all):
         value, families = getattr(section, key), [kind for kind in FAMILIES if key in _named(kind, player)]
         if section.kind in families:
             found[key] = value
@@ -140,7 +158,7 @@ def _named(kind: str, player: Player) -> Mapping[str, inspect.Parameter]:
 def _check_shape(
     config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
 ) -> None:
-    network, arguments = _class_of(config, player), _arguments(config, player, num_classes)
+    network, arguments = _made(config, player), _arguments(config, player, num_classes)
     path = player == "G" and config.penalty.path.weight > 0
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
@@ -170,7 +188,11 @@ def _check_shape(
 
 
 def _forward(
-    network: type[nn.Module], arguments: dict[str, Any], given: tuple[int, ...], device: str, gradient: bool
+    network: Callable[..., nn.Module],
+    arguments: dict[str, Any],
+    given: tuple[int, ...],
+    device: str,
+    gradient: bool,
 ) -> tuple[nn.Module, Any]:
     with torch.device(device), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradient):
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None

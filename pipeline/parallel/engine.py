@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -50,6 +50,8 @@ class PlayerSettings:
     optimizer: Optimizer
     penalty: WeightPenalty
     penalised: Mapping[str, float]  # parameters the penalty covers, and factors (gan/penalised.py)
+    # On the main rank: the whole parameters, on the CPU, that the config freezes, for checkpoints.
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Engine(abc.ABC):
@@ -255,8 +257,8 @@ class Engine(abc.ABC):
         self.load_moments([{k: t for k, t in s.items() if not k.startswith(ours)} for s in states])
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What training changes in this rank's network besides its fragments. Parameters that do not train
-        are not included: the network's class makes the same ones every time."""
+        """What training changes in this rank's network besides its fragments. Parameters that the network's
+        class does not train are not included: it makes the same ones every time."""
         return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:

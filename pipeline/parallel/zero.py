@@ -41,7 +41,7 @@ class ZeroEngine(Engine):
         super().__init__(module, player, ranks, batch)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
-        self._twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
+        twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
         elements = sum(p.numel() for p in named.values())
         gc.freeze()  # `initialize` collects garbage several times, each 0.25 s for all that is there by now
@@ -53,6 +53,7 @@ class ZeroEngine(Engine):
                 dist_init_required=False,
             )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
+        self._twin = _sharing_tensors(twin, module)
         self._flat, places = self._masters(named)
         start_momentum(self._optimizer, [self._flat])
         self._slices = [slice(offset, offset + count) for offset, _, count in places.values()]
@@ -124,9 +125,8 @@ class ZeroEngine(Engine):
             gathered.__enter__()
             self._gathered = gathered
         self._ds.optimizer.clear_backward_seen_flag()  # or a round would overwrite the one before
-        tensors = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         self._twin.train(self.module.training)
-        output: torch.Tensor = torch.func.functional_call(self._twin, tensors, inputs)
+        output: torch.Tensor = self._twin(*inputs)
         return output
 
     @property
@@ -200,6 +200,19 @@ class ZeroEngine(Engine):
                     flat[part] = value.to(flat.device).view(-1)
         self._optimizer.state[self._flat] = whole
         start_momentum(self._optimizer, [self._flat])
+
+
+def _sharing_tensors(twin: nn.Module, module: nn.Module) -> nn.Module:
+    """twin, a copy of the network, with its very parameters and buffers; also when a backward pass computes
+    a checkpointed block again."""
+    tensors = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in tensors:
+        owner, _, own_name = name.rpartition(".")
+        setattr(twin.get_submodule(owner), own_name, tensor)
+    return twin
 
 
 def _mapped(p: Any) -> tuple[int, int, int]:

@@ -8,7 +8,8 @@
         manifest.json          bytes and SHA-256 of every file; written last
 
 A tensor is stored as flat pieces named `kind/parameter@first element`. Any strategy and world can read what
-any other wrote: each rank picks the elements it owns.
+any other wrote: each rank picks the elements it owns. Parameters that D.freeze keeps as they are are stored
+too (kind `constant`), as the run may have them from other weights (run.init).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from pipeline.config import UserError
 from pipeline.parallel.batch_norm import pooled
@@ -125,9 +127,7 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
             for fragment in engine.fragments:
                 piece = read("weights", fragment.name, fragment.start, fragment.data.numel())
                 fragment.data.copy_(piece.view(fragment.data.shape))
-            engine.load_optimizer_state(
-                [read.optimizer(f.name, f.start, f.data.numel()) for f in engine.fragments]
-            )
+            load_moments(engine, read)
             engine.masters_changed()
             live = engine.buffers()
             for name, value in buffers.items():
@@ -138,10 +138,16 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
                     average.copy_(piece.view(average.shape))
 
 
+def load_moments(engine: Engine, read: Pieces) -> None:
+    """Fill a player's optimizer."""
+    engine.load_optimizer_state([read.optimizer(f.name, f.start, f.data.numel()) for f in engine.fragments])
+
+
 class Pieces:
     """Reads one player's flat pieces from all files of a checkpoint."""
 
     def __init__(self, checkpoint: Path, player: str) -> None:
+        self.checkpoint, self.player = checkpoint, player
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         self._scalars: dict[tuple[str, str], Any] = {}
         for path in sorted(checkpoint.glob(f"{player}-*.safetensors")):
@@ -157,8 +163,8 @@ class Pieces:
                     self._scalars[kind, rest] = file.get_tensor(key)
         self.kinds = {kind for kind, _ in [*self._pieces, *self._scalars]}
 
-    def names(self) -> set[str]:
-        return {name for kind, name in self._pieces if kind == "weights"}
+    def names(self, kind: str = "weights") -> set[str]:
+        return {name for k, name in self._pieces if k == kind}
 
     def __call__(self, kind: str, name: str, start: int, count: int) -> torch.Tensor:
         """Elements start … start + count of a flattened whole tensor → fp32 [count]."""
@@ -169,9 +175,21 @@ class Pieces:
                 flat[low - start : high - start] = view[low - first : high - first]
         return flat
 
+    def fill(self, kind: str, network: nn.Module) -> None:
+        """Copy all that is stored of a kind into a whole network. Raises UserError if it is another one's."""
+        named = dict(network.named_parameters())
+        for name in self.names(kind):
+            count = sum(size for _, size, _ in self._pieces[kind, name])
+            if name not in named or named[name].numel() != count:
+                raise UserError(
+                    f"{self.checkpoint} holds another {self.player} than its config describes (at {name})."
+                )
+            with torch.no_grad():
+                named[name].copy_(self(kind, name, 0, count).view_as(named[name]))
+
     def optimizer(self, name: str, start: int, count: int) -> dict[str, torch.Tensor]:
         """A fragment's optimizer state: everything stored for it except weights and average."""
-        kinds = self.kinds - {"weights", "ema"}
+        kinds = self.kinds - {"weights", "ema", "constant"}
         state = {k: self(k, name, start, count) for k in sorted(kinds) if (k, name) in self._pieces}
         return state | {k: self._scalars[k, name] for k in sorted(kinds) if (k, name) in self._scalars}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,9 @@ from pipeline.run import checkpoint
 from pipeline.run.folder import begun
 from pipeline.run.state import State
 from pipeline.wording import in_time
+
+Network = Literal["G_ema", "G", "D"]
+NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
 
 
 def load_run(run: Path) -> tuple[Config, Path, State]:
@@ -39,7 +43,7 @@ def load_generator(run: Path) -> tuple[nn.Module, Config, State]:
     """
     config, found, state = load_run(run)
     try:
-        return _fill(build_G(config, state.num_classes), found, "G", "ema"), config, state
+        return load_network("G_ema", config, found, state), config, state
     except OSError as error:
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
@@ -50,11 +54,7 @@ def export(run: Path, out: Path) -> list[Path]:
     Returns the files. Raises UserError as `load_run` does, or if `out` cannot be written.
     """
     config, found, state = load_run(run)
-    networks = {
-        "G_ema": _fill(build_G(config, state.num_classes), found, "G", "ema"),
-        "G": _fill(build_G(config, state.num_classes), found, "G", "weights"),
-        "D": _fill(build_D(config, state.num_classes), found, "D", "weights"),
-    }
+    networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -70,20 +70,19 @@ def export(run: Path, out: Path) -> list[Path]:
     return [*files, out / "config.yaml", out / "README.md"]
 
 
-def _fill(network: nn.Module, found: Path, player: str, kind: str) -> nn.Module:
-    """Fill a new network with a player's stored weights (or averages) and pooled buffers."""
+def load_network(name: Network, config: Config, found: Path, state: State) -> nn.Module:
+    """A network of the checkpoint `found`, whole on the CPU, in eval mode, BatchNorm's statistics pooled."""
+    player, kind = name[0], "ema" if name == "G_ema" else "weights"
+    network = (build_D if player == "D" else build_G)(config, state.num_classes)
     pieces = checkpoint.Pieces(found, player)
-    named = dict(network.named_parameters())
-    buffers = pooled(network, checkpoint.read_buffers(found, player))
-    if not {name for name, p in named.items() if p.requires_grad} <= pieces.names():
+    if not {name for name, p in network.named_parameters() if p.requires_grad} <= pieces.names():
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
+    pieces.fill(kind, network)
+    pieces.fill("constant", network)
+    buffers = dict(network.named_buffers())
     with torch.no_grad():
-        for name in pieces.names():
-            flat = pieces(kind, name, 0, named[name].numel())
-            named[name].copy_(flat.view_as(named[name]))
-        live = named | dict(network.named_buffers())
-        for name, value in buffers.items():
-            live[name].copy_(value)
+        for key, value in pooled(network, checkpoint.read_buffers(found, player)).items():
+            buffers[key].copy_(value)
     return network.requires_grad_(False).eval()
 
 

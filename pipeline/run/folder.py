@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import TypeAdapter
 
-from pipeline.config import Config, Ema, Run, UserError, dump, load
+from pipeline.config import Config, Ema, Run, UserError, dump, load, without_rampup
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.report import say
+from pipeline.run.rows import append, rows
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -23,17 +24,25 @@ if TYPE_CHECKING:
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
+CHANGES = "changes.jsonl"  # settings that changed in mid-run: cur_nimg, key, old, new
 
 # What may change when a run is resumed: how long, how often, where and how fast, not what is trained.
 # Schedules last for the burn-in, and augmentation that adapts does so once per tick.
+_OF_TRAINING = {"burn_in_kimg", "tick_kimg", "init", "init_optimizer"}
 _FREE = {
-    "run": {field.name for field in dataclasses.fields(Run)} - {"burn_in_kimg", "tick_kimg"},
+    "run": {field.name for field in dataclasses.fields(Run)} - _OF_TRAINING,
     "track": None,
     "score": None,
     "data": {"train", "decoder", "workers", "batch_gpu", "cache", "max_bad"},
     "G": {"checkpoint"},
     "D": {"checkpoint"},
 }
+
+
+def _changeable(config: Config) -> set[str]:
+    """What may change too with run.new_settings=true: all that may be [from, to], as it is read in every
+    update."""
+    return {key.partition("[")[0] for key in config.schedulable}
 
 
 def find_folder(config: Config, announce: Callable[[str], None]) -> tuple[Config, Path]:
@@ -108,10 +117,11 @@ def _running(folder: Path, error: HeldError) -> UserError:
     )
 
 
-def open_folder(config: Config, folder: Path, still_ours: Callable[[], None]) -> None:
-    """Create the folder or reopen it for resuming; write config.yaml. Call only when the run can start.
+def open_folder(config: Config, folder: Path, cur_nimg: int, still_ours: Callable[[], None]) -> None:
+    """Create the folder or reopen it for resuming from cur_nimg; write config.yaml, and what changes in it.
 
-    still_ours: see Report. Raises UserError when the folder cannot be written.
+    Call only when the run can start. still_ours: see Report. Raises UserError when the folder cannot be
+    written.
     """
     still_ours()
     try:
@@ -119,7 +129,9 @@ def open_folder(config: Config, folder: Path, still_ours: Callable[[], None]) ->
         (folder / STOPPED).unlink(missing_ok=True)
         if not finished(folder, config):  # of a run that is now to train longer
             (folder / DONE).unlink(missing_ok=True)
-        write(folder / "config.yaml", dump(config))
+        _record_changes(config, folder, cur_nimg)
+        run = dataclasses.replace(config.run, new_settings=False)  # these are its settings from here on
+        write(folder / "config.yaml", dump(dataclasses.replace(config, run=run)))
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
 
@@ -151,7 +163,7 @@ def as_begun(config: Config, folder: Path) -> Config:
         return config
     before = begun(folder)
     if config.ema.rampup == Ema().rampup and not before.ema.rampup:
-        config = _without_rampup(config)
+        config = without_rampup(config)
     penalty = config.penalty
     if penalty.G.on == "auto":
         penalty = dataclasses.replace(penalty, G=dataclasses.replace(penalty.G, on=before.penalty.G.on))
@@ -165,31 +177,45 @@ def begun(folder: Path) -> Config:
     path = folder / "config.yaml"
     config = load(path)
     sections = yaml.safe_load(path.read_text("utf-8"))
-    return config if "rampup" in (sections.get("ema") or {}) else _without_rampup(config)
-
-
-def _without_rampup(config: Config) -> Config:
-    return dataclasses.replace(config, ema=dataclasses.replace(config.ema, rampup=0.0))
+    return config if "rampup" in (sections.get("ema") or {}) else without_rampup(config)
 
 
 def check_same(config: Config, folder: Path) -> None:
     """Raises UserError when resuming the run in `folder` with this config would make it another run."""
-    if not (folder / "config.yaml").exists():
+    changed = changes(config, folder)
+    may = {key for key in changed if key in _changeable(config)}
+    refused = changed.keys() - (may if config.run.new_settings else ())
+    if not refused:
         return
+    remedy = "Give it another run.name, or set run.resume=false to start over under a new name."
+    if refused <= may:
+        remedy += " Or set run.new_settings=true to continue with the new values."
+    elif config.run.new_settings:
+        remedy += f" run.new_settings=true changes {', '.join(sorted(_changeable(config)))} only."
+    lines = [f"  {key}: {old!r} → {new!r}" for key, (old, new) in changed.items() if key in refused]
+    raise UserError("\n".join([f"{folder} holds a run with other settings:", *lines, remedy]))
+
+
+def changes(config: Config, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Dotted key → (old, new) of what is trained, where the run in `folder` differs from `config`."""
+    if not (folder / "config.yaml").exists():
+        return {}
     before, now = _fixed(begun(folder)), _fixed(as_begun(config, folder))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
     if before["augment.target"] is None:
         del keys["run.tick_kimg"]
-    changed = [
-        f"  {key}: {before.get(key)!r} → {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)
-    ]
-    if changed:
-        lines = [
-            f"{folder} holds a run with other settings:",
-            *changed,
-            "Give it another run.name, or set run.resume=false to start over under a new name.",
-        ]
-        raise UserError("\n".join(lines))
+    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+
+
+def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
+    """A line in changes.jsonl for each setting with another value from cur_nimg on. Raises OSError."""
+    file = folder / CHANGES
+    last = {row.get("key"): row for row in rows(file)}
+    for key, (old, new) in changes(config, folder).items():
+        row = {"cur_nimg": cur_nimg, "key": key, "old": old, "new": new}
+        if row != last.get(key):  # else a start that was killed before it could write config.yaml has
+            append(file, row)
+        say(f"{key}: {old!r} → {new!r} from kimg {cur_nimg / 1000:g} on")
 
 
 def finished(folder: Path, config: Config) -> bool:

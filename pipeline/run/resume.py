@@ -1,8 +1,11 @@
-"""Resuming a run: from its newest intact checkpoint, on the data that it was trained on."""
+"""Where a run starts: its newest intact checkpoint, on the data that it was trained on; or run.init."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from pipeline.config import Config
 from pipeline.data.index import Index
@@ -12,11 +15,12 @@ from pipeline.errors import CommonError
 from pipeline.parallel.batch_norm import has_sync_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, source
 from pipeline.run.checkpoint import SavedBy
 from pipeline.run.folder import REFERENCE, finished
 from pipeline.run.report import say
 from pipeline.run.resend import catch_up
+from pipeline.run.source import Source
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
 from pipeline.wording import counted
@@ -40,28 +44,59 @@ def first_state(config: Config, index: Index, split: Split) -> State:
     return State(plan=plan.fingerprint, data=index.fingerprint, label_frequencies=frequencies)
 
 
-def resume(folder: Path, gan: Gan, state: State, ranks: Ranks, new_data: bool) -> tuple[State, Stats]:
-    """Continue from the newest intact checkpoint, if there is one; returns where the run stands.
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: its newest intact checkpoint, else run.init, else the seed."""
 
-    state: that of a new run. new_data: resume although its data are not those of the checkpoint.
-    """
-    ranks.progress.doing = "loading a checkpoint"
-    stats = Stats(ranks.device, reports=gan.D.batch.world * gan.D.batch.rounds)
+    config: Config
+    ranks: Ranks
+    checkpoint: Path | None
+    source: Source | None
+
+    def fill(self, player: str, network: nn.Module) -> None:
+        """Before a whole network is wrapped: fill it from run.init; or fill what D.freeze keeps from the
+        checkpoint, from which `resume` loads the rest."""
+        if self.checkpoint is not None:
+            checkpoint.Pieces(self.checkpoint, player).fill("constant", network)
+        elif self.source is not None:
+            text = source.fill(self.config, self.source, player, network)
+            if self.ranks.main:
+                say(text)
+
+
+def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Start:
+    """state: that of a new run. Raises CommonError if the run has checkpoints, but no intact one, or if it is
+    new and run.init cannot be used."""
+    ranks.progress.doing = "looking for a checkpoint"
     found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
-    if found is None:
-        if complaints:
-            raise CommonError(
-                "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
-                + "\nBring one back, or start over under a new name with run.resume=false."
-            )
-        return state, stats
+    if found is None and complaints:
+        raise CommonError(
+            "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
+            + "\nBring one back, or start over under a new name with run.resume=false."
+        )
     for complaint in complaints if ranks.main else ():
         say(f"warning: {complaint}; falling back")
+    first = ranks.broadcast_from_main(lambda: source.check_init(config, folder, state.num_classes))
+    return Start(config, ranks, found, first)
+
+
+def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, Stats]:
+    """Continue from the checkpoint that was found, if one was; returns where the run stands.
+
+    state: that of a new run, which begins with what `Start.fill` has given it.
+    """
+    found, ranks = start.checkpoint, start.ranks
+    stats = Stats(ranks.device, reports=gan.D.batch.world * gan.D.batch.rounds)
+    if found is None:
+        if start.source is not None:
+            source.finish(start.config, start.source, gan)
+        return state, stats
+    ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)
     refuse_other_rounds(folder, by, gan)
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
-        saved = _moved(folder, saved, state, new_data)
+        saved = _moved(folder, saved, state, start.config.run.new_data)
         ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
         if ranks.main:
             say("warning: resumes on other data: new scores do not compare with earlier ones")

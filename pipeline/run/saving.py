@@ -157,7 +157,7 @@ class NotFiniteError(Exception):
 
 def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
     """One rank's part of a player: named tensors in any memory layout, not copied."""
-    tensors: Tensors = {}
+    tensors: Tensors = {f"constant/{name}@0": t for name, t in engine.player.constants.items()}
     states = engine.optimizer_state()
     for place, (fragment, state) in enumerate(zip(engine.fragments, states, strict=True)):
         where = f"{fragment.name}@{fragment.start}"

@@ -217,7 +217,7 @@ def test_images_of_the_wrong_size(users):
         check_networks(config("G.kind=mynets.wrong:G"), 0)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"vit"}))  # which is smooth as it is
 def test_smooth_activations_change_nothing_else(kind):
     shared = {"size": 32, "channels": 1, "width": 4}
     for network, arguments in ((FAMILIES[kind]["G"], shared | {"z_dim": 6}), (FAMILIES[kind]["D"], shared)):

@@ -85,7 +85,7 @@ def test_fsdp2_holds_and_sends_what_it_should():
     for name in ("weights", "optimizer", "G_ema"):
         assert measured[name] == pytest.approx(due[name], rel=0.02), name
     assert sum(found["sent"].values()) == pytest.approx(sent, rel=0.02)
-    job = Job(load(None, found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
+    job = Job(pair.config_of(found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
     forecast = doctor_memory.states(job, build_players(job, 0))
     assert forecast == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
 

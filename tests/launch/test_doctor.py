@@ -162,8 +162,8 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
     [
         (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
         (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
-        (["penalty.l2=1e-4"], "ddp", "weight penalty", ["λ is set for G,"]),
-        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ is set for D,"]),
+        (["penalty.G.l2=1e-4"], "ddp", "weight penalty", ["λ_G on weights", "2 of 3 kernels"]),
+        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
         (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
     ],
@@ -217,8 +217,21 @@ def test_norms_over_all_ranks_are_no_trap() -> None:
     assert found.verdict == "ok" and "over the 20 images of a round" in found.text
 
 
+@pytest.mark.parametrize(("lr", "said"), [("1.6e-3", False), ("[1.6e-3,1e-4]", False), ("2e-4", True)])
+def test_a_transformer_s_learning_rate_falls_with_its_width(lr: str, said: bool) -> None:
+    keys = [f"{player}.{key}" for player in "GD" for key in ("kind=vit", "norm=batch", "width=96", "depth=4")]
+    found = networks(job(*keys, f"optim.D.lr={lr}", "optim.G.lr=1.6e-3", "run.burn_in_kimg=1", procs=1))
+    assert found["networks"].verdict == "ok" and ("learning rate" in found) == said
+    if said:
+        assert "optim.D.lr=0.0002" in found["learning rate"].text
+        assert "optim.D.lr=0.0016" in str(found["learning rate"].remedy)
+
+
 def test_no_trap_without_cause() -> None:
-    assert set(networks(job("penalty.D.l2=1e-4"))) == {"networks"}
+    found = networks(job("penalty.D.l2=1e-4"))
+    assert set(found) == {"networks", "weight penalty"} and found["weight penalty"].verdict == "ok"
+    assert "through all of its kernels" in found["weight penalty"].text
+    assert set(networks(job())) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
 
 

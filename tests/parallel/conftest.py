@@ -35,7 +35,7 @@ def launched(
             first = before(name)
             earlier = None if first is None else launch(first)  # queued before this one
             asked = {params["case"] for params, of_matrix in chosen if of_matrix and params["name"] == name}
-            cases = sorted(asked & (parity.OBJECTIVE | parity.THOROUGH))
+            cases = sorted(asked & (parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH))
             launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier, cases)
         return launches[name]
 

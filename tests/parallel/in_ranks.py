@@ -2,8 +2,8 @@
 
 The parity matrix, of the objective's cases only those named; two of its cases continued from the
 checkpoints that the launch before, of another strategy or world, left in EARLIER; the Dirac-GAN; a record
-of what passes between the ranks; fp16; updates that are skipped; batch normalisation over all ranks; and, as
-it may end the training, a matrix with known mistakes.
+of what passes between the ranks; a run that starts from another one; fp16; updates that are skipped; batch
+normalisation over all ranks; and, as it may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dirac
 import half
 import mutant
 import skips
+import starts
 import sync_norm
 import wire
 from safetensors.torch import save_file
@@ -29,7 +30,7 @@ CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that tr
 def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy, thorough=True)
-    named = parity.OBJECTIVE | parity.THOROUGH
+    named = parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH
     cases = [case for case in cases if case.name not in named or case.name in objective]
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
@@ -39,6 +40,7 @@ def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
                 save_file(tensors, out / f"continued-{case.name}.safetensors")
     found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"], found["sync_norm.json"] = wire.record(ranks), sync_norm.record(ranks)
+    found["starts.json"] = starts.record(ranks, out)
     found["overflow.json"] = half.train(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
     if ranks.main:

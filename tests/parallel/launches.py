@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch import processes, selfcheck
-from launch.selfcheck.parity import OBJECTIVE, THOROUGH, Case
+from launch.selfcheck.parity import FAMILIES, OBJECTIVE, THOROUGH, Case
 
 HERE = Path(__file__).parent
 
@@ -17,13 +17,13 @@ LAUNCHES = (
 )  # fmt: skip
 LONG = ("zero1-3", "ddp-1", "fsdp2-1", "zero1-1", "zero2-1", "zero3-1")
 EVERYWHERE = (*((name, ()) for name in LAUNCHES), *((name, (pytest.mark.long,)) for name in LONG))
-FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where cases of the objective are trained by default
+FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where the objective's and families' cases are trained
 LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 
 def marks_of(name: str, case: Case) -> tuple[pytest.MarkDecorator, ...]:
     """Of a case of the parity matrix under "strategy-world"."""
-    long = name in LONG or case.name in THOROUGH or (case.name in OBJECTIVE and name not in FEW)
+    long = name in LONG or case.name in THOROUGH or (case.name in OBJECTIVE | FAMILIES and name not in FEW)
     return (pytest.mark.long,) if long else ()
 
 

@@ -47,7 +47,7 @@ def player(device: str) -> Any:
     data = {n: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for n, t in data.items()}
     moments = [{"step": torch.ones(()), "exp_avg": torch.rand_like(t)} for t in data.values()]
     return SimpleNamespace(
-        player=SimpleNamespace(name="G"),
+        player=SimpleNamespace(name="G", constants={}),
         in_first_copy=True,
         batch=BatchShape(world=1, rounds=3, images=4),
         fragments=[Fragment(name, 0, t.shape, t, True) for name, t in data.items()],
