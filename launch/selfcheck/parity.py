@@ -131,6 +131,11 @@ def _vit(*keys: str) -> tuple[str, ...]:
 
 
 _OF_FAMILIES = {
+    "r3gan": (
+        *_networks("pipeline.gan.r3gan"),
+        *(f"{player}.options={{width: 5, max_width: 16, activation: silu}}" for player in "GD"),
+        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+    ),
     "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
     "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
 }
@@ -152,8 +157,8 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
     the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
-    transformers, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also those of
-    `THOROUGH`, for tests that may take long.
+    R3GAN, transformers, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also
+    those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
     clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}

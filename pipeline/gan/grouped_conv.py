@@ -16,8 +16,9 @@ class GroupedConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        device = input.device.type
-        if torch.is_autocast_enabled(device):  # which knows torch's own convolutions only
+        device = input.device.type  # meta has no autocast
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            # Autocast knows torch's own convolutions only.
             dtype = torch.get_autocast_dtype(device)
             input, weight = input.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)

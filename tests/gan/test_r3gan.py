@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from pipeline.config import UserError, load
 from pipeline.gan import dcgan
 from pipeline.gan.networks import _Unfilled, build_D, build_G, check_networks
-from pipeline.gan.r3gan import SIZES, Block, Discriminator, Generator, initialise_blocks
+from pipeline.gan.penalised import penalised
+from pipeline.gan.r3gan import SIZES, Basis, Block, Discriminator, Generator, initialise_blocks
 
 
 def count(module):
@@ -276,6 +277,16 @@ def test_blocks_can_be_sharded_one_by_one():
         sizes = [count(entry) for entry in network.blocks]
         assert sum(sizes) > 0.95 * count(network) and max(sizes) < 0.2 * count(network)
         assert not dict(network.named_buffers())
+
+
+def test_penalised_are_the_kernels_and_nothing_else():
+    for network in pair(num_classes=3, depth=2):
+        kernels = {
+            f"{name}.weight"
+            for name, layer in network.named_modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear | Basis)
+        }
+        assert penalised(network, "auto") == dict.fromkeys(kernels, 1.0)
 
 
 def config(*settings):

@@ -88,6 +88,12 @@ def test_a_grouped_convolution_under_autocast_is_torch_s():
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+def test_without_memory_there_are_shapes():
+    with torch.device("meta"):
+        layer = GroupedConv2d(8, 8, 3, padding=1, groups=2)
+        assert shrink(enlarge(layer(torch.zeros(2, 8, 4, 4)))).shape == (2, 8, 4, 4)
+
+
 def test_a_frozen_grouped_convolution_passes_gradients_on():
     layer, _ = pair(4, padding=1)
     x = images(1, 8, 5, 5).requires_grad_()

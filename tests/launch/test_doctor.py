@@ -31,6 +31,11 @@ from pipeline import config
 FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
 PENALISED = ["penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1"]
+VIT = [
+    f"{player}.{key}"
+    for player in "GD"
+    for key in ("kind=vit", "norm=batch", "width=32", "depth=4", "patch=4", "checkpoint=true")
+]
 LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
 GOOD = f"""
 data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
@@ -219,8 +224,10 @@ def test_norms_over_all_ranks_are_no_trap() -> None:
 
 @pytest.mark.parametrize(("lr", "said"), [("1.6e-3", False), ("[1.6e-3,1e-4]", False), ("2e-4", True)])
 def test_a_transformer_s_learning_rate_falls_with_its_width(lr: str, said: bool) -> None:
-    keys = [f"{player}.{key}" for player in "GD" for key in ("kind=vit", "norm=batch", "width=96", "depth=4")]
-    found = networks(job(*keys, f"optim.D.lr={lr}", "optim.G.lr=1.6e-3", "run.burn_in_kimg=1", procs=1))
+    widths = ["G.width=96", "D.width=96"]
+    found = networks(
+        job(*VIT, *widths, f"optim.D.lr={lr}", "optim.G.lr=1.6e-3", "run.burn_in_kimg=1", procs=1)
+    )
     assert found["networks"].verdict == "ok" and ("learning rate" in found) == said
     if said:
         assert "optim.D.lr=0.0002" in found["learning rate"].text
@@ -245,6 +252,7 @@ def test_no_trap_without_cause() -> None:
         (["G.kind=resnet", "D.kind=resnet", "penalty.r1.gamma=1", "data.size=32", "G.width=16"], "no"),
         (["G.kind=resnet", "D.kind=resnet", "data.size=32", "data.channels=3", "G.width=16"], "bf16"),
         (["loss.kind=relativistic", *PENALISED, "G.width=32", "D.width=32"], "no"),
+        ([*VIT, *PENALISED, "penalty.r2.sigma=0.1"], "no"),
         (["loss.kind=relativistic", *PENALISED, "penalty.r1.fraction=1/4", "penalty.r2.sigma=0.1"], "no"),
         (
             ["data.conditional=true", "D.spectral_norm=true", "penalty.l1=1e-5", *SGD, "loss.D_steps=2"],
