@@ -39,12 +39,15 @@ class Gan:
     D_steps: int
     augment: Augmentation  # of all that D sees
     mixes: bool = False  # whether D's turn looks between real and fake images
+    style_mixing: float = 0.0  # the share of images with two latents
     adaptive: AdaptiveP | None = None  # where p is neither given nor scheduled
 
     def draw(self, player: str, cur_nimg: int) -> Drawn:
         """The random inputs of a player's turn, for the global batch."""
         drawn = self.draws.latents(player, cur_nimg, self.batch_size, labels=not self.losses.paired)
         drawn = drawn._replace(augmentation=self.augmentation(player, cur_nimg, self.batch_size))
+        if self.style_mixing:
+            drawn = drawn._replace(z=self.draws.mixed(drawn.z, self.style_mixing, player, cur_nimg))
         if self.mixes and player == "D":
             drawn = drawn._replace(mix=self.draws.uniform("mix", cur_nimg, self.batch_size))
         return drawn
@@ -108,6 +111,7 @@ def build(
         D_steps=config.loss.D_steps,
         augment=Augmentation(config.augment.ops, data.size),
         mixes=config.penalty.wgan_gp.weight > 0,
+        style_mixing=float(getattr(networks["G"], "style_mixing", 0.0)),
         adaptive=adaptive,
     )
 

@@ -97,15 +97,17 @@ class Data:
 class Generator:
     """G: z (and a label) → image."""
 
-    kind: str = "dcgan"  # or resnet, r3gan, vit, or package.module:Class
+    kind: str = "dcgan"  # or resnet, r3gan, stylegan2, vit, or package.module:Class
     z_dim: Count = 128
     width: Count = 64  # channels next to the image, doubled with each layer further in; vit: of every token
-    max_width: Count = 512  # r3gan: no layer is wider
+    max_width: Count = 512  # r3gan, stylegan2: no layer is wider
     depth: Count = 1  # resnet, r3gan: residual blocks per resolution; vit: blocks
     blocks: Annotated[int, Field(ge=0)] = 0  # dcgan: R3GAN's residual blocks at its smallest resolution
     heads: Count | None = None  # vit: of attention; None: one per 64 channels
     patch: Count = 2  # vit: pixels along the side of the square that a token stands for
     outputs: Count = 4  # vit: depths at which an image is added to the output
+    mapping: Count = 8  # stylegan2: layers of the mapping network
+    mixing: Annotated[float, Field(ge=0, le=1)] = 0.0  # stylegan2: share of training images with two latents
     norm: Norm = "batch"  # over the images of a rank and round; sync_batch: of a round, on all ranks
     dropout: BelowOne = 0.0
     spectral_norm: bool = False

@@ -20,6 +20,8 @@ from unittest.mock import patch
 
 import torch
 
+from launch.selfcheck import families
+from launch.selfcheck.families import networks, slopes
 from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
@@ -67,7 +69,7 @@ class Case:
                 f"data.batch_size={self.batch}",
                 f"data.batch_gpu={self.batch // world // self.rounds}",
                 "G.z_dim=7",
-                *_networks("pipeline.gan.dcgan"),
+                *networks("pipeline.gan.dcgan"),
                 *(
                     f"{player}.options={{width: 5, norm: none, activation: silu}}"
                     for player in "GD"
@@ -78,10 +80,6 @@ class Case:
                 *self.settings,
             ),
         )
-
-
-def _networks(module: str, prefix: str = "") -> tuple[str, ...]:
-    return (f"G.kind={module}:{prefix}Generator", f"D.kind={module}:{prefix}Discriminator")
 
 
 def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
@@ -103,6 +101,7 @@ OBJECTIVE = frozenset((
     "relativistic", "r1-r2", "r2", "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation",
     "adaptive", "sync-batch", "sync-batch-r1", "effective", "freeze",
 ))  # fmt: skip
+FAMILIES = frozenset(families.CASES)  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
 _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
@@ -111,35 +110,7 @@ _SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by th
 )
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
-_PATH = ("penalty.path.weight=0.3", "penalty.path.interval=2", "penalty.path.decay=0.5")
-
-
 _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
-
-
-def _slopes(*keys: str) -> tuple[str, ...]:
-    return tuple(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in keys)
-
-
-def _vit(*keys: str) -> tuple[str, ...]:
-    sizes = ", ".join(["width: 8, depth: 2, heads: 2, patch: 7", *keys])
-    return (
-        *_networks("pipeline.gan.vit"),
-        *(f"G.options={{{sizes}, outputs: 2}}", f"D.options={{{sizes}}}"),
-        *("data.conditional=true", "loss.kind=relativistic"),
-    )
-
-
-_OF_FAMILIES = {
-    "r3gan": (
-        *_networks("pipeline.gan.r3gan"),
-        *(f"{player}.options={{width: 5, max_width: 16, activation: silu}}" for player in "GD"),
-        *("data.conditional=true", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
-    ),
-    "vit": (*_vit("checkpoint: true"), *_PATH, *_slopes("gamma=0.7", "interval=1")),
-    "vit-difference": (*_vit("checkpoint: true"), *_slopes("gamma=0.7", "sigma=0.3", "interval=1")),
-}
-FAMILIES = frozenset(_OF_FAMILIES)  # trained under fewer launches, as those of OBJECTIVE
 
 
 def known_noise(images: torch.Tensor) -> torch.Tensor:
@@ -157,7 +128,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     """{accumulation 1, 2} × {clipping off, on} × {penalty off, L2, L1+L2} under SGD, and L2 under Adam; then
     a penalty on all parameters and on kernels times a constant, R1, norms of single images, labels, pairs,
     the other gradient penalties, path length, schedules, augmentation, two D steps, residual networks,
-    R3GAN, transformers, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also
+    families of networks, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also
     those of `THOROUGH`, for tests that may take long.
     """
     batch = shared_batch(world)
@@ -173,7 +144,7 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
                 found.append(Case(name, settings, rounds, batch, resumed))
     special = {
         "on-all": ("penalty.on=all",),
-        "effective": (*_networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
+        "effective": (*networks("launch.selfcheck.networks", "Equalised"), *_EFFECTIVE),
         "r1": R1,
         "r1-clipped": (*R1, *CLIPPED),
         "spectral": ("G.options.spectral_norm=true", "D.options.spectral_norm=true"),
@@ -184,21 +155,21 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "sync-batch-r1": (*_SYNC_BATCH, *R1),
         "labels": ("data.conditional=true", "loss.kind=hinge"),
         "relativistic": ("data.conditional=true", "loss.kind=relativistic"),
-        "r1-r2": ("loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
+        "r1-r2": ("loss.kind=relativistic", *slopes("gamma=0.7", "interval=1")),
         "r2": ("penalty.r2.gamma=0.7", "penalty.r2.interval=2"),
         "wgan-gp": ("loss.kind=wasserstein", "penalty.wgan_gp.weight=0.5"),
-        "fraction": ("data.conditional=true", *_slopes("gamma=0.7", "interval=1", "fraction=1/2")),
-        "difference": (*_slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
-        "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *_PATH),
+        "fraction": ("data.conditional=true", *slopes("gamma=0.7", "interval=1", "fraction=1/2")),
+        "difference": (*slopes("gamma=0.7", "sigma=0.3", "interval=1"), "penalty.r2.sided=1"),
+        "path": ("G.kind=launch.selfcheck.networks:LatentGenerator", *families.PATH),
         "schedules": _SCHEDULES,
-        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *_slopes("gamma=0.7", "interval=2")),
+        "augmentation": (*_AUGMENTED, "augment.p=[0.9,0.3]", *slopes("gamma=0.7", "interval=2")),
         "adaptive": (*_AUGMENTED, *_ADAPTIVE, "loss.kind=relativistic"),
         "twice": ("loss.D_steps=2", "loss.kind=least_squares"),
-        "resnet": ("data.size=32", *_networks("pipeline.gan.resnet")),
-        **_OF_FAMILIES,
-        "freeze": ("D.freeze=1", "loss.kind=relativistic", *_slopes("gamma=0.7", "interval=1")),
-        "frozen": _networks("launch.selfcheck.networks", "Frozen"),
-        "tied": _networks("launch.selfcheck.networks", "Tied"),
+        "resnet": ("data.size=32", *networks("pipeline.gan.resnet")),
+        **families.CASES,
+        "freeze": ("D.freeze=1", "loss.kind=relativistic", *slopes("gamma=0.7", "interval=1")),
+        "frozen": networks("launch.selfcheck.networks", "Frozen"),
+        "tied": networks("launch.selfcheck.networks", "Tied"),
     }
     if strategy == "fsdp2":
         del special["tied"]

@@ -49,7 +49,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         for _ in range(config.loss.D_steps):
             batch = next(batches)
             images, c = _on(device, batch.images, batch.labels)
-            z, fake_c = _on(device, *draws.latents("D", nimg, case.batch)[:2])
+            z, fake_c = _on(device, *_latents(draws, G, "D", nimg, case.batch))
             assert images is not None
             fake_c = c if config.loss.kind == "relativistic" else fake_c
             x, y = (images.float() / 127.5 - 1).requires_grad_(), G(z, fake_c).detach().requires_grad_()
@@ -63,7 +63,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
-        z, fake_c = _on(device, *draws.latents("G", nimg, case.batch)[:2])
+        z, fake_c = _on(device, *_latents(draws, G, "G", nimg, case.batch))
         fake_c = c if config.loss.kind == "relativistic" else fake_c
         see = _seeing(config, D, draws, "G", nimg, adapted)
         real = see(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
@@ -87,6 +87,13 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     tensors |= {f"D/{name}": p.detach() for name, p in _trained(D)}
     tensors |= {f"G_ema/{name}": G_ema[name] for name, _ in _trained(G)}
     return {name: p.cpu() for name, p in tensors.items()}, rows
+
+
+def _latents(draws: Draws, G: nn.Module, player: str, nimg: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """z and labels; with two z and a crossover if G mixes styles."""
+    z, c, *_ = draws.latents(player, nimg, count)
+    share = getattr(G, "style_mixing", 0.0)
+    return (draws.mixed(z, share, player, nimg) if share else z), c
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -231,7 +238,7 @@ def _at(value: Schedulable, config: Config, nimg: int) -> float:
 
 
 def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Tensors:
-    """λ₂ Σ (cw)² and λ₁ Σ |cw| over all that trains, or over kernels: here, weights of two axes or more."""
+    """λ₂ Σ (cw)² and λ₁ Σ |cw| over all that trains, or over kernels: here, weights of two axes or four."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     penalty: WeightPenalty = getattr(config.penalty, player)
     layers: list[Any] = [m for m in module.modules() if hasattr(m, "weight_gain")]
@@ -239,7 +246,7 @@ def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Ten
     chosen = [
         p * gains.get(id(p), 1.0) if penalty.on in ("auto", "effective") else p
         for _, p in _trained(module)
-        if penalty.on == "all" or (p.ndim > 1 and id(p) not in embeddings)
+        if penalty.on == "all" or (p.ndim in (2, 4) and id(p) not in embeddings)
     ]
     parts = {"l2_penalty": _at(penalty.l2, config, nimg) * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:

@@ -26,7 +26,7 @@ def derive_seed(*parts: int | str) -> int:
 class Drawn(NamedTuple):
     """The random inputs of one player's turn, for the whole global batch, on the CPU."""
 
-    z: Tensor  # float32 [count, z_dim]
+    z: Tensor  # float32 [count, z_dim], or as `Draws.mixed` has it
     c: Tensor | None  # int64 [count]
     seed: int  # for dropout inside the networks; callers add their rank and round
     augmentation: Tensor | None = None  # float32 [count, columns]: gan/augment.py
@@ -61,6 +61,17 @@ class Draws:
             return Drawn(z, None, seed)
         u = torch.rand(count, dtype=torch.float64, generator=self.generator("labels", purpose, cur_nimg))
         return Drawn(z, self._inverse_cdf(u), seed)
+
+    def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int) -> Tensor:
+        """z [count, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [count, 2·z_dim + 1]
+        of z, a second z, and the crossover in [0, 1], from which layer on the second one counts.
+
+        A `share` of the images have a crossover uniform in [0, 1), the others 1: the second never counts.
+        """
+        generator = self.generator("mixing", purpose, cur_nimg)
+        other = torch.randn(z.shape, generator=generator)
+        where, mixes = torch.rand(2, len(z), 1, generator=generator)
+        return torch.cat([z, other, torch.where(mixes < share, where, 1.0)], dim=1)
 
     def uniform(self, purpose: str, cur_nimg: int, count: int) -> Tensor:
         """float32 [count] in [0, 1), for the whole global batch as in `latents`, on the CPU."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
-from pipeline.gan import dcgan, r3gan, resnet, vit
+from pipeline.gan import dcgan, r3gan, resnet, stylegan2, vit
 from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
 from pipeline.gan.frozen import freeze
@@ -28,6 +28,7 @@ FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
         "dcgan": {"G": dcgan.Generator, "D": dcgan.Discriminator},
         "resnet": {"G": resnet.Generator, "D": resnet.Discriminator},
         "r3gan": {"G": r3gan.Generator, "D": r3gan.Discriminator},
+        "stylegan2": {"G": stylegan2.Generator, "D": stylegan2.Discriminator},
         "vit": {"G": vit.Generator, "D": vit.Discriminator},
     }
 )

@@ -26,6 +26,12 @@ def shrink(x: Tensor) -> Tensor:
     return smaller
 
 
+def smooth(x: Tensor, border: int) -> Tensor:
+    """[N,C,H,W] → [N,C,H + 2·border − 3,…]: [1, 3, 3, 1]/8, with 1 or 2 zeros added on every side."""
+    smoothed: Tensor = _Smoothed.apply(x, border)  # type: ignore[no-untyped-call]
+    return smoothed
+
+
 # Each is a multiple of the other's adjoint. So a backward is the other's forward, however often one
 # differentiates; those of pooling are several times slower on a CPU.
 
@@ -50,6 +56,20 @@ class _Shrunk(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return enlarge(gradient) / 4
+
+
+class _Smoothed(torch.autograd.Function):
+    """Its adjoint is itself, with the border that restores the size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, border: int) -> Tensor:
+        ctx.border = border
+        x = F.avg_pool2d(_channels_last(x), 2, stride=1, padding=1)
+        return F.avg_pool2d(F.avg_pool2d(x, 2, stride=1, padding=border - 1), 2, stride=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return smooth(gradient, 3 - ctx.border), None
 
 
 def _channels_last(x: Tensor) -> Tensor:

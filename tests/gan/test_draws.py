@@ -99,3 +99,17 @@ def test_grid_has_a_class_per_column():
 @pytest.mark.parametrize(("frequencies", "columns"), [(None, 8), ([1] * 10, 10), ([1] * 1000, 8), ([1], 8)])
 def test_grid_columns(frequencies, columns):
     assert Draws(0, 4, frequencies).grid_columns(64) == columns
+
+
+def test_mixed_latents_have_a_second_z_and_a_crossover():
+    draws, z = Draws(5, 3, None), torch.randn(4000, 3)
+    mixed = draws.mixed(z, 0.9, "D", 64)
+    assert mixed.shape == (4000, 7) and mixed.dtype == torch.float32
+    assert torch.equal(mixed[:, :3], z) and torch.equal(mixed, draws.mixed(z, 0.9, "D", 64))
+    other, crossover = mixed[:, 3:6], mixed[:, 6]
+    assert abs(other.mean()) < 0.05 and abs(other.std() - 1) < 0.05 and abs((other * z).mean()) < 0.05
+    share = (crossover < 1).float().mean()
+    assert abs(share - 0.9) < 0.03 and abs(crossover[crossover < 1].mean() - 0.5) < 0.03
+    assert (draws.mixed(z, 1.0, "D", 64)[:, 6] < 1).all() and (draws.mixed(z, 0.0, "D", 64)[:, 6] == 1).all()
+    for another in (draws.mixed(z, 0.9, "G", 64), draws.mixed(z, 0.9, "D", 128)):
+        assert not torch.equal(another[:, 3:6], other)

@@ -1,0 +1,36 @@
+"""White noise that is a function of integers, and so the same on every device and in every world.
+
+A generator of random numbers would draw other noise where the batch is divided among other ranks. Here each
+value is a hash of the image's key, the layer and the pixel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_BITS = 23  # so many bits, and a half, are exact in float32
+
+
+def keys_of(z: Tensor) -> Tensor:
+    """Latents [N, z_dim] → int64 [N] in [0, 2³²): the bits of their first elements, in float32."""
+    return z[:, 0].detach().float().view(torch.int32).long() & 0xFFFFFFFF
+
+
+def white_noise(keys: Tensor, layer: int, size: int) -> Tensor:
+    """Standard normal float32 [N, 1, size, size], a function of each key (int64 [N] in [0, 2³²)) and of the
+    layer."""
+    pixels = torch.arange(size * size, device=keys.device)
+    streams = _hash((keys + 0x9E3779B9 * (layer + 1)) & 0xFFFFFFFF)
+    bits = _hash(streams[:, None] ^ pixels) >> (32 - _BITS)
+    uniform = (bits.float() + 0.5) * 2.0 ** (1 - _BITS) - 1  # in (−1, 1), exactly
+    return (math.sqrt(2) * torch.erfinv(uniform)).view(-1, 1, size, size)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A bijection of [0, 2³²) in which every bit of x moves every bit: shifts and products below 2⁶³."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x

@@ -1,0 +1,53 @@
+"""Truncation: less variety for better images, in families whose images are computed from a latent w."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import UserError
+from pipeline.gan.draws import derive_seed
+
+SAMPLES = 10_000  # latents whose mean is w̄
+
+
+class Mapped(Protocol):
+    """A G in two parts."""
+
+    def mapping(self, z: Tensor, c: Tensor | None) -> Tensor:
+        """z [N, z_dim] and labels → w [N, w_dim]."""
+
+    def synthesis(self, w: Tensor) -> Tensor:
+        """w [N, w_dim] → images [N, C, H, W]."""
+
+
+@torch.no_grad()
+def truncated(G: nn.Module, z: Tensor, c: Tensor | None, psi: float) -> Tensor:
+    """Images [N, C, H, W] of w̄ + ψ(w − w̄) (Karras et al. 2019, StyleGAN, appendix B); ψ = 1: of w itself.
+
+    w̄ is the mean of w over 10,000 fixed z; with labels, of the image's class, so that truncated images stay
+    in it. It is computed here and stored nowhere: a mean that follows training is another on every rank.
+    G: whole and in eval mode, such as G_ema. Raises UserError if G has no `mapping` and `synthesis`.
+    """
+    if not (callable(getattr(G, "mapping", None)) and callable(getattr(G, "synthesis", None))):
+        raise UserError(
+            f"Truncation needs a G with a latent w: {type(G).__name__} has no mapping(z, c) and "
+            "synthesis(w), as stylegan2 has."
+        )
+    parts = cast(Mapped, G)
+    w = parts.mapping(z, c)
+    if c is None:
+        centre = _mean(parts, z, None)
+    else:
+        classes, place = torch.unique(c, return_inverse=True)
+        centre = torch.stack([_mean(parts, z, label) for label in classes])[place]
+    return parts.synthesis(centre + psi * (w - centre))
+
+
+def _mean(G: Mapped, like: Tensor, label: Tensor | None) -> Tensor:
+    """w̄ [w_dim], of one class if there are labels."""
+    generator = torch.Generator().manual_seed(derive_seed("truncation"))
+    z = torch.randn(SAMPLES, like.shape[1], generator=generator).to(like)
+    return G.mapping(z, None if label is None else label.expand(SAMPLES)).mean(0)
