@@ -85,7 +85,8 @@ def states(job: Job, players: Players) -> dict[str, int]:
     if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
         held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
     if job.strategy.startswith("zero"):
-        held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))
+        buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
+        held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)
     if job.strategy == "zero3":
         held["gradients"] += 4 * max(G, D) / job.world  # the stepping player's, once more
         held["gathered, at most"] = 4 * (G + D)
