@@ -116,7 +116,8 @@ def second_update(
         config = replace(config, augment=replace(config.augment, p=1.0, target=None))
     ranks, stats = _OneProcess("no" if precision == "no" else "bf16"), Stats(torch.device("cpu"))
     gan = build(config, ranks, batch_shape(data, 1), [1.0] * num_classes or None)
-    pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=torch.uint8)
+    dtype = torch.float32 if data.latents else torch.uint8
+    pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=dtype)
     batch = Batch(pixels, torch.zeros(images, dtype=torch.int64) if num_classes else None)
     train_step(gan, iter([batch]), 0, stats)
     known = [pixels, *gan.G_ema.averages]
