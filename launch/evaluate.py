@@ -26,6 +26,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.evaluate import evaluate_generator
 from pipeline.run.export import load_generator
 from pipeline.run.features import Extractor, load_features
+from pipeline.run.images import images_of
 from pipeline.run.references import references, training_images
 from pipeline.run.scores import METRICS
 from pipeline.run.state import State
@@ -70,6 +71,10 @@ def evaluate(
         train_images=config.score.train_images if train_images is None else train_images,
     )
     config = replace(config, score=score, data=replace(config.data, train=data or config.data.train))
+    if config.data.latents and config.data.decoder is None:
+        raise UserError(
+            f"{run} was trained on latents without data.decoder, and scores compare images: there are none."
+        )
     scores, fingerprints = _scores(G, config, state)
     _show(f"{config.run.name} after {state.cur_nimg / 1000:g} kimg", scores)
     entry = {"cur_nimg": state.cur_nimg, "time": datetime.now(UTC).isoformat(timespec="seconds"), **scores}
@@ -87,10 +92,11 @@ def _scores(G: nn.Module, config: Config, state: State) -> tuple[dict[str, float
             "trained on then. Give the place of the original shards with --data."
         )
     ranks = Ranks(Launch("single", "no", 0, 1), timedelta(seconds=config.run.timeout_s))
+    images = images_of(data, ranks.device)
     with _progress(extractor.to(ranks.device), score):
-        real = references(config, extractor, index, ranks)
+        real = references(config, extractor, index, ranks, images)
         draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
-        found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics)
+        found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics, images)
         return found, real.fingerprints
 
 

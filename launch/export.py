@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from launch.paths import UserPath
+from pipeline.config import load
 from pipeline.run.export import export as write
 
 
@@ -17,3 +18,5 @@ def export(run: Path, out: Path) -> None:
     """Write G_ema, G and D of RUN's newest checkpoint: whole, fp32, safetensors, with a model card."""
     for file in write(run, out):
         click.echo(f"{file}  {file.stat().st_size:,} bytes")
+    if decoder := load(run / "config.yaml").data.decoder:
+        click.echo(f"G makes latents; what makes images of them, {decoder}, is not among these files.")

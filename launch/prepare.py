@@ -63,7 +63,8 @@ def prepare(
 
     SOURCE is a folder of images (its sub-folders, if any, are the classes), a zip of such a folder,
     WebDataset shards (one, or a folder of them, as img2dataset makes it), or one of the known data sets
-    fashion-mnist and cifar10, which are downloaded. Images are shuffled once. The same command writes the
+    fashion-mnist and cifar10, which are downloaded. Latents, .npy of floats [channels, size, size], in place
+    of images are written as they are. Images are shuffled once. The same command writes the
     same bytes; after a kill it makes only what is missing. Files that are no images or cannot be read are
     left out, counted, and listed in OUT/skipped.txt; OUT/sources.txt lists the file of each sample.
 

@@ -15,6 +15,7 @@ from pipeline.gan.draws import Draws
 from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import FORMATS, save_grid
+from pipeline.run.images import images_of
 from pipeline.run.state import State
 
 _STEPS = 8  # images from one end of an interpolation to the other
@@ -41,7 +42,7 @@ def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, class
         _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generate = from_latents(G.to(device), z, c, device)
+    generate = from_latents(G.to(device), z, c, device, images_of(config.data, device))
     parts = [generate(start, min(64, len(z) - start)).cpu() for start in range(0, len(z), 64)]
     try:
         save_grid(torch.cat(parts), out, columns)

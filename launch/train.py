@@ -42,6 +42,7 @@ def train(
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
+    from pipeline.run.images import images_of
     from pipeline.run.reals import checked_index
     from pipeline.run.source import check_init
 
@@ -69,6 +70,7 @@ def train(
     processes.check_space(Path(resolved.run.out))
     index = checked_index(resolved, announce=True)
     check_init(resolved, folder, index.num_classes if resolved.data.conditional else 0)
+    images_of(resolved.data, torch.device("cpu"))
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: becomes the training process, with its exit status

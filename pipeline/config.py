@@ -110,7 +110,7 @@ def _check(config: Config) -> None:
             )
         if optimizer.momentum and optimizer.kind != "sgd":
             problems.append(f"optim.{name}.momentum: only sgd has it; for {optimizer.kind} set betas")
-    problems += [*_check_schedules(config), *_check_augmentation(config.augment)]
+    problems += [*_check_schedules(config), *_check_augmentation(config.augment), *_check_latents(config)]
     if problems:
         raise UserError("\n".join(["The settings do not fit together:", *(f"  {p}" for p in problems)]))
 
@@ -132,3 +132,22 @@ def _check_augmentation(augment: Augment) -> Iterator[str]:
         yield "augment.ops: how often? Set augment.p, the probability of each, or augment.target."
     elif not augment.ops and (augment.p, augment.target) != (None, None):
         yield f"augment.{'p' if augment.target is None else 'target'}: nothing to apply. Set augment.ops."
+
+
+def _check_latents(config: Config) -> Iterator[str]:
+    data = config.data
+    if not data.latents:
+        return
+    what = f"data.{'channels' if data.decoder is None else 'decoder'}={data.decoder or data.channels}"
+    if data.xflip:
+        yield (
+            f"data.xflip with {what}: a mirrored latent is not the latent of the mirrored image. Store the "
+            "latents of the mirrored images in the shards as well."
+        )
+    if "colour" in config.augment.ops:
+        yield f"augment.ops: colour means nothing on latents ({what}). Leave it out."
+    if data.decoder is None and config.score.metrics:
+        yield (
+            f"score.metrics: scores compare images, and {what} means that the shards hold latents. Set "
+            "data.decoder to what makes images of them, or score.metrics=[] for no scores."
+        )

@@ -71,7 +71,8 @@ class Data:
 
     train: Place | None = None  # a folder of tar shards, a URL, a glob, or a brace list {000000..000099}
     size: Count = 32  # pixels, height = width
-    channels: Literal[1, 3] = 3
+    channels: Count = 3  # 1 (grey) or 3; of latents any number
+    decoder: str | None = None  # package.module:Class, makes images of latents; set: the shards hold those
     conditional: bool = False  # train on the shards' .cls labels
     batch_size: Count = 64  # global, per D update; divided over ranks and rounds
     batch_gpu: Count | None = None  # at most this many images at once on a device; rounds follow
@@ -85,6 +86,11 @@ class Data:
     max_bad: Annotated[int, Field(ge=0)] = 10  # damaged images that are replaced by others; more end the run
     folds: Annotated[int, Field(ge=2)] | None = None  # cross-validation: hold out one of this many parts …
     fold: Annotated[int, Field(ge=0)] = 0  # … this one
+
+    @property
+    def latents(self) -> bool:
+        """Whether the shards hold latents, .npy of floats [channels, size, size], rather than images."""
+        return self.decoder is not None or self.channels not in (1, 3)
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -107,6 +107,7 @@ def _bytes(argument: Any) -> int:
 
 def living() -> Storages:
     """Storages of all tensors on any device."""
+    gc.unfreeze()  # parallel/zero.py freezes what is there before DeepSpeed starts: it would not be found
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     gradients = [t.grad for t in tensors if t.is_leaf and t.grad is not None]

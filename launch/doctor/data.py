@@ -17,8 +17,8 @@ from PIL import Image
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import reserve
-from pipeline.data.check import check_passed_over, odd_labels
-from pipeline.data.decode import FORMATS
+from pipeline.data.check import check_passed_over, odd_labels, refuse_other_kind
+from pipeline.data.decode import FORMATS, dtype_of
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.data.prepare.summary import read_origins
@@ -28,6 +28,7 @@ from pipeline.data.record import REBUILD
 from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
+from pipeline.gan.networks import check_reach
 from pipeline.wording import counted, in_bytes
 
 _DECODED = 256  # images, evenly over all of them
@@ -194,14 +195,19 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     """Some images decoded: sizes, modes, damage."""
     data = job.config.data
     modes, bad, wrong = Counter[str](), list[str](), list[str]()
+    squares = largest = 0.0
     # Of remote shards only of the one that has been fetched; those before it are empty.
     end = index.sizes[_to_fetch(index)] if index.remote else index.num_samples
     picked = np.unique(np.linspace(0, end - 1, _DECODED).astype(np.int64))
-    decoder, stages = Decode(data.size, data.channels), load_stages(data.stages)
+    decoder, stages = Decode(data), load_stages(data.stages)
     for sample in _read(job, index, picked):
         modes[_what(sample)] += 1
         try:
-            decoder.one(apply(stages, sample))
+            sample = apply(stages, sample)
+            refuse_other_kind(sample, data)
+            image, _ = decoder.one(sample)
+            squares += float(np.square(image, dtype=np.float64).mean())
+            largest = max(largest, float(np.abs(image).max()))
         except BadSampleError as error:
             bad.append(str(error))
         except UserError as error:
@@ -214,6 +220,10 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
         judge = would_fail if expected > data.max_bad else warning
         remedy = f"Prepare the images again, or raise data.max_bad={data.max_bad}."
         yield judge("images", f"{text}\n{len(bad)} cannot be used: {some(bad, 2)}", remedy)
+    elif data.latents:
+        check_reach(job.config, largest)
+        size = (squares / len(picked)) ** 0.5
+        yield ok("images", f"{text}; root mean square {size:.3g}, up to ±{largest:.3g}")
     elif data.channels == 1 and any("grey" not in what for what in modes):
         remedy = "Set data.channels=3 if colour matters."
         yield warning("images", f"{text}; trained in grey (data.channels=1)", remedy)
@@ -228,7 +238,7 @@ def in_memory(job: Job, index: Index) -> Iterator[Finding]:
     """Whether decoded images can be kept, if that is asked for: as judged by this machine."""
     data = job.config.data
     if data.cache == "ram":
-        place, text = reserve(index.sizes, data.size, data.channels)
+        place, text = reserve(index.sizes, data.size, data.channels, dtype_of(data))
         if place is None:
             yield warning("data.cache", text, "Use a machine with more memory, or set data.cache=none.")
         else:

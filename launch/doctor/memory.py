@@ -85,7 +85,8 @@ def states(job: Job, players: Players) -> dict[str, int]:
     if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
         held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
     if job.strategy.startswith("zero"):
-        held["buckets"] = sum(min(4 * n, _ZERO_BUCKET) for n in (G, D))
+        buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
+        held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)
     if job.strategy == "zero3":
         held["gradients"] += 4 * max(G, D) / job.world  # the stepping player's, once more
         held["gathered, at most"] = 4 * (G + D)
@@ -115,7 +116,8 @@ def second_update(
         config = replace(config, augment=replace(config.augment, p=1.0, target=None))
     ranks, stats = _OneProcess("no" if precision == "no" else "bf16"), Stats(torch.device("cpu"))
     gan = build(config, ranks, batch_shape(data, 1), [1.0] * num_classes or None)
-    pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=torch.uint8)
+    dtype = torch.float32 if data.latents else torch.uint8
+    pixels = torch.zeros(images, data.channels, data.size, data.size, dtype=dtype)
     batch = Batch(pixels, torch.zeros(images, dtype=torch.int64) if num_classes else None)
     train_step(gan, iter([batch]), 0, stats)
     known = [pixels, *gan.G_ema.averages]

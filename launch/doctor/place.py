@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
@@ -22,6 +23,7 @@ from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.gan.frozen import frozen_names
 from pipeline.run.features import load_features
+from pipeline.run.images import images_of
 from pipeline.run.wandb_mode import choose_mode, names
 from pipeline.wording import counted, in_bytes
 
@@ -179,8 +181,12 @@ def _resolves(host: str) -> bool:
 
 
 def features(job: Job) -> Iterator[Finding]:
-    """Can the features that scores are computed from be loaded?"""
+    """Can the features that scores are computed from be loaded, and what makes images of latents?"""
     score = job.config.score
+    try:
+        images_of(job.config.data, torch.device("cpu"))
+    except UserError as error:
+        yield would_fail("decoder", str(error), "Set data.decoder.")
     if score.metrics:
         try:
             load_features(score.features)

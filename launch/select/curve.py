@@ -20,11 +20,13 @@ from pipeline.gan.draws import Draws
 from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
+from pipeline.run.images import images_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_CPU = torch.device("cpu")
 _INK, _DARK, _LIGHT, _GREY, _MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05020"
 _UNDER, _BESIDE = (3, 5), (12, 1)  # columns and rows of a candidate's images
 
@@ -151,7 +153,8 @@ def _images(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     except (OSError, ValueError, SafetensorError):
         return None
     z, c = Draws(0, config.G.z_dim, state.label_frequencies).grid(shape[0] * shape[1])
-    return tile(from_latents(G, z, c, torch.device("cpu"))(0, len(z)), shape[0])
+    images = images_of(config.data, _CPU)
+    return tile(from_latents(G, z, c, _CPU, images)(0, len(z)), shape[0])
 
 
 def _reals(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
@@ -164,4 +167,4 @@ def _reals(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
         batch, _ = next(heldout_batches(index, plan, config.data, batch=count, limit=count))
     except (OSError, ValueError):
         return None
-    return tile(batch.images, shape[0])
+    return tile(images_of(config.data, _CPU)(batch.images), shape[0])

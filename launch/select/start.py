@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.processes import check_space
 from launch.select import files
 from launch.select.local import shares
@@ -19,6 +21,7 @@ from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import reference_of
+from pipeline.run.images import Images, images_of
 from pipeline.run.references import differences
 from pipeline.run.report import say
 
@@ -73,9 +76,10 @@ def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: in
     assert base.data.train is not None
     index = load_index(base.data.train, say, base.data.remote)
     check_images(index, base.data)
+    images = images_of(base.data, torch.device("cpu"))
     if todo:
         _check_networks(todo, index)
-    _check_references(trials, index, _features(base.score.features))
+    _check_references(trials, index, _features(base.score.features), images)
 
 
 def _check_networks(todo: Sequence[Trial], index: Index) -> None:
@@ -99,7 +103,7 @@ def _features(name: str) -> Extractor:
         ) from None
 
 
-def _check_references(trials: Sequence[Trial], index: Index, extractor: Extractor) -> None:
+def _check_references(trials: Sequence[Trial], index: Index, extractor: Extractor, images: Images) -> None:
     """Raises UserError if a finished trial was scored against other images than new ones would be."""
     plans = {trial.place: split_of(trial.config, index).heldout() for trial in trials}
     for plan in plans.values():
@@ -112,6 +116,7 @@ def _check_references(trials: Sequence[Trial], index: Index, extractor: Extracto
         now = {
             "index": index.fingerprint,
             "plan": plan.fingerprint,
+            "pixels": images.version,
             "features": [extractor.name, extractor.version],
             "images": min(trial.config.score.images, plan.size),
         }

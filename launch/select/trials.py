@@ -15,8 +15,8 @@ from pipeline.run.folder import DONE, as_begun, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself sets in each trial.
 _FIXED = (
-    *("run.total_kimg", "score", "data.train", "data.size", "data.channels", "data.stages"),
-    *("data.window", "data.holdout", "data.folds", "data.fold"),
+    *("run.total_kimg", "score", "data.train", "data.size", "data.channels", "data.decoder"),
+    *("data.stages", "data.window", "data.holdout", "data.folds", "data.fold"),
     *("run.name", "run.out", "run.seed", "run.resume"),
 )
 # The config's own values suit a training that someone watches; a trial is scored once, at its end. Settings

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from pipeline.data.cache import Cache
+from pipeline.data.decode import dtype_of
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
 from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample
@@ -19,12 +21,32 @@ from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, Stage, apply
 
 Item = tuple[torch.Tensor, tuple[str, ...]]
-Shape = tuple[int, int, int, int]
+_LABEL = 8  # bytes
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a rank's batch is: `count` images [channels, size, size]."""
+
+    count: int
+    channels: int
+    size: int
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, data: Data, count: int) -> Form:
+        return cls(count, data.channels, data.size, dtype_of(data))
+
+    @property
+    def bytes(self) -> int:
+        """Of the buffer that a batch crosses to the trainer in."""
+        pixels = self.count * self.channels * self.size * self.size
+        return self.count * _LABEL + pixels * self.dtype.itemsize
 
 
 class Batch(NamedTuple):
-    """images: uint8 [b, C, H, W], in training channels last in memory, and pinned if there is CUDA;
-    labels: int64 [b], or None if unconditional.
+    """images: uint8 [b, C, H, W] (latents: float32), in training channels last in memory, and pinned if there
+    is CUDA; labels: int64 [b], or None if unconditional.
 
     bad: what is wrong with samples that were replaced, unless an earlier batch has said it.
     """
@@ -127,16 +149,16 @@ class Batches:
     """
 
     def __init__(
-        self, source: PlannedSamples, plan: Plan, shape: Shape, xflip: bool, replacements: Replacements
+        self, source: PlannedSamples, plan: Plan, form: Form, xflip: bool, replacements: Replacements
     ) -> None:
-        self._source, self._plan, self._shape = source, plan, shape
+        self._source, self._plan, self._form = source, plan, form
         self._xflip, self._replacements = xflip, replacements
 
     def __call__(self, samples: Iterable[Decoded]) -> Iterator[Item | UserError]:
         decoded = iter(samples)
         for step in self._source.steps():
-            buffer = torch.empty(buffer_bytes(self._shape), dtype=torch.uint8)
-            batch = unpack(buffer, self._shape)
+            buffer = torch.empty(self._form.bytes, dtype=torch.uint8)
+            batch = unpack(buffer, self._form)
             assert batch.labels is not None
             images, labels = batch.images.numpy(), batch.labels.numpy()
             try:
@@ -156,16 +178,12 @@ class Batches:
         return flips(self._plan.seed, epochs, pairs)
 
 
-def buffer_bytes(shape: Shape) -> int:
-    return shape[0] * 8 + int(np.prod(shape))
-
-
-def unpack(buffer: torch.Tensor, shape: Shape) -> Batch:
+def unpack(buffer: torch.Tensor, form: Form) -> Batch:
     """Images and labels as views of a buffer that Batches filled."""
-    split = shape[0] * 8
-    count, channels, height, width = shape
+    split = form.count * _LABEL
+    numbers = buffer[split:].view(torch.float32 if form.dtype == np.float32 else torch.uint8)
     # Channels last in memory, as decoders write and the networks' convolutions read: no image is transposed.
-    images = buffer[split:].view(count, height, width, channels).permute(0, 3, 1, 2)
+    images = numbers.view(form.count, form.size, form.size, form.channels).permute(0, 3, 1, 2)
     return Batch(images, buffer[:split].view(torch.int64))
 
 

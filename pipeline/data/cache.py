@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from pipeline.config import UserError
 from pipeline.wording import in_bytes
 
 _LABEL, _FLAG = 8, 1  # bytes per sample besides its pixels
+_UINT8: np.dtype[Any] = np.dtype(np.uint8)
 _SHARE = 0.75  # of the free memory: training needs some as well
 _OWN_GROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -32,33 +34,35 @@ class Cache:
     not reorder what is in two locked sections.
     """
 
-    def __init__(self, path: str, sizes: Sequence[int], size: int, channels: int) -> None:
-        self._path, self._sizes, self._shape = path, tuple(sizes), (size, channels)
+    def __init__(
+        self, path: str, sizes: Sequence[int], size: int, channels: int, dtype: np.dtype[Any] = _UINT8
+    ) -> None:
+        self._path, self._sizes, self._form = path, tuple(sizes), (size, channels, dtype)
         self._starts = list(accumulate(self._sizes, initial=0))
         self._fence = threading.Lock()
         n, pixels = self._starts[-1], size * size * channels
         try:
             with Path(path).open("r+b") as file:
-                memory = mmap.mmap(file.fileno(), n * (_LABEL + _FLAG + pixels))
+                memory = mmap.mmap(file.fileno(), n * (_LABEL + pixels * dtype.itemsize + _FLAG))
         except OSError as error:
             raise UserError(f"data.cache=ram: shared memory cannot be opened ({error.strerror}).") from None
         self._labels = np.frombuffer(memory, np.int64, n)
-        self._filled = np.frombuffer(memory, np.bool_, n, offset=n * _LABEL)
-        images = np.frombuffer(memory, np.uint8, n * pixels, offset=n * (_LABEL + _FLAG))
+        images = np.frombuffer(memory, dtype, n * pixels, offset=n * _LABEL)
+        self._filled = np.frombuffer(memory, np.bool_, n, offset=n * _LABEL + images.nbytes)
         self._images = images.reshape(n, size, size, channels).transpose(0, 3, 1, 2)
 
-    def __reduce__(self) -> tuple[type[Cache], tuple[str, Sequence[int], int, int]]:
-        return type(self), (self._path, self._sizes, *self._shape)
+    def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
+        return type(self), (self._path, self._sizes, *self._form)
 
-    def get(self, shard: int, row: int) -> tuple[NDArray[np.uint8], int] | None:
-        """(uint8 [C, H, W], label), a view that must not be written to; None if it has not been put yet."""
+    def get(self, shard: int, row: int) -> tuple[NDArray[Any], int] | None:
+        """(image [C, H, W], label), a view that must not be written to; None if it has not been put yet."""
         slot = self._starts[shard] + row
         with self._fence:
             filled = self._filled[slot]
         with self._fence:
             return (self._images[slot], int(self._labels[slot])) if filled else None
 
-    def put(self, shard: int, row: int, image: NDArray[np.uint8], label: int) -> None:
+    def put(self, shard: int, row: int, image: NDArray[Any], label: int) -> None:
         slot = self._starts[shard] + row
         with self._fence:
             self._images[slot], self._labels[slot] = image, label
@@ -66,10 +70,12 @@ class Cache:
             self._filled[slot] = True
 
 
-def reserve(sizes: Sequence[int], size: int, channels: int) -> tuple[str | None, str]:
+def reserve(
+    sizes: Sequence[int], size: int, channels: int, dtype: np.dtype[Any] = _UINT8
+) -> tuple[str | None, str]:
     """Memory for all samples of a data set: the path for a Cache (None if they do not fit), and a line about
     it. It lasts as long as this process."""
-    need = sum(sizes) * (size * size * channels + _LABEL + _FLAG)
+    need = sum(sizes) * (size * size * channels * dtype.itemsize + _LABEL + _FLAG)
     what = f"data.cache=ram: {sum(sizes):,} decoded images, {in_bytes(need)}"
     if not hasattr(os, "memfd_create"):
         return None, f"{what}, are kept on Linux only; they are decoded again in each epoch"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import numpy as np
+
 from pipeline.config import Data, UserError
+from pipeline.data.decode import BadImageError, WrongSizeError, decode, read_latent
 from pipeline.data.index import Index
-from pipeline.data.reader import BadSampleError, Reader
-from pipeline.data.samples import LABEL, REPAIR, describe
+from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.samples import LABEL, REPAIR, describe, image_extension
 from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.wording import counted
 
@@ -15,20 +20,21 @@ _TRIES = 16  # images of one shard
 _NUMBER = "Number the classes from 0 without gaps, as `shardgan prepare SHARDS OUT` does"
 
 
-def check_images(index: Index, data: Data) -> None:
+def check_images(index: Index, data: Data) -> float:
     """Decode the first image of a few shards (of remote ones only one), and look at what the index says.
 
-    Raises UserError for stages that cannot be loaded or do not go with a cache, an image of another size than
-    data.size or one that cannot be decoded (unless data.max_bad allows for some), too many samples that are
-    passed over, labels that are missing or far apart if data.conditional, and too little room for remote
-    shards.
+    Returns the largest absolute value of the latents among them, 0 for images. Raises UserError for stages
+    that cannot be loaded or do not go with a cache, an image of another size than data.size or one that
+    cannot be decoded (unless data.max_bad allows for some), a latent where images are due or an image where
+    latents are, too many samples that are passed over, labels that are missing or far apart if
+    data.conditional, and too little room for remote shards.
     """
     if data.stages and data.cache != "none":
         raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
     if index.remote:
         index.remote.check_room([shard.filesize for shard in index.shards], data.window)
     remarks(index, data)
-    _decode_some(index, data)
+    return _decode_some(index, data)
 
 
 def remarks(index: Index, data: Data) -> list[str]:
@@ -88,20 +94,22 @@ def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
     return found
 
 
-def _decode_some(index: Index, data: Data) -> None:
+def _decode_some(index: Index, data: Data) -> float:
     filled = [i for i, shard in enumerate(index.shards) if shard.nsamples]
     chosen = filled[:1] if index.remote else filled[:: max(1, len(filled) // _CHECKED_SHARDS)]
     num_classes = index.num_classes if data.conditional else None
-    reader, decoder = Reader(index, data.window), Decode(data.size, data.channels, num_classes)
+    reader, decoder = Reader(index, data.window), Decode(data, num_classes)
     stages = load_stages(data.stages)
     bad: list[BadSampleError] = []
-    good = 0
+    found: list[float] = []
     try:
         for shard in chosen:
             for row in range(min(index.sizes[shard], _TRIES)):
                 try:
-                    decoder.one(apply(stages, reader.read(shard, row)))
-                    good += 1
+                    sample = apply(stages, reader.read(shard, row))
+                    refuse_other_kind(sample, data)
+                    image, _ = decoder.one(sample)
+                    found.append(float(np.abs(image).max()) if data.latents else 0.0)
                     break
                 except BadSampleError as error:  # one does not speak for the others
                     bad.append(error)
@@ -109,5 +117,33 @@ def _decode_some(index: Index, data: Data) -> None:
                         raise bad[0] from None
     finally:
         reader.close()
-    if not good:
+    if not found:
         raise bad[0]
+    return max(found)
+
+
+def refuse_other_kind(sample: Sample, data: Data) -> None:
+    """Raises UserError for an image where latents are due, or a latent where images are: one speaks for the
+    data set."""
+    where = f"shard {sample.get('__url__')} sample {sample.get('__key__')}"
+    is_array = str(image_extension(sample)).rpartition(".")[2] == "npy"
+    if data.latents and not is_array:
+        setting = f"data.channels={data.channels}" if data.decoder is None else f"data.decoder={data.decoder}"
+        raise UserError(
+            f"{where} is an image, and {setting} asks for latents (.npy). A run trains on one or the other; "
+            "of a sample that has both, the image is read."
+        )
+    if data.latents or not is_array:
+        return
+    try:
+        decode(image_of(sample), data.size, data.channels)
+    except BadImageError:
+        with suppress(BadImageError):
+            channels, size, _ = read_latent(image_of(sample)).shape
+            raise UserError(
+                f"{where} is a latent of {channels} channels, not an image. To train on latents set "
+                f"data.size={size}, data.channels={channels} and data.decoder=package.module:Class, your own "
+                "nn.Module that makes images of them."
+            ) from None
+    except WrongSizeError:
+        return

@@ -1,8 +1,14 @@
-"""Image bytes → uint8 array: only formats on a list, and no pixel is decoded before the size is known."""
+"""Bytes → the array of an image, uint8, or of a latent, float32.
+
+Images: only formats on a list, and no pixel is decoded before the size is known. Latents are what an encoder
+of the user's has made of images, `.npy` arrays [channels, size, size] of float16 or float32. They are taken
+as they are, neither scaled nor clipped. No `.npy` is unpickled, whatever it says.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from typing import Any, NamedTuple
@@ -11,6 +17,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pipeline.config import Data
 
 try:  # twice as fast on JPEGs as Pillow, with the same library and the same pixels
     import simplejpeg
@@ -28,6 +36,7 @@ _ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # may
 NPY_MAGIC = npy_format.MAGIC_PREFIX
 _NPY_VERSIONS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 _LARGEST_NPY_HEADER = 1000  # characters: those of plain arrays have about 70
+_LATENTS = (np.dtype(np.float16), np.dtype(np.float32))  # in this machine's order of bytes
 
 
 class BadImageError(ValueError):
@@ -43,7 +52,7 @@ class WrongSizeError(ValueError):
 
 
 def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
-    """An image (PNG, JPEG, WebP, or a .npy array, see NpyHeader) as uint8 [channels, size, size].
+    """An image (PNG, JPEG, WebP, or a .npy array, see ImageHeader) as uint8 [channels, size, size].
 
     Grey becomes colour and colour grey as `channels` (1 or 3) asks; EXIF rotations are carried out. Raises
     WrongSizeError before anything is decompressed, and BadImageError for bytes that are no image.
@@ -134,26 +143,50 @@ def to_channels(image: Image.Image, channels: int, background: str = "white") ->
 
 
 class NpyHeader(NamedTuple):
-    """Of an array [H, W], [H, W, 1 or 3] or [1 or 3, H, W] of uint8, or of floats from 0 (black) to 1."""
+    """What an array is. `offset`: of the first number, in bytes."""
 
-    height: int
-    width: int
-    channels: int
     shape: tuple[int, ...]
-    channels_first: bool
     fortran: bool
     dtype: np.dtype[Any]
-    offset: int  # of the first number, in bytes
+    offset: int
 
 
-def read_npy_header(data: bytes) -> NpyHeader:
-    """What the array is, without reading it. Raises ValueError for anything but an image's array."""
+def read_header(data: bytes) -> NpyHeader:
+    """Of the bytes of a .npy. Raises ValueError if they are none, or of objects."""
     file = io.BytesIO(data)
     version = npy_format.read_magic(file)
     if version not in _NPY_VERSIONS:
         raise ValueError(f"a .npy of version {version}")
     shape, fortran, dtype = _NPY_VERSIONS[version](file, max_header_size=_LARGEST_NPY_HEADER)
-    if dtype.hasobject or not (dtype == np.uint8 or (dtype.kind == "f" and dtype.itemsize <= 8)):
+    if dtype.hasobject:
+        raise ValueError(f"a .npy of {dtype}; only plain numbers are read")
+    return NpyHeader(shape, fortran, dtype, file.tell())
+
+
+def read_numbers(data: bytes, header: NpyHeader) -> NDArray[Any]:
+    """The array, a view of `data`. Raises ValueError if it has more or fewer numbers than its header says."""
+    expected = math.prod(header.shape) * header.dtype.itemsize
+    if len(data) - header.offset != expected:
+        raise ValueError(f"a .npy with {len(data) - header.offset} bytes of numbers, not {expected}")
+    numbers = np.frombuffer(data, header.dtype, offset=header.offset)
+    return numbers.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+class ImageHeader(NamedTuple):
+    """Of an array [H, W], [H, W, 1 or 3] or [1 or 3, H, W] of uint8, or of floats from 0 (black) to 1."""
+
+    height: int
+    width: int
+    channels: int
+    channels_first: bool
+    npy: NpyHeader
+
+
+def read_npy_header(data: bytes) -> ImageHeader:
+    """What the array is, without reading it. Raises ValueError for anything but an image's array."""
+    header = read_header(data)
+    shape, dtype = header.shape, header.dtype
+    if not (dtype == np.uint8 or (dtype.kind == "f" and dtype.itemsize <= 8)):
         raise ValueError(f"a .npy of {dtype}; images are uint8, or floats from 0 to 1")
     channels_first = len(shape) == 3 and shape[2] not in (1, 3)
     whole = (*shape[1:], shape[0]) if channels_first else (*shape, 1)[:3]
@@ -161,21 +194,59 @@ def read_npy_header(data: bytes) -> NpyHeader:
         raise ValueError(
             f"a .npy of shape {list(shape)}; images are [H, W], [H, W, 1 or 3] or [1 or 3, H, W]"
         )
-    return NpyHeader(whole[0], whole[1], whole[2], shape, channels_first, fortran, dtype, file.tell())
+    height, width, channels = whole
+    return ImageHeader(height, width, channels, channels_first, header)
 
 
-def read_npy(data: bytes, header: NpyHeader) -> NDArray[np.uint8]:
+def read_npy(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
     """uint8 [H, W, channels]. Raises ValueError if there are more or fewer numbers than the header says."""
-    expected = int(np.prod(header.shape)) * header.dtype.itemsize
-    if len(data) - header.offset != expected:
-        raise ValueError(f"a .npy with {len(data) - header.offset} bytes of numbers, not {expected}")
-    numbers = np.frombuffer(data, header.dtype, offset=header.offset)
-    array = numbers.reshape(header.shape, order="F" if header.fortran else "C")
+    array = read_numbers(data, header.npy)
     if header.channels_first:
         array = array.transpose(1, 2, 0)
     array = array.reshape(header.height, header.width, header.channels)
-    if header.dtype.kind == "f":
+    if header.npy.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # NaN fails too
             raise ValueError(f"a .npy of floats from {array.min():g} to {array.max():g}, not 0 to 1")
         array = np.rint(array.astype(np.float64) * 255)
     return np.ascontiguousarray(array, np.uint8)
+
+
+def dtype_of(data: Data) -> np.dtype[Any]:
+    """Of samples in batches: uint8 for images; for latents float32, which holds every float16 exactly."""
+    return np.dtype(np.float32 if data.latents else np.uint8)
+
+
+def read_latent(data: bytes) -> NDArray[Any]:
+    """The bytes of a .npy → float16 or float32 [C, size, size], a view of them.
+
+    Raises BadImageError, with the reason, for anything else, and for numbers that are not finite.
+    """
+    if not data.startswith(NPY_MAGIC):
+        raise BadImageError("not a .npy array, as latents are")
+    try:
+        header = read_header(data)
+        latent = read_numbers(data, header)
+    except Exception as error:  # hostile bytes make numpy raise nearly anything
+        raise BadImageError(str(error) or type(error).__name__) from None
+    shape = header.shape
+    if header.dtype not in _LATENTS or len(shape) != 3 or shape[1] != shape[2] or min(shape) < 1:
+        raise BadImageError(
+            f"a .npy of {header.dtype} {list(shape)}; latents are float16 or float32 [channels, size, size]"
+        )
+    if not np.isfinite(latent).all():
+        raise BadImageError("a latent with numbers that are not finite")
+    return latent
+
+
+def decode_latent(data: bytes, size: int, channels: int) -> NDArray[np.float32]:
+    """The bytes of a .npy → float32 [channels, size, size].
+
+    Raises BadImageError, as `read_latent` does, and for a latent of another shape.
+    """
+    latent = read_latent(data)
+    if latent.shape != (channels, size, size):
+        raise BadImageError(
+            f"a latent of shape {list(latent.shape)}, not [data.channels, data.size, data.size] = "
+            f"{[channels, size, size]}"
+        )
+    return latent.astype(np.float32, copy=False)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from pipeline.config import UserError
-from pipeline.data.decode import BadImageError, WrongSizeError, decode
+from pipeline.config import Data, UserError
+from pipeline.data.decode import BadImageError, WrongSizeError, decode, decode_latent
 from pipeline.data.index import Index
 from pipeline.data.plan import Plan
 from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample, image_of
@@ -21,7 +21,7 @@ from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.samples import LABEL, parse_label
 from pipeline.plugins import import_named
 
-Decoded = tuple[NDArray[np.uint8], int]
+Decoded = tuple[NDArray[Any], int]  # see Decode
 Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
 
 
@@ -134,13 +134,15 @@ class PlannedSamples:
 
 
 class Decode:
-    """A stage: raw samples → (image uint8 [C, H, W], label or -1).
+    """A stage: raw samples → (image uint8 or latent float32 [C, H, W], label or -1).
 
-    num_classes: the label must be one of so many; None: any will do, or none.
+    data: what images there are, and of which size. num_classes: the label must be one of so many; None: any
+    will do, or none.
     """
 
-    def __init__(self, size: int, channels: int, num_classes: int | None = None) -> None:
-        self._size, self._channels, self._num_classes = size, channels, num_classes
+    def __init__(self, data: Data, num_classes: int | None = None) -> None:
+        self._size, self._channels, self._num_classes = data.size, data.channels, num_classes
+        self._decode: Callable[[bytes, int, int], NDArray[Any]] = decode_latent if data.latents else decode
 
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Decoded]:
         for sample in samples:
@@ -151,7 +153,7 @@ class Decode:
         size, or a missing label; UserError for a sample without an image."""
         where = f"shard {sample.get('__url__')} sample {sample.get('__key__')}"
         try:
-            image = decode(image_of(sample), self._size, self._channels)
+            image = self._decode(image_of(sample), self._size, self._channels)
         except WrongSizeError as wrong:
             raise BadSampleError(
                 f"{where} is {wrong.width}x{wrong.height} but data.size={self._size}; "

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from pipeline.config import Data, UserError
 from pipeline.data.batches import Batch as Batch  # the class is part of this module
-from pipeline.data.batches import Batches, CachedDecode, PlannedDecode, Shape, Turns, buffer_bytes, unpack
+from pipeline.data.batches import Batches, CachedDecode, Form, PlannedDecode, Turns, unpack
 from pipeline.data.cache import Cache
 from pipeline.data.check import check_images as check_images  # is part of this module
+from pipeline.data.decode import dtype_of
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan, Plan
 from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample
@@ -31,8 +32,8 @@ from pipeline.data.workers import Loader
 class TrainingBatches(Iterator[Batch]):
     """What training_batches returns: an iterator that can be closed."""
 
-    def __init__(self, loader: Loader, shape: Shape, conditional: bool) -> None:
-        self._loader, self._shape, self._conditional = loader, shape, conditional
+    def __init__(self, loader: Loader, form: Form, conditional: bool) -> None:
+        self._loader, self._form, self._conditional = loader, form, conditional
 
     def __next__(self) -> Batch:
         item = next(self._loader)
@@ -40,7 +41,7 @@ class TrainingBatches(Iterator[Batch]):
             self.close()
             raise item
         buffer, found = item
-        batch = unpack(buffer, self._shape)._replace(bad=tuple(found))
+        batch = unpack(buffer, self._form)._replace(bad=tuple(found))
         return batch if self._conditional else batch._replace(labels=None)
 
     def close(self) -> None:
@@ -68,11 +69,11 @@ def training_batches(
     UserError for a shard that cannot be read or an image that does not fit (with max_bad 0: or is damaged);
     `close()` ends the workers, as does the end of the process.
     """
-    shape = (data.batch_size // world, data.channels, data.size, data.size)
+    form = Form.of(data, data.batch_size // world)
     stages = load_stages(data.stages)
     replacements = Replacements(index, plan, allowed=data.max_bad > 0)
     source = PlannedSamples(index, plan, start, data.batch_size, rank, world, rounds, replacements)
-    decoder = Decode(data.size, data.channels, index.num_classes if data.conditional else None)
+    decoder = Decode(data, index.num_classes if data.conditional else None)
     decoded: tuple[object, ...]
     if cache is not None:
         decoded = (CachedDecode(index, plan, source, decoder, cache, replacements),)
@@ -80,9 +81,9 @@ def training_batches(
         turns = Turns()
         theirs = (turns.before, *stages, turns.after) if stages else ()
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
-    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, shape, data.xflip, replacements))
-    loader = Loader(pipeline, data.workers, buffer_bytes(shape))
-    return TrainingBatches(loader, shape, data.conditional)
+    pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, form, data.xflip, replacements))
+    loader = Loader(pipeline, data.workers, form.bytes)
+    return TrainingBatches(loader, form, data.conditional)
 
 
 def heldout_batches(
@@ -100,11 +101,11 @@ def heldout_batches(
 
     They go through data.stages one by one and are decoded, in this process. Every rank gets equally many
     batches, all of `batch` images, with labels if `conditional`; of the last ones only the first `valid`
-    (perhaps 0) images count, the others are black. Up to data.max_bad samples that were no good when they
+    (perhaps 0) images count, the others are zeros. Up to data.max_bad samples that were no good when they
     were indexed are replaced, always by the same ones; bytes that have changed since are not: scores would no
     longer compare. Raises UserError for those, and for one bad sample more.
     """
-    decoder = Decode(data.size, data.channels, index.num_classes if conditional else None)
+    decoder = Decode(data, index.num_classes if conditional else None)
     reader, ahead, replacements = Reader(index, plan.window), Prefetch(index), Replacements(index, plan)
     stages, replaced = load_stages(data.stages), 0
 
@@ -114,7 +115,7 @@ def heldout_batches(
     try:
         for pairs, valid in plan.chunks(rank, world, batch, limit):
             ahead.want(pairs[:, 0].tolist())
-            images = np.zeros((batch, data.channels, data.size, data.size), np.uint8)
+            images = np.zeros((batch, data.channels, data.size, data.size), dtype_of(data))
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
                 sample = reader.read(shard, row)

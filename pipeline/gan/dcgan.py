@@ -36,6 +36,8 @@ class Generator(nn.Module):
     Raises UserError for a size it does not have, and for blocks with spectral norm.
     """
 
+    bounded = True  # see check_reach
+
     def __init__(
         self,
         *,

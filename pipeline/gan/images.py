@@ -1,4 +1,7 @@
-"""Conversion between stored images, uint8 in [0, 255], and the networks' floats in [-1, 1]."""
+"""Conversion between stored images, uint8 in [0, 255], and the networks' floats in [-1, 1].
+
+Latents are floats in the shards too, and are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from torch import Tensor
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] → float32 in [-1, 1], the same shape, channels last in memory."""
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1)
+    """uint8 [N, C, H, W] → float32 in [-1, 1], the same shape, channels last in memory; latents, float32,
+    with their values. Always a new tensor, which may be differentiated with respect to."""
+    floats = images.to(torch.float32, copy=True, memory_format=torch.channels_last)
+    return floats if images.is_floating_point() else floats.div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -63,6 +63,18 @@ def check_networks(config: Config, num_classes: int) -> None:
     _check_shape(config, "D", num_classes, given=image, due=(2,))
 
 
+def check_reach(config: Config, largest: float) -> None:
+    """Refuse a G whose images end in tanh for latents with values, up to ±largest, that it cannot give.
+
+    Raises UserError if its class says so: `bounded = True`.
+    """
+    if largest > 1 and getattr(_class_of(config, "G"), "bounded", False):
+        raise UserError(
+            f"{_title(config, 'G')} makes values from -1 to 1, and the latents go up to ±{largest:.3g}. "
+            "Divide them by a constant when they are written, or choose a G that does not end in tanh."
+        )
+
+
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _made(config, player), _arguments(config, player, num_classes)
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):

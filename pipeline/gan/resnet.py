@@ -37,6 +37,8 @@ class Generator(nn.Module):
     UserError for a size it does not have.
     """
 
+    bounded = True  # see check_reach
+
     def __init__(
         self,
         *,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gan.draws import Draws
-from pipeline.gan.images import to_uint8
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
+from pipeline.run.images import PLAIN, Images
 from pipeline.run.references import References
 from pipeline.run.scores import METRICS, Metric, frechet
 
@@ -36,7 +36,7 @@ def evaluate(
     needs. The result is the same on every rank and, but for rounding, in any world.
 
     Args:
-        generate: see `Generate`; its images are on `ranks.device`, quantised by `to_uint8`.
+        generate: see `Generate`; its images are on `ranks.device`.
         real: of the same extractor.
         extractor: on `ranks.device`.
         metrics: of `METRICS`.
@@ -73,38 +73,51 @@ def _named(metric: Metric, extractor: Extractor, *features: Tensor) -> dict[str,
     return dict(zip(names, values if isinstance(values, tuple) else (values,), strict=True))
 
 
-def from_latents(G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device) -> Generate:
-    """Images of a whole G on `device` from fixed latents z [n, z_dim] and labels c [n]."""
+def from_latents(
+    G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device, images: Images = PLAIN
+) -> Generate:
+    """Images of a whole G on `device` from fixed latents z [n, z_dim] and labels c [n].
+
+    images: makes them of what G makes.
+    """
 
     @torch.no_grad()
     def generate(start: int, count: int) -> Tensor:
         part = slice(start, start + count)
-        return to_uint8(G(z[part].to(device), None if c is None else c[part].to(device)))
+        return images(G(z[part].to(device), None if c is None else c[part].to(device)))
 
     return generate
 
 
 def evaluate_generator(
-    G: nn.Module, draws: Draws, real: References, extractor: Extractor, ranks: Ranks, metrics: Sequence[str]
+    G: nn.Module,
+    draws: Draws,
+    real: References,
+    extractor: Extractor,
+    ranks: Ranks,
+    metrics: Sequence[str],
+    images: Images = PLAIN,
 ) -> dict[str, float]:
     """`evaluate` for a whole G on `ranks.device`, with the same latents at every evaluation.
 
     With all training images and the features that FID is defined with, it adds `fid50k_full`, the number that
     papers report (Karras et al. 2020): 50,000 generated images against all training images.
     """
-    fakes = fixed_images(G, draws, len(real.heldout), ranks.device)
+    fakes = fixed_images(G, draws, len(real.heldout), ranks.device, images)
     found = evaluate(fakes, real, extractor, ranks, metrics)
     if extractor.canonical and "fd" in metrics and real.train is not None and real.all_of_train:
-        many = fixed_images(G, draws, FULL, ranks.device)
+        many = fixed_images(G, draws, FULL, ranks.device, images)
         features = _fake_features(many, FULL, extractor, ranks, batch=64)
         found["Metrics/fid50k_full"] = frechet(real.train.to(features.device), features)
     return found
 
 
-def fixed_images(G: nn.Module, draws: Draws, images: int, device: torch.device) -> Generate:
+def fixed_images(
+    G: nn.Module, draws: Draws, count: int, device: torch.device, images: Images = PLAIN
+) -> Generate:
     """Images for scores: of the same latents and labels at every evaluation of a run."""
-    drawn = draws.latents("score", 0, images)
-    return from_latents(G, drawn.z, drawn.c, device)
+    drawn = draws.latents("score", 0, count)
+    return from_latents(G, drawn.z, drawn.c, device, images)
 
 
 def _fake_features(generate: Generate, images: int, extractor: Extractor, ranks: Ranks, batch: int) -> Tensor:

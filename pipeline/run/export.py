@@ -90,12 +90,21 @@ def _model_card(config: Config, state: State) -> str:
     """A README for users of the files."""
     data, G, penalty = config.data, config.G, config.penalty
     shape = f"{data.channels}, {data.size}, {data.size}"
-    colour = "grey" if data.channels == 1 else "RGB"
+    colour = "latents" if data.latents else "grey" if data.channels == 1 else "RGB"
     label = ", and class labels c, int64 [N]" if state.num_classes else ""
     labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
     classes = f"one of {state.num_classes} classes, " if state.num_classes else ""
+    what, black_to_white, clamp = (
+        "images",
+        ", of which\n[-1, 1] is from black to white: clamp them",
+        ".clamp(-1, 1)",
+    )
+    if data.latents:
+        what, black_to_white, clamp = "latents", "", ""
     own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, config.D.kind)) if ":" in kind)
     needs = f"Its networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
+    if data.decoder is not None:
+        needs += f"What makes images of its latents, `{data.decoder}`, is not among the files.\n"
     return f"""# {config.run.name}
 
 A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
@@ -110,8 +119,7 @@ counting repeats. Loss `{config.loss.kind}`; L2 penalties
 | `config.yaml` | the resolved config; `shardgan train` reproduces the run from it |
 
 All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1), float32
-[N, {G.z_dim}]{label}, and gives images, float32 [N, {shape}], of which
-[-1, 1] is from black to white: clamp them.
+[N, {G.z_dim}]{label}, and gives {what}, float32 [N, {shape}]{black_to_white}.
 
 To use it, install ShardGAN (`pip install .` in its source folder), which brings the modules `pipeline` and
 `launch`, and run this in the folder of these files.
@@ -126,6 +134,6 @@ from pipeline.gan.networks import build_G
 G = build_G(config.load("config.yaml"), num_classes={state.num_classes})
 G.load_state_dict(load_file("G_ema.safetensors"))
 with torch.no_grad():
-    images = G.eval()(torch.randn(16, {G.z_dim}){labels}).clamp(-1, 1)
+    {what} = G.eval()(torch.randn(16, {G.z_dim}){labels}){clamp}
 ```
 """

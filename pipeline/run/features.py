@@ -156,9 +156,14 @@ def _own(kind: str) -> Extractor:
         raise UserError(
             f"score.features={kind} is named {extractor.name!r}; give it another name of a-z, 0-9 and _."
         )
-    digest = hashlib.sha256(Path(inspect.getfile(type(extractor))).read_bytes())
-    for key, tensor in extractor.state_dict().items():
-        digest.update(key.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    extractor.version = f"{extractor.version}-{digest.hexdigest()[:16]}"
+    extractor.version = f"{extractor.version}-{digest_of(extractor)}"
     extractor.canonical = False
     return extractor
+
+
+def digest_of(module: nn.Module) -> str:
+    """Of a user's module: the file its class is in, and its weights."""
+    digest = hashlib.sha256(Path(inspect.getfile(type(module))).read_bytes())
+    for key, tensor in module.state_dict().items():
+        digest.update(key.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -37,11 +37,11 @@ class HeldOutImages:
 
     @property
     def images(self) -> Tensor | None:
-        """This rank's, uint8 on its device; None if too few are held out."""
+        """This rank's, as in batches, on its device; None if too few are held out."""
         return None if self._batch is None else self._batch.images
 
     def some(self, count: int) -> Tensor:
-        """The first of them, uint8 [at most count, C, H, W], read on this rank."""
+        """The first of them, as in batches, [at most count, C, H, W], read on this rank."""
         return self._first(min(count, self._plan.size), 0, 1).images
 
     def score(self, gan: Gan, cur_nimg: int, stats: Stats) -> None:

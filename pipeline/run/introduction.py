@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import Config
+from pipeline.config import Config, Data
 from pipeline.data.check import remarks
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
@@ -11,6 +11,14 @@ from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.wording import counted, in_time
+
+
+def _of_latents(data: Data) -> list[str]:
+    if not data.latents:
+        return []
+    if data.decoder is None:
+        return ["latents, without data.decoder: sample grids show their first channels"]
+    return [f"latents, of which {data.decoder} makes images"]
 
 
 def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:
@@ -27,6 +35,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),
+        *(f"  {line}" for line in _of_latents(data)),
         *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),
     ]
     if index.remote:

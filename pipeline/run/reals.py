@@ -5,11 +5,12 @@ from __future__ import annotations
 from pipeline.config import Config
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.check import check_images
+from pipeline.data.decode import dtype_of
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Split, split_of
 from pipeline.data.stream import TrainingBatches, training_batches
 from pipeline.errors import CommonError
-from pipeline.gan.networks import check_networks
+from pipeline.gan.networks import check_networks, check_reach
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
@@ -21,7 +22,7 @@ def checked_index(config: Config, announce: bool) -> Index:
     assert config.data.train is not None
     index = load_index(config.data.train, say if announce else lambda _: None, config.data.remote)
     check_networks(config, index.num_classes if config.data.conditional else 0)
-    check_images(index, config.data)
+    check_reach(config, check_images(index, config.data))
     return index
 
 
@@ -61,8 +62,9 @@ def _open_cache(config: Config, index: Index, ranks: Ranks, report: Report) -> C
     data = config.data
     if data.cache == "none":
         return None
-    path, line = ranks.broadcast_on_machine(lambda: reserve(index.sizes, data.size, data.channels))
+    form = (index.sizes, data.size, data.channels, dtype_of(data))
+    path, line = ranks.broadcast_on_machine(lambda: reserve(*form))
     for text in dict.fromkeys(ranks.gather_objects(line)):
         report.say(f"  {text}")
     with ranks.raise_together():
-        return None if path is None else Cache(path, index.sizes, data.size, data.channels)
+        return None if path is None else Cache(path, *form)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from pipeline.durable import write
 from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
+from pipeline.run.images import PLAIN, Images
 from pipeline.run.report import say
 from pipeline.run.scores import METRICS
 from pipeline.run.tensor_cache import read_tensor, write_tensor
@@ -46,19 +48,23 @@ class References:
         }
 
 
-def references(config: Config, extractor: Extractor, index: Index, ranks: Ranks) -> References:
+def references(
+    config: Config, extractor: Extractor, index: Index, ranks: Ranks, images: Images = PLAIN
+) -> References:
     """The real images that the config asks for: held-out ones, and training images for `nn` or if asked for.
 
-    Raises UserError if fewer than two images are held out, or if a shard cannot be read.
+    images: makes them of what the shards hold. Raises UserError if fewer than two are held out, or if a shard
+    cannot be read.
     """
     data, score = config.data, config.score
     split = split_of(config, index)
-    heldout, about = _real_features(extractor, index, split.heldout(), ranks, data, score.images)
+    real = partial(_real_features, extractor, index, ranks, data, images)
+    heldout, about = real(split.heldout(), score.images)
     wanted = training_images(score)
     if not wanted:
         return References(heldout, None, False, {"heldout": about})
     plan = split.trained_once()
-    train, about_train = _real_features(extractor, index, plan, ranks, data, wanted)
+    train, about_train = real(plan, wanted)
     return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
 
 
@@ -81,9 +87,15 @@ def differences(before: About, now: About) -> list[str]:
 
 
 def _real_features(
-    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int
+    extractor: Extractor,
+    index: Index,
+    ranks: Ranks,
+    data: Data,
+    images: Images,
+    plan: HeldOutPlan,
+    count: int,
 ) -> tuple[Tensor, dict[str, object]]:
-    """Features [n, d], float32, of a plan's first `images` real images, or of all if there are fewer; and
+    """Features [n, d], float32, of a plan's first `count` real images, or of all if there are fewer; and
     everything they depend on, which is their key in the cache folder.
 
     All ranks compute them together. The result is the same on every rank and in any world, in the plan's
@@ -94,10 +106,10 @@ def _real_features(
             f"{counted(plan.size, 'image')} held out: too few to compare with. Raise data.holdout (now "
             f"{data.holdout:g}) or use more images."
         )
-    images = min(images, plan.size)
-    if images < 2:
+    count = min(count, plan.size)
+    if count < 2:
         raise CommonError(
-            f"score.train_images={images} is too few to compare with: set 0 for none, or at least 2."
+            f"score.train_images={count} is too few to compare with: set 0 for none, or at least 2."
         )
     key: dict[str, object] = {
         "index": index.fingerprint,
@@ -105,15 +117,15 @@ def _real_features(
         "size": data.size,
         "channels": data.channels,
         "stages": list(data.stages),
-        "pixels": "uint8, as stored",  # not resized on reading; fakes are quantised by `to_uint8`
+        "pixels": images.version,
         "features": [extractor.name, extractor.version],
-        "images": images,
+        "images": count,
     }
     kept = None if data.stages else read_tensor("real-features", key)  # a user's code may change
     # Where each node has its own cache, some may lack it: then all ranks compute, as all must take part.
     if not any(ranks.poll_any(kept is None)()) and kept is not None:
         return kept.to(ranks.device), key
-    features = _compute(extractor, index, plan, ranks, data, images)
+    features = _compute(extractor, index, ranks, data, images, plan, count)
     if not data.stages:
         write_tensor("real-features", key, features)
     return features, key
@@ -144,21 +156,27 @@ def keep_to(file: Path, real: References) -> None:
 
 
 def _compute(
-    extractor: Extractor, index: Index, plan: HeldOutPlan, ranks: Ranks, data: Data, images: int
+    extractor: Extractor,
+    index: Index,
+    ranks: Ranks,
+    data: Data,
+    images: Images,
+    plan: HeldOutPlan,
+    count: int,
 ) -> Tensor:
-    """Features [images, d] of the plan's first images, each once, in the plan's order."""
+    """Features [count, d] of the plan's first images, each once, in the plan's order."""
     parts, valid = [], []
-    batch = min(64, -(-images // ranks.world))
+    batch = min(64, -(-count // ranks.world))
     with ranks.raise_together():  # else ranks would wait for one that cannot read a shard
-        for reals, count in heldout_batches(
-            index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=images
+        for reals, there in heldout_batches(
+            index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=count
         ):
             for problem in reals.bad:
                 say(f"warning: {problem} Another held-out image replaces it.")
             features = torch.zeros(batch, extractor.dim, device=ranks.device)
-            features[:count] = extractor(reals.images[:count].to(ranks.device))
+            features[:there] = extractor(images(reals.images[:there].to(ranks.device)))
             parts.append(features)
-            valid.append(torch.arange(batch, device=ranks.device) < count)
+            valid.append(torch.arange(batch, device=ranks.device) < there)
     by_rank = (ranks.world, len(parts), batch)
     features = ranks.gather(torch.cat(parts)).view(*by_rank, -1).transpose(0, 1)  # ranks share each chunk
     return features[ranks.gather(torch.cat(valid)).view(by_rank).transpose(0, 1)]

@@ -16,6 +16,7 @@ from pipeline.run.evaluate import evaluate_generator
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import Health
+from pipeline.run.images import Images
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
 from pipeline.run.scores import leading_chart
@@ -40,9 +41,11 @@ class Scorer:
         report: Report,
         signals: StopSignals,
         health: Health,
+        images: Images,
     ) -> None:
         self._config, self._reference, self._index = config, folder / REFERENCE, index
         self._ranks, self._report, self._signals, self._health = ranks, report, signals, health
+        self._images = images
         self._extractor: Extractor | None = None
         self._scored = 0  # images, real and generated, for the score that is being computed
 
@@ -54,10 +57,17 @@ class Scorer:
             if self._extractor is None:
                 self._extractor = load_features(self._config.score.features).to(self._ranks.device)
                 self._extractor.register_forward_pre_hook(self._interrupt)
-            real = references(self._config, self._extractor, self._index, self._ranks)
+            real = references(self._config, self._extractor, self._index, self._ranks, self._images)
             self._ranks.broadcast_from_main(lambda: keep_to(self._reference, real))
-            G_ema, metrics = gan.G_ema.module(), self._config.score.metrics
-            return evaluate_generator(G_ema, gan.draws, real, self._extractor, self._ranks, metrics)
+            return evaluate_generator(
+                gan.G_ema.module(),
+                gan.draws,
+                real,
+                self._extractor,
+                self._ranks,
+                self._config.score.metrics,
+                self._images,
+            )
         except _Interrupted:
             return None
 

@@ -31,6 +31,7 @@ from pipeline.run.conclusion import conclude
 from pipeline.run.evaluate import from_latents
 from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
+from pipeline.run.images import agreed_images
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
@@ -64,7 +65,8 @@ class Session:
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
         self._grids = SampleGrids(folder, ranks, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
-        self._scorer = Scorer(config, folder, index, ranks, report, signals, self._health)
+        self._images = agreed_images(config.data, ranks)
+        self._scorer = Scorer(config, folder, index, ranks, report, signals, self._health, self._images)
         self._bad = BadImages(config.data.max_bad, state.bad, ranks, report)
         self._heldout = HeldOutImages(config.data, index, split.heldout(), ranks)
         self._saved: float | None = None  # when a save last began
@@ -73,7 +75,7 @@ class Session:
     def begin(self, gan: Gan, evaluate: bool) -> bool:
         """Before the first update: sample grids and scores. False if asked to stop meanwhile."""
         if self._heldout.size:
-            self._grids.reals(lambda: self._heldout.some(GRID))
+            self._grids.reals(lambda: self._images(self._heldout.some(GRID)))
         self.snapshot(gan, 0)
         scores = self.evaluate(gan) if evaluate else {}
         if scores:
@@ -136,14 +138,13 @@ class Session:
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
         """A sample grid of G_ema, from the same latents every time."""
-        G_ema = gan.G_ema.module()
-        z, c = gan.draws.grid(GRID)
-        make = from_latents(G_ema, z, c, self._ranks.device)
+        drawn = gan.draws.grid(GRID)
+        make = from_latents(gan.G_ema.module(), *drawn, self._ranks.device, self._images)
         with self._off_the_clock("drawing samples"):
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
         reals = self._heldout.images
         if fakes is not None and reals is not None and cur_nimg:
-            self._health.compare_diversity(spread(fakes), spread(reals))
+            self._health.compare_diversity(spread(fakes), spread(self._images(reals)))
 
     def evaluate(self, gan: Gan) -> dict[str, float] | None:
         """Scores of G_ema against held-out images, {} without any; None if asked to stop meanwhile."""

@@ -169,7 +169,7 @@ def test_the_plan_in_a_users_own_pipeline(make_shards: MakeShards) -> None:
     pipeline = webdataset.DataPipeline(
         PlannedSamples(index, plan, 5, BATCH, 0, 1),
         webdataset.map(lambda sample: sample),
-        Decode(SIZE, 1),
+        Decode(data_of()),
         webdataset.batched(6),
     )
     images, labels = next(iter(pipeline))

@@ -38,6 +38,14 @@ class Critic(nn.Module):
         return self.layers(x).flatten()
 
 
+class Decoder(nn.Module):
+    """Latents [N, 4, 14, 14] → images [N, 1, 28, 28]: the channels are the pixels of a square of four."""
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        assert not self.training and not torch.is_grad_enabled()
+        return nn.functional.pixel_shuffle(latents, 2)
+
+
 class Halting(Painter):
     """Waits for good where a file in the folder $HALT tells it to: `forward-1` is for rank 1's forward pass,
     `save-1` for when its buffers are asked for, which a checkpoint does."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from launching import (
     ADAM,
     BATCH,
+    FASHION,
     UPDATES,
     Ended,
     RunFolder,
     Started,
     accelerate,
+    fashion_images,
     identical,
     largest_difference,
     rows_written,
@@ -25,9 +31,14 @@ from launching import (
     train,
     without_clocks,
 )
+from PIL import Image
 from wandb_offline import OfflineRun, offline_runs
 
 import pipeline.train
+from launch.evaluate import evaluate
+from launch.export import export
+from launch.prepare import prepare
+from launch.sample import sample
 
 TICK, EPOCH = 120, 450  # images
 KEY = "0123456789abcdef0123456789abcdef01234567"  # made up: as long as a real one
@@ -44,6 +55,20 @@ class Interrupted:
     continued: Ended
     run: RunFolder
     command: list[str]
+
+
+def call(command: click.Command, *arguments: object) -> str:
+    """One of our commands, in this process."""
+    result = CliRunner().invoke(command, [str(a) for a in arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def latent_of(image: np.ndarray) -> np.ndarray:
+    """float16 [4, 14, 14], of which MINE:Decoder makes the image uint8 [28, 28] again."""
+    squares = image.reshape(14, 2, 14, 2).transpose(1, 3, 0, 2)
+    return (squares.reshape(4, 14, 14) / 127.5 - 1).astype(np.float16)
 
 
 def interrupt(
@@ -97,15 +122,23 @@ def of_two(worlds) -> Interrupted:
 
 @pytest.fixture(scope="module")
 def of_three(tmp_path_factory, in_pairs) -> tuple[RunFolder, Interrupted]:
-    """A user's own networks over three ranks, unbroken and interrupted."""
+    """A user's own networks over three ranks, unbroken and interrupted, on latents that they have decoded."""
     folder = tmp_path_factory.mktemp("three")
     shutil.copy(Path(__file__).parent / f"{MINE}.py", folder)
+    for label in range(10):
+        (folder / "latents" / str(label)).mkdir(parents=True)
+        for number, image in enumerate(fashion_images(label)):
+            np.save(folder / "latents" / str(label) / f"{number}.npy", latent_of(image))
+    call(prepare, folder / "latents", folder / "shards", "--per-shard", 100, "--workers", 1)
+    latents = f"size: 14, channels: 4, decoder: '{MINE}:Decoder'"
     (folder / "mine.yaml").write_text(
         ADAM.replace(
             "{width: 8, norm: none, z_dim: 32}", f"{{kind: '{MINE}:Painter', options: {{width: 512}}}}"
         )
         .replace("{width: 8, norm: none}", f"{{kind: '{MINE}:Critic', options: {{width: 400}}}}")
-        .replace("score: {images: 24}", "score: {metrics: []}")
+        .replace("colour, ", "")
+        .replace(f"train: {FASHION}, size: 28, channels: 1", f"train: shards, {latents}")
+        .replace("eval_kimg: 0.24", "eval_kimg: 0.6")
     )
     settings = ["run.total_kimg=0.6", "run.name=mine"]
     unbroken = accelerate(3, "mine.yaml", *settings, "run.out=unbroken")
@@ -158,7 +191,26 @@ def test_a_users_own_networks_are_trained_and_exported(of_three):
     sys.path.insert(0, str(Path(__file__).parent))
     from networks_of_mine import Painter
 
-    Painter(z_dim=128, size=28, channels=1, num_classes=0, width=512).load_state_dict(exported["G_ema"])
+    Painter(z_dim=128, size=14, channels=4, num_classes=0, width=512).load_state_dict(exported["G_ema"])
+
+
+def test_latents_are_decoded_for_samples_and_scores(of_three, monkeypatch, tmp_path):
+    """As the run did, `sample` and `evaluate` show and score images, which are twice as large as latents."""
+    run = of_three[1].run
+    monkeypatch.chdir(run.path.parents[1])
+    shown = np.asarray(Image.open(run.path / "samples" / "reals.png"))
+    firsts = [shown[2 : 2 + 56 : 2, 2 + 58 * i : 58 + 58 * i : 2] for i in range(8)]  # enlarged twice
+    pixels = {image.tobytes() for label in range(10) for image in fashion_images(label)}
+    assert all(first.tobytes() in pixels for first in firsts), "held-out latents are decoded to their images"
+    assert "4 images after 0.6 kimg" in call(sample, run.path, "--out", tmp_path / "four.png", "--count", 4)
+    assert np.asarray(Image.open(tmp_path / "four.png")).shape == (2 + 2 * 58, 2 + 2 * 58)
+    call(evaluate, run.path)
+    (entry,) = json.loads((run.path / "scores.json").read_text())
+    assert entry["Metrics/kid_efflite0"] == pytest.approx(run.rows[-1]["Metrics/kid_efflite0"], abs=1e-5)
+    assert json.loads((run.path / "reference.json").read_text())["heldout"]["pixels"].startswith(MINE)
+    assert "makes images of them, networks_of_mine:Decoder, is not among" in call(
+        export, run.path, "--out", tmp_path / "out"
+    )
 
 
 def test_the_comparison_can_fail(worlds, scratch):

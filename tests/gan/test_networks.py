@@ -1,6 +1,7 @@
 """From config to networks: seeds, a user's own classes, and what is refused."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 from pipeline.config import Config, UserError, load
 from pipeline.gan import networks
-from pipeline.gan.networks import FAMILIES, build_D, build_G, check_networks
+from pipeline.gan.networks import FAMILIES, build_D, build_G, check_networks, check_reach
 
 
 def config(*settings: str) -> Config:
@@ -226,3 +227,12 @@ def test_smooth_activations_change_nothing_else(kind):
         assert all(torch.equal(p, q) for p, q in zip(kinked.parameters(), smooth.parameters(), strict=True))
         layers = {type(layer) for layer in smooth.modules()}
         assert nn.SiLU in layers and not layers & {nn.ReLU, nn.LeakyReLU}
+
+
+@pytest.mark.parametrize(("kind", "bounded"), [("dcgan", True), ("resnet", True), ("r3gan", False)])
+def test_a_g_that_ends_in_tanh_is_refused_for_larger_latents(kind, bounded):
+    latents = config(f"G.kind={kind}", "data.channels=4", "score.metrics=[]")
+    check_reach(latents, 1.0)
+    refused = pytest.raises(UserError, match=rf"G\.kind={kind} makes .* up to ±4\.5\.")
+    with refused if bounded else nullcontext():
+        check_reach(latents, 4.5)

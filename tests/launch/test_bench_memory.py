@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from launch.bench import bench, pair
 from launch.bench.memory import held, in_theory
-from launch.bench.meter import storages
+from launch.bench.meter import living, storages
 from launch.bench.penalty import Clocked
 from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
@@ -29,6 +30,12 @@ def test_a_storage_counts_once_and_a_freed_one_not_at_all():
     freed.untyped_storage().resize_(0)
     assert sum(storages([whole, whole[2:], whole.t(), freed]).values()) == 400
     assert not storages([torch.zeros(3, device="meta")])
+
+
+def test_what_the_collector_has_frozen_is_alive_too():
+    kept = torch.zeros(12345)
+    gc.freeze()
+    assert kept.data_ptr() in living()
 
 
 def test_single_is_launched_once_and_the_others_in_every_world():

@@ -293,6 +293,9 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     players = doctor_networks.build_players(job(), 0)
     held = {s: doctor_memory.states(job(strategy=s, procs=4), players) for s in ("ddp", "zero2", "fsdp2")}
     assert held["ddp"]["optimizer"] == 4 * held["zero2"]["optimizer"] == 4 * held["fsdp2"]["optimizer"]
+    sizes = [4 * sum(p.numel() for p in player.parameters()) for player in players]  # a bucket holds either
+    assert held["zero2"]["buckets"] == max(sizes)
+    assert doctor_memory.states(job(strategy="zero3", procs=4), players)["buckets"] == sum(sizes)
     sgd = ["optim.G.kind=sgd", "optim.D.kind=sgd", "optim.D.momentum=0.9"]
     G, D = (4 * sum(p.numel() for p in player.parameters()) for player in players)
     assert doctor_memory.states(job(*sgd), players)["optimizer"] == D

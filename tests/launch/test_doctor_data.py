@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.doctor import data as doctor_data
@@ -322,3 +323,19 @@ def test_shards_behind_a_url(
     )[1]
     assert [f.verdict for f in found] == ["would fail"] and "shard-000000.tar" in found[0].text
     assert examine(folder, f"data.train={server}/nowhere")["shards"].verdict == "would fail"
+
+
+def test_latents_are_described_and_what_g_cannot_reach_would_fail(tmp_path):
+    (tmp_path / "latents").mkdir()
+    for number in range(40):
+        np.save(tmp_path / "latents" / f"{number}.npy", np.full((4, 7, 7), 3 * (-1) ** number, np.float16))
+    prepare(str(tmp_path / "latents"), str(tmp_path / "out"), Options(), workers=1)
+    settings = ("data.channels=4", "data.size=7", "score.metrics=[]", "data.cache=ram")
+    found = examine(tmp_path / "out", *settings, "G.kind=r3gan")
+    assert found["images"].verdict == "ok"
+    assert found["images"].text == "40 decoded: 40 npy arrays; root mean square 3, up to ±3"
+    assert "40 decoded images, 31 KiB" in found["data.cache"].text
+    told = examine(tmp_path / "out", *settings, "G.kind=dcgan")["data"]
+    assert told.verdict == "would fail" and "from -1 to 1, and the latents go up to ±3" in told.text
+    told = examine(tmp_path / "out")["images"]
+    assert told.verdict == "would fail" and "a latent of 4 channels, not an image" in told.text

@@ -20,6 +20,7 @@ from pipeline.config import UserError
 from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
 from pipeline.run.features import load_features
+from pipeline.run.images import PLAIN
 
 # The same command, later
 
@@ -124,7 +125,7 @@ def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed,
     features = load_features("efflite0")
     about = {
         "index": index.fingerprint, "plan": plan.fingerprint, "images": 16,
-        "features": [features.name, features.version],
+        "features": [features.name, features.version], "pixels": PLAIN.version,
     }  # fmt: skip
     finish(trials[0])
     refer(trials[0], about)

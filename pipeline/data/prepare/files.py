@@ -1,4 +1,4 @@
-"""Image files in a folder or a zip; and what there is at a path: such files, or shards."""
+"""Image files, or latents, in a folder or a zip; and what there is at a path: such files, or shards."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data.prepare.labels import Classes, Labels, label
-from pipeline.data.prepare.listing import EXTENSIONS, Listing, by_kind, list_folder, list_zip
-from pipeline.data.prepare.pictures import LeftOutError, Picture, open_picture
+from pipeline.data.prepare.listing import ARRAY, EXTENSIONS, Listing, by_kind, list_folder, list_zip
+from pipeline.data.prepare.pictures import Latent, LeftOutError, Picture, open_picture
 from pipeline.data.prepare.shards import Shards, all_images
 from pipeline.data.prepare.source import Source
 from pipeline.data.record import INDEX
@@ -47,7 +47,7 @@ class Folder(Source):
     def describe(self, number: int) -> str:
         return f"{self.name}/{self._files[number]}"
 
-    def image(self, number: int) -> Picture:
+    def image(self, number: int) -> Picture | Latent:
         return open_picture(_read_file(self._root / self._files[number], LARGEST_MEMBER))
 
 
@@ -78,7 +78,7 @@ class Zip(Source):
     def describe(self, number: int) -> str:
         return f"{self._files[number]} in {self._path.name}"
 
-    def image(self, number: int) -> Picture:
+    def image(self, number: int) -> Picture | Latent:
         # A forked process shares the directory, a gigabyte for a million files, but needs its own position.
         if self._process != os.getpid():
             self._zip.fp, self._process = self._path.open("rb"), os.getpid()
@@ -119,7 +119,7 @@ def _open_folder(
     if tars and listed:
         return Shards(all_images(source, announce))
     listing = list_folder(root, without)
-    if not listing.images and (tars or listed):
+    if (tars or listed) and all(name.lower().endswith(ARRAY) for name in listing.images):
         return Shards(all_images(source, announce))
     _refuse_none(listing, source)
     labels = label(listing, classes, source, lambda name: _read_file(root / name, _LARGEST_LABELS))

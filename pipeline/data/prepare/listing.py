@@ -18,6 +18,7 @@ EXTENSIONS = frozenset(
         *(".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
     )
 )
+ARRAY = ".npy"  # a latent; an image's array is read as well
 LABELS = "dataset.json"  # StyleGAN's
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 _TABLE_NAMES = frozenset(
@@ -59,6 +60,14 @@ class Listing:
             kind = suffix if _SHORT_SUFFIX.fullmatch(suffix) else "other names"
             self.left_out.append(LeftOut(name, kind if suffix else "no suffix", "not the name of an image"))
 
+    def settle(self) -> None:
+        """All files have been added. If none has the name of an image, arrays are what is meant."""
+        if not self.images:
+            self.images = [item.name for item in self.left_out if item.kind == ARRAY]
+            self.left_out = [item for item in self.left_out if item.kind != ARRAY]
+        self.images.sort()
+        self.tables.sort()
+
     def take_labels(self, name: str) -> None:
         """A file is no longer left out, as its labels are read."""
         self.tables.remove(name)
@@ -85,8 +94,7 @@ def list_folder(root: Path, without: Path | None = None) -> Listing:
         folders[:] = [name for name in folders if _enter(folder, name, above, without, listing)]
         for name in files:
             listing.add(above + name)
-    listing.images.sort()
-    listing.tables.sort()
+    listing.settle()
     return listing
 
 
@@ -119,8 +127,7 @@ def list_zip(members: Iterable[zipfile.ZipInfo]) -> tuple[Listing, dict[str, zip
             listing.add(name)
     filled = {parent for name in (*found, *folders) for parent in _parents(_bare(name))}
     listing.empty += [name for name in map(_bare, folders) if name not in filled and not _hidden(name)]
-    listing.images.sort()
-    listing.tables.sort()
+    listing.settle()
     return listing, found
 
 

@@ -13,6 +13,8 @@ from pipeline.data.decode import (
     LARGEST,
     NPY_MAGIC,
     BadImageError,
+    read_header,
+    read_latent,
     read_npy,
     read_npy_header,
     to_channels,
@@ -41,6 +43,14 @@ class Picture(NamedTuple):
     first: bool = False
 
 
+class Latent(NamedTuple):
+    """A latent as in its file, `data`."""
+
+    data: bytes
+    shape: tuple[int, int, int]
+    dtype: str
+
+
 class Fitted(NamedTuple):
     """An 8-bit grey or RGB image of the wanted size. `facts`: what a summary counts."""
 
@@ -48,8 +58,8 @@ class Fitted(NamedTuple):
     facts: tuple[str, ...]
 
 
-def open_picture(data: bytes) -> Picture:
-    """Raises LeftOutError for bytes that are no image, or none that can be used."""
+def open_picture(data: bytes) -> Picture | Latent:
+    """Raises LeftOutError for bytes that are neither image nor latent, or none that can be used."""
     if not data:
         raise LeftOutError("empty", "an empty file")
     try:
@@ -66,11 +76,9 @@ def open_picture(data: bytes) -> Picture:
         raise LeftOutError("unreadable", str(error) or type(error).__name__) from None
 
 
-def _opened(data: bytes) -> Picture:
+def _opened(data: bytes) -> Picture | Latent:
     if data.startswith(NPY_MAGIC):
-        header = read_npy_header(data)
-        pixels = read_npy(data, header)
-        return Picture(Image.fromarray(pixels.squeeze(axis=2 if header.channels == 1 else ())))
+        return _array(data)
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     most = _MOST.get(image.format or "", LARGEST)
     if image.width * image.height > most:
@@ -87,6 +95,23 @@ def _opened(data: bytes) -> Picture:
     if image.mode == "LAB":  # which Pillow converts to nothing else
         return Picture(image.convert("RGB"), first)
     return Picture(ImageOps.exif_transpose(image), first)
+
+
+def _array(data: bytes) -> Picture | Latent:
+    """An array that is no image, as its shape or values show, is a latent."""
+    try:
+        header = read_npy_header(data)
+        pixels = read_npy(data, header)
+        return Picture(Image.fromarray(pixels.squeeze(axis=2 if header.channels == 1 else ())))
+    except ValueError as no_image:
+        try:
+            latent = read_latent(data)
+        except BadImageError as no_latent:
+            found = read_header(data)
+            meant = found.dtype.kind == "f" and len(found.shape) == 3 and found.shape[2] not in (1, 3)
+            raise (no_latent if meant else no_image) from None
+    channels, height, width = latent.shape
+    return Latent(data, (channels, height, width), str(latent.dtype))
 
 
 def _tile(image: Image.Image) -> int:

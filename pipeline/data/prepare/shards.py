@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.index import Announce, Index, local_index, not_empty
 from pipeline.data.prepare.labels import renumbered, some
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import LeftOutError, Picture, open_picture
+from pipeline.data.prepare.pictures import Latent, LeftOutError, Picture, open_picture
 from pipeline.data.prepare.source import Source
 from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import shard_of
@@ -72,7 +72,7 @@ class Shards(Source):
         shard, row = self._index.place(number)
         return f"sample {self._index.table(shard).key(row)} of {self._index.shards[shard].url}"
 
-    def image(self, number: int) -> Picture:
+    def image(self, number: int) -> Picture | Latent:
         try:
             sample = self._reader.read(*self._index.place(number))
         except BadSampleError as error:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.prepare.labels import Classes, Labels
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import Fit, Picture
+from pipeline.data.prepare.pictures import Fit, Latent, Picture
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,13 @@ class Options:
     per_shard: int = 1000
     classes: Classes = "top"
     background: str | None = None
+
+
+@dataclass(frozen=True)
+class Resolved(Options):
+    """Options that fit the images there are. latents: their shape, if they are that."""
+
+    latents: tuple[int, int, int] | None = None
 
 
 @dataclass(eq=False)
@@ -62,7 +69,7 @@ class Source(ABC):
         """What to call an image in a message that may be published: no path of this machine."""
 
     @abstractmethod
-    def image(self, number: int) -> Picture:
+    def image(self, number: int) -> Picture | Latent:
         """Raises LeftOutError for what is no image or cannot be read."""
 
     def digest(self, about: Iterable[str]) -> str:

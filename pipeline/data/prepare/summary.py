@@ -12,7 +12,7 @@ from pathlib import Path
 from pipeline.data.index import Index
 from pipeline.data.prepare.labels import some
 from pipeline.data.prepare.listing import LeftOut, by_kind
-from pipeline.data.prepare.source import Options, Source
+from pipeline.data.prepare.source import Resolved, Source
 from pipeline.wording import one_line
 
 _SKIPPED = "skipped.txt"
@@ -26,7 +26,7 @@ class Summary:
     """What was made of a source. `facts` counts images by what was done to them (see pictures.fitted)."""
 
     index: Index
-    options: Options
+    options: Resolved
     images: Source
     facts: Mapping[str, int]
     left_out: Sequence[LeftOut]
@@ -34,7 +34,8 @@ class Summary:
     def lines(self, out: str) -> Iterator[str]:
         """For people. `out` is what they called the folder."""
         size, labelled = self.options.size, self.images.labelled
-        yield f"{size}x{size}: {', '.join(self._images())}"
+        shape = f"{size}x{size}" if self.options.latents is None else "x".join(map(str, self.options.latents))
+        yield f"{shape}: {', '.join(self._images())}"
         if labelled.classes:
             yield f"classes, from {labelled.origin}: {self._classes()}"
         yield from labelled.remarks
@@ -43,7 +44,9 @@ class Summary:
             yield f"left out: {count:,} ({by_kind(self.left_out)}), listed in {_SKIPPED}"
         if self.images.tables:
             yield f"not read: {some(self.images.tables)} (labels are taken from folders or dataset.json)"
-        channels = 3 if self.facts.get("colour") else 1
+        channels = str(3 if self.facts.get("colour") else 1)
+        if self.options.latents is not None:
+            channels = f"{self.options.latents[0]} data.decoder=package.module:Class"
         yield (
             f"next: shardgan train CONFIG data.train={shlex.quote(out)} data.size={size} "
             f"data.channels={channels}"
@@ -51,6 +54,8 @@ class Summary:
 
     def _images(self) -> Iterator[str]:
         said = {
+            "float16": "latents in float16",
+            "float32": "latents in float32",
             "colour": "in colour",
             "grey": "in grey",
             "transparent": f"with transparency, laid on {self.options.background or 'white'}",

@@ -1,4 +1,4 @@
-"""Images → tar shards, byte for byte the same each time, and their index.
+"""Images, or latents, → tar shards, byte for byte the same each time, and their index.
 
 Shards are written by webdataset's own TarWriter, in the folder that staging.py provides. Images are shuffled
 once, by a fixed seed, so that every shard is a fair sample of the whole.
@@ -30,9 +30,10 @@ from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, 
 from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import Fitted, LeftOutError, fitted, png
+from pipeline.data.prepare.made import make, none_can_be_read, resolve
+from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.prepare.source import Options as Options  # is part of this module
-from pipeline.data.prepare.source import Source
+from pipeline.data.prepare.source import Resolved, Source
 from pipeline.data.prepare.staging import (
     Skipped,
     Written,
@@ -90,7 +91,7 @@ def prepare(
         return _is_there(target, announce)
     for warning in images.labelled.warnings:
         announce(f"warning: {warning}")
-    resolved = _resolve(images, options)
+    resolved = resolve(images, options)
     extra = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
     with staging(target, json.dumps([recipe, fingerprint]), announce) as folder:
         jobs = _jobs(images, resolved.per_shard)
@@ -118,7 +119,7 @@ def _describe_all(
     list_left_out(folder, skipped, images.left_out, announce)
     shards = [result.shard for result in written if result.shard.nsamples]
     if not shards:
-        raise _none_can_be_read(images, skipped[0].reason)
+        raise none_can_be_read(images, skipped[0].reason)
     write_origins(folder, _origins(images, jobs, written))
     classes = {"classes": list(images.labelled.classes)} if images.labelled.classes else {}
     write_record(folder, images.name, shards, extra | classes)
@@ -143,33 +144,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _resolve(images: Source, options: Options) -> Options:
-    """Fill in size and fit from the first image that can be read."""
-    size, reason = options.size, ""
-    for number in range(len(images)) if size is None else ():
-        try:
-            width, height = images.image(number).image.size
-        except LeftOutError as error:
-            reason = reason or str(error)
-            continue
-        if width != height:
-            raise UserError(
-                f"{images.describe(number)} is {width}x{height}, not square. Give --size N (and --fit crop, "
-                "pad or stretch)."
-            )
-        size = width
-        break
-    if size is None:
-        raise _none_can_be_read(images, reason)
-    resizes = options.size is not None
-    # Without --size no image may be changed: another size than the first one's is an error.
-    return replace(options, size=size, fit=(options.fit or images.fit) if resizes else None)
-
-
-def _none_can_be_read(images: Source, reason: str) -> UserError:
-    return UserError(f"None of the {len(images):,} images of {images.name} can be read: {reason}")
-
-
 def _jobs(images: Source, per_shard: int) -> Jobs:
     order = permutation(len(images), _SHUFFLE_SEED)
     starts = range(0, len(order), per_shard)
@@ -178,7 +152,7 @@ def _jobs(images: Source, per_shard: int) -> Jobs:
 
 def _write_all(
     images: Source,
-    options: Options,
+    options: Resolved,
     folder: Path,
     jobs: Jobs,
     workers: int,
@@ -203,10 +177,10 @@ def _write_all(
     return [results[number] for number in sorted(results)]
 
 
-_job: tuple[Source, Options, Path]  # of a worker process
+_job: tuple[Source, Resolved, Path]  # of a worker process
 
 
-def _adopt(images: Source, options: Options, folder: Path) -> None:
+def _adopt(images: Source, options: Resolved, folder: Path) -> None:
     global _job
     _job = (images, options, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the pool
@@ -234,11 +208,11 @@ def _write_tar(path: Path, number: int, rows: NDArray[np.int64]) -> Written:
     with path.open("wb") as file, tar_writer(file) as tar:
         for place, row in enumerate(rows.tolist()):
             try:
-                made = _fit(images, row, options)
+                made = make(images, row, options)
             except LeftOutError as error:
                 skipped.append(Skipped(place, images.describe(row), error.kind, str(error)))
                 continue
-            sample = {"__key__": _key(number, place), "png": png(made.image)}
+            sample = {"__key__": _key(number, place), made.extension: made.data}
             if labels[row] >= 0:
                 sample["cls"] = b"%d" % labels[row]
             tar.write(sample)
@@ -260,20 +234,6 @@ def _key(number: int, place: int) -> str:
 def tar_writer(file: BinaryIO) -> Any:
     """webdataset's writer, set to write the same bytes for the same samples: no times, no names."""
     return webdataset.TarWriter(file, user="", group="", mode=0o644, mtime=0, compress=False, encoder=False)
-
-
-def _fit(images: Source, row: int, options: Options) -> Fitted:
-    """An image at the size and in the channels wanted."""
-    assert options.size is not None
-    picture = images.image(row)
-    made = fitted(picture, options.size, options.fit, options.channels, options.background)
-    if made is None:
-        width, height = picture.image.size
-        raise UserError(
-            f"{images.describe(row)} is {width}x{height}, the first image {options.size}x{options.size}. "
-            "Give --size N (and --fit crop, pad or stretch)."
-        )
-    return made
 
 
 def _origins(images: Source, jobs: Jobs, written: list[Written]) -> Iterator[tuple[str, str]]:
