@@ -17,7 +17,7 @@ def forward(config: Config, num_classes: int) -> tuple[float, float]:
     multiply-add."""
     # torch's counter knows plain products but not the CPU's fused attention.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        G, D = build_G(config, num_classes), build_D(config, num_classes)
+        G, D = (build(config, num_classes).requires_grad_(False) for build in (build_G, build_D))
         z, c = torch.zeros(2, config.G.z_dim), torch.zeros(2, dtype=torch.int64) if num_classes else None
         with FlopCounterMode(display=False) as of_G:
             images = G(z, c)

@@ -6,8 +6,8 @@ with W, for every s > 0. There λ‖W‖² only keeps W small, which makes steps
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def examine(job: Job, num_classes: int, flops: tuple[float, float] | None) -> It
         except Exception as error:  # a user's network may do anything
             yield ok("weight penalty", f"λ_{name} on {on}: not tried which kernels a norm undoes ({error})")
             continue
-        yield _finding(job, name, on, sizes, free)
+        normed = "norm" in inspect.signature(type(network)).parameters
+        yield _finding(name, on, sizes, free, normed)
 
 
 def undone(network: nn.Module, names: Collection[str], inputs: tuple[Tensor | None, ...]) -> list[str]:
@@ -78,7 +79,8 @@ def _inputs(job: Job, player: str, num_classes: int) -> tuple[Tensor | None, ...
     return torch.randn(4, *image, generator=generator, dtype=torch.float64), c
 
 
-def _finding(job: Job, name: str, on: str, sizes: dict[str, int], free: list[str]) -> Finding:
+def _finding(name: str, on: str, sizes: dict[str, int], free: list[str], normed: bool) -> Finding:
+    """normed: whether the network's norms can be chosen."""
     what = "parameters" if on == "all" else "kernels"
     if not free:
         return ok("weight penalty", f"λ_{name} on {on} acts on the function, through all of its {what}")
@@ -90,6 +92,5 @@ def _finding(job: Job, name: str, on: str, sizes: dict[str, int], free: list[str
         f"{size:.2f} of {whole:.2f} M numbers ({', '.join(layers[:3])}{more}). There it acts as a larger "
         "learning rate, not as a simpler function"
     )
-    section: Any = getattr(job.config, name)
     remedy = f"If it is to regularise, set {name}.norm=none and {name}.spectral_norm=false."
-    return warning("weight penalty", text, remedy if section.norm != "none" or section.spectral_norm else "")
+    return warning("weight penalty", text, remedy if normed else "")
