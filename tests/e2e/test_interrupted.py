@@ -283,7 +283,7 @@ def test_wandb_has_the_config_and_goes_on_as_one_run(tracked):
     for part in tracked:
         assert part.finished
         assert part.config["data"]["batch_size"] == BATCH
-        assert part.config["penalty"]["D"] == {"l2": 0.002, "l1": 0.0}
+        assert part.config["penalty"]["D"] == {"l2": 0.002, "l1": 0.0, "on": "weights"}
 
 
 def test_wandb_has_every_chart_and_picture_and_no_step_twice(tracked, of_one):

@@ -68,7 +68,7 @@ def train(ranks: Ranks, game: str) -> list[tuple[float, float]]:
     )  # fmt: skip
     batch = batch_shape(settings.data, ranks.world)
     gan, stats, nimg = build(settings, ranks, batch), Stats(ranks.device), 0
-    grey = Batch(torch.full((batch.local, 1, 1, 1), 127.5), None)  # 0 as the networks see it
+    grey = Batch(torch.zeros(batch.local, 1, 1, 1), None)  # floats are as the networks see them
     path = [_point(parity.whole(gan))]
     for _ in range(UPDATES):
         nimg = train_step(gan, iter([grey]), nimg, stats)
