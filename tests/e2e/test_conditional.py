@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,7 @@ def test_the_commands_work_on_it(there, tmp_path):
 
 
 ARMS = ROOT / "configs" / "alternatives.yaml"
+NARROW = {"r3gan": ("width=4", "max_width=8", "depth=1"), "vit": ("width=8", "depth=4", "heads=1")}
 PUBLISHED = sorted({*(ROOT / "configs").glob("*.yaml")} - {ARMS})
 
 
@@ -131,18 +133,29 @@ def test_every_alternative_is_a_config(arm):
     assert (config.load(base, settings) != config.load(base)) == bool(settings)
 
 
+def latents(folder, channels: int, size: int):
+    """As many random arrays of each class as there are images."""
+    numbers = np.random.default_rng(0)
+    for picture in Path("images").rglob("*.png"):
+        array = folder / picture.parent.name / f"{picture.stem}.npy"
+        array.parent.mkdir(parents=True, exist_ok=True)
+        np.save(array, numbers.standard_normal((channels, size, size), dtype=np.float32))
+    return folder
+
+
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
 def test_every_published_config_trains(there, tmp_path, file, signals_kept):
-    """Two updates of narrow networks by each file in configs/, on stand-ins for its images."""
+    """Two updates of narrow networks by each file in configs/, on stand-ins for its images or latents."""
     published = config.load(file)
-    data = published.data
-    size = min(data.size, 64)
-    options = ["--size", size, "--channels", data.channels, "--workers", 1]
-    call(prepare, "images", tmp_path / "shards", *options)
-    small = ["G.width=8", "D.width=8", "data.batch_size=8", "data.workers=0", "score.images=8"]
-    small += [f"data.size={size}"]
-    if published.G.kind == "r3gan":
-        small += [f"{player}.{key}" for player in "GD" for key in ("width=4", "max_width=8", "depth=1")]
+    data, size = published.data, min(published.data.size, 32)
+    if data.latents:
+        call(prepare, latents(tmp_path / "latents", data.channels, size), tmp_path / "shards", "--workers", 1)
+    else:
+        options = ["--size", size, "--channels", data.channels, "--workers", 1]
+        call(prepare, "images", tmp_path / "shards", *options)
+    small = [f"data.size={size}", "data.batch_size=8", "data.batch_gpu=8", "data.workers=0", "score.images=8"]
+    narrow = NARROW.get(published.G.kind, ("width=8",))
+    small += [f"{player}.{key}" for player in "GD" for key in narrow]
     small += [f"data.train={tmp_path}/shards", "run.total_kimg=0.016", f"run.out={tmp_path}"]
     assert pipeline.train.main([str(file), *small, "track.wandb=false"]) == 0
     run = RunFolder(tmp_path / file.stem)
