@@ -238,7 +238,8 @@ def _at(value: Schedulable, config: Config, nimg: int) -> float:
 
 
 def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Tensors:
-    """λ₂ Σ (cw)² and λ₁ Σ |cw| over all that trains, or over kernels: here, weights of two axes or four."""
+    """λ₂ Σ (cw)² and λ₁ Σ |cw| over all that trains, or over kernels: here, weights of two axes or four, and
+    those of a layer that says its factor c."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     penalty: WeightPenalty = getattr(config.penalty, player)
     layers: list[Any] = [m for m in module.modules() if hasattr(m, "weight_gain")]
@@ -246,7 +247,7 @@ def _penalties(config: Config, player: str, module: nn.Module, nimg: int) -> Ten
     chosen = [
         p * gains.get(id(p), 1.0) if penalty.on in ("auto", "effective") else p
         for _, p in _trained(module)
-        if penalty.on == "all" or (p.ndim in (2, 4) and id(p) not in embeddings)
+        if penalty.on == "all" or id(p) in gains or (p.ndim in (2, 4) and id(p) not in embeddings)
     ]
     parts = {"l2_penalty": _at(penalty.l2, config, nimg) * _total(p.pow(2).sum() for p in chosen)}
     if penalty.l1:
