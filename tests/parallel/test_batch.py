@@ -40,7 +40,7 @@ def _engine(shape: BatchShape, rank: int) -> ReplicatedEngine:
     ranks: Any = SimpleNamespace(
         rank=0, world=1, device=torch.device("cpu"), precision="no", low_precision=None, progress=Progress()
     )
-    player = PlayerSettings("G", Optimizer(), WeightPenalty(), frozenset())
+    player = PlayerSettings("G", Optimizer(), WeightPenalty(), {})
     engine = ReplicatedEngine(nn.Linear(2, 1), player, ranks, shape, ())
     ranks.rank = rank
     return engine

@@ -41,7 +41,7 @@ def test_fsdp2_shards_over_the_launchers_kind_of_device_not_the_one_torch_was_bu
     """A build for CUDA on a machine without GPUs, or with ACCELERATE_USE_CPU=1 on one that has some."""
     monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
     network = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
-    player = PlayerSettings("D", Optimizer(), WeightPenalty(l2=1e-3), frozenset({"0.weight"}))
+    player = PlayerSettings("D", Optimizer(), WeightPenalty(l2=1e-3), {"0.weight": 1.0})
     engine = Fsdp2Engine(network, player, alone, BatchShape(1, 1, 2))
     assert {p.device_mesh.device_type for p in network.parameters()} == {"cpu"}
     before = [f.data.clone() for f in engine.fragments]

@@ -56,7 +56,7 @@ def test_every_round_is_seeded_by_rank_and_round_without_manual_seed(monkeypatch
     ranks: Any = SimpleNamespace(
         rank=0, world=1, device=CPU, precision="no", low_precision=None, progress=Progress()
     )
-    player = PlayerSettings("G", Optimizer(), WeightPenalty(), frozenset())
+    player = PlayerSettings("G", Optimizer(), WeightPenalty(), {})
     engine = ReplicatedEngine(nn.Linear(2, 1), player, ranks, BatchShape(1, 3, 2), ())
     ranks.rank = 1  # of two: its part of the draw begins at image 6
     expected = []
