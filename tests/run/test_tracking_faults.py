@@ -138,7 +138,7 @@ def test_an_online_run_is_all_there(tmp_path, server, capfd):
     run = server.run
     assert_whole(tmp_path, run)
     assert (run.name, run.project, run.tags, run.exit_code) == ("demo", "proj", ["a", "b"], 0)
-    assert run.config["penalty"]["value"]["on"] == "weights"
+    assert run.config["penalty"]["value"]["G"]["on"] == "auto"
     assert run.summary["Metrics/kid"] == 0.5 and run.summary["_step"] == (TOTAL - 1) * 100
     assert run.alerts == [("Loss", "is not finite")]
     assert said == [f"W&B: {server.url}/me/proj/runs/{job.tracker.run_id}"]
