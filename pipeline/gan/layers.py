@@ -1,11 +1,13 @@
-"""What the network families share: norms, activations, spectral norm, checkpointing, refusals."""
+"""What the network families share: norms, activations, spectral norm, widths, checkpointing, refusals."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint as keeping_inputs
 
@@ -53,6 +55,13 @@ def run(block: nn.Module, *inputs: Any, checkpoint: bool) -> Any:
     return block(*inputs)
 
 
+def run_all(blocks: Iterable[nn.Module], x: Tensor, *, checkpoint: bool) -> Tensor:
+    """x through one block after the other, each as by `run`."""
+    for block in blocks:
+        x = run(block, x, checkpoint=checkpoint)
+    return x
+
+
 def refuse_checkpoint(norm: Norm, spectral_norm: bool) -> None:
     """Raise UserError for a network that changes each time it is run, as checkpointing runs it again."""
     changing = {"norm=batch": norm == "batch", "norm=sync_batch": norm == "sync_batch"}
@@ -61,6 +70,17 @@ def refuse_checkpoint(norm: Norm, spectral_norm: bool) -> None:
             f"checkpoint=true runs blocks a second time, and {key} changes with each: set norm to none, "
             "group or instance and spectral_norm=false, or checkpoint=false."
         )
+
+
+def start_and_widths(
+    family: str, size: int, sizes: tuple[int, ...], width: int, max_width: int
+) -> tuple[int, list[int]]:
+    """Pixels of the smallest features, 4 (7 for 28 px), and channels at each resolution from the image
+    inwards: doubled up to max_width. Raises UserError for a size that is none of `sizes`."""
+    refuse_size(family, size, sizes)
+    start = 7 if size == 28 else 4
+    levels = int(math.log2(size // start))
+    return start, [min(width * 2**level, max_width) for level in range(levels + 1)]
 
 
 def refuse_size(family: str, size: int, sizes: tuple[int, ...]) -> None:

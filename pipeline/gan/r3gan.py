@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.gan.grouped_conv import GroupedConv2d
-from pipeline.gan.layers import SLOPE, Activation, activation_layer, refuse_size, run
+from pipeline.gan.layers import SLOPE, Activation, activation_layer, run_all, start_and_widths
 from pipeline.gan.resample import enlarge, shrink
 
 SIZES = (28, 32, 64, 128, 256, 512, 1024)
@@ -46,7 +46,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        start, inwards = _start_and_channels(size, width, max_width)
+        start, inwards = start_and_widths("r3gan", size, SIZES, width, max_width)
         outwards = inwards[::-1]
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None
         self.project = nn.Linear(2 * z_dim if num_classes else z_dim, outwards[0], bias=False)
@@ -64,9 +64,7 @@ class Generator(nn.Module):
         if self.embed is not None:
             z = torch.cat([z, self.embed(c)], dim=1)
         x = self.basis.spread(self.project(z)).contiguous(memory_format=torch.channels_last)
-        for block in self.blocks:
-            x = run(block, x, checkpoint=self.checkpoint)
-        return x
+        return run_all(self.blocks, x, checkpoint=self.checkpoint)
 
 
 class Discriminator(nn.Module):
@@ -90,7 +88,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        start, inwards = _start_and_channels(size, width, max_width)
+        start, inwards = start_and_widths("r3gan", size, SIZES, width, max_width)
         of_image = nn.Conv2d(channels, inwards[0], 1, bias=False)
         blocks: list[nn.Module] = [nn.Sequential(of_image, Block(inwards[0], activation))]
         blocks += [Block(inwards[0], activation) for _ in range(depth - 1)]
@@ -107,8 +105,7 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.embed.weight, std=1 / math.sqrt(num_classes * last))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = run(block, x, checkpoint=self.checkpoint)
+        x = run_all(self.blocks, x, checkpoint=self.checkpoint)
         features: Tensor = self.project(self.basis.gather(x))
         if self.embed is None:
             return features.squeeze(1)
@@ -193,14 +190,6 @@ def _initialise(network: nn.Module) -> None:
 
 def _normal(weight: Tensor, gain: float) -> None:
     nn.init.normal_(weight, std=gain / math.sqrt(weight[0].numel()))
-
-
-def _start_and_channels(size: int, width: int, max_width: int) -> tuple[int, list[int]]:
-    """Pixels of the smallest features, and channels at each resolution from the image inwards."""
-    refuse_size("r3gan", size, SIZES)
-    start = 7 if size == 28 else 4
-    levels = int(math.log2(size // start))
-    return start, [min(width * 2**level, max_width) for level in range(levels + 1)]
 
 
 def _groups(channels: int) -> int:

@@ -22,7 +22,7 @@ from pipeline.gan.layers import (
     normalise_kernels,
     refuse_checkpoint,
     refuse_size,
-    run,
+    run_all,
 )
 
 SIZES = (32, 64, 128, 256)
@@ -79,10 +79,7 @@ class Generator(nn.Module):
             z = torch.cat([z, self.embed(c)], dim=1)
         # Channels last: a view in the memory layout that convolutions prefer.
         x = self.project(z).view(len(z), _START, _START, -1).permute(0, 3, 1, 2)
-        for block in self.blocks:
-            x = run(block, x, checkpoint=self.checkpoint)
-        images: Tensor = x
-        return images
+        return run_all(self.blocks, x, checkpoint=self.checkpoint)
 
 
 class Discriminator(nn.Module):
@@ -131,9 +128,7 @@ class Discriminator(nn.Module):
             normalise_kernels(self, nn.Embedding)  # as Miyato & Koyama: all of D is Lipschitz, or none of it
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = run(block, x, checkpoint=self.checkpoint)
-        features = x.sum((2, 3))
+        features = run_all(self.blocks, x, checkpoint=self.checkpoint).sum((2, 3))
         logits: Tensor = self.to_logit(features).squeeze(1)
         if self.embed is not None:
             logits = logits + (features * self.embed(c)).sum(1)

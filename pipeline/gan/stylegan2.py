@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pipeline.gan.equalised import EqualisedConv2d, EqualisedLinear, ModulatedConv2d
-from pipeline.gan.layers import Activation, activation_layer, refuse_size, run
+from pipeline.gan.layers import Activation, activation_layer, run, run_all, start_and_widths
 from pipeline.gan.noise import keys_of, white_noise
 from pipeline.gan.resample import enlarge, shrink
 
@@ -55,8 +56,8 @@ class Generator(nn.Module):
         super().__init__()
         self.checkpoint = checkpoint
         self.z_dim, self.style_mixing = z_dim, mixing
-        outwards = _channels(size, width, max_width)[::-1]
-        start = size >> (len(outwards) - 1)
+        start, inwards = start_and_widths("stylegan2", size, SIZES, width, max_width)
+        outwards = inwards[::-1]
         blocks = [Synthesis(outwards[0], outwards[0], channels, z_dim, start, 0, activation)]
         for number, (inputs, outputs) in enumerate(pairwise(outwards), start=1):
             blocks.append(Synthesis(inputs, outputs, channels, z_dim, start << number, number, activation))
@@ -124,8 +125,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        inwards = _channels(size, width, max_width)
-        end = size >> (len(inwards) - 1)
+        end, inwards = start_and_widths("stylegan2", size, SIZES, width, max_width)
         blocks = [
             Residual(inputs, outputs, activation, image=channels if number == 0 else None)
             for number, (inputs, outputs) in enumerate(pairwise(inwards))
@@ -135,9 +135,7 @@ class Discriminator(nn.Module):
         self.conditional = num_classes > 0
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = run(block, x, checkpoint=self.checkpoint)
-        logits: Tensor = self.to_logit(x)
+        logits: Tensor = self.to_logit(run_all(self.blocks, x, checkpoint=self.checkpoint))
         if self.conditional:
             assert c is not None
             logits = logits.gather(1, c[:, None])
@@ -155,9 +153,10 @@ class Mapping(nn.Module):
         self.activation = _Activation(activation)
 
     def forward(self, z: Tensor, c: Tensor | None) -> Tensor:
-        x = _normalised(z)
+        x = F.rms_norm(z, z.shape[1:], eps=_TINY)
         if self.embed is not None:
-            x = torch.cat([x, _normalised(self.embed(c))], dim=1)
+            label = self.embed(c)
+            x = torch.cat([x, F.rms_norm(label, label.shape[1:], eps=_TINY)], dim=1)
         for layer in self.layers:
             x = self.activation(layer(x))
         return x
@@ -269,18 +268,6 @@ class _Activation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated: Tensor = self.function(x)
         return activated * math.sqrt(2)
-
-
-def _channels(size: int, width: int, max_width: int) -> list[int]:
-    """Channels at each resolution, from the image inwards to 4×4 (7×7 for 28 px)."""
-    refuse_size("stylegan2", size, SIZES)
-    levels = int(math.log2(size // (7 if size == 28 else 4)))
-    return [min(width * 2**level, max_width) for level in range(levels + 1)]
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """[N, d], each row divided by its root mean square."""
-    return x * (x.square().mean(1, keepdim=True) + _TINY).rsqrt()
 
 
 def _per_channel(bias: Tensor, x: Tensor) -> Tensor:

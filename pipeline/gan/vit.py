@@ -23,12 +23,10 @@ from pipeline.gan.layers import run
 from pipeline.gan.precision import wide
 from pipeline.gan.vit_layers import Attention, SwiGLU, heads_of, positions, rms_norm, rotations, side_of
 
-_START = (
-    0.1  # of what a block adds, at first: gain of G's gates, and D's scale (Touvron et al. 2021, LayerScale)
-)
-_MAPPING_RATE = (
-    0.01  # of the layers from z to w, as a share of the learning rate (Karras et al. 2019, app. C)
-)
+# Of what a block adds, at first: gain of G's gates, and D's scale (Touvron et al. 2021, LayerScale).
+_START = 0.1
+# Of the layers from z to w, as a share of the learning rate (Karras et al. 2019, app. C).
+_MAPPING_RATE = 0.01
 
 
 def learning_rate(width: int) -> float:

@@ -1,11 +1,14 @@
 """DCGAN: the classic's size, every size and norm, labels, options, and a start that can learn."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from pipeline.config import UserError
 from pipeline.gan.dcgan import SIZES, Discriminator, Generator
+from pipeline.gan.r3gan import Block
 
 
 def count(module: nn.Module) -> int:
@@ -132,3 +135,48 @@ def test_other_starts_neither_vanish_nor_saturate(norm, width):
     assert 0.2 < images.std(0).mean().item() < 0.8, "images of different z must differ, tanh not be saturated"
     logits = D(torch.rand(16, 3, 1, 1) * torch.randn(16, 3, 64, 64))
     assert 0.02 < logits.std().item() < 3
+
+
+# With blocks of R3GAN
+
+
+def hybrid(blocks, size=28, **options):
+    torch.manual_seed(0)
+    shared = {"size": size, "channels": 1, "width": 8, "blocks": blocks} | options
+    return Generator(z_dim=6, **shared), Discriminator(**shared | {"norm": "none"})
+
+
+@pytest.mark.parametrize(("size", "smallest"), [(28, 7), (64, 4)])
+def test_blocks_are_at_its_smallest_resolution(size, smallest):
+    G, D = hybrid(2, size)
+    seen = []
+    for network in (G, D):
+        for layer in network.modules():
+            if isinstance(layer, Block):
+                layer.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
+    assert D(G(torch.randn(2, 6))).shape == (2,)
+    assert seen == [smallest] * 4
+    assert isinstance(G.blocks[0], Block) and isinstance(D.blocks[-1], Block)
+
+
+def test_a_new_pair_with_blocks_is_the_one_without():
+    x, z = torch.randn(2, 1, 28, 28), torch.randn(2, 6)
+    with_blocks, without = hybrid(1), hybrid(0)
+    for network, other, given in zip(with_blocks, without, (z, x), strict=True):
+        weights = [p for layer in network.blocks if not isinstance(layer, Block) for p in layer.parameters()]
+        with torch.no_grad():
+            for p, q in zip(weights, other.blocks.parameters(), strict=True):
+                p.copy_(q)
+            for name, p in network.named_parameters():
+                if not name.startswith("blocks."):
+                    p.copy_(dict(other.named_parameters())[name])
+        assert torch.equal(network(given), other(given))
+        assert count(network) > count(other)
+
+
+def test_a_block_begins_as_in_r3gan():
+    for network in hybrid(1, width=64):
+        (found,) = [m for m in network.modules() if isinstance(m, Block)]
+        he = math.sqrt(2 / 1.04 / found.expand.in_channels)
+        assert found.expand.weight.std().item() == pytest.approx(he, rel=0.1)
+        assert not found.reduce.weight.any() and not found.mix.bias.any()

@@ -1,4 +1,4 @@
-"""R3GAN: the published sizes, a second implementation, the start, labels; and its blocks inside DCGAN."""
+"""R3GAN: the published sizes, a second implementation, the start, labels."""
 
 import copy
 import math
@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config import UserError, load
-from pipeline.gan import dcgan
 from pipeline.gan.networks import _Unfilled, build_D, build_G, check_networks
 from pipeline.gan.penalised import penalised
 from pipeline.gan.r3gan import SIZES, Basis, Block, Discriminator, Generator, initialise_blocks
@@ -319,48 +318,3 @@ def test_from_the_config():
 def test_keys_that_mean_nothing_are_refused(settings, refused):
     with pytest.raises(UserError, match=refused):
         check_networks(config(*settings), 0)
-
-
-# Its blocks inside DCGAN
-
-
-def hybrid(blocks, size=28, **options):
-    torch.manual_seed(0)
-    shared = {"size": size, "channels": 1, "width": 8, "blocks": blocks} | options
-    return dcgan.Generator(z_dim=6, **shared), dcgan.Discriminator(**shared | {"norm": "none"})
-
-
-@pytest.mark.parametrize(("size", "smallest"), [(28, 7), (64, 4)])
-def test_dcgan_s_blocks_are_at_its_smallest_resolution(size, smallest):
-    G, D = hybrid(2, size)
-    seen = []
-    for network in (G, D):
-        for layer in network.modules():
-            if isinstance(layer, Block):
-                layer.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[-1]))
-    assert D(G(torch.randn(2, 6))).shape == (2,)
-    assert seen == [smallest] * 4
-    assert isinstance(G.blocks[0], Block) and isinstance(D.blocks[-1], Block)
-
-
-def test_a_new_dcgan_with_blocks_is_the_one_without():
-    x, z = torch.randn(2, 1, 28, 28), torch.randn(2, 6)
-    with_blocks, without = hybrid(1), hybrid(0)
-    for network, other, given in zip(with_blocks, without, (z, x), strict=True):
-        weights = [p for layer in network.blocks if not isinstance(layer, Block) for p in layer.parameters()]
-        with torch.no_grad():
-            for p, q in zip(weights, other.blocks.parameters(), strict=True):
-                p.copy_(q)
-            for name, p in network.named_parameters():
-                if not name.startswith("blocks."):
-                    p.copy_(dict(other.named_parameters())[name])
-        assert torch.equal(network(given), other(given))
-        assert count(network) > count(other)
-
-
-def test_a_block_in_dcgan_begins_as_in_r3gan():
-    for network in hybrid(1, width=64):
-        (found,) = [m for m in network.modules() if isinstance(m, Block)]
-        he = math.sqrt(2 / 1.04 / found.expand.in_channels)
-        assert found.expand.weight.std().item() == pytest.approx(he, rel=0.1)
-        assert not found.reduce.weight.any() and not found.mix.bias.any()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.gan.grouped_conv import GroupedConv2d
-from pipeline.gan.resample import enlarge, shrink
+from pipeline.gan.resample import enlarge, shrink, smooth
 
 AXIS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
 KERNEL = (AXIS[:, None] * AXIS)[None, None]
@@ -24,8 +24,13 @@ def images(*shape, dtype=torch.float64):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("resample", "twice"), [(enlarge, True), (shrink, False)])
-@pytest.mark.parametrize("size", [(2, 2), (6, 8), (14, 4)])
+@pytest.mark.parametrize(
+    ("resample", "twice", "size"),
+    [
+        *((enlarge, True, size) for size in ((1, 1), (5, 5), (2, 2), (6, 8), (14, 4))),
+        *((shrink, False, size) for size in ((2, 2), (6, 8), (14, 4))),
+    ],
+)
 def test_it_is_the_filter_between_zeros(resample, twice, size):
     x = images(2, 3, *size)
     torch.testing.assert_close(resample(x), by_kernel(x, twice), rtol=0, atol=1e-14)
@@ -51,6 +56,22 @@ def test_it_works_in_bf16_and_keeps_channels_last(resample):
     out = resample(x.bfloat16())
     assert out.dtype == torch.bfloat16 and out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out.double(), resample(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("border", "size"), [(1, (2, 2)), (1, (5, 8)), (2, (2, 2)), (2, (5, 8)), (2, (1, 1))]
+)
+def test_smoothing_is_the_filter_without_resampling(border, size):
+    x = images(2, 3, *size)
+    expected = F.conv2d(x, KERNEL.expand(3, 1, 4, 4), padding=border, groups=3)
+    torch.testing.assert_close(smooth(x, border), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("border", [1, 2])
+def test_the_derivatives_of_smoothing(border):
+    x = images(1, 2, 4, 4).requires_grad_()
+    torch.autograd.gradcheck(lambda x: smooth(x, border), x)
+    torch.autograd.gradgradcheck(lambda x: smooth(x, border).pow(2), x)
 
 
 def pair(groups, **options):

@@ -12,12 +12,9 @@ from torch.nn import functional as F
 from pipeline.config import UserError
 from pipeline.gan import stylegan2
 from pipeline.gan.draws import Draws
-from pipeline.gan.equalised import EqualisedConv2d, EqualisedLinear, ModulatedConv2d
 from pipeline.gan.noise import keys_of, white_noise
 from pipeline.gan.path_length import path_lengths
-from pipeline.gan.resample import enlarge, shrink, smooth
 from pipeline.gan.stylegan2 import SIZES, Discriminator, Generator
-from pipeline.gan.truncation import SAMPLES, truncated
 
 LABELS = torch.tensor([0, 2, 1, 2])
 FILTER = torch.tensor([1, 3, 3, 1]).outer(torch.tensor([1, 3, 3, 1])).double() / 64
@@ -235,103 +232,6 @@ def test_features_neither_vanish_nor_explode_at_first():
     assert 0.3 < images.std(0).mean() < 4
 
 
-@pytest.mark.parametrize("demodulate", [False, True])
-@pytest.mark.parametrize("up", [False, True])
-def test_the_modulated_convolution_can_be_differentiated_twice(demodulate, up):
-    torch.manual_seed(0)
-    layer = ModulatedConv2d(2, 2, 3 if up else 1, 2, demodulate, up).double()
-    x, w = torch.randn(2, 2, 2, 3).double().requires_grad_(), torch.randn(2, 2).double().requires_grad_()
-    names, values = zip(*layer.named_parameters(), strict=True)
-
-    def run(x: Tensor, w: Tensor, *parameters: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x, w))
-
-    assert torch.autograd.gradcheck(run, (x, w, *values))
-    assert torch.autograd.gradgradcheck(run, (x, w, *values))
-
-
-@pytest.mark.parametrize("up", [False, True])
-def test_a_demodulated_layer_gives_one_variance_whatever_the_style(up):
-    """Of white features: 1. Where it doubles the size a pixel gets a quarter of the kernel, and the filter
-    has Σ (4 · FILTER)² = 25/16."""
-    torch.manual_seed(0)
-    layer = ModulatedConv2d(16, 400, 3, 8, up=up)
-    for size in (0.1, 1.0, 10.0):
-        out = layer(torch.randn(4, 16, 12, 12), size * torch.randn(4, 8))[:, :, 3:-3, 3:-3]
-        assert out.var().item() == pytest.approx(25 / 64 if up else 1, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "shape", "gain"),
-    [
-        (EqualisedLinear, {"multiplier": 0.01}, (), 0.01 / math.sqrt(30)),
-        (EqualisedConv2d, {"kernel": 3}, (4, 4), 1 / math.sqrt(270)),
-        (EqualisedConv2d, {"kernel": 3, "down": True}, (4, 4), 1 / math.sqrt(270)),
-    ],
-)
-def test_weight_gain_is_the_constant_that_the_layer_multiplies_its_kernel_by(kind, options, shape, gain):
-    """What `penalty.on=effective` counts. At first a layer's effective kernel is N(0, 1/inputs)."""
-    torch.manual_seed(0)
-    layer, inputs = kind(30, 50, **options), torch.randn(3, 30, *shape)
-    assert layer.weight_gain == pytest.approx(gain)
-    effective = layer.weight_gain * layer.weight.detach()
-    assert effective.std().item() == pytest.approx(gain / options.get("multiplier", 1), rel=0.1)
-    with torch.no_grad():
-        out = layer(inputs)
-        if isinstance(layer, EqualisedLinear):
-            expected = F.linear(inputs, effective)
-        else:
-            x = smooth(inputs, border=2) if layer.down else inputs
-            expected = F.conv2d(x, effective, stride=1 + layer.down, padding=0 if layer.down else 1)
-    torch.testing.assert_close(out, expected)
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 8])
-def test_resampling_is_the_filter_with_zero_borders(size):
-    x = torch.randn(2, 3, size, size).double()
-    torch.testing.assert_close(enlarge(x), twice(x))
-    torch.testing.assert_close(smooth(x, border=2), filtered(x, 2, 2))
-    if size > 1:
-        torch.testing.assert_close(smooth(x, border=1), filtered(x, 1, 1))
-    if size % 2 == 0:
-        torch.testing.assert_close(shrink(x), filtered(x, 1, 1)[:, :, ::2, ::2])
-
-
-@pytest.mark.parametrize("border", [1, 2])
-def test_smoothing_can_be_differentiated_twice(border):
-    x = torch.randn(1, 2, 4, 4).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: smooth(x, border), x)
-    assert torch.autograd.gradgradcheck(lambda x: smooth(x, border), x)
-
-
-def test_noise_is_white_and_normal():
-    """Moments of a million values, and correlations of neighbours, layers and images, to five deviations."""
-    noise = white_noise(torch.arange(16), 3, 256)
-    n = noise.numel()
-    assert noise.dtype == torch.float32 and noise.isfinite().all()
-    moments = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0}
-    for power, expected in moments.items():
-        spread = math.sqrt({1: 1, 2: 2, 3: 15, 4: 96}[power] / n)
-        assert noise.double().pow(power).mean().item() == pytest.approx(expected, abs=5 * spread)
-    others = {
-        "right": (noise[..., 1:], noise[..., :-1]),
-        "below": (noise[..., 1:, :], noise[..., :-1, :]),
-        "images": (noise[1:], noise[:-1]),
-        "layers": (noise, white_noise(torch.arange(16), 4, 256)),
-    }
-    for what, (a, b) in others.items():
-        assert abs((a * b).double().mean().item()) < 5 / math.sqrt(a.numel()), what
-
-
-def test_noise_is_of_the_image_alone():
-    """Not of the batch it is in, nor of the state of any generator."""
-    keys = keys_of(torch.randn(6, 4))
-    assert keys.unique().numel() == 6 and keys.min() >= 0 and keys.max() < 2**32
-    whole = white_noise(keys, 0, 8)
-    torch.manual_seed(1)
-    assert torch.equal(whole[2:5], white_noise(keys[2:5], 0, 8))
-
-
 def test_samples_are_a_function_of_z_alone():
     G, _ = pair()
     z = torch.randn(4, 6).double()
@@ -352,40 +252,6 @@ def test_path_length_reaches_the_mapping():
     lengths.square().sum().backward()
     first = G.blocks[0].layers[0].weight.grad
     assert first is not None and first.abs().sum() > 0
-
-
-def test_truncation_moves_every_w_towards_the_mean_of_its_class():
-    G, _ = pair()
-    G.eval()
-    z, psi = torch.randn(4, 6).double(), 0.7
-    torch.testing.assert_close(truncated(G, z, LABELS, 1.0), G(z, LABELS).detach())
-    assert torch.equal(*truncated(G, z, LABELS, 0.0)[[1, 3]]), "two images of class 2"
-    w = G.mapping(z, LABELS)
-    centre = torch.stack([truncated_centre(G, label) for label in LABELS])
-    torch.testing.assert_close(
-        truncated(G, z, LABELS, psi), G.synthesis(centre + psi * (w - centre)).detach()
-    )
-    torch.manual_seed(5)
-    fresh = G.mapping(torch.randn(40_000, 6).double(), torch.full((40_000,), 2)).detach()
-    torch.testing.assert_close(centre[1], fresh.mean(0), rtol=0, atol=5 * fresh.std(0).max().item() / 100)
-
-
-def truncated_centre(G: Generator, label: Tensor) -> Tensor:
-    """w̄, from images of ψ = 0: none but it gives them."""
-    seen: list[Tensor] = []
-    original = G.synthesis
-    G.synthesis = lambda w: seen.append(w) or original(w)  # type: ignore[method-assign, func-returns-value]
-    truncated(G, torch.zeros(1, 6).double(), label[None], 0.0)
-    G.synthesis = original  # type: ignore[method-assign]
-    return seen[0][0]
-
-
-def test_truncation_without_labels_and_without_a_latent():
-    G, _ = pair(num_classes=0)
-    images = truncated(G.eval(), torch.randn(3, 6).double(), None, 0.0)
-    assert torch.equal(images[0], images[2]) and SAMPLES == 10_000
-    with pytest.raises(UserError, match=r"Linear has no mapping\(z, c\)"):
-        truncated(nn.Linear(2, 2), torch.randn(3, 2), None, 0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

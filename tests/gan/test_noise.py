@@ -1,0 +1,38 @@
+"""Noise that is a function of integers: white, normal, and of the image alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.gan.noise import keys_of, white_noise
+
+
+def test_noise_is_white_and_normal():
+    """Moments of a million values, and correlations of neighbours, layers and images, to five deviations."""
+    noise = white_noise(torch.arange(16), 3, 256)
+    n = noise.numel()
+    assert noise.dtype == torch.float32 and noise.isfinite().all()
+    moments = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0}
+    for power, expected in moments.items():
+        spread = math.sqrt({1: 1, 2: 2, 3: 15, 4: 96}[power] / n)
+        assert noise.double().pow(power).mean().item() == pytest.approx(expected, abs=5 * spread)
+    others = {
+        "right": (noise[..., 1:], noise[..., :-1]),
+        "below": (noise[..., 1:, :], noise[..., :-1, :]),
+        "images": (noise[1:], noise[:-1]),
+        "layers": (noise, white_noise(torch.arange(16), 4, 256)),
+    }
+    for what, (a, b) in others.items():
+        assert abs((a * b).double().mean().item()) < 5 / math.sqrt(a.numel()), what
+
+
+def test_noise_is_of_the_image_alone():
+    """Not of the batch it is in, nor of the state of any generator."""
+    keys = keys_of(torch.randn(6, 4))
+    assert keys.unique().numel() == 6 and keys.min() >= 0 and keys.max() < 2**32
+    whole = white_noise(keys, 0, 8)
+    torch.manual_seed(1)
+    assert torch.equal(whole[2:5], white_noise(keys[2:5], 0, 8))
