@@ -7,8 +7,9 @@ not hold up vanish.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +42,8 @@ def record(folder: Path) -> dict[str, float]:
 
 
 def draw(folder: Path) -> Path | None:
-    """A picture of spectrum.jsonl: a panel per kernel, a line per checkpoint, the later the darker.
+    """A picture of spectrum.jsonl: a panel per kernel, G's above D's, and a line per checkpoint,
+    the later the darker.
 
     None if there is nothing to draw. Raises OSError when it cannot be written.
     """
@@ -51,16 +53,14 @@ def draw(folder: Path) -> Path | None:
     names = [name for name in (lines[-1] if lines else ()) if name != "cur_nimg"]
     if not names:
         return None
-    across = -(-len(names) // 2)
+    by_player = [[name for name in names if name.startswith(player)] for player in ("G/", "D/")]
+    across = max(len(kernels) for kernels in by_player)
     figure = Figure(figsize=(4 * across, 6), layout="constrained")
-    panels = figure.subplots(2, across, squeeze=False).flat
-    for panel, name in zip(panels, names, strict=False):
-        for number, row in enumerate(lines, start=1):
-            label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(lines)) else None
-            values, shade = row.get(name, []), str(0.8 * (1 - number / len(lines)))
-            panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
-        panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
-        panel.legend(frameon=False)
+    for panels, kernels in zip(figure.subplots(2, across, squeeze=False), by_player, strict=True):
+        for panel, name in zip(panels, kernels, strict=False):
+            _draw_kernel(panel, name, lines)
+        for panel in panels[len(kernels) :]:
+            panel.set_axis_off()
     path = folder / "samples" / "spectra.png"
     notes = {"chart": "Weights/spectra", "cur_nimg": str(lines[-1]["cur_nimg"])}
     with whole(path) as partial:
@@ -68,16 +68,29 @@ def draw(folder: Path) -> Path | None:
     return path
 
 
+def _draw_kernel(panel: Any, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for number, row in enumerate(lines, start=1):
+        label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(lines)) else None
+        values, shade = row.get(name, []), str(0.8 * (1 - number / len(lines)))
+        panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
+    panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.legend(frameon=False)
+
+
 def _spectra(config: Config, checkpoint: Path) -> Iterator[tuple[str, list[float]]]:
     """(player/kernel, singular values, descending) of each player's largest kernels, the largest first, as
-    matrices of their first axis by all others.
+    matrices of their first axis by all others. A single row or column has no spectrum.
 
     Raises OSError, SafetensorError, KeyError or ValueError if they cannot be read.
     """
     classes = read_state(checkpoint).num_classes
     for player, network in ("G", build_G(config, classes)), ("D", build_D(config, classes)):
         pieces = Pieces(checkpoint, player)
-        shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
+        trained = {name: p.shape for name, p in network.named_parameters() if p.requires_grad and p.ndim > 1}
+        shapes = {name: shape for name, shape in trained.items() if min(shape[0], shape[1:].numel()) > 1}
         for name in sorted(shapes, key=lambda name: (-shapes[name].numel(), name))[:_LARGEST]:
             kernel = pieces("weights", name, 0, shapes[name].numel()).view(shapes[name])
             values = torch.linalg.svdvals(kernel.flatten(1))
