@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _BITS = 23  # so many bits, and a half, are exact in float32
+# 2³¹ times the fractions of the golden ratio and of √3, made odd.
+_GOLDEN, _ROOT_3 = 0x4F1BBCDD, 0x5DB3D743
 
 
 def keys_of(z: Tensor) -> Tensor:
@@ -23,14 +25,15 @@ def white_noise(keys: Tensor, layer: int, size: int) -> Tensor:
     """Standard normal float32 [N, 1, size, size], a function of each key (int64 [N] in [0, 2³²)) and of the
     layer."""
     pixels = torch.arange(size * size, device=keys.device)
-    streams = _hash((keys + 0x9E3779B9 * (layer + 1)) & 0xFFFFFFFF)
+    streams = _hash((keys + _GOLDEN * (layer + 1)) & 0xFFFFFFFF)
     bits = _hash(streams[:, None] ^ pixels) >> (32 - _BITS)
     uniform = (bits.float() + 0.5) * 2.0 ** (1 - _BITS) - 1  # in (−1, 1), exactly
     return (math.sqrt(2) * torch.erfinv(uniform)).view(-1, 1, size, size)
 
 
 def _hash(x: Tensor) -> Tensor:
-    """A bijection of [0, 2³²) in which every bit of x moves every bit: shifts and products below 2⁶³."""
-    for _ in range(2):
-        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    """A bijection of [0, 2³²) in which every bit of x moves every bit: each step is one, products with odd
+    numbers included, and all products are below 2⁶³."""
+    for shift, factor in ((16, _GOLDEN), (15, _ROOT_3)):
+        x = ((x >> shift) ^ x) * factor & 0xFFFFFFFF
     return (x >> 16) ^ x

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pipeline.gan.noise import keys_of, white_noise
+from pipeline.gan.noise import _hash, keys_of, white_noise
 
 
 def test_noise_is_white_and_normal():
@@ -36,3 +36,13 @@ def test_noise_is_of_the_image_alone():
     whole = white_noise(keys, 0, 8)
     torch.manual_seed(1)
     assert torch.equal(whole[2:5], white_noise(keys[2:5], 0, 8))
+
+
+def test_every_bit_of_a_key_moves_every_bit_of_its_hash():
+    """Half of the time, to five deviations and what the hash itself is off by: 0.005."""
+    x = torch.randint(0, 2**32, (20_000,), generator=torch.Generator().manual_seed(0))
+    for bit in range(32):
+        changed = _hash(x ^ 1 << bit) ^ _hash(x)
+        shares = torch.stack([(changed >> place & 1).double().mean() for place in range(32)])
+        assert (shares - 0.5).abs().max() < 2.5 / math.sqrt(len(x)) + 0.005, bit
+    assert _hash(torch.arange(2**16)).unique().numel() == 2**16
