@@ -1,4 +1,4 @@
-"""`shardgan doctor` as a whole, and its checks of config, networks and place on real mistakes."""
+"""`shardgan doctor` as a whole, and its checks of config and place on real mistakes."""
 
 from __future__ import annotations
 
@@ -8,44 +8,23 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import wandb
 from click.testing import CliRunner, Result
-from safetensors.torch import save_file
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from doctored import GOOD, job
 
 from launch.cli import cli
 from launch.doctor import checks
-from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
 from launch.doctor.checks import examine, job_of
-from launch.doctor.finding import Finding, Job, fails
+from launch.doctor.finding import Finding, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
-from pipeline.gan.networks import build_G
-
-FASHION = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
-SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
-PENALISED = ["penalty.r1.gamma=1", "penalty.r1.interval=1", "penalty.r2.gamma=1"]
-VIT = [
-    f"{player}.{key}"
-    for player in "GD"
-    for key in ("kind=vit", "norm=batch", "width=32", "depth=4", "patch=4", "checkpoint=true")
-]
-LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
-GOOD = f"""
-data: {{train: {FASHION}, size: 28, channels: 1, batch_size: 20}}
-G: {{width: 8, norm: group}}
-D: {{width: 8, norm: none}}
-score: {{images: 50}}
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +40,6 @@ def call(*arguments: str) -> Result:
     result = CliRunner().invoke(cli, ["doctor", *arguments], env={"COLUMNS": "200"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
-
-
-def job(*settings: str, procs: int = 2, strategy: str = "ddp", precision: str = "no", nodes: int = 1) -> Job:
-    return Job(config.load("good.yaml", settings), nodes, procs, strategy, precision)
-
-
-def networks(asked: Job) -> dict[str, Finding]:
-    _, found = doctor_networks.examine(asked, None)
-    return {finding.check: finding for finding in found}
 
 
 # The whole command
@@ -141,190 +111,6 @@ def test_another_run_in_the_folder(place: Path) -> None:
     assert found["config"].verdict == "warning" and "finished" in found["config"].text
     assert found["launcher"].verdict == "would fail" and "one process" in found["launcher"].text
     assert fails(list(found.values()))
-
-
-# Networks and their traps
-
-
-class Tied(nn.Module):
-    """D with one kernel under two names."""
-
-    def __init__(self, size: int, channels: int, num_classes: int) -> None:
-        super().__init__()
-        self.a = nn.Linear(channels * size * size, 1)
-        self.b = nn.Linear(channels * size * size, 1)
-        self.b.weight = self.a.weight
-
-    def forward(self, x: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        return (self.a(x.flatten(1)) + self.b(x.flatten(1))).flatten()
-
-
-def test_tied_weights_fail_under_fsdp2_only() -> None:
-    kind = f"D.kind={__name__}:Tied"
-    assert networks(job(kind, strategy="fsdp2"))["tied weights"].verdict == "would fail"
-    assert "tied weights" not in networks(job(kind, strategy="zero2"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "strategy", "check", "words"),
-    [
-        (["G.norm=batch", "D.norm=batch"], "ddp", "BatchNorm", ["G and D", "over the 10 images"]),
-        (["D.norm=batch", "penalty.r1.gamma=1"], "single", "R1", ["depends on the others"]),
-        (["penalty.G.l2=1e-4"], "ddp", "weight penalty", ["λ_G on weights", "2 of 3 kernels"]),
-        (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
-        (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
-        (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
-    ],
-)  # fmt: skip
-def test_traps(settings: list[str], strategy: str, check: str, words: list[str]) -> None:
-    found = networks(job(*settings, strategy=strategy, procs=1 if strategy == "single" else 2))[check]
-    assert found.verdict == "warning" and found.remedy
-    assert all(word in found.text for word in words), found.text
-
-
-@pytest.mark.parametrize(
-    ("settings", "precision", "word"),
-    [
-        (["penalty.r2.gamma=1"], "fp16", "fp16"),
-        (["penalty.r1.gamma=1", "penalty.r1.fraction=1/4"], "no", "4"),
-    ],
-)
-def test_an_objective_that_training_refuses(settings: list[str], precision: str, word: str) -> None:
-    found = networks(job(*settings, precision=precision))["objective"]
-    assert found.verdict == "would fail" and word in found.text
-
-
-def test_what_a_run_remarks_on_is_a_warning() -> None:
-    found = networks(job("penalty.r1.gamma=1", "loss.kind=relativistic"))["objective"]
-    assert found.verdict == "warning" and "interval=16" in found.text
-
-
-@pytest.mark.parametrize(
-    ("settings", "text"),
-    [
-        (
-            ["penalty.r1.gamma=[1,0]", "penalty.r2.gamma=1", "run.burn_in_kimg=1"],
-            "r1 and r2: each rank gathers all of D",
-        ),
-        (["penalty.wgan_gp.weight=1"], "wgan_gp: each rank gathers all of D"),
-        ([*LATENT, "penalty.path.weight=1"], "path length: each rank gathers all of G"),
-        (["penalty.r1.gamma=1", "penalty.r1.sigma=0.1"], None),
-        ([], None),
-    ],
-)  # fmt: skip
-def test_what_is_differentiated_twice_is_gathered_under_zero3(settings: list[str], text: str | None) -> None:
-    name = "gradient penalty"
-    assert name not in networks(job(*settings, strategy="zero2"))
-    found = networks(job(*settings, strategy="zero3"))
-    assert (name in found) == (text is not None)
-    assert text is None or found[name].text.startswith(text)
-
-
-def test_norms_over_all_ranks_are_no_trap() -> None:
-    found = networks(job("G.norm=sync_batch", "D.norm=sync_batch", procs=2))["BatchNorm"]
-    assert found.verdict == "ok" and "over the 20 images of a round" in found.text
-
-
-@pytest.mark.parametrize(("lr", "said"), [("1.6e-3", False), ("[1.6e-3,1e-4]", False), ("2e-4", True)])
-def test_a_transformer_s_learning_rate_falls_with_its_width(lr: str, said: bool) -> None:
-    widths = ["G.width=96", "D.width=96"]
-    found = networks(
-        job(*VIT, *widths, f"optim.D.lr={lr}", "optim.G.lr=1.6e-3", "run.burn_in_kimg=1", procs=1)
-    )
-    assert found["networks"].verdict == "ok" and ("learning rate" in found) == said
-    if said:
-        assert "optim.D.lr=0.0002" in found["learning rate"].text
-        assert "optim.D.lr=0.0016" in str(found["learning rate"].remedy)
-
-
-def test_no_trap_without_cause() -> None:
-    found = networks(job("penalty.D.l2=1e-4"))
-    assert set(found) == {"networks", "weight penalty"} and found["weight penalty"].verdict == "ok"
-    assert "through all of its kernels" in found["weight penalty"].text
-    assert set(networks(job())) == {"networks"}
-    assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
-
-
-def test_what_a_run_is_to_start_from_is_looked_for(tmp_path: Path) -> None:
-    found = networks(job(f"run.init={tmp_path}", f"run.out={tmp_path}"))["run.init"]
-    assert found.verdict == "would fail" and "no run, no export" in found.text
-    save_file(build_G(job().config, 0).state_dict(), tmp_path / "G_ema.safetensors")
-    found = networks(job(f"run.init={tmp_path}", f"run.out={tmp_path}"))["run.init"]
-    assert found.verdict == "ok" and found.text == f"starts from {tmp_path}"
-
-
-# Memory
-
-
-@pytest.mark.parametrize(
-    ("settings", "precision"),
-    [
-        (["G.norm=batch", "G.width=32", "D.width=32"], "no"),
-        (["G.kind=resnet", "D.kind=resnet", "penalty.r1.gamma=1", "data.size=32", "G.width=16"], "no"),
-        (["G.kind=resnet", "D.kind=resnet", "data.size=32", "data.channels=3", "G.width=16"], "bf16"),
-        (["loss.kind=relativistic", *PENALISED, "G.width=32", "D.width=32"], "no"),
-        ([*VIT, *PENALISED, "penalty.r2.sigma=0.1"], "no"),
-        (["loss.kind=relativistic", *PENALISED, "penalty.r1.fraction=1/4", "penalty.r2.sigma=0.1"], "no"),
-        (
-            ["data.conditional=true", "D.spectral_norm=true", "penalty.l1=1e-5", *SGD, "loss.D_steps=2"],
-            "fp16",
-        ),
-    ],
-)
-def test_activations_are_those_measured(settings: list[str], precision: str) -> None:
-    """PyTorch's allocator is asked what the same turns take on a CPU: up to 1.6 times as much, as said."""
-    asked = job(*settings, precision=precision)
-    how = asked.config, 8, precision, 3 * asked.config.data.conditional
-    traced = doctor_memory.activations(*how)
-    update, _known = doctor_memory.second_update(*how)
-    measured = allocated(update)
-    print(traced, measured)
-    assert measured / doctor_memory.WORK_SPACE < traced < 1.05 * measured
-
-
-def allocated(turn: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator has given out and not got back."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        turn()
-    assert seen.profiler is not None
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(asked: Job) -> Finding:
-        return next(doctor_memory.examine(asked, doctor_networks.build_players(asked, 0), 0))
-
-    whole, parts = (found(job(*extra)).text for extra in ([], ["data.batch_gpu=2"]))
-    assert "activations of 10 images" in whole and "activations of 2 images" in parts
-    players = doctor_networks.build_players(job(), 0)
-    held = {s: doctor_memory.states(job(strategy=s, procs=4), players) for s in ("ddp", "zero2", "fsdp2")}
-    assert held["ddp"]["optimizer"] == 4 * held["zero2"]["optimizer"] == 4 * held["fsdp2"]["optimizer"]
-    sizes = [4 * sum(p.numel() for p in player.parameters()) for player in players]  # a bucket holds either
-    assert held["zero2"]["buckets"] == max(sizes)
-    assert doctor_memory.states(job(strategy="zero3", procs=4), players)["buckets"] == sum(sizes)
-    sgd = ["optim.G.kind=sgd", "optim.D.kind=sgd", "optim.D.momentum=0.9"]
-    G, D = (4 * sum(p.numel() for p in player.parameters()) for player in players)
-    assert doctor_memory.states(job(*sgd), players)["optimizer"] == D
-    assert doctor_memory.states(job(), players)["weights"] == G + D
-
-    frozen = job("D.freeze=1", procs=4)
-    players = doctor_networks.build_players(frozen, 0)
-    kept = 4 * sum(p.numel() for p in players[1].blocks[0].parameters())  # type: ignore[operator, union-attr]
-    assert doctor_memory.states(frozen, players)["frozen weights"] == kept > 0
-    assert doctor_memory.states(replace(frozen, strategy="fsdp2"), players)["frozen weights"] == kept / 4
-
-    class Small:
-        total_memory = 1 << 16
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Small)
-    too_much = found(job())
-    assert too_much.verdict == "would fail" and "batch_gpu" in too_much.remedy
 
 
 # Where it runs
