@@ -9,7 +9,10 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.installed import config_path
 from launch.training import Training, of_run
+from pipeline.credentials import redacted
+from pipeline.errors import UserError
 
 _YAML = (".yaml", ".yml")
 
@@ -19,12 +22,10 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
 
     Only looks. Raises UserError for what can be none of it, or could be several.
     """
-    from pipeline.config import UserError
-
     path = Path(argument).expanduser()
     if "://" in argument:
         raise UserError(
-            f"{_shown(argument)} is not on this machine. Give a config, with the shards as data.train: "
+            f"{redacted(argument)} is not on this machine. Give a config, with the shards as data.train: "
             "shardgan train CONFIG data.train=URL data.size=N"
         )
     if path.is_dir():
@@ -33,14 +34,14 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
         from launch.own_images import of_data
 
         return of_data(argument, path, settings, gpu)
-    if path.suffix.lower() in _YAML or path.is_file():
-        return Training(argument, tuple(settings))
-    raise UserError(f"There is no config, folder, zip or run called {argument}.{_meant(argument)}")
+    config = str(config_path(argument))
+    if path.suffix.lower() in _YAML or path.is_file() or config != argument:
+        return Training(config, tuple(settings))
+    raise UserError(f"There is no config, folder, zip or run called {argument}.")
 
 
 def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
     from launch.own_images import of_data
-    from pipeline.config import UserError
 
     if not (path / "config.yaml").is_file():
         return of_data(argument, path, settings, gpu)
@@ -56,21 +57,3 @@ def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) ->
 
 def _is_zip(path: Path) -> bool:
     return path.is_file() and (path.suffix.lower() == ".zip" or zipfile.is_zipfile(path))
-
-
-def _meant(argument: str) -> str:
-    """What the person may have meant by a name that stands for nothing."""
-    from launch.installed import configs
-    from pipeline.data.prepare.known import KNOWN
-
-    name = Path(argument).name
-    if name in KNOWN:
-        return f" To fetch that data set: shardgan prepare {name} data/{name}"
-    near = configs() / f"{name}.yaml"
-    return f" Did you mean {near}?" if near.is_file() else ""
-
-
-def _shown(argument: str) -> str:
-    from pipeline.credentials import redacted
-
-    return redacted(argument)
