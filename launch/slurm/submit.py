@@ -87,8 +87,12 @@ def submit(
     jobs.keep(folder, [resolved.data])
     job = jobs.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")
-    strategy = strategy or ("single" if nodes * procs == 1 else "ddp")
-    log = folder / f"{job}.log"
+    _announce(job, run, folder / f"{job}.log", resources)
+
+
+def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:
+    nodes, procs = resources.nodes, resources.procs
+    strategy = resources.strategy or ("single" if nodes * procs == 1 else "ddp")
     click.echo(
         f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
         f"  run     {run}\n"
