@@ -70,10 +70,12 @@ def train(
     strategy: Strategy | None = None,
     mixed_precision: Precision = "no",
 ) -> Path:
-    """Train what a config describes, as `shardgan train` does; the same call again resumes.
+    """Train what a config describes, or on your own images, as `shardgan train` does, which explains what it
+    chooses; the same call again resumes.
 
     Args:
-        config: a YAML file, or the name of a published one, such as "fashion-mnist".
+        config: a YAML file, or the name of a published one, such as "fashion-mnist"; or a folder of images, a
+            zip of one, a folder of shards, or a run to continue.
         settings: override the config, as in {"penalty.l2": 1e-3, "data.train": "data/photos"}.
         procs: processes. One: this one, so `G.kind` may name a class of a notebook, "__main__:MyG".
             Several are started, and end with this one; their output is printed here.
@@ -101,6 +103,7 @@ def prepare(
     channels: int | None = None,
     per_shard: int = 1000,
     classes: Classes = "top",
+    dedupe: bool = False,
     workers: int | None = None,
 ) -> Path:
     """Make tar shards with an index of images, as `shardgan prepare` does, whose help explains the options.
@@ -117,7 +120,8 @@ def prepare(
     from launch.prepare import show
     from pipeline.data.prepare.source import Options
 
-    show(str(source), str(out), Options(size, fit, channels, per_shard, classes, background), workers)
+    options = Options(size, fit, channels, per_shard, classes, background, dedupe)
+    show(str(source), str(out), options, workers)
     return Path(out)
 
 

@@ -86,7 +86,7 @@ def test_sample_makes_an_image_of_each_seed(run: Path) -> None:
     z = torch.from_numpy(np.random.RandomState(5).randn(G.z_dim)).float()[None]
     mine = ((G(z, torch.tensor([8])) + 1) * 127.5).round().to(torch.uint8)
     assert (mine[0].int() - alone[0].int()).abs().max() <= 1
-    with pytest.raises(UserError, match="^Truncation needs a G with a latent w"):
+    with pytest.raises(UserError, match=r"^Truncation needs a G with a latent w"):
         shardgan.sample(G, [5], truncation=0.7)
 
 
