@@ -88,7 +88,7 @@ def sample(
     """Write images from the moving average of G in the run folder RUN.
 
     With 50,000 separate files other tools can compute their scores:
-    `shardgan sample RUN --images DIR --seeds 0-49999`; the same command goes on if it is stopped.
+    `shardgan sample RUN --images DIR --seeds 0-49999`; the same command resumes.
     """
     _refuse_unclear(out, images, seeds, count, seed, interpolate)
     chosen = [] if seeds is None else seeds_of(seeds)

@@ -48,9 +48,7 @@ def write_images(
         done(len(names) - len(missing))
         _write_missing(sampler, missing, folder, truncation, done)
     except OSError as error:
-        raise UserError(
-            f"{folder} could not be written: {error}. The same command goes on from there."
-        ) from None
+        raise UserError(f"{folder} could not be written: {error}. The same command resumes.") from None
 
 
 def name_of(seed: int, label: int | None, several: bool) -> str:
@@ -84,7 +82,7 @@ def _write_missing(
     truncation: float,
     done: Callable[[int], None],
 ) -> None:
-    """Images are made here while threads write the last ones: zlib lets go of the interpreter's lock."""
+    """Images are made here while threads write the last ones: zlib releases the interpreter's lock."""
     if not missing:
         return
     seeds, labels = zip(*missing.values(), strict=True)

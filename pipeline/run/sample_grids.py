@@ -12,6 +12,8 @@ from pipeline.durable import write
 from pipeline.gan.draws import Draws
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.grid import LATEST, column_titles, save_grid, whole_rows
+from pipeline.run.heldout import HeldOutImages
+from pipeline.run.images import Images
 from pipeline.run.report import Report
 
 GRID = 64  # images in a grid, of which whole rows are shown
@@ -29,11 +31,19 @@ class SampleGrids:
         returned there. The last grid is LATEST too."""
         return self._save("Samples/fakes", make, self._free_name(cur_nimg), draws, cur_nimg)
 
-    def reals(self, make: Callable[[Tensor | None], Tensor], draws: Draws) -> None:
-        """As `fakes`, once. make: is given the class of each image, int64 [GRID], where classes have columns;
-        else None."""
-        labels, titles = draws.grid(GRID)[1], self._titles(draws)
-        self._save("Samples/reals", lambda: make(labels if titles else None), "reals.png", draws, 0)
+    def reals(self, heldout: HeldOutImages, images: Images, draws: Draws) -> None:
+        """Held-out images, once: where classes have columns, of the same classes, white where there is none."""
+        labels = draws.grid(GRID)[1] if self._titles(draws) else None
+
+        def make() -> Tensor:
+            if labels is None:
+                return images(heldout.some(GRID))
+            found, there = heldout.of_classes(labels)
+            shown = images(found)
+            shown[~there] = 255
+            return shown
+
+        self._save("Samples/reals", make, "reals.png", draws, 0)
 
     def _titles(self, draws: Draws) -> tuple[str, ...]:
         return column_titles(draws.grid(GRID)[1], draws.grid_columns(GRID), self._names)

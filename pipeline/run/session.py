@@ -75,7 +75,7 @@ class Session:
     def begin(self, gan: Gan, evaluate: bool) -> bool:
         """Before the first update: sample grids and scores. False if asked to stop meanwhile."""
         if self._heldout.size:
-            self._grids.reals(self._reals, gan.draws)
+            self._grids.reals(self._heldout, self._images, gan.draws)
         self.snapshot(gan, 0)
         scores = self.evaluate(gan) if evaluate else {}
         if scores:
@@ -187,15 +187,6 @@ class Session:
         conclude(self._folder, state, self._report, self._ranks, self._signals.received, completed)
 
     # Pieces of the above
-
-    def _reals(self, labels: Tensor | None) -> Tensor:
-        """Held-out images of these classes, white where there is none; any, of None."""
-        if labels is None:
-            return self._images(self._heldout.some(GRID))
-        found, there = self._heldout.of_classes(labels)
-        images = self._images(found)
-        images[~there] = 255
-        return images
 
     def _reduce(self, gan: Gan, cur_nimg: int, stats: Stats) -> Reduced:
         if self._ranks.device.type == "cuda":

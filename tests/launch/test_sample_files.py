@@ -182,7 +182,7 @@ def test_files_of_several_classes_and_folders_of_others(trained, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_files, "whole", full)
-    with pytest.raises(UserError, match=r"No space left on device. The same command goes on"):
+    with pytest.raises(UserError, match=r"No space left on device. The same command resumes"):
         call("--images", tmp_path / "full", "--seeds", "0-200")
 
 
