@@ -32,7 +32,7 @@ class SampleGrids:
         return self._save("Samples/fakes", make, self._free_name(cur_nimg), draws, cur_nimg)
 
     def reals(self, heldout: HeldOutImages, images: Images, draws: Draws) -> None:
-        """Held-out images, once: where classes have columns, of the same classes, white where there is none."""
+        """Held-out images, once: where classes have columns, in the same ones, white where there is none."""
         labels = draws.grid(GRID)[1] if self._titles(draws) else None
 
         def make() -> Tensor:
