@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = "data.train=data/photos data.size=28 data.channels=1 data.batch_size=16 data.holdout=0.25 G.width=8 D.width=8"
+SETTINGS = (
+    "data.train=data/photos data.size=28 data.channels=1 data.batch_size=16 data.holdout=0.25 G.width=8"
+)
 WALK = """
 import sys
 import shardgan
