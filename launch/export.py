@@ -1,4 +1,4 @@
-"""`shardgan export`: whole networks of a run, for use without ShardGAN's launcher."""
+"""`shardgan export`: whole networks of a run, for use with and without ShardGAN."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from pathlib import Path
 import click
 
 from launch.paths import UserPath
-from pipeline.config import load
-from pipeline.run.export import export as write
 
 
 @click.command()
 @click.argument("run", type=UserPath())
 @click.option("--out", type=UserPath(), required=True, help="Folder to write to.")
-def export(run: Path, out: Path) -> None:
-    """Write G_ema, G and D of RUN's newest checkpoint: whole, fp32, safetensors, with a model card."""
-    for file in write(run, out):
+@click.option("--onnx", is_flag=True, help="G_ema.onnx too (pip install 'shardgan[onnx]').")
+def export(run: Path, out: Path, onnx: bool) -> None:
+    """Write the networks of RUN's newest checkpoint, for others to use: a folder with G_ema, G and D as
+    safetensors, G_ema.pt2, which plain torch runs, a picture and a model card.
+
+    `shardgan push OUT USER/NAME` publishes it on the Hugging Face Hub.
+    """
+    from pipeline.config import load
+    from pipeline.run.export import export as write
+
+    files, remarks = write(run, out, complete=True, onnx=onnx)
+    for file in files:
         click.echo(f"{file}  {file.stat().st_size:,} bytes")
+    for remark in remarks:
+        click.echo(remark)
     if decoder := load(run / "config.yaml").data.decoder:
         click.echo(f"G makes latents; what makes images of them, {decoder}, is not among these files.")
