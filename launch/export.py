@@ -6,15 +6,17 @@ from pathlib import Path
 
 import click
 
+from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 
 
 @click.command()
 @click.argument("run", type=UserPath())
 @click.option("--out", type=UserPath(), required=True, help="Folder to write to.")
+@checkpoint_option
 @click.option("--onnx", is_flag=True, help="G_ema.onnx too (pip install 'shardgan[onnx]').")
-def export(run: Path, out: Path, onnx: bool) -> None:
-    """Write the networks of RUN's newest checkpoint, for others to use: a folder with G_ema, G and D as
+def export(run: Path, out: Path, checkpoint: str, onnx: bool) -> None:
+    """Write the networks of a checkpoint of RUN, for others to use: a folder with G_ema, G and D as
     safetensors, G_ema.pt2, which plain torch runs, a picture and a model card.
 
     `shardgan push OUT USER/NAME` publishes it on the Hugging Face Hub.
@@ -22,7 +24,7 @@ def export(run: Path, out: Path, onnx: bool) -> None:
     from pipeline.config import load
     from pipeline.run.export import export as write
 
-    files, remarks = write(run, out, complete=True, onnx=onnx)
+    files, remarks = write(run, out, checkpoint, complete=True, onnx=onnx)
     for file in files:
         click.echo(f"{file}  {file.stat().st_size:,} bytes")
     for remark in remarks:

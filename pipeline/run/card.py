@@ -10,7 +10,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.credentials import public
 from pipeline.run.exported import Exported
-from pipeline.run.scores import METRICS, Metric
+from pipeline.run.metrics import METRICS, Metric
 from pipeline.wording import counted, in_time, one_line
 
 _MOST_NAMED = 100  # classes in a table; with more, export.json has their names

@@ -54,17 +54,14 @@ class Exported:
 
 
 def read(folder: Path) -> Exported:
-    """What `folder` holds. Raises UserError if it is no whole export."""
+    """What `folder` was written to hold. Raises UserError if it is no export, or was interrupted."""
     try:
         found = TypeAdapter(Exported).validate_json((folder / FILE).read_bytes())
     except (OSError, ValueError):
         raise UserError(
             f"{folder} is no export: it has no readable {FILE}. `shardgan export RUN --out DIR` makes one."
         ) from None
-    lacking = [name for name in found.files if name not in NAMES or not (folder / name).is_file()]
-    if lacking:
-        raise UserError(f"{folder} is no whole export: {lacking[0]} is missing. Export the run again.")
-    return found
+    return replace(found, files=tuple(name for name in found.files if name in NAMES))
 
 
 def save(folder: Path, facts: Exported) -> None:
@@ -79,7 +76,7 @@ def facts_of(run: Path, config: Config, state: State) -> Exported:
         config.run.name,
         state.cur_nimg,
         state.label_frequencies,
-        [str(label) for label in range(state.num_classes)],
+        list(state.classes),
         scores=scores,
         against=against,
     )
@@ -89,7 +86,6 @@ def facts_of(run: Path, config: Config, state: State) -> Exported:
     split = split_of(config, index)
     return replace(
         facts,
-        classes=list(index.classes[: state.num_classes]),
         training_images=split.training().size,
         heldout_images=split.heldout().size,
         license=index.license,

@@ -11,15 +11,13 @@ from torch import nn
 from pipeline.config import Config, UserError
 from pipeline.gan.draws import Draws
 from pipeline.run import programs
-from pipeline.run.evaluate import from_latents
 from pipeline.run.grid import save_grid
-from pipeline.run.images import images_of
+from pipeline.run.sampling import Sampler
 from pipeline.run.state import State
 
 SAMPLES = "samples.png"
 _WIDTH = 1100  # pixels of samples.png, if its images are no wider
 _MOST = 64  # images in it
-_AT_ONCE = 16
 
 
 def write_portable(
@@ -56,16 +54,13 @@ def write_portable(
 
 def _write_samples(G: nn.Module, config: Config, state: State, file: Path) -> None:
     """Images of the run's own sample grids, as many as fit in some 1,100 pixels across, and as many rows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = images_of(config.data, device)
+    sampler = Sampler(G, config, state.label_frequencies)
     draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
     z, c = draws.grid(_MOST)
-    generate = from_latents(G.to(device), z, c, device, images)
     try:
-        side = generate(0, 1).shape[-1]
-        columns = min(draws.grid_columns(_MOST), max(2, _WIDTH // side))
+        columns = min(draws.grid_columns(_MOST), max(2, _WIDTH // config.data.size))
         count = min(_MOST, columns**2)
-        parts = [generate(start, min(_AT_ONCE, count - start)).cpu() for start in range(0, count, _AT_ONCE)]
+        images = torch.cat([*sampler.images(z[:count], None if c is None else c[:count])])
     finally:
         G.cpu()
-    save_grid(torch.cat(parts), file, columns)
+    save_grid(images, file, columns)

@@ -7,6 +7,7 @@ this machine.
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,7 +121,8 @@ def _folded(module: fx.GraphModule) -> fx.GraphModule:
     """The module with all that depends on neither inputs nor weights as buffers."""
     known: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and known.keys() >= {*node.all_input_nodes}:
+        pure = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+        if pure and known.keys() >= {*node.all_input_nodes}:
             args = fx.node.map_arg(node.args, known.__getitem__)
             known[node] = node.target(*args, **fx.node.map_arg(node.kwargs, known.__getitem__))
     for node, value in known.items():
