@@ -73,7 +73,7 @@ def facts_of(run: Path, config: Config, state: State) -> Exported:
     """The facts of a checkpoint; less of them if the run's data are no longer where they were."""
     scores, against = _scores(run, state.cur_nimg)
     facts = Exported(
-        config.run.name,
+        str(config.run.name),
         state.cur_nimg,
         state.label_frequencies,
         list(state.classes),
