@@ -143,7 +143,9 @@ def _draw(axes: Axes, panel: Panel, histories: Sequence[History], colours: dict[
             if not any(points):  # what is off
                 continue
             values += points
-            look = {"color": colours[history.candidate] if several else COLOURS[number % len(COLOURS)]}
+            look: dict[str, Any] = {
+                "color": colours[history.candidate] if several else COLOURS[number % len(COLOURS)]
+            }
             if several:
                 look["ls"] = _DASHES[number % len(_DASHES)]
             axes.plot(kimg, points, lw=1.2, marker="." if len(points) < 2 else "", **look)

@@ -135,13 +135,11 @@ class Session:
                 self._saver.finish()  # the save under way is from before
                 raise
             self._bad.check()
-            if self._scorer.is_best(state, scores):
-                self.new_best = True
+            self.new_best |= self._scorer.is_best(state, scores)
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
         """A sample grid of G_ema, from the same latents every time; and the curves so far."""
-        drawn = gan.draws.grid(GRID)
-        make = from_latents(gan.G_ema.module(), *drawn, self._ranks.device, self._images)
+        make = from_latents(gan.G_ema.module(), *gan.draws.grid(GRID), self._ranks.device, self._images)
         with self._off_the_clock("drawing samples"):
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
             self._curves.draw_if_due()
