@@ -114,7 +114,7 @@ def draw_run(folder: Path) -> Path | None:
 
 
 class Curves:
-    """curves.png of a run that is training: drawn anew at sample grids, at most a hundredth of the time."""
+    """curves.png of a run that is training: drawn at sample grids, in at most a hundredth of the time."""
 
     def __init__(self, folder: Path, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._report, self._clock = folder, report, clock
