@@ -10,9 +10,11 @@ from pathlib import Path
 import click
 
 from launch import processes
+from launch.launcher import launch_from_here
 from launch.processes import STRATEGIES
 from pipeline import console
 from pipeline.run import stop
+from pipeline.wording import counted
 
 
 @click.command()
@@ -35,6 +37,8 @@ def train(
     Settings of the form section.key=value override the file. Ctrl-C saves and stops (exit status 130); a
     second one, more than a second later, ends at once.
     """
+    if not dry_run:  # before seconds of imports
+        click.echo(f"starting {_processes(procs, strategy)} …", err=True)
     import torch
 
     from pipeline.config import UserError, dump, load
@@ -77,25 +81,13 @@ def train(
         console.settle()
         stop.hold()
         os.execve(sys.executable, command, environment)
-    status = _run(command, environment, resolved.run.stop_signal)
+    line = command[command.index("launch.launcher") + 1 :]
+    status = launch_from_here(line, environment, resolved.run.stop_signal)
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
 
 
-def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:
-    """Run the launcher, and pass on the first signal; returns the exit status."""
-    launcher = processes.start(command, environment)
-    signals = stop.StopSignals(
-        stop_signal,
-        on_stop=lambda number: processes.ask_to_stop(launcher, number),
-        on_kill=lambda: processes.kill(launcher),
-    )
-    status = launcher.wait()
-    signals.close()
-    if signals.received is not None and status < 0:  # it did not handle signals yet
-        status = stop.TERMINATED
-    if status in (stop.INTERRUPTED, stop.TERMINATED):
-        click.echo("Stopped before training began.")
-        return stop.INTERRUPTED if signals.interrupted else 0
-    if status == 0 and signals.interrupted:
-        return stop.INTERRUPTED
-    return status if status in (0, 2) else 1
+def _processes(procs: int | None, strategy: str | None) -> str:
+    """What is known of them before torch counts the GPUs."""
+    if procs is None:
+        return strategy or "training"
+    return f"{counted(procs, 'process')} ({strategy or ('single' if procs == 1 else 'ddp')})"
