@@ -2,8 +2,9 @@
 
     python tests/benchmarks/first_minute.py configs/fashion-mnist.yaml --procs 2 [key=value …]
 
-starts `shardgan train …` on a run of two updates, and prints when what happened: seconds since the start, and
-the processor seconds that all its processes had used. Import times: python -X importtime -c "import …".
+starts `shardgan train …` and prints when what happened, until the first update: seconds since the start, and
+the processor seconds that all its processes had used. `score.metrics=[]` leaves out the first score. What
+imports take: python -X importtime -c "import pipeline.train".
 """
 
 from __future__ import annotations
@@ -18,32 +19,34 @@ from pathlib import Path
 
 import psutil
 
-FILES = {
-    "reals.png": "grid of real images",
-    "fakes000000.png": "first sample grid",
-    "metrics.jsonl": "first score",
+_FILES = {
+    "reals.png": "[grid of real images]",
+    "fakes000000.png": "[first sample grid]",
+    "metrics.jsonl": "[first row of metrics.jsonl]",
 }
 
 
 def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        small = [
-            f"run.out={folder}",
-            "run.name=first",
-            "run.total_kimg=0.128",
-            "run.tick_kimg=0.001",
-            "track.wandb=false",
-        ]
+        ours = [f"run.out={folder}", "run.name=first", "run.tick_kimg=0.001", "track.wandb=false"]
         start = time.monotonic()
-        command = ["shardgan", "train", *arguments, *small]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            ["shardgan", "train", *arguments, *ours],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         timeline = Timeline(process.pid, start)
-        watching = threading.Thread(target=timeline.watch, args=(Path(folder) / "first",), daemon=True)
-        watching.start()
+        folders = (Path(folder) / "first",)
+        threading.Thread(target=timeline.watch, args=folders, daemon=True).start()
+        asked = False
         for line in process.stdout or ():
             timeline.event(line.rstrip())
-        process.wait()
-        timeline.event(f"exit status {process.returncode}")
+            if line.startswith("kimg") and float(line.split()[1]) > 0 and not asked:
+                asked = True
+                timeline.event("[first update]")
+                process.terminate()
+        timeline.event(f"exit status {process.wait()}")
 
 
 class Timeline:
@@ -51,7 +54,7 @@ class Timeline:
 
     def __init__(self, pid: int, start: float) -> None:
         self._root, self._start = psutil.Process(pid), start
-        self._known: dict[int, float] = {}  # PID → processor seconds
+        self._used: dict[int, float] = {}  # PID → processor seconds
 
     def watch(self, run: Path) -> None:
         """Notice new processes and files."""
@@ -59,25 +62,23 @@ class Timeline:
         with suppress(psutil.NoSuchProcess):
             while True:
                 self._count()
-                for path in (*run.glob("samples/*"), *run.glob("metrics.jsonl")):
-                    if path.name in FILES and path.name not in seen:
-                        seen.add(path.name)
-                        self.event(f"[{FILES[path.name]}]")
+                there = {path.name for path in (*run.glob("*.jsonl"), *run.glob("samples/*"))}
+                for name in sorted((there - seen) & set(_FILES)):
+                    self.event(_FILES[name])
+                seen |= there
                 time.sleep(0.02)
 
     def event(self, text: str) -> None:
-        print(
-            f"{time.monotonic() - self._start:7.2f} s {sum(self._known.values()):7.2f} cpu  {text[:90]}",
-            flush=True,
-        )
+        used = sum(self._used.values())
+        print(f"{time.monotonic() - self._start:7.2f} s {used:7.2f} cpu  {text[:90]}", flush=True)
 
     def _count(self) -> None:
         for process in (self._root, *self._root.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                used = process.cpu_times()
-                if process.pid not in self._known:
+                times = process.cpu_times()
+                if process.pid not in self._used:
                     self.event(f"[process {' '.join(process.cmdline()[1:4])[:60]}]")
-                self._known[process.pid] = used.user + used.system
+                self._used[process.pid] = times.user + times.system
 
 
 if __name__ == "__main__":
