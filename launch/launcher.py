@@ -33,15 +33,15 @@ def main() -> None:
     sys.exit(_launch())
 
 
-def launch_from_here(line: Sequence[str], environment: Mapping[str, str], stop_signal: str) -> int:
-    """`accelerate launch LINE…` in this process, which has imported torch: another would take those seconds
-    again. Replaces os.environ and sys.argv; returns the exit status of `shardgan train`.
+def launch_from_here(command: Sequence[str], environment: Mapping[str, str], stop_signal: str) -> int:
+    """What `python -m launch.launcher …` does, in this process, which has imported torch: another would take
+    those seconds again. Replaces os.environ and sys.argv; returns the exit status of `shardgan train`.
 
     stop_signal: run.stop_signal.
     """
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv[1:] = line
+    sys.argv[1:] = command[command.index("launch.launcher") + 1 :]
     launcher = _Launcher(stop_signal, end=_stopped_early)
     status = _launch()
     if status in (stop.INTERRUPTED, stop.TERMINATED):

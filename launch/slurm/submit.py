@@ -26,7 +26,7 @@ class _BeforeDashes(click.Command):
 
 
 @click.command(cls=_BeforeDashes, options_metavar="[OPTIONS] [-- SBATCH_OPTIONS]")
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
 @click.option("--gpus", type=click.IntRange(min=0), required=True, help="Per node; 0: train on CPUs.")
@@ -64,17 +64,22 @@ def submit(
     check: str,
     dry_run: bool,
 ) -> None:
-    """Train CONFIG on a Slurm cluster; the same command again resumes a run that is not DONE.
+    """Train on a Slurm cluster what `shardgan train` would train here.
+
+    The same command again resumes a run that is not DONE.
 
     Everything is checked first, as by `shardgan doctor`. Give further options of sbatch after --, as in
     -- --mem=64G --gpus-per-node=a100:8 --qos=high --mail-type=END, and those of the job by SHARDGAN_*
     variables: see slurm/README.md.
     """
+    from launch.argument import training_of
     from launch.slurm import jobs
     from pipeline.config import dump, load
     from pipeline.run.folder import finished, under_a_free_name
 
-    resolved = under_a_free_name(load(config, settings))
+    training = training_of(config, settings, gpu=gpus > 0)
+    training.explain()
+    resolved = under_a_free_name(load(training.config, training.settings))
     procs = procs or gpus or 1
     cpus = _enough(cpus, procs, resolved.data.workers)
     resources = jobs.Resources(
@@ -92,6 +97,7 @@ def submit(
     batch = jobs.render(run.name, folder, line, resources, jobs.parse_options(sbatch))
     if not dry_run:
         jobs.check(batch)
+        training.prepare()
     _examine(resolved, run, resources, read=check == "full")
     if dry_run:
         click.echo(batch.text, nl=False)
@@ -101,8 +107,12 @@ def submit(
     jobs.keep(folder, [resolved.data])
     job = jobs.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")
-    strategy = strategy or ("single" if nodes * procs == 1 else "ddp")
-    log = folder / f"{job}.log"
+    _announce(job, run, folder / f"{job}.log", resources)
+
+
+def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:
+    nodes, procs = resources.nodes, resources.procs
+    strategy = resources.strategy or ("single" if nodes * procs == 1 else "ddp")
     click.echo(
         f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
         f"  run     {run}\n"
