@@ -26,10 +26,11 @@ __all__ = ["evaluate", "load", "prepare", "sample", "train"]
 
 
 def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
-    """The trained G of a run, ready to use: `G(z)`, or `G(z, c)` if it is conditional.
+    """A trained G, ready to use: `G(z)`, or `G(z, c)` if it is conditional.
 
     Args:
-        source: a run folder, or a folder that `shardgan export` wrote.
+        source: a run folder, a folder that `shardgan export` wrote, or what `shardgan push` published on the
+            Hugging Face Hub, USER/NAME or USER/NAME@REVISION.
         checkpoint: of a run: "newest", "best" (by the run's own score), or a kimg.
 
     Returns G_ema as a torch.nn.Module on the CPU, in eval mode, its weights without gradients: z float32

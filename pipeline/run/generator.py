@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Config
+from pipeline.config import Config, UserError
 from pipeline.run.checkpoint import Wanted
-from pipeline.run.export import load_generator
+from pipeline.run.export import load_exported, load_generator
+from pipeline.run.exported import FILE
+from pipeline.run.hub import fetch, is_repository
 from pipeline.run.sampling import Sampler
 
 
@@ -60,6 +62,16 @@ class Generator(nn.Module):
 
 
 def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
-    """The Generator of a run, on the CPU. Raises UserError as `load_generator` does."""
-    network, config, state = load_generator(Path(source), checkpoint)
-    return Generator(network, config, state.label_frequencies, state.classes, state.cur_nimg)
+    """The Generator of a run, an export or a repository on the Hugging Face Hub, on the CPU.
+
+    checkpoint: of a run: see `load_run`. Raises UserError as `load_generator`, `load_exported` and `fetch`.
+    """
+    folder = Path(source).expanduser()
+    on_the_hub = is_repository(str(source)) and not folder.parent.is_dir()
+    if not on_the_hub and not (folder / FILE).is_file():
+        network, config, state = load_generator(folder, checkpoint)
+        return Generator(network, config, state.label_frequencies, state.classes, state.cur_nimg)
+    if checkpoint != "newest":
+        raise UserError(f"{source} is an export, which holds one checkpoint: leave out checkpoint.")
+    network, config, facts = load_exported(fetch(str(source)) if on_the_hub else folder)
+    return Generator(network, config, facts.label_frequencies, facts.classes, facts.cur_nimg)

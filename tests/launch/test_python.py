@@ -77,6 +77,16 @@ def test_load_gives_the_network_that_training_scored(run: Path) -> None:
         shardgan.load(run, checkpoint=7)
 
 
+def test_an_export_is_loaded_as_its_run_is(run: Path) -> None:
+    G, exported = shardgan.load(run), shardgan.load(run / "export")
+    assert (exported.classes, exported.cur_nimg) == (G.classes, G.cur_nimg)
+    assert torch.equal(shardgan.sample(exported, range(8)), shardgan.sample(G, range(8)))
+    with pytest.raises(UserError, match="is an export, which holds one checkpoint"):
+        shardgan.load(run / "export", checkpoint="best")
+    with pytest.raises(UserError, match="is not a run folder"):
+        shardgan.load(run.parent / "nothing")
+
+
 def test_sample_makes_an_image_of_each_seed(run: Path) -> None:
     G = shardgan.load(run, checkpoint="newest")
     images = shardgan.sample(G, range(8), classes="Bag")
