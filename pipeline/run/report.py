@@ -58,6 +58,9 @@ class Report:
     def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
         """Send a picture that `draw` writes, if the run is tracked."""
 
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        """Write a file of the run folder that training does not need: whatever fails is a warning."""
+
     def summary(self, values: Mapping[str, float]) -> None:
         """Values for the whole run, beside its charts."""
 
@@ -135,6 +138,14 @@ class MainReport(Report):
         else:
             if path is not None:
                 self.image(key, path, cur_nimg)
+
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        self.still_ours()
+        try:
+            make()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn("File not written", f"{name} could not be written: {reason}.")
 
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)
