@@ -224,7 +224,7 @@ def test_changed_images_are_refused():
         training_of("photos", [], gpu=False).prepare()
     said = str(refused.value)
     assert said.startswith("photos has 2 images more than when photos-32px was made of it. To train on ")
-    assert said.endswith("shardgan train photos-32px")
+    assert said.endswith("shardgan train photos-32px, or runs/NAME to resume a run.")
 
 
 def test_a_dry_run_prepares_nothing(here):
