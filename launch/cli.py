@@ -24,7 +24,8 @@ COMMANDS = {
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
     "plot": ("launch.plot:plot", "Draw the curves of runs in one picture."),
     "compare": ("launch.compare:compare", "Show in which settings and scores runs differ."),
-    "export": ("launch.export:export", "Write whole networks as safetensors."),
+    "export": ("launch.export:export", "Write the networks for others to use, with a model card."),
+    "push": ("launch.push:push", "Publish an export on the Hugging Face Hub."),
     "selfcheck": ("launch.selfcheck:selfcheck", "Compare every strategy with plain torch, on this machine."),
     "bench": ("launch.bench:bench", "Measure ratios, side by side in one run."),
 }

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,16 @@ class Report:
         """Move the progress bar."""
 
     def working(self, text: str) -> None:
-        """Show on the progress bar what happens between updates."""
+        """Show on the progress bar what happens between updates; "": nothing any more."""
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Inside: what the progress bar shows, unless something there is `working`."""
+        self.working(f"{doing} …")
+        try:
+            yield
+        finally:
+            self.working("")
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Send a picture that has been written."""

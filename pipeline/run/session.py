@@ -223,7 +223,7 @@ class Session:
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:
-        with self.clock.stopped(), self._progress.during(doing):
+        with self.clock.stopped(), self._progress.during(doing), self._report.during(doing):
             yield
 
 
