@@ -62,7 +62,7 @@ def _call() -> None:
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        console.show_error(error)
         sys.exit(2)
     except click.ClickException as error:
         error.show()
