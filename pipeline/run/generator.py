@@ -67,7 +67,7 @@ def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
     checkpoint: of a run: see `load_run`. Raises UserError as `load_generator`, `load_exported` and `fetch`.
     """
     folder = Path(source).expanduser()
-    on_the_hub = is_repository(str(source)) and not folder.parent.is_dir()
+    on_the_hub = is_repository(str(source))
     if not on_the_hub and not (folder / FILE).is_file():
         network, config, state = load_generator(folder, checkpoint)
         return Generator(network, config, state.label_frequencies, state.classes, state.cur_nimg)
