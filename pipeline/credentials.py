@@ -1,8 +1,10 @@
-"""URLs without credentials, for messages, logs, files and charts."""
+"""URLs without credentials, and paths without their folders, for messages, files and charts."""
 
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
+from typing import Any
 
 
 def redacted(url: str) -> str:
@@ -17,12 +19,29 @@ def redacted(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{path}"
 
 
+def all_redacted(value: Any) -> Any:
+    """As `redacted`, of every text in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: all_redacted(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [all_redacted(entry) for entry in value]
+    return redacted(value) if isinstance(value, str) else value
+
+
 def scrubbed(text: str) -> str:
     """A message with every URL in it redacted.
 
     A URL ends at a quote or a bracket, unless an @ follows: a password may contain any character.
     """
     return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
+
+
+def public(setting: str) -> str:
+    """A setting for other people: URLs redacted; of a path outside the current folder, its last part."""
+    path = re.fullmatch(r"([\w.]*:)?((?:/|~|\.\.).*)", setting, re.DOTALL)
+    if path is None or ("://" in setting and path[1] != "file:"):
+        return scrubbed(setting)
+    return (path[1] or "") + PurePosixPath(path[2]).name
 
 
 def reason(error: Exception, given: str) -> str:

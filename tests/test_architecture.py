@@ -34,8 +34,8 @@ ARROWS = {
     "pipeline.folders": ("pipeline.errors",),
     "pipeline.lock": ("pipeline.errors", "pipeline.holder"),
     "pipeline.plugins": ("pipeline.api.shadows", "pipeline.config"),
-    "pipeline.api": (),
-    "pipeline.api.command": ("launch.cli", "pipeline.api"),  # what is installed lies above everything
+    "pipeline.api": ("launch", "pipeline"),  # what is installed lies above everything
+    "pipeline.api.shadows": (),
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": (
         "pipeline.config",
@@ -89,6 +89,7 @@ OWNERS = {  # who may import what is not for everyone above it
     "torch.distributed": ("pipeline.parallel",),
     "accelerate": ("pipeline.parallel",),
     "deepspeed": ("pipeline.parallel",),
+    "tensorboard": ("pipeline.run.tensorboard",),
     "wandb": ("pipeline.run.tracker", "pipeline.run.wandb_files", "pipeline.run.wandb_mode"),
 }
 

@@ -21,8 +21,8 @@ from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.images import PLAIN, Images
+from pipeline.run.metrics import METRICS
 from pipeline.run.report import say
-from pipeline.run.scores import METRICS
 from pipeline.run.tensor_cache import read_tensor, write_tensor
 from pipeline.wording import counted
 
@@ -42,10 +42,15 @@ class References:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Only scores against references of equal fingerprints can be compared."""
-        return {
-            name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-            for name, key in self.about.items()
-        }
+        return fingerprints(self.about)
+
+
+def fingerprints(about: About) -> dict[str, str]:
+    """Of "heldout" and "train", each a short hash of what scores against it depend on."""
+    return {
+        name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        for name, key in about.items()
+    }
 
 
 def references(

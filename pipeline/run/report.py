@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from pipeline.lock import LockLostError
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.state import State
+from pipeline.run.tensorboard import TensorBoard, check_tensorboard
 from pipeline.run.terminal import Bar, Lines, is_score
 from pipeline.run.tracker import Tracker, open_tracker
 from pipeline.wording import counted
@@ -50,13 +52,25 @@ class Report:
         """Move the progress bar."""
 
     def working(self, text: str) -> None:
-        """Show on the progress bar what happens between updates."""
+        """Show on the progress bar what happens between updates; "": nothing any more."""
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Inside: what the progress bar shows, unless something there is `working`."""
+        self.working(f"{doing} …")
+        try:
+            yield
+        finally:
+            self.working("")
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Send a picture that has been written."""
 
     def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
         """Send a picture that `draw` writes, if the run is tracked."""
+
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        """Write a file of the run folder that training does not need: whatever fails is a warning."""
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Values for the whole run, beside its charts."""
@@ -136,6 +150,14 @@ class MainReport(Report):
             if path is not None:
                 self.image(key, path, cur_nimg)
 
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        self.still_ours()
+        try:
+            make()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn("File not written", f"{name} could not be written: {reason}.")
+
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)
 
@@ -210,10 +232,13 @@ def open_report(
 ) -> Report:
     """Where the run reports to: nowhere on all ranks but the main one. Sets state.wandb_id."""
     ranks.progress.doing = "starting its reports"
+    ranks.broadcast_from_main(lambda: check_tensorboard(config))
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
     tracker = open_tracker(config, folder, state.wandb_id, say)
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
+    if config.track.tensorboard:
+        tracker = TensorBoard(tracker, folder, say)
     total = round(config.run.total_kimg * 1000)
     return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.config import Config, UserError
 from pipeline.lock import take
+from pipeline.run.grid import LATEST
 from pipeline.run.rows import Row, rows
 from pipeline.run.tracker import Announce, Tracker, open_tracker
 from pipeline.run.wandb_files import recall
@@ -19,7 +20,7 @@ from pipeline.run.wandb_files import recall
 
 def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
     """Send all of metrics.jsonl and samples/ up to cur_nimg, in the order in which it was first sent."""
-    calls = [(nimg, partial(tracker.log, values, nimg)) for nimg, values in _rows(folder)]
+    calls = [(nimg, partial(tracker.log, values, nimg, at)) for nimg, at, values in _rows(folder)]
     calls += [
         (nimg, partial(tracker.image, chart, path, nimg, caption(nimg)))
         for nimg, chart, path in _pictures(folder)
@@ -31,7 +32,7 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if anything."""
-    last = max((nimg for nimg, _ in _rows(folder, announce)), default=-1)
+    last = max((nimg for nimg, _, _ in _rows(folder, announce)), default=-1)
     known = recall(folder)
     if config.track.wandb and (known is None or known.has < last):
         try:
@@ -49,20 +50,19 @@ def caption(cur_nimg: int) -> str:
     return f"{cur_nimg / 1000:g} kimg"
 
 
-def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, Row]]:
-    """cur_nimg and charts of each row of metrics.jsonl."""
+def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, float | None, Row]]:
+    """cur_nimg, time and charts of each row of metrics.jsonl."""
     try:
         found = rows(folder / "metrics.jsonl", announce)
     except OSError as error:
         announce(f"W&B may lack rows, as metrics.jsonl cannot be read: {error}")
         return
     for row in found:
-        row.pop("time", None)
-        yield row.pop("cur_nimg"), row
+        yield row.pop("cur_nimg"), row.pop("time", None), row
 
 
 def _pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:
     """cur_nimg, chart and file of each picture in samples/ that a run has written there."""
-    for path in sorted(folder.glob("samples/*.png")):
+    for path in sorted({*folder.glob("samples/*.png")} - {folder / "samples" / LATEST}):
         with suppress(OSError, KeyError, ValueError), Image.open(path) as picture:
             yield int(picture.info["cur_nimg"]), picture.info["chart"], path

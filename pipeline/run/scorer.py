@@ -17,9 +17,9 @@ from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import Health
 from pipeline.run.images import Images
+from pipeline.run.metrics import leading_chart
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
-from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stop import StopSignals
 from pipeline.wording import counted
@@ -55,6 +55,7 @@ class Scorer:
         self._report.still_ours()
         try:
             if self._extractor is None:
+                self._report.working("loading the feature network …")
                 self._extractor = load_features(self._config.score.features).to(self._ranks.device)
                 self._extractor.register_forward_pre_hook(self._interrupt)
             real = references(self._config, self._extractor, self._index, self._ranks, self._images)
