@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("launch.train:train", "Train, on this machine, under any strategy."),
     "submit": ("launch.slurm.submit:submit", "Train on a Slurm cluster."),
     "sample": ("launch.sample:sample", "Write a grid of generated images."),
+    "project": ("launch.project:project", "Find the latents of real images."),
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
     "export": ("launch.export:export", "Write whole networks as safetensors."),
