@@ -57,7 +57,7 @@ def project(
     projector = Projector(
         G, config.G.z_dim, sampler.device, num_classes=state.num_classes, label=wanted, seed=seed
     )
-    notes = {"run": config.run.name, "cur_nimg": str(state.cur_nimg), "seed": str(seed)}
+    notes = {"run": str(config.run.name), "cur_nimg": str(state.cur_nimg), "seed": str(seed)}
     _project(projector, images, targets, out, sampler.names, notes)
 
 
@@ -150,7 +150,7 @@ def _save(file: Path, one: Projection, notes: dict[str, str]) -> None:
 
     from pipeline.durable import save_tensors, whole
 
-    tensors = {one.kind: one.latent[None]}
+    tensors: dict[str, Tensor] = {one.kind: one.latent[None]}
     if one.label is not None:
         tensors["c"] = torch.tensor([one.label])
     with whole(file) as partial:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.parallel.ranks import Ranks
+from pipeline.run.curves import CURVES, draw_run
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED
 from pipeline.run.report import Report
@@ -38,6 +39,7 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     export(folder, folder / "export")
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
+    report.extra(CURVES, lambda: draw_run(folder))
     _mark(folder / DONE, state)
     report.conclude(state.cur_nimg)
 

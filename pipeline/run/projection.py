@@ -98,7 +98,7 @@ class Projector:
         """The distance of all images [n, C, H, W] from what is made of all starts, [n, m]."""
         wanted = [self._distance.embed(to_float(image[None].to(self._device))) for image in images]
         found = []
-        for part in torch.arange(len(self._space.starts), device=self._device).split(_BATCH):
+        for part in torch.split(torch.arange(len(self._space.starts), device=self._device), _BATCH):
             made = self._distance.embed(self._space.make(*self._space.start(part)))
             found.append(torch.stack([(made - one).square().sum(1) for one in wanted]))
         return torch.cat(found, dim=1)
@@ -130,13 +130,17 @@ class Projector:
             optimizer.step()
             space.confine(latents)
             advance()
+        # The starts again: a search may end farther away than it began.
+        ends, again = torch.cat([latents.detach(), space.start(starts)[0]]), starts.repeat(2)
         with torch.no_grad():
-            far = (self._distance.embed(space.make(latents, labels)) - wanted).square().sum(1)
-            best = int(far.nan_to_num(nan=math.inf).argmin())
-        way = torch.stack([images[best] for images in (*ways, self._shown(latents, labels))])
-        first, last = (_error(made, image) for made in (way[0], way[-1]))
+            made = space.make(ends, space.start(again)[1])
+            far = (self._distance.embed(made) - wanted).square().sum(1).nan_to_num(nan=math.inf)
+        end = int(far.argmin())
+        best = end % len(starts)
+        way = torch.stack([*(images[best] for images in ways), to_uint8(made[end]).cpu()])
+        first, last = _error(way[0], image), _error(way[-1], image)
         label = None if labels is None else int(labels[best])
-        return Projection(space.kind, latents[best].detach().cpu(), label, way, first, last)
+        return Projection(space.kind, ends[end].cpu(), label, way, first, last)
 
     @torch.no_grad()
     def _shown(self, latents: Tensor, labels: Tensor | None) -> Tensor:
@@ -183,7 +187,9 @@ def _in_z(
     starts = torch.randn(count, z_dim, generator=generator).to(device)
     each = None if labels is None else labels[torch.arange(count, device=device) % len(labels)]
     middle, spread = math.sqrt(z_dim), math.sqrt(2)
-    return _Space("z", G, starts, each, shortest=max(middle - spread, 0.0), longest=middle + spread)
+    space = _Space("z", G, starts, each, shortest=max(middle - spread, 0.0), longest=middle + spread)
+    space.confine(space.starts)
+    return space
 
 
 @torch.no_grad()

@@ -101,6 +101,13 @@ def test_a_z_stays_as_long_as_normal_ones():
     assert shortest == pytest.approx(math.sqrt(50) - math.sqrt(2), rel=1e-5)
 
 
+def test_a_search_never_ends_farther_away_than_it_began(G):
+    """An image of one of the starts, which even the first step leaves."""
+    start = Projector(G, 8, CPU)._space.starts[5]
+    found = only(G, 8, to_uint8(G(start[None])), steps=2)
+    assert found.last == 0 and torch.equal(found.latent, start)
+
+
 def test_images_do_not_influence_each_other_and_the_seed_decides(G):
     _, images = made(G, 2, 8, count=2)
     both = list(Projector(G, 8, CPU, steps=8).project(images))
