@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import hub_server
 import pytest
+import shardgan
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
 
 from launch.push import push as command
 from pipeline.config import UserError
 from pipeline.run.export import export, load_exported
 from pipeline.run.hub import fetch, is_repository, push
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_of_nobody"
 NAME = "somebody/my-gan"
 
@@ -61,9 +63,9 @@ def test_an_export_is_published_in_private_and_loads_from_the_hub(hub, exported)
     assert repository.private and repository.messages == ["format-2 at kimg 0.12"]
     assert repository.files.keys() == listed(exported) | {".gitattributes"}
     assert repository.files["G_ema.safetensors"] == (exported / "G_ema.safetensors").read_bytes()
-    G, config, facts = load_exported(fetch(NAME))
-    z = torch.randn(2, config.G.z_dim)
-    assert torch.equal(G(z), load_exported(exported)[0](z)) and facts.cur_nimg == 120
+    G = shardgan.load(NAME)
+    z = torch.randn(2, G.z_dim)
+    assert torch.equal(G.network(z), load_exported(exported)[0](z)) and G.cur_nimg == 120
 
 
 def test_a_card_edited_by_its_author_is_published_without_credentials(hub, exported):
@@ -140,6 +142,7 @@ def test_a_refusal_of_the_hub_is_one_line(hub, exported, monkeypatch):
 
 def test_what_is_a_folder_here_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_repository(NAME) and is_repository(f"{NAME}@v1") and not is_repository("runs")
-    (tmp_path / NAME).mkdir(parents=True)
+    assert is_repository(NAME) and is_repository(f"{NAME}@v1")
+    assert not any(map(is_repository, ("runs", "./runs", "../my-gan", "~/my-gan", "/tmp/my-gan", "a/b/c")))
+    (tmp_path / "somebody").mkdir()  # as `runs`, in which a run is misspelt
     assert not is_repository(NAME)
