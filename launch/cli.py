@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("launch.sample:sample", "Write a grid of generated images."),
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
+    "report": ("launch.report:report", "Write runs or a selection as one HTML page."),
     "export": ("launch.export:export", "Write whole networks as safetensors."),
     "selfcheck": ("launch.selfcheck:selfcheck", "Compare every strategy with plain torch, on this machine."),
     "bench": ("launch.bench:bench", "Measure ratios, side by side in one run."),

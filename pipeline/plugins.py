@@ -44,6 +44,17 @@ def import_class(path: str, title: str, base: type[Any]) -> type[Any]:
     return found
 
 
+def require(module: str, extra: str, what: str) -> Any:
+    """The module, which `pip install 'shardgan[extra]'` brings. what: needs it, for the message.
+
+    Raises UserError if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what} needs {module}: pip install 'shardgan[{extra}]'") from None
+
+
 def reason(error: Exception) -> str:
     """One line: the error, and the line of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.parallel.ranks import Ranks
+from pipeline.run import events
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED
+from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.report import Report
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
@@ -29,6 +31,7 @@ def conclude(
 def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
     report.still_ours()
     _mark(folder / STOPPED, state)
+    events.record(folder, "stop", state.cur_nimg, reason=reason)
     kimg = f"{state.cur_nimg / 1000:g}"
     report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
 
@@ -39,7 +42,16 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     _mark(folder / DONE, state)
+    _page(folder, report)
     report.conclude(state.cur_nimg)
+
+
+def _page(folder: Path, report: Report) -> None:
+    """The run is finished by now: whatever keeps its page from being written is no reason to fail."""
+    try:
+        write_beside(folder)
+    except Exception as error:
+        report.warn("Page not written", f"{folder / PAGE} could not be written: {error}")
 
 
 def _mark(file: Path, state: State) -> None:

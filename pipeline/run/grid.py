@@ -34,7 +34,7 @@ def tile(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
         raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     count, height, width, channels = pixels.shape
-    scale = -(-_PLEASANT // min(height, width, _PLEASANT))
+    scale = _scale(min(height, width))
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -44,6 +44,15 @@ def tile(images: Tensor, columns: int) -> npt.NDArray[np.uint8]:
         y, x = _GAP + place // columns * step_y, _GAP + place % columns * step_x
         grid[y : y + height * scale, x : x + width * scale] = image
     return grid[:, :, 0] if channels == 1 else grid
+
+
+def step_of(size: int) -> int:
+    """How many pixels a row of a grid of square images of this size is high."""
+    return size * _scale(size) + _GAP
+
+
+def _scale(shortest: int) -> int:
+    return -(-_PLEASANT // min(shortest, _PLEASANT))
 
 
 def save_grid(images: Tensor, path: Path, columns: int, notes: Mapping[str, str] | None = None) -> None:
