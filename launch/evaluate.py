@@ -1,4 +1,4 @@
-"""`shardgan evaluate`: the scores of a finished or interrupted run, from its newest checkpoint."""
+"""`shardgan evaluate`: the scores of a finished or interrupted run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
+from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import Config, Score, UserError
 from pipeline.data.index import load_index
@@ -46,6 +47,7 @@ from pipeline.run.state import State
 @click.option("--images", type=click.IntRange(min=2), help="Generated and held out; default: as in training.")
 @click.option("--train-images", type=click.IntRange(min=2), help="Compare with so many training images too.")
 @click.option("--data", metavar="SHARDS", help="Where the run's data are now, if they were moved.")
+@checkpoint_option
 def evaluate(
     run: Path,
     metrics: str,
@@ -53,6 +55,7 @@ def evaluate(
     images: int | None,
     train_images: int | None,
     data: str | None,
+    checkpoint: str,
 ) -> None:
     """Score the moving average of G in the run folder RUN against held-out (and training) images.
 
@@ -62,7 +65,7 @@ def evaluate(
     """
     if unknown := [name for name in metrics.split(",") if name not in METRICS]:
         raise UserError(f"--metrics: no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
-    G, config, state = load_generator(run)
+    G, config, state = load_generator(run, checkpoint)
     score = replace(
         config.score,
         metrics=tuple(metrics.split(",")),  # type: ignore[arg-type]  # known ones

@@ -9,6 +9,7 @@ import click
 import torch
 from torch import Tensor
 
+from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import UserError
 from pipeline.gan.draws import Draws
@@ -32,11 +33,14 @@ _STEPS = 8  # images from one end of an interpolation to the other
     help=f"Rows of {_STEPS} images, each from one latent to another; the last row is filled up.",
 )
 @click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
-def sample(run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None) -> None:
+@checkpoint_option
+def sample(
+    run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None, checkpoint: str
+) -> None:
     """Write images from the moving average of G in the run folder RUN as one picture."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"--out {out}: not a known picture format ({', '.join(FORMATS)}).")
-    G, config, state = load_generator(run)
+    G, config, state = load_generator(run, checkpoint)
     draws = Draws(seed, config.G.z_dim, _frequencies(state, classes))
     z, c, columns = (
         _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))

@@ -233,13 +233,13 @@ def join() -> Ranks:
 def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
     """Train each case, unbroken and resumed, and write the results."""
     for case in chosen:
-        with patch.object(gradient_penalty, "noise", known_noise):
-            tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
+        tensors, rows = _train(case, ranks, out / "checkpoints" / case.name)
         if ranks.main:
             save_tensors(tensors, out / f"{case.name}.safetensors")
             (out / f"{case.name}.json").write_text(json.dumps(rows))
 
 
+@patch.object(gradient_penalty, "noise", known_noise)
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
     """Train unbroken, and from a checkpoint in the middle if the case is resumed: weights and averages of
     both, and the charts of the first."""
@@ -264,6 +264,7 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
     return tensors, rows
 
 
+@patch.object(gradient_penalty, "noise", known_noise)
 def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     """The end of the same training, by new engines that resume from the checkpoint in `folder`."""
     found, _ = ranks.broadcast_from_main(lambda: checkpoint.newest_intact(folder))

@@ -60,7 +60,7 @@ class Draws:
         if self._frequencies is None or not labels:
             return Drawn(z, None, seed)
         u = torch.rand(count, dtype=torch.float64, generator=self.generator("labels", purpose, cur_nimg))
-        return Drawn(z, self._inverse_cdf(u), seed)
+        return Drawn(z, self.classes_at(u), seed)
 
     def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int) -> Tensor:
         """z [count, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [count, 2·z_dim + 1]
@@ -96,8 +96,8 @@ class Draws:
                 return classes
         return math.ceil(math.sqrt(count))
 
-    def _inverse_cdf(self, u: Tensor) -> Tensor:
-        """Classes for u uniform in [0, 1); a class that never occurs has an empty interval."""
+    def classes_at(self, u: Tensor) -> Tensor:
+        """Classes int64 [n] for u float64 [n], uniform in [0, 1); one that never occurs has no interval."""
         assert self._frequencies is not None
         cdf = self._frequencies.cumsum(0)
         return torch.searchsorted(cdf / cdf[-1], u, right=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -33,6 +34,8 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import State
 
 FORMAT = 2
+Wanted = str | float
+"""Which checkpoint: see `chosen`."""
 
 
 def find(folder: Path) -> list[int]:
@@ -69,6 +72,44 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
             return folder / str(nimg), complaints
         complaints.append(f"checkpoint {folder / str(nimg)} is damaged ({problem})")
     return None, complaints
+
+
+def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
+    """The checkpoint that a person asks for: "newest" intact, "best" by the run's score, or a kimg.
+
+    wanted: a number or its text; the whole kimg of one that is kept suffices (150 for cur_nimg 150,016).
+    Raises UserError if it is not kept, or not intact; the message names those that are there.
+    """
+    newest, complaints = newest_intact(folder)
+    if newest is None:
+        raise UserError("\n".join([f"{folder.parent} holds no intact checkpoint yet.", *complaints]))
+    if wanted == "newest":
+        return newest
+    kept = find(folder)
+    there = f"{folder.parent} keeps kimg {', '.join(f'{nimg / 1000:g}' for nimg in reversed(kept))}"
+    if wanted == "best":
+        best = read_state(newest).best
+        if best is None or not math.isfinite(best[0]):
+            raise UserError(f"checkpoint best: this run has no score (run.eval_kimg, data.holdout). {there}.")
+        matching = [best[1]] if best[1] in kept else []
+    else:
+        matching = _of_kimg(kept, wanted)
+    if len(matching) != 1:
+        raise UserError(f"checkpoint {wanted}: {'several fit' if matching else 'none is kept'}. {there}.")
+    found = folder / str(matching[0])
+    if problem := _problem(found):
+        raise UserError(f"checkpoint {wanted}: {found} is damaged ({problem}). {there}.")
+    return found
+
+
+def _of_kimg(kept: list[int], wanted: str | float) -> list[int]:
+    """Those of cur_nimg `kept` that a kimg names: the exact one, else those of this whole kimg."""
+    try:
+        kimg = float(wanted)
+    except ValueError:
+        raise UserError(f"checkpoint {wanted}: not `best`, nor a kimg such as 150.") from None
+    exact = [nimg for nimg in kept if math.isclose(nimg, 1000 * kimg, abs_tol=1e-6)]
+    return exact or [nimg for nimg in kept if nimg // 1000 == kimg]
 
 
 def recover(folder: Path) -> tuple[Path | None, list[str]]:

@@ -74,7 +74,11 @@ def _named(metric: Metric, extractor: Extractor, *features: Tensor) -> dict[str,
 
 
 def from_latents(
-    G: nn.Module, z: Tensor, c: Tensor | None, device: torch.device, images: Images = PLAIN
+    G: Callable[[Tensor, Tensor | None], Tensor],
+    z: Tensor,
+    c: Tensor | None,
+    device: torch.device,
+    images: Images = PLAIN,
 ) -> Generate:
     """Images of a whole G on `device` from fixed latents z [n, z_dim] and labels c [n].
 

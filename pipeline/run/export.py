@@ -1,4 +1,4 @@
-"""Whole networks from a run's newest checkpoint, in one process, whatever world and strategy wrote it."""
+"""Whole networks from a checkpoint of a run, in one process, whatever world and strategy wrote it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.credentials import redacted
 from pipeline.durable import save_tensors, whole
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
-from pipeline.run import checkpoint
+from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
 from pipeline.run.folder import begun
 from pipeline.run.state import State
 from pipeline.wording import in_time
@@ -23,37 +23,36 @@ Network = Literal["G_ema", "G", "D"]
 NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
 
 
-def load_run(run: Path) -> tuple[Config, Path, State]:
-    """A run folder's config, its newest intact checkpoint, and that checkpoint's state.
+def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, State]:
+    """A run folder's config, one checkpoint, and that checkpoint's state.
 
-    Raises UserError if it is not a run folder or holds no intact checkpoint.
+    checkpoint: "newest" (intact), "best" (by the run's own score), or a kimg. Raises UserError if it is not a
+    run folder or does not keep this checkpoint.
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
-    found, complaints = checkpoint.newest_intact(run / "checkpoints")
-    if found is None:
-        raise UserError("\n".join([f"{run} holds no intact checkpoint yet.", *complaints]))
-    return begun(run), found, checkpoint.read_state(found)
+    found = chosen(run / "checkpoints", checkpoint)
+    return begun(run), found, read_state(found)
 
 
-def load_generator(run: Path) -> tuple[nn.Module, Config, State]:
-    """G_ema of a run's newest intact checkpoint, on the CPU, in eval mode, with pooled BatchNorm statistics.
+def load_generator(run: Path, checkpoint: Wanted = "newest") -> tuple[nn.Module, Config, State]:
+    """G_ema of a run's checkpoint, on the CPU, in eval mode, with pooled BatchNorm statistics.
 
     Raises UserError as `load_run` does, or if training has just deleted the checkpoint.
     """
-    config, found, state = load_run(run)
+    config, found, state = load_run(run, checkpoint)
     try:
         return load_network("G_ema", config, found, state), config, state
     except OSError as error:
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
 
-def export(run: Path, out: Path) -> list[Path]:
+def export(run: Path, out: Path, checkpoint: Wanted = "newest") -> list[Path]:
     """Write G_ema, G and D (whole, fp32, keys as in the module), the config and a model card to `out`.
 
     Returns the files. Raises UserError as `load_run` does, or if `out` cannot be written.
     """
-    config, found, state = load_run(run)
+    config, found, state = load_run(run, checkpoint)
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     files = []
     try:
@@ -74,14 +73,14 @@ def load_network(name: Network, config: Config, found: Path, state: State) -> nn
     """A network of the checkpoint `found`, whole on the CPU, in eval mode, BatchNorm's statistics pooled."""
     player, kind = name[0], "ema" if name == "G_ema" else "weights"
     network = (build_D if player == "D" else build_G)(config, state.num_classes)
-    pieces = checkpoint.Pieces(found, player)
+    pieces = Pieces(found, player)
     if not {name for name, p in network.named_parameters() if p.requires_grad} <= pieces.names():
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
     pieces.fill(kind, network)
     pieces.fill("constant", network)
     buffers = dict(network.named_buffers())
     with torch.no_grad():
-        for key, value in pooled(network, checkpoint.read_buffers(found, player)).items():
+        for key, value in pooled(network, read_buffers(found, player)).items():
             buffers[key].copy_(value)
     return network.requires_grad_(False).eval()
 

@@ -41,7 +41,10 @@ def first_state(config: Config, index: Index, split: Split) -> State:
     """Where a new run stands."""
     plan = split.training()
     frequencies = label_frequencies(index, plan).tolist() if config.data.conditional else None
-    return State(plan=plan.fingerprint, data=index.fingerprint, label_frequencies=frequencies)
+    names = list(index.classes) if config.data.conditional else None
+    return State(
+        plan=plan.fingerprint, data=index.fingerprint, label_frequencies=frequencies, class_names=names
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
         ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
         if ranks.main:
             say("warning: resumes on other data: new scores do not compare with earlier ones")
+    saved.class_names = state.class_names  # older checkpoints have none
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)
     if gan.adaptive:

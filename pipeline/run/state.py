@@ -15,6 +15,7 @@ class State:
     plan: str = ""  # fingerprint of the order of samples
     data: str = ""  # … and of the shards' contents
     label_frequencies: list[float] | None = None  # of the training images; fake labels follow them
+    class_names: list[str] | None = None  # as the index of the data has them; None of older runs too
     wandb_id: str | None = None
     reported: int = 0  # cur_nimg up to which all due ticks, scores and sample grids are done
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
@@ -26,10 +27,21 @@ class State:
     def moved_to(self, new: State) -> State:
         """The same place, on the data of `new`: without the best score and the bad images of the old data."""
         return replace(
-            self, plan=new.plan, data=new.data, label_frequencies=new.label_frequencies, best=None, bad=[]
+            self,
+            plan=new.plan,
+            data=new.data,
+            label_frequencies=new.label_frequencies,
+            class_names=new.class_names,
+            best=None,
+            bad=[],
         )
 
     @property
     def num_classes(self) -> int:
         """0 for an unconditional run."""
         return len(self.label_frequencies or ())
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """A name for each class, a number where none is known; () for an unconditional run."""
+        return tuple(self.class_names or map(str, range(self.num_classes)))

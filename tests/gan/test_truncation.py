@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config import UserError
 from pipeline.gan.stylegan2 import Generator
-from pipeline.gan.truncation import SAMPLES, truncated
+from pipeline.gan.truncation import SAMPLES, Truncated
 
 LABELS = torch.tensor([0, 2, 1, 2])
 
@@ -26,12 +26,12 @@ def generator(num_classes: int = 3) -> Generator:
 def test_truncation_moves_every_w_towards_the_mean_of_its_class():
     G = generator()
     z, psi = torch.randn(4, 6).double(), 0.7
-    torch.testing.assert_close(truncated(G, z, LABELS, 1.0), G(z, LABELS).detach())
-    assert torch.equal(*truncated(G, z, LABELS, 0.0)[[1, 3]]), "two images of class 2"
+    torch.testing.assert_close(Truncated(G, 1.0)(z, LABELS), G(z, LABELS).detach())
+    assert torch.equal(*Truncated(G, 0.0)(z, LABELS)[[1, 3]]), "two images of class 2"
     w = G.mapping(z, LABELS)
     centre = torch.stack([truncated_centre(G, label) for label in LABELS])
     torch.testing.assert_close(
-        truncated(G, z, LABELS, psi), G.synthesis(centre + psi * (w - centre)).detach()
+        Truncated(G, psi)(z, LABELS), G.synthesis(centre + psi * (w - centre)).detach()
     )
     torch.manual_seed(5)
     fresh = G.mapping(torch.randn(40_000, 6).double(), torch.full((40_000,), 2)).detach()
@@ -43,13 +43,13 @@ def truncated_centre(G: Generator, label: Tensor) -> Tensor:
     seen: list[Tensor] = []
     original = G.synthesis
     G.synthesis = lambda w: seen.append(w) or original(w)  # type: ignore[method-assign, func-returns-value]
-    truncated(G, torch.zeros(1, 6).double(), label[None], 0.0)
+    Truncated(G, 0.0)(torch.zeros(1, 6).double(), label[None])
     G.synthesis = original  # type: ignore[method-assign]
     return seen[0][0]
 
 
 def test_truncation_without_labels_and_without_a_latent():
-    images = truncated(generator(num_classes=0), torch.randn(3, 6).double(), None, 0.0)
+    images = Truncated(generator(num_classes=0), 0.0)(torch.randn(3, 6).double(), None)
     assert torch.equal(images[0], images[2]) and SAMPLES == 10_000
     with pytest.raises(UserError, match=r"Linear has no mapping\(z, c\)"):
-        truncated(nn.Linear(2, 2), torch.randn(3, 2), None, 0.5)
+        Truncated(nn.Linear(2, 2), 0.5)

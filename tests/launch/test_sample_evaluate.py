@@ -60,7 +60,7 @@ def test_evaluate_gives_the_number_of_training_and_keeps_it(run):
     shown = call(evaluate, run)
     assert "brief after 0.064 kimg" in shown and "kid_efflite0" in shown
     call(evaluate, run, "--images", 10, "--metrics", "kid,nn", "--train-images", 12)
-    first, second = json.loads((run / "scores.json").read_text())
+    first, second = json.loads((run / "scores.json").read_text())[-2:]
     assert first["cur_nimg"] == last["cur_nimg"] == 64
     assert first["Metrics/kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], abs=1e-5)
     assert second["Metrics/efflite0_real_images"] == second["Metrics/efflite0_fake_images"] == 10
@@ -68,6 +68,18 @@ def test_evaluate_gives_the_number_of_training_and_keeps_it(run):
     assert "Metrics/kid_efflite0_train" in second
     assert first["against"]["heldout"] != second["against"]["heldout"]  # 20 images and 10 do not compare
     assert json.loads((run / "reference.json").read_text())["heldout"]["images"] == 20
+
+
+def test_a_checkpoint_is_named_and_those_there_are_listed(run, tmp_path):
+    """All three commands use one; this run's only one has its best score."""
+    out = ("--out", tmp_path / "x.png", "--count", 4)
+    assert "after 0.064 kimg" in call(sample, run, *out, "--checkpoint", "best")
+    assert "brief after 0.064 kimg" in call(evaluate, run, "--checkpoint", "0.064")
+    assert "G_ema" in call(export_command, run, "--out", tmp_path / "e", "--checkpoint", "0")
+    for command, where in ((sample, out), (evaluate, ()), (export_command, ("--out", tmp_path / "none"))):
+        with pytest.raises(UserError, match=r"checkpoint 7: none is kept.* keeps kimg 0\.064"):
+            call(command, run, *where, "--checkpoint", 7)
+    assert not (tmp_path / "none").exists()
 
 
 def test_evaluate_refuses_other_data_unknown_metrics_and_features(run, tmp_path):

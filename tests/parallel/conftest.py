@@ -34,7 +34,12 @@ def launched(
         if name not in launches:
             first = before(name)
             earlier = None if first is None else launch(first)  # queued before this one
-            asked = {params["case"] for params, of_matrix in chosen if of_matrix and params["name"] == name}
+            asked = {
+                params["case"]
+                for params, of_matrix in chosen
+                if of_matrix
+                and name in (params["name"], before(params["name"]))  # which continues what this leaves
+            }
             cases = sorted(asked & (parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH))
             launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier, cases)
         return launches[name]

@@ -1,9 +1,10 @@
 """What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT EARLIER [CASE …]`.
 
-The parity matrix, of the objective's cases only those named; two of its cases continued from the
-checkpoints that the launch before, of another strategy or world, left in EARLIER; the Dirac-GAN; a record
-of what passes between the ranks; a run that starts from another one; fp16; updates that are skipped; batch
-normalisation over all ranks; and, as it may end the training, a matrix with known mistakes.
+The parity matrix, of the objective's and the families' cases only those named; some of its cases
+continued from the checkpoints that the launch before, of another strategy or world, left in EARLIER; the
+Dirac-GAN; a record of what passes between the ranks; a run that starts from another one; fp16; updates that
+are skipped; batch normalisation over all ranks; and, as it may end the training, a matrix with known
+mistakes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from safetensors.torch import save_file
 from launch.selfcheck import parity
 from pipeline.console import end_process
 
-CONTINUED = ("adam-l2-clipped-2", "spectral")  # moments, steps; buffers that training moves
+# Moments, steps; buffers that training moves; every family.
+CONTINUED = ("adam-l2-clipped-2", "spectral", *sorted(parity.FAMILIES))
 
 
 def main(out: Path, earlier: Path | None, objective: list[str]) -> None:

@@ -41,9 +41,14 @@ def test_it_goes_on_from_a_checkpoint_bit_for_bit(launched, name, case):
         assert torch.equal(weights[f"resumed/{key}"], tensor), key
 
 
-@pytest.mark.parametrize("case", CONTINUED)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if before(name) is not None]
+    ("name", "case"),
+    [
+        pytest.param(name, case, marks=marks_of(name, CASES[case]))
+        for name, _ in EVERYWHERE
+        if before(name) is not None
+        for case in CONTINUED
+    ],
 )
 def test_it_goes_on_from_a_checkpoint_of_another_strategy_or_world(launched, name, case):
     """The next updates after loading it end where the unbroken training does, to rounding."""
@@ -51,4 +56,6 @@ def test_it_goes_on_from_a_checkpoint_of_another_strategy_or_world(launched, nam
     unbroken, _ = selfcheck.expected(CASES[case])
     assert continued.keys() == unbroken.keys()
     for key, tensor in unbroken.items():
-        torch.testing.assert_close(continued[key], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            continued[key], tensor, rtol=1e-6, atol=1e-6
+        )  # StyleGAN2 stores weights of 100

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.report import MainReport
+from pipeline.run.state import State
 from pipeline.run.tracker import Tracker
 
 
@@ -43,3 +47,51 @@ def test_a_row_that_was_put_off_by_a_stop_is_written_once(tmp_path):
     MainReport(tmp_path, Tracker(), 480, cur_nimg=240, reported=120).row(240, {"x": 2})
     assert metrics.read_text().count('"cur_nimg": 240') == 1 and '"x": 2' in metrics.read_text()
     assert '"cur_nimg": 0' in metrics.read_text()
+
+
+def kept(folder: Path, nimg: int, best: tuple[float, int] | None = None) -> None:
+    """An intact checkpoint of nothing but its state."""
+    state = json.dumps(dataclasses.asdict(State(cur_nimg=nimg, best=best)))
+    file = write(folder / str(nimg), state) / "state.json"
+    manifest = {"format": checkpoint.FORMAT, "files": {"state.json": checkpoint.describe(file)}}
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_person_chooses_a_checkpoint(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for nimg in (24_064, 150_016, 160_000, 160_512):
+        kept(folder, nimg, best=(0.5, 24_064))
+    for wanted, name in [
+        ("newest", "160512"),
+        ("best", "24064"),
+        ("150", "150016"),
+        (150.016, "150016"),
+        ("160", "160000"),  # exactly, though 160.512 has that whole number too
+        (160.512, "160512"),
+    ]:
+        assert checkpoint.chosen(folder, wanted).name == name
+    with pytest.raises(UserError, match=r"checkpoint 7: none is kept.* 24\.064, 150\.016, 160, 160\.512\."):
+        checkpoint.chosen(folder, "7")
+    with pytest.raises(UserError, match="not `best`, nor a kimg"):
+        checkpoint.chosen(folder, "newst")
+    kept(folder, 160_768)
+    with pytest.raises(UserError, match="has no score"):
+        checkpoint.chosen(folder, "best")
+
+
+def test_a_chosen_checkpoint_is_there_whole_and_the_only_one(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="no intact checkpoint yet"):
+        checkpoint.chosen(folder, "best")
+    for nimg in (1_024, 1_536, 2_048):
+        kept(folder, nimg, best=(0.5, 512))
+    with pytest.raises(UserError, match=r"best: none is kept.* 1\.024, 1\.536"):
+        checkpoint.chosen(folder, "best")
+    with pytest.raises(UserError, match="several fit"):
+        checkpoint.chosen(folder, "1")
+    (folder / "1536" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="1536 is damaged"):
+        checkpoint.chosen(folder, 1.536)
+    assert checkpoint.chosen(folder, 1.024).name == "1024"

@@ -263,4 +263,5 @@ def test_checkpoints_are_compared_by_the_first_that_leads(metrics, chart):
 
 
 def test_the_readme_lists_every_metric():
-    assert f"--metrics {','.join(scores.METRICS)} " in (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "launch" / "README.md").read_text()
+    assert f"--metrics {','.join(scores.METRICS)} " in readme

@@ -1,0 +1,115 @@
+"""Images of a trained G by seed: an image is a function of its seed, its class and the truncation alone.
+
+Unlike the latents of a grid (`Draws.grid`, one draw for the whole grid, by `--seed`), which stay as they are:
+a grid of another size is of other latents.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config, UserError
+from pipeline.gan.draws import Draws
+from pipeline.gan.truncation import Truncated
+from pipeline.run.evaluate import from_latents
+from pipeline.run.images import images_of
+
+BATCH = 64  # images made at once
+LARGEST_SEED = 2**32 - 1
+
+
+class Sampler:
+    """Makes images of a whole G on one device."""
+
+    def __init__(
+        self,
+        G: nn.Module,
+        config: Config,
+        frequencies: Sequence[float] | None = None,
+        names: Sequence[str] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        """G: in eval mode, such as `load_generator` gives; it is moved to the device (default: a GPU if there
+        is one). frequencies, names: of the classes (State.label_frequencies, State.classes); None, ():
+        unconditional. Raises UserError if data.decoder cannot be used."""
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.G, self.z_dim = G.to(self.device), config.G.z_dim
+        self.frequencies = None if frequencies is None else list(frequencies)
+        self.names = tuple(names or map(str, range(len(frequencies or ()))))
+        self._decode = images_of(config.data, self.device)
+
+    def latents(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """z, standard normal float32 [n, z_dim], and classes int64 [n] or None, each a function of its seed.
+
+        z is NumPy's `RandomState(seed).randn(z_dim)`, whose stream is fixed for good (and which StyleGAN's
+        own scripts use); the class is drawn by its frequency in the training set. Raises UserError for a seed
+        outside [0, 2³²).
+        """
+        if wrong := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
+            raise UserError(f"seed {wrong[0]}: seeds are from 0 to {LARGEST_SEED}.")
+        z, u = np.empty((len(seeds), self.z_dim), np.float32), np.empty(len(seeds))
+        for i, seed in enumerate(seeds):
+            numbers = np.random.RandomState(seed)
+            z[i], u[i] = numbers.randn(self.z_dim), numbers.random_sample()
+        if self.frequencies is None:
+            return torch.from_numpy(z), None
+        return torch.from_numpy(z), Draws(0, self.z_dim, self.frequencies).classes_at(torch.from_numpy(u))
+
+    def classes(self, wanted: Sequence[int | str]) -> list[int]:
+        """The numbers of classes given by number or name. Raises UserError for one that there is not."""
+        if self.frequencies is None:
+            raise UserError("classes: this G is unconditional (data.conditional=false), so it has none.")
+        return [self._class(one) for one in wanted]
+
+    def images(self, z: Tensor, c: Tensor | None = None, truncation: float = 1.0) -> Iterator[Tensor]:
+        """uint8 [≤ 64, 1 or 3, H, W] on the CPU, in the order of z [n, z_dim] and classes c [n].
+
+        truncation: ψ of `Truncated`. The batch changes an image by rounding alone. Raises UserError if this G
+        cannot be truncated.
+        """
+        G: Callable[[Tensor, Tensor | None], Tensor]
+        G = self.G if truncation == 1 else Truncated(self.G, truncation)
+        make = from_latents(G, z, c, self.device, self._decode)
+        return (make(start, min(BATCH, len(z) - start)).cpu() for start in range(0, len(z), BATCH))
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        classes: Sequence[int | str] | int | str | None = None,
+        truncation: float = 1.0,
+    ) -> Tensor:
+        """An image per seed, uint8 [n, 1 or 3, H, W] on the CPU.
+
+        classes: one for all, or one per seed, by number or name; None: drawn from the seeds. Raises UserError
+        as the methods above, or if classes are not as many as seeds.
+        """
+        z, c = self.latents(seeds)
+        if classes is not None:
+            each = [classes] * len(z) if isinstance(classes, int | str) else list(classes)
+            if len(each) != len(z):
+                raise UserError(f"{len(each)} classes for {len(z)} seeds: give one for all, or one for each.")
+            c = torch.tensor(self.classes(each), dtype=torch.int64)
+        parts = [*self.images(z, c, truncation)]
+        if not parts:
+            raise UserError("There are no seeds to make images of.")
+        return torch.cat(parts)
+
+    def _class(self, wanted: int | str) -> int:
+        if wanted in self.names:
+            return self.names.index(str(wanted))
+        if alike := [n for n, name in enumerate(self.names) if name.casefold() == str(wanted).casefold()]:
+            return alike[0]
+        if str(wanted).isdecimal():
+            if int(wanted) < len(self.names):
+                return int(wanted)
+            raise UserError(f"There is no class {wanted}: classes are from 0 to {len(self.names) - 1}.")
+        near = difflib.get_close_matches(str(wanted), self.names, n=1)
+        some = ", ".join(self.names[:20]) + ", …" * (len(self.names) > 20)
+        raise UserError(
+            f"There is no class {wanted!r}{f'; did you mean {near[0]!r}?' if near else f': they are {some}.'}"
+        )
