@@ -33,7 +33,11 @@ _PANELS = (
     Panel("Losses", (("Loss/D/loss", "D"), ("Loss/G/loss", "G"))),
     Panel(
         "D's scores (logits, before the sigmoid)",
-        (("Loss/scores/real", "real"), ("Loss/scores/heldout", "held-out"), ("Loss/scores/fake", "generated")),
+        (
+            ("Loss/scores/real", "real"),
+            ("Loss/scores/heldout", "held-out"),
+            ("Loss/scores/fake", "generated"),
+        ),
     ),
     Panel("L2 penalties λ‖W‖²", (("Loss/D/l2_penalty", "D"), ("Loss/G/l2_penalty", "G"))),
     Panel("L1 penalties", (("Loss/D/l1_penalty", "D"), ("Loss/G/l1_penalty", "G"))),
@@ -84,9 +88,7 @@ def of_one(facts: Facts) -> list[Chart]:
     for panel in panels:
         charts = [(chart, name) for chart, name in panel.charts if _worth_it(facts, chart)]
         shades = dict(zip((name for _, name in panel.charts), colours(len(panel.charts)), strict=True))
-        traces = [
-            {"name": name, "colour": shades[name], **_points(facts, chart)} for chart, name in charts
-        ]
+        traces = [{"name": name, "colour": shades[name], **_points(facts, chart)} for chart, name in charts]
         if traces:
             found.append(_chart(panel.title, traces))
     return found

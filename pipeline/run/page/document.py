@@ -120,7 +120,9 @@ def _of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     return common | {
         "kind": f"ShardGAN: {len(runs)} runs compared",
         "title": _listed(names),
-        "what": f"They differ in {_listed([key for key, _ in differ])}." if differ else "Of the same settings.",
+        "what": f"They differ in {_listed([key for key, _ in differ])}."
+        if differ
+        else "Of the same settings.",
         "score_labels": [labels[chart] for chart in charts],
         "differing": differ,
         "curves": of_several([Line(line.facts, line.name, line.colour) for line in shown]),
@@ -175,18 +177,22 @@ def _rendered(content: dict[str, Any]) -> str:
         f"script-src {_hash(javascript.encode())} {_hash(source)}; base-uri 'none'; form-action 'none'"
     )
     optional = {"selection": None, "runs": [], "drawn": None}
-    return scripts.get_template("page.html").render(
-        **optional
-        | content
-        | {
-            "css": Markup(css),
-            "javascript": Markup(javascript),
-            "plotly": base64.b64encode(packed).decode(),
-            "policy": policy,
-            "version": version("shardgan"),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-    ).lstrip()
+    return (
+        scripts.get_template("page.html")
+        .render(
+            **optional
+            | content
+            | {
+                "css": Markup(css),
+                "javascript": Markup(javascript),
+                "plotly": base64.b64encode(packed).decode(),
+                "policy": policy,
+                "version": version("shardgan"),
+                "date": time.strftime("%Y-%m-%d"),
+            }
+        )
+        .lstrip()
+    )
 
 
 def _plotly() -> tuple[bytes, bytes]:

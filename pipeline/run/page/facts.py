@@ -19,7 +19,14 @@ from pipeline.run.rows import Row, rows
 from pipeline.run.scores import METRICS, leading_chart
 from pipeline.wording import counted, in_time
 
-_UNSAID = {"run.name", "run.out", "run.resume", "track.wandb", "track.project", "track.entity"}  # of no result
+_UNSAID = {
+    "run.name",
+    "run.out",
+    "run.resume",
+    "track.wandb",
+    "track.project",
+    "track.entity",
+}  # of no result
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,9 @@ class Facts:
     def against(self) -> str:
         """What scores were taken of and against, with counts."""
         about = reference_of(self.folder).get("heldout", {})
-        fakes = next((row[key] for row in reversed(self.rows) for key in row if key.endswith("_fake_images")), 0)
+        fakes = next(
+            (row[key] for row in reversed(self.rows) for key in row if key.endswith("_fake_images")), 0
+        )
         features = (about.get("features") or [""])[0]
         if not (fakes and about.get("images")):
             return ""

@@ -59,7 +59,9 @@ def plotted(path: Path) -> Picture | None:
 
 def strip(folder: Path, config: Config, reals: bool = False) -> Picture | None:
     """The first rows of a run's newest sample grid, or of its real images; None without one."""
-    grids = [(at, path) for path in (folder / "samples").glob("fakes*.png") if (at := shown_at(path)) is not None]
+    grids = [
+        (at, path) for path in (folder / "samples").glob("fakes*.png") if (at := shown_at(path)) is not None
+    ]
     path = folder / "samples" / "reals.png" if reals else max(grids)[1] if grids else None
     return None if path is None else _read(path, _SMALL, rows=step_of(config.data.size))
 
