@@ -28,8 +28,8 @@ from pipeline.run.evaluate import evaluate_generator
 from pipeline.run.export import load_generator
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.images import images_of
+from pipeline.run.metrics import METRICS
 from pipeline.run.references import references, training_images
-from pipeline.run.scores import METRICS
 from pipeline.run.state import State
 
 

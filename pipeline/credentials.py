@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 
 def redacted(url: str) -> str:
@@ -15,6 +16,15 @@ def redacted(url: str) -> str:
         return redacted(f"{scheme}://{rest.rpartition('@')[2]}")  # what follows : is a password with a slash
     path = re.split("[?#]", rest, maxsplit=1)[0][len(host) :]
     return f"{scheme}://{host.rpartition('@')[2]}{path}"
+
+
+def all_redacted(value: Any) -> Any:
+    """As `redacted`, of every text in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {key: all_redacted(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [all_redacted(entry) for entry in value]
+    return redacted(value) if isinstance(value, str) else value
 
 
 def scrubbed(text: str) -> str:

@@ -15,10 +15,10 @@ from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import Config, UserError
 from pipeline.run.folder import reference_of
+from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.references import differences
 from pipeline.run.report import say
 from pipeline.run.rows import rows
-from pipeline.run.scores import METRICS, leading_chart
 
 
 def read_table(

@@ -11,8 +11,9 @@ from pipeline.gan.draws import Draws
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.images import PLAIN, Images
+from pipeline.run.metrics import METRICS
 from pipeline.run.references import References
-from pipeline.run.scores import METRICS, Metric, frechet
+from pipeline.run.scores import FUNCTIONS, frechet
 
 FULL = 50_000  # generated images of fid50k_full
 
@@ -50,9 +51,9 @@ def evaluate(
         count = min(len(train), len(fake))  # equal counts, so that both scores compare
         against = _compare(train[:count], fake[:count], extractor, metrics)
         found |= {f"{name}_train": value for name, value in against.items()}
-        for metric in (METRICS[name] for name in metrics):
-            if metric.needs_train:
-                found |= _named(metric, extractor, train, heldout.to(fake.device), fake)
+        for name in metrics:
+            if METRICS[name].needs_train:
+                found |= _named(name, extractor, train, heldout.to(fake.device), fake)
         found[f"{extractor.name}_train_images"] = len(train)
     found |= {f"{extractor.name}_real_images": len(heldout), f"{extractor.name}_fake_images": len(fake)}
     return {f"Metrics/{name}": value for name, value in found.items()}
@@ -63,13 +64,13 @@ def _compare(real: Tensor, fake: Tensor, extractor: Extractor, metrics: Sequence
     found: dict[str, float] = {}
     for name, metric in METRICS.items():
         if name in metrics and not metric.needs_train:
-            found |= _named(metric, extractor, real, fake)
+            found |= _named(name, extractor, real, fake)
     return found
 
 
-def _named(metric: Metric, extractor: Extractor, *features: Tensor) -> dict[str, float]:
-    values = metric.function(*features)
-    names = metric.charts(extractor.name, extractor.canonical)
+def _named(metric: str, extractor: Extractor, *features: Tensor) -> dict[str, float]:
+    values = FUNCTIONS[metric](*features)
+    names = METRICS[metric].charts(extractor.name, extractor.canonical)
     return dict(zip(names, values if isinstance(values, tuple) else (values,), strict=True))
 
 

@@ -235,12 +235,13 @@ def _fixed(config: Config) -> dict[str, Any]:
     for section, values in TypeAdapter(Config).dump_python(config, mode="json").items():
         free = _FREE.get(section, set())
         if free is not None:
-            flat |= _flat(section, {key: value for key, value in values.items() if key not in free})
+            flat |= flattened(section, {key: value for key, value in values.items() if key not in free})
     return flat
 
 
-def _flat(path: str, values: dict[str, Any]) -> dict[str, Any]:
+def flattened(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Dotted key, beginning with `path` → value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(f"{path}.{key}", value) if isinstance(value, dict) else {f"{path}.{key}": value}
+        flat |= flattened(f"{path}.{key}", value) if isinstance(value, dict) else {f"{path}.{key}": value}
     return flat

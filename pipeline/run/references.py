@@ -21,8 +21,8 @@ from pipeline.errors import CommonError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
 from pipeline.run.images import PLAIN, Images
+from pipeline.run.metrics import METRICS
 from pipeline.run.report import say
-from pipeline.run.scores import METRICS
 from pipeline.run.tensor_cache import read_tensor, write_tensor
 from pipeline.wording import counted
 

@@ -17,9 +17,9 @@ from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import Health
 from pipeline.run.images import Images
+from pipeline.run.metrics import leading_chart
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
-from pipeline.run.scores import leading_chart
 from pipeline.run.state import State
 from pipeline.run.stop import StopSignals
 from pipeline.wording import counted

@@ -1,14 +1,13 @@
 """Scores that compare sets of feature vectors [n, d]: pure functions, in float64, on one device.
 
-METRICS lists them; everything that names, computes or compares a score reads it. Memory is linear in n:
-kernel and distance matrices are computed block by block. All scores but `kid` depend on the number of
+pipeline/run/metrics.py says what they are called. Memory is linear in n: kernel and distance matrices are
+computed block by block. All scores but `kid` depend on the number of
 vectors, so compare scores of equal counts only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,48 +84,15 @@ def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, f
     return float(of_fakes.median() / of_heldout.median()), float((of_fakes < closest).double().mean())
 
 
-@dataclass(frozen=True)
-class Metric:
-    """What `score.metrics` may name."""
-
-    help: str
-    function: Callable[..., float | tuple[float, ...]]  # (real, fake), each [n, d] → a value per name
-    names: tuple[str, ...]  # of its values, which charts show as Metrics/<name>_<features>
-    lower_is_better: bool
-    leads: bool = False  # checkpoints and candidates are compared by its chart
-    canonical: str | None = None  # the name of its chart with the features that define it
-    needs_train: bool = False  # its function takes (train, held-out, fake) instead
-
-    def charts(self, features: str, canonical: bool) -> list[str]:
-        """Names of its values, given the features' name and whether they are the defining ones."""
-        named = self.canonical if canonical else None
-        return [named or f"{name}_{features}" for name in self.names]
-
-
-METRICS = {
-    "kid": Metric("kernel distance (KID)", kid, ("kid",), True, leads=True),
-    "fd": Metric("Fréchet distance (FID, if of inception's features)", frechet, ("fd",), True, True, "fid"),
-    "pr": Metric("precision and recall", precision_recall, ("precision", "recall"), False),
-    "dc": Metric("density and coverage", density_coverage, ("density", "coverage"), False),
-    "nn": Metric(
-        "memorisation: distances to the nearest training image",
-        memorisation,
-        ("nn_ratio", "nn_copies"),
-        lower_is_better=False,
-        needs_train=True,
-    ),
+FUNCTIONS: dict[str, Callable[..., float | tuple[float, ...]]] = {
+    "kid": kid,
+    "fd": frechet,
+    "pr": precision_recall,
+    "dc": density_coverage,
+    "nn": memorisation,
 }
-
-
-def leading_chart(metrics: Sequence[str], charts: Iterable[str]) -> str | None:
-    """The chart by which checkpoints and candidates are compared: of the first of `metrics` that leads, on
-    held-out images. None if there is none."""
-    charts = [chart for chart in charts if not chart.endswith("_train")]
-    for metric in (METRICS[name] for name in metrics if METRICS[name].leads):
-        for chart in charts:
-            if chart.startswith(f"Metrics/{metric.names[0]}_") or chart == f"Metrics/{metric.canonical}":
-                return chart
-    return None
+"""Of each of METRICS: (real, fake), or (train, held-out, fake) for those that need training images, each
+[n, d] → a value per name."""
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

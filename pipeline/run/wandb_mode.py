@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipeline.config import Config, dump
-from pipeline.credentials import redacted
+from pipeline.credentials import all_redacted
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -75,15 +75,7 @@ def choose_mode() -> tuple[Mode, str]:
 
 def public(config: Config) -> dict[str, Any]:
     """The resolved config, without passwords and signatures in URLs."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [clean(entry) for entry in value]
-        return redacted(value) if isinstance(value, str) else value
-
-    values: dict[str, Any] = clean(yaml.safe_load(dump(config)))
+    values: dict[str, Any] = all_redacted(yaml.safe_load(dump(config)))
     return values
 
 

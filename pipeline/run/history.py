@@ -1,0 +1,178 @@
+"""What a run has recorded in its folder, read for pictures, tables and pages. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.credentials import all_redacted
+from pipeline.errors import UserError
+from pipeline.run.folder import CHANGES, begun, flattened, reference_of
+from pipeline.run.metrics import METRICS, leading_chart
+from pipeline.run.rows import Row, rows
+from pipeline.run.terminal import is_score
+from pipeline.run.wandb_mode import public
+
+_TRIAL = re.compile(r"(.*),seed=\d+,fold=\d+")
+_NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
+
+
+@dataclass(frozen=True)
+class Score:
+    """A value of a score. cur_nimg: how many images had been shown."""
+
+    cur_nimg: int
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} at kimg {self.cur_nimg / 1000:g}"
+
+
+@dataclass(frozen=True)
+class History:
+    """One run's records. name: unique among those read together."""
+
+    folder: Path
+    name: str
+    rows: tuple[Row, ...]  # of metrics.jsonl, by cur_nimg, of which no two are equal
+    changes: tuple[Row, ...]  # of changes.jsonl: cur_nimg, key, old, new
+
+    @property
+    def candidate(self) -> str:
+        """Of a trial, what it has in common with those of other seeds and folds; else the name."""
+        trial = _TRIAL.fullmatch(self.name)
+        return trial[1] if trial else self.name
+
+    @cached_property
+    def charts(self) -> list[str]:
+        """The names of all charts, sorted."""
+        found = {name for row in self.rows for name, value in row.items() if _is_number(value)}
+        return sorted(found - {"cur_nimg", "time"})
+
+    def series(self, chart: str) -> tuple[list[float], list[float]]:
+        """A chart's points: kimg, and values, of which some may not be finite."""
+        points = self._points(chart)
+        return [point.cur_nimg / 1000 for point in points], [point.value for point in points]
+
+    @property
+    def scores(self) -> list[str]:
+        """The charts of scores."""
+        return [chart for chart in self.charts if is_score(chart)]
+
+    @property
+    def leading_scores(self) -> list[str]:
+        """The charts by which checkpoints and runs are compared, at most one per metric; the lower the
+        better."""
+        found = (leading_chart([name], self.charts) for name in METRICS)
+        return [chart for chart in found if chart]
+
+    def last(self, chart: str) -> Score | None:
+        """The last point of a chart; None if it has none."""
+        return next(reversed(self._points(chart)), None)
+
+    def lowest(self, chart: str) -> Score | None:
+        """The lowest finite point of a chart, and the first of equal ones; None if it has none."""
+        finite = [score for score in self._points(chart) if math.isfinite(score.value)]
+        return min(finite, key=lambda score: score.value, default=None)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key → value of all settings, without passwords in URLs. Of a config.yaml that this version
+        does not read: what it holds; {} if there is none."""
+        try:
+            values = public(begun(self.folder))
+        except (OSError, ValueError):
+            values = _raw(self.folder / "config.yaml")
+        return {key: value for section, part in values.items() for key, value in _flat(section, part).items()}
+
+    @cached_property
+    def reference(self) -> dict[str, dict[str, Any]]:
+        """What its scores are against: see `reference_of`."""
+        return reference_of(self.folder)
+
+    def _points(self, chart: str) -> list[Score]:
+        return [Score(row["cur_nimg"], row[chart]) for row in self.rows if _is_number(row.get(chart))]
+
+
+def read_history(folder: Path) -> History:
+    """The records of the run in `folder`. Raises UserError if there are none."""
+    try:
+        by_nimg: dict[int, Row] = {}
+        for row in rows(folder / "metrics.jsonl"):
+            by_nimg[row["cur_nimg"]] = by_nimg.get(row["cur_nimg"], {}) | row
+        changes = tuple(row for row in rows(folder / CHANGES) if {"key", "old", "new"} <= row.keys())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from None
+    if not by_nimg:
+        raise UserError(f"{folder} has no metrics.jsonl with results: it is no run, or has not begun.")
+    ordered = tuple(by_nimg[nimg] for nimg in sorted(by_nimg))
+    return History(folder, folder.resolve().name, ordered, changes)
+
+
+def read_histories(folders: Iterable[Path]) -> list[History]:
+    """The records of runs, each once; of a selection's folder, those of its trials. Names are made unique.
+
+    Raises UserError for a folder that is neither, and if there are no runs.
+    """
+    runs = dict.fromkeys(run.resolve() for folder in folders for run in _runs(folder))
+    found = [read_history(run) for run in runs]
+    if not found:
+        raise UserError("There are no runs to read.")
+    return _named_apart(found)
+
+
+def trials_of(selection: Path) -> list[Path]:
+    """The trials of a selection that have begun, by candidate; none if the folder holds no selection."""
+    begun_ones = (file.parent for file in (selection / "trials").glob("*/metrics.jsonl"))
+    return sorted(begun_ones, key=lambda trial: _natural(trial.name))
+
+
+def _runs(folder: Path) -> Sequence[Path]:
+    if (folder / "metrics.jsonl").exists() or not (folder / "trials").is_dir():
+        return [folder]
+    if not (found := trials_of(folder)):
+        raise UserError(f"{folder} is a selection of which no trial has begun.")
+    return found
+
+
+def _named_apart(found: Sequence[History]) -> list[History]:
+    """Runs of one name get as much of their path as tells them apart."""
+    named, depth = list(found), 1
+    while depth < 9 and max(Counter(run.name for run in named).values()) > 1:
+        depth += 1
+        same = Counter(run.name for run in named)
+        named = [
+            replace(run, name="/".join(run.folder.parts[-depth:])) if same[run.name] > 1 else run
+            for run in named
+        ]
+    return named
+
+
+def _natural(name: str) -> list[tuple[float, str]]:
+    """Sorts numbers within names by their value."""
+    parts = _NUMBER.split(name)
+    return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _flat(section: str, part: Any) -> dict[str, Any]:
+    return flattened(section, part) if isinstance(part, dict) else {section: part}
+
+
+def _raw(config: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(config.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return all_redacted(values) if isinstance(values, dict) else {}
