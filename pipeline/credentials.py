@@ -48,4 +48,4 @@ def anonymous(text: str) -> str:
     Of an absolute path only the last part stays: /home/me/runs/mine becomes …/mine.
     """
     text = scrubbed(text).replace("file:///", "/")
-    return re.sub(r"(?<![\w/.…])(?:~[\w.-]*)?/(?!/)(?:[^\s/'\",;:()\[\]<>]+/)*(?=[^\s/])", "…/", text)
+    return re.sub(r"(?<![\w/.<…])(?:~[\w.-]*)?/(?!/)(?:[^\s/'\",;:()\[\]<>]+/)*(?=[^\s/])", "…/", text)

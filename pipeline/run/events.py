@@ -13,8 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from pipeline.run.rows import append
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ def record(folder: Path, event: str, cur_nimg: int, **what: Any) -> None:
 
 def environment(ranks: Ranks) -> dict[str, Any]:
     """What a run runs on and with; names no machine and no person."""
+    import torch
+
     on_gpu = ranks.device.type == "cuda"
     device = torch.cuda.get_device_name(ranks.device) if on_gpu else f"{platform.machine()} CPU"
     found = {"python": platform.python_version()}

@@ -1,6 +1,7 @@
 """The curves of a page: which charts are drawn together, as plotly's traces.
 
-A chart is {"title", "log", "traces", "x"}, a trace {"name", "x", "y", "colour", …}; page.js draws them.
+A chart is {"title", "log", "decades", "traces", "x"}, a trace {"name", "x", "y", "colour", …}; page.js draws
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pipeline.run.page.pictures import thinned
 
 Chart = dict[str, Any]
 
+_LINEAR = 1.5  # decades that a linear axis shows
 _POINTS = 800  # of a curve: more do not show
 _PALETTE = ("#3b76c4", "#d9822b", "#2f9e6e", "#c2437a", "#7a5cc9", "#8a8f98", "#b59a1f", "#2aa5b8")
 # From the smallest to the largest: viridis without its ends, which vanish on black or white.
@@ -99,7 +101,7 @@ def of_several(lines: Sequence[Line]) -> list[Chart]:
     found = []
     for panel in [*_score_panels([line.facts for line in lines]), *_PANELS]:
         for chart, name in panel.charts:
-            traces = [
+            traces: list[dict[str, Any]] = [
                 {"name": line.name, "colour": line.colour, "first": line.first, **_points(line.facts, chart)}
                 for line in lines
                 if _worth_it(line.facts, chart)
@@ -127,7 +129,7 @@ def _worth_it(facts: Facts, chart: str) -> bool:
     values = {row[chart] for row in facts.rows if isinstance(row.get(chart), int | float)}
     if chart.startswith(_CONSTANT_IS_NO_NEWS):
         return len(values) > 1
-    return bool(values) and not (values <= {0, 0.0} and chart.endswith(("penalty", "penalty_share")))
+    return bool(values) and not (values <= {0} and chart.endswith(("penalty", "penalty_share")))
 
 
 def _points(facts: Facts, chart: str) -> dict[str, list[float | None]]:
@@ -142,5 +144,5 @@ def _short(value: float) -> float | None:
 
 def _chart(title: str, traces: list[dict[str, Any]]) -> Chart:
     values = [y for trace in traces for y in trace["y"] if y is not None]
-    wide = bool(values) and min(values) > 0 and max(values) > 30 * min(values)
-    return {"title": title, "log": wide, "traces": traces, "x": "kimg"}
+    decades = math.log10(max(values) / min(values)) if values and min(values) > 0 else 0
+    return {"title": title, "log": decades > _LINEAR, "decades": decades, "traces": traces, "x": "kimg"}

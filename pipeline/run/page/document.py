@@ -12,6 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from pipeline.config import UserError
 from pipeline.durable import write as write_whole
 from pipeline.folders import cache_folder
 from pipeline.plugins import require
+from pipeline.run.history import read_histories
 from pipeline.run.page.charts import Line, colours, of_one, of_several
 from pipeline.run.page.facts import Facts, Score, differing
 from pipeline.run.page.pictures import MOST, Picture, history, plotted, reals
@@ -93,7 +95,7 @@ def _of_selection(folder: Path) -> dict[str, Any]:
 
 
 def _of_runs(folders: Sequence[Path]) -> dict[str, Any]:
-    runs = [Facts(folder) for folder in dict.fromkeys(folders)]
+    runs = [Facts(history) for history in read_histories(folders)]
     most = MOST if len(runs) == 1 else max(_FEWEST, MOST // len(runs))
     charts = dict.fromkeys(score.chart for facts in runs for score in facts.scores)
     shown = [
@@ -147,9 +149,11 @@ def _conclusion(runs: Sequence[Facts]) -> str:
     if not scored[0].lower_is_better:
         order.reverse()
     ends = ", ".join(f"{facts.name} {score.last[1]:.4g}" for score, facts in order)
+    label = f"{scored[0].label} at the end, the best first"
     comparable = len({facts.against for facts in runs}) == 1
-    caution = "" if comparable else " They were scored against different images, and do not compare."
-    return f"{scored[0].label} at the end, the best first: {ends}{runs[0].against if comparable else ''}.{caution}"
+    if not comparable:
+        return f"{label}: {ends}. They were scored against different images, and do not compare."
+    return f"{label}: {ends}{runs[0].against}."
 
 
 def _wrong(facts: Facts) -> str:
@@ -176,7 +180,7 @@ def _rendered(content: dict[str, Any]) -> str:
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
         f"script-src {_hash(javascript.encode())} {_hash(source)}; base-uri 'none'; form-action 'none'"
     )
-    optional = {"selection": None, "runs": [], "drawn": None}
+    optional: dict[str, Any] = {"selection": None, "runs": [], "drawn": None}
     return (
         scripts.get_template("page.html")
         .render(
@@ -205,10 +209,8 @@ def _plotly() -> tuple[bytes, bytes]:
         return source, kept.read_bytes()
     except OSError:
         packed = gzip.compress(source, 6, mtime=0)
-    try:
+    with suppress(OSError):  # it is made again the next time
         write_whole(kept, packed)
-    except OSError:
-        pass  # made again the next time
     return source, packed
 
 

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from pipeline.config import Config, UserError
 from pipeline.credentials import anonymous
 from pipeline.run.events import EVENTS
-from pipeline.run.folder import CHANGES, DONE, begun, reference_of
-from pipeline.run.rows import Row, rows
-from pipeline.run.scores import METRICS, leading_chart
+from pipeline.run.folder import DONE, begun, flattened
+from pipeline.run.history import History
+from pipeline.run.metrics import METRICS, Metric, leading_chart
+from pipeline.run.rows import rows
+from pipeline.run.wandb_mode import public
 from pipeline.wording import counted, in_time
 
 _UNSAID = {
@@ -55,27 +55,18 @@ class Setting:
 class Facts:
     """A run, as its folder shows it. Texts name no folders of this machine and hold no credentials."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError if it is not a run folder, or one without any row in metrics.jsonl."""
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
-        self.folder, self.config = folder, begun(folder)
+    def __init__(self, history: History) -> None:
+        """Raises UserError if this version cannot read its config or its events."""
+        self._history, self.config = history, begun(history.folder)
+        self.name, self.folder, self.rows = history.name, history.folder, history.rows
         try:
-            self.rows = rows(folder / "metrics.jsonl")
-            self.events, self.changes = rows(folder / EVENTS), rows(folder / CHANGES)
+            self.events = rows(self.folder / EVENTS)
         except OSError as error:
-            raise UserError(f"{folder} cannot be read: {error}") from None
-        if not self.rows:
-            raise UserError(f"{folder} has no row in metrics.jsonl yet: there is nothing to show.")
-
-    @property
-    def name(self) -> str:
-        """The folder's, which may have been renamed."""
-        return self.folder.resolve().name
+            raise UserError(f"{self.folder} cannot be read: {error.strerror or error}.") from None
 
     @property
     def kimg(self) -> float:
-        return max(row["cur_nimg"] for row in self.rows) / 1000
+        return float(self.rows[-1]["cur_nimg"]) / 1000
 
     @property
     def finished(self) -> bool:
@@ -100,9 +91,10 @@ class Facts:
         lambdas = {in_time(getattr(penalty, p).l2): p for p in "DG"}
         one = len(lambdas) == 1
         l2 = next(iter(lambdas)) if one else ", ".join(f"{p} {value}" for value, p in lambdas.items())
+        shown = counted(round(1000 * self.kimg), "image")
         return (
             f"A GAN ({anonymous(kinds)}) of {data.size}×{data.size} {colour}, trained on "
-            f"{_place(str(data.train))} with λ = {l2}. D was shown {counted(round(1000 * self.kimg), 'image')}"
+            f"{_place(str(data.train))} with λ = {l2}. D was shown {shown}"
             f"{self._epochs()}{f', in {_duration(self.seconds)} of training' if self.seconds else ''}."
         )
 
@@ -114,16 +106,13 @@ class Facts:
     @cached_property
     def scores(self) -> list[Score]:
         """The one to compare by first."""
-        charts = dict.fromkeys(key for row in self.rows for key in row if key.startswith("Metrics/"))
-        found = [score for chart in charts if (score := self._score(chart))]
-        lead = self.leading
-        return sorted(found, key=lambda score: score.chart != lead)
+        found = [score for chart in self._history.scores if (score := self._score(chart))]
+        return sorted(found, key=lambda score: score.chart != self.leading)
 
     @cached_property
     def leading(self) -> str | None:
         """The chart by which runs are compared; None if there is none."""
-        charts = dict.fromkeys(key for row in self.rows for key in row if key.startswith("Metrics/"))
-        return leading_chart(self.config.score.metrics, charts)
+        return leading_chart(self.config.score.metrics, self._history.scores)
 
     @property
     def conclusion(self) -> str:
@@ -135,14 +124,14 @@ class Facts:
         if start == score.last[0]:
             return f"{score.label} is {last:.4g} at kimg {start:g}{self.against}."
         moved = "fell" if best < first else "did not fall"
+        to = f" to {best:.4g} (kimg {best_at:g})" if best < first else ""
         end = "" if best == last else f", and ended at {last:.4g}"
-        to = f" to {best:.4g}" if best < first else ""
-        return f"{score.label} {moved} from {first:.4g}{to}{f' (kimg {best_at:g})' if to else ''}{end}{self.against}."
+        return f"{score.label} {moved} from {first:.4g}{to}{end}{self.against}."
 
     @property
     def against(self) -> str:
         """What scores were taken of and against, with counts."""
-        about = reference_of(self.folder).get("heldout", {})
+        about = self._history.reference.get("heldout", {})
         fakes = next(
             (row[key] for row in reversed(self.rows) for key in row if key.endswith("_fake_images")), 0
         )
@@ -150,18 +139,18 @@ class Facts:
         if not (fakes and about.get("images")):
             return ""
         of = f", in features of {anonymous(str(features))}" if features else ""
-        return (
-            f", for {counted(int(fakes), 'generated image')} against {about['images']:,} held-out images that "
-            f"were never trained on{of}"
-        )
+        made = counted(int(fakes), "generated image")
+        return f", for {made} against {about['images']:,} held-out images that were never trained on{of}"
 
     @property
     def settings(self) -> list[Setting]:
-        now, default = (TypeAdapter(Config).dump_python(c, mode="json") for c in (self.config, Config()))
+        """All but those that say where a run lies, and who is told of it."""
+        default: dict[str, Any] = {}
+        for section, values in public(Config()).items():
+            default |= flattened(section, values)
         return [
-            Setting(key, _shown(value), _shown(defaults.get(key)))
-            for defaults in [dict(_flat("", default))]
-            for key, value in _flat("", now)
+            Setting(key, _shown(value), _shown(default.get(key)))
+            for key, value in self._history.settings.items()
             if key not in _UNSAID
         ]
 
@@ -182,16 +171,8 @@ class Facts:
     @cached_property
     def troubles(self) -> list[tuple[str, str]]:
         """(when, what) of everything that a reader should know of, in order."""
-        found = [*self._happened(), *self._changed()]
-        return [*((f"kimg {at / 1000:g}", anonymous(text)) for at, text in sorted(found)), *self._counts()]
-
-    @property
-    def warnings(self) -> int:
-        return sum(row.get("event") == "warning" for row in self.events)
-
-    @property
-    def restarts(self) -> int:
-        return max(0, sum(row.get("event") == "start" for row in self.events) - 1)
+        found = sorted([*self._happened(), *self._changed()], key=lambda pair: pair[0])
+        return [*((f"kimg {at / 1000:g}", anonymous(text)) for at, text in found), *self._counts()]
 
     def _happened(self) -> Iterator[tuple[int, str]]:
         begun_before = False
@@ -206,7 +187,7 @@ class Facts:
                 begun_before = True
 
     def _changed(self) -> Iterator[tuple[int, str]]:
-        for row in self.changes:
+        for row in self._history.changes:
             yield row["cur_nimg"], f"Setting changed: {row.get('key')}: {row.get('old')} → {row.get('new')}"
 
     def _counts(self) -> Iterator[tuple[str, str]]:
@@ -228,17 +209,12 @@ class Facts:
         return f" ({epochs:.3g} epochs)" if epochs else ""
 
     def _score(self, chart: str) -> Score | None:
-        metric = _metric_of(chart)
-        values = [
-            (row["cur_nimg"] / 1000, float(row[chart]))
-            for row in self.rows
-            if math.isfinite(_number(row.get(chart), math.nan))
-        ]
+        metric, points = _metric_of(chart), zip(*self._history.series(chart), strict=True)
+        values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
         if metric is None or not values:
             return None
-        lower = METRICS[metric].lower_is_better
-        best = (min if lower else max)(values, key=lambda pair: pair[1])
-        return Score(chart, label_of(chart), values[0], best, values[-1], lower)
+        best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
+        return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
 
 
 def label_of(chart: str) -> str:
@@ -258,25 +234,13 @@ def differing(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in found if len(set(values)) > 1]
 
 
-def _metric_of(chart: str) -> str | None:
-    """The metric that a chart shows; None of counts of images and other charts."""
+def _metric_of(chart: str) -> Metric | None:
+    """The metric that a chart of scores shows; None if this version does not know it."""
     name = chart.removeprefix("Metrics/")
-    if name.endswith("_images"):
-        return None
-    for metric, entry in METRICS.items():
-        if name == entry.canonical or any(name.startswith(f"{each}_") for each in entry.names):
+    for metric in METRICS.values():
+        if name == metric.canonical or name.startswith(tuple(f"{each}_" for each in metric.names)):
             return metric
     return None
-
-
-def _flat(path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Dotted key, value of every setting."""
-    for key, value in values.items():
-        dotted = f"{path}.{key}" if path else key
-        if isinstance(value, dict) and not key == "options":
-            yield from _flat(dotted, value)
-        else:
-            yield dotted, value
 
 
 def _shown(value: Any) -> str:

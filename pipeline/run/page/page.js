@@ -80,7 +80,7 @@ function candidates(chart) {
 function draw(figure) {
   const chart = JSON.parse(figure.querySelector(".data").textContent), plot = figure.querySelector(".plot");
   const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
-  const number = { ...axis, nticks: 6, tickformat: "~g", type: chart.log ? "log" : "linear" };
+  const number = { ...axis, ...(chart.log ? { type: "log", dtick: chart.decades > 2.5 ? 1 : "D2" } : { nticks: 6 }), tickformat: "~g" };
   const names = { ...axis, type: "category", tickfont: { size: 11 } };
   const touch = matchMedia("(pointer: coarse)").matches; // a finger scrolls the page rather than zooms a chart
   const traces = chart.candidates ? candidates(chart) : curves(chart);

@@ -35,11 +35,7 @@ class Picture:
 
 def history(folder: Path, most: int = MOST) -> list[Picture]:
     """A run's sample grids in order, evenly thinned out to `most`, the first and last always among them."""
-    grids = []
-    for path in sorted((folder / "samples").glob("fakes*.png")):
-        if (cur_nimg := shown_at(path)) is not None:
-            grids.append((cur_nimg, path))
-    chosen = thinned(sorted(grids), most)
+    chosen = thinned(_grids(folder), most)
     return [
         picture
         for number, (cur_nimg, path) in enumerate(chosen, 1)
@@ -57,12 +53,10 @@ def plotted(path: Path) -> Picture | None:
     return _read(path, 2 * _LARGE, lossless=True)
 
 
-def strip(folder: Path, config: Config, reals: bool = False) -> Picture | None:
+def strip(folder: Path, config: Config, real: bool = False) -> Picture | None:
     """The first rows of a run's newest sample grid, or of its real images; None without one."""
-    grids = [
-        (at, path) for path in (folder / "samples").glob("fakes*.png") if (at := shown_at(path)) is not None
-    ]
-    path = folder / "samples" / "reals.png" if reals else max(grids)[1] if grids else None
+    grids = [path for _, path in _grids(folder)]
+    path = folder / "samples" / "reals.png" if real else grids[-1] if grids else None
     return None if path is None else _read(path, _SMALL, rows=step_of(config.data.size))
 
 
@@ -71,6 +65,12 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _grids(folder: Path) -> list[tuple[int, Path]]:
+    """(cur_nimg, file) of the sample grids, in order."""
+    found = [(shown_at(path), path) for path in (folder / "samples").glob("fakes*.png")]
+    return sorted((cur_nimg, path) for cur_nimg, path in found if cur_nimg is not None)
 
 
 def _read(

@@ -1,18 +1,20 @@
-"""What a page says of a selection (`shardgan select`), read from its folder: table.json, report.md, trials."""
+"""What a page says of a selection (`shardgan select`), read from its table.json, report.md and trials."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
 from pipeline.credentials import anonymous
+from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
-from pipeline.run.page.facts import Facts
+from pipeline.run.page.facts import Facts, label_of
 from pipeline.run.page.pictures import Picture, plotted, strip
 from pipeline.wording import counted
 
@@ -29,7 +31,7 @@ class Selection:
         try:
             self._table: dict[str, Any] = json.loads((folder / TABLE).read_bytes())
             self.rows = [_Candidate(folder, row) for row in self._table["rows"]]
-            self.score = str(self._table["score"])
+            self.score = label_of(f"Metrics/{self._table['score']}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / TABLE} cannot be read: {error}") from None
         if not any(row.trials for row in self.rows):
@@ -50,8 +52,8 @@ class Selection:
         held = f"{config.data.folds} folds" if config.data.folds else "cross-validation"
         return (
             f"{counted(len(self.rows), 'candidate')} for {self.key}, compared by {held}: "
-            f"{counted(each, 'training')} of each, of {config.run.total_kimg:g} kimg, scored on images that were "
-            "held out."
+            f"{counted(each, 'training')} of each, of {config.run.total_kimg:g} kimg, scored on "
+            "images that were held out."
         )
 
     @property
@@ -82,7 +84,7 @@ class Selection:
 
     @property
     def reals(self) -> Picture | None:
-        return strip(self.example.folder, self.example.config, reals=True)
+        return strip(self.example.folder, self.example.config, real=True)
 
     @property
     def drawn(self) -> Picture | None:
@@ -99,7 +101,7 @@ class Selection:
 
     @property
     def curve(self) -> Chart:
-        """Mean, standard error and trials of each candidate; λ from left to right, names from top to bottom."""
+        """Mean, standard error and trials of each: from left to right, if their labels are short."""
         rows = [row for row in self.rows if row.mean is not None]
         upright = all(len(row.label) <= _WIDE for row in rows)
         points = [
@@ -158,12 +160,10 @@ class _Candidate:
             return None
 
 
-def _facts(folders: Any) -> Any:
+def _facts(folders: Iterable[Path]) -> Iterator[Facts]:
     for folder in folders:
-        try:
-            yield Facts(folder)
-        except UserError:  # removed since
-            continue
+        with suppress(UserError):  # it was removed since
+            yield Facts(read_history(folder))
 
 
 def _finite(value: Any) -> float | None:
