@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.data.index import Index
     from pipeline.data.prepare.labels import Classes
     from pipeline.data.prepare.pictures import Fit
+    from pipeline.data.prepare.summary import Summary
     from pipeline.data.prepare.writer import Options
 
 
@@ -41,6 +45,11 @@ if TYPE_CHECKING:
     help="What names the class of an image: its first folder (or the dataset.json of StyleGAN, if there is "
     "one), all its folders (a/b), or nothing.",
 )
+@click.option(
+    "--dedupe",
+    is_flag=True,
+    help="Leave out images that are copies of others as they are written; OUT/skipped.txt lists them.",
+)
 @click.option("--workers", type=click.IntRange(1), help="Processes. Default: one per core.")
 @click.option(
     "--index-only",
@@ -56,6 +65,7 @@ def prepare(
     channels: str | None,
     per_shard: int,
     classes: Classes,
+    dedupe: bool,
     workers: int | None,
     index_only: bool,
 ) -> None:
@@ -77,16 +87,19 @@ def prepare(
     if out is None:
         raise click.UsageError("Where to? Give a folder OUT for the shards of SOURCE.")
     from pipeline.data.prepare.writer import Options
+    from pipeline.wording import printable
 
-    _prepare(
-        source,
-        out,
-        Options(size, fit, None if channels is None else int(channels), per_shard, classes, background),
-        workers,
-    )
+    grey_or_colour = None if channels is None else int(channels)
+    options = Options(size, fit, grey_or_colour, per_shard, classes, background, dedupe)
+    if summary := show(source, out, options, workers):
+        click.echo(f"  {printable(summary.next_line(out))}")
 
 
-def _prepare(source: str, out: str, options: Options, workers: int | None) -> None:
+def show(source: str, out: str, options: Options, workers: int | None = None) -> Summary | None:
+    """Prepare, with a bar, and print what was made; returns that, or None if it was there already.
+
+    Raises UserError as `pipeline.data.prepare.writer.prepare`.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -108,8 +121,31 @@ def _prepare(source: str, out: str, options: Options, workers: int | None) -> No
             report=summaries.append,
         )
     _say(index)
-    for line in (line for summary in summaries for line in summary.lines(out)):
+    for line in (line for summary in summaries for line in summary.lines()):
         click.echo(f"  {printable(line)}")
+    return summaries[0] if summaries else None
+
+
+def make_again(source: str, out: str, options: Options) -> None:
+    """Prepare images for a training, if they are not prepared yet.
+
+    Raises UserError as `show`, and if they have changed since.
+    """
+    from pipeline.data.prepare import writer
+    from pipeline.data.prepare.earlier import ChangedSourceError
+    from pipeline.data.record import INDEX
+
+    if not (Path(out) / INDEX).is_file():
+        show(source, out, options)
+        return
+    try:
+        writer.prepare(source, out, options)
+    except ChangedSourceError as error:
+        raise UserError(
+            f"{error.how} when {out} was made of it. To train on the images as they are now, remove {out}, "
+            "and give a new run.name if there is a run of this name (or run.new_data=true to continue that "
+            f"run with them). To train on those from before: shardgan train {out}"
+        ) from None
 
 
 def _index_only(source: str, out: str | None) -> None:

@@ -30,6 +30,13 @@ def default_procs(strategy: str | None) -> int:
     return 1 if strategy == "single" else torch.cuda.device_count() or min(cores(), 4)
 
 
+def on_gpu() -> bool:
+    """Whether a training on this machine would be on GPUs."""
+    import torch
+
+    return bool(torch.cuda.device_count()) and not flag(os.environ, "ACCELERATE_USE_CPU")
+
+
 def check_gpus(procs: int | None) -> None:
     """Raises UserError if this machine has GPUs, but fewer than `procs`."""
     import torch

@@ -1,95 +1,195 @@
-"""`shardgan sample`: a grid of images from a run's G_ema."""
+"""`shardgan sample`: images of a run's G_ema, as one picture, an animation or separate files."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
-from torch import Tensor
 
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import UserError
-from pipeline.gan.draws import Draws
-from pipeline.run.evaluate import from_latents
-from pipeline.run.export import load_generator
-from pipeline.run.grid import FORMATS, save_grid
-from pipeline.run.images import images_of
-from pipeline.run.state import State
+from pipeline.wording import counted
 
-_STEPS = 8  # images from one end of an interpolation to the other
+if TYPE_CHECKING:
+    from pipeline.run.sampling import Sampler
+
+_PICTURES, _MOVING = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The options. seeds, classes: none given: empty."""
+
+    count: int | None
+    seed: int
+    seeds: list[int]
+    interpolate: bool
+    classes: list[int]
+    truncation: float
+
+    @property
+    def files(self) -> int:
+        """How many separate ones."""
+        return len(set(self.seeds)) * max(1, len(self.classes))
 
 
 @click.command()
 @click.argument("run", type=UserPath())
-@click.option("--out", type=UserPath(), required=True, help="The picture to write: .png, .jpg or .webp.")
-@click.option("--count", type=click.IntRange(min=1), default=64, show_default=True, help="How many images.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the latents.")
+@click.option(
+    "--out",
+    type=UserPath(),
+    help="The picture to write (.png, .jpg, .webp), or an animation that repeats without a jump (.gif, .mp4; "
+    ".webp with --interpolate).",
+)
+@click.option("--images", type=UserPath(), help="Or a folder for separate files, seed00000.png …")
+@click.option("--seeds", help="An image for each, as 0-31 or 3,7: the same image whatever the others.")
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    help="Without --seeds, how many images; default: whole rows of at most 64, or 16 that move.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Without --seeds, of all latents; default: 0.")
 @click.option(
     "--interpolate",
     is_flag=True,
-    help=f"Rows of {_STEPS} images, each from one latent to another; the last row is filled up.",
+    help="Rows of images, each from one latent to another; animations do so without it.",
 )
-@click.option("--classes", metavar="0,3,…", help="Only these classes, a column each; default: all.")
+@click.option(
+    "--classes",
+    metavar="0,shirt,…",
+    multiple=True,
+    help="Only these classes, by number or name, a column each; a name with a comma: --classes again.",
+)
+@click.option(
+    "--truncation",
+    metavar="ψ",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    help="Less variety for better images, below 1; for a G with a latent w, such as stylegan2's.",
+)
 @checkpoint_option
 def sample(
-    run: Path, out: Path, count: int, seed: int, interpolate: bool, classes: str | None, checkpoint: str
+    run: Path,
+    out: Path | None,
+    images: Path | None,
+    seeds: str | None,
+    count: int | None,
+    seed: int | None,
+    interpolate: bool,
+    classes: tuple[str, ...],
+    truncation: float,
+    checkpoint: str,
 ) -> None:
-    """Write images from the moving average of G in the run folder RUN as one picture."""
-    if out.suffix.lower() not in FORMATS:
-        raise UserError(f"--out {out}: not a known picture format ({', '.join(FORMATS)}).")
-    G, config, state = load_generator(run, checkpoint)
-    draws = Draws(seed, config.G.z_dim, _frequencies(state, classes))
-    z, c, columns = (
-        _interpolation(draws, count) if interpolate else (*draws.grid(count), draws.grid_columns(count))
-    )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generate = from_latents(G.to(device), z, c, device, images_of(config.data, device))
-    parts = [generate(start, min(64, len(z) - start)).cpu() for start in range(0, len(z), 64)]
-    try:
-        save_grid(torch.cat(parts), out, columns)
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {error}") from None
-    click.echo(f"{len(z)} images after {state.cur_nimg / 1000:g} kimg: {out}")
+    """Write images from the moving average of G in the run folder RUN.
 
-
-def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation (White 2016): a, b [n, d] and t [k] → [n, k, d], from a at t = 0 to b at t = 1.
-
-    A straight line between normal latents passes closer to 0 than the latents that G was trained on.
+    With 50,000 separate files other tools can compute their scores:
+    `shardgan sample RUN --images DIR --seeds 0-49999`; the same command resumes.
     """
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).clamp(-1, 1)
-    angle = cosine.acos()[:, None, None]
-    a, b, t = a[:, None], b[:, None], t[None, :, None]
-    arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
-    return torch.where(angle.sin() > 1e-4, arc, (1 - t) * a + t * b)  # (anti)parallel: no unique arc
+    _refuse_unclear(out, images, seeds, count, seed, interpolate)
+    chosen = [] if seeds is None else seeds_of(seeds)
+    if out is not None and out.suffix.lower() == ".mp4":
+        from pipeline.run.animation import needed
+
+        needed(out)
+    from pipeline.run.export import load_generator
+    from pipeline.run.sampling import Sampler
+
+    G, config, state = load_generator(run, checkpoint)
+    sampler = Sampler(G, config, state.label_frequencies, state.classes)
+    names = [name for text in classes for name in ([text] if text in state.classes else text.split(","))]
+    numbers = list(dict.fromkeys(sampler.classes(names))) if names else []
+    wanted = _Wanted(count, seed or 0, chosen, interpolate, numbers, truncation)
+    after = f"after {state.cur_nimg / 1000:g} kimg"
+    if images is not None:
+        _separate(sampler, wanted, images, f"{config.run.name} {after}")
+        click.echo(f"{counted(wanted.files, 'image')} {after}: {images}/")
+    elif out is not None:
+        try:
+            what = _moving(sampler, wanted, out) if _moves(out, interpolate) else _still(sampler, wanted, out)
+        except OSError as error:
+            raise UserError(f"{out} could not be written: {error}") from None
+        click.echo(f"{what} {after}: {out}")
 
 
-def _interpolation(draws: Draws, count: int) -> tuple[Tensor, Tensor | None, int]:
-    """Latents and labels of rows from one latent to another within a class, and the number of columns."""
-    columns = max(2, min(_STEPS, count))
-    rows = math.ceil(count / columns)
-    ends = draws.latents("interpolate", 0, 2 * rows).z
-    z = slerp(ends[0::2], ends[1::2], torch.linspace(0, 1, columns)).flatten(0, 1)
-    _, c = draws.grid(rows)
-    return z, None if c is None else c.repeat_interleave(columns), columns
+def _moves(out: Path, interpolate: bool) -> bool:
+    suffix = out.suffix.lower()
+    return suffix in _MOVING or (suffix == ".webp" and interpolate)
 
 
-def _frequencies(state: State, classes: str | None) -> list[float] | None:
-    """Frequencies to draw labels by: the training set's, or equal ones of the wanted classes; None if
-    unconditional."""
-    if classes is None:
-        return state.label_frequencies
-    if state.label_frequencies is None:
-        raise UserError(
-            "--classes: this run is unconditional (data.conditional=false), so its G has no classes."
-        )
-    try:
-        wanted = {int(text) for text in classes.split(",")}
-    except ValueError:
-        raise UserError(f"--classes {classes}: not numbers separated by commas, as in 0,3,7.") from None
-    if unknown := sorted(wanted - set(range(state.num_classes))):
-        raise UserError(f"--classes: no class {unknown[0]}; this run has 0 to {state.num_classes - 1}.")
-    return [float(label in wanted) for label in range(state.num_classes)]
+def _still(sampler: Sampler, wanted: _Wanted, out: Path) -> str:
+    from pipeline.run import layouts
+    from pipeline.run.grid import save_grid
+
+    if wanted.interpolate:
+        layout = layouts.rows(sampler, wanted.seed, wanted.count, wanted.seeds, wanted.classes)
+    elif wanted.seeds:
+        layout = layouts.by_seed(sampler, wanted.seeds, wanted.classes)
+    else:
+        layout = layouts.grid(sampler, wanted.seed, wanted.count, wanted.classes)
+    save_grid(layout.images(sampler, wanted.truncation), out, layout.columns, layout.titles)
+    return counted(len(layout.z), "image")
+
+
+def _moving(sampler: Sampler, wanted: _Wanted, out: Path) -> str:
+    from pipeline.run import layouts
+    from pipeline.run.animation import FPS, save_animation
+    from pipeline.run.grid import tile
+
+    layout = layouts.loops(sampler, wanted.seed, wanted.count, wanted.seeds, wanted.classes)
+    frames, n, _ = layout.z.shape
+    least = max(56, 224 // -(-n // layout.columns))  # a single small image is enlarged more
+    images = layout.frames(sampler, wanted.truncation)
+    save_animation((tile(one, layout.columns, layout.titles, least) for one in images), out)
+    return f"{frames:,} frames ({frames / FPS:g} s) of {counted(n, 'image')}"
+
+
+def _separate(sampler: Sampler, wanted: _Wanted, folder: Path, run: str) -> None:
+    from pipeline.run.image_files import write_images
+
+    with _progress(wanted.files) as done:
+        write_images(sampler, wanted.seeds, wanted.classes, folder, wanted.truncation, run, done)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda number: progress.advance(task, number)
+
+
+def _refuse_unclear(
+    out: Path | None,
+    images: Path | None,
+    seeds: str | None,
+    count: int | None,
+    seed: int | None,
+    interpolate: bool,
+) -> None:
+    """Raises UserError for options that do not go together."""
+    if (out is None) == (images is None):
+        raise UserError("Give --out FILE for a picture or an animation, or --images DIR for separate files.")
+    if out is not None and out.suffix.lower() not in _PICTURES + _MOVING:
+        known = ", ".join(_PICTURES + _MOVING)
+        raise UserError(f"--out {out}: not a known format of pictures or animations ({known}).")
+    if images is not None and (seeds is None or interpolate):
+        raise UserError("--images takes --seeds, as 0-49999, and no --interpolate.")
+    if seeds is not None and (seed is not None or count is not None):
+        raise UserError("--seeds says which and how many: leave out --seed and --count.")
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds of 0-31 or 3,7,10-12. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise UserError(f"--seeds {text}: not numbers or ranges such as 0-31 or 3,7,10-12.")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +15,13 @@ from launch.processes import STRATEGIES
 from pipeline import console
 from pipeline.run import stop
 
+if TYPE_CHECKING:
+    from launch.training import Training
+    from pipeline.config import Config
+
 
 @click.command()
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU up to 4.")
@@ -30,37 +35,40 @@ def train(
     mixed_precision: str,
     dry_run: bool,
 ) -> None:
-    """Train what CONFIG describes; the same command again resumes.
+    """Train what a config describes, or on your own images; the same command again resumes.
+
+    A FOLDER of images (its sub-folders are the classes) or a ZIP of one is prepared first, into shards beside
+    it; a folder of shards is used as it is. Size, channels, classes and a preset for this machine follow from
+    the images and are fixed in the config.yaml of the run, which has the folder's name. A RUN, runs/NAME, is
+    resumed as its config.yaml says.
 
     Settings of the form section.key=value override the file. Ctrl-C saves and stops (exit status 130); a
     second one, more than a second later, ends at once.
     """
-    import torch
-
+    from launch.argument import training_of
     from pipeline.config import UserError, dump, load
     from pipeline.credentials import redacted
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
-    from pipeline.run.images import images_of
-    from pipeline.run.reals import checked_index
-    from pipeline.run.source import check_init
 
     procs = procs or processes.default_procs(strategy)
     strategy = strategy or ("single" if procs == 1 else "ddp")
     if strategy == "single" and procs > 1:
         raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
     processes.check_gpus(procs)
+    training = training_of(config, settings, gpu=processes.on_gpu())
+    training.explain()
+    config, settings = training.config, training.settings
     resolved = load(config, settings)
     check_objective(resolved, batch_shape(resolved.data, procs).images, mixed_precision)
     command, environment = processes.training(strategy, procs, mixed_precision, [config, *settings])
     named = under_a_free_name(resolved)
     folder = Path(named.run.out) / str(named.run.name)
     if dry_run:
-        line = processes.launch_line(
-            strategy, procs, mixed_precision, ["pipeline.train", *map(redacted, (config, *settings))]
-        )
-        on_cpu = "" if torch.cuda.device_count() else "ACCELERATE_USE_CPU=1 "
+        module = ["pipeline.train", *map(redacted, (config, *settings))]
+        line = processes.launch_line(strategy, procs, mixed_precision, module)
+        on_cpu = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
         click.echo(f"{on_cpu}{shlex.join(['accelerate', 'launch', *line])}")
         click.echo(f"\n# the resolved config\n{dump(as_begun(resolved, folder))}", nl=False)
         return
@@ -68,9 +76,7 @@ def train(
     if not finished(folder, named):
         refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
-    index = checked_index(resolved, announce=True)
-    check_init(resolved, folder, index.num_classes if resolved.data.conditional else 0)
-    images_of(resolved.data, torch.device("cpu"))
+    _check_data(training, resolved, folder)
     for note in processes.notes():
         click.echo(f"note: {note}", err=True)
     if strategy == "single":  # nothing to coordinate: becomes the training process, with its exit status
@@ -79,6 +85,23 @@ def train(
         os.execve(sys.executable, command, environment)
     status = _run(command, environment, resolved.run.stop_signal)
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
+
+
+def _check_data(training: Training, config: Config, folder: Path) -> None:
+    """Prepare the images of a training, if need be, and check what depends on them. Raises UserError."""
+    import torch
+
+    from pipeline.gan.networks import check_networks
+    from pipeline.run.images import images_of
+    from pipeline.run.reals import checked_index
+    from pipeline.run.source import check_init
+
+    if training.preparation:  # a size that the networks do not have is not worth preparing
+        check_networks(config, num_classes=0)
+    training.prepare()
+    index = checked_index(config, announce=True)
+    check_init(config, folder, index.num_classes if config.data.conditional else 0)
+    images_of(config.data, torch.device("cpu"))
 
 
 def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 
 from pipeline import console, loop
 from pipeline.config import Config, load
@@ -27,7 +28,8 @@ from pipeline.errors import CommonError, UserError
 from pipeline.folders import provide_home
 from pipeline.gan.compatible import check_objective
 from pipeline.parallel.batch import BatchShape, batch_shape
-from pipeline.parallel.launched import Launch, read_launch
+from pipeline.parallel.borrowed import borrowed
+from pipeline.parallel.launched import Launch, Precision, read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.players import as_built, build
@@ -53,24 +55,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _main(arguments, signals)
 
 
+def in_this_process(path: str, overrides: Sequence[str] = (), precision: Precision = "no") -> Path:
+    """Train as `main` does, for a caller whose process this is; returns the run folder.
+
+    Raises UserError (RunError among them) instead of showing it, and KeyboardInterrupt once a run that was
+    stopped by Ctrl-C is saved.
+    """
+    with closing(StopSignals()) as signals, borrowed():
+        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        provide_home()
+        completed, folder = _run(*_read(path, overrides, signals), signals)
+    if signals.interrupted and not completed:
+        raise KeyboardInterrupt
+    return folder
+
+
 def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     rank = int(text) if (text := os.environ.get("RANK", "")).isdecimal() else 0
     provide_home()
+    path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
     try:
-        launch = read_launch()
-        path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
-        config = load(path, overrides)
-        batch = batch_shape(config.data, launch.world)
-        check_objective(config, batch.images, launch.precision)
-        signals.configure(config.run.stop_signal, config.run.grace)
+        config, launch, batch = _read(path, overrides, signals)
     except ValueError as error:
         if rank:  # the main rank shows the same, and its launcher ends this one: do not end first
             with signals.joining():
                 time.sleep(_PATIENCE_S)
         return _refuse(error)
     try:
-        with Watch(launch, config.run.timeout_s) as watch, ExitStack() as held:
-            completed = _train(config, launch, batch, watch, signals, held)
+        completed, _ = _run(config, launch, batch, signals)
     except JobEndedError:
         return 1
     except CommonError as error:
@@ -81,17 +93,32 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     return INTERRUPTED if signals.interrupted and not completed and launch.strategy == "single" else 0
 
 
+def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Config, Launch, BatchShape]:
+    launch = read_launch()
+    config = load(path, overrides)
+    batch = batch_shape(config.data, launch.world)
+    check_objective(config, batch.images, launch.precision)
+    signals.configure(config.run.stop_signal, config.run.grace)
+    return config, launch, batch
+
+
+def _run(config: Config, launch: Launch, batch: BatchShape, signals: StopSignals) -> tuple[bool, Path]:
+    """Whether the run is finished, rather than stopped, and its folder."""
+    with Watch(launch, config.run.timeout_s) as watch, ExitStack() as held:
+        return _train(config, launch, batch, watch, signals, held)
+
+
 def _train(
     config: Config, launch: Launch, batch: BatchShape, watch: Watch, signals: StopSignals, held: ExitStack
-) -> bool:
-    """Whether the run is finished, rather than stopped. held: closed when this process is done with it."""
+) -> tuple[bool, Path]:
+    """See `_run`. held: closed when this process is done with it."""
     with signals.joining(alone=launch.world == 1):
         ranks = Ranks(launch, BACKSTOP, watch.progress)
     index, split = agreed_data(config, ranks)
     config, folder, still_ours = hold_folder(config, ranks, signals, held)
     watch.last_words = lambda: where_to_resume(folder)
     if is_finished(config, folder, ranks):
-        return True
+        return True, folder
     held.callback(signals.done)
     state = first_state(config, index, split)
     start = find_start(config, folder, state, ranks)
@@ -106,7 +133,7 @@ def _train(
             completed = loop.train(gan, reals, state, stats, config.run, session)
         session.conclude(state, completed)
     ranks.leave()
-    return completed
+    return completed, folder
 
 
 def _refuse(error: Exception, status: int = 2, show: bool = True) -> int:

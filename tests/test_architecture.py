@@ -34,8 +34,8 @@ ARROWS = {
     "pipeline.folders": ("pipeline.errors",),
     "pipeline.lock": ("pipeline.errors", "pipeline.holder"),
     "pipeline.plugins": ("pipeline.api.shadows", "pipeline.config"),
-    "pipeline.api": (),
-    "pipeline.api.command": ("launch.cli", "pipeline.api"),  # what is installed lies above everything
+    "pipeline.api": ("launch", "pipeline"),  # what is installed lies above everything
+    "pipeline.api.shadows": (),
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": (
         "pipeline.config",

@@ -6,11 +6,12 @@ import sys
 
 import click
 
+from launch import processes
 from launch.processes import STRATEGIES
 
 
 @click.command()
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nodes", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--gpus", type=click.IntRange(1), help="Processes per node. Default: as `shardgan train`.")
@@ -34,13 +35,18 @@ def doctor(
     """
     from rich.console import Console
 
+    from launch.argument import training_of
     from launch.doctor import live as doctor_live
     from launch.doctor.checks import bar, examine, job_of
     from launch.doctor.finding import fails, show, would_fail
     from pipeline.config import UserError, load
 
     try:
+        training = training_of(config, settings, gpu=processes.on_gpu())
+        training.explain()
+        config, settings = training.config, training.settings
         job = job_of(load(config, settings), nodes, gpus, strategy, mixed_precision)
+        training.prepare()
     except UserError as error:
         found = [would_fail("config", str(error))]
     else:

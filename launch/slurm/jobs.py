@@ -14,12 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.installed import ROOT, slurm_scripts
 from launch.slurm import index_copies
 from pipeline.config import Data, UserError
 from pipeline.credentials import scrubbed
 
-ROOT = Path(__file__).parents[2]
-_CODE = ("pipeline", "launch", "slurm")
 _INDEX = "index"  # the index of the data, if it does not lie beside them
 
 
@@ -77,11 +76,6 @@ def render(name: str, folder: Path, line: Sequence[str], resources: Resources, *
     line: a script of slurm/ and its arguments; node.sh is run as one task. more: further options of sbatch.
     Raises UserError.
     """
-    if not (ROOT / "slurm").is_dir():
-        raise UserError(
-            f"Slurm jobs need the project's folder slurm/, which is not part of what is installed in {ROOT}. "
-            "Install from a checkout: bash launch/setup.sh"
-        )
     for path in (str(folder), str(Path.cwd())):
         if not path.isprintable() or {"%", "\\"} & set(path):
             raise UserError(
@@ -132,9 +126,9 @@ def keep(folder: Path, data: Iterable[Data]) -> None:
     change a job that waits. Raises UserError."""
     try:
         shutil.rmtree(folder / "code", ignore_errors=True)
-        for name in _CODE:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / name, folder / "code" / name, ignore=ignored)
+        for part in (ROOT / "pipeline", ROOT / "launch", slurm_scripts()):
+            to = folder / "code" / part.name.removeprefix("_")
+            shutil.copytree(part, to, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}. Set run.out.") from None
     for one in data:

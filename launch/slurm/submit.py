@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("config", type=click.Path())
+@click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
 @click.option("--gpus", type=click.IntRange(min=0), required=True, help="Per node; 0: train on CPUs.")
@@ -45,16 +45,21 @@ def submit(
     account: str | None,
     dry_run: bool,
 ) -> None:
-    """Train CONFIG on a Slurm cluster; the same command again resumes a run that is not DONE.
+    """Train on a Slurm cluster what `shardgan train` would train here.
+
+    The same command again resumes a run that is not DONE.
 
     Everything is checked first, as by `shardgan doctor`. Set further options of sbatch by its variables
     (SBATCH_QOS, SBATCH_CONSTRAINT, …) and those of the job by SHARDGAN_*: see slurm/train.sbatch.
     """
+    from launch.argument import training_of
     from launch.slurm import jobs
     from pipeline.config import dump, load
     from pipeline.run.folder import finished, under_a_free_name
 
-    resolved = under_a_free_name(load(config, settings))
+    training = training_of(config, settings, gpu=gpus > 0)
+    training.explain()
+    resolved = under_a_free_name(load(training.config, training.settings))
     procs = procs or gpus or 1
     cpus = _enough(cpus, procs, resolved.data.workers)
     resources = jobs.Resources(
@@ -71,6 +76,8 @@ def submit(
     batch = jobs.render(run.name, folder, ["train.sbatch", f"{folder}/config.yaml"], resources)
     if not dry_run:
         jobs.check(batch)
+    if not dry_run:
+        training.prepare()
     _examine(resolved, run, resources)
     if dry_run:
         click.echo(batch.text, nl=False)
@@ -80,8 +87,12 @@ def submit(
     jobs.keep(folder, [resolved.data])
     job = jobs.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")
-    strategy = strategy or ("single" if nodes * procs == 1 else "ddp")
-    log = folder / f"{job}.log"
+    _announce(job, run, folder / f"{job}.log", resources)
+
+
+def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:
+    nodes, procs = resources.nodes, resources.procs
+    strategy = resources.strategy or ("single" if nodes * procs == 1 else "ddp")
     click.echo(
         f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
         f"  run     {run}\n"

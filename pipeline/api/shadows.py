@@ -72,6 +72,20 @@ def refuse(paths: list[str]) -> None:
     sys.exit(2)
 
 
+def refuse_import() -> None:
+    """Raise ImportError with one message if a file of the user's would be imported instead of ours: for
+    callers whose process this is."""
+    found = on_the_path()
+    if not found:
+        import importlib.util  # now that no file hides it
+
+        spec = importlib.util.find_spec("pipeline")
+        places = [] if spec is None else spec.submodule_search_locations or [str(spec.origin)]
+        found = [place for place in places if not _same(place, _OURS)]
+    if found:
+        raise ImportError(refusal(found))
+
+
 def refuse_namespace() -> None:
     """End this process likewise if a folder without __init__.py was imported as our package."""
     refuse([path for path in getattr(sys.modules["pipeline"], "__path__", ()) if not _same(path, _OURS)])

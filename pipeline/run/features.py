@@ -163,7 +163,16 @@ def _own(kind: str) -> Extractor:
 
 def digest_of(module: nn.Module) -> str:
     """Of a user's module: the file its class is in, and its weights."""
-    digest = hashlib.sha256(Path(inspect.getfile(type(module))).read_bytes())
+    return _digest(Path(inspect.getfile(type(module))).read_bytes(), module)
+
+
+def digest_of_weights(module: nn.Module) -> str:
+    """Of the weights alone: hexadecimal, of 16 digits."""
+    return _digest(b"", module)
+
+
+def _digest(content: bytes, module: nn.Module) -> str:
+    digest = hashlib.sha256(content)
     for key, tensor in module.state_dict().items():
         digest.update(key.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

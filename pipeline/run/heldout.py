@@ -44,6 +44,25 @@ class HeldOutImages:
         """The first of them, as in batches, [at most count, C, H, W], read on this rank."""
         return self._first(min(count, self._plan.size), 0, 1).images
 
+    def of_classes(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as in batches [n, C, H, W], of these classes int64 [n], read on this rank; and whether there
+        was one among the first 8·n, bool [n]: zeros where not."""
+        n = len(labels)
+        batch = min(n, self._plan.size)
+        found, there = torch.zeros(0), torch.zeros(n, dtype=torch.bool)
+        for some, valid in heldout_batches(
+            self._index, self._plan, self._data, batch=batch, limit=8 * n, conditional=True
+        ):
+            if not len(found):
+                found = torch.zeros(n, *some.images.shape[1:], dtype=some.images.dtype)
+            assert some.labels is not None
+            for image, label in zip(some.images[:valid], some.labels[:valid], strict=True):
+                if len(places := torch.nonzero((labels == label) & ~there)):
+                    found[places[0]], there[places[0]] = image, True
+            if there.all():
+                break
+        return found, there
+
     def score(self, gan: Gan, cur_nimg: int, stats: Stats) -> None:
         """Chart D's mean logit on them: next to Loss/scores/real, it shows over-fitting.
 

@@ -17,6 +17,7 @@ from pipeline.config import Config, UserError
 from pipeline.gan.draws import Draws
 from pipeline.gan.truncation import Truncated
 from pipeline.run.evaluate import from_latents
+from pipeline.run.features import digest_of_weights
 from pipeline.run.images import images_of
 
 BATCH = 64  # images made at once
@@ -42,6 +43,11 @@ class Sampler:
         self.frequencies = None if frequencies is None else list(frequencies)
         self.names = tuple(names or map(str, range(len(frequencies or ()))))
         self._decode = images_of(config.data, self.device)
+
+    @property
+    def made_of(self) -> dict[str, str]:
+        """What images of the same seeds depend on."""
+        return {"G": digest_of_weights(self.G), "images": self._decode.version}
 
     def latents(self, seeds: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """z, standard normal float32 [n, z_dim], and classes int64 [n] or None, each a function of its seed.

@@ -63,7 +63,7 @@ class Session:
         self._signals, self._progress, self.clock = signals, ranks.progress, Clock()
         self._train_size = split.training().size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
-        self._grids = SampleGrids(folder, ranks, report)
+        self._grids = SampleGrids(folder, ranks, report, index.classes)
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self._images = agreed_images(config.data, ranks)
         self._scorer = Scorer(config, folder, index, ranks, report, signals, self._health, self._images)
@@ -75,7 +75,7 @@ class Session:
     def begin(self, gan: Gan, evaluate: bool) -> bool:
         """Before the first update: sample grids and scores. False if asked to stop meanwhile."""
         if self._heldout.size:
-            self._grids.reals(lambda: self._images(self._heldout.some(GRID)))
+            self._grids.reals(self._heldout, self._images, gan.draws)
         self.snapshot(gan, 0)
         scores = self.evaluate(gan) if evaluate else {}
         if scores:
@@ -141,7 +141,7 @@ class Session:
         drawn = gan.draws.grid(GRID)
         make = from_latents(gan.G_ema.module(), *drawn, self._ranks.device, self._images)
         with self._off_the_clock("drawing samples"):
-            fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws.grid_columns(GRID), cur_nimg)
+            fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws, cur_nimg)
         reals = self._heldout.images
         if fakes is not None and reals is not None and cur_nimg:
             self._health.compare_diversity(spread(fakes), spread(self._images(reals)))

@@ -232,7 +232,7 @@ def test_the_summary_says_how_to_train(arrays: Path, tmp_path: Path) -> None:
     assert done.output.splitlines()[1:] == [
         "  5x4x4: 7 latents in float16, 5 latents in float32",
         "  classes, from folders: 0 = cats (7), 1 = dogs (5)",
-        f"  next: shardgan train CONFIG data.train={tmp_path}/out data.size=4 data.channels=5 "
+        f"  Next: shardgan train CONFIG data.train={tmp_path}/out data.size=4 data.channels=5 "
         "data.decoder=package.module:Class",
     ]
 

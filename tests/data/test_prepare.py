@@ -262,8 +262,9 @@ def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) ->
     assert run.output.splitlines() == [
         f"12 images of 2 classes in 1 shard: {tmp_path}/out",
         "  8x8: 12 in colour, 5 cropped to a square",
+        "  shorter sides before: 8 to 10 (median 10)",
         "  classes, from folders: 0 = cats (7), 1 = dogs (5)",
-        f"  next: shardgan train CONFIG data.train={tmp_path}/out data.size=8 data.channels=3",
+        f"  Next: shardgan train {tmp_path}/out",
     ]
     shards = make_shards([3, 4])
     run = CliRunner().invoke(command, [str(shards), "--index-only"])

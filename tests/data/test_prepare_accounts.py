@@ -226,7 +226,7 @@ def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
     for fit in ("crop", "pad", "stretch"):
         options = Options(size=12, fit=fit)  # type: ignore[arg-type]
         prepare(str(source), str(tmp_path / fit), options, workers=1, report=said.append)
-    lines = [next(summary.lines("out")) for summary in said]
+    lines = [next(summary.lines()) for summary in said]
     small = "1 smaller than 12 and enlarged"
     many = "3 of several frames or pages: the first is used"
     clear = "3 with transparency, laid on white"
@@ -284,7 +284,7 @@ def test_the_next_line_to_type(tmp_path: Path) -> None:
     out = tmp_path / "my photos"
     output = run(tmp_path / "in", out, "--size", 8).output
     assert output.startswith(f"1 image in 1 shard: {out}\n")
-    assert output.endswith(f"next: shardgan train CONFIG data.train='{out}' data.size=8 data.channels=1\n")
+    assert output.endswith(f"Next: shardgan train '{out}'\n")
 
 
 def test_where_samples_come_from(pictures: Path, make_shards: MakeShards, tmp_path: Path) -> None:

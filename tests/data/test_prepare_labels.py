@@ -65,7 +65,7 @@ def test_labels_of_dataset_json(tmp_path: Path, place: str, folder: str, separat
     summary, said, found = prepared(write(tmp_path / place, stylegan(labels, folder)))
     assert found == {folder + name: n % 7 for n, name in enumerate(BAGS)}
     assert summary.index.classes == tuple("0123456") and not said
-    lines = list(summary.lines("out"))
+    lines = list(summary.lines())
     assert "classes, from dataset.json: numbers, of 5 to 6 images each" in lines
     assert not summary.left_out and not (tmp_path / "out" / "skipped.txt").exists()
 
@@ -74,7 +74,7 @@ def test_dataset_json_without_labels(tmp_path: Path) -> None:
     """Its bags are no classes either."""
     summary, _, found = prepared(write(tmp_path / "x.zip", stylegan(None)))
     assert summary.index.num_classes == 0 and not found
-    assert "dataset.json says that there are no labels" in summary.lines("out")
+    assert "dataset.json says that there are no labels" in summary.lines()
 
 
 def test_files_that_dataset_json_does_not_list(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_files_that_dataset_json_does_not_list(tmp_path: Path) -> None:
     summary, said, found = prepared(write(tmp_path / "x.zip", stylegan([*labels, [BAGS[30], None]])))
     assert found == {name: n % 4 for n, name in enumerate(BAGS[:30])}
     assert said == [f"warning: 10 images without a label in dataset.json, the first {BAGS[30]}"]
-    assert "2 files that dataset.json lists are not among the images" in summary.lines("out")
+    assert "2 files that dataset.json lists are not among the images" in summary.lines()
 
 
 def test_labels_far_apart_are_numbered_anew(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_labels_far_apart_are_numbered_anew(tmp_path: Path) -> None:
     )
     assert found == {name: [0, 2, 3, 1][n % 4] for n, name in enumerate(BAGS)}
     assert summary.index.classes == ("7", "31", "20000", "999999")
-    assert any("labels up to 999,999, but only 4 of them occur" in line for line in summary.lines("out"))
+    assert any("labels up to 999,999, but only 4 of them occur" in line for line in summary.lines())
     members = [
         (f"{n}.{end}", data)
         for n in range(8)
@@ -138,7 +138,7 @@ def test_a_dataset_json_of_something_else(tmp_path: Path) -> None:
     files = [*((name, IMAGE) for name in BAGS), ("dataset.json", b'{"images": []}')]
     summary, said, found = prepared(write(tmp_path / "x.zip", files))
     assert set(found.values()) == {0, 1, 2, 3} and summary.index.classes[3] == "00003"
-    assert "not read: dataset.json" in "".join(summary.lines("out"))
+    assert "not read: dataset.json" in "".join(summary.lines())
     assert len(said) == 1 and said[0].startswith("warning: the folders 00000, 00001, 00002, … are numbered")
 
 
@@ -147,7 +147,7 @@ def test_separators_of_windows(tmp_path: Path) -> None:
     summary, said, found = prepared(write(tmp_path / "x.zip", [(n, IMAGE * (n[-1] != "\\")) for n in names]))
     assert found == {"photos/cat/1.png": 0, "photos/dog/a/2.png": 1, "photos/dog/3.png": 1}
     assert summary.index.classes == ("cat", "dog") and not said
-    assert "no class for folders without an image: bird" in summary.lines("out")
+    assert "no class for folders without an image: bird" in summary.lines()
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     (source / "w" / ".e").mkdir()
     summary, _, found = prepared(source)
     assert found == {"w/a/1.png": 0, "w/b/1.png": 1}
-    assert "no class for folders without an image: c, d" in summary.lines("out")
+    assert "no class for folders without an image: c, d" in summary.lines()
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_class_whose_name_is_not_utf8(tmp_path: Path) -> None:
     source = write(tmp_path / "x", [("b/1.png", IMAGE), ("caf\udce9/1.png", IMAGE)])
     summary, _, _ = prepared(source)
     assert summary.index.classes == ("b", "caf\\udce9")
-    "\n".join(summary.lines("out")).encode()  # can be printed
+    "\n".join(summary.lines()).encode()  # can be printed
 
 
 def test_odd_members_of_a_zip(tmp_path: Path) -> None:

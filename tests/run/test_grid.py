@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
-from pipeline.run.grid import save_grid, tile
+from pipeline.run.grid import column_titles, save_grid, tile, whole_rows
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import SampleGrids, shown_at
 
@@ -60,12 +61,35 @@ def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):
     moments = [0, 512, 1024, 1536, 1984, 50_048]
     for time in range(2):
         for shade, cur_nimg in enumerate(moments):
-            sheets.fakes(lambda s=shade: torch.full((4, 1, 8, 8), s, dtype=torch.uint8), 2, cur_nimg)
-        found = sorted((tmp_path / "samples").iterdir())
+            make = lambda s=shade: torch.full((64, 1, 8, 8), s, dtype=torch.uint8)  # noqa: E731
+            sheets.fakes(make, Draws(0, 4, None), cur_nimg)
+            assert shown_at(tmp_path / "samples" / "latest.png") == cur_nimg
+        found = sorted((tmp_path / "samples").glob("fakes*"))
         assert [shown_at(path) for path in found] == moments, time
     names = [path.name for path in found]
     assert names[:3] == ["fakes000000.png", "fakes000000_512.png", "fakes000001.png"]
     assert names[-1] == "fakes000050.png"
+
+
+def test_titles_stand_above_their_columns():
+    """Cut where they are longer; the images lie below as without them."""
+    images = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    plain, titled = tile(images, 3), tile(images, 3, ("boot", "", "a name much longer than its column"))
+    head = titled[: len(titled) - len(plain)]
+    assert np.array_equal(titled[len(head) :], plain) and 14 <= len(head) <= 20
+    ink = [(head[:, 2 + 66 * column : 66 * (column + 1)] < 128).any(axis=(0, 2)) for column in range(3)]
+    assert ink[0].any() and not ink[1].any() and ink[2].sum() > ink[0].sum()
+    assert abs(np.flatnonzero(ink[0]).mean() - 32) < 2, "in the middle"
+    grey = tile(images[:, :1], 3, ("boot", "", "x"))
+    assert grey.shape == titled.shape[:2]
+
+
+def test_titles_are_of_columns_that_hold_one_class_each():
+    names = ("a", "b", "c")
+    assert column_titles(torch.tensor([2, 0, 2, 0]), 2, names) == ("c", "a")
+    for c, columns in [(None, 2), (torch.tensor([2, 0, 1, 0]), 2), (torch.tensor([1, 1, 1, 1]), 2)]:
+        assert column_titles(c, columns, names) == ()
+    assert [whole_rows(*pair) for pair in [(64, 10), (64, 8), (4, 10), (10, 10)]] == [60, 64, 4, 10]
 
 
 class OneRank:

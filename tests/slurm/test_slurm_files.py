@@ -27,12 +27,6 @@ from pipeline.data.record import places
 URL = "https://me:secret@host/data"
 
 
-def test_an_installation_without_the_batch_files_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"folder slurm/, which is not part of what is installed"):
-        slurm.render("a", tmp_path / "run", ["train.sbatch"], slurm.Resources())
-
-
 @pytest.fixture
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A Slurm that takes every job but those with the option $REFUSES, and writes down what it is asked."""

@@ -13,6 +13,18 @@ from pipeline.credentials import redacted
 from pipeline.data.record import INDEX, read_record
 from pipeline.wording import counted
 
+
+class ChangedSourceError(UserError):
+    """The files of a source are not those that shards were made of. `how`: in which way."""
+
+    def __init__(self, target: Path, how: str) -> None:
+        super().__init__(
+            f"{target} is there already, but {how} when it was made. Remove that folder, or give the name of "
+            "a new one."
+        )
+        self.how = how
+
+
 Recipe = dict[str, Any]  # where the images come from, and how they are written
 
 
@@ -62,7 +74,7 @@ def is_same_place(before: Mapping[str, Any], recipe: Recipe) -> bool:
 def refuse_changed(
     target: Path, source: str, before: Mapping[str, Any], recipe: Recipe, count: int, fingerprint: str
 ) -> None:
-    """Raises UserError if the files of the source are not those that `target` was made of."""
+    """Raises ChangedSourceError if the files of the source are not those that `target` was made of."""
     files = _files(before)
     if not files or files.get("fingerprint") == fingerprint:
         return
@@ -72,10 +84,7 @@ def refuse_changed(
         changed = f"{source} has {counted(abs(more), 'image')} {'more' if more > 0 else 'fewer'} than"
     else:
         changed = f"the images of {source} have other names, sizes, times or labels than"
-    raise UserError(
-        f"{target} is there already, but {changed} when it was made. Remove that folder, or give the name of "
-        "a new one."
-    )
+    raise ChangedSourceError(target, changed)
 
 
 def _in_use(target: Path) -> UserError:

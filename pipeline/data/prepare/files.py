@@ -15,16 +15,16 @@ from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data.prepare.labels import Classes, Labels, label
 from pipeline.data.prepare.listing import ARRAY, EXTENSIONS, Listing, by_kind, list_folder, list_zip
-from pipeline.data.prepare.pictures import Latent, LeftOutError, Picture, open_picture
+from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.prepare.shards import Shards, all_images
-from pipeline.data.prepare.source import Source
+from pipeline.data.prepare.source import Stored
 from pipeline.data.record import INDEX
 from pipeline.data.tar import LARGEST_MEMBER
 
 _LARGEST_LABELS = 128 << 20  # bytes of a dataset.json
 
 
-class Folder(Source):
+class Folder(Stored):
     """Image files anywhere under a folder."""
 
     def __init__(self, root: Path, listing: Listing, labelled: Labels) -> None:
@@ -47,11 +47,11 @@ class Folder(Source):
     def describe(self, number: int) -> str:
         return f"{self.name}/{self._files[number]}"
 
-    def image(self, number: int) -> Picture | Latent:
-        return open_picture(_read_file(self._root / self._files[number], LARGEST_MEMBER))
+    def read(self, number: int) -> bytes:
+        return _read_file(self._root / self._files[number], LARGEST_MEMBER)
 
 
-class Zip(Source):
+class Zip(Stored):
     """Image files in a zip. Nothing is unpacked to disk."""
 
     def __init__(
@@ -78,16 +78,16 @@ class Zip(Source):
     def describe(self, number: int) -> str:
         return f"{self._files[number]} in {self._path.name}"
 
-    def image(self, number: int) -> Picture | Latent:
+    def read(self, number: int) -> bytes:
         # A forked process shares the directory, a gigabyte for a million files, but needs its own position.
         if self._process != os.getpid():
             self._zip.fp, self._process = self._path.open("rb"), os.getpid()
-        return open_picture(_read_member(self._zip, self._members[number], LARGEST_MEMBER))
+        return _read_member(self._zip, self._members[number], LARGEST_MEMBER)
 
 
 def open_source(
     source: str, classes: Classes, announce: Callable[[str], None], without: Path | None = None
-) -> Source:
+) -> Stored:
     """The images at a path: a folder (but those in the folder `without`), a zip, or shards.
 
     Raises UserError if it is none, has no images, or labels that cannot be used.
@@ -113,7 +113,7 @@ def open_source(
 
 def _open_folder(
     path: Path, source: str, classes: Classes, announce: Callable[[str], None], without: Path | None
-) -> Source:
+) -> Stored:
     root = path.absolute()
     tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
     if tars and listed:
@@ -126,7 +126,7 @@ def _open_folder(
     return Folder(root, listing, labels)
 
 
-def _open_zip(path: Path, source: str, classes: Classes) -> Source:
+def _open_zip(path: Path, source: str, classes: Classes) -> Stored:
     file = zipfile.ZipFile(path)
     listing, members = list_zip(file.infolist())
     _refuse_none(listing, source)

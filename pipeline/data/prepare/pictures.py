@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeVar
 
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
@@ -20,11 +21,13 @@ from pipeline.data.decode import (
     to_channels,
 )
 
+_T = TypeVar("_T")
 Fit = Literal["crop", "pad", "stretch"]
 # More than training reads: decoders in Pillow or its wheels that run and load nothing.
 _FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _MOST = {"JPEG2000": LARGEST // 4, "AVIF": LARGEST // 2}  # pixels; their decoders take far more memory
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+SIDE = "side "
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -43,6 +46,14 @@ class Picture(NamedTuple):
     first: bool = False
 
 
+class Look(NamedTuple):
+    """What the header of an image says: pixels, as they are stored, and whether it is grey."""
+
+    width: int
+    height: int
+    grey: bool
+
+
 class Latent(NamedTuple):
     """A latent as in its file, `data`."""
 
@@ -52,7 +63,8 @@ class Latent(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """An 8-bit grey or RGB image of the wanted size. `facts`: what a summary counts."""
+    """An 8-bit grey or RGB image of the wanted size. `facts`: what a summary counts, also SIDE and its
+    shorter side before."""
 
     image: Image.Image
     facts: tuple[str, ...]
@@ -60,12 +72,22 @@ class Fitted(NamedTuple):
 
 def open_picture(data: bytes) -> Picture | Latent:
     """Raises LeftOutError for bytes that are neither image nor latent, or none that can be used."""
+    return _tried(data, _opened)
+
+
+def look(data: bytes) -> Look | Latent:
+    """As `open_picture`, without decoding the pixels of an image: those may still be damaged."""
+    return _tried(data, _looked)
+
+
+def _tried(data: bytes, read: Callable[[bytes], _T]) -> _T:
+    """Raises LeftOutError for whatever `read` raises."""
     if not data:
         raise LeftOutError("empty", "an empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an image is read, or left out with its reason
-            return _opened(data)
+            return read(data)
     except LeftOutError:
         raise
     except UnidentifiedImageError:  # its own message has a memory address
@@ -76,15 +98,18 @@ def open_picture(data: bytes) -> Picture | Latent:
         raise LeftOutError("unreadable", str(error) or type(error).__name__) from None
 
 
+def _looked(data: bytes) -> Look | Latent:
+    if not data.startswith(NPY_MAGIC):
+        image = _header(data)
+        return Look(image.width, image.height, _is_grey(image))
+    found = _array(data)
+    return found if isinstance(found, Latent) else Look(*found.image.size, _is_grey(found.image))
+
+
 def _opened(data: bytes) -> Picture | Latent:
     if data.startswith(NPY_MAGIC):
         return _array(data)
-    image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    most = _MOST.get(image.format or "", LARGEST)
-    if image.width * image.height > most:
-        raise LeftOutError("too many pixels", f"{image.width}x{image.height} pixels are too many")
-    if _tile(image) > most:
-        raise LeftOutError("too many pixels", f"tiles of {_tile(image):,} pixels are too many")
+    image = _header(data)
     # An MPO's second image, of another lens or for a preview, is no page.
     first = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     image.load()
@@ -95,6 +120,21 @@ def _opened(data: bytes) -> Picture | Latent:
     if image.mode == "LAB":  # which Pillow converts to nothing else
         return Picture(image.convert("RGB"), first)
     return Picture(ImageOps.exif_transpose(image), first)
+
+
+def _header(data: bytes) -> Image.Image:
+    """An image whose pixels are not decoded yet. Raises LeftOutError for too many of them."""
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    most = _MOST.get(image.format or "", LARGEST)
+    if image.width * image.height > most:
+        raise LeftOutError("too many pixels", f"{image.width}x{image.height} pixels are too many")
+    if _tile(image) > most:
+        raise LeftOutError("too many pixels", f"tiles of {_tile(image):,} pixels are too many")
+    return image
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("L", "1", "LA") or image.mode[0] == "I"
 
 
 def _array(data: bytes) -> Picture | Latent:
@@ -131,8 +171,8 @@ def fitted(
     that cannot be converted.
     """
     image, first = picture
-    grey = channels == 1 or (channels is None and (image.mode in ("L", "1", "LA") or image.mode[0] == "I"))
-    facts = ["grey" if grey else "colour"]
+    grey = channels == 1 or (channels is None and _is_grey(image))
+    facts = ["grey" if grey else "colour", f"{SIDE}{min(image.size)}"]
     if image.mode in _ALPHA or ("transparency" in image.info and image.mode[0] != "I"):
         facts.append("transparent")
     if first:

@@ -10,8 +10,8 @@ import numpy as np
 from pipeline.data.index import Announce, Index, local_index, not_empty
 from pipeline.data.prepare.labels import renumbered, some
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import Latent, LeftOutError, Picture, open_picture
-from pipeline.data.prepare.source import Source
+from pipeline.data.prepare.pictures import LeftOutError
+from pipeline.data.prepare.source import Stored
 from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import shard_of
 from pipeline.data.samples import PassedOver
@@ -42,7 +42,7 @@ def all_images(train: str, announce: Announce = lambda _: None) -> Index:
     return not_empty(AllImages(index.name, index.root, shards, index.class_names, tables=tables))
 
 
-class Shards(Source):
+class Shards(Stored):
     """The images and labels of shards; whatever else their samples hold is left behind."""
 
     def __init__(self, index: Index) -> None:
@@ -72,12 +72,12 @@ class Shards(Source):
         shard, row = self._index.place(number)
         return f"sample {self._index.table(shard).key(row)} of {self._index.shards[shard].url}"
 
-    def image(self, number: int) -> Picture | Latent:
+    def read(self, number: int) -> bytes:
         try:
             sample = self._reader.read(*self._index.place(number))
         except BadSampleError as error:
             raise LeftOutError("damaged", str(error)) from None
-        return open_picture(image_of(sample))
+        return image_of(sample)
 
 
 def _passed_over(shard: str, kind: str, what: PassedOver) -> Iterator[LeftOut]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.prepare.labels import Classes, Labels
 from pipeline.data.prepare.listing import LeftOut
-from pipeline.data.prepare.pictures import Fit, Latent, Picture
+from pipeline.data.prepare.pictures import Fit, Latent, Look, Picture, look, open_picture
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Options:
     """How images are written. None: as the source suggests (size, fit) or as each image is (channels).
 
     background: what is under transparency and in padding: white, black or #rrggbb. None: white and black.
+    dedupe: leave out images that are another one's copy as they are written.
     """
 
     size: int | None = None
@@ -29,6 +30,7 @@ class Options:
     per_shard: int = 1000
     classes: Classes = "top"
     background: str | None = None
+    dedupe: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,21 @@ class Source(ABC):
         for text in about:
             digest.update(f"{text}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+class Stored(Source):
+    """Images that lie as bytes in files or shards."""
+
+    @abstractmethod
+    def read(self, number: int) -> bytes:
+        """Raises LeftOutError for what cannot be read."""
+
+    def image(self, number: int) -> Picture | Latent:
+        return open_picture(self.read(number))
+
+    def look(self, number: int) -> Look | Latent:
+        """Size and colours of an image, without decoding it. Raises LeftOutError as `image` does."""
+        return look(self.read(number))
 
 
 class Arrays(Source):

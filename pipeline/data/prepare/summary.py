@@ -9,9 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.data.index import Index
 from pipeline.data.prepare.labels import some
 from pipeline.data.prepare.listing import LeftOut, by_kind
+from pipeline.data.prepare.pictures import SIDE
 from pipeline.data.prepare.source import Resolved, Source
 from pipeline.wording import one_line
 
@@ -31,11 +34,12 @@ class Summary:
     facts: Mapping[str, int]
     left_out: Sequence[LeftOut]
 
-    def lines(self, out: str) -> Iterator[str]:
-        """For people. `out` is what they called the folder."""
+    def lines(self) -> Iterator[str]:
+        """What was made, for people."""
         size, labelled = self.options.size, self.images.labelled
         shape = f"{size}x{size}" if self.options.latents is None else "x".join(map(str, self.options.latents))
         yield f"{shape}: {', '.join(self._images())}"
+        yield from self._sides()
         if labelled.classes:
             yield f"classes, from {labelled.origin}: {self._classes()}"
         yield from labelled.remarks
@@ -44,12 +48,18 @@ class Summary:
             yield f"left out: {count:,} ({by_kind(self.left_out)}), listed in {_SKIPPED}"
         if self.images.tables:
             yield f"not read: {some(self.images.tables)} (labels are taken from folders or dataset.json)"
-        channels = str(3 if self.facts.get("colour") else 1)
-        if self.options.latents is not None:
-            channels = f"{self.options.latents[0]} data.decoder=package.module:Class"
-        yield (
-            f"next: shardgan train CONFIG data.train={shlex.quote(out)} data.size={size} "
-            f"data.channels={channels}"
+        if copies := self.facts.get("copies"):
+            are = "image is a copy" if copies == 1 else "images are copies"
+            yield f"{copies:,} {are} of another one: --dedupe leaves them out"
+
+    def next_line(self, out: str) -> str:
+        """The command that trains on it. `out` is what they called the folder."""
+        train = shlex.quote(out)
+        if self.options.latents is None:
+            return f"Next: shardgan train {train}"
+        return (
+            f"Next: shardgan train CONFIG data.train={train} data.size={self.options.size} "
+            f"data.channels={self.options.latents[0]} data.decoder=package.module:Class"
         )
 
     def _images(self) -> Iterator[str]:
@@ -67,6 +77,14 @@ class Summary:
         }
         return (f"{self.facts[fact]:,} {text}" for fact, text in said.items() if self.facts.get(fact))
 
+    def _sides(self) -> Iterator[str]:
+        """The images' shorter sides before, unless all are of the wanted size."""
+        counts = {int(f.removeprefix(SIDE)): n for f, n in self.facts.items() if f.startswith(SIDE)}
+        if counts.keys() - {self.options.size}:
+            values, weights = zip(*sorted(counts.items()), strict=True)
+            median = values[int(np.searchsorted(np.cumsum(weights), sum(weights) / 2))]
+            yield f"shorter sides before: {between(values[0], values[-1], median)}"
+
     def _classes(self) -> str:
         counts = Counter[int]()
         for shard in self.index.shards:
@@ -81,6 +99,11 @@ class Summary:
         )
         spread = f"{min(each):,}" + f" to {max(each):,}" * (max(each) > min(each))
         return f"{shown}, of {spread} image{'s' * (max(each) != 1)} each"
+
+
+def between(least: int, most: int, median: int) -> str:
+    """A range of pixels: 512, or 64 to 512 (median 128)."""
+    return f"{least:,}" if least == most else f"{least:,} to {most:,} (median {median:,})"
 
 
 def list_left_out(

@@ -6,6 +6,7 @@ once, by a fixed seed, so that every shard is a fair sample of the whole.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from pipeline.config import UserError
 from pipeline.data import sidecar
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
+from pipeline.data.prepare.duplicates import count_copies, first_of_each
 from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
 from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.known import KNOWN
@@ -94,14 +96,19 @@ def prepare(
     resolved = resolve(images, options)
     extra = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
     with staging(target, json.dumps([recipe, fingerprint]), announce) as folder:
-        jobs = _jobs(images, resolved.per_shard)
+        workers = workers or _cores()
+        rows, copies = np.arange(len(images)), list[LeftOut]()
+        if options.dedupe:
+            announce("Looking for copies …")
+            rows, copies = first_of_each(images, _digests(images, resolved, folder, workers, progress))
+        jobs = _jobs(rows, resolved.per_shard)
         if ready := finished(folder):
             announce(f"{ready} of {len(jobs)} shards are there from an earlier try; making the others.")
-        written = _write_all(images, resolved, folder, jobs, workers or _cores(), progress)
-        left_out = _describe_all(folder, images, jobs, written, extra, announce)
+        written = _write_all(images, resolved, folder, jobs, workers, progress)
+        left_out = _describe_all(folder, images, jobs, written, copies, extra, announce)
         publish(folder, target)
     index = load_index(str(target), announce)
-    facts = sum((Counter(result.facts) for result in written), Counter[str]())
+    facts = sum((Counter(result.facts) for result in written), Counter(copies=count_copies(index)))
     report(Summary(index, resolved, images, facts, left_out))
     return index
 
@@ -111,19 +118,21 @@ def _describe_all(
     images: Source,
     jobs: Jobs,
     written: list[Written],
+    copies: list[LeftOut],
     extra: dict[str, Any],
     announce: Callable[[str], None],
 ) -> list[LeftOut]:
     """Write index.json, sources.txt and skipped.txt; returns what is in the latter."""
     skipped = [LeftOut(item.name, item.kind, item.reason) for shard in written for item in shard.skipped]
-    list_left_out(folder, skipped, images.left_out, announce)
+    others = [*copies, *images.left_out]
+    list_left_out(folder, skipped, others, announce)
     shards = [result.shard for result in written if result.shard.nsamples]
     if not shards:
         raise none_can_be_read(images, skipped[0].reason)
     write_origins(folder, _origins(images, jobs, written))
     classes = {"classes": list(images.labelled.classes)} if images.labelled.classes else {}
     write_record(folder, images.name, shards, extra | classes)
-    return [*skipped, *images.left_out]
+    return [*skipped, *others]
 
 
 def _is_there(target: Path, announce: Callable[[str], None]) -> Index:
@@ -144,8 +153,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _jobs(images: Source, per_shard: int) -> Jobs:
-    order = permutation(len(images), _SHUFFLE_SEED)
+def _jobs(rows: NDArray[np.int64], per_shard: int) -> Jobs:
+    order = rows[permutation(len(rows), _SHUFFLE_SEED)]
     starts = range(0, len(order), per_shard)
     return [(number, order[start : start + per_shard]) for number, start in enumerate(starts)]
 
@@ -158,13 +167,10 @@ def _write_all(
     workers: int,
     progress: Callable[[int, int], None],
 ) -> list[Written]:
-    done, total = 0, len(images)
+    done, total = 0, sum(len(rows) for _, rows in jobs)
     results: dict[int, Written] = {}
     progress(done, total)
-    # Forked: the workers have the source's arrays without a copy.
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("fork"), _adopt, (images, options, folder)
-    )
+    pool = _pool(images, options, folder, min(workers, len(jobs)))
     try:
         futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
         for future in as_completed(futures):
@@ -177,6 +183,26 @@ def _write_all(
     return [results[number] for number in sorted(results)]
 
 
+def _digests(
+    images: Source, options: Resolved, folder: Path, workers: int, progress: Callable[[int, int], None]
+) -> Iterator[tuple[int, bytes | None]]:
+    """The digest of each image as it would be written, in order; None for one that cannot be read."""
+    total = len(images)
+    pool = _pool(images, options, folder, workers)
+    try:
+        for number, digest in enumerate(pool.map(_digest, range(total), chunksize=64)):
+            yield number, digest
+            progress(number + 1, total)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(images: Source, options: Resolved, folder: Path, workers: int) -> ProcessPoolExecutor:
+    # Forked: the workers have the source's arrays without a copy.
+    context = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(workers, context, _adopt, (images, options, folder))
+
+
 _job: tuple[Source, Resolved, Path]  # of a worker process
 
 
@@ -185,6 +211,14 @@ def _adopt(images: Source, options: Resolved, folder: Path) -> None:
     _job = (images, options, folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends the pool
     end_with_parent()  # a killed parent ends nothing, and the folder would stay locked
+
+
+def _digest(number: int) -> bytes | None:
+    images, options, _ = _job
+    try:
+        return hashlib.blake2b(make(images, number, options).data, digest_size=16).digest()
+    except LeftOutError:
+        return None
 
 
 def _write_shard(number: int, rows: NDArray[np.int64]) -> Written:

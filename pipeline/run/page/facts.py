@@ -144,7 +144,7 @@ class Facts:
 
     @property
     def settings(self) -> list[Setting]:
-        """All but those that say where a run lies, and who is told of it."""
+        """All that may have had an influence on the result."""
         default: dict[str, Any] = {}
         for section, values in public(Config()).items():
             default |= flattened(section, values)

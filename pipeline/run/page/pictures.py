@@ -12,7 +12,7 @@ from typing import TypeVar
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.run.grid import step_of
+from pipeline.run.grid import GAP, step_of
 from pipeline.run.sample_grids import shown_at
 
 T = TypeVar("T")
@@ -83,7 +83,8 @@ def _read(
     except (OSError, ValueError, SyntaxError):
         return None
     if rows is not None:
-        image = image.crop((0, 0, image.width, min(image.height, _STRIP * rows + 2)))
+        head = (image.height - GAP) % rows  # of titles
+        image = image.crop((0, 0, image.width, min(image.height, head + _STRIP * rows + GAP)))
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     image.save(data := BytesIO(), "WEBP", quality=_QUALITY, lossless=lossless)
     uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,59 @@
+"""What `shardgan train`, `doctor` and `submit` are given: a config, a run, shards, or images.
+
+All become a config file and settings on top of it, as every process of a training gets them.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.installed import config_path
+from launch.training import Training, of_run
+from pipeline.credentials import redacted
+from pipeline.errors import UserError
+
+_YAML = (".yaml", ".yml")
+
+
+def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Training:
+    """Tell what an argument is. gpu: whether the training has one, which decides the preset for new runs.
+
+    Only looks. Raises UserError for what can be none of it, or could be several.
+    """
+    path = Path(argument).expanduser()
+    if "://" in argument:
+        raise UserError(
+            f"{redacted(argument)} is not on this machine. Give a config, with the shards as data.train: "
+            "shardgan train CONFIG data.train=URL data.size=N"
+        )
+    if path.is_dir():
+        return _of_folder(argument, path, settings, gpu)
+    if (path.is_file() and argument.lower().endswith(".tar")) or _is_zip(path):
+        from launch.own_images import of_data
+
+        return of_data(argument, path, settings, gpu)
+    config = str(config_path(argument))
+    if path.suffix.lower() in _YAML or path.is_file() or config != argument:
+        return Training(config, tuple(settings))
+    raise UserError(f"There is no config, folder, zip or run called {argument}.")
+
+
+def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
+    from launch.own_images import of_data
+
+    if not (path / "config.yaml").is_file():
+        return of_data(argument, path, settings, gpu)
+    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+        return of_run(path, settings)
+    if (path / "G_ema.safetensors").is_file():
+        raise UserError(
+            f"{argument} is an export: it can be sampled, but lacks what resuming needs. To begin with its "
+            f"weights: shardgan train CONFIG run.init={argument}"
+        )
+    return of_data(argument, path, settings, gpu)
+
+
+def _is_zip(path: Path) -> bool:
+    return path.is_file() and (path.suffix.lower() == ".zip" or zipfile.is_zipfile(path))

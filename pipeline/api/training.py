@@ -1,0 +1,80 @@
+"""Training for Python: in this process, or in several that the command starts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch import processes
+from launch.installed import config_path
+from pipeline.config import load
+from pipeline.errors import RunError, UserError
+from pipeline.parallel.launched import Precision, Strategy
+from pipeline.run.folder import under_a_free_name
+from pipeline.run.stop import INTERRUPTED
+from pipeline.train import in_this_process
+
+
+def train(
+    config: str | Path,
+    settings: Mapping[str, Any],
+    procs: int,
+    strategy: Strategy | None,
+    precision: Precision,
+) -> Path:
+    """See `shardgan.train`."""
+    path = str(config_path(config))
+    overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
+    if procs == 1 and strategy in (None, "single"):
+        return in_this_process(path, overrides, precision)
+    run = under_a_free_name(load(path, overrides)).run
+    overrides += [f"run.name={run.name}", f"run.resume={_text(run.resume)}"]
+    options = ["--procs", str(procs), "--mixed_precision", precision]
+    _command(["train", path, *overrides, *options, *(["--strategy", strategy] if strategy else [])], procs)
+    return Path(run.out) / str(run.name)
+
+
+def _command(arguments: list[str], procs: int) -> None:
+    """Run `shardgan …` and print here what it prints; Ctrl-C is passed on, and raised once it has ended.
+
+    Raises UserError with its message if it fails.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = processes.environment_of(procs, on_cpu=False)
+    with processes.start([sys.executable, "-m", "launch.cli", *arguments], environment, **pipes) as child:
+        try:
+            error = _shown(child)
+        except BaseException:
+            processes.ask_to_stop(child, signal.SIGINT)
+            try:
+                _shown(child)
+            except BaseException:
+                processes.kill(child)
+            raise
+    if child.returncode == INTERRUPTED:  # stopped by someone else
+        raise KeyboardInterrupt
+    if child.returncode:
+        kind = UserError if child.returncode == 2 else RunError
+        raise kind(error or f"Training ended with status {child.returncode}; see above.")
+
+
+def _shown(child: subprocess.Popen[bytes]) -> str:
+    """Print what it prints until it ends; returns its error message instead, which comes last."""
+    error: list[str] = []
+    for line in (written.decode(errors="replace") for written in child.stdout or ()):
+        if error or line.startswith("error: "):
+            error.append(line)
+        else:
+            print(line, end="", flush=True)
+    child.wait()
+    return "".join(error).removeprefix("error: ").strip()
+
+
+def _text(value: object) -> str:
+    """As settings are written on the command line."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)

@@ -1,0 +1,254 @@
+"""`shardgan train FOLDER`: what an argument is, which preset its images get, and which run is theirs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from launch import presets
+from launch.argument import training_of
+from launch.contents import look_at
+from launch.installed import configs
+from launch.train import train
+from launch.training import Training
+from pipeline.config import Config, UserError, dump, load
+from pipeline.data.index import load_index
+from pipeline.data.prepare.files import open_source
+from pipeline.data.prepare.writer import Options
+from pipeline.data.prepare.writer import prepare as write_shards
+from pipeline.gan.compatible import check_objective
+from pipeline.gan.networks import check_networks
+from pipeline.parallel.batch import batch_shape
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pictures(folder: str, *shapes: tuple[int, ...], classes: tuple[str, ...] = ("",), first: int = 0) -> None:
+    """Noise, an image of each shape in each class. shapes: height and width, and 3 for colour."""
+    numbers = np.random.default_rng(first)
+    for name in classes:
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        for number, shape in enumerate(shapes, first):
+            pixels = numbers.integers(0, 256, shape, np.uint8)
+            Image.fromarray(pixels).save(Path(folder) / name / f"{number}.png")
+
+
+def config_of(training: Training) -> Config:
+    return load(training.config, training.settings)
+
+
+def refusal(argument: str, *settings: str) -> str:
+    with pytest.raises(UserError) as refused:
+        training_of(argument, settings, gpu=False)
+    return str(refused.value)
+
+
+def begin(training: Training, cur_nimg: int = 0) -> Path:
+    """The run folder as the start of a training leaves it."""
+    config = config_of(training)
+    folder = Path(config.run.out) / str(config.run.name)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "metrics.jsonl").write_text("")
+    state = folder / "checkpoints" / str(cur_nimg) / "state.json"
+    state.parent.mkdir(parents=True)
+    if config.data.train and Path(config.data.train).exists():
+        state.write_text(json.dumps({"data": load_index(config.data.train).fingerprint}))
+    return folder
+
+
+def test_configs_and_runs(here):
+    Path("mine.yaml").write_text("data: {train: x}")
+    assert training_of("mine.yaml", ["run.seed=1"], gpu=True) == Training("mine.yaml", ("run.seed=1",))
+    assert training_of("missing.yaml", [], gpu=True) == Training("missing.yaml")  # refused when it is read
+    assert training_of("lambda", [], gpu=False).config == str(configs() / "lambda.yaml")
+    Path("elsewhere").mkdir()
+    run = begin(Training("mine.yaml", ("run.name=a", "run.new_data=true", "penalty.l2=1e-3")))
+    moved = run.rename("elsewhere/b")
+    config = config_of(training_of("elsewhere/b", ["run.total_kimg=7"], gpu=True))
+    assert (config.run.out, config.run.name, config.run.total_kimg) == ("elsewhere", "b", 7)
+    assert config.penalty.G.l2 == 1e-3 and not config.run.new_data
+    assert config_of(training_of(f"{moved}/", [], gpu=False)).run.name == "b"
+
+
+def test_what_is_none_of_it(here):
+    assert refusal("nothing") == "There is no config, folder, zip or run called nothing."
+    assert "u:p" not in (said := refusal("s3://u:p@bucket/faces")) and "data.train=URL" in said
+    for name in ("empty", "texts", "latents", "broken", "export", "both"):
+        Path(name).mkdir()
+    assert refusal("empty").startswith("There are no images (.avif, ")
+    Path("texts/a.txt").write_text("x")
+    assert refusal("texts").endswith("It has: .txt 1.")
+    np.save("latents/a.npy", np.zeros((5, 4, 4), np.float32))
+    assert refusal("latents").startswith("latents holds latents (.npy), and there is no preset")
+    Path("broken/a.png").write_bytes(b"x")
+    assert refusal("broken").startswith("None of the images in broken that were looked at can be read: ")
+    Path("export/config.yaml").write_text("data: {train: x}")
+    Path("export/G_ema.safetensors").write_bytes(b"")
+    assert "run.init=export" in refusal("export")
+    Path("both/a.tar").write_bytes(b"")
+    pictures("both/images", (8, 8))
+    assert refusal("both").startswith("both holds both shards (a.tar) and images (images/0.png). Put ")
+    pictures("photos", (8, 8))
+    assert refusal("photos", "data.train=x").startswith("data.train: the data are photos already")
+    pictures("photos/cats", (8, 8))
+    assert refusal("photos").endswith("shardgan prepare photos OUT, after which: shardgan train OUT")
+    assert sorted(p.name for p in here.iterdir() if "px" in p.name) == []
+
+
+def test_size_channels_and_classes_follow_from_the_images():
+    pictures("photos", *[(40, 90, 3)] * 3, (500, 70), *[(300, 200, 3)] * 3, classes=("cats", "dogs"))
+    training = training_of("photos", [], gpu=False)
+    config, made = config_of(training), training.preparation
+    assert (config.run.name, config.data.train) == ("photos", "photos-64px")
+    assert (config.data.size, config.data.channels) == (64, 3)  # the median side is 70
+    assert not config.data.conditional and "so few images each" in training.notes[2]
+    assert made and (made.source, made.out, made.options) == ("photos", "photos-64px", Options(size=64))
+    assert training.notes[0].startswith(
+        "photos: 14 images of 2 classes, in colour, of shorter sides 40 to 200 (median 70); their shards"
+    )
+    shutil.make_archive("pile", "zip", "photos")
+    zipped = training_of("pile.zip", ["data.size=32", "data.conditional=true", "run.name=x"], gpu=False)
+    config = config_of(zipped)
+    assert (config.run.name, config.data.train, config.G.width) == ("x", "pile-32px", 64)
+    assert config.data.conditional and zipped.preparation.source == "pile.zip"
+    pictures("digits", *[(28, 28)] * 60, classes=tuple("0123"))
+    config = config_of(training_of("digits", [], gpu=False))
+    assert (config.data.size, config.data.channels, config.data.conditional) == (28, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("side", "on_cpu", "on_gpu"), [(8, 28, 28), (31, 28, 28), (63, 32, 32), (200, 64, 128), (4000, 64, 256)]
+)
+def test_the_size_is_what_the_images_fill(side, on_cpu, on_gpu):
+    assert (presets.CPU.size_for(side), presets.GPU.size_for(side)) == (on_cpu, on_gpu)
+
+
+@pytest.mark.parametrize("preset", [presets.CPU, presets.GPU], ids=["cpu", "gpu"])
+def test_every_preset_has_networks_at_each_of_its_sizes(preset):
+    for size in preset.sizes:
+        for settings in ((), preset.few):
+            lines = [*preset.at(size), *settings, f"data.size={size}", "data.conditional=true"]
+            config = load(configs() / preset.config, lines)
+            check_networks(config, num_classes=3)
+            for world in (1, 2, 4):
+                check_objective(config, batch_shape(config.data, world).images, "bf16")
+        assert config.augment.ops, "few images are augmented"
+    at_default = load(configs() / preset.config)
+    assert load(configs() / preset.config, preset.at(64)) == at_default, "the file is the preset at 64"
+
+
+def test_few_images_are_augmented_and_many_are_not(monkeypatch):
+    pictures("photos", *[(32, 32, 3)] * 4)
+    few = training_of("photos", [], gpu=False)
+    assert config_of(few).augment.p == 0.5 and "augmentation is on" in few.notes[-1]
+    monkeypatch.setattr(presets, "FEW", 4)
+    many = training_of("photos", [], gpu=False)
+    assert config_of(many).augment.p is None and "augmentation" not in many.notes[-1]
+    gpu = config_of(training_of("photos", ["G.width=64"], gpu=True))
+    assert (gpu.G.kind, gpu.G.width, gpu.D.width) == ("r3gan", 64, 384)
+
+
+def test_shards_are_trained_on_as_they_are():
+    pictures("photos", *[(48, 48)] * 3)
+    write_shards("photos", "odd", Options(), workers=1)
+    said = refusal("odd")
+    assert "are 48x48" in said and "shardgan prepare odd odd-32px --size 32, then" in said
+    write_shards("photos", "even", Options(size=32), workers=1)
+    training = training_of("even/", [], gpu=False)
+    config = config_of(training)
+    assert (config.run.name, config.data.train) == ("even", "even/")
+    assert (config.data.size, config.data.channels, training.preparation) == (32, 1, None)
+    assert config_of(training_of("even/shard-000000.tar", [], gpu=False)).run.name == "shard-000000"
+
+
+def test_what_was_chosen_first_stays():
+    """On another machine, with other settings than at the start."""
+    pictures("photos", *[(40, 40, 3)] * 3)
+    first = training_of("photos", ["penalty.l2=1e-3", "data.size=32"], gpu=True)
+    first.prepare()
+    begin(first)
+    again = training_of("photos", [], gpu=False)
+    assert config_of(again) == config_of(first)
+    assert again.notes == ("photos: resuming runs/photos, with the settings in its config.yaml",)
+    assert again.preparation == first.preparation
+    shutil.rmtree("photos-32px")
+    again.prepare()
+    assert load_index("photos-32px").num_samples == 3
+    fresh = training_of("photos", ["run.resume=false"], gpu=False)
+    assert config_of(fresh).G.kind == "dcgan" and config_of(fresh).data.size == 32
+
+
+def test_a_run_of_other_data_is_not_resumed():
+    for name, first in (("a/photos", 0), ("b/photos", 10)):
+        pictures(name, *[(32, 32)] * 3, first=first)
+    start = training_of("a/photos", [], gpu=False)
+    start.prepare()
+    run = begin(start)
+    said = refusal("b/photos")
+    assert said.startswith(
+        "runs/photos was trained on other data (a/photos-32px). To train on b/photos, give "
+    )
+    assert config_of(training_of("b/photos", ["run.name=c"], gpu=False)).run.name == "c"
+    moved = training_of("b/photos", ["run.new_data=true"], gpu=False)
+    assert config_of(moved).data.train == "b/photos-32px" and moved.config == str(run / "config.yaml")
+    Path("a/photos").rename("a/pictures")
+    assert config_of(training_of("a/pictures", [], gpu=False)).run.name == "pictures"
+    assert (
+        training_of("a/pictures", ["run.name=photos"], gpu=False).notes[0].startswith("a/pictures: resuming")
+    )
+    write_shards("b/photos", "b/shards", Options(), workers=1)
+    assert "was trained on other data" in refusal("b/shards", "run.name=photos")
+    Path("a/photos-32px").rename("c")
+    assert config_of(training_of("c", ["run.name=photos"], gpu=False)).data.train == "c"
+
+
+def test_changed_images_are_refused():
+    pictures("photos", *[(32, 32)] * 3)
+    training_of("photos", [], gpu=False).prepare()
+    training_of("photos", [], gpu=False).prepare()
+    pictures("photos", *[(32, 32)] * 2, first=10)
+    with pytest.raises(UserError) as refused:
+        training_of("photos", [], gpu=False).prepare()
+    said = str(refused.value)
+    assert said.startswith("photos has 2 images more than when photos-32px was made of it. To train on ")
+    assert said.endswith("shardgan train photos-32px")
+
+
+def test_a_dry_run_prepares_nothing(here):
+    pictures("photos", *[(40, 40, 3)] * 3)
+    shown = CliRunner().invoke(train, ["photos", "--dry-run", "--procs", "1"], catch_exceptions=False)
+    line, _, text = shown.stdout.partition("\n\n# the resolved config\n")
+    assert line.split(" -m ")[1].startswith(f"pipeline.train {configs() / 'own-cpu.yaml'} run.name=photos ")
+    (here / "printed.yaml").write_text(text)
+    assert load("printed.yaml") == config_of(training_of("photos", [], gpu=False))
+    assert "augmentation is on" in shown.stderr
+    assert sorted(p.name for p in here.iterdir()) == ["photos", "printed.yaml"]
+
+
+def test_a_size_that_no_network_has_is_refused_before_anything_is_made(here):
+    pictures("photos", (40, 40, 3))
+    with pytest.raises(UserError, match="28, 32, 64"):
+        CliRunner().invoke(train, ["photos", "data.size=48", "--procs", "1"], catch_exceptions=False)
+    assert sorted(p.name for p in here.iterdir()) == ["photos"]
+
+
+def test_a_look_reads_what_prepare_would_read():
+    """Sizes and colours by the header alone, of a grey JPEG, one with transparency, and of a damaged rest."""
+    pictures("in", (20, 30, 3), (40, 10))
+    image = Image.open("in/0.png")
+    image.convert("L").save("in/grey.jpg")
+    image.convert("RGBA").save("in/clear.webp", lossless=True)
+    Path("in/cut.png").write_bytes(Path("in/0.png").read_bytes()[:200])
+    seen = look_at(open_source("in", "top", lambda _: None), "in")
+    assert (seen.sides, seen.size, seen.channels, seen.images) == ((10, 20, 20, 20, 20), None, 3, 5)

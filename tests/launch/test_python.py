@@ -1,0 +1,135 @@
+"""`import shardgan`: the same as the commands, in a process of someone else's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shardgan
+import torch
+
+from launch import processes
+from pipeline.api.training import _command
+from pipeline.errors import RunError, UserError
+from pipeline.run.session import Session
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "data.train": ROOT / "tests" / "assets" / "fashion-mnist-500",
+    "run.total_kimg": 0.064,
+    "run.tick_kimg": 0.032,
+    "run.eval_kimg": 0.064,
+    "data.batch_size": 32,
+    "data.conditional": True,
+    "G.width": 8,
+    "D.width": 8,
+    "score.images": 20,
+    "track.wandb": False,
+    "optim.G.betas": [0.0, 0.9],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("python")
+    path = folder / "tiny.yaml"
+    path.write_text(f"run: {{out: {folder}}}\ndata: {{size: 28, channels: 1, workers: 1}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config: Path) -> Path:
+    """Trained as a notebook might: in a thread, while an event loop runs."""
+
+    async def cell() -> Path:
+        return await asyncio.to_thread(shardgan.train, config, SETTINGS)
+
+    return asyncio.run(cell())
+
+
+def test_train_returns_the_run_folder_of_these_settings(config: Path, run: Path) -> None:
+    assert run == config.parent / "tiny" and (run / "DONE").read_text() == "64\n"
+    assert shardgan.train(config, SETTINGS) == run  # finished: nothing to do
+    with pytest.raises(UserError, match=r"holds a run with other settings:\n  optim.G.betas: \[0.0, 0.9\] →"):
+        shardgan.train(config, SETTINGS | {"optim.G.betas": (0.5, 0.9)})
+
+
+def test_a_second_training_leaves_this_process_as_it_was(config: Path, run: Path) -> None:
+    environment, state = dict(os.environ), torch.get_rng_state()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    same = shardgan.train(config, SETTINGS | {"run.name": "same"})
+    assert environment == dict(os.environ) and torch.equal(state, torch.get_rng_state())
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert losses(same) == losses(run) and len(losses(run)) == 2
+
+
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row["Loss/G/loss"] for row in rows if "Loss/G/loss" in row]
+
+
+def test_ctrl_c_is_raised_once_the_run_is_saved(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tick = Session.tick
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        tick(*arguments)
+
+    monkeypatch.setattr(Session, "tick", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shardgan.train(config, SETTINGS | {"run.name": "stopped", "run.total_kimg": 1000})
+    stopped = config.parent / "stopped"
+    assert (stopped / "STOPPED").exists() and list((stopped / "checkpoints").glob("[0-9]*"))
+
+
+def test_several_processes_print_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shardgan.train(config, SETTINGS | {"run.name": "two", "run.resume": False}, procs=2)
+    out = capsys.readouterr().out
+    assert run == config.parent / "two" and (run / "DONE").exists()
+    assert "ddp on 2 x cpu" in out and f"Finished at kimg 0.064: {run}" in out
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_errors_are_raised_not_shown(config: Path, procs: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"data.batch_size: Input should be greater than"):
+        shardgan.train(config, {"data.batch_size": -1}, procs=procs)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("status", "raised"), [(2, UserError), (1, RunError), (130, KeyboardInterrupt), (0, None)]
+)
+def test_how_started_processes_end(
+    status: int,
+    raised: type[BaseException] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = f"import sys; print('step'); print('error: a\\n  b', file=sys.stderr); sys.exit({status})"
+    started = partial(processes.start, [sys.executable, "-uc", code])
+    monkeypatch.setattr(
+        processes, "start", lambda _command, *environment, **pipes: started(*environment, **pipes)
+    )
+    with pytest.raises(raised) if raised else nullcontext() as caught:
+        _command(["train"], 2)
+    assert capsys.readouterr().out == "step\n"
+    assert not issubclass(raised or int, UserError) or str(caught.value) == "a\n  b"
+
+
+@pytest.mark.parametrize("name", ["pipeline", "pipeline.py", "random.py"])
+def test_files_that_hide_ours_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("") if name.endswith(".py") else (tmp_path / name).mkdir()
+    code = "import sys, shardgan\nassert 'torch' not in sys.modules\nshardgan.train('x.yaml')"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: {tmp_path / name} hides the module `{name.removesuffix('.py')}`")
