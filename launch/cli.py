@@ -23,7 +23,10 @@ COMMANDS = {
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
     "report": ("launch.report:report", "Write runs or a selection as one HTML page."),
-    "export": ("launch.export:export", "Write whole networks as safetensors."),
+    "plot": ("launch.plot:plot", "Draw the curves of runs in one picture."),
+    "compare": ("launch.compare:compare", "Show in which settings and scores runs differ."),
+    "export": ("launch.export:export", "Write the networks for others to use, with a model card."),
+    "push": ("launch.push:push", "Publish an export on the Hugging Face Hub."),
     "selfcheck": ("launch.selfcheck:selfcheck", "Compare every strategy with plain torch, on this machine."),
     "bench": ("launch.bench:bench", "Measure ratios, side by side in one run."),
 }
@@ -60,7 +63,7 @@ def _call() -> None:
     try:
         cli.main(standalone_mode=False)
     except UserError as error:
-        click.echo(f"error: {error}", err=True)
+        console.show_error(error)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

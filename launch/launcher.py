@@ -11,7 +11,9 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 import psutil
 
@@ -24,10 +26,36 @@ _TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 
 def main() -> None:
     console.take()
-    _Launcher()
+    _Launcher("USR1", "USR2")
     if os.environ.get("SHARDGAN_NODE"):  # node.sh ignored them, but container runtimes reset that
         for number in _TO_THE_STEP:
             signal.signal(number, signal.SIG_IGN)
+    sys.exit(_launch())
+
+
+def launch_from_here(command: Sequence[str], environment: Mapping[str, str], stop_signal: str) -> int:
+    """What `python -m launch.launcher …` does, in this process, which has imported torch: another would take
+    those seconds again. Replaces os.environ and sys.argv; returns the exit status of `shardgan train`.
+
+    stop_signal: run.stop_signal.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv[1:] = command[command.index("launch.launcher") + 1 :]
+    launcher = _Launcher(stop_signal, end=_stopped_early)
+    status = _launch()
+    if status in (stop.INTERRUPTED, stop.TERMINATED):
+        _stopped_early(status)
+    return stop.INTERRUPTED if status == 0 and launcher.interrupted else status
+
+
+def _stopped_early(status: int) -> NoReturn:
+    print("Stopped before training began.", flush=True)
+    console.end_process(stop.INTERRUPTED if status == stop.INTERRUPTED else 0)
+
+
+def _launch() -> int:
+    """Run Accelerate's command with the arguments of this process; returns the exit status."""
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch resets their level
     try:
@@ -37,11 +65,12 @@ def main() -> None:
             raise
         rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
         if failure.exitcode in (stop.INTERRUPTED, stop.TERMINATED):
-            sys.exit(failure.exitcode)
+            return int(failure.exitcode)
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             print(f"rank {rank} (pid {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
-        sys.exit(2 if failure.exitcode == 2 else 1)
+        return 2 if failure.exitcode == 2 else 1
+    return 0
 
 
 class _Launcher:
@@ -50,14 +79,21 @@ class _Launcher:
     They agree, save and leave; torch's launcher would give them 30 seconds and report a failure.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *further: str, end: Callable[[int], NoReturn] = os._exit) -> None:
+        """further: names of signals beside SIGTERM, SIGINT and SIGHUP. end: what ends this process, with an
+        exit status, if there are no training processes yet."""
         os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torch's launcher then handles none of ours
         self._asked = set[int]()
         self._number: int | None = None
+        self._end = end
         # A signal may have waited for it, and its thread then calls these before it is returned.
-        stop.StopSignals("USR1", "USR2", on_stop=self._stop, on_tick=self._pass_on)
+        stop.StopSignals(*further, on_stop=self._stop, on_kill=_kill_descendants, on_tick=self._pass_on)
         stop.hold()  # pending for the training processes until they handle them
         os.environ[stop.LAUNCHER] = str(os.getpid())
+
+    @property
+    def interrupted(self) -> bool:
+        return self._number == signal.SIGINT
 
     def _stop(self, number: int) -> None:
         self._number = number
@@ -67,12 +103,18 @@ class _Launcher:
             return
         children = psutil.Process().children()
         if not children and not self._asked and not os.times().children_user:  # none so far
-            os._exit(stop.INTERRUPTED if self._number == signal.SIGINT else stop.TERMINATED)
+            self._end(stop.INTERRUPTED if self.interrupted else stop.TERMINATED)
         for child in children:
             if child.pid not in self._asked:
                 self._asked.add(child.pid)
                 with suppress(psutil.NoSuchProcess):
                     child.send_signal(self._number)
+
+
+def _kill_descendants() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from launch import processes
+from launch.launcher import launch_from_here
 from launch.processes import STRATEGIES
 from pipeline import console
 from pipeline.run import stop
+from pipeline.wording import counted
 
 if TYPE_CHECKING:
     from launch.training import Training
@@ -45,6 +47,8 @@ def train(
     Settings of the form section.key=value override the file. Ctrl-C saves and stops (exit status 130); a
     second one, more than a second later, ends at once.
     """
+    if not dry_run:  # before seconds of imports
+        click.echo(f"starting {_processes(procs, strategy)} …", err=True)
     from launch.argument import training_of
     from pipeline.config import UserError, dump, load
     from pipeline.credentials import redacted
@@ -83,7 +87,7 @@ def train(
         console.settle()
         stop.hold()
         os.execve(sys.executable, command, environment)
-    status = _run(command, environment, resolved.run.stop_signal)
+    status = launch_from_here(command, environment, resolved.run.stop_signal)
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
 
 
@@ -104,21 +108,8 @@ def _check_data(training: Training, config: Config, folder: Path) -> None:
     images_of(config.data, torch.device("cpu"))
 
 
-def _run(command: list[str], environment: dict[str, str], stop_signal: str) -> int:
-    """Run the launcher, and pass on the first signal; returns the exit status."""
-    launcher = processes.start(command, environment)
-    signals = stop.StopSignals(
-        stop_signal,
-        on_stop=lambda number: processes.ask_to_stop(launcher, number),
-        on_kill=lambda: processes.kill(launcher),
-    )
-    status = launcher.wait()
-    signals.close()
-    if signals.received is not None and status < 0:  # it did not handle signals yet
-        status = stop.TERMINATED
-    if status in (stop.INTERRUPTED, stop.TERMINATED):
-        click.echo("Stopped before training began.")
-        return stop.INTERRUPTED if signals.interrupted else 0
-    if status == 0 and signals.interrupted:
-        return stop.INTERRUPTED
-    return status if status in (0, 2) else 1
+def _processes(procs: int | None, strategy: str | None) -> str:
+    """What is known of them before torch counts the GPUs."""
+    if procs is None:
+        return strategy or "training"
+    return f"{counted(procs, 'process')} ({strategy or ('single' if procs == 1 else 'ddp')})"

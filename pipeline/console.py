@@ -57,6 +57,13 @@ def take() -> None:
                 handler.setStream(after)
 
 
+def show_error(error: object) -> None:
+    """`error: …` on standard error, red where that is a terminal with colours (https://no-color.org)."""
+    wanted = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+    sign = "\x1b[31merror:\x1b[0m" if wanted and sys.stderr.isatty() else "error:"
+    print(sign, error, file=sys.stderr, flush=True)
+
+
 def settle() -> None:
     """Wait until everything written so far is out, but not for a console that takes too long."""
     deadline = time.monotonic() + _LAST_LINES_S

@@ -1,8 +1,9 @@
-"""URLs without credentials, for messages, logs, files and charts."""
+"""URLs without credentials, and paths without their folders, for messages, files and charts."""
 
 from __future__ import annotations
 
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 
@@ -33,6 +34,14 @@ def scrubbed(text: str) -> str:
     A URL ends at a quote or a bracket, unless an @ follows: a password may contain any character.
     """
     return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
+
+
+def public(setting: str) -> str:
+    """A setting for other people: URLs redacted; of a path outside the current folder, its last part."""
+    path = re.fullmatch(r"([\w.]*:)?((?:/|~|\.\.).*)", setting, re.DOTALL)
+    if path is None or ("://" in setting and path[1] != "file:"):
+        return scrubbed(setting)
+    return (path[1] or "") + PurePosixPath(path[2]).name
 
 
 def reason(error: Exception, given: str) -> str:

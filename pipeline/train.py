@@ -138,7 +138,7 @@ def _train(
 
 def _refuse(error: Exception, status: int = 2, show: bool = True) -> int:
     if show:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        console.show_error(error)
     return status
 
 

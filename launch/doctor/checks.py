@@ -36,9 +36,12 @@ def job_of(
     return Job(config, nodes, gpus, strategy or ("single" if nodes * gpus == 1 else "ddp"), precision)
 
 
-def examine(job: Job, progress: Progress = lambda done, total: None) -> list[Finding]:
-    """All checks that need no other process. progress: called while shards are read."""
-    index, of_data = data.examine(job, progress)
+def examine(job: Job, progress: Progress = lambda done, total: None, read: bool = True) -> list[Finding]:
+    """All checks that need no other process.
+
+    progress: called while shards are read. read: every byte of them.
+    """
+    index, of_data = data.examine(job, progress, read)
     players, of_networks = networks.examine(job, index)
     found = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks]
     if players is not None:

@@ -5,21 +5,57 @@ A job is a folder: `job.sbatch`, the code and the config as they were when it wa
 
 from __future__ import annotations
 
+import getpass
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from launch.installed import ROOT, slurm_scripts
 from launch.slurm import index_copies
 from pipeline.config import Data, UserError
-from pipeline.credentials import scrubbed
+from pipeline.credentials import redacted, scrubbed
+from pipeline.wording import one_line
 
 _INDEX = "index"  # the index of the data, if it does not lie beside them
+# Of sbatch: what a job of ours depends on, and its short options.
+_OURS = {
+    "array",
+    "chdir",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "parsable",
+    "signal",
+    "wrap",
+}
+_LONG = {
+    **{
+        "a": "array",
+        "A": "account",
+        "C": "constraint",
+        "c": "cpus-per-task",
+        "D": "chdir",
+        "d": "dependency",
+    },
+    **{
+        "e": "error",
+        "G": "gpus",
+        "J": "job-name",
+        "L": "licenses",
+        "N": "nodes",
+        "n": "ntasks",
+        "o": "output",
+    },
+    **{"p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude"},
+}
 
 
 @dataclass(frozen=True)
@@ -70,11 +106,18 @@ class BatchJob:
     options: tuple[str, ...]
 
 
-def render(name: str, folder: Path, line: Sequence[str], resources: Resources, **more: str) -> BatchJob:
+def render(
+    name: str,
+    folder: Path,
+    line: Sequence[str],
+    resources: Resources,
+    user: Mapping[str, str | None] | None = None,
+    **more: str,
+) -> BatchJob:
     """The batch file of a job in `folder`.
 
-    line: a script of slurm/ and its arguments; node.sh is run as one task. more: further options of sbatch.
-    Raises UserError.
+    line: a script of slurm/ and its arguments; node.sh is run as one task. user: options of sbatch that the
+    user gives (`parse_options`), in place of ours. more: further options. Raises UserError.
     """
     for path in (str(folder), str(Path.cwd())):
         if not path.isprintable() or {"%", "\\"} & set(path):
@@ -82,12 +125,13 @@ def render(name: str, folder: Path, line: Sequence[str], resources: Resources, *
                 f"{path!r}: Slurm gives % and \\ in the path of a log another meaning. Choose another "
                 "run.name or run.out, or call from another folder."
             )
-    options = {
+    options: dict[str, str | None] = {
         "job-name": re.sub(r"[^\w.+=-]", "_", name, flags=re.ASCII),
         **resources.directives(),
         **more,
         "chdir": str(Path.cwd()),
         "output": f"{folder}/{'%A_%a' if 'array' in more else '%j'}.log",
+        **(user or {}),
     }
     variables = {"SHARDGAN_CODE": f"{folder}/code", "SHARDGAN_INDEX": f"{folder}/{_INDEX}"}
     # The Python of this process, unless SHARDGAN_VENV or a container brings another.
@@ -99,7 +143,8 @@ def render(name: str, folder: Path, line: Sequence[str], resources: Resources, *
     text = "\n".join(
         [
             "#!/usr/bin/env bash",
-            *(f"#SBATCH --{key}={_quoted(value)}" for key, value in options.items()),
+            f"# Made by shardgan {version('shardgan')} for {getpass.getuser()}: {_this_command()}",
+            *(f"#SBATCH {_option(key, value, _quoted)}" for key, value in options.items()),
             "#SBATCH --open-mode=append",
             "#SBATCH --signal=B:USR1@120",
             "#SBATCH --requeue",
@@ -108,7 +153,41 @@ def render(name: str, folder: Path, line: Sequence[str], resources: Resources, *
             "",
         ]
     )
-    return BatchJob(text, tuple(f"--{key}={value}" for key, value in options.items()))
+    return BatchJob(text, tuple(_option(key, value) for key, value in options.items()))
+
+
+def parse_options(words: Sequence[str]) -> dict[str, str | None]:
+    """Options of sbatch by name, as a user writes them: --mem=64G, --mem 64G, -C a100, --exclusive (None).
+
+    Raises UserError for what is no option, and for options that would break the job.
+    """
+    found: dict[str, str | None] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = value if equals else None
+        elif word.startswith("-") and len(word) > 1:
+            name = _LONG.get(word[1], word[1])
+            found[name] = word[2:] or None
+        elif name and found[name] is None:
+            found[name] = word
+        else:
+            raise UserError(f"{word!r}, after --, is no option of sbatch, as --mem=64G.")
+    if ours := sorted({*found} & _OURS):
+        raise UserError(f"--{ours[0]}, after --, would break the job: it is set by shardgan.")
+    if short := [name for name in found if len(name) == 1]:
+        raise UserError(f"-{short[0]}, after --: write sbatch's long option instead.")
+    return found
+
+
+def _option(name: str, value: str | None, quoted: Callable[[str], str] = str) -> str:
+    return f"--{name}" if value is None else f"--{name}={quoted(value)}"
+
+
+def _this_command() -> str:
+    """The command line of this process, in one line and without credentials."""
+    return one_line(shlex.join(["shardgan", *map(redacted, sys.argv[1:])]))
 
 
 def check(batch: BatchJob) -> None:

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 
-@click.command()
+class _BeforeDashes(click.Command):
+    """Leaves what follows `--` to sbatch, in ctx.obj."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        ctx.obj = args[at + 1 :]
+        return super().parse_args(ctx, args[:at])
+
+
+@click.command(cls=_BeforeDashes, options_metavar="[OPTIONS] [-- SBATCH_OPTIONS]")
 @click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
@@ -30,8 +39,17 @@ if TYPE_CHECKING:
 @click.option("--time", help="Limit of one stretch, as sbatch takes it; the job requeues itself until DONE.")
 @click.option("--partition", help="Default: the cluster's.")
 @click.option("--account", help="Default: yours.")
+@click.option(
+    "--check",
+    type=click.Choice(["full", "quick"]),
+    default="full",
+    show_default=True,
+    help="full reads all shards on this machine; quick only their index.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the batch file; write and submit nothing.")
+@click.pass_obj
 def submit(
+    sbatch: list[str],
     config: str,
     settings: tuple[str, ...],
     nodes: int,
@@ -43,14 +61,16 @@ def submit(
     time: str | None,
     partition: str | None,
     account: str | None,
+    check: str,
     dry_run: bool,
 ) -> None:
     """Train on a Slurm cluster what `shardgan train` would train here.
 
     The same command again resumes a run that is not DONE.
 
-    Everything is checked first, as by `shardgan doctor`. Set further options of sbatch by its variables
-    (SBATCH_QOS, SBATCH_CONSTRAINT, …) and those of the job by SHARDGAN_*: see slurm/train.sbatch.
+    Everything is checked first, as by `shardgan doctor`. Give further options of sbatch after --, as in
+    -- --mem=64G --gpus-per-node=a100:8 --qos=high --mail-type=END, and those of the job by SHARDGAN_*
+    variables: see slurm/README.md.
     """
     from launch.argument import training_of
     from launch.slurm import jobs
@@ -73,12 +93,12 @@ def submit(
     jobs.refuse_credentials([str(resolved.data.train)])
     number = next(n for n in count(1) if not (run / "slurm" / str(n)).exists())
     folder = run / "slurm" / str(number)
-    batch = jobs.render(run.name, folder, ["train.sbatch", f"{folder}/config.yaml"], resources)
+    line = ["train.sbatch", f"{folder}/config.yaml"]
+    batch = jobs.render(run.name, folder, line, resources, jobs.parse_options(sbatch))
     if not dry_run:
         jobs.check(batch)
-    if not dry_run:
         training.prepare()
-    _examine(resolved, run, resources)
+    _examine(resolved, run, resources, read=check == "full")
     if dry_run:
         click.echo(batch.text, nl=False)
         return
@@ -115,8 +135,11 @@ def _enough(cpus: int | None, procs: int, workers: int) -> int:
     return cpus or needed
 
 
-def _examine(config: Config, run: Path, resources: Resources) -> None:
-    """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before."""
+def _examine(config: Config, run: Path, resources: Resources, read: bool) -> None:
+    """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before.
+
+    read: every byte of the shards.
+    """
     from rich.console import Console
 
     from launch.doctor.checks import bar, examine, job_of
@@ -131,9 +154,9 @@ def _examine(config: Config, run: Path, resources: Resources) -> None:
         checked_index(config, announce=False)
         return
     job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
-    click.echo("Checking everything first; all shards are read …", err=True)
+    click.echo(f"Checking everything first{'; all shards are read' if read else ''} …", err=True)
     with bar() as progress:
-        found = examine(job, progress)
+        found = examine(job, progress, read)
     if remarkable := [finding for finding in found if finding.verdict != "ok"]:
         show(remarkable, Console(stderr=True))
     if fails(found):

@@ -61,6 +61,7 @@ class Index:
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...] = ()
     remote: RemoteShards | None = None
+    license: str | None = None  # of the samples, if index.json has it
 
     @cached_property
     def num_samples(self) -> int:
@@ -189,7 +190,8 @@ def index_of(
     """`record`: index.json, for the names."""
     folder = Path(remote.folder.path) if remote else root
     classes = tuple(str(name) for name in record.get("classes", ()))
-    return Index(str(record.get("name") or folder.name), root, tuple(shards), classes, remote)
+    terms = str(record["license"]) if record.get("license") else None
+    return Index(str(record.get("name") or folder.name), root, tuple(shards), classes, remote, terms)
 
 
 def not_empty(index: Index) -> Index:

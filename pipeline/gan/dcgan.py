@@ -70,7 +70,7 @@ class Generator(nn.Module):
             z = torch.cat([z, self.embed(c)], dim=1)
         x = self.project(z)
         # Channels last: a view in the memory layout that convolutions prefer.
-        x = x.view(len(z), self.start, self.start, -1).permute(0, 3, 1, 2)
+        x = x.view(z.shape[0], self.start, self.start, -1).permute(0, 3, 1, 2)
         return torch.tanh(self.blocks(x))
 
 

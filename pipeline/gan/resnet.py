@@ -78,7 +78,7 @@ class Generator(nn.Module):
         if self.embed is not None:
             z = torch.cat([z, self.embed(c)], dim=1)
         # Channels last: a view in the memory layout that convolutions prefer.
-        x = self.project(z).view(len(z), _START, _START, -1).permute(0, 3, 1, 2)
+        x = self.project(z).view(z.shape[0], _START, _START, -1).permute(0, 3, 1, 2)
         return run_all(self.blocks, x, checkpoint=self.checkpoint)
 
 

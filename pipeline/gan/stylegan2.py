@@ -190,7 +190,7 @@ class Synthesis(nn.Module):
     def forward(
         self, x: Tensor | None, image: Tensor | None, w: Tensor, keys: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        features: Any = x if self.start is None else self.start.expand(len(w), -1, -1, -1)
+        features: Any = x if self.start is None else self.start.expand(w.shape[0], -1, -1, -1)
         for number, conv in enumerate(self.convs):
             features = conv(features, w[:, number], keys)
         added = self.to_image(features, w[:, -1])

@@ -87,7 +87,7 @@ class Generator(nn.Module):
             z = torch.cat([z, rms_norm(self.embed(c))], dim=1)
         w = self.latent = self.mapping(z)
         rotation = rotations(self.side, self.head_channels, z)
-        x = positions(self.side, self.width, z).expand(len(z), -1, -1)
+        x = positions(self.side, self.width, z).expand(z.shape[0], -1, -1)
         images: list[Tensor] = []
         for depth, block in enumerate(self.blocks, start=1):
             x = run(block, x, w, rotation, checkpoint=self.checkpoint)

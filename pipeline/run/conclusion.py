@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run import events
+from pipeline.run.curves import CURVES, draw_run
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED
 from pipeline.run.page.document import PAGE, write_beside
@@ -41,17 +42,10 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     export(folder, folder / "export")
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
+    report.extra(CURVES, lambda: draw_run(folder))
     _mark(folder / DONE, state)
-    _page(folder, report)
+    report.extra(PAGE, lambda: write_beside(folder))
     report.conclude(state.cur_nimg)
-
-
-def _page(folder: Path, report: Report) -> None:
-    """The run is finished by now: whatever keeps its page from being written is no reason to fail."""
-    try:
-        write_beside(folder)
-    except Exception as error:
-        report.warn("Page not written", f"{folder / PAGE} could not be written: {error}")
 
 
 def _mark(file: Path, state: State) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import yaml
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config import Config, UserError, dump
-from pipeline.credentials import redacted
-from pipeline.durable import save_tensors, whole
+from pipeline.config import Config, UserError, dump, load
+from pipeline.credentials import public
+from pipeline.durable import save_tensors, whole, write
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
+from pipeline.run.card import card
 from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
+from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
 from pipeline.run.folder import begun
+from pipeline.run.portable import write_portable
 from pipeline.run.state import State
-from pipeline.wording import in_time
+from pipeline.wording import one_line
 
 Network = Literal["G_ema", "G", "D"]
 NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
@@ -47,26 +54,83 @@ def load_generator(run: Path, checkpoint: Wanted = "newest") -> tuple[nn.Module,
         raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
 
 
-def export(run: Path, out: Path, checkpoint: Wanted = "newest") -> list[Path]:
+def load_exported(folder: Path) -> tuple[nn.Module, Config, Exported]:
+    """G_ema of an export, on the CPU, in eval mode; its settings, and its facts.
+
+    Raises UserError if `folder` is no export, or holds another G than its config.yaml describes.
+    """
+    facts, config = read(folder), load(folder / "config.yaml")
+    G = build_G(config, facts.num_classes)
+    try:
+        G.load_state_dict(load_file(folder / "G_ema.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}: G_ema.safetensors does not fit its config.yaml: {one_line(str(error))}"
+        ) from None
+    return G.requires_grad_(False).eval(), config, facts
+
+
+class Written(NamedTuple):
+    """What `export` has written, and what it could not, and why."""
+
+    files: list[Path]
+    remarks: list[str]
+
+
+def export(
+    run: Path, out: Path, checkpoint: Wanted = "newest", *, complete: bool = False, onnx: bool = False
+) -> Written:
     """Write G_ema, G and D (whole, fp32, keys as in the module), the config and a model card to `out`.
 
-    Returns the files. Raises UserError as `load_run` does, or if `out` cannot be written.
+    complete: also what others need to use it without ShardGAN, samples.png and G_ema.pt2; onnx: G_ema.onnx
+    too. What cannot be written of a user's own network or decoder is left out, with a remark. Files of an
+    earlier export there are replaced. Raises UserError as `load_run` does, if `out` is a run folder or cannot
+    be written, or without the packages of `onnx`.
     """
     config, found, state = load_run(run, checkpoint)
+    if (out / "checkpoints").exists():
+        raise UserError(f"{out} is a run folder. Give the export a folder of its own.")
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}
-    files = []
+    facts, files, remarks = facts_of(run, config, state), list[str](), list[str]()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        _begin(out)
         for name, network in networks.items():
             tensors = {key: t.clone().contiguous() for key, t in network.state_dict().items()}
-            files.append(out / f"{name}.safetensors")
-            with whole(files[-1]) as partial:
+            files.append(f"{name}.safetensors")
+            with whole(out / files[-1]) as partial:
                 save_tensors(tensors, partial, {"format": "pt", "cur_nimg": str(state.cur_nimg)})
-        (out / "config.yaml").write_text(dump(config), "utf-8")
-        (out / "README.md").write_text(_model_card(config, state), "utf-8")
+        if complete:
+            made, remarks = write_portable(networks["G_ema"], config, state, out, onnx)
+            files += made
+        facts = replace(facts, files=(*files, "config.yaml", CARD, FILE))
+        write(out / "config.yaml", _public_settings(config))
+        write(out / CARD, card(config, facts))
+        save(out, facts)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from None
-    return [*files, out / "config.yaml", out / "README.md"]
+    return Written([out / name for name in facts.files], remarks)
+
+
+def _begin(out: Path) -> None:
+    """Remove what an earlier export has left: export.json first, as the rest is no longer one."""
+    out.mkdir(parents=True, exist_ok=True)
+    with suppress(UserError):
+        for name in (FILE, *read(out).files):
+            (out / name).unlink(missing_ok=True)
+    (out / FILE).unlink(missing_ok=True)
+
+
+def _public_settings(config: Config) -> str:
+    """config.yaml without the folders of this machine."""
+
+    def public_of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public_of(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [public_of(item) for item in value]
+        return public(value) if isinstance(value, str) else value
+
+    return yaml.safe_dump(public_of(yaml.safe_load(dump(config))), sort_keys=False, allow_unicode=True)
 
 
 def load_network(name: Network, config: Config, found: Path, state: State) -> nn.Module:
@@ -83,56 +147,3 @@ def load_network(name: Network, config: Config, found: Path, state: State) -> nn
         for key, value in pooled(network, read_buffers(found, player)).items():
             buffers[key].copy_(value)
     return network.requires_grad_(False).eval()
-
-
-def _model_card(config: Config, state: State) -> str:
-    """A README for users of the files."""
-    data, G, penalty = config.data, config.G, config.penalty
-    shape = f"{data.channels}, {data.size}, {data.size}"
-    colour = "latents" if data.latents else "grey" if data.channels == 1 else "RGB"
-    label = ", and class labels c, int64 [N]" if state.num_classes else ""
-    labels = f", torch.arange(16) % {state.num_classes}" if state.num_classes else ""
-    classes = f"one of {state.num_classes} classes, " if state.num_classes else ""
-    what, black_to_white, clamp = (
-        "images",
-        ", of which\n[-1, 1] is from black to white: clamp them",
-        ".clamp(-1, 1)",
-    )
-    if data.latents:
-        what, black_to_white, clamp = "latents", "", ""
-    own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((G.kind, config.D.kind)) if ":" in kind)
-    needs = f"Its networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
-    if data.decoder is not None:
-        needs += f"What makes images of its latents, `{data.decoder}`, is not among the files.\n"
-    return f"""# {config.run.name}
-
-A generator G and a discriminator D of {data.size}x{data.size} images ({classes}{colour}),
-trained by ShardGAN on the images in `{redacted(str(data.train))}`; D was shown {state.cur_nimg:,} of them,
-counting repeats. Loss `{config.loss.kind}`; L2 penalties
-λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`.
-
-| file | what |
-|---|---|
-| `G_ema.safetensors` | the moving average of G: the one to sample from |
-| `G.safetensors`, `D.safetensors` | the players as they ended |
-| `config.yaml` | the resolved config; `shardgan train` reproduces the run from it |
-
-All tensors are whole and float32, named as in the modules. G takes z ~ N(0, 1), float32
-[N, {G.z_dim}]{label}, and gives {what}, float32 [N, {shape}]{black_to_white}.
-
-To use it, install ShardGAN (`pip install .` in its source folder), which brings the modules `pipeline` and
-`launch`, and run this in the folder of these files.
-{needs}
-```python
-import torch
-from safetensors.torch import load_file
-
-from pipeline import config
-from pipeline.gan.networks import build_G
-
-G = build_G(config.load("config.yaml"), num_classes={state.num_classes})
-G.load_state_dict(load_file("G_ema.safetensors"))
-with torch.no_grad():
-    {what} = G.eval()(torch.randn(16, {G.z_dim}){labels}){clamp}
-```
-"""

@@ -42,10 +42,15 @@ class References:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Only scores against references of equal fingerprints can be compared."""
-        return {
-            name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-            for name, key in self.about.items()
-        }
+        return fingerprints(self.about)
+
+
+def fingerprints(about: About) -> dict[str, str]:
+    """Of "heldout" and "train", each a short hash of what scores against it depend on."""
+    return {
+        name: hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        for name, key in about.items()
+    }
 
 
 def references(

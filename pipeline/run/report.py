@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,13 +52,25 @@ class Report:
         """Move the progress bar."""
 
     def working(self, text: str) -> None:
-        """Show on the progress bar what happens between updates."""
+        """Show on the progress bar what happens between updates; "": nothing any more."""
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Inside: what the progress bar shows, unless something there is `working`."""
+        self.working(f"{doing} …")
+        try:
+            yield
+        finally:
+            self.working("")
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
         """Send a picture that has been written."""
 
     def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
         """Send a picture that `draw` writes, if the run is tracked."""
+
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        """Write a file of the run folder that training does not need: whatever fails is a warning."""
 
     def summary(self, values: Mapping[str, float]) -> None:
         """Values for the whole run, beside its charts."""
@@ -141,6 +153,14 @@ class MainReport(Report):
         else:
             if path is not None:
                 self.image(key, path, cur_nimg)
+
+    def extra(self, name: str, make: Callable[[], object]) -> None:
+        self.still_ours()
+        try:
+            make()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn("File not written", f"{name} could not be written: {reason}.")
 
     def summary(self, values: Mapping[str, float]) -> None:
         self._tracker.summary(values)

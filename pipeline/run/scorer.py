@@ -55,6 +55,7 @@ class Scorer:
         self._report.still_ours()
         try:
             if self._extractor is None:
+                self._report.working("loading the feature network …")
                 self._extractor = load_features(self._config.score.features).to(self._ranks.device)
                 self._extractor.register_forward_pre_hook(self._interrupt)
             real = references(self._config, self._extractor, self._index, self._ranks, self._images)

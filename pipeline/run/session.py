@@ -28,6 +28,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run.clock import Clock
 from pipeline.run.conclusion import conclude
+from pipeline.run.curves import Curves
 from pipeline.run.evaluate import from_latents
 from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
@@ -64,6 +65,7 @@ class Session:
         self._train_size = split.training().size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
         self._grids = SampleGrids(folder, ranks, report, index.classes)
+        self._curves = Curves(folder, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
         self._images = agreed_images(config.data, ranks)
         self._scorer = Scorer(config, folder, index, ranks, report, signals, self._health, self._images)
@@ -133,15 +135,14 @@ class Session:
                 self._saver.finish()  # the save under way is from before
                 raise
             self._bad.check()
-            if self._scorer.is_best(state, scores):
-                self.new_best = True
+            self.new_best |= self._scorer.is_best(state, scores)
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
-        """A sample grid of G_ema, from the same latents every time."""
-        drawn = gan.draws.grid(GRID)
-        make = from_latents(gan.G_ema.module(), *drawn, self._ranks.device, self._images)
+        """A sample grid of G_ema, from the same latents every time; and the curves so far."""
+        make = from_latents(gan.G_ema.module(), *gan.draws.grid(GRID), self._ranks.device, self._images)
         with self._off_the_clock("drawing samples"):
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws, cur_nimg)
+            self._curves.draw_if_due()
         reals = self._heldout.images
         if fakes is not None and reals is not None and cur_nimg:
             self._health.compare_diversity(spread(fakes), spread(self._images(reals)))
@@ -222,7 +223,7 @@ class Session:
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:
-        with self.clock.stopped(), self._progress.during(doing):
+        with self.clock.stopped(), self._progress.during(doing), self._report.during(doing):
             yield
 
 

@@ -37,7 +37,7 @@ class Lines:
         """Move the bar."""
 
     def working(self, text: str) -> None:
-        """On the bar: what happens between updates."""
+        """On the bar: what happens between updates, in place of the last row's figures; "": nothing."""
 
     def close(self) -> None:
         """Free the terminal."""
@@ -57,23 +57,26 @@ class Bar(Lines):
             TimeRemainingColumn(),
             console=self._console,
         )
+        self._row = ""  # what the last row has said
         self._bar.start()
         self._task = self._bar.add_task("", total=total_nimg / 1000, status="")
         self.advance(cur_nimg)
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        style = "yellow" if text.startswith("warning:") else None
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True, style=style)
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         kimg = 2 * len(f"{self._total / 1000:g}") + len(".0/ kimg 0:00:00 ")
-        self.working(_fitting(_status(values), self._console.width - self._width - kimg - 3))
+        self._row = _fitting(_status(values), self._console.width - self._width - kimg - 3)
+        self.working("")
         self.advance(cur_nimg)
 
     def advance(self, cur_nimg: int) -> None:
         self._bar.update(self._task, completed=cur_nimg / 1000)
 
     def working(self, text: str) -> None:
-        self._bar.update(self._task, status=text)
+        self._bar.update(self._task, status=text or self._row, refresh=True)  # before what may take long
 
     def close(self) -> None:
         self._bar.stop()
@@ -98,9 +101,10 @@ def _status(values: Mapping[str, float]) -> dict[str, str]:
 
 
 def _fitting(status: Mapping[str, str], room: int) -> str:
-    """What fits into `room` characters; scores matter most."""
+    """What fits into `room` characters; scores matter most, and the first of them stays."""
     shown = dict(status)
-    for label in ("L_G", "L_D", "img/s"):
+    losses = ["L_G", "L_D", "img/s"]
+    for label in (*losses, *[label for label in reversed(shown) if label not in losses][:-1]):
         if len("  ".join(shown.values())) > room:
             shown.pop(label, None)
     return "  ".join(shown.values())

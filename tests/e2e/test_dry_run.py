@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 
 from click.testing import CliRunner
-from launching import ADAM, Worlds
+from launching import ADAM, FASHION, Worlds
 
 from launch.train import train
 from pipeline import config
@@ -54,8 +55,10 @@ def test_the_printed_config_is_the_config(tmp_path):
 
 
 def test_a_runs_own_config_is_the_config(worlds: Worlds):
-    """The file in the run folder, and the one in its export, reproduce the run."""
+    """The file in the run folder, and the one in its export, which names no folders of this machine."""
     settings = ["run.name=adam-2", f"run.out={worlds.folder}", "penalty.on=weights"]  # what auto became
     resolved = config.load(worlds.folder / "adam.yaml", settings)
-    for place in ("config.yaml", "export/config.yaml"):
-        assert config.load(worlds.adam[2].path / place) == resolved
+    assert config.load(worlds.adam[2].path / "config.yaml") == resolved
+    data, run = replace(resolved.data, train=FASHION.name), replace(resolved.run, out=worlds.folder.name)
+    public = replace(resolved, data=data, run=run)
+    assert config.load(worlds.adam[2].path / "export" / "config.yaml") == public

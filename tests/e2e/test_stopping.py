@@ -82,11 +82,10 @@ def test_many_pairs_of_signals(place, world, pairs):
 
 
 def descendants(started: Started) -> dict[str, list[psutil.Process]]:
-    """Of `shardgan train --procs N`: itself, its launcher, the ranks."""
+    """Of `shardgan train --procs N`: itself, the ranks."""
     me = psutil.Process(started.process.pid)
-    launcher = me.children()
-    ranks = [child for process in launcher for child in process.children()]
-    return {"command": [me], "launcher": launcher, "rank": ranks[:1], "ranks": ranks}
+    ranks = me.children()
+    return {"command": [me], "rank": ranks[:1], "ranks": ranks}
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -98,13 +97,12 @@ def train_in_two(place: Path, name: str, *settings: str) -> Started:
     return Started(shardgan("train", *line), place)
 
 
-@pytest.mark.parametrize("victim", ["command", pytest.param("launcher", marks=pytest.mark.long)])
-def test_a_launcher_that_is_killed_leaves_a_saved_run_and_nobody(place, victim):
-    name, endless = f"killed-{victim}", "run.total_kimg=90"
+def test_a_command_that_is_killed_leaves_a_saved_run_and_nobody(place):
+    name, endless = "killed", "run.total_kimg=90"
     started = train_in_two(place, name, endless).until(rows_written(place / "runs" / name, 2))
     processes = descendants(started)
-    processes[victim][0].kill()
-    assert gone([*processes["launcher"], *processes["ranks"]])
+    processes["command"][0].kill()
+    assert gone(processes["ranks"])
     said = started.wait().output
     assert "Traceback" not in said
     assert re.search(r"Stopped at kimg \S+ (on SIGTERM|because its launcher \(PID \d+\) has ended);", said)
@@ -156,7 +154,7 @@ def test_stopped_while_it_starts(place, world):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_pairs_of_signals_to_whole_commands(place):
-    """To the command, its launcher or ranks, in whatever state they are; each continues what the one before
+    """To the command or its ranks, in whatever state they are; each continues what the one before
     has left."""
     chance, folder = random.Random(1), place / "runs" / "commands"
     whole = train_in_two(place, "whole", *LONGER)

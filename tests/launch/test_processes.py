@@ -206,7 +206,9 @@ def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_that_waited_for_the_launcher_ends_it(monkeypatch, number, status):
     """The listening thread may be faster than the constructor that starts it."""
 
-    def listening(*_: str, on_stop: Callable[[int], None], on_tick: Callable[[], None]) -> None:
+    def listening(
+        *_: str, on_stop: Callable[[int], None], on_tick: Callable[[], None], **_more: object
+    ) -> None:
         on_stop(number)
         on_tick()
 
@@ -214,8 +216,7 @@ def test_a_signal_that_waited_for_the_launcher_ends_it(monkeypatch, number, stat
     monkeypatch.setattr(stop, "StopSignals", listening)
     monkeypatch.setattr(launcher.psutil, "Process", lambda: children)
     monkeypatch.setattr(launcher.os, "times", lambda: SimpleNamespace(children_user=0.0))
-    monkeypatch.setattr(launcher.os, "_exit", sys.exit)
     monkeypatch.setattr(stop, "hold", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        launcher._Launcher()
+        launcher._Launcher(end=sys.exit)
     assert ended.value.code == status

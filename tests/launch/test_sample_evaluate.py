@@ -21,7 +21,6 @@ from launch.export import export as export_command
 from launch.sample import sample
 from pipeline.config import UserError
 from pipeline.run import spectrum
-from pipeline.run.export import export
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
@@ -125,23 +124,6 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     for command, arguments in ((sample, ("--out", tmp_path / "x.png")), (evaluate, ())):
         with pytest.raises(UserError, match="not a run folder"):
             call(command, tmp_path, *arguments)
-
-
-def test_the_model_cards_lines_make_images(run, tmp_path):
-    """As a stranger would run them, in the exported folder."""
-    export(run, tmp_path / "out")
-    code = (tmp_path / "out" / "README.md").read_text().partition("```python")[2].partition("```")[0]
-    check = "\nassert images.shape == (16, 1, 28, 28) and -1 <= images.min() <= images.max() <= 1"
-    check += "\nassert not images.requires_grad"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code + check], cwd=tmp_path / "out", env=environment, check=True)
-
-
-def test_the_model_card_says_what_was_shown_not_owned(run, tmp_path):
-    export(run, tmp_path / "out")
-    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
-    assert "D was shown 64 of them, counting repeats" in card
-    assert "one of 10 classes, grey" in card and "pip install" in card
 
 
 def test_an_export_that_does_not_fit_is_one_message(run, tmp_path):

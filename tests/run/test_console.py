@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+
+from pipeline import console
 
 ROOT = Path(__file__).parents[2]
 TALK = """
@@ -141,3 +144,23 @@ def test_streams_of_others_stay(capsys):
     before = sys.stdout
     console.take()
     assert sys.stdout is before
+
+
+@pytest.mark.parametrize(
+    ("at_terminal", "variables", "red"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "dumb"}, False),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (False, {"TERM": "xterm"}, False),
+    ],
+)
+def test_an_error_is_red_where_a_terminal_has_colours(monkeypatch, at_terminal, variables, red):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    stream = io.StringIO()
+    stream.isatty = lambda: at_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    console.show_error("no such file")
+    assert stream.getvalue() == ("\x1b[31merror:\x1b[0m" if red else "error:") + " no such file\n"

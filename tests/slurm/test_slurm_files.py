@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import threading
 from dataclasses import replace
@@ -118,12 +119,41 @@ def test_the_log_of_an_array_names_the_run_and_tells_no_secret(tmp_path: Path) -
     [
         (["--procs", "4"], ["--procs 4 need a GPU each, but --gpus is 2."]),
         (["--cpus", "2"], ["warning: --cpus 2 for 2 processes with 3 loaders each", "all shards are read …"]),
+        (["--check", "quick"], ["Checking everything first …"]),
     ],
 )
 def test_what_submit_says(said, arguments: list[str], texts: list[str]) -> None:
     line = ["tiny.yaml", "--nodes", "1", "--gpus", "2", "--dry-run", *arguments]
     result = CliRunner().invoke(submit, line)
     assert all(text in result.stderr + str(result.exception) for text in texts)
+
+
+def test_what_follows_two_dashes_goes_to_sbatch(said, monkeypatch) -> None:
+    line = ["tiny.yaml", "--nodes", "1", "--gpus", "2", "--dry-run", "--check", "quick", "--"]
+    line += ["--gpus-per-node=a100:2", "--mem", "64G", "-q", "high", "--exclusive", "--comment=a b"]
+    monkeypatch.setattr("sys.argv", ["/home/me/shardgan", "submit", f"data.train={URL}", "a\nb"])
+    text = CliRunner().invoke(submit, line, catch_exceptions=False).stdout
+    directives = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH")]
+    given = ["--gpus-per-node=a100:2", "--mem=64G", "--qos=high", "--exclusive", '--comment="a b"']
+    assert [d for d in directives if d.startswith("--gpus")] == given[:1] and {*given} <= {*directives}
+    made = text.splitlines()[1]
+    assert re.fullmatch(r"# Made by shardgan \S+ for \S+: shardgan submit \S+ \S+", made), made
+    assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mem=64G"], r"'mem=64G', after --, is no option of sbatch"),
+        (["--mem=64G", "too"], r"'too', after --, is no option"),
+        (["--output=a.log"], "--output, after --, would break the job"),
+        (["-N", "4"], "--nodes, after --, would break the job"),
+        (["-Z"], "write sbatch's long option"),
+    ],
+)
+def test_what_sbatch_would_not_take(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        slurm.parse_options(words)
 
 
 def test_gpus_that_were_not_asked_for_are_not_used(said) -> None:

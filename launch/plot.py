@@ -1,0 +1,60 @@
+"""`shardgan plot`: curves of runs in one picture."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from launch.paths import UserPath
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.run.curves import Panel
+    from pipeline.run.history import History
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RUN...")
+@click.option("--out", type=UserPath(), default="curves.png", show_default=True, help="A .png, .svg or .pdf.")
+@click.option(
+    "--charts",
+    metavar="NAME,…",
+    help="A panel for each of these charts of metrics.jsonl, as in 'Metrics/*,Loss/D/loss'.",
+)
+def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
+    """Draw the curves of RUNs in one picture, a colour each; of a selection's folder, those of its trials,
+    a colour per candidate.
+
+    One run's picture is also in its folder, as curves.png.
+    """
+    from pipeline.run import curves
+    from pipeline.run.history import read_histories
+
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {out}: the name has to end in .png, .svg or .pdf.")
+    histories = read_histories(runs)
+    panels = _chosen(charts, histories) if charts else curves.panels_of(histories)
+    if not panels:
+        raise UserError("There is nothing to draw: the runs have no rows of training yet.")
+    try:
+        curves.save(curves.plot(histories, panels), out)
+    except OSError as error:
+        raise UserError(f"{out} could not be written: {error.strerror or error}.") from None
+    click.echo(out)
+
+
+def _chosen(patterns: str, histories: list[History]) -> list[Panel]:
+    """A panel for each chart that a pattern matches. Raises UserError for a pattern that matches none."""
+    from pipeline.run.curves import Panel
+
+    known = sorted({chart for history in histories for chart in history.charts})
+    found: dict[str, Panel] = {}
+    for pattern in filter(None, (text.strip() for text in patterns.split(","))):
+        charts = [chart for chart in known if fnmatchcase(chart, pattern)]
+        if not charts:
+            raise UserError(f"--charts: no chart {pattern}. There are: {', '.join(known)}.")
+        found |= {chart: Panel(chart, ((chart, chart),)) for chart in charts}
+    return list(found.values())

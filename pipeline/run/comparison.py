@@ -1,0 +1,153 @@
+"""What sets runs apart: the settings that differ, and the scores that compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.run.history import History, Score
+from pipeline.run.metrics import METRICS
+
+NOTHING = "–"
+_OF_ITSELF = {"run.name", "run.out", "run.resume", "run.new_data", "run.new_settings"}  # of any two runs
+_BOTH = ("l2", "l1")  # `penalty.l2` sets those of both players
+_MEANING = {  # of the keys of a reference
+    "index": "data",
+    "plan": "images held out",
+    "images": "number of images",
+    "features": "features",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """cells: a text for each run. best: which of them are the best of those that compare."""
+
+    title: str
+    cells: tuple[str, ...]
+    best: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """names: of the runs, in their order. notes: whole sentences, what has to be known to read the table."""
+
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    notes: tuple[str, ...]
+
+
+def compare(histories: Sequence[History]) -> Comparison:
+    """Settings that are not the same in all runs, how far each run is, and their scores: of those that lead,
+    the lowest and the last, each with its kimg; of others the last.
+
+    Scores against different held-out images do not compare: then a column says which runs' do, and the best
+    is sought among these.
+    """
+    groups, notes = _groups(histories)
+    leading, others, more = _score_columns(histories, groups)
+    kimg = tuple(f"{history.rows[-1]['cur_nimg'] / 1000:g}" for history in histories)
+    columns = [Column("kimg", kimg)]
+    if notes and (leading or others):
+        columns.append(Column("scored against", tuple(_letter(group) for group in groups)))
+        more = [*notes, *more]
+    names = tuple(history.name for history in histories)
+    return Comparison(names, (*columns, *leading, *_setting_columns(histories), *others), tuple(more))
+
+
+def shown(value: Any) -> str:
+    """A setting's value in a table."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value)) or NOTHING
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return NOTHING if value is None else str(value)
+
+
+def _setting_columns(histories: Sequence[History]) -> list[Column]:
+    keys = dict.fromkeys(key for history in histories for key in history.settings)
+    table = {key: tuple(shown(history.settings.get(key)) for history in histories) for key in keys}
+    differing = {key: v for key, v in table.items() if len(set(v)) > 1 and key not in _OF_ITSELF}
+    for penalty in _BOTH:
+        of_G, of_D = (differing.get(f"penalty.{player}.{penalty}") for player in "GD")
+        if of_G and of_G == of_D:
+            differing = {
+                f"penalty.{penalty}" if key == f"penalty.G.{penalty}" else key: values
+                for key, values in differing.items()
+                if key != f"penalty.D.{penalty}"
+            }
+    return [Column(key, values) for key, values in differing.items()]
+
+
+def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:
+    """The number of each run's group, within which scores compare; and in which respect groups differ."""
+    seen: list[dict[str, Any]] = []
+    groups = []
+    for history in histories:
+        about = history.reference.get("heldout", {})
+        seen += [] if about in seen else [about]
+        groups.append(seen.index(about))
+    if len(seen) == 1:
+        return groups, []
+    keys = dict.fromkeys(key for about in seen for key in about)
+    differing = [key for key in keys if any(about.get(key) != seen[0].get(key) for about in seen)]
+    which = ", ".join(_MEANING.get(key, key) for key in differing)
+    letters = ", ".join(map(_letter, range(len(seen))))
+    return groups, [f"{letters}: scored against different references ({which}), so scores do not compare."]
+
+
+def _letter(group: int) -> str:
+    return chr(ord("A") + group) if group < 26 else str(group)
+
+
+def _score_columns(
+    histories: Sequence[History], groups: Sequence[int]
+) -> tuple[list[Column], list[Column], list[str]]:
+    """Columns of scores that lead and of others, and notes. Scores against training images are left out where
+    these are not the same in all runs."""
+    leading = list(dict.fromkeys(chart for history in histories for chart in history.leading_scores))
+    charts = list(dict.fromkeys(chart for history in histories for chart in history.scores))
+    trained = [str(history.reference.get("train")) for history in histories if "train" in history.reference]
+    apart = [chart for chart in charts if _against_training(chart)] if len(set(trained)) > 1 else []
+    of_leading, of_others = [], []
+    for chart in leading:
+        title = chart.removeprefix("Metrics/")
+        lowest = _score_column(f"{title} lowest (kimg)", chart, History.lowest, histories, groups)
+        last = _score_column(f"{title} last (kimg)", chart, History.last, histories, groups)
+        if lowest.cells == last.cells:
+            of_leading.append(replace(last, title=f"{title} (kimg)"))
+        else:
+            of_leading += [lowest, last]
+    for chart in charts:
+        if chart not in leading and chart not in apart:
+            values = [history.last(chart) for history in histories]
+            cells = tuple(f"{score.value:.4g}" if score else NOTHING for score in values)
+            of_others.append(Column(chart.removeprefix("Metrics/"), cells))
+    note = "Scores against training images are left out: they are against different ones."
+    return of_leading, of_others, [note] if apart else []
+
+
+def _score_column(
+    title: str,
+    chart: str,
+    read: Callable[[History, str], Score | None],
+    histories: Sequence[History],
+    groups: Sequence[int],
+) -> Column:
+    found = [read(history, chart) for history in histories]
+    cells = tuple(f"{s.value:.4g} ({s.cur_nimg / 1000:g})" if s else NOTHING for s in found)
+    best = set()
+    for group in set(groups):
+        members = [(s.value, i) for i, s in enumerate(found) if s and groups[i] == group]
+        members = [member for member in members if math.isfinite(member[0])]
+        best |= {min(members)[1]} if len(members) > 1 else set()
+    return Column(title, cells, frozenset(best))
+
+
+def _against_training(chart: str) -> bool:
+    names = [name for metric in METRICS.values() if metric.needs_train for name in metric.names]
+    return chart.endswith("_train") or chart.startswith(tuple(f"Metrics/{name}" for name in names))

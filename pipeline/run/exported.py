@@ -1,0 +1,127 @@
+"""export.json: what an export holds and is, for whoever loads or publishes it; nothing of the machine.
+
+It is written last: a folder without it is no export, or one that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from pipeline.config import Config, UserError
+from pipeline.data.index import Index, load_index
+from pipeline.data.plan import split_of
+from pipeline.durable import write
+from pipeline.run.folder import reference_of
+from pipeline.run.references import fingerprints
+from pipeline.run.rows import Row, rows
+from pipeline.run.state import State
+
+FILE = "export.json"
+CARD = "README.md"
+WEIGHTS = ("G_ema.safetensors", "G.safetensors", "D.safetensors")
+PROGRAMS = ("G_ema.pt2", "G_ema.onnx", "G_ema.onnx.data")  # the last one's weights, if they are large
+NAMES = (*WEIGHTS, *PROGRAMS, "samples.png", "config.yaml", CARD, FILE)  # all that an export may hold
+_PATIENCE_S = 10.0  # for the index of remote data, without which an export lacks some facts only
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The facts of an export. What is not known is None or empty."""
+
+    name: str  # of the run
+    cur_nimg: int  # real images that D was shown, counting repeats
+    label_frequencies: list[float] | None  # of the training images; None: unconditional
+    classes: list[str]  # the classes' names, by label
+    training_images: int | None = None
+    heldout_images: int | None = None
+    license: str | None = None  # of the training images: `license` in their index.json
+    scores: dict[str, float] | None = None  # of this very checkpoint, by chart name
+    against: dict[str, str] | None = None  # fingerprints of the real images of these scores
+    files: tuple[str, ...] = ()
+    format: Literal[1] = 1
+
+    @property
+    def num_classes(self) -> int:
+        """0 for an unconditional G."""
+        return len(self.label_frequencies or ())
+
+
+def read(folder: Path) -> Exported:
+    """What `folder` was written to hold. Raises UserError if it is no export, or was interrupted."""
+    try:
+        found = TypeAdapter(Exported).validate_json((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder} is no export: it has no readable {FILE}. `shardgan export RUN --out DIR` makes one."
+        ) from None
+    return replace(found, files=tuple(name for name in found.files if name in NAMES))
+
+
+def save(folder: Path, facts: Exported) -> None:
+    """Raises OSError."""
+    write(folder / FILE, json.dumps(asdict(facts), indent=1, ensure_ascii=False) + "\n")
+
+
+def facts_of(run: Path, config: Config, state: State) -> Exported:
+    """The facts of a checkpoint; less of them if the run's data are no longer where they were."""
+    scores, against = _scores(run, state.cur_nimg)
+    facts = Exported(
+        str(config.run.name),
+        state.cur_nimg,
+        state.label_frequencies,
+        list(state.classes),
+        scores=scores,
+        against=against,
+    )
+    index = _index(config, state)
+    if index is None:
+        return facts
+    split = split_of(config, index)
+    return replace(
+        facts,
+        training_images=split.training().size,
+        heldout_images=split.heldout().size,
+        license=index.license,
+    )
+
+
+def _index(config: Config, state: State) -> Index | None:
+    """The data that the run was trained on, if they are there."""
+    assert config.data.train is not None
+    try:
+        index = load_index(config.data.train, remote=replace(config.data.remote, timeout_s=_PATIENCE_S))
+    except UserError:
+        return None
+    return index if index.fingerprint == state.data else None
+
+
+def _scores(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]:
+    """The scores of a checkpoint, and the fingerprints of what they are against: of the last `shardgan
+    evaluate`, else of training."""
+    trained = {"against": fingerprints(reference_of(run))}
+    for found in (*_evaluated(run), *_rows(run, trained)):
+        scores = {key: value for key, value in found.items() if key.startswith("Metrics/")}
+        if scores and found.get("cur_nimg") == cur_nimg:
+            return scores, found.get("against", {})
+    return {}, {}
+
+
+def _rows(run: Path, more: Row) -> Iterator[Row]:
+    with suppress(OSError):
+        yield from (row | more for row in reversed(rows(run / "metrics.jsonl")))
+
+
+def _evaluated(run: Path) -> list[Row]:
+    """Newest first; none if scores.json is not there or damaged."""
+    with suppress(OSError, ValueError):
+        found = json.loads((run / "scores.json").read_bytes())
+        if isinstance(found, list):
+            return [entry for entry in reversed(found) if isinstance(entry, dict)]
+    return []

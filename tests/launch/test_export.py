@@ -1,0 +1,181 @@
+"""`shardgan export` of a run that was trained: its files, its model card, and what neither may say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import FASHION, ROOT
+from PIL import Image
+
+from launch.export import export as command
+from pipeline import config
+from pipeline.config import UserError
+from pipeline.credentials import public
+from pipeline.run import programs
+from pipeline.run.card import card
+from pipeline.run.export import export, load_exported, load_generator
+from pipeline.run.exported import Exported, read
+
+FILES = [
+    "G_ema.safetensors", "G.safetensors", "D.safetensors", "samples.png", "G_ema.pt2", "config.yaml",
+    "README.md", "export.json",
+]  # fmt: skip
+SCORES = {
+    "Metrics/kid_efflite0": 0.25,
+    "Metrics/kid_efflite0_train": 0.2,
+    "Metrics/efflite0_real_images": 50,
+    "Metrics/efflite0_fake_images": 40,
+    "Metrics/efflite0_train_images": 450,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 120 images shown, scored at the end; its data at an absolute place."""
+    folder = tmp_path_factory.mktemp("runs") / "format-2"
+    shutil.copytree(ROOT / "tests" / "assets" / "run-of-format-2" / "run", folder)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["data"]["train"], settings["run"]["out"] = str(FASHION), str(folder.parent)
+    settings["score"]["features"] = f"inception:{folder}/inception.pt"
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with (folder / "metrics.jsonl").open("a") as rows:
+        rows.write(json.dumps({"cur_nimg": 120, **SCORES}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "my-gan"
+    result = CliRunner().invoke(command, [str(run), "--out", str(out)], catch_exceptions=False)
+    assert [line.split()[0] for line in result.output.splitlines()] == [str(out / name) for name in FILES]
+    return out
+
+
+def test_an_export_says_what_it_is_and_loads(run, exported):
+    facts = read(exported)
+    assert sorted(facts.files) == sorted(FILES) == sorted(p.name for p in exported.iterdir())
+    assert (facts.cur_nimg, facts.num_classes) == (120, 0)
+    assert (facts.training_images, facts.heldout_images) == (450, 50)  # of 500, a tenth held out
+    assert facts.scores == SCORES
+    G, settings, _ = load_exported(exported)
+    z = torch.randn(3, settings.G.z_dim)
+    assert torch.equal(G(z), load_generator(run)[0](z))
+    with Image.open(exported / "samples.png") as picture:
+        assert picture.size == (8 * 58 + 2, 8 * 58 + 2)
+
+
+def test_nothing_in_an_export_names_a_folder_of_this_machine(run, exported):
+    for file in exported.iterdir():
+        content = file.read_bytes()
+        assert not any(str(place).encode() in content for place in (ROOT, run.parent, Path.home())), file
+    settings = config.load(exported / "config.yaml")
+    assert settings.data.train == FASHION.name and settings.run.out == run.parent.name
+    assert settings.score.features == "inception:inception.pt"
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("/home/me/photos", "photos"),
+        ("/home/me/photos/{0..9}.tar", "{0..9}.tar"),
+        ("~/photos", "photos"),
+        ("../photos", "photos"),
+        ("data/photos", "data/photos"),
+        ("inception:/home/me/a.pt", "inception:a.pt"),
+        ("mynets:G", "mynets:G"),
+        ("file:///home/me/photos", "file:photos"),
+        ("https://me:secret@host/photos?token=x", "https://host/photos"),
+        ("s3://bucket/photos", "s3://bucket/photos"),
+    ],
+)
+def test_a_public_setting_has_no_folders_and_no_credentials(setting, shown):
+    assert public(setting) == shown
+
+
+def test_the_cards_lines_run_with_torch_alone(exported):
+    text = (exported / "README.md").read_text()
+    code = text.partition("## Use\n")[2].partition("```python")[2].partition("```")[0]
+    code = f"import sys; sys.path.append({sysconfig.get_paths()['purelib']!r})\n{code}"
+    code += "\nassert images.shape == (16, 1, 28, 28) and -1 <= images.min() <= images.max() <= 1"
+    code += "\nassert not images.requires_grad and pixels.dtype == torch.uint8 and pixels.max() > 0"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=exported, check=True)
+
+
+def test_the_card_is_true(exported):
+    text = (exported / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    tags = yaml.safe_load(front)
+    assert tags["pipeline_tag"] == "unconditional-image-generation" and "dcgan" in tags["tags"]
+    words = " ".join(body.split())
+    assert "450 images of `fashion-mnist-500` (50 more were held out). D was shown 120 of them" in words
+    assert "kernel distance (KID), lower is better | 0.25 | 40 generated, 50 held-out images |" in words
+    assert "| 0.2 | 40 generated, 40 training images |" in words
+    assert "licence of the training images is not recorded" in words
+    for name in re.findall(r"^\| `(\S+\.\w+)` \|", body, re.M):
+        assert (exported / name).is_file(), name
+    assert "(samples.png)" in body and "G_ema.onnx" not in body
+
+
+FACTS = Exported(
+    "x", 1000, [0.5, 0.5], ["cat", "a|b"], license="CC BY 4.0", files=("G_ema.pt2", "G_ema.onnx")
+)
+
+
+def test_a_card_of_classes_a_licence_own_networks_and_latents():
+    settings = config.load(None, ["data.train=d", "data.channels=4", "data.decoder=vae:VAE", "G.kind=mine:G"])
+    text = card(settings, FACTS)
+    assert "| 0 | cat |\n| 1 | a\\|b |" in text and "CC BY 4.0" in text
+    assert "latents = G(z, c)  # float32 [16, 4, 32, 32]" in text and "clamp" not in text
+    assert "`mine:G` must be importable too" in text
+    assert "what makes images of them is not among the files: `vae:VAE`" in text
+    assert "samples.png" not in text and "onnx" in text.split("---")[1]
+    many = replace(FACTS, classes=[f"name {n}" for n in range(1000)], label_frequencies=[1.0] * 1000)
+    assert "names of the 1,000 classes are in `export.json`" in card(settings, many)
+
+
+def test_a_later_export_replaces_an_earlier_one_whole(run, tmp_path, monkeypatch):
+    """Without what it does not write itself; nor anything else that lies there."""
+    out = tmp_path / "out"
+    monkeypatch.setattr(programs, "write_pt2", lambda program, G, draw, file: file.write_text("a program"))
+    export(run, out, complete=True)
+    (out / "notes.txt").write_text("mine")
+    export(run, out)
+    assert sorted(p.name for p in out.iterdir()) == sorted([*FILES[:3], *FILES[5:], "notes.txt"])
+    assert "G_ema.pt2" not in (out / "README.md").read_text() and "samples.png" not in read(out).files
+
+
+def test_a_network_that_cannot_be_a_program_is_exported_without(run, tmp_path, monkeypatch):
+    def refuse(G, draw):
+        raise programs.UnfitError("of its nature")
+
+    monkeypatch.setattr(programs, "record", refuse)
+    result = CliRunner().invoke(command, [str(run), "--out", str(tmp_path / "out")], catch_exceptions=False)
+    assert (
+        result.exit_code == 0 and result.output.splitlines()[-1] == "G_ema.pt2 is not written: of its nature"
+    )
+    assert "pt2" not in (tmp_path / "out" / "README.md").read_text()
+    assert read(tmp_path / "out").files
+
+
+def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):
+    with pytest.raises(UserError, match="is a run folder"):
+        export(run, run)
+    assert config.load(run / "config.yaml").data.train == str(FASHION)
+    with pytest.raises(UserError, match=r"no readable export\.json"):
+        load_exported(run)
+    broken = tmp_path / "broken"
+    shutil.copytree(exported, broken)
+    (broken / "G_ema.safetensors").unlink()
+    with pytest.raises(UserError, match=r"G_ema\.safetensors does not fit"):
+        load_exported(broken)

@@ -1,0 +1,135 @@
+"""Tables of what sets runs apart."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.cells import cell_len
+
+from launch.compare import blocks, compare, markdown
+from pipeline.run import comparison
+from pipeline.run.comparison import Column, Comparison
+from pipeline.run.history import read_histories
+
+KID = "Metrics/kid_efflite0"
+
+
+def a_run(folder: Path, scores: list[float], settings: str = "{}", **heldout: object) -> Path:
+    """A run that was scored at kimg 1, 2, …"""
+    folder.mkdir(parents=True)
+    precision = "Metrics/precision_efflite0"
+    rows = [{"cur_nimg": 1000 * n, KID: value, precision: n / 8} for n, value in enumerate(scores, 1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"run": {"name": folder.name}, "data": {"train": "data"}} | yaml.safe_load(settings)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if heldout:
+        (folder / "reference.json").write_text(json.dumps({"heldout": heldout}))
+    return folder
+
+
+def columns(table: Comparison) -> dict[str, tuple[str, ...]]:
+    return {column.title: column.cells for column in table.columns}
+
+
+def test_only_settings_that_differ_are_shown_and_the_best_is_marked(tmp_path):
+    same = {"plan": "a", "images": 1000}
+    a_run(tmp_path / "none", [4.0, 3.0], "penalty: {l2: 0}", **same)
+    a_run(
+        tmp_path / "some", [4.0, 1.5, 2.0], "{penalty: {l2: 1.0e-3}, optim: {G: {betas: [0, 0.9]}}}", **same
+    )
+    a_run(tmp_path / "much", [4.0, float("nan")], "penalty: {l2: 1}", **same)
+    table = comparison.compare(read_histories(tmp_path / name for name in ("none", "some", "much")))
+    assert table.names == ("none", "some", "much") and table.notes == ()
+    assert columns(table) == {
+        "kimg": ("2", "3", "2"),
+        "kid_efflite0 lowest (kimg)": ("3 (2)", "1.5 (2)", "4 (1)"),
+        "kid_efflite0 last (kimg)": ("3 (2)", "2 (3)", "nan (2)"),
+        "penalty.l2": ("0", "0.001", "1"),
+        "optim.G.betas": ("0.5, 0.999", "0, 0.9", "0.5, 0.999"),
+        "precision_efflite0": ("0.25", "0.375", "0.25"),
+    }
+    best = {column.title: set(column.best) for column in table.columns if column.best}
+    assert best == {"kid_efflite0 lowest (kimg)": {1}, "kid_efflite0 last (kimg)": {1}}
+
+
+def test_players_with_different_penalties_have_a_column_each(tmp_path):
+    for number, (G, D) in enumerate([(0.0, 0.0), (0.5, 0.25)]):
+        a_run(tmp_path / str(number), [1.0], f"penalty: {{G: {{l2: {G}}}, D: {{l2: {D}}}}}")
+    table = columns(comparison.compare(read_histories(sorted(tmp_path.iterdir()))))
+    assert table["penalty.G.l2"] == ("0", "0.5") and table["penalty.D.l2"] == ("0", "0.25")
+    assert "penalty.l2" not in table
+
+
+def test_scores_against_other_images_are_not_compared(tmp_path):
+    for name, kid, plan, images in [("a", 3.0, "x", 10), ("b", 1.0, "y", 10), ("c", 2.0, "x", 10)]:
+        a_run(tmp_path / name, [kid], plan=plan, images=images)
+    table = comparison.compare(read_histories(sorted(tmp_path.iterdir())))
+    assert columns(table)["scored against"] == ("A", "B", "A")
+    scores = next(column for column in table.columns if column.title == "kid_efflite0 (kimg)")
+    assert scores.best == {2}, "b is lower, but against other images and alone"
+    (note,) = table.notes
+    assert "images held out" in note and "number" not in note and "do not compare" in note
+
+
+def test_scores_against_other_training_images_are_left_out(tmp_path):
+    for name in "ab":
+        run = a_run(tmp_path / name, [1.0])
+        (run / "reference.json").write_text(json.dumps({"heldout": {"plan": 1}, "train": {"plan": name}}))
+        row = {"cur_nimg": 9000, "Metrics/nn_ratio_efflite0": 1.0, f"{KID}_train": 2.0}
+        row["Metrics/recall_efflite0"] = 0.5
+        (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    table = comparison.compare(read_histories(sorted(tmp_path.iterdir())))
+    assert set(columns(table)) == {"kimg", "recall_efflite0"}
+    assert "left out" in table.notes[0]
+
+
+LONG = Comparison(
+    ("a-long-name-of-an-experiment-1,seed=0", "a-long-name-of-an-experiment-2,seed=0"),
+    (
+        *(Column(f"penalty.r{n}.gamma", ("0.001", "1")) for n in range(9)),
+        Column("data.train", ("/somewhere/very/far/away/train", "/somewhere/very/near/to/us/train")),
+        Column("run.init", (f"{'x' * 40}1{'y' * 40}", f"{'x' * 40}2{'y' * 40}")),
+        Column("kid_efflite0 (kimg)", ("1.25 (100)", "1.5 (100)"), frozenset({0})),
+    ),
+    ("One note.",),
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_table_fits_into_the_terminal(monkeypatch, width):
+    """Whatever is cut stays distinct, and nothing is lost."""
+
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr("pipeline.run.history.read_histories", lambda runs: runs)
+    monkeypatch.setattr(comparison, "compare", lambda _: LONG)
+    compare.callback((Path("run"),))  # type: ignore[misc]
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+    assert max(map(cell_len, lines)) <= width and "One note." in lines
+    assert (
+        sum(line.count("gamma") for line in lines) == 9 and sum("1.25 (100)*" in line for line in lines) == 1
+    )
+    for columns in blocks(LONG, width):
+        assert all(len(set(column.cells)) == 2 for column in columns)
+
+
+def test_elsewhere_it_is_markdown_in_full():
+    text = markdown(Comparison(("a|b", "c"), LONG.columns[-2:], ("A note.",)))
+    assert text.splitlines() == [
+        "| run | run.init | kid_efflite0 (kimg) |",
+        "| --- | --- | --- |",
+        rf"| a\|b | {'x' * 40}1{'y' * 40} | **1.25 (100)** |",
+        f"| c | {'x' * 40}2{'y' * 40} | 1.5 (100) |",
+        "",
+        "A note.",
+    ]
