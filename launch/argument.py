@@ -12,8 +12,10 @@ from pathlib import Path
 from launch.installed import config_path
 from launch.training import Training, of_run
 from pipeline.credentials import redacted
+from pipeline.data.prepare.listing import EXTENSIONS
 from pipeline.errors import UserError
 
+_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _YAML = (".yaml", ".yml")
 
 
@@ -34,6 +36,10 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
         from launch.own_images import of_data
 
         return of_data(argument, path, settings, gpu)
+    if path.is_file() and path.suffix.lower() in (*EXTENSIONS, *_ARCHIVES):
+        raise UserError(
+            f"{argument} is neither a config nor a zip. Give a folder, or a zip, of images or shards."
+        )
     config = str(config_path(argument))
     if path.suffix.lower() in _YAML or path.is_file() or config != argument:
         return Training(config, tuple(settings))

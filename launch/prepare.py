@@ -144,7 +144,8 @@ def make_again(source: str, out: str, options: Options) -> None:
         raise UserError(
             f"{error.how} when {out} was made of it. To train on the images as they are now, remove {out}, "
             "and give a new run.name if there is a run of this name (or run.new_data=true to continue that "
-            f"run with them). To train on those from before: shardgan train {out}"
+            f"run with them). To train on those from before: shardgan train {out}, or runs/NAME to resume a "
+            "run."
         ) from None
 
 

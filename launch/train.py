@@ -99,7 +99,9 @@ def _check_data(training: Training, config: Config, folder: Path) -> None:
     from pipeline.run.images import images_of
     from pipeline.run.reals import checked_index
     from pipeline.run.source import check_init
+    from pipeline.run.tensorboard import check_tensorboard
 
+    check_tensorboard(config)
     if training.preparation:  # a size that the networks do not have is not worth preparing
         check_networks(config, num_classes=0)
     training.prepare()

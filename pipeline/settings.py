@@ -253,6 +253,7 @@ class Track:
     """Weights & Biases, online or offline. Its WANDB_* variables apply where nothing is set here."""
 
     wandb: bool = True
+    tensorboard: bool = False  # event files in the run folder; needs shardgan[tensorboard]
     project: str | None = None  # None: WANDB_PROJECT, or else shardgan
     entity: str | None = None
     group: str | None = None

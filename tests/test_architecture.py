@@ -89,6 +89,7 @@ OWNERS = {  # who may import what is not for everyone above it
     "torch.distributed": ("pipeline.parallel",),
     "accelerate": ("pipeline.parallel",),
     "deepspeed": ("pipeline.parallel",),
+    "tensorboard": ("pipeline.run.tensorboard",),
     "wandb": ("pipeline.run.tracker", "pipeline.run.wandb_files", "pipeline.run.wandb_mode"),
 }
 

@@ -32,7 +32,7 @@ def card(config: Config, facts: Exported) -> str:
     parts = [
         _front_matter(config, facts),
         f"# {one_line(facts.name)}",
-        *(["![Images made by G_ema](samples.png)"] if "samples.png" in facts.files else []),
+        *([f"![{_picture(config)}](samples.png)"] if "samples.png" in facts.files else []),
         _what(config, facts),
         *_classes(facts),
         *_scores(facts),
@@ -50,6 +50,12 @@ def _front_matter(config: Config, facts: Exported) -> str:
     tags += ["onnx"] if "G_ema.onnx" in facts.files else []
     entries = {"library_name": "shardgan", "pipeline_tag": "unconditional-image-generation", "tags": tags}
     return f"---\n{yaml.safe_dump(entries, sort_keys=False)}---"
+
+
+def _picture(config: Config) -> str:
+    if config.data.latents and config.data.decoder is None:
+        return "The first channels of latents made by G_ema"
+    return "Images made by G_ema"
 
 
 def _what(config: Config, facts: Exported) -> str:

@@ -57,8 +57,9 @@ def push(export: Path, repository: str, *, public: bool = False, replace: bool =
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` is written as USER/NAME or USER/NAME@REVISION, and no folder here is called so."""
-    return bool(re.fullmatch(rf"{_NAME}(@[\w./-]+)?", name)) and not Path(name).exists()
+    """Whether `name` is written as USER/NAME or USER/NAME@REVISION, and no folder here is called USER."""
+    written = re.fullmatch(rf"{_NAME}(@[\w./-]+)?", name) and not name.startswith(".")
+    return bool(written) and not Path(name.partition("/")[0]).exists()
 
 
 def fetch(repository: str) -> Path:

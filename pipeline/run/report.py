@@ -17,6 +17,7 @@ from pipeline.run import events
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.state import State
+from pipeline.run.tensorboard import TensorBoard, check_tensorboard
 from pipeline.run.terminal import Bar, Lines, is_score
 from pipeline.run.tracker import Tracker, open_tracker
 from pipeline.wording import counted
@@ -237,6 +238,7 @@ def open_report(
 ) -> Report:
     """Where the run reports to: nowhere on all ranks but the main one. Sets state.wandb_id."""
     ranks.progress.doing = "starting its reports"
+    ranks.broadcast_from_main(lambda: check_tensorboard(config))
     if not ranks.main:
         state.wandb_id = ranks.broadcast_from_main(lambda: state.wandb_id)
         return Report()
@@ -244,5 +246,7 @@ def open_report(
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
     still_ours()
     events.record(folder, "start", state.cur_nimg, **events.environment(ranks))
+    if config.track.tensorboard:
+        tracker = TensorBoard(tracker, folder, say)
     total = round(config.run.total_kimg * 1000)
     return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)

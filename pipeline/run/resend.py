@@ -20,7 +20,7 @@ from pipeline.run.wandb_files import recall
 
 def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
     """Send all of metrics.jsonl and samples/ up to cur_nimg, in the order in which it was first sent."""
-    calls = [(nimg, partial(tracker.log, values, nimg)) for nimg, values in _rows(folder)]
+    calls = [(nimg, partial(tracker.log, values, nimg, at)) for nimg, at, values in _rows(folder)]
     calls += [
         (nimg, partial(tracker.image, chart, path, nimg, caption(nimg)))
         for nimg, chart, path in _pictures(folder)
@@ -32,7 +32,7 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
     """Send what W&B lacks of a finished run, if anything."""
-    last = max((nimg for nimg, _ in _rows(folder, announce)), default=-1)
+    last = max((nimg for nimg, _, _ in _rows(folder, announce)), default=-1)
     known = recall(folder)
     if config.track.wandb and (known is None or known.has < last):
         try:
@@ -50,16 +50,15 @@ def caption(cur_nimg: int) -> str:
     return f"{cur_nimg / 1000:g} kimg"
 
 
-def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, Row]]:
-    """cur_nimg and charts of each row of metrics.jsonl."""
+def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, float | None, Row]]:
+    """cur_nimg, time and charts of each row of metrics.jsonl."""
     try:
         found = rows(folder / "metrics.jsonl", announce)
     except OSError as error:
         announce(f"W&B may lack rows, as metrics.jsonl cannot be read: {error}")
         return
     for row in found:
-        row.pop("time", None)
-        yield row.pop("cur_nimg"), row
+        yield row.pop("cur_nimg"), row.pop("time", None), row
 
 
 def _pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:

@@ -49,8 +49,9 @@ class Tracker:
         self.run_id = run_id  # for `open_tracker` when the run is resumed, so that it stays one W&B run
         self.where = ""  # where to find the tracked run, in one line; empty if it is not tracked
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Points in charts. step: cur_nimg, never falling; ignored if W&B has that step already."""
+    def log(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
+        """Points in charts. step: cur_nimg, never falling; ignored if W&B has that step already.
+        at: when, in seconds since 1970; None: now."""
 
     def image(self, key: str, path: Path, step: int, caption: str) -> None:
         """A picture from a file, which may be moved or changed afterwards."""
@@ -131,7 +132,7 @@ class WandbTracker(Tracker):
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
         if step > self._tracked.has:
             values = dict(values)
             self._last = step

@@ -140,6 +140,7 @@ def test_a_refusal_of_the_hub_is_one_line(hub, exported, monkeypatch):
 
 def test_what_is_a_folder_here_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert is_repository(NAME) and is_repository(f"{NAME}@v1") and not is_repository("runs")
-    (tmp_path / NAME).mkdir(parents=True)
+    assert is_repository(NAME) and is_repository(f"{NAME}@v1")
+    assert not any(map(is_repository, ("runs", "./runs", "../my-gan", "~/my-gan", "/tmp/my-gan", "a/b/c")))
+    (tmp_path / "somebody").mkdir()  # as `runs`, in which a run is misspelt
     assert not is_repository(NAME)
