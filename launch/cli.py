@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": ("launch.doctor:doctor", "Find what would go wrong, before anything is started."),
     "train": ("launch.train:train", "Train, on this machine, under any strategy."),
     "submit": ("launch.slurm.submit:submit", "Train on a Slurm cluster."),
-    "sample": ("launch.sample:sample", "Write a grid of generated images."),
+    "sample": ("launch.sample:sample", "Write generated images: a picture, an animation or separate files."),
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
     "report": ("launch.report:report", "Write runs or a selection as one HTML page."),

@@ -58,6 +58,7 @@ class Bar(Lines):
             console=self._console,
         )
         self._row = ""  # what the last row has said
+        self._scores: dict[str, float] = {}  # the newest
         self._bar.start()
         self._task = self._bar.add_task("", total=total_nimg / 1000, status="")
         self.advance(cur_nimg)
@@ -68,7 +69,9 @@ class Bar(Lines):
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         kimg = 2 * len(f"{self._total / 1000:g}") + len(".0/ kimg 0:00:00 ")
-        self._row = _fitting(_status(values), self._console.width - self._width - kimg - 3)
+        self._scores |= {key: value for key, value in values.items() if is_score(key)}
+        status = _status({**values, **self._scores})
+        self._row = _fitting(status, self._console.width - self._width - kimg - 3)
         self.working("")
         self.advance(cur_nimg)
 
