@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import hub_server
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
 
 from launch.push import push as command
 from pipeline.config import UserError
 from pipeline.run.export import export, load_exported
 from pipeline.run.hub import fetch, is_repository, push
 
+ROOT = Path(__file__).parents[2]
 TOKEN = "hf_of_nobody"
 NAME = "somebody/my-gan"
 
