@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": ("launch.sample:sample", "Write generated images: a picture, an animation or separate files."),
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
+    "report": ("launch.report:report", "Write runs or a selection as one HTML page."),
     "plot": ("launch.plot:plot", "Draw the curves of runs in one picture."),
     "compare": ("launch.compare:compare", "Show in which settings and scores runs differ."),
     "export": ("launch.export:export", "Write the networks for others to use, with a model card."),
