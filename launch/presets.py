@@ -48,8 +48,8 @@ CPU = Preset(
     {
         28: _width(64),
         32: _width(64),  # as small-data.yaml
-        # Half the width at twice the size takes as long per image. With the rates of 32 px G had collapsed
-        # after 10 kimg (2,000 images of CIFAR-10, one run); this is Radford et al.'s, who trained at 64 px.
+        # Half the width at twice the size takes as long per image; the rate is that of Radford et al., who
+        # trained at 64 px.
         64: _width(32, "optim.D.lr=2e-4"),
         128: _width(16, "optim.D.lr=2e-4"),
     },

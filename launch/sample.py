@@ -47,7 +47,9 @@ class _Wanted:
     ".webp with --interpolate).",
 )
 @click.option("--images", type=UserPath(), help="Or a folder for separate files, seed00000.png …")
-@click.option("--seeds", help="An image for each, as 0-31 or 3,7: the same image whatever the others.")
+@click.option(
+    "--seeds", metavar="0-31", help="An image for each, also 3,7,10-12: the same image whatever the others."
+)
 @click.option(
     "--count",
     type=click.IntRange(min=1),

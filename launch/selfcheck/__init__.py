@@ -73,7 +73,9 @@ def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -
             out = Path(folder) / strategy
             out.mkdir()
             with console.status(f"{strategy}, {world} process{'es' * (world > 1)} …"):
-                errors, failure = _errors(strategy, world, out, "cuda" if gpus else "cpu", mixed_precision)
+                errors, failure = train_and_judge(
+                    strategy, world, out, "cuda" if gpus else "cpu", mixed_precision
+                )
             failures += [failure] if failure else []
             missed |= any(error > tolerance(column, mixed_precision) for column, error in errors.items())
             table.add_row(strategy, str(world), *_cells(errors, mixed_precision))
@@ -84,7 +86,7 @@ def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -
     sys.exit(1 if failures or missed else 0)
 
 
-def _errors(
+def train_and_judge(
     strategy: str, world: int, out: Path, device: str, precision: str
 ) -> tuple[dict[str, float], str | None]:
     """Train a strategy into `out` and `judge` it; or no errors, and the output of processes that failed."""

@@ -10,13 +10,57 @@ from . import shadows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
-    from pipeline.parallel.launched import Precision, Strategy
+    from torch import Tensor
 
-__all__ = ["train"]
+    from pipeline.data.prepare.labels import Classes
+    from pipeline.data.prepare.pictures import Fit
+    from pipeline.parallel.launched import Precision, Strategy
+    from pipeline.run.checkpoint import Wanted
+    from pipeline.run.generator import Generator
+
+__all__ = ["evaluate", "load", "prepare", "sample", "train"]
+
+
+def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
+    """A trained G, ready to use: `G(z)`, or `G(z, c)` if it is conditional.
+
+    Args:
+        source: a run folder, a folder that `shardgan export` wrote, or what `shardgan push` published on the
+            Hugging Face Hub, USER/NAME or USER/NAME@REVISION.
+        checkpoint: of a run: "newest", "best" (by the run's own score), or a kimg.
+
+    Returns G_ema as a torch.nn.Module on the CPU, in eval mode, its weights without gradients: z float32
+    [N, G.z_dim] → images float32 [N, C, H, W] in [-1, 1]. Its class names are G.classes.
+
+    Raises UserError (a ValueError) if there is no such run, export or checkpoint.
+    """
+    shadows.refuse_import()
+    from pipeline.run.generator import load
+
+    return load(source, checkpoint)
+
+
+def sample(
+    G: Generator,
+    seeds: Sequence[int],
+    classes: Sequence[int | str] | int | str | None = None,
+    truncation: float = 1.0,
+) -> Tensor:
+    """An image per seed, uint8 [N, C, H, W] on the CPU, made on the device that G is on.
+
+    An image is a function of its seed, class and truncation alone; `shardgan sample --seeds` makes the same.
+
+    Args:
+        classes: one for all, or one per seed, by number or name. Default: drawn by the seeds.
+        truncation: ψ, less variety for better images below 1; for families with a latent w (stylegan2).
+
+    Raises UserError (a ValueError) for a seed outside [0, 2³²), a class or truncation that G does not have.
+    """
+    return G.sampler().sample(seeds, classes, truncation)
 
 
 def train(
@@ -27,10 +71,12 @@ def train(
     strategy: Strategy | None = None,
     mixed_precision: Precision = "no",
 ) -> Path:
-    """Train what a config describes, as `shardgan train` does; the same call again resumes.
+    """Train what a config describes, or on your own images, as `shardgan train` does, which explains what it
+    chooses; the same call again resumes.
 
     Args:
-        config: a YAML file, or the name of a published one, such as "fashion-mnist".
+        config: a YAML file, or the name of a published one, such as "fashion-mnist"; or a folder of images, a
+            zip of one, a folder of shards, or a run to continue.
         settings: override the config, as in {"penalty.l2": 1e-3, "data.train": "data/photos"}.
         procs: processes. One: this one, so `G.kind` may name a class of a notebook, "__main__:MyG".
             Several are started, and end with this one; their output is printed here.
@@ -43,6 +89,80 @@ def train(
     after Ctrl-C, or "interrupt" in a notebook, once the run is saved.
     """
     shadows.refuse_import()
-    from . import training
+    from .training import train
 
-    return training.train(config, settings or {}, procs, strategy, mixed_precision)
+    return train(config, settings or {}, procs, strategy, mixed_precision)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    size: int | None = None,
+    fit: Fit | None = None,
+    background: str | None = None,
+    channels: int | None = None,
+    per_shard: int = 1000,
+    classes: Classes = "top",
+    dedupe: bool = False,
+    workers: int | None = None,
+) -> Path:
+    """Make tar shards with an index of images, as `shardgan prepare` does, whose help explains the options.
+
+    Args:
+        source: a folder of images, a zip of one, WebDataset shards, "fashion-mnist" or "cifar10".
+        out: the folder to make; the same call again leaves it as it is.
+
+    Returns `out`. Raises UserError (a ValueError) as the command does.
+    """
+    shadows.refuse_import()
+    from pathlib import Path
+
+    from launch.prepare import show
+    from pipeline.data.prepare.source import Options
+
+    options = Options(size, fit, channels, per_shard, classes, background, dedupe)
+    show(str(source), str(out), options, workers)
+    return Path(out)
+
+
+def evaluate(
+    run: str | Path,
+    metrics: str | Sequence[str] = "kid",
+    *,
+    features: str | None = None,
+    images: int | None = None,
+    train_images: int | None = None,
+    data: str | None = None,
+    checkpoint: Wanted = "newest",
+) -> dict[str, float]:
+    """Scores of a run's G_ema against held-out images, as `shardgan evaluate` does: {"kid_efflite0": …}.
+
+    Args:
+        metrics: kid, fd, pr, dc and nn, as a list or separated by commas.
+        features: efflite0, inception:PATH or module:Class. Default: the run's.
+        images: generated and held out. Default: as in training, which gives the score of metrics.jsonl.
+        train_images: compare with so many training images too.
+        data: where the run's data are now, if they were moved.
+        checkpoint: "newest", "best" (by the run's own score), or a kimg.
+
+    They are added to scores.json in the run folder. Raises UserError (a ValueError) as the command does.
+    """
+    shadows.refuse_import()
+    from pathlib import Path
+
+    from pipeline.parallel.borrowed import borrowed
+    from pipeline.run.score_run import score_run
+
+    names = metrics.split(",") if isinstance(metrics, str) else metrics
+    with borrowed():
+        scores, _ = score_run(
+            Path(run),
+            names,
+            features=features,
+            images=images,
+            train_images=train_images,
+            data=data,
+            checkpoint=checkpoint,
+        )
+    return {name.removeprefix("Metrics/"): score for name, score in scores.items()}

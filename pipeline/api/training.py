@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import processes
-from launch.installed import config_path
+from launch.argument import training_of
 from pipeline.config import load
 from pipeline.errors import RunError, UserError
 from pipeline.parallel.launched import Precision, Strategy
@@ -28,14 +28,18 @@ def train(
     precision: Precision,
 ) -> Path:
     """See `shardgan.train`."""
-    path = str(config_path(config))
     overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
+    training = training_of(str(config), overrides, gpu=processes.on_gpu())
     if procs == 1 and strategy in (None, "single"):
-        return in_this_process(path, overrides, precision)
-    run = under_a_free_name(load(path, overrides)).run
+        training.explain()
+        training.prepare()
+        return in_this_process(training.config, training.settings, precision)
+    run = under_a_free_name(load(training.config, training.settings)).run
     overrides += [f"run.name={run.name}", f"run.resume={_text(run.resume)}"]
     options = ["--procs", str(procs), "--mixed_precision", precision]
-    _command(["train", path, *overrides, *options, *(["--strategy", strategy] if strategy else [])], procs)
+    _command(
+        ["train", str(config), *overrides, *options, *(["--strategy", strategy] if strategy else [])], procs
+    )
     return Path(run.out) / str(run.name)
 
 

@@ -18,6 +18,7 @@ from pipeline.credentials import public
 from pipeline.durable import save_tensors, whole, write
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
+from pipeline.run import programs
 from pipeline.run.card import card
 from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
 from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
@@ -88,6 +89,8 @@ def export(
     be written, or without the packages of `onnx`.
     """
     config, found, state = load_run(run, checkpoint)
+    if onnx:
+        programs.onnx_runtime()  # refused before anything is written
     if (out / "checkpoints").exists():
         raise UserError(f"{out} is a run folder. Give the export a folder of its own.")
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}

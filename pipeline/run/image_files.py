@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.durable import whole, write
+from pipeline.durable import write
 from pipeline.run.sampling import BATCH, Sampler
 
 MADE_BY = "made_by.json"
@@ -107,7 +108,10 @@ def _write_missing(
 def _write(images: Tensor, files: Sequence[Path]) -> int:
     """The first of the files; returns how many."""
     for image, file in zip(images.permute(0, 2, 3, 1).numpy(), files, strict=False):
-        with whole(file, make_folder=False) as partial:
-            picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-            picture.save(partial, "PNG", compress_level=_COMPRESSION)
+        encoded = BytesIO()  # Pillow is slower on a file
+        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        picture.save(encoded, "PNG", compress_level=_COMPRESSION)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_bytes(encoded.getbuffer())
+        partial.replace(file)
     return len(images)

@@ -61,8 +61,9 @@ def record(G: nn.Module, draw: Draw) -> ExportedProgram:
             program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
     except Exception as error:  # a network of the user's may do anything
         raise UnfitError(f"torch.export cannot follow it: {_first_line(error)}") from error
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # files and lines of this machine
+    for graph in (m for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph.graph.nodes:
+            node.meta.pop("stack_trace", None)  # files and lines of this machine
     return program
 
 
@@ -76,13 +77,18 @@ def write_pt2(program: ExportedProgram, G: nn.Module, draw: Draw, file: Path) ->
     _compare(lambda inputs: read(*inputs), G, draw)
 
 
+def onnx_runtime() -> Any:
+    """The module onnxruntime. Raises UserError without it, or without what writes ONNX."""
+    require("onnxscript", "onnx", "--onnx")
+    return require("onnxruntime", "onnx", "--onnx")
+
+
 def write_onnx(program: ExportedProgram, G: nn.Module, draw: Draw, file: Path) -> None:
     """Write the program to `file` (large weights beside it, in FILE.data), and compare it with G.
 
     Raises UserError without the packages that it needs, UnfitError, OSError.
     """
-    runtime = require("onnxruntime", "onnx", "--onnx")
-    require("onnxscript", "onnx", "--onnx")
+    runtime = onnx_runtime()
     names = ["z", "c"][: len(draw(1))]
     large = sum(t.nbytes for t in program.state_dict.values()) > _LARGE
     try:

@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import FASHION, ROOT
 from PIL import Image
 
 from launch.export import export as command
@@ -27,6 +26,8 @@ from pipeline.run.card import card
 from pipeline.run.export import export, load_exported, load_generator
 from pipeline.run.exported import Exported, read
 
+ROOT = Path(__file__).parents[2]
+FASHION = ROOT / "tests" / "assets" / "fashion-mnist-500"
 FILES = [
     "G_ema.safetensors", "G.safetensors", "D.safetensors", "samples.png", "G_ema.pt2", "config.yaml",
     "README.md", "export.json",
@@ -166,6 +167,13 @@ def test_a_network_that_cannot_be_a_program_is_exported_without(run, tmp_path, m
     )
     assert "pt2" not in (tmp_path / "out" / "README.md").read_text()
     assert read(tmp_path / "out").files
+
+
+def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"--onnx needs onnxscript: pip install 'shardgan\[onnx\]'"):
+        export(run, tmp_path / "out", complete=True, onnx=True)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):

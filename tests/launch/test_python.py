@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import shardgan
 import torch
@@ -61,6 +62,52 @@ def test_train_returns_the_run_folder_of_these_settings(config: Path, run: Path)
     assert shardgan.train(config, SETTINGS) == run  # finished: nothing to do
     with pytest.raises(UserError, match=r"holds a run with other settings:\n  optim.G.betas: \[0.0, 0.9\] →"):
         shardgan.train(config, SETTINGS | {"optim.G.betas": (0.5, 0.9)})
+
+
+def test_load_gives_the_network_that_training_scored(run: Path) -> None:
+    G = shardgan.load(run)
+    z, c = torch.randn(3, G.z_dim), torch.tensor([0, 9, 4])
+    images = G(z, c)
+    assert images.shape == (3, 1, 28, 28) and images.abs().max() <= 1 and not images.requires_grad
+    assert torch.equal(images, G.network(z, c).clamp(-1, 1)) and not G.training
+    assert (G.cur_nimg, G.classes[9]) == (64, "Ankle boot")
+    with pytest.raises(ValueError, match=r"has 10 classes: call it as G\(z, c\)"):
+        G(z)
+    with pytest.raises(UserError, match="checkpoint"):
+        shardgan.load(run, checkpoint=7)
+
+
+def test_an_export_is_loaded_as_its_run_is(run: Path) -> None:
+    G, exported = shardgan.load(run), shardgan.load(run / "export")
+    assert (exported.classes, exported.cur_nimg) == (G.classes, G.cur_nimg)
+    assert torch.equal(shardgan.sample(exported, range(8)), shardgan.sample(G, range(8)))
+    with pytest.raises(UserError, match="is an export, which holds one checkpoint"):
+        shardgan.load(run / "export", checkpoint="best")
+    with pytest.raises(UserError, match="is not a run folder"):
+        shardgan.load(run.parent / "nothing")
+
+
+def test_sample_makes_an_image_of_each_seed(run: Path) -> None:
+    G = shardgan.load(run, checkpoint="newest")
+    images = shardgan.sample(G, range(8), classes="Bag")
+    assert images.shape == (8, 1, 28, 28) and images.dtype == torch.uint8
+    alone = shardgan.sample(G, [5], classes=8)
+    assert (images[5].int() - alone[0].int()).abs().max() <= 1  # rounding
+    z = torch.from_numpy(np.random.RandomState(5).randn(G.z_dim)).float()[None]
+    mine = ((G(z, torch.tensor([8])) + 1) * 127.5).round().to(torch.uint8)
+    assert (mine[0].int() - alone[0].int()).abs().max() <= 1
+    with pytest.raises(UserError, match=r"^Truncation needs a G with a latent w"):
+        shardgan.sample(G, [5], truncation=0.7)
+
+
+def test_evaluate_gives_the_score_of_training(run: Path) -> None:
+    environment = dict(os.environ)
+    scores = shardgan.evaluate(run)
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert scores["kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], rel=1e-6)
+    assert scores["efflite0_fake_images"] == 20 and environment == dict(os.environ)
+    with pytest.raises(UserError, match="There is no metric 'kit'"):
+        shardgan.evaluate(run, ["kit"])
 
 
 def test_a_second_training_leaves_this_process_as_it_was(config: Path, run: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_run_that_cannot_be_written_is_scored_all_the_same(read_only):
     result = CliRunner().invoke(evaluate, [str(read_only)], catch_exceptions=False)
     assert result.exit_code == 0 and "kid_efflite0" in result.stdout
     assert result.stderr.splitlines()[-1] == (
-        f"These scores could not be written to {read_only}/scores.json: Read-only file system."
+        f"warning: these scores could not be written to {read_only}/scores.json: Read-only file system."
     )
     assert sorted(read_only.iterdir()) == before
 

@@ -178,10 +178,10 @@ def test_files_of_several_classes_and_folders_of_others(trained, tmp_path, monke
     with pytest.raises(UserError, match="holds other files"):
         call("--images", tmp_path, "--seeds", "5")
 
-    def full(path, make_folder=True):
+    def full(images, files):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(image_files, "whole", full)
+    monkeypatch.setattr(image_files, "_write", full)
     with pytest.raises(UserError, match=r"No space left on device. The same command resumes"):
         call("--images", tmp_path / "full", "--seeds", "0-200")
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import evaluate
 from launch.select.candidates import Arm
 from launch.select.table import _read
 from launch.select.trials import Trial
 from pipeline.config import load
+from pipeline.run import score_run
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.rows import append, keep, rows
@@ -153,8 +153,8 @@ def test_a_finished_run_and_select_survive_it(torn):
 def test_a_damaged_list_of_scores_is_kept_and_a_new_one_begun(tmp_path, capsys, content):
     file = tmp_path / "scores.json"
     file.write_bytes(content)
-    evaluate._append(file, {"c": 1})
-    evaluate._append(file, {"d": 2})
+    score_run._append(file, {"c": 1})
+    score_run._append(file, {"d": 2})
     assert json.loads(file.read_text()) == [{"c": 1}, {"d": 2}]
     assert (tmp_path / "scores.damaged.json").read_bytes() == content
     assert capsys.readouterr().err.count("is damaged") == 1

@@ -1,0 +1,123 @@
+"""Scores of a finished or interrupted run, added to its scores.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from pipeline.config import Config, Score, UserError
+from pipeline.data.index import load_index
+from pipeline.data.plan import split_of
+from pipeline.durable import write
+from pipeline.gan.draws import Draws
+from pipeline.parallel.launched import Launch
+from pipeline.parallel.ranks import Ranks
+from pipeline.run.checkpoint import Wanted
+from pipeline.run.evaluate import evaluate_generator
+from pipeline.run.export import load_generator
+from pipeline.run.features import Extractor, load_features
+from pipeline.run.images import images_of
+from pipeline.run.metrics import METRICS
+from pipeline.run.references import references
+from pipeline.run.report import say
+from pipeline.run.state import State
+
+Shown = Callable[[Extractor, Score], AbstractContextManager[object]]
+"""Around the work: shows how far it is."""
+
+
+def score_run(
+    run: Path,
+    metrics: Sequence[str] = ("kid",),
+    *,
+    features: str | None = None,
+    images: int | None = None,
+    train_images: int | None = None,
+    data: str | None = None,
+    checkpoint: Wanted = "newest",
+    shown: Shown = lambda _extractor, _score: nullcontext(),
+) -> tuple[dict[str, float], int]:
+    """Scores of G_ema by chart name, and the cur_nimg they are of; added to scores.json in the run folder.
+
+    Uses the latents and images of training: with the run's own settings a score equals that in metrics.jsonl.
+
+    Args:
+        metrics: of `METRICS`.
+        features, images, train_images: in place of the run's own `score` settings.
+        data: where the run's data are now, if they were moved.
+        checkpoint: see `load_run`.
+
+    Raises UserError as `load_run` does, and if the data are not there or others than those of training.
+    """
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise UserError(f"There is no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
+    G, config, state = load_generator(run, checkpoint)
+    score = replace(
+        config.score,
+        metrics=tuple(metrics),  # type: ignore[arg-type]  # known ones
+        features=features or config.score.features,
+        images=images or config.score.images,
+        train_images=config.score.train_images if train_images is None else train_images,
+    )
+    config = replace(config, score=score, data=replace(config.data, train=data or config.data.train))
+    if config.data.latents and config.data.decoder is None:
+        raise UserError(
+            f"{run} was trained on latents without data.decoder, and scores compare images: there are none."
+        )
+    scores, fingerprints = _scores(G, config, state, shown)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"cur_nimg": state.cur_nimg, "time": now, **scores, "against": fingerprints}
+    _append(run / "scores.json", entry)
+    return scores, state.cur_nimg
+
+
+def _scores(
+    G: nn.Module, config: Config, state: State, shown: Shown
+) -> tuple[dict[str, float], dict[str, str]]:
+    data, score = config.data, config.score
+    extractor = load_features(score.features)
+    index = load_index(cast(str, data.train), say, data.remote)
+    if (split_of(config, index).training().fingerprint, index.fingerprint) != (state.plan, state.data):
+        raise UserError(
+            f"{index.where} does not hold what this run was trained on, so images held out now may have been "
+            "trained on then. Give the place of the original shards: --data SHARDS, or data=SHARDS in Python."
+        )
+    ranks = Ranks(Launch("single", "no", 0, 1), timedelta(seconds=config.run.timeout_s))
+    images = images_of(data, ranks.device)
+    with shown(extractor.to(ranks.device), score):
+        real = references(config, extractor, index, ranks, images)
+        draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
+        found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics, images)
+        return found, real.fingerprints
+
+
+def _append(file: Path, entry: dict[str, object]) -> None:
+    """Add to the JSON list in `file`, atomically; warn if that fails."""
+    try:
+        write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
+    except OSError as error:  # another person's run, or one on a read-only disk
+        _warn(f"these scores could not be written to {file}: {error.strerror or error}.")
+
+
+def _entries(file: Path) -> list[object]:
+    """The list in `file`. A damaged file is kept under another name. Raises OSError."""
+    with suppress(ValueError):
+        entries = json.loads(file.read_bytes()) if file.exists() else []
+        if isinstance(entries, list):
+            return entries
+    aside = file.with_name(f"{file.stem}.damaged.json")
+    file.replace(aside)
+    _warn(f"{file} is damaged. It is kept as {aside}; a new one is written.")
+    return []
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
