@@ -48,7 +48,7 @@ def train(
     second one, more than a second later, ends at once.
     """
     if not dry_run:  # before seconds of imports
-        click.echo(f"starting {_processes(procs, strategy)} …", err=True)
+        click.echo(f"starting {_processes(procs, strategy)} …")
     from launch.argument import training_of
     from pipeline.config import UserError, dump, load
     from pipeline.credentials import redacted

@@ -49,3 +49,12 @@ def reason(error: Exception, given: str) -> str:
     if "://" in given:
         return "write a URL in quotes, and $ in a password as %24."
     return " ".join(str(error).split())
+
+
+def anonymous(text: str) -> str:
+    """A text that may leave this machine: URLs without credentials, and no folders of this machine's.
+
+    Of an absolute path only the last part stays: /home/me/runs/mine becomes …/mine.
+    """
+    text = scrubbed(text).replace("file:///", "/")
+    return re.sub(r"(?<![\w/.<…])(?:~[\w.-]*)?/(?!/)(?:[^\s/'\",;:()\[\]<>]+/)*(?=[^\s/])", "…/", text)

@@ -15,6 +15,7 @@ from launch.select.local import Say
 from launch.select.trials import LaunchOptions, Trial
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
+from pipeline.run.page.document import write_beside
 from pipeline.run.stop import INTERRUPTED
 from pipeline.wording import counted
 
@@ -138,7 +139,7 @@ class Selection:
             written += verdict.write(self.folder, found, self.trials, *self.given)
         self.say(verdict.terminal(found))
         if found.choice is not None:  # last, as pictures take a while
-            written += plots.draw(self.folder, found)
+            written += [*plots.draw(self.folder, found), *filter(None, [write_beside(self.folder)])]
             self.say("\n".join(map(str, written)))
         return found
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.parallel.ranks import Ranks
+from pipeline.run import events
 from pipeline.run.curves import CURVES, draw_run
 from pipeline.run.export import export
 from pipeline.run.folder import DONE, STOPPED
+from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.report import Report
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
@@ -30,6 +32,7 @@ def conclude(
 def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
     report.still_ours()
     _mark(folder / STOPPED, state)
+    events.record(folder, "stop", state.cur_nimg, reason=reason)
     kimg = f"{state.cur_nimg / 1000:g}"
     report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
 
@@ -41,6 +44,7 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     report.extra(CURVES, lambda: draw_run(folder))
     _mark(folder / DONE, state)
+    report.extra(PAGE, lambda: write_beside(folder))
     report.conclude(state.cur_nimg)
 
 

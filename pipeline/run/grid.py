@@ -22,7 +22,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
 }
-_GAP = 2  # white pixels between images and around the grid
+GAP = 2  # white pixels between images and around the grid
 _PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
 
@@ -42,15 +42,20 @@ def tile(
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, count)
     rows = -(-count // columns)
-    step_y, step_x = height * scale + _GAP, width * scale + _GAP
-    grid = np.full((rows * step_y + _GAP, columns * step_x + _GAP, channels), 255, np.uint8)
+    step_y, step_x = height * scale + GAP, width * scale + GAP
+    grid = np.full((rows * step_y + GAP, columns * step_x + GAP, channels), 255, np.uint8)
     for place, image in enumerate(pixels):
-        y, x = _GAP + place // columns * step_y, _GAP + place % columns * step_x
+        y, x = GAP + place // columns * step_y, GAP + place % columns * step_x
         grid[y : y + height * scale, x : x + width * scale] = image
     if titles:
         head = _head(titles, step_x, grid.shape[1])
         grid = np.concatenate([np.broadcast_to(head[:, :, None], (*head.shape, channels)), grid])
     return grid[:, :, 0] if channels == 1 else grid
+
+
+def step_of(size: int) -> int:
+    """How many pixels a row of a grid of square images of this size is high."""
+    return size * _scale(size) + GAP
 
 
 def _scale(shortest: int, least: int = _PLEASANT) -> int:
@@ -66,9 +71,9 @@ def _head(titles: Sequence[str], step: int, width: int) -> npt.NDArray[np.uint8]
     draw = ImageDraw.Draw(head)
     for column, title in enumerate(titles):
         text = title
-        while len(text) > 1 and draw.textlength(text, font) > step - _GAP:
+        while len(text) > 1 and draw.textlength(text, font) > step - GAP:
             text = text.removesuffix("…")[:-1] + "…"
-        left = _GAP + column * step + (step - _GAP - draw.textlength(text, font)) / 2
+        left = GAP + column * step + (step - GAP - draw.textlength(text, font)) / 2
         draw.text((left, size + 2), text, fill=0, font=font, anchor="ls")
     return np.asarray(head)
 

@@ -6,13 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, UserError
 from pipeline.durable import sync
 from pipeline.lock import LockLostError
+from pipeline.run import events
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.state import State
@@ -37,7 +38,7 @@ class Report:
         """Show a message."""
 
     def warn(self, title: str, text: str) -> None:
-        """Show a warning, and send it as a W&B alert."""
+        """Show a warning, record it in events.jsonl and send it as a W&B alert."""
 
     def still_ours(self) -> None:
         """Call before writing to the run folder. Raises LockLostError if another process has taken it."""
@@ -97,7 +98,7 @@ class MainReport(Report):
         """check: of the run folder's lock.
         reported: up to where rows and sample grids are done (None: cur_nimg); later rows are dropped."""
         reported = cur_nimg if reported is None else reported
-        self._tracker, self._check = tracker, check
+        self._tracker, self._check, self._cur_nimg = tracker, check, cur_nimg
         self._terminal = Lines(total_nimg, cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
         self._unwritten: list[Row] = []  # what a full or failing disk did not take
@@ -113,6 +114,9 @@ class MainReport(Report):
 
     def warn(self, title: str, text: str) -> None:
         self.say(f"warning: {text}")
+        with suppress(LockLostError):  # else the folder is another process's, to which this did not happen
+            self._check()
+            events.record(self._folder, "warning", self._cur_nimg, title=title, text=text)
         self._tracker.alert(title, text)
 
     def still_ours(self) -> None:
@@ -133,6 +137,7 @@ class MainReport(Report):
         self._write(durably=True)
 
     def advance(self, cur_nimg: int) -> None:
+        self._cur_nimg = cur_nimg
         self._terminal.advance(cur_nimg)
 
     def working(self, text: str) -> None:
@@ -165,6 +170,7 @@ class MainReport(Report):
         grids = sorted((self._folder / "samples").glob("fakes*.png"))
         found = {
             "images": f"{grids[-1]}   (real ones: {grids[-1].with_name('reals.png')})" if grids else "",
+            "page": str(page) if (page := self._folder / "report.html").exists() else "",
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
             "W&B": self._tracker.where,
@@ -238,6 +244,8 @@ def open_report(
         return Report()
     tracker = open_tracker(config, folder, state.wandb_id, say)
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
+    still_ours()
+    events.record(folder, "start", state.cur_nimg, **events.environment(ranks))
     if config.track.tensorboard:
         tracker = TensorBoard(tracker, folder, say)
     total = round(config.run.total_kimg * 1000)

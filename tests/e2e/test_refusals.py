@@ -195,7 +195,9 @@ def test_no_space_left(full_disk, refused, tmp_path, monkeypatch):
 def test_the_installed_command_refuses_likewise(tmp_path):
     (tmp_path / "good.yaml").write_text(ADAM)
     ended = run(shardgan("train", "good.yaml", "--procs", "2", "G.widht=8"), tmp_path)
-    assert_refused(Told(ended.status, "", ended.output), tmp_path, "did you mean `width`?")
+    at_once, _, error = ended.output.partition("\n")
+    assert at_once == "starting 2 processes (ddp) …"
+    assert_refused(Told(ended.status, at_once, error), tmp_path, "did you mean `width`?")
 
 
 def test_a_bare_launcher_refuses_with_one_message(tmp_path):

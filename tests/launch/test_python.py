@@ -19,7 +19,7 @@ import shardgan
 import torch
 
 from launch import processes
-from pipeline.api.training import _command
+from pipeline.api import training
 from pipeline.errors import RunError, UserError
 from pipeline.run.session import Session
 
@@ -167,9 +167,31 @@ def test_how_started_processes_end(
         processes, "start", lambda _command, *environment, **pipes: started(*environment, **pipes)
     )
     with pytest.raises(raised) if raised else nullcontext() as caught:
-        _command(["train"], 2)
+        training._command(["train"], 2)
     assert capsys.readouterr().out == "step\n"
     assert not issubclass(raised or int, UserError) or str(caught.value) == "a\n  b"
+
+
+def test_ctrl_c_reaches_started_processes_which_save_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, lambda *_: (print('saved'), sys.exit(130)))\n"
+        "print('begun')\n"
+        "signal.pause()"
+    )
+    start, shown = processes.start, list[str]()
+    child = [sys.executable, "-uc", code]
+    monkeypatch.setattr(processes, "start", lambda _, *how, **pipes: start(child, *how, **pipes))
+
+    def show(line: str, **_: object) -> None:
+        shown.append(line)
+        if line == "begun\n":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(training, "print", show, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        training._command(["train"], 2)
+    assert shown == ["begun\n", "saved\n"]
 
 
 @pytest.mark.parametrize("name", ["pipeline", "pipeline.py", "random.py"])

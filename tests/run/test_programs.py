@@ -54,7 +54,8 @@ for folder in sys.argv[1:]:
             import onnxruntime
             images += onnxruntime.InferenceSession(folder + "/G_ema.onnx").run(None, given)
         assert all(x.shape == due.shape for x in images)
-        found.append([folder, n, [float(abs(x - due).max()) for x in images]])
+        largest = max(1, abs(due).max())
+        found.append([folder, n, [float(abs(x - due).max() / largest) for x in images]])
 print(json.dumps(found))
 """
 
@@ -65,8 +66,10 @@ def network(settings: list[str], num_classes: int) -> tuple[Config, nn.Module]:
     G = build_G(config, num_classes).requires_grad_(False).eval()
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for tensor in (t for t in G.state_dict().values() if t.is_floating_point()):
-            tensor.add_(0.1 * torch.randn(tensor.shape).abs())
+        for name, tensor in G.state_dict().items():
+            if tensor.is_floating_point():
+                change = 0.1 * torch.randn(tensor.shape)
+                tensor.add_(change.abs() if name.endswith("running_var") else change)
     return config, G
 
 
@@ -88,7 +91,8 @@ def write(folder: Path, settings: list[str], num_classes: int, onnx: bool) -> No
 
 
 def run_bare(*folders: Path) -> dict[tuple[str, int], list[float]]:
-    """Differences from the module, by folder and number of images: of the .pt2 and, if it is there, .onnx."""
+    """Differences from the module, in units of its largest value if that exceeds 1, by folder and number of
+    images: of the .pt2 and, if it is there, of the .onnx."""
     line = [sys.executable, "-I", "-S", "-c", BARE, *map(str, folders)]
     ended = subprocess.run(line, capture_output=True, text=True, check=True)
     found = json.loads(ended.stdout.splitlines()[-1])

@@ -1,0 +1,270 @@
+"""What a page says of one run, read from its folder without loading a network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config, UserError
+from pipeline.credentials import anonymous
+from pipeline.run.events import EVENTS
+from pipeline.run.folder import DONE, begun, flattened
+from pipeline.run.history import History
+from pipeline.run.metrics import METRICS, Metric, leading_chart
+from pipeline.run.rows import rows
+from pipeline.run.wandb_mode import public
+from pipeline.wording import counted, in_time
+
+_UNSAID = {
+    "run.name",
+    "run.out",
+    "run.resume",
+    "track.wandb",
+    "track.project",
+    "track.entity",
+}  # of no result
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score over a run: its values at the first and last scoring, and the best."""
+
+    chart: str  # as in metrics.jsonl
+    label: str
+    first: tuple[float, float]  # kimg, value
+    best: tuple[float, float]
+    last: tuple[float, float]
+    lower_is_better: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    key: str
+    value: str
+    default: str
+
+    @property
+    def differs(self) -> bool:
+        return self.value != self.default
+
+
+class Facts:
+    """A run, as its folder shows it. Texts name no folders of this machine and hold no credentials."""
+
+    def __init__(self, history: History) -> None:
+        """Raises UserError if this version cannot read its config or its events."""
+        self._history, self.config = history, begun(history.folder)
+        self.name, self.folder, self.rows = history.name, history.folder, history.rows
+        try:
+            self.events = rows(self.folder / EVENTS)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be read: {error.strerror or error}.") from None
+
+    @property
+    def kimg(self) -> float:
+        return float(self.rows[-1]["cur_nimg"]) / 1000
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / DONE).exists()
+
+    @property
+    def seconds(self) -> float:
+        """Spent in training, without scoring and saving."""
+        before, seconds = 0, 0.0
+        for row in self.rows:
+            if speed := row.get("Timing/img_per_sec"):
+                seconds += (row["cur_nimg"] - before) / speed
+            before = row["cur_nimg"]
+        return seconds
+
+    @property
+    def what(self) -> str:
+        """One sentence: what was trained, on what, and how far."""
+        data, penalty = self.config.data, self.config.penalty
+        colour = "latents" if data.latents else "grey images" if data.channels == 1 else "colour images"
+        kinds = " and ".join(dict.fromkeys((self.config.G.kind, self.config.D.kind)))
+        lambdas = {in_time(getattr(penalty, p).l2): p for p in "DG"}
+        one = len(lambdas) == 1
+        l2 = next(iter(lambdas)) if one else ", ".join(f"{p} {value}" for value, p in lambdas.items())
+        shown = counted(round(1000 * self.kimg), "image")
+        return (
+            f"A GAN ({anonymous(kinds)}) of {data.size}×{data.size} {colour}, trained on "
+            f"{_place(str(data.train))} with λ = {l2}. D was shown {shown}"
+            f"{self._epochs()}{f', in {_duration(self.seconds)} of training' if self.seconds else ''}."
+        )
+
+    @property
+    def state(self) -> str:
+        total = f"{self.config.run.total_kimg:g}"
+        return f"Finished at kimg {self.kimg:g}" if self.finished else f"At kimg {self.kimg:g} of {total}"
+
+    @cached_property
+    def scores(self) -> list[Score]:
+        """The one to compare by first."""
+        found = [score for chart in self._history.scores if (score := self._score(chart))]
+        return sorted(found, key=lambda score: score.chart != self.leading)
+
+    @cached_property
+    def leading(self) -> str | None:
+        """The chart by which runs are compared; None if there is none."""
+        return leading_chart(self.config.score.metrics, self._history.scores)
+
+    @property
+    def conclusion(self) -> str:
+        """What the leading score did; empty without scores."""
+        if not (self.leading and self.scores):
+            return ""
+        score = self.scores[0]
+        (start, first), (best_at, best), (_, last) = score.first, score.best, score.last
+        if start == score.last[0]:
+            return f"{score.label} is {last:.4g} at kimg {start:g}{self.against}."
+        moved = "fell" if best < first else "did not fall"
+        to = f" to {best:.4g} (kimg {best_at:g})" if best < first else ""
+        end = "" if best == last else f", and ended at {last:.4g}"
+        return f"{score.label} {moved} from {first:.4g}{to}{end}{self.against}."
+
+    @property
+    def against(self) -> str:
+        """What scores were taken of and against, with counts."""
+        about = self._history.reference.get("heldout", {})
+        fakes = next(
+            (row[key] for row in reversed(self.rows) for key in row if key.endswith("_fake_images")), 0
+        )
+        features = (about.get("features") or [""])[0]
+        if not (fakes and about.get("images")):
+            return ""
+        of = f", in features of {anonymous(str(features))}" if features else ""
+        made = counted(int(fakes), "generated image")
+        return f", for {made} against {about['images']:,} held-out images that were never trained on{of}"
+
+    @property
+    def settings(self) -> list[Setting]:
+        """All that may have had an influence on the result."""
+        default: dict[str, Any] = {}
+        for section, values in public(Config()).items():
+            default |= flattened(section, values)
+        return [
+            Setting(key, _shown(value), _shown(default.get(key)))
+            for key, value in self._history.settings.items()
+            if key not in _UNSAID
+        ]
+
+    @property
+    def surroundings(self) -> dict[str, str]:
+        """Of the last start that is recorded; {} of a run that an earlier version trained."""
+        start = next((row for row in reversed(self.events) if row.get("event") == "start"), None)
+        if start is None:
+            return {}
+        versions = start.get("versions")
+        return {
+            "strategy": f"{start.get('strategy')}, {counted(int(start.get('world') or 1), 'process')}",
+            "device": str(start.get("device")),
+            "precision": {"no": "float32"}.get(str(start.get("precision")), str(start.get("precision"))),
+            **(versions if isinstance(versions, Mapping) else {}),
+        }
+
+    @cached_property
+    def troubles(self) -> list[tuple[str, str]]:
+        """(when, what) of everything that a reader should know of, in order."""
+        found = sorted([*self._happened(), *self._changed()], key=lambda pair: pair[0])
+        return [*((f"kimg {at / 1000:g}", anonymous(text)) for at, text in found), *self._counts()]
+
+    def _happened(self) -> Iterator[tuple[int, str]]:
+        begun_before = False
+        for row in self.events:
+            if row.get("event") == "warning":
+                yield row["cur_nimg"], f"{row.get('title')}: {row.get('text')}"
+            elif row.get("event") == "stop":
+                yield row["cur_nimg"], f"Stopped {row.get('reason')}"
+            elif row.get("event") == "start":
+                if begun_before:
+                    yield row["cur_nimg"], "Started again, and resumed from here"
+                begun_before = True
+
+    def _changed(self) -> Iterator[tuple[int, str]]:
+        for row in self._history.changes:
+            yield row["cur_nimg"], f"Setting changed: {row.get('key')}: {row.get('old')} → {row.get('new')}"
+
+    def _counts(self) -> Iterator[tuple[str, str]]:
+        per_update, before = self.config.images_per_update, 0
+        skipped = dict.fromkeys("GD", 0)
+        for row in self.rows:
+            updates = (row["cur_nimg"] - before) / per_update
+            before = row["cur_nimg"]
+            for player in skipped:
+                skipped[player] += round(_number(row.get(f"Gradients/{player}/skipped")) * updates)
+        for player, count in skipped.items():
+            if count:
+                yield "in all", f"{counted(count, 'update')} of {player} skipped, as they were not finite"
+        if bad := int(_number(self.rows[-1].get("Progress/bad_images"))):
+            yield "in all", f"{counted(bad, 'training image')} could not be read; others replaced them"
+
+    def _epochs(self) -> str:
+        epochs = _number(self.rows[-1].get("Progress/epoch"))
+        return f" ({epochs:.3g} epochs)" if epochs else ""
+
+    def _score(self, chart: str) -> Score | None:
+        metric, points = _metric_of(chart), zip(*self._history.series(chart), strict=True)
+        values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
+        if metric is None or not values:
+            return None
+        best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
+        return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
+
+
+def label_of(chart: str) -> str:
+    """A name for people: KID of Metrics/kid_efflite0; what compares with training images says so."""
+    name = chart.removeprefix("Metrics/")
+    stem, _, rest = name.partition("_")
+    known = {"kid": "KID", "fd": "Fréchet distance", "fid": "FID", "fid50k": "FID", "nn": f"nn {rest}"}
+    train = ", to training images" if name.endswith("_train") else ""
+    return f"{known.get(stem, stem.capitalize())}{train}"
+
+
+def differing(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
+    """(key, value of each run) of the settings in which runs differ."""
+    each = [{setting.key: setting.value for setting in run.settings} for run in runs]
+    keys = dict.fromkeys(key for settings in each for key in settings)
+    found = [(key, [settings.get(key, "–") for settings in each]) for key in keys]
+    return [(key, values) for key, values in found if len(set(values)) > 1]
+
+
+def _metric_of(chart: str) -> Metric | None:
+    """The metric that a chart of scores shows; None if this version does not know it."""
+    name = chart.removeprefix("Metrics/")
+    for metric in METRICS.values():
+        if name == metric.canonical or name.startswith(tuple(f"{each}_" for each in metric.names)):
+            return metric
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return "–" if value is None else _place(str(value))
+
+
+def _place(value: str) -> str:
+    """A setting that may be a path of this machine, with spaces perhaps: then its last part."""
+    return f"…/{Path(value).name}" if value.startswith(("/", "~")) else anonymous(value)
+
+
+def _number(value: Any, otherwise: float = 0.0) -> float:
+    return float(value) if isinstance(value, int | float) else otherwise
+
+
+def _duration(seconds: float) -> str:
+    """45 s, 12 min, 3.4 h, 2.1 days."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length or (unit == "min" and seconds >= 60):
+            return f"{seconds / length:.2g} {unit}" if unit != "min" else f"{seconds / length:.0f} min"
+    return f"{seconds:.0f} s"

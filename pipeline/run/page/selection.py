@@ -1,0 +1,170 @@
+"""What a page says of a selection (`shardgan select`), read from its table.json, report.md and trials."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import UserError
+from pipeline.credentials import anonymous
+from pipeline.run.history import read_history
+from pipeline.run.page.charts import Chart, Line, colours, of_several
+from pipeline.run.page.facts import Facts, label_of
+from pipeline.run.page.pictures import Picture, plotted, strip
+from pipeline.wording import counted
+
+TABLE = "table.json"
+_WIDE = 12  # letters of a candidate's name that fit under a point
+
+
+class Selection:
+    """The candidates of a selection and their finished trials."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError if its table cannot be read, or no trial is finished."""
+        self.folder = folder
+        try:
+            self._table: dict[str, Any] = json.loads((folder / TABLE).read_bytes())
+            self.rows = [_Candidate(folder, row) for row in self._table["rows"]]
+            self.score = label_of(f"Metrics/{self._table['score']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / TABLE} cannot be read: {error}") from None
+        if not any(row.trials for row in self.rows):
+            raise UserError(f"{folder} has no finished trial yet: there is nothing to show.")
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def chosen(self) -> str | None:
+        return self._table.get("chosen")
+
+    @property
+    def what(self) -> str:
+        config = self.example.config
+        each = max(len(row.scores) for row in self.rows)
+        held = f"{config.data.folds} folds" if config.data.folds else "cross-validation"
+        return (
+            f"{counted(len(self.rows), 'candidate')} for {self.key}, compared by {held}: "
+            f"{counted(each, 'training')} of each, of {config.run.total_kimg:g} kimg, scored on "
+            "images that were held out."
+        )
+
+    @property
+    def key(self) -> str:
+        """The settings that candidates differ in."""
+        keys = dict.fromkeys(text.partition("=")[0] for row in self.rows for text in row.settings)
+        return ", ".join(keys) or "settings"
+
+    @cached_property
+    def conclusion(self) -> str:
+        """The sentences of report.md, which claim no more than the trials show."""
+        try:
+            paragraphs = (self.folder / "report.md").read_text("utf-8").split("\n\n")
+        except (OSError, UnicodeDecodeError):
+            paragraphs = []
+        found = next((p for p in paragraphs if p.startswith(("Chosen: ", "Nothing to choose"))), "")
+        return anonymous(found.replace("\n", " ")) or "Nothing is chosen yet: trials are still to come."
+
+    @cached_property
+    def example(self) -> Facts:
+        """The first finished trial."""
+        return next(facts for row in self.rows for facts in row.trials)
+
+    @property
+    def strips(self) -> list[tuple[_Candidate, Picture]]:
+        found = [(row, strip(row.trials[0].folder, row.trials[0].config)) for row in self.rows if row.trials]
+        return [(row, picture) for row, picture in found if picture]
+
+    @property
+    def reals(self) -> Picture | None:
+        return strip(self.example.folder, self.example.config, real=True)
+
+    @property
+    def drawn(self) -> Picture | None:
+        """curve.png, for readers without JavaScript."""
+        return plotted(self.folder / "curve.png")
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        found = [(trial, text) for row in self.rows for trial, text in row.failed.items()]
+        for row in self.rows:
+            for facts in row.trials:
+                found += [(facts.name, f"{when}: {text}") for when, text in facts.troubles]
+        return [(anonymous(trial), anonymous(text)) for trial, text in found]
+
+    @property
+    def curve(self) -> Chart:
+        """Mean, standard error and trials of each: from left to right, if their labels are short."""
+        rows = [row for row in self.rows if row.mean is not None]
+        upright = all(len(row.label) <= _WIDE for row in rows)
+        points = [
+            {"label": row.label, "mean": row.mean, "error": row.error, "scores": row.scores} for row in rows
+        ]
+        chosen = [row.label for row in rows if row.name == self.chosen]
+        return {
+            "title": f"{self.score} on held-out images: lower is better",
+            "candidates": points,
+            "chosen": chosen,
+            "upright": upright,
+            "x": self.key if upright else "",
+        }
+
+    @property
+    def learning(self) -> list[Chart]:
+        """Curves of all trials, coloured by candidate."""
+        rows = [row for row in self.rows if row.trials]
+        graded = all(row.number is not None for row in rows)
+        by_size = sorted(rows, key=lambda row: row.number or 0) if graded else rows
+        shades = dict(zip((row.name for row in by_size), colours(len(rows), graded), strict=True))
+        return of_several(
+            [
+                Line(facts, row.label, shades[row.name], first=not place)
+                for row in rows
+                for place, facts in enumerate(row.trials)
+            ]
+        )
+
+
+class _Candidate:
+    """A row of table.json."""
+
+    def __init__(self, folder: Path, row: Mapping[str, Any]) -> None:
+        self.name, self.settings = str(row["arm"]), [str(text) for text in row["settings"]]
+        self.mean, self.error = _finite(row.get("mean")), _finite(row.get("standard_error"))
+        by_trial = row.get("by_trial") or {}
+        self.scores = [score for value in by_trial.values() if (score := _finite(value)) is not None]
+        self.failed: dict[str, str] = dict(row.get("failed") or {})
+        self.pending = len(row.get("not_done") or ())
+        difference = row.get("minus_minimum") or (None, None)
+        self.difference = tuple(map(_finite, difference))
+        self.trials = list(_facts(folder / "trials" / name for name in by_trial))
+
+    @property
+    def label(self) -> str:
+        """The value alone, if one setting is tried."""
+        one = len(self.settings) == 1 and self.name == self.settings[0]
+        return anonymous(self.settings[0].partition("=")[2] if one else self.name)
+
+    @property
+    def number(self) -> float | None:
+        try:
+            return float(self.label)
+        except ValueError:
+            return None
+
+
+def _facts(folders: Iterable[Path]) -> Iterator[Facts]:
+    for folder in folders:
+        with suppress(UserError):  # it was removed since
+            yield Facts(read_history(folder))
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
