@@ -16,6 +16,7 @@ from launch.presets import Preset
 from launch.training import Preparation, Training, of_run
 from pipeline.config import Config, Data, Run, UserError, load
 from pipeline.data.prepare.earlier import where_from
+from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.shards import Shards
 from pipeline.data.prepare.source import Options, Stored
 from pipeline.data.record import INDEX, read_record
@@ -37,7 +38,7 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
     size = data.size if _gives("data.size", settings) else _size(argument, source, seen, preset)
     preparation, train = None, argument
     if not isinstance(source, Shards):
-        preparation = Preparation(argument, _beside(argument, path, size), _options(argument, path, size))
+        preparation = _preparation(argument, _beside(argument, path, size), _options(argument, path, size))
         train = preparation.out
     if begun is not None:
         training = of_run(folder, [f"data.train={train}", *settings])
@@ -79,7 +80,12 @@ def _resumed(argument: str, source: Stored, folder: Path, begun: Config, setting
         raise other
     options = _recorded(record) or Options(size=begun.data.size)
     training = of_run(folder, settings, notes)
-    return dataclasses.replace(training, preparation=Preparation(argument, train, options))
+    return dataclasses.replace(training, preparation=_preparation(argument, train, options))
+
+
+def _preparation(argument: str, out: str, options: Options) -> Preparation:
+    """Of a folder also where its name is that of a known data set."""
+    return Preparation(f"./{argument}" if argument in KNOWN else argument, out, options)
 
 
 def _size(argument: str, source: Stored, seen: Contents, preset: Preset) -> int:

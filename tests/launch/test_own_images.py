@@ -124,6 +124,9 @@ def test_size_channels_and_classes_follow_from_the_images():
     config = config_of(zipped)
     assert (config.run.name, config.data.train, config.G.width) == ("x", "pile-32px", 64)
     assert config.data.conditional and zipped.preparation.source == "pile.zip"
+    pictures("cifar10", (32, 32))
+    training_of("cifar10", [], gpu=False).prepare()
+    assert load_index("cifar10-32px").num_samples == 1, "not the data set of that name"
     pictures("digits", *[(28, 28)] * 60, classes=tuple("0123"))
     config = config_of(training_of("digits", [], gpu=True))
     assert (config.data.size, config.data.channels, config.data.conditional) == (28, 1, True)
