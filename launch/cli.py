@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("launch.train:train", "Train, on this machine, under any strategy."),
     "submit": ("launch.slurm.submit:submit", "Train on a Slurm cluster."),
     "sample": ("launch.sample:sample", "Write generated images: a picture, an animation or separate files."),
+    "project": ("launch.project:project", "Find the latents of real images."),
     "evaluate": ("launch.evaluate:evaluate", "Score a run on held-out images."),
     "select": ("launch.select:select", "Choose λ by cross-validation, with a table, a curve and a report."),
     "report": ("launch.report:report", "Write runs or a selection as one HTML page."),

@@ -42,9 +42,10 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
     if begun is not None:
         training = of_run(folder, [f"data.train={train}", *settings])
         return dataclasses.replace(training, preparation=preparation)
-    chosen = [f"run.name={run.name}", f"data.train={train}", *_choose(preset, seen, size)]
-    notes = _notes(argument, seen, preset, size, preparation, settings)
-    return Training(str(configs() / preset.config), (*chosen, *settings), tuple(notes), preparation)
+    file = str(configs() / preset.config)
+    chosen = (f"run.name={run.name}", f"data.train={train}", *_choose(preset, seen, size), *settings)
+    notes = _notes(argument, seen, preset, load(file, chosen).data, preparation, settings)
+    return Training(file, chosen, tuple(notes), preparation)
 
 
 def _wanted(path: Path, settings: Sequence[str]) -> tuple[Run, Data]:
@@ -99,7 +100,7 @@ def _size(argument: str, source: Stored, seen: Contents, preset: Preset) -> int:
 def _choose(preset: Preset, seen: Contents, size: int) -> Iterator[str]:
     yield f"data.size={size}"
     yield f"data.channels={seen.channels}"
-    if seen.conditional:
+    if preset.conditional and seen.conditional:
         yield "data.conditional=true"
     yield from preset.at(size)
     if seen.images < presets.FEW:
@@ -110,7 +111,7 @@ def _notes(
     argument: str,
     seen: Contents,
     preset: Preset,
-    size: int,
+    data: Data,
     preparation: Preparation | None,
     settings: Sequence[str],
 ) -> Iterator[str]:
@@ -119,13 +120,15 @@ def _notes(
     text = f"{argument}: {counted(seen.images, 'image')}{classes}, {colour}, {seen.pixels}"
     if preparation:
         there = "are" if (Path(preparation.out) / INDEX).is_file() else "will be"
-        text += f"; their shards, at {size}x{size}, {there} in {preparation.out}"
+        text += f"; their shards, at {data.size}x{data.size}, {there} in {preparation.out}"
     yield text
-    more = "; larger: data.size=N" if size < seen.median and size == preset.largest else ""
-    one = " conditional on the class," if seen.conditional else ""
-    yield f"preset: {preset.about} ({preset.config}),{one} at {size}x{size}{more}"
-    if seen.classes > 1 and not seen.conditional:
+    given = _gives("data.size", settings)
+    more = "; larger: data.size=N" if not given and data.size == preset.largest < seen.median else ""
+    one = " conditional on the class," if data.conditional else ""
+    yield f"preset: {preset.about} ({preset.config}),{one} at {data.size}x{data.size}{more}"
+    if seen.classes > 1 and not _gives("data.conditional", settings) and not data.conditional:
         why = "not all are labelled" if seen.labelled < seen.images else "so few images each"
+        why = preset.why_not_conditional if seen.conditional else why
         yield f"classes are ignored, {why}: data.conditional=true trains on them all the same"
     if seen.images < presets.FEW and not _gives("augment.", settings):
         yield (

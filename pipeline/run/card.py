@@ -181,21 +181,18 @@ def _made(config: Config) -> tuple[str, str, str, str]:
 def _ours(config: Config, facts: Exported) -> str:
     own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((config.G.kind, config.D.kind)) if ":" in kind)
     needs = f"\nIts networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
-    labels = f", torch.arange(16) % {facts.num_classes}" if facts.num_classes else ""
-    made, _, clamp, _ = _made(config)
+    classes = "; classes=0, or a name: one class alone" if facts.num_classes else ""
+    shape = "C, H, W" if config.data.latents else _made(config)[1]
     return f"""
 ## Use with ShardGAN
 
 Install it by `pip install .` in a clone of its repository.
 {needs}
 ```python
-import torch
-
 import shardgan
 
 G = shardgan.load(".")  # the folder of these files, or "USER/NAME" of the Hub
-with torch.no_grad():
-    {made} = G(torch.randn(16, {config.G.z_dim}){labels}){clamp}
+images = shardgan.sample(G, seeds=range(16))  # uint8 [16, {shape}]{classes}
 ```"""
 
 

@@ -77,11 +77,25 @@ class EfficientNetLite0(Extractor):
         self.net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def extract(self, pixels: Tensor) -> Tensor:
+        maps: Tensor = self.net.extract_features(self._resized(pixels))
+        return maps.mean(dim=(2, 3))
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """float32 [N, 3, H, W] with values 0 to 255 → the last features of each resolution, [N, C, h, w], the
+        finest ones (48 x 48) first. Differentiable with respect to pixels."""
+        net = self.net
+        x, found = net._swish(net._bn0(net._conv_stem(self._resized(pixels)))), list[Tensor]()
+        for block in net._blocks:
+            before, x = x, block(x)
+            if x.shape[-1] < before.shape[-1]:
+                found.append(before)
+        return [*found, x]
+
+    def _resized(self, pixels: Tensor) -> Tensor:
         if pixels.shape[-2:] != (self._SIDE, self._SIDE):
             size = (self._SIDE, self._SIDE)
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False, antialias=True)
-        maps: Tensor = self.net.extract_features((pixels.clamp(0, 255) - 127) / 128)
-        return maps.mean(dim=(2, 3))
+        return (pixels.clamp(0, 255) - 127) / 128
 
 
 class Inception(Extractor):

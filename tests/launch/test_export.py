@@ -113,6 +113,14 @@ def test_the_cards_lines_run_with_torch_alone(exported):
     subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=exported, check=True)
 
 
+def test_the_cards_lines_run_with_shardgan(exported, monkeypatch):
+    text = (exported / "README.md").read_text()
+    names: dict[str, torch.Tensor] = {}
+    monkeypatch.chdir(exported)
+    exec(text.partition("## Use with ShardGAN\n")[2].partition("```python")[2].partition("```")[0], names)
+    assert names["images"].shape == (16, 1, 28, 28) and names["images"].dtype == torch.uint8
+
+
 def test_the_card_is_true(exported):
     text = (exported / "README.md").read_text()
     _, front, body = text.split("---\n", 2)

@@ -125,8 +125,11 @@ def test_size_channels_and_classes_follow_from_the_images():
     assert (config.run.name, config.data.train, config.G.width) == ("x", "pile-32px", 64)
     assert config.data.conditional and zipped.preparation.source == "pile.zip"
     pictures("digits", *[(28, 28)] * 60, classes=tuple("0123"))
-    config = config_of(training_of("digits", [], gpu=False))
+    config = config_of(training_of("digits", [], gpu=True))
     assert (config.data.size, config.data.channels, config.data.conditional) == (28, 1, True)
+    small = training_of("digits", [], gpu=False)
+    assert not config_of(small).data.conditional and "one image for each: data.cond" in small.notes[2]
+    assert len(training_of("digits", ["data.conditional=false"], gpu=False).notes) == 3
 
 
 @pytest.mark.parametrize(
