@@ -43,11 +43,14 @@ SCORES = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 120 images shown, scored at the end; its data at an absolute place."""
+    """A run of 120 images shown, scored at the end; its data at an absolute place, with a licence."""
     folder = tmp_path_factory.mktemp("runs") / "format-2"
+    data = shutil.copytree(FASHION, folder.parent / FASHION.name)
+    index = json.loads((data / "index.json").read_text()) | {"license": "CC BY 4.0"}
+    (data / "index.json").write_text(json.dumps(index))
     shutil.copytree(ROOT / "tests" / "assets" / "run-of-format-2" / "run", folder)
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    settings["data"]["train"], settings["run"]["out"] = str(FASHION), str(folder.parent)
+    settings["data"]["train"], settings["run"]["out"] = str(data), str(folder.parent)
     settings["score"]["features"] = f"inception:{folder}/inception.pt"
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with (folder / "metrics.jsonl").open("a") as rows:
@@ -130,21 +133,20 @@ def test_the_card_is_true(exported):
     assert "450 images of `fashion-mnist-500` (50 more were held out). D was shown 120 of them" in words
     assert "kernel distance (KID), lower is better | 0.25 | 40 generated, 50 held-out images |" in words
     assert "| 0.2 | 40 generated, 40 training images |" in words
-    assert "licence of the training images is not recorded" in words
+    assert "training images' licence, according to their index: CC BY 4.0." in words
     for name in re.findall(r"^\| `(\S+\.\w+)` \|", body, re.M):
         assert (exported / name).is_file(), name
     assert "(samples.png)" in body and "G_ema.onnx" not in body
 
 
-FACTS = Exported(
-    "x", 1000, [0.5, 0.5], ["cat", "a|b"], license="CC BY 4.0", files=("G_ema.pt2", "G_ema.onnx")
-)
+FACTS = Exported("x", 1000, [0.5, 0.5], ["cat", "a|b"], files=("G_ema.pt2", "G_ema.onnx"))
 
 
-def test_a_card_of_classes_a_licence_own_networks_and_latents():
+def test_a_card_of_classes_own_networks_and_latents():
     settings = config.load(None, ["data.train=d", "data.channels=4", "data.decoder=vae:VAE", "G.kind=mine:G"])
     text = card(settings, FACTS)
-    assert "| 0 | cat |\n| 1 | a\\|b |" in text and "CC BY 4.0" in text
+    assert "| 0 | cat |\n| 1 | a\\|b |" in text and "classes=0, or a name" in text
+    assert "licence of the training images is not recorded" in text
     assert "latents = G(z, c)  # float32 [16, 4, 32, 32]" in text and "clamp" not in text
     assert "`mine:G` must be importable too" in text
     assert "what makes images of them is not among the files: `vae:VAE`" in text
@@ -187,7 +189,7 @@ def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypa
 def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match="is a run folder"):
         export(run, run)
-    assert config.load(run / "config.yaml").data.train == str(FASHION)
+    assert config.load(run / "config.yaml").data.train == str(run.parent / FASHION.name)
     with pytest.raises(UserError, match=r"no readable export\.json"):
         load_exported(run)
     broken = tmp_path / "broken"
