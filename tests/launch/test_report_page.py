@@ -48,6 +48,7 @@ def test_a_selection_has_its_curve_its_conclusion_and_learning_curves(chosen):
     shades = [trace["colour"] for trace in kid["traces"]]
     assert shades[0] == shades[1] != shades[2] == shades[3] != shades[4], "by candidate"
     assert "Chosen: penalty.l2=0.1, " in text and "exit status 1" in text
+    assert 'row">G.width<' in text and 'row">penalty.G.l2<' not in text, "settings that they share"
     assert re.search(r'<tr class="chosen"><th scope="row">0.1</th>', text)
 
 

@@ -14,7 +14,7 @@ from pipeline.config import UserError
 from pipeline.credentials import anonymous
 from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
-from pipeline.run.page.facts import Facts, label_of
+from pipeline.run.page.facts import Facts, Setting, differing, label_of
 from pipeline.run.page.pictures import Picture, plotted, strip
 from pipeline.wording import counted
 
@@ -76,6 +76,12 @@ class Selection:
     def example(self) -> Facts:
         """The first finished trial."""
         return next(facts for row in self.rows for facts in row.trials)
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Those that all finished trials share."""
+        apart = {key for key, _ in differing([facts for row in self.rows for facts in row.trials])}
+        return [setting for setting in self.example.settings if setting.key not in apart]
 
     @property
     def strips(self) -> list[tuple[_Candidate, Picture]]:
