@@ -94,8 +94,9 @@ def write_onnx(program: ExportedProgram, G: nn.Module, draw: Draw, file: Path) -
     try:
         with _quiet():
             made = torch.onnx.export(
-                program, (), None, input_names=names, output_names=["images"], dynamo=True, verbose=False
-            )
+                program, (), input_names=names, output_names=["images"], dynamo=True, verbose=False,
+                dynamic_shapes=tuple({0: "batch"} for _ in names),  # for its name, else something like s20
+            )  # fmt: skip
             assert made is not None
             made.save(file, external_data=large)
         session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
