@@ -29,6 +29,6 @@ def test_a_folder_is_trained_on_and_resumed(tmp_path, monkeypatch, signals_kept,
     run = RunFolder(tmp_path / "runs" / "garments")
     config = load(run.path / "config.yaml")
     assert run.rows[-1]["cur_nimg"] == 64 and run.done
-    assert (config.data.size, config.data.channels, config.G.width, config.augment.p) == (32, 1, 8, 0.5)
+    assert (config.data.size, config.data.channels, config.G.width, config.augment.target) == (32, 1, 8, 0.6)
     assert len(run.exported()["G_ema"]["embed.weight"]) == 2, "an embedding for each class"
     assert "Resuming from kimg 0.032 (runs/garments/checkpoints/32)" in capsys.readouterr().out

@@ -120,7 +120,7 @@ def test_what_cannot_be_started_from_is_refused(place, settings, said, capfd):
 
 
 def test_the_command_refuses_before_it_starts_a_process(place, monkeypatch):
-    monkeypatch.setattr(launch.train, "_run", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(launch.train, "launch_from_here", lambda *_: pytest.fail("processes were started"))
     line = [str(place / "source.yaml"), "run.name=new", f"run.out={place / 'runs'}", "--procs", "2"]
     for setting, said in (
         (f"run.init={place}/none", "no run, no export"),
