@@ -55,7 +55,7 @@ def record(G: nn.Module, draw: Draw) -> ExportedProgram:
     inputs = draw(_EXAMPLE)
     shapes = tuple({0: batch} for _ in inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _legible_flags(), torch.no_grad():
             first = torch.export.export(_Called(G), inputs, dynamic_shapes=shapes)
             folded = _folded(first.module(check_guards=False))
             program = torch.export.export(folded, inputs, dynamic_shapes=shapes)
@@ -180,6 +180,20 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _legible_flags() -> Iterator[None]:
+    """torch.export reads TF32's old flag, which raises an error while one of the new ones excludes TF32."""
+    sides: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    before = [side.fp32_precision for side in sides]
+    for side in sides:
+        side.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for side, precision in zip(sides, before, strict=True):
+            side.fp32_precision = precision
 
 
 def _first_line(error: Exception) -> str:
