@@ -217,11 +217,14 @@ def test_what_cannot_be_recorded_is_one_line(of):
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_is_recorded_where_tf32_is_switched_off(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    _, G = network(["G.kind=dcgan"], 0)
-    record(G, DRAW)
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+def test_a_network_is_recorded_where_tf32_is_switched_off():
+    convolutions = torch.backends.cudnn.conv
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        record(network(["G.kind=dcgan"], 0)[1], DRAW)
+        assert convolutions.fp32_precision == "ieee"
+    finally:
+        convolutions.fp32_precision = before
 
 
 def test_a_program_that_is_not_the_module_is_refused(tmp_path):
