@@ -18,7 +18,7 @@ run=runs/fashion-mnist
 [ -f "$run/DONE" ] || exit 0
 cat <<TEXT
 
-Try next:
+Open $run/report.html in a browser. Try next:
   $shardgan sample $run --out more.png --count 100 --interpolate
   $shardgan select configs/lambda.yaml --grid penalty.l2=0,1e-3:1:4 --folds 3      a pair in which λ shows
   $shardgan train configs/cifar10.yaml          after: $shardgan prepare cifar10 data/cifar10

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Makes .venv in the project's folder and installs ShardGAN and its dependencies, in the versions of
-# launch/constraints.txt. Quick if done before. Usage: bash launch/setup.sh [extras, as fast,test]
+# launch/constraints.txt. Quick if done before. Usage: bash launch/setup.sh [extras; default: fast,page]
 # Uses an active environment, virtual or conda's (but not its base), instead. PYTHON: the interpreter of a new one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extras=${1:-fast}
+extras=${1:-fast,page}
 
 fail() {
     echo "error: $*" >&2
