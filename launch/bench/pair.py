@@ -29,7 +29,7 @@ from pipeline.players import Gan, build
 
 Found = dict[str, Any]
 
-_NO_CONFIG = "-"
+NO_CONFIG = "-"
 
 
 def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -78,7 +78,7 @@ def measure(
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)
         batch = images * world
-        pair = [config or _NO_CONFIG, *(_as_made_up(batch) if config else settings(params, int(size), batch))]
+        pair = [config or NO_CONFIG, *(_as_made_up(batch) if config else settings(params, int(size), batch))]
         found.append(_measured(strategy, world, [module, *arguments], [*pair, *more]))
         click.echo(json.dumps(found[-1]))
     return found
@@ -114,7 +114,7 @@ def _as_made_up(batch: int) -> list[str]:
 def config_of(pair: Sequence[str]) -> Config:
     """The config that is trained. pair: its file, if any, and the settings, as `Found` has them."""
     path, *settings = pair
-    return load(None if path == _NO_CONFIG else path, settings)
+    return load(None if path == NO_CONFIG else path, settings)
 
 
 def title(found: list[Found]) -> str:

@@ -27,7 +27,7 @@ _TIMES = 3
 
 
 def main(parameters: float) -> None:
-    ranks, gan, reals, found = pair.begin(pair.settings(parameters, 32, batch=12))
+    ranks, gan, reals, found = pair.begin([pair.NO_CONFIG, *pair.settings(parameters, 32, batch=12)])
     state, stats = State(), Stats(ranks.device)
     folder = Path(ranks.broadcast_from_main(lambda: tempfile.mkdtemp(prefix="checkpoints-")))
     saver = Saver(folder, ranks, keep=1)
