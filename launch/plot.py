@@ -12,8 +12,8 @@ from launch.paths import UserPath
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.run.curves import Panel
     from pipeline.run.history import History
+    from pipeline.run.panels import Panel
 
 
 @click.command()
@@ -32,11 +32,12 @@ def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
     """
     from pipeline.run import curves
     from pipeline.run.history import read_histories
+    from pipeline.run.panels import panels_of
 
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UserError(f"--out {out}: the name has to end in .png, .svg or .pdf.")
     histories = read_histories(runs)
-    panels = _chosen(charts, histories) if charts else curves.panels_of(histories)
+    panels = _chosen(charts, histories) if charts else panels_of(histories)
     if not panels:
         raise UserError("There is nothing to draw: the runs have no rows of training yet.")
     try:
@@ -48,7 +49,7 @@ def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
 
 def _chosen(patterns: str, histories: list[History]) -> list[Panel]:
     """A panel for each chart that a pattern matches. Raises UserError for a pattern that matches none."""
-    from pipeline.run.curves import Panel
+    from pipeline.run.panels import Panel
 
     known = sorted({chart for history in histories for chart in history.charts})
     found: dict[str, Panel] = {}

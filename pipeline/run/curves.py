@@ -6,12 +6,12 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.durable import whole
 from pipeline.run.history import History, read_history
+from pipeline.run.panels import Panel, is_news, panels_of
 from pipeline.run.report import Report
 from pipeline.wording import counted
 
@@ -31,44 +31,6 @@ _NAME = 60  # letters in one line of a name
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 # Okabe and Ito's, which people of all kinds of colour vision tell apart, without the yellow: it is too pale.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_SCORES = (("real", "Loss/scores/real"), ("fake", "Loss/scores/fake"), ("held-out", "Loss/scores/heldout"))
-
-
-@dataclass(frozen=True)
-class Panel:
-    """title, and (legend, chart) of each line; a line without points is left out, as is an empty panel."""
-
-    title: str
-    lines: tuple[tuple[str, str], ...]
-    marked: bool = False  # whether the lowest value of the first line is marked
-    log: bool = True  # whether the axis may be logarithmic
-
-
-def panels_of(histories: Sequence[History]) -> list[Panel]:
-    """What someone who trains a GAN watches: scores first, then whether D and G keep each other in balance,
-    then what regularisation does."""
-    charts = dict.fromkeys(chart for history in histories for chart in history.charts)
-    leading = list(dict.fromkeys(chart for history in histories for chart in history.leading_scores))
-    lead = {metric.partition("_")[0] for metric in (chart.removeprefix("Metrics/") for chart in leading)}
-    other = [c for c in charts if c.startswith("Metrics/") and c not in leading and not c.endswith("_images")]
-    other = [c for c in other if not c.endswith("_train") and _label(c).partition("_")[0] not in lead]
-    penalties = [c for c in charts if c.startswith("Loss/") and c.endswith("_penalty")]
-    penalties.sort(key=lambda chart: (chart.split("/")[2], chart.startswith("Loss/D/")))
-    found = [
-        *(Panel(_label(chart), ((_label(chart), chart),), True) for chart in leading),
-        Panel("other scores", tuple((_label(chart).partition("_")[0], chart) for chart in other), log=False),
-        Panel("loss, without penalties", tuple((p, f"Loss/{p}/adversarial") for p in "GD")),
-        Panel("D's score of images", _SCORES),
-        Panel("penalties in the loss", tuple((_penalty(chart), chart) for chart in penalties)),
-        Panel("norm of the gradient", tuple((p, f"Gradients/{p}/norm") for p in "GD")),
-        Panel("penalty's share of the gradient", tuple((p, f"Gradients/{p}/penalty_share") for p in "GD")),
-        Panel("norm of the weights", tuple((p, f"Weights/{p}/norm") for p in "GD")),
-        Panel("p of augmentation", (("p", "Progress/augment_p"),), log=False),
-        Panel("images per second", (("img/s", "Timing/img_per_sec"),), log=False),
-    ]
-    drawn = {chart for history in histories for chart in history.charts if any(history.series(chart)[1])}
-    found = [replace(panel, lines=tuple(line for line in panel.lines if line[1] in drawn)) for panel in found]
-    return [panel for panel in found if panel.lines]
 
 
 def plot(histories: Sequence[History], panels: Sequence[Panel]) -> Figure:
@@ -139,9 +101,9 @@ def _draw(axes: Axes, panel: Panel, histories: Sequence[History], colours: dict[
     several, values = len(histories) > 1, []
     for number, (_, chart) in enumerate(panel.lines):
         for history in histories:
-            kimg, points = history.series(chart)
-            if not any(points):  # what is off
+            if not is_news(history, chart):
                 continue
+            kimg, points = history.series(chart)
             values += points
             look: dict[str, Any] = {
                 "color": colours[history.candidate] if several else COLOURS[number % len(COLOURS)]
@@ -229,15 +191,6 @@ def _summary(history: History) -> str:
         for change in history.changes
     ]
     return "; ".join([history.name, *changes])
-
-
-def _label(chart: str) -> str:
-    return chart.removeprefix("Metrics/")
-
-
-def _penalty(chart: str) -> str:
-    _, player, name = chart.split("/")
-    return f"{player} {name.removesuffix('_penalty')}"
 
 
 def _shown(text: str, letters: int = 10_000) -> str:

@@ -27,7 +27,7 @@ def write_run(
     for row, score in zip(rows, scores, strict=False):
         row |= {"Metrics/kid_efflite0": score, "Metrics/efflite0_fake_images": 50}
     for row in rows[1:]:
-        row |= {"Loss/D/loss": 1.25, "Loss/G/loss": float("nan"), "Timing/img_per_sec": 100.0}
+        row |= {"Loss/D/adversarial": 1.25, "Loss/G/adversarial": float("nan"), "Timing/img_per_sec": 100.0}
         row |= {"Gradients/D/skipped": 0.0, "Progress/bad_images": 0, "Progress/epoch": 0.5}
     rows[2]["Gradients/D/skipped"] = 0.3  # of the ten updates of a kimg
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

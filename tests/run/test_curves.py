@@ -13,8 +13,9 @@ from PIL import Image
 
 from launch.plot import plot as command
 from pipeline.config import UserError
-from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, panels_of, plot
+from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, plot
 from pipeline.run.history import read_histories
+from pipeline.run.panels import panels_of
 from pipeline.run.report import MainReport, Report
 from pipeline.run.tracker import Tracker
 
@@ -48,17 +49,17 @@ def test_a_panel_for_what_there_is_and_none_for_what_is_not(tmp_path):
     histories = read_histories([tmp_path / "run"])
     figure = plot(histories, panels_of(histories))
     assert titles(figure) == [
-        "kid_efflite0",
-        "loss, without penalties",
-        "D's score of images",
-        "penalties in the loss",
+        "KID",
+        "Loss, without penalties",
+        "D's scores of images",
+        "Penalties in the loss",
     ]
-    (kid,) = lines(figure, "kid_efflite0")
+    (kid,) = lines(figure, "KID")
     assert list(kid.get_xdata()) == [1, 3, 5, 7] and list(kid.get_ydata()) == [5.5, 3.5, 1.5, 3.5]
     assert figure.axes[0].get_title(loc="right") == "lowest 1.5 at kimg 5"
-    (penalty,) = lines(figure, "penalties in the loss")
+    (penalty,) = lines(figure, "Penalties in the loss")
     assert list(penalty.get_ydata()) == [3 * 2.0**-k for k in range(1, 9)], "λ = 0 has no line"
-    of_G, of_D = lines(figure, "loss, without penalties")
+    of_G, of_D = lines(figure, "Loss, without penalties")
     assert of_G.get_color() != of_D.get_color()
     assert figure.axes[1].get_yscale() == "log" and figure.axes[0].get_yscale() == "linear"
 
@@ -70,9 +71,9 @@ def test_several_runs_have_a_colour_each_and_trials_one_per_candidate(tmp_path):
     a_run(tmp_path / ("of $x$ and " + "long " * 30))
     histories = read_histories([tmp_path / "chosen", *tmp_path.glob("of*")])
     figure = plot(histories, panels_of(histories))
-    colours = [line.get_color() for line in lines(figure, "kid_efflite0")]
+    colours = [line.get_color() for line in lines(figure, "KID")]
     assert colours == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1], COLOURS[2]]
-    styles = [line.get_linestyle() for line in lines(figure, "loss, without penalties")]
+    styles = [line.get_linestyle() for line in lines(figure, "Loss, without penalties")]
     assert styles == ["-"] * 5 + ["--"] * 5
     (legend,) = figure.legends
     texts = [text.get_text() for text in legend.get_texts()]

@@ -184,8 +184,8 @@ def test_several_runs_are_compared(tmp_path):
     charts = {d["title"]: d for d in parsed.data if isinstance(d, dict) and "traces" in d}
     assert [trace["name"] for trace in charts["KID"]["traces"]] == ["one", "two"]
     assert charts["KID"]["traces"][0]["x"] == [0, 1, 2] and charts["KID"]["traces"][0]["y"] == [3, 1, 2]
-    assert charts["Losses: D"]["traces"][1]["y"] == [1.25] * 4
-    assert charts["Losses: G"]["traces"][0]["y"] == [None] * 4, "JSON has no nan"
+    assert charts["Loss, without penalties: D"]["traces"][1]["y"] == [1.25] * 4
+    assert charts["Loss, without penalties: G"]["traces"][0]["y"] == [None] * 4, "JSON has no nan"
     (two / "reference.json").write_text('{"heldout": {"images": 51, "features": ["efflite0", "1"]}}')
     assert "They were scored against different images, and do not compare." in Parsed(page([one, two])).words
 

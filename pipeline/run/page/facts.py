@@ -15,6 +15,7 @@ from pipeline.run.events import EVENTS
 from pipeline.run.folder import DONE, begun, flattened
 from pipeline.run.history import History
 from pipeline.run.metrics import METRICS, Metric, leading_chart
+from pipeline.run.panels import label_of
 from pipeline.run.rows import rows
 from pipeline.run.wandb_mode import public
 from pipeline.wording import counted, in_time
@@ -57,7 +58,7 @@ class Facts:
 
     def __init__(self, history: History) -> None:
         """Raises UserError if this version cannot read its config or its events."""
-        self._history, self.config = history, begun(history.folder)
+        self.history, self.config = history, begun(history.folder)
         self.name, self.folder, self.rows = history.name, history.folder, history.rows
         try:
             self.events = rows(self.folder / EVENTS)
@@ -106,13 +107,13 @@ class Facts:
     @cached_property
     def scores(self) -> list[Score]:
         """The one to compare by first."""
-        found = [score for chart in self._history.scores if (score := self._score(chart))]
+        found = [score for chart in self.history.scores if (score := self._score(chart))]
         return sorted(found, key=lambda score: score.chart != self.leading)
 
     @cached_property
     def leading(self) -> str | None:
         """The chart by which runs are compared; None if there is none."""
-        return leading_chart(self.config.score.metrics, self._history.scores)
+        return leading_chart(self.config.score.metrics, self.history.scores)
 
     @property
     def conclusion(self) -> str:
@@ -131,7 +132,7 @@ class Facts:
     @property
     def against(self) -> str:
         """What scores were taken of and against, with counts."""
-        about = self._history.reference.get("heldout", {})
+        about = self.history.reference.get("heldout", {})
         fakes = next(
             (row[key] for row in reversed(self.rows) for key in row if key.endswith("_fake_images")), 0
         )
@@ -150,7 +151,7 @@ class Facts:
             default |= flattened(section, values)
         return [
             Setting(key, _shown(value), _shown(default.get(key)))
-            for key, value in self._history.settings.items()
+            for key, value in self.history.settings.items()
             if key not in _UNSAID
         ]
 
@@ -187,7 +188,7 @@ class Facts:
                 begun_before = True
 
     def _changed(self) -> Iterator[tuple[int, str]]:
-        for row in self._history.changes:
+        for row in self.history.changes:
             yield row["cur_nimg"], f"Setting changed: {row.get('key')}: {row.get('old')} → {row.get('new')}"
 
     def _counts(self) -> Iterator[tuple[str, str]]:
@@ -209,21 +210,12 @@ class Facts:
         return f" ({epochs:.3g} epochs)" if epochs else ""
 
     def _score(self, chart: str) -> Score | None:
-        metric, points = _metric_of(chart), zip(*self._history.series(chart), strict=True)
+        metric, points = _metric_of(chart), zip(*self.history.series(chart), strict=True)
         values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
         if metric is None or not values:
             return None
         best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
         return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
-
-
-def label_of(chart: str) -> str:
-    """A name for people: KID of Metrics/kid_efflite0; what compares with training images says so."""
-    name = chart.removeprefix("Metrics/")
-    stem, _, rest = name.partition("_")
-    known = {"kid": "KID", "fd": "Fréchet distance", "fid": "FID", "fid50k": "FID", "nn": f"nn {rest}"}
-    train = ", to training images" if name.endswith("_train") else ""
-    return f"{known.get(stem, stem.capitalize())}{train}"
 
 
 def differing(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:

@@ -14,8 +14,9 @@ from pipeline.config import UserError
 from pipeline.credentials import anonymous
 from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
-from pipeline.run.page.facts import Facts, Setting, differing, label_of
+from pipeline.run.page.facts import Facts, Setting, differing
 from pipeline.run.page.pictures import Picture, plotted, strip
+from pipeline.run.panels import label_of
 from pipeline.wording import counted
 
 TABLE = "table.json"

@@ -1,0 +1,83 @@
+"""What one watches of a run: which charts are drawn together, in pictures and on pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.run.history import History
+
+_SETTINGS = "Progress/"  # charts of what applies: news only if it changes
+_SCORES = (("real", "Loss/scores/real"), ("fake", "Loss/scores/fake"), ("held-out", "Loss/scores/heldout"))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """title, and (legend, chart) of each line; a line without points is left out, as is an empty panel."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+    marked: bool = False  # whether the lowest value of the first line is marked
+    log: bool = True  # whether the axis may be logarithmic
+
+
+def panels_of(histories: Sequence[History]) -> list[Panel]:
+    """What someone who trains a GAN watches: scores first, then whether D and G keep each other in balance,
+    then what regularisation does."""
+    charts = dict.fromkeys(chart for history in histories for chart in history.charts)
+    penalties = [c for c in charts if c.startswith("Loss/") and c.endswith("_penalty")]
+    penalties.sort(key=lambda chart: (chart.split("/")[2], chart.startswith("Loss/D/")))
+    found = [
+        *_of_scores(histories, list(charts)),
+        _of_both("Loss, without penalties", "Loss/{}/adversarial"),
+        Panel("D's scores of images", _SCORES),
+        Panel("Penalties in the loss", tuple((_penalty(chart), chart) for chart in penalties)),
+        _of_both("Norm of the gradient", "Gradients/{}/norm"),
+        _of_both("Penalty's share of the gradient", "Gradients/{}/penalty_share"),
+        _of_both("Norm of the weights", "Weights/{}/norm"),
+        _of_both("Learning rate", "Progress/{}/lr"),
+        _of_both("λ", "Progress/{}/l2"),
+        Panel("p of augmentation", (("p", "Progress/augment_p"),), log=False),
+        Panel("Images per second", (("images", "Timing/img_per_sec"),), log=False),
+    ]
+    drawn = {chart for chart in charts if any(is_news(history, chart) for history in histories)}
+    found = [replace(panel, lines=tuple(line for line in panel.lines if line[1] in drawn)) for panel in found]
+    return [panel for panel in found if panel.lines]
+
+
+def is_news(history: History, chart: str) -> bool:
+    """Whether a run has a line to see there: what is off is 0 throughout."""
+    values = set(history.series(chart)[1])
+    return len(values) > 1 if chart.startswith(_SETTINGS) else any(values)
+
+
+def label_of(chart: str) -> str:
+    """A name for people: KID of Metrics/kid_efflite0; what compares with training images says so."""
+    name = chart.removeprefix("Metrics/")
+    stem, _, rest = name.partition("_")
+    known = {"kid": "KID", "fd": "Fréchet distance", "fid": "FID", "fid50k": "FID", "nn": f"nn {rest}"}
+    train = ", to training images" if name.endswith("_train") else ""
+    return f"{known.get(stem, stem.capitalize())}{train}"
+
+
+def _of_scores(histories: Sequence[History], charts: Sequence[str]) -> list[Panel]:
+    """The leading ones by themselves, then the others of held-out images together."""
+    leading = list(dict.fromkeys(chart for history in histories for chart in history.leading_scores))
+    lead = {_stem(chart) for chart in leading}
+    other = [c for c in charts if c.startswith("Metrics/") and not c.endswith(("_images", "_train"))]
+    other = [c for c in other if c not in leading and _stem(c) not in lead]
+    alone = [Panel(label_of(chart), ((label_of(chart), chart),), marked=True) for chart in leading]
+    return [*alone, Panel("Other scores", tuple((label_of(chart), chart) for chart in other), log=False)]
+
+
+def _of_both(title: str, chart: str) -> Panel:
+    return Panel(title, tuple((player, chart.format(player)) for player in "GD"))
+
+
+def _stem(chart: str) -> str:
+    return chart.removeprefix("Metrics/").partition("_")[0]
+
+
+def _penalty(chart: str) -> str:
+    _, player, name = chart.split("/")
+    return f"{player} {name.removesuffix('_penalty')}"
