@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,21 +21,48 @@ if TYPE_CHECKING:
 _PICTURES, _MOVING = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 
 
+def seeds_of(text: str) -> list[int]:
+    """The seeds of 0-31 or 3,7,10-12. Raises UserError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+            raise UserError(f"--seeds {text}: not numbers or ranges such as 0-31 or 3,7,10-12.")
+        seeds += range(int(first), int(last if dash else first) + 1)
+    return seeds
+
+
 @dataclass(frozen=True)
 class _Wanted:
-    """The options. seeds, classes: none given: empty."""
+    """The options, by their names."""
 
+    out: Path | None
+    images: Path | None
+    seeds: list[int] | None
     count: int | None
-    seed: int
-    seeds: list[int]
+    seed: int | None
     interpolate: bool
-    classes: list[int]
+    classes: tuple[str, ...]
     truncation: float
 
-    @property
-    def files(self) -> int:
-        """How many separate ones."""
-        return len(set(self.seeds)) * max(1, len(self.classes))
+    def refuse_unclear(self) -> None:
+        """Raises UserError for options that do not go together."""
+        if (self.out is None) == (self.images is None):
+            raise UserError(
+                "Give --out FILE for a picture or an animation, or --images DIR for separate files."
+            )
+        if self.out is not None and self.out.suffix.lower() not in _PICTURES + _MOVING:
+            known = ", ".join(_PICTURES + _MOVING)
+            raise UserError(f"--out {self.out}: not a known format of pictures or animations ({known}).")
+        if self.images is not None and (self.seeds is None or self.interpolate):
+            raise UserError("--images takes --seeds, as 0-49999, and no --interpolate.")
+        if self.seeds is not None and (self.seed is not None or self.count is not None):
+            raise UserError("--seeds says which and how many: leave out --seed and --count.")
+
+    def numbers(self, sampler: Sampler, known: Sequence[str]) -> list[int]:
+        """The classes asked for; none: all. known: the names of all."""
+        names = [name for text in self.classes for name in ([text] if text in known else text.split(","))]
+        return list(dict.fromkeys(sampler.classes(names))) if names else []
 
 
 @click.command()
@@ -48,7 +75,10 @@ class _Wanted:
 )
 @click.option("--images", type=UserPath(), help="Or a folder for separate files, seed00000.png …")
 @click.option(
-    "--seeds", metavar="0-31", help="An image for each, also 3,7,10-12: the same image whatever the others."
+    "--seeds",
+    metavar="0-31",
+    callback=lambda _context, _option, text: None if text is None else seeds_of(text),
+    help="An image for each, also 3,7,10-12: the same image whatever the others.",
 )
 @click.option(
     "--count",
@@ -75,47 +105,34 @@ class _Wanted:
     help="Less variety for better images, below 1; for a G with a latent w, such as stylegan2's.",
 )
 @checkpoint_option
-def sample(
-    run: Path,
-    out: Path | None,
-    images: Path | None,
-    seeds: str | None,
-    count: int | None,
-    seed: int | None,
-    interpolate: bool,
-    classes: tuple[str, ...],
-    truncation: float,
-    checkpoint: str,
-) -> None:
+def sample(run: Path, checkpoint: str, **options: Any) -> None:
     """Write images from the moving average of G in the run folder RUN.
 
     With 50,000 separate files other tools can compute their scores:
     `shardgan sample RUN --images DIR --seeds 0-49999`; the same command resumes.
     """
-    _refuse_unclear(out, images, seeds, count, seed, interpolate)
-    chosen = [] if seeds is None else seeds_of(seeds)
-    if out is not None and out.suffix.lower() == ".mp4":
+    wanted = _Wanted(**options)
+    wanted.refuse_unclear()
+    if wanted.out is not None and wanted.out.suffix.lower() == ".mp4":
         from pipeline.run.animation import needed
 
-        needed(out)
+        needed(wanted.out)
     from pipeline.run.export import load_generator
     from pipeline.run.sampling import Sampler
 
     G, config, state = load_generator(run, checkpoint)
     sampler = Sampler(G, config, state.label_frequencies, state.classes)
-    names = [name for text in classes for name in ([text] if text in state.classes else text.split(","))]
-    numbers = list(dict.fromkeys(sampler.classes(names))) if names else []
-    wanted = _Wanted(count, seed or 0, chosen, interpolate, numbers, truncation)
-    after = f"after {state.cur_nimg / 1000:g} kimg"
-    if images is not None:
-        _separate(sampler, wanted, images, f"{config.run.name} {after}")
-        click.echo(f"{counted(wanted.files, 'image')} {after}: {images}/")
-    elif out is not None:
+    classes, after = wanted.numbers(sampler, state.classes), f"after {state.cur_nimg / 1000:g} kimg"
+    if wanted.images is not None:
+        files = _separate(sampler, wanted, classes, wanted.images, f"{config.run.name} {after}")
+        click.echo(f"{counted(files, 'image')} {after}: {wanted.images}/")
+    elif wanted.out is not None:
+        make = _moving if _moves(wanted.out, wanted.interpolate) else _still
         try:
-            what = _moving(sampler, wanted, out) if _moves(out, interpolate) else _still(sampler, wanted, out)
+            what = make(sampler, wanted, classes, wanted.out)
         except OSError as error:
-            raise UserError(f"{out} could not be written: {error}") from None
-        click.echo(f"{what} {after}: {out}")
+            raise UserError(f"{wanted.out} could not be written: {error}") from None
+        click.echo(f"{what} {after}: {wanted.out}")
 
 
 def _moves(out: Path, interpolate: bool) -> bool:
@@ -123,26 +140,27 @@ def _moves(out: Path, interpolate: bool) -> bool:
     return suffix in _MOVING or (suffix == ".webp" and interpolate)
 
 
-def _still(sampler: Sampler, wanted: _Wanted, out: Path) -> str:
+def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> str:
     from pipeline.run import layouts
     from pipeline.run.grid import save_grid
 
+    seed, seeds = wanted.seed or 0, wanted.seeds or []
     if wanted.interpolate:
-        layout = layouts.rows(sampler, wanted.seed, wanted.count, wanted.seeds, wanted.classes)
-    elif wanted.seeds:
-        layout = layouts.by_seed(sampler, wanted.seeds, wanted.classes)
+        layout = layouts.rows(sampler, seed, wanted.count, seeds, classes)
+    elif seeds:
+        layout = layouts.by_seed(sampler, seeds, classes)
     else:
-        layout = layouts.grid(sampler, wanted.seed, wanted.count, wanted.classes)
+        layout = layouts.grid(sampler, seed, wanted.count, classes)
     save_grid(layout.images(sampler, wanted.truncation), out, layout.columns, layout.titles)
     return counted(len(layout.z), "image")
 
 
-def _moving(sampler: Sampler, wanted: _Wanted, out: Path) -> str:
+def _moving(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> str:
     from pipeline.run import layouts
     from pipeline.run.animation import FPS, save_animation
     from pipeline.run.grid import tile
 
-    layout = layouts.loops(sampler, wanted.seed, wanted.count, wanted.seeds, wanted.classes)
+    layout = layouts.loops(sampler, wanted.seed or 0, wanted.count, wanted.seeds or [], classes)
     frames, n, _ = layout.z.shape
     least = max(56, 224 // -(-n // layout.columns))  # a single small image is enlarged more
     images = layout.frames(sampler, wanted.truncation)
@@ -150,11 +168,15 @@ def _moving(sampler: Sampler, wanted: _Wanted, out: Path) -> str:
     return f"{frames:,} frames ({frames / FPS:g} s) of {counted(n, 'image')}"
 
 
-def _separate(sampler: Sampler, wanted: _Wanted, folder: Path, run: str) -> None:
+def _separate(sampler: Sampler, wanted: _Wanted, classes: list[int], folder: Path, run: str) -> int:
+    """Returns how many files are there."""
     from pipeline.run.image_files import write_images
 
-    with _progress(wanted.files) as done:
-        write_images(sampler, wanted.seeds, wanted.classes, folder, wanted.truncation, run, done)
+    seeds = list(dict.fromkeys(wanted.seeds or []))
+    files = len(seeds) * max(1, len(classes))
+    with _progress(files) as done:
+        write_images(sampler, seeds, classes, folder, wanted.truncation, run, done)
+    return files
 
 
 @contextmanager
@@ -164,34 +186,3 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)
-
-
-def _refuse_unclear(
-    out: Path | None,
-    images: Path | None,
-    seeds: str | None,
-    count: int | None,
-    seed: int | None,
-    interpolate: bool,
-) -> None:
-    """Raises UserError for options that do not go together."""
-    if (out is None) == (images is None):
-        raise UserError("Give --out FILE for a picture or an animation, or --images DIR for separate files.")
-    if out is not None and out.suffix.lower() not in _PICTURES + _MOVING:
-        known = ", ".join(_PICTURES + _MOVING)
-        raise UserError(f"--out {out}: not a known format of pictures or animations ({known}).")
-    if images is not None and (seeds is None or interpolate):
-        raise UserError("--images takes --seeds, as 0-49999, and no --interpolate.")
-    if seeds is not None and (seed is not None or count is not None):
-        raise UserError("--seeds says which and how many: leave out --seed and --count.")
-
-
-def seeds_of(text: str) -> list[int]:
-    """The seeds of 0-31 or 3,7,10-12. Raises UserError."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
-            raise UserError(f"--seeds {text}: not numbers or ranges such as 0-31 or 3,7,10-12.")
-        seeds += range(int(first), int(last if dash else first) + 1)
-    return seeds

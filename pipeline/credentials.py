@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,13 +20,13 @@ def redacted(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{path}"
 
 
-def all_redacted(value: Any) -> Any:
-    """As `redacted`, of every text in nested dicts and lists."""
+def all_redacted(value: Any, by: Callable[[str], str] = redacted) -> Any:
+    """As `by`, of every text in nested dicts and lists."""
     if isinstance(value, dict):
-        return {key: all_redacted(entry) for key, entry in value.items()}
+        return {key: all_redacted(entry, by) for key, entry in value.items()}
     if isinstance(value, list):
-        return [all_redacted(entry) for entry in value]
-    return redacted(value) if isinstance(value, str) else value
+        return [all_redacted(entry, by) for entry in value]
+    return by(value) if isinstance(value, str) else value
 
 
 def scrubbed(text: str) -> str:

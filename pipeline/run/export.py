@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import yaml
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config import Config, UserError, dump, load
-from pipeline.credentials import public
+from pipeline.credentials import all_redacted, public
 from pipeline.durable import save_tensors, whole, write
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
@@ -125,15 +125,8 @@ def _begin(out: Path) -> None:
 
 def _public_settings(config: Config) -> str:
     """config.yaml without the folders of this machine."""
-
-    def public_of(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: public_of(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [public_of(item) for item in value]
-        return public(value) if isinstance(value, str) else value
-
-    return yaml.safe_dump(public_of(yaml.safe_load(dump(config))), sort_keys=False, allow_unicode=True)
+    values = all_redacted(yaml.safe_load(dump(config)), by=public)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_network(name: Network, config: Config, found: Path, state: State) -> nn.Module:

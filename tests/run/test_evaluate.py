@@ -40,18 +40,10 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning"
-)  # FID is defined by such a file
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One thread: several on busy cores mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # FID is defined by such a file
+]
 
 
 @pytest.fixture(scope="module")

@@ -49,16 +49,11 @@ class Noisy(Mixer):
         return super().forward(z, c) + 0.01 * torch.randn(len(z), 1, 8, 8)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 def ready(G: nn.Module) -> nn.Module:
     return G.requires_grad_(False).eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
