@@ -12,7 +12,7 @@ import pytest
 
 os.environ["ACCELERATE_USE_CPU"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several on busy cores mostly wait for each other
 
 ROOT = Path(__file__).parent.parent
 FASHION = ROOT / "tests" / "assets" / "fashion-mnist-500"  # 500 real images, 28x28, ten classes
@@ -67,14 +67,3 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["SHARDGAN_CACHE"]
     else:
         os.environ["SHARDGAN_CACHE"] = before
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Of torch: several on busy cores mostly wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

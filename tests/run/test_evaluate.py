@@ -40,10 +40,8 @@ def own_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # FID is defined by such a file
-]
+# FID is defined by such a file.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")

@@ -49,9 +49,6 @@ class Noisy(Mixer):
         return super().forward(z, c) + 0.01 * torch.randn(len(z), 1, 8, 8)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def ready(G: nn.Module) -> nn.Module:
     return G.requires_grad_(False).eval()
 

@@ -24,8 +24,6 @@ HALF = 80
 @pytest.fixture(scope="module")
 def features():
     """Features of real images and of damaged ones, by name: 80 x 1280 each."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several threads on busy cores mostly wait for each other
     images, labels = stored_images()
     generator = torch.Generator().manual_seed(0)
     half = images[HALF : 2 * HALF].float()
@@ -39,9 +37,7 @@ def features():
         + torch.randn(half.shape, generator=generator),
     }
     extractor = load_features("efflite0")
-    made = {name: extractor(x.round().clamp(0, 255).to(torch.uint8)) for name, x in sets.items()}
-    torch.set_num_threads(threads)
-    return made
+    return {name: extractor(x.round().clamp(0, 255).to(torch.uint8)) for name, x in sets.items()}
 
 
 @pytest.fixture(scope="module")
