@@ -54,14 +54,19 @@ def command(turns: int, images: int) -> None:
 
     Without worker processes, single-threaded; larger images are fewer per turn.
     """
+    _report(measure(turns, images))
+
+
+def measure(turns: int, images: int) -> dict[str, Speeds]:
+    """Speeds for each kind of image; `images` of the smallest in a turn."""
     torch.set_num_threads(1)
     speeds = {}
     with tempfile.TemporaryDirectory(prefix="shardgan-bench-") as folder:
         for name, (size, channels, kind) in _KINDS.items():
             shards = make_shards(Path(folder) / name.replace(" ", "-"), size, channels, kind)
             fewer = max(_BATCH, images * 28 // size // _BATCH * _BATCH)
-            speeds[name] = _measure(_contestants(str(shards), size, channels), turns, fewer)
-    _report(speeds)
+            speeds[name] = _in_turns(_contestants(str(shards), size, channels), turns, fewer)
+    return speeds
 
 
 def make_shards(folder: Path, size: int, channels: int, kind: str) -> Path:
@@ -127,7 +132,7 @@ def _bytes(files: list[Path]) -> Batches:
                     yield chunk
 
 
-def _measure(contestants: dict[str, Batches], turns: int, images: int) -> Speeds:
+def _in_turns(contestants: dict[str, Batches], turns: int, images: int) -> Speeds:
     """In turns; each begins with a batch that does not count, as it opens files."""
     speeds: Speeds = {name: [] for name in contestants}
     for _ in range(turns):

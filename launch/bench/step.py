@@ -79,13 +79,18 @@ def command(
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="shardgan-bench-") as folder:
         train = data or make_shards(Path(folder) / "shards", int(size), 1, "PNG")
-        keys = [f"data.train={train}", f"data.size={size}", f"data.batch_size={batch}"]
-        keys += [f"data.workers={workers}", f"G.width={width}", f"D.width={width}"]
-        config = load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
+        config = config_of(train, int(size), width, batch, workers)
         wanted = [name for name in _ARITHMETIC if precision in (name, "both")]
         _report(config, measure(config, Path(folder), wanted, steps))
         penalised = {a: objective.measure(config, _ARITHMETIC[a], steps) for a in wanted}
         objective.report(penalised, batch)
+
+
+def config_of(train: str | Path, size: int, width: int = 64, batch: int = 64, workers: int = 1) -> Config:
+    """What is trained; the keywords are those of the command."""
+    keys = [f"data.train={train}", f"data.size={size}", f"data.batch_size={batch}"]
+    keys += [f"data.workers={workers}", f"G.width={width}", f"D.width={width}"]
+    return load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
 
 
 def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:

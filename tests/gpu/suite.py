@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import report
-from parts import PARTS, Skipped
+from machine import Skipped
+from parts import PARTS
 
 MINUTES = 9.0  # for all parts of one call
 _LEAST_S = 20.0  # with less time left, no part begins

@@ -1,0 +1,154 @@
+"""Parts of the GPU suite that compare with plain torch, with themselves, and with what is promised."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import DEVICE, GPUS, SHARDS, WORLD, Outcome, need
+
+# A case of each kind: the whole matrix is for CPUs, where a launch takes a minute and not four.
+CASES = (
+    "adam-l2-clipped-2", "sgd-l1l2-clipped-2", "r1", "labels", "spectral", "group", "relativistic", "r1-r2",
+    "wgan-gp", "fraction", "difference", "path", "schedules", "augmentation", "adaptive", "sync-batch-r1",
+    "effective", "freeze", "r3gan", "stylegan2", "vit",
+)  # fmt: skip
+
+
+def parity(strategy: str) -> Outcome:
+    """Weights, charts and a resumed training against plain torch on the same device, in full float32."""
+    from launch import processes, selfcheck
+    from launch.selfcheck import parity
+
+    world = 1 if strategy == "single" else WORLD
+    there = {case.name: case for case in parity.cases(world, strategy)}
+    chosen = [name for name in CASES if name in there]
+    with tempfile.TemporaryDirectory() as folder:
+        ended = processes.launch(
+            strategy, world, ["parity_table", "in-rank", folder, *chosen], on_cpu=not GPUS,
+            deepspeed=selfcheck.PARTITION_ALL.get(strategy),
+        )  # fmt: skip
+        if ended.returncode:
+            return [(ended.stdout + ended.stderr)[-1500:]], {}
+        worst = dict.fromkeys(selfcheck.COLUMNS, 0.0)
+        wrong = []
+        for name in chosen:
+            expected = selfcheck.expected(there[name], DEVICE)
+            for column, what, error in selfcheck.differences(selfcheck.read(Path(folder), name), expected):
+                worst[column] = max(worst[column], error)
+                if error > there[name].slack * selfcheck.tolerance(column):
+                    wrong.append(f"{name}, {what}: {error:.1e}")
+    return wrong[:5], {"strategy": strategy, "ranks": world, "cases": len(chosen), **worst}
+
+
+def precision(kind: str) -> Outcome:
+    """bf16 or fp16 against float32, and an update that overflows."""
+    from launch import selfcheck
+
+    failures, figures = [], {}
+    for strategy in ("single", "ddp", "fsdp2", "zero2", "zero3"):
+        world = 1 if strategy == "single" else WORLD
+        with tempfile.TemporaryDirectory() as folder:
+            errors, failure = selfcheck.train_and_judge(strategy, world, Path(folder), DEVICE, kind)
+        failures += [failure] if failure else []
+        failures += [
+            f"{strategy}, {column}: {error:.1e}"
+            for column, error in errors.items()
+            if error > selfcheck.tolerance(column, kind)
+        ]
+        figures[f"{strategy} x{world}"] = errors
+    return failures, figures
+
+
+def resume() -> Outcome:
+    """Trainings from shards, stopped half-way and continued by the same command, to the same bits."""
+    pairs = {
+        "dcgan": (),
+        "r3gan": ("G.kind=r3gan", "D.kind=r3gan", "loss.kind=relativistic", "penalty.r2.gamma=1"),
+    }
+    failures, figures = [], {}
+    with tempfile.TemporaryDirectory() as runs:
+        for name, kind in [(n, k) for n in pairs for k in ("no", "bf16")][: None if GPUS else 1]:
+            ends = []
+            for stops in ((2,), (1, 2)):
+                run = f"{name}-{kind}-{len(stops)}"
+                for kimg in stops:
+                    _train(runs, run, kind, *pairs[name], "penalty.r1.gamma=1", f"run.total_kimg={kimg}")
+                ends.append(_tensors(Path(runs) / run / "checkpoints"))
+            same = ends[0].keys() == ends[1].keys() and all(
+                torch.equal(t, ends[1][k]) for k, t in ends[0].items()
+            )
+            figures[f"{name}, {kind}"] = "the same bits" if same else "other bits"
+            failures += [] if same else [f"{name}, {kind}: a resumed run ends with other bits"]
+    return failures, figures
+
+
+def _train(runs: str, name: str, kind: str, *settings: str, procs: int = 1) -> None:
+    small = (
+        f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.batch_size=32", "D.norm=none",
+        "G.width=16", "D.width=16", "run.tick_kimg=0.5", "run.eval_kimg=1000", "run.snapshot_kimg=1000",
+        "track.wandb=false", f"run.out={runs}", f"run.name={name}",
+    )  # fmt: skip
+    config = Path(runs) / "none.yaml"
+    config.write_text("{}\n")
+    line = [sys.executable, "-m", "launch.cli", "train", str(config), *small, *settings]
+    line += ["--procs", str(procs), "--mixed_precision", kind]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError((ended.stdout + ended.stderr)[-1500:])
+
+
+def _tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    newest = max(checkpoints.iterdir(), key=lambda folder: int(folder.name))
+    return {f"{f.name}/{k}": t for f in sorted(newest.glob("*.safetensors")) for k, t in load_file(f).items()}
+
+
+def killed_rank() -> Outcome:
+    """A rank is killed in mid-training: all end, the right one is named, and no process is left."""
+    import psutil
+
+    if GPUS == 1:
+        need(2)
+    with tempfile.TemporaryDirectory() as runs, (Path(runs) / "log").open("w") as log:
+        config = Path(runs) / "none.yaml"
+        config.write_text("{}\n")
+        settings = [
+            "data.size=28",
+            "data.channels=1",
+            "run.total_kimg=10000",
+            "run.tick_kimg=0.5",
+            "run.eval_kimg=1e6",
+        ]
+        line = [sys.executable, "-m", "launch.cli", "train", str(config), f"data.train={SHARDS}", *settings]
+        line += [f"run.out={runs}", "run.name=killed", "track.wandb=false", "--procs", str(WORLD)]
+        job = subprocess.Popen(line, stdout=log, stderr=log)
+        rows = Path(runs) / "killed" / "metrics.jsonl"
+        end = time.monotonic() + 120
+        while not (rows.exists() and rows.stat().st_size) and time.monotonic() < end and job.poll() is None:
+            time.sleep(0.2)
+        everyone = psutil.Process(job.pid).children(recursive=True)
+        ranks = sorted(
+            (p for p in everyone if p.environ().get("RANK") == "1" and "pipeline.train" in p.cmdline()),
+            key=lambda p: p.pid,
+        )
+        if not ranks:
+            job.kill()
+            return [f"rank 1 never trained: {Path(log.name).read_text()[-800:]}"], {}
+        start = time.monotonic()
+        ranks[0].kill()
+        status = job.wait(120)
+        seconds = round(time.monotonic() - start, 1)
+        left = [p.pid for p in everyone if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        said = Path(log.name).read_text()
+    named = re.search(r"rank 1 \([^)]*\) is gone: killed", said)
+    failures = [] if named else [f"rank 1 is not named: {said[-500:]}"]
+    failures += ["exit status 0"] if status == 0 else []
+    failures += [f"processes left: {left}"] if left else []
+    return failures, {"ranks": WORLD, "seconds until all ended": seconds, "said": named[0] if named else ""}

@@ -1,0 +1,31 @@
+"""Parts of the GPU suite that measure reading shards and writing checkpoints."""
+
+from __future__ import annotations
+
+import statistics
+
+from machine import GPUS, WORLD, Outcome
+
+
+def loader() -> Outcome:
+    """`shardgan bench loader`, in images per CPU-second."""
+    from launch.bench import loader
+
+    found = loader.measure(turns=3, images=250)
+    return [], {
+        name: {who: round(statistics.median(each)) for who, each in speeds.items()}
+        for name, speeds in found.items()
+    }
+
+
+def saves() -> Outcome:
+    """How long a save keeps training waiting: tests/benchmarks/save.py."""
+    from launch import processes
+
+    figures = {}
+    for strategy in ("ddp", "fsdp2", "zero3"):
+        ended = processes.launch(strategy, WORLD, ["save", "20e6" if GPUS else "2e6"], on_cpu=not GPUS)
+        if ended.returncode:
+            return [f"{strategy}: {(ended.stdout + ended.stderr)[-800:]}"], figures
+        figures[f"{strategy} x{WORLD}"] = ended.stdout.strip().splitlines()[-1].partition(": ")[2]
+    return [], figures

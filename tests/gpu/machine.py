@@ -1,0 +1,47 @@
+"""The machine that the GPU suite runs on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
+GPUS = torch.cuda.device_count()
+WORLD = GPUS or 2
+DEVICE = "cuda" if GPUS else "cpu"
+
+Outcome = tuple[list[str], dict[str, Any]]  # what is wrong, in words, and figures
+
+
+class Skipped(Exception):
+    """Why this machine cannot do a part."""
+
+
+def need(gpus: int) -> None:
+    if gpus > GPUS:
+        raise Skipped(f"needs {gpus} GPU{'s' * (gpus > 1)}; this machine has {GPUS}")
+
+
+def surroundings() -> Outcome:
+    """The machine and the versions; what is older than is supported fails."""
+    from packaging.version import Version
+
+    names = ("torch", "accelerate", "deepspeed", "webdataset", "wandb", "numpy", "pillow")
+    figures: dict[str, Any] = {name: importlib.metadata.version(name) for name in names}
+    figures |= {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    figures |= {"GPUs": GPUS, "CUDA": torch.version.cuda}
+    if GPUS:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        figures |= {"GPU": torch.cuda.get_device_name(), "GPU memory, GiB": round(memory / 2**30, 1)}
+        figures |= {"NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
+        figures |= {"cuDNN": torch.backends.cudnn.version()}
+    old = [f"torch {torch.__version__}"] if Version(torch.__version__) < Version("2.11") else []
+    old += [f"Python {platform.python_version()}"] if sys.version_info < (3, 11) else []
+    return [f"{what} is too old" for what in old], figures

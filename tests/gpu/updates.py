@@ -1,0 +1,144 @@
+"""Parts of the GPU suite that measure updates: waiting, speed, memory."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import GPUS, ROOT, WORLD, Outcome, need
+
+SIZES = {  # published settings, at so many images per GPU
+    "r3gan-cifar10": 64, "r3gan-ffhq64": 32, "r3gan-ffhq256": 8, "stylegan2-256": 8, "gat-b2": 32,
+}  # fmt: skip
+
+
+def no_waits() -> Outcome:
+    """One update of every family in which torch refuses whatever would make the host wait for the device."""
+    need(1)
+    figures = {}
+    for name in SIZES:
+        for kind in ("no", "bf16", "fp16"):
+            update = _update(name, kind, images=4)
+            update()
+            update()  # everything is allocated and chosen
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                update()
+                figures[f"{name}, {kind}"] = "none"
+            except RuntimeError as error:
+                figures[f"{name}, {kind}"] = str(error).splitlines()[0]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return [f"{name}: {said}" for name, said in figures.items() if said != "none"], figures
+
+
+def speed() -> Outcome:
+    """Images per second and the most memory of published settings, beside doctor's forecast."""
+    need(1)
+    from launch.doctor.memory import activations
+    from pipeline.config import load
+
+    figures = {}
+    for name, images in SIZES.items():
+        for kind in ("no", "bf16"):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            update = _update(name, kind, images)
+            held = torch.cuda.memory_allocated()
+            seconds = _seconds(update, times=5)
+            peak = torch.cuda.max_memory_allocated() - held
+            config = load(str(ROOT / "configs" / f"{name}.yaml"), ("data.conditional=false",))
+            figures[f"{name}, {kind}, {images} images"] = {
+                "images/s": round(images / seconds, 1),
+                "peak beyond what is held, GiB": round(peak / 2**30, 2),
+                "forecast, GiB": round(activations(config, images, kind, 0) / 2**30, 2),
+            }
+            del update
+    return [], figures
+
+
+def memory() -> Outcome:
+    """What ranks hold at a step and send in an update, beside theory."""
+    from launch.bench import memory, pair
+
+    chosen = "single,ddp,fsdp2,zero1,zero2,zero3" if GPUS else "single,fsdp2"
+    found = pair.measure(
+        "launch.bench.memory", strategies=chosen, procs=str(WORLD), params=20e6 if GPUS else 2e6, size="32",
+        images=4, config=None,
+    )  # fmt: skip
+    figures = {}
+    for each in found:
+        held, (theory, sent) = memory.held(each), memory.in_theory(each)
+        figures[f"{each['strategy']} x{each['world']}"] = {
+            "held, MiB": round(sum(held.values()) / 2**20, 1),
+            "in theory, MiB": round(sum(theory.values()) / 2**20, 1),
+            "sent, MiB": round(sum(each["sent"].values()) / 2**20, 1),
+            "sent in theory, MiB": round(sent / 2**20, 1),
+        }
+    return [], figures
+
+
+def step() -> Outcome:
+    """`shardgan bench step`: ours beside its bare maths and the tutorials' loop, and what penalties cost."""
+    from launch.bench import objective
+    from launch.bench import step as bench
+    from launch.bench.loader import make_shards
+
+    size = "64" if GPUS else "28"
+    with tempfile.TemporaryDirectory() as folder:
+        shards = make_shards(Path(folder) / "shards", int(size), 1, "PNG")
+        config = bench.config_of(shards, int(size))
+        seconds = bench.measure(config, Path(folder), ("fp32", "bf16"), 80 if GPUS else 8)
+        turns = {kind: objective.measure(config, kind, 20 if GPUS else 3) for kind in ("no", "bf16")}
+    images = 8 * config.images_per_update
+    figures: dict[str, Any] = {
+        f"{name}, images/s": round(images / statistics.median(taken), 1) for name, taken in seconds.items()
+    }
+    for kind, found in turns.items():
+        plain = statistics.median(found["no gradient penalty"])
+        figures |= {
+            f"D's turn, {kind}: {n}": round(statistics.median(t) / plain, 2) for n, t in found.items()
+        }
+    return [], figures
+
+
+def _update(name: str, kind: str, images: int) -> Callable[[], object]:
+    """An update of a published config on made-up images, in one process."""
+
+    from pipeline.config import load
+    from pipeline.data.stream import Batch
+    from pipeline.parallel.batch import batch_shape
+    from pipeline.parallel.launched import Launch
+    from pipeline.parallel.ranks import Ranks
+    from pipeline.players import build
+    from pipeline.run.stats import Stats
+    from pipeline.step import train_step
+
+    sizes = (f"data.batch_size={images}", "data.batch_gpu=null", "data.conditional=false")
+    config = load(str(ROOT / "configs" / f"{name}.yaml"), sizes)
+    ranks = Ranks(Launch("single", kind, 0, 1), timedelta(seconds=600))  # type: ignore[arg-type]
+    gan, stats = build(config, ranks, batch_shape(config.data, 1)), Stats(ranks.device)
+    shape = (images, config.data.channels, config.data.size, config.data.size)
+    pixels = torch.randn(shape) if config.data.latents else torch.randint(0, 256, shape, dtype=torch.uint8)
+    batches = repeat(Batch(pixels.pin_memory() if GPUS else pixels, None))
+    return lambda: train_step(gan, batches, 0, stats)
+
+
+def _seconds(update: Callable[[], object], times: int) -> float:
+    """The median of so many updates, after three."""
+    from launch.bench.meter import clocked
+
+    for _ in range(3):
+        update()
+    taken: list[float] = []
+    for _ in range(times):
+        with clocked(taken):
+            update()
+    return statistics.median(taken)
