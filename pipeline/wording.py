@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 def counted(number: int, noun: str) -> str:
     """1 image, 2,000 images, 2 processes."""
@@ -31,3 +33,14 @@ def one_line(text: str) -> str:
 def in_time(value: float | tuple[float, float]) -> str:
     """A setting that may be scheduled: 0.001, or "0.001 → 0.0001" of [0.001, 0.0001]."""
     return " → ".join(f"{end:g}" for end in value) if isinstance(value, tuple) else f"{value:g}"
+
+
+def setting(value: object, text: Callable[[str], str] = str) -> str:
+    """A setting's value, as a config has it; – for none. text: what is shown of one that is a text."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(setting(entry, text) for entry in value)}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "–" if value is None else text(str(value))

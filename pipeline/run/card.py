@@ -10,7 +10,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.credentials import public
 from pipeline.run.exported import Exported
-from pipeline.run.metrics import METRICS, Metric
+from pipeline.run.metrics import Metric, metric_of
 from pipeline.wording import counted, in_time, one_line
 
 _MOST_NAMED = 100  # classes in a table; with more, export.json has their names
@@ -88,7 +88,7 @@ def _scores(facts: Exported) -> Iterator[str]:
         f"| `{chart.removeprefix('Metrics/')}` | {metric.help}, {_better(metric)} | {value:.5g} "
         f"| {_counts(chart, facts.scores or {})} |"
         for chart, value in (facts.scores or {}).items()
-        if (metric := _metric(chart)) is not None
+        if (metric := metric_of(chart)) is not None
     ]
     if not rows:
         yield "It has no scores: none were computed of this checkpoint."
@@ -100,16 +100,6 @@ def _scores(facts: Exported) -> Iterator[str]:
             "Held-out images come from the same data and were never trained on. Scores compare only if they "
             f"are\nagainst the same images, processed alike; these have the fingerprint `{reference}`."
         )
-
-
-def _metric(chart: str) -> Metric | None:
-    """Of a chart; None for counts."""
-    name = chart.removeprefix("Metrics/")
-    if name.endswith("_images"):
-        return None
-    found = (m for m in METRICS.values() if any(name.startswith(f"{of}_") for of in m.names))
-    canonical = (m for m in METRICS.values() if m.canonical and name.startswith(m.canonical))
-    return next(canonical, None) or next(found, None)
 
 
 def _better(metric: Metric) -> str:
@@ -124,7 +114,7 @@ def _counts(chart: str, scores: dict[str, float]) -> str:
         kind: next((int(v) for k, v in scores.items() if k.endswith(f"_{kind}_images")), 0)
         for kind in ("fake", "real", "train")
     }
-    metric = _metric(chart)
+    metric = metric_of(chart)
     if chart.endswith("_train"):
         count = min(of["fake"], of["train"])
         return f"{count:,} generated, {count:,} training images"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.run.history import History, Score
-from pipeline.run.metrics import METRICS
+from pipeline.run.metrics import metric_of
+from pipeline.wording import setting
 
 NOTHING = "–"
 _OF_ITSELF = {"run.name", "run.out", "run.resume", "run.new_data", "run.new_settings"}  # of any two runs
@@ -57,30 +58,30 @@ def compare(histories: Sequence[History]) -> Comparison:
     return Comparison(names, (*columns, *leading, *_setting_columns(histories), *others), tuple(more))
 
 
-def shown(value: Any) -> str:
-    """A setting's value in a table."""
-    if isinstance(value, list):
-        return ", ".join(map(shown, value)) or NOTHING
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return NOTHING if value is None else str(value)
+def differing(each: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """The settings in which runs differ, and their values. each: a run's settings by key."""
+    keys = dict.fromkeys(key for settings in each for key in settings)
+    table = {key: tuple(settings.get(key, NOTHING) for settings in each) for key in keys}
+    return {key: values for key, values in table.items() if len(set(values)) > 1}
+
+
+def of_both_players(settings: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The same, with λ of G and D together where they are equal in each run."""
+    found = dict(settings)
+    for penalty in _BOTH:
+        of_G, of_D = (f"penalty.{player}.{penalty}" for player in "GD")
+        if of_G in found and found[of_G] == found.get(of_D):
+            together = {of_G: f"penalty.{penalty}"}
+            found = {together.get(key, key): values for key, values in found.items() if key != of_D}
+    return found
 
 
 def _setting_columns(histories: Sequence[History]) -> list[Column]:
-    keys = dict.fromkeys(key for history in histories for key in history.settings)
-    table = {key: tuple(shown(history.settings.get(key)) for history in histories) for key in keys}
-    differing = {key: v for key, v in table.items() if len(set(v)) > 1 and key not in _OF_ITSELF}
-    for penalty in _BOTH:
-        of_G, of_D = (differing.get(f"penalty.{player}.{penalty}") for player in "GD")
-        if of_G and of_G == of_D:
-            differing = {
-                f"penalty.{penalty}" if key == f"penalty.G.{penalty}" else key: values
-                for key, values in differing.items()
-                if key != f"penalty.D.{penalty}"
-            }
-    return [Column(key, values) for key, values in differing.items()]
+    each = [
+        {key: setting(value) for key, value in history.settings.items() if key not in _OF_ITSELF}
+        for history in histories
+    ]
+    return [Column(key, values) for key, values in of_both_players(differing(each)).items()]
 
 
 def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:
@@ -149,5 +150,5 @@ def _score_column(
 
 
 def _against_training(chart: str) -> bool:
-    names = [name for metric in METRICS.values() if metric.needs_train for name in metric.names]
-    return chart.endswith("_train") or chart.startswith(tuple(f"Metrics/{name}" for name in names))
+    metric = metric_of(chart)
+    return chart.endswith("_train") or (metric is not None and metric.needs_train)

@@ -37,6 +37,19 @@ METRICS = {
 }
 
 
+def metric_of(chart: str) -> Metric | None:
+    """The metric whose value a chart shows; None for counts of images, and for what this version does not
+    know."""
+    name = chart.removeprefix("Metrics/")
+    if name.endswith("_images"):
+        return None
+    for metric in METRICS.values():
+        canonical = metric.canonical is not None and name.startswith(metric.canonical)
+        if canonical or name.startswith(tuple(f"{each}_" for each in metric.names)):
+            return metric
+    return None
+
+
 def leading_chart(metrics: Sequence[str], charts: Iterable[str]) -> str | None:
     """The chart by which checkpoints and candidates are compared: of the first of `metrics` that leads, on
     held-out images. None if there is none."""

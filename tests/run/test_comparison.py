@@ -51,7 +51,7 @@ def test_only_settings_that_differ_are_shown_and_the_best_is_marked(tmp_path):
         "kid_efflite0 lowest (kimg)": ("3 (2)", "1.5 (2)", "4 (1)"),
         "kid_efflite0 last (kimg)": ("3 (2)", "2 (3)", "nan (2)"),
         "penalty.l2": ("0", "0.001", "1"),
-        "optim.G.betas": ("0.5, 0.999", "0, 0.9", "0.5, 0.999"),
+        "optim.G.betas": ("[0.5, 0.999]", "[0, 0.9]", "[0.5, 0.999]"),
         "precision_efflite0": ("0.25", "0.375", "0.25"),
     }
     best = {column.title: set(column.best) for column in table.columns if column.best}

@@ -23,9 +23,10 @@ from pipeline.config import UserError
 from pipeline.durable import write as write_whole
 from pipeline.folders import cache_folder
 from pipeline.plugins import require
+from pipeline.run.comparison import differing, of_both_players
 from pipeline.run.history import read_histories
 from pipeline.run.page.charts import Line, colours, of_one, of_several
-from pipeline.run.page.facts import Facts, Score, differing
+from pipeline.run.page.facts import Facts, Score
 from pipeline.run.page.pictures import MOST, Picture, history, plotted, reals
 from pipeline.run.page.selection import TABLE, Selection
 
@@ -118,15 +119,14 @@ def _of_runs(folders: Sequence[Path]) -> dict[str, Any]:
             "drawn": plotted(runs[0].folder / "curves.png"),
         }
     labels = {score.chart: score.label for facts in runs for score in facts.scores}
-    names, differ = [facts.name for facts in runs], differing(runs)
+    names = [facts.name for facts in runs]
+    differ = of_both_players(differing([facts.values for facts in runs]))
     return common | {
         "kind": f"ShardGAN: {len(runs)} runs compared",
         "title": _listed(names),
-        "what": f"They differ in {_listed([key for key, _ in differ])}."
-        if differ
-        else "Of the same settings.",
+        "what": f"They differ in {_listed([*differ])}." if differ else "Of the same settings.",
         "score_labels": [labels[chart] for chart in charts],
-        "differing": differ,
+        "differing": [*differ.items()],
         "curves": of_several([Line(line.facts, line.name, line.colour) for line in shown]),
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,11 @@ from pipeline.credentials import anonymous
 from pipeline.run.events import EVENTS
 from pipeline.run.folder import DONE, begun, flattened
 from pipeline.run.history import History
-from pipeline.run.metrics import METRICS, Metric, leading_chart
+from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
 from pipeline.run.rows import rows
 from pipeline.run.wandb_mode import public
-from pipeline.wording import counted, in_time
+from pipeline.wording import counted, in_time, setting
 
 _UNSAID = {
     "run.name",
@@ -150,10 +150,15 @@ class Facts:
         for section, values in public(Config()).items():
             default |= flattened(section, values)
         return [
-            Setting(key, _shown(value), _shown(default.get(key)))
+            Setting(key, setting(value, _place), setting(default.get(key), _place))
             for key, value in self.history.settings.items()
             if key not in _UNSAID
         ]
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The same, by key."""
+        return {each.key: each.value for each in self.settings}
 
     @property
     def surroundings(self) -> dict[str, str]:
@@ -210,39 +215,12 @@ class Facts:
         return f" ({epochs:.3g} epochs)" if epochs else ""
 
     def _score(self, chart: str) -> Score | None:
-        metric, points = _metric_of(chart), zip(*self.history.series(chart), strict=True)
+        metric, points = metric_of(chart), zip(*self.history.series(chart), strict=True)
         values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
         if metric is None or not values:
             return None
         best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
         return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
-
-
-def differing(runs: Sequence[Facts]) -> list[tuple[str, list[str]]]:
-    """(key, value of each run) of the settings in which runs differ."""
-    each = [{setting.key: setting.value for setting in run.settings} for run in runs]
-    keys = dict.fromkeys(key for settings in each for key in settings)
-    found = [(key, [settings.get(key, "–") for settings in each]) for key in keys]
-    return [(key, values) for key, values in found if len(set(values)) > 1]
-
-
-def _metric_of(chart: str) -> Metric | None:
-    """The metric that a chart of scores shows; None if this version does not know it."""
-    name = chart.removeprefix("Metrics/")
-    for metric in METRICS.values():
-        if name == metric.canonical or name.startswith(tuple(f"{each}_" for each in metric.names)):
-            return metric
-    return None
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return "–" if value is None else _place(str(value))
 
 
 def _place(value: str) -> str:

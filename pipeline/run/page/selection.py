@@ -12,9 +12,10 @@ from typing import Any
 
 from pipeline.config import UserError
 from pipeline.credentials import anonymous
+from pipeline.run.comparison import differing
 from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
-from pipeline.run.page.facts import Facts, Setting, differing
+from pipeline.run.page.facts import Facts, Setting
 from pipeline.run.page.pictures import Picture, plotted, strip
 from pipeline.run.panels import label_of
 from pipeline.wording import counted
@@ -81,7 +82,7 @@ class Selection:
     @property
     def settings(self) -> list[Setting]:
         """Those that all finished trials share."""
-        apart = {key for key, _ in differing([facts for row in self.rows for facts in row.trials])}
+        apart = differing([facts.values for row in self.rows for facts in row.trials])
         return [setting for setting in self.example.settings if setting.key not in apart]
 
     @property
