@@ -61,6 +61,7 @@ def train(
     if strategy == "single" and procs > 1:
         raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
     processes.check_gpus(procs)
+    processes.shards(strategy, procs, procs)
     training = training_of(config, settings, gpu=processes.on_gpu())
     training.explain()
     config, settings = training.config, training.settings

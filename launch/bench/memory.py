@@ -58,7 +58,8 @@ def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
     penalties = at(pair.config_of(found["settings"]), 0).gradient_penalties
-    return theory.held(*job), theory.sent(*job, twice=any(penalty.twice for penalty in penalties))
+    shards, twice = found["shards"], any(penalty.twice for penalty in penalties)
+    return theory.held(*job, shards=shards), theory.sent(*job, twice=twice, shards=shards)
 
 
 def _row(found: Found) -> list[str]:
@@ -66,6 +67,8 @@ def _row(found: Found) -> list[str]:
     cells = [(measured[name], due[name]) for name in _HELD]
     cells += [(sum(measured.values()), sum(due.values())), (sum(found["sent"].values()), sent)]
     name = f"{found['strategy']} x{found['world']}"
+    if found["strategy"] == "hsdp":
+        name = f"hsdp {found['world'] // found['shards']}x{found['shards']}"
     return [name, *(f"{mine / _MIB:.1f} ({theirs / _MIB:.1f})" for mine, theirs in cells)]
 
 
@@ -80,7 +83,7 @@ def main(out: Path, settings: list[str]) -> None:
         train_step(gan, reals, update * gan.batch_size, stats)
     at_step: list[dict[str, int]] = []  # of D, then of G
     hook = register_optimizer_step_pre_hook(lambda *_: at_step.append(footprint(gan)))
-    with Traffic(ranks.world) as traffic:
+    with Traffic() as traffic:
         train_step(gan, reals, (_UPDATES - 1) * gan.batch_size, stats)
     hook.remove()
     found |= {"at_rest": footprint(gan), "at_step_D": at_step[0], "at_step_G": at_step[1]}

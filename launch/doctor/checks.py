@@ -21,7 +21,8 @@ from pipeline.wording import counted
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
 
-_TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}  # distributed_type; the others: DEEPSPEED
+# distributed_type; the others: DEEPSPEED
+_TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
 
 
 def job_of(
@@ -83,11 +84,22 @@ def launcher(job: Job) -> Iterator[Finding]:
     elif job.strategy == "single" and job.world > 1:
         text = f"single is one process, not {job.world}"
         yield would_fail("launcher", text, "Choose another --strategy.")
+    elif (text := _undivided(job)) is not None:
+        yield would_fail("launcher", text)
     elif 0 < gpus < job.gpus and job.nodes == 1:
         text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
-        yield ok("launcher", f"{job.strategy}, precision {job.precision}: {path.name}")
+        copies = f" of {job.world // job.shards} x {job.shards} ranks" if job.strategy == "hsdp" else ""
+        yield ok("launcher", f"{job.strategy}{copies}, precision {job.precision}: {path.name}")
+
+
+def _undivided(job: Job) -> str | None:
+    """Why hsdp cannot divide the world, if it cannot."""
+    try:
+        return None if job.shards else ""
+    except UserError as error:
+        return str(error)
 
 
 def _batch(job: Job) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ Tracing runs the training step on tensors without memory and adds up what is ali
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -37,12 +38,12 @@ _REMEDY = "Lower data.batch_gpu (more rounds of fewer images), or choose a strat
 
 def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
     """Bytes on one rank at the worst moment, compared with the GPU's."""
-    held = states(job, players)
-    text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
+        held = states(job, players)
         images = batch_shape(job.config.data, job.world).images
     except UserError:
         return
+    text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
         active = activations(job.config, images, job.precision, num_classes)
     except Exception as error:  # a user's network may do anything
@@ -70,7 +71,10 @@ def examine(job: Job, players: Players, num_classes: int) -> Iterator[Finding]:
 def strategies(job: Job, players: Players) -> Iterator[Finding]:
     """What a rank of as many would hold under each strategy, besides activations."""
     if job.world > 1:
-        held = {s: sum(states(replace(job, strategy=s), players).values()) for s in STRATEGIES[1:]}
+        held: dict[str, int] = {}
+        for strategy in STRATEGIES[1:]:
+            with suppress(UserError):  # hsdp cannot divide every world
+                held[strategy] = sum(states(replace(job, strategy=strategy), players).values())
         text = ", ".join(f"{strategy} {in_bytes(size)}" for strategy, size in held.items())
         yield ok("strategies", f"per rank of {job.world}, besides activations: {text}")
 
@@ -79,11 +83,12 @@ def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
     with what is gathered or kept in buckets for a while."""
     G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
-    held = theory.held(job.strategy, job.world, G, D)
+    held = theory.held(job.strategy, job.world, G, D, job.shards)
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
-        held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
+        sharded = job.strategy in ("fsdp2", "hsdp", "zero3")
+        held["frozen weights"] = 4 * frozen / (job.shards if sharded else 1)
     if job.strategy.startswith("zero"):
         buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
         held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)

@@ -29,7 +29,7 @@ def build_engine(
     check_penalty(player.name, network, player.penalty, player.penalised)
     synchronise(network, ranks.world)
     # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
-    if ranks.strategy == "fsdp2":
+    if ranks.strategy in ("fsdp2", "hsdp"):
         from pipeline.parallel.fsdp2 import Fsdp2Engine
 
         return Fsdp2Engine(network, player, ranks, batch)

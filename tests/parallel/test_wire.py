@@ -75,13 +75,31 @@ def test_what_objectives_send(launched, name, rounds):
         sent = objectives[f"{objective}-{rounds}"]["update"]
         counted = [size for operation, size in sent if operation != "broadcast_"]  # DeepSpeed checks its plan
         print(f"{name} {objective} {rounds}: {len(counted)} collectives, {sum(counted) / 1e3:.1f} kB")
-        if strategy == "fsdp2":
+        if strategy in ("fsdp2", "hsdp"):
             assert sorted(_gathers(sent)) == sorted(_gathers(plain)), objective
         elif strategy != "zero3":
             assert sent == plain, objective
         elif objective not in ("plain", "difference"):
             of_D = 1 + rounds * (3 if "loss.kind=relativistic" in settings else 2)
             assert sum(_gathers(sent)) == rounds * 3 * sizes["G"] + of_D * sizes["D"], objective
+
+
+@pytest.mark.parametrize("name", ["hsdp-4"])
+def test_only_gradients_of_a_ranks_part_leave_its_copy(launched, name):
+    """Within a copy, what FSDP2 sends: a gather of each player in both turns, a reduce of each. Over copies
+    an all-reduce of 1/shards of each."""
+    record = recorded(launched, name)["plain"]
+    both, sent = sum(record["bytes"].values()), Counter()
+    for operation, size in record["update"]:
+        sent[operation] += size
+    assert sum(size for operation, size in sent.items() if "gather" in operation) == 2 * both
+    assert sum(size for operation, size in sent.items() if "reduce_scatter" in operation) == both
+    assert {name for name in sent if "gather" in name or "scatter" in name} == {
+        name for name in sent if name.endswith("within a copy")
+    }
+    assert {name: size for name, size in sent.items() if not name.endswith("within a copy")} == {
+        "allreduce_ over copies": both // 2, "allreduce_": 2 * 8,
+    }  # fmt: skip
 
 
 def _gathers(calls):
