@@ -13,7 +13,7 @@ from rich.console import Console
 
 from launch.doctor import data, memory, networks, place, surroundings
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.processes import ACCELERATE_FILES, default_procs
+from launch.processes import ACCELERATE_FILES, default_procs, shards
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
 from pipeline.run.folder import check_same, finished
@@ -84,8 +84,8 @@ def launcher(job: Job) -> Iterator[Finding]:
     elif job.strategy == "single" and job.world > 1:
         text = f"single is one process, not {job.world}"
         yield would_fail("launcher", text, "Choose another --strategy.")
-    elif (text := _undivided(job)) is not None:
-        yield would_fail("launcher", text)
+    elif undivided := _undivided(job):
+        yield would_fail("launcher", undivided)
     elif 0 < gpus < job.gpus and job.nodes == 1:
         text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
@@ -94,12 +94,13 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield ok("launcher", f"{job.strategy}{copies}, precision {job.precision}: {path.name}")
 
 
-def _undivided(job: Job) -> str | None:
-    """Why hsdp cannot divide the world, if it cannot."""
+def _undivided(job: Job) -> str:
+    """Why hsdp cannot divide the world; empty if it can, and for others."""
     try:
-        return None if job.shards else ""
+        shards(job.strategy, job.world, job.gpus)
     except UserError as error:
         return str(error)
+    return ""
 
 
 def _batch(job: Job) -> Iterator[Finding]:
