@@ -47,6 +47,14 @@ def check_gpus(procs: int | None) -> None:
         raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
 
 
+def check_world(strategy: str, procs: int) -> None:
+    """Raises UserError if this machine or a strategy cannot have so many processes."""
+    if strategy == "single" and procs > 1:
+        raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
+    check_gpus(procs)
+    shards(strategy, procs, procs)
+
+
 def parse_strategies(strategies: str) -> list[str]:
     """Strategies from a comma list. Raises UserError for an unknown one."""
     names = [name.strip() for name in strategies.split(",") if name.strip()]
