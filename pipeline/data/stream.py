@@ -65,9 +65,9 @@ def training_batches(
 
     Worker processes start at once (0: decode in this process, as asked). data.stages are put between reading
     and decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
-    decoded once (and stages have no place). pinned: for a GPU, which then copies them while the host goes on;
-    it takes a CUDA context. Unless data.max_bad is 0, damaged images are replaced by others
-    of the plan and named in the batch, again in every epoch; the caller counts them. Iterating raises
+    decoded once (and stages have no place). pinned: for a GPU, which then copies them without stopping the
+    host; it takes a CUDA context. Unless data.max_bad is 0, damaged images are replaced by others of the plan
+    and named in the batch, again in every epoch; the caller counts them. Iterating raises
     UserError for a shard that cannot be read or an image that does not fit (with max_bad 0: or is damaged);
     `close()` ends the workers, as does the end of the process.
     """

@@ -11,7 +11,7 @@ from contextlib import suppress
 class Ends:
     """Waits, and meanwhile sees processes of this machine end, in their order.
 
-    Others may soon follow the first, because of what its end does to them: NCCL, if told so, ends a process
+    Others may soon follow the first, because of what its end does to them: NCCL, by default, ends a process
     whose peer is gone. Only the first is to blame.
     """
 
