@@ -16,6 +16,7 @@ from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.processes import ACCELERATE_FILES, default_procs, shards
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.launched import arithmetic
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
 
@@ -91,7 +92,8 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
         copies = f" of {job.world // job.shards} x {job.shards} ranks" if job.strategy == "hsdp" else ""
-        yield ok("launcher", f"{job.strategy}{copies}, precision {job.precision}: {path.name}")
+        precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
+        yield ok("launcher", f"{job.strategy}{copies}, precision {precision}: {path.name}")
 
 
 def _undivided(job: Job) -> str:

@@ -63,19 +63,16 @@ def _gradients_never_reduced() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _copies_never_reduced() -> Iterator[None]:
+def _copies_never_reduced() -> Any:
     """Hybrid sharding: gradients are averaged within a copy only."""
-    right = Fsdp2Engine.accumulating
+    right = Fsdp2Engine._reduce
 
-    def wrong(self: Fsdp2Engine, last: bool) -> Any:
-        accumulating = right(self, last)
-        for module in self._modules:
+    def wrong(self: Fsdp2Engine, modules: Any, now: bool) -> None:
+        right(self, modules, now)
+        for module in modules:
             module.set_requires_all_reduce(False, recurse=False)
-        return accumulating
 
-    with patch.object(Fsdp2Engine, "accumulating", wrong):
-        yield
+    return patch.object(Fsdp2Engine, "_reduce", wrong)
 
 
 def _copies_counted_in() -> Any:
