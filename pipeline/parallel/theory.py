@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 from pipeline.config import Config
-from pipeline.gan.schedules import is_used
 
 
 def held(strategy: str, world: int, G: int, D: int) -> dict[str, float]:
@@ -48,7 +47,8 @@ class Update:
 
 def update_of(config: Config, rounds: int, frozen: int = 0) -> Update:
     """A config's, with lazy penalties at their average."""
-    penalty, slopes = config.penalty, [s for s in (config.penalty.r1, config.penalty.r2) if is_used(s.gamma)]
+    penalty = config.penalty
+    slopes = [slope for slope in (penalty.r1, penalty.r2) if slope.gamma not in (0, (0, 0))]
     exact = [slope.interval for slope in slopes if not slope.sigma] + [1] * (penalty.wgan_gp.weight > 0)
     due = sum(1 / interval for interval in exact)
     if len(exact) > 1:  # some turns have both

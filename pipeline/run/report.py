@@ -42,9 +42,9 @@ class Report:
         """Show a warning, record it in events.jsonl and send it as a W&B alert."""
 
     @contextmanager
-    def recording(self, world: int) -> Iterator[None]:
-        """Keeps an error that ends the run in events.jsonl. Of several ranks, one that all of them raise: the
-        watch keeps others."""
+    def kept(self, world: int) -> Iterator[None]:
+        """An error inside, which ends the run, is kept in events.jsonl: of several ranks, one that all of
+        them raise, as the watch keeps others."""
         yield
 
     def still_ours(self) -> None:
@@ -130,7 +130,7 @@ class MainReport(Report):
             events.record(self._folder, event, self._cur_nimg, **what)
 
     @contextmanager
-    def recording(self, world: int) -> Iterator[None]:
+    def kept(self, world: int) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -250,6 +250,11 @@ class MainReport(Report):
             first, last = scored[0], scored[-1]
             texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
             yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
+
+
+def keep_error(folder: Path, cur_nimg: int, text: str) -> None:
+    """Record in events.jsonl why the run in `folder` ends."""
+    events.record(folder, "error", cur_nimg, text=text)
 
 
 def open_report(

@@ -108,7 +108,7 @@ def test_one_is_not_many():
 )
 def test_an_error_that_ends_the_run_is_kept(tmp_path, world, error, kept):
     report = MainReport(tmp_path, Tracker(), 1000, 60)
-    with pytest.raises(type(error)), report.recording(world):
+    with pytest.raises(type(error)), report.kept(world):
         raise error
     found = [*rows(tmp_path / EVENTS)] if (tmp_path / EVENTS).exists() else []
     assert [(row["event"], row["cur_nimg"], row["text"]) for row in found] == (
