@@ -134,7 +134,7 @@ def examine(job: Job, found: Sequence[Forecast]) -> Iterator[Finding]:
     if there is not None:
         text = f"{chosen.strategy} needs {need} of {in_bytes(there)} per GPU, and none that fits {best}"
     else:
-        text = f"{chosen.strategy}{f', if a GPU has room for {need}' if need else ''}: none {best}"
+        text = f"{chosen.strategy}{f', if a rank has room for {need}' if need else ''}: none {best}"
     if chosen.efficiency is not None:
         share = f"{chosen.efficiency:.0%} of {job.world} ranks that send nothing"
         text += f"; {_rate(job, chosen)} images/s, {share}{_asked(job, chosen, found)}"
