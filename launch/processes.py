@@ -18,6 +18,7 @@ from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_
 from pipeline.run import stop
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+COMPILED = ("--dynamo_backend", "inductor")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 _GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
@@ -55,13 +56,15 @@ def parse_strategies(strategies: str) -> list[str]:
 
 
 def training(
-    strategy: str, procs: int, precision: str, arguments: Sequence[str]
+    strategy: str, procs: int, precision: str, arguments: Sequence[str], compiled: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a training; arguments: its config and settings."""
     import torch
 
     environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
     module = ["pipeline.train", *arguments]
+    if compiled:  # Accelerate's option sets it too, except for DeepSpeed
+        environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     if strategy == "single":
         environment["ACCELERATE_MIXED_PRECISION"] = precision
         return [sys.executable, "-m", *module], environment
@@ -69,7 +72,7 @@ def training(
         sys.executable,
         "-m",
         "launch.launcher",
-        *launch_line(strategy, procs, precision, module),
+        *launch_line(strategy, procs, precision, module, *(COMPILED if compiled else ())),
     ], environment
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU up to 4.")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="By torch.compile (inductor), block by block.")
 @click.option("--dry-run", is_flag=True, help="Print the command and the resolved config; start nothing.")
 def train(
     config: str,
@@ -35,6 +36,7 @@ def train(
     strategy: str | None,
     procs: int | None,
     mixed_precision: str,
+    compiled: bool,
     dry_run: bool,
 ) -> None:
     """Train what a config describes, or on your own images; the same command again resumes.
@@ -54,6 +56,7 @@ def train(
     from pipeline.credentials import redacted
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
+    from pipeline.parallel.compilation import Compilation, check_compilation
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
     procs = procs or processes.default_procs(strategy)
@@ -65,15 +68,21 @@ def train(
     training.explain()
     config, settings = training.config, training.settings
     resolved = load(config, settings)
-    check_objective(resolved, batch_shape(resolved.data, procs).images, mixed_precision)
-    command, environment = processes.training(strategy, procs, mixed_precision, [config, *settings])
+    batch = batch_shape(resolved.data, procs)
+    check_objective(resolved, batch.images, mixed_precision)
+    if compiled:
+        check_compilation(Compilation("inductor"), strategy, batch.rounds, processes.on_gpu())
+    command, environment = processes.training(strategy, procs, mixed_precision, [config, *settings], compiled)
     named = under_a_free_name(resolved)
     folder = Path(named.run.out) / str(named.run.name)
     if dry_run:
         module = ["pipeline.train", *map(redacted, (config, *settings))]
-        line = processes.launch_line(strategy, procs, mixed_precision, module)
-        on_cpu = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
-        click.echo(f"{on_cpu}{shlex.join(['accelerate', 'launch', *line])}")
+        options = processes.COMPILED if compiled else ()
+        line = processes.launch_line(strategy, procs, mixed_precision, module, *options)
+        variables = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
+        if compiled and strategy.startswith("zero"):  # for which Accelerate drops its own option
+            variables += "ACCELERATE_DYNAMO_BACKEND=inductor "
+        click.echo(f"{variables}{shlex.join(['accelerate', 'launch', *line])}")
         click.echo(f"\n# the resolved config\n{dump(as_begun(resolved, folder))}", nl=False)
         return
     check_same(named, folder)

@@ -17,6 +17,7 @@ from launch.processes import STRATEGIES
 @click.option("--gpus", type=click.IntRange(1), help="Processes per node. Default: as `shardgan train`.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="As of `shardgan train`.")
 @click.option("--live", is_flag=True, help="Also start the processes: do they meet, and see the same?")
 def doctor(
     config: str,
@@ -25,6 +26,7 @@ def doctor(
     gpus: int | None,
     strategy: str | None,
     mixed_precision: str,
+    compiled: bool,
     live: bool,
 ) -> None:
     """Check everything about a training that can be known before it starts.
@@ -45,7 +47,7 @@ def doctor(
         training = training_of(config, settings, gpu=processes.on_gpu())
         training.explain()
         config, settings = training.config, training.settings
-        job = job_of(load(config, settings), nodes, gpus, strategy, mixed_precision)
+        job = job_of(load(config, settings), nodes, gpus, strategy, mixed_precision, compiled)
         training.prepare()
     except UserError as error:
         found = [would_fail("config", str(error))]

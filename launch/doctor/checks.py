@@ -13,9 +13,10 @@ from rich.console import Console
 
 from launch.doctor import data, memory, networks, place, surroundings
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.processes import ACCELERATE_FILES, default_procs
+from launch.processes import ACCELERATE_FILES, default_procs, on_gpu
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
 
@@ -30,10 +31,12 @@ def job_of(
     gpus: int | None = None,
     strategy: str | None = None,
     precision: str = "no",
+    compiled: bool = False,
 ) -> Job:
     """A job with the defaults of `shardgan train`."""
     gpus = gpus or default_procs(strategy)
-    return Job(config, nodes, gpus, strategy or ("single" if nodes * gpus == 1 else "ddp"), precision)
+    strategy = strategy or ("single" if nodes * gpus == 1 else "ddp")
+    return Job(config, nodes, gpus, strategy, precision, compiled)
 
 
 def examine(job: Job, progress: Progress = lambda done, total: None, read: bool = True) -> list[Finding]:
@@ -43,7 +46,7 @@ def examine(job: Job, progress: Progress = lambda done, total: None, read: bool 
     """
     index, of_data = data.examine(job, progress, read)
     players, of_networks = networks.examine(job, index)
-    found = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks]
+    found = [*_config(job), *launcher(job), *compilation(job), *_batch(job), *of_data, *of_networks]
     if players is not None:
         num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
         found += [*memory.examine(job, players, num_classes), *memory.strategies(job, players)]
@@ -88,6 +91,18 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
         yield ok("launcher", f"{job.strategy}, precision {job.precision}: {path.name}")
+
+
+def compilation(job: Job) -> Iterator[Finding]:
+    """Whether this machine can compile the networks, if they are to be."""
+    if not job.compiled:
+        return
+    how = Compilation("inductor")
+    try:
+        check_compilation(how, job.strategy, 1, on_gpu())
+        yield ok("compiling", f"{how}, one block after another, in the first updates")
+    except UserError as error:
+        yield would_fail("compiling", str(error))
 
 
 def _batch(job: Job) -> Iterator[Finding]:

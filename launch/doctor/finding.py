@@ -26,6 +26,7 @@ class Job:
     gpus: int
     strategy: str
     precision: str
+    compiled: bool = False
 
     @property
     def world(self) -> int:

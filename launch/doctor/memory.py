@@ -136,6 +136,7 @@ class _OneProcess(Ranks):
 
     def __init__(self, precision: Precision) -> None:
         self.rank, self.world, self.strategy, self.precision = 0, 1, "single", precision
+        self.compilation = None
         self.device, self.progress, self._control = torch.device("cpu"), Progress(), None
 
 

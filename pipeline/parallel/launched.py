@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
+from pipeline.parallel.compilation import Compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
 from pipeline.parallel.zero_settings import read_settings
 
@@ -29,6 +30,7 @@ class Launch:
     world: int
     zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
     keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
+    compilation: Compilation | None = None
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -46,7 +48,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         )
     strategy, zero = _strategy(env)
     keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
+    return Launch(strategy, precision, rank, world, zero, keep, read_compilation(env))  # type: ignore[arg-type]
 
 
 def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:

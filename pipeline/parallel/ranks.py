@@ -38,10 +38,9 @@ class Ranks:
         os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
         silence = max(480, round(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
-        cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
-            state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
+            state = PartialState(cpu=not on_gpu(), timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
@@ -49,7 +48,7 @@ class Ranks:
             )
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
-        self.keep_gathered = launch.keep_gathered
+        self.keep_gathered, self.compilation = launch.keep_gathered, launch.compilation
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
@@ -154,6 +153,11 @@ class Ranks:
         """Disconnect in good order, so that no peer reports a broken connection."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def on_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 @contextmanager

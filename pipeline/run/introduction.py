@@ -34,6 +34,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.D.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
         f"a batch of {gan.D.batch}",
+        *([f"  {ranks.compilation}: the first update takes a minute or more"] if ranks.compilation else ()),
         *(f"  {line}" for line in remarks(index, data)),
         *(f"  {line}" for line in _of_latents(data)),
         *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),

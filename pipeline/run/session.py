@@ -96,6 +96,10 @@ class Session:
         """Around an update, in which a rank that makes no progress is stuck, however busy it is."""
         return self._progress.during("in an update", updating=True)
 
+    def compiling(self) -> AbstractContextManager[None]:
+        """Around a compilation, in the middle of an update."""
+        return self._off_the_clock("compiling")
+
     def exchange(self) -> Callable[[], bool]:
         """Send the other ranks this one's flags: whether it was asked to stop, and how its save gets on.
 
