@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
+from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
 from pipeline.run import stop
 
@@ -58,12 +59,17 @@ def parse_strategies(strategies: str) -> list[str]:
 def training(
     strategy: str, procs: int, precision: str, arguments: Sequence[str], compiled: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a training; arguments: its config and settings."""
+    """Command line and environment of a training; arguments: its config and settings.
+
+    Raises UserError for what cannot be compiled here.
+    """
     import torch
 
     environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
     module = ["pipeline.train", *arguments]
-    if compiled:  # Accelerate's option sets it too, except for DeepSpeed
+    if compiled:
+        check_compilation(Compilation("inductor"), strategy, 1, on_gpu())
+        # Accelerate's option sets it too, except for DeepSpeed.
         environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     if strategy == "single":
         environment["ACCELERATE_MIXED_PRECISION"] = precision

@@ -29,10 +29,8 @@ from pipeline.folders import provide_home
 from pipeline.gan.compatible import check_objective
 from pipeline.parallel.batch import BatchShape, batch_shape
 from pipeline.parallel.borrowed import borrowed
-from pipeline.parallel.compilation import check_compilation
-from pipeline.parallel.compiled import announced
 from pipeline.parallel.launched import Launch, Precision, read_launch
-from pipeline.parallel.ranks import Ranks, on_gpu
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch
 from pipeline.players import as_built, build
 from pipeline.run.folder import hold_folder, open_folder
@@ -100,7 +98,7 @@ def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Co
     config = load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)
-    check_compilation(launch.compilation, launch.strategy, batch.rounds, on_gpu())
+    launch.check(batch.rounds)
     signals.configure(config.run.stop_signal, config.run.grace)
     return config, launch, batch
 
@@ -132,8 +130,7 @@ def _train(
     with closing(open_report(config, folder, state, ranks, still_ours)) as report:
         report.say(introduction(config, index, split, gan, ranks))
         session = Session(config, folder, index, split, ranks, report, signals, state)
-        reals = open_reals(config, index, split, state, ranks, batch, report)
-        with closing(reals), announced(ranks.compilation, ranks.progress, session.compiling):
+        with closing(open_reals(config, index, split, state, ranks, batch, report)) as reals:
             completed = loop.train(gan, reals, state, stats, config.run, session)
         session.conclude(state, completed)
     ranks.leave()

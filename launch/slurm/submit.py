@@ -84,9 +84,8 @@ def submit(
     resolved = under_a_free_name(load(training.config, training.settings))
     procs = procs or gpus or 1
     cpus = _enough(cpus, procs, resolved.data.workers)
-    resources = jobs.Resources(
-        nodes, gpus, procs, cpus, strategy, mixed_precision, time, partition, account, compiled
-    )  # fmt: skip
+    asked = (strategy, mixed_precision, time, partition, account, compiled)
+    resources = jobs.Resources(nodes, gpus, procs, cpus, *asked)
     run = (Path(resolved.run.out) / str(resolved.run.name)).absolute()
     if finished(run, resolved):
         click.echo(f"{run} is finished (its DONE file says so). Nothing to submit.")

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 from pipeline.parallel.blocks import blocks_of
 from pipeline.parallel.compilation import Compilation
-from pipeline.parallel.watch.whereabouts import Progress
+from pipeline.parallel.ranks import Ranks
 
 # A block is compiled for each of its shapes and for each use: trained, frozen, without gradients. Blocks of
 # one class share torch's limit, beyond which it silently does not compile.
@@ -85,30 +85,30 @@ def _configure() -> None:
 
 
 @contextmanager
-def announced(
-    how: Compilation | None, progress: Progress, around: Callable[[], AbstractContextManager[None]]
-) -> Iterator[None]:
-    """Inside, `around` is entered whenever something is compiled. That is part of no update: the watch takes
-    any work for life."""
-    if how is None:
-        yield
-        return
-    from torch._dynamo.callback import callback_handler as handler
+def during_update(ranks: Ranks, compiling: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """An update of the networks, in which a rank that makes no progress is stuck. While something is compiled
+    any work is a sign of life. compiling: entered meanwhile."""
+    progress = ranks.progress
+    with progress.during("in an update", updating=True):
+        if ranks.compilation is None:
+            yield
+            return
+        from torch._dynamo.callback import callback_handler as handler
 
-    meanwhile = ExitStack()
+        meanwhile = ExitStack()
 
-    def start(_: object) -> None:
-        progress.moves += 1
-        meanwhile.enter_context(progress.during("compiling", updating=False))
-        meanwhile.enter_context(around())
+        def start(_: object) -> None:
+            progress.moves += 1
+            meanwhile.enter_context(progress.during("compiling", updating=False))
+            meanwhile.enter_context(compiling())
 
-    def end(_: object) -> None:
-        meanwhile.close()
+        def end(_: object) -> None:
+            meanwhile.close()
 
-    handler.register_start_callback(start)
-    handler.register_end_callback(end)
-    try:
-        yield
-    finally:
-        handler.remove_start_callback(start)
-        handler.remove_end_callback(end)
+        handler.register_start_callback(start)
+        handler.register_end_callback(end)
+        try:
+            yield
+        finally:
+            handler.remove_start_callback(start)
+            handler.remove_end_callback(end)

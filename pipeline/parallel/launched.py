@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
-from pipeline.parallel.compilation import Compilation, read_compilation
+from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
 from pipeline.parallel.zero_settings import read_settings
 
@@ -31,6 +32,15 @@ class Launch:
     zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
     keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
     compilation: Compilation | None = None
+
+    def check(self, rounds: int) -> None:
+        """Raises UserError for what this machine cannot do. rounds: of an update."""
+        check_compilation(self.compilation, self.strategy, rounds, on_gpu())
+
+
+def on_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:

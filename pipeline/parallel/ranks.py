@@ -17,8 +17,8 @@ from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
 from pipeline.holder import kernel, pid_namespace
-from pipeline.parallel.environment import clear_for, flag
-from pipeline.parallel.launched import Launch, launcher_store
+from pipeline.parallel.environment import clear_for
+from pipeline.parallel.launched import Launch, launcher_store, on_gpu
 from pipeline.parallel.watch.whereabouts import Progress
 
 T = TypeVar("T")
@@ -153,11 +153,6 @@ class Ranks:
         """Disconnect in good order, so that no peer reports a broken connection."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def on_gpu() -> bool:
-    """Whether this process trains on a GPU."""
-    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 @contextmanager

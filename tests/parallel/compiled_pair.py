@@ -17,7 +17,7 @@ from launch.selfcheck import parity
 from launch.selfcheck.parity import CLIPPED, SGD, Case
 from pipeline.console import end_process
 from pipeline.parallel.compilation import Compilation
-from pipeline.parallel.compiled import announced
+from pipeline.parallel.compiled import during_update
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
@@ -61,10 +61,9 @@ def _train(case: Case, ranks: Ranks, how: Compilation | None) -> tuple[Any, set[
         return nullcontext()
 
     gan.D.module.register_forward_pre_hook(look)
-    with announced(how, ranks.progress, around):
-        for _ in range(_UPDATES):
-            with ranks.progress.during("in an update", updating=True):
-                state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
+    for _ in range(_UPDATES):
+        with during_update(ranks, around):
+            state.cur_nimg = train_step(gan, batches, state.cur_nimg, stats)
     ranks.compilation = None
     module: torch.nn.Module = gan.D.module
     names = {name for name, _ in (*module.named_parameters(), *module.named_modules())} | {
