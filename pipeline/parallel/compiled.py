@@ -31,13 +31,14 @@ class CompiledBlocks:
     def __init__(self, module: nn.Module, how: Compilation) -> None:
         self.used, self.graphs = False, how.graphs
         _configure()
+        # The same kernels whenever it is compiled, and eager code's dropout. Torch takes a mode or options.
+        options: dict[str, Any] = {"deterministic": True, "fallback_random": True}
+        options["triton.cudagraphs"] = how.graphs
         for layer in module.modules():
             if isinstance(layer, SyncBatchNorm2d):  # collectives stay in their order
-                layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+                layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
         for block in compiled_parts(module):
             plain: Callable[..., Any] = block.forward
-            # Not by mode: torch takes a mode or options.
-            options = {"deterministic": True, "fallback_random": True, "triton.cudagraphs": how.graphs}
             fast = torch.compile(
                 plain,
                 dynamic=False,
@@ -59,7 +60,7 @@ def computing(*players: CompiledBlocks | None) -> Iterator[None]:
     compiled = [player for player in players if player is not None]
     if any(player.graphs for player in compiled):
         # What a CUDA graph returned stays until the next mark: to the end of the turn.
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     for player in compiled:
         player.used = True
     try:
