@@ -157,7 +157,7 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
     job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
     click.echo(f"Checking everything first{'; all shards are read' if read else ''} …", err=True)
     with bar() as progress:
-        found = examine(job, progress, read)
+        found, _ = examine(job, progress, read)
     if remarkable := [finding for finding in found if finding.verdict != "ok"]:
         show(remarkable, Console(stderr=True))
     if fails(found):

@@ -112,11 +112,11 @@ def test_another_run_in_the_folder(place: Path) -> None:
     folder = place / "runs" / "good"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.dump(config.load("good.yaml", ["G.width=16"])))
-    found = {f.check: f for f in examine(job())}
+    found = {f.check: f for f in examine(job())[0]}
     assert found["config"].verdict == "would fail" and "G.width: 16 → 8" in found["config"].text
     (folder / "config.yaml").write_text(config.dump(config.load("good.yaml")))
     (folder / "DONE").write_text("1000000\n")
-    found = {f.check: f for f in examine(job(strategy="single"))}
+    found = {f.check: f for f in examine(job(strategy="single"))[0]}
     assert found["config"].verdict == "warning" and "finished" in found["config"].text
     assert found["launcher"].verdict == "would fail" and "one process" in found["launcher"].text
     assert fails(list(found.values()))
