@@ -132,7 +132,8 @@ class Device(TorchDispatchMode):
                 self.launches[name] += 1
             if name.startswith(("aten::_to_copy", "aten::copy_")) and made[0].is_cuda != given[-1].is_cuda:
                 patient = (kwargs or {}).get("non_blocking") or args[2:3] == (True,)
-                self.waits += [] if patient and not given[-1].is_cuda else [_where(name)]
+                pinned = hasattr(given[-1], "pinned")  # from other memory a copy may wait
+                self.waits += [] if patient and pinned else [_where(name)]
         return out
 
 
@@ -166,21 +167,43 @@ def pretending() -> Iterator[None]:
         FakeTensorMode(),
         patch.multiple(
             torch.cuda,
-            Event=Mock,
+            Event=_Event,
             Stream=_Stream,
             stream=contextlib.nullcontext,
             current_stream=_Stream,
             current_device=lambda: 0,
+            is_current_stream_capturing=lambda: False,
             default_generators=(torch.Generator(),),
             is_bf16_supported=lambda *_, **__: True,
             _lazy_init=lambda: None,
         ),
+        patch.object(Tensor, "pin_memory", _pinned),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(FakeTensorMode, "avoid_device_init", True),
         patch.object(nn.Module, "_apply", convert_without_memory),
         patch.object(DeviceMesh, "from_group", _mesh),
     ):
         yield
+
+
+def _pinned(tensor: Tensor) -> Any:
+    if hasattr(tensor, "pinned"):
+        return tensor
+    copy: Any = tensor.clone()
+    copy.pinned = True
+    return copy
+
+
+class _Event:
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self, _: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
 
 
 class _Stream:
