@@ -36,7 +36,7 @@ class ForwardTimer:
             yield
             return
         # So there are no more events than passes that the device is behind: its queue is bounded.
-        while self._pending and self._pending[0][1].query():
+        while self._pending and self._pending[0][1].query():  # type: ignore[no-untyped-call]
             self._add_first()
         events = self._spare.pop() if self._spare else (_event(), _event())
         events[0].record()
