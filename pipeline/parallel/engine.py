@@ -270,7 +270,8 @@ class Engine(abc.ABC):
         same on all ranks, is skipped."""
         self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
         self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
-        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
+        scale = self.loss_scale
+        self._squares = squares if scale is None else scale.update(squares, self._found_inf)
         return self._found_inf
 
     def clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:

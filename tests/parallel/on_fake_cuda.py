@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
+from on_fake_cuda_cases import COMPARED, GPU, OTHERS, Case
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,10 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.bench.rivals import BareMaths
 from launch.doctor.memory import convert_without_memory
-from pipeline import config
-from pipeline.config import Config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Contribution
@@ -40,62 +38,10 @@ from pipeline.players import build
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
-GPU = torch.device("cuda:0")
 LOW = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPREAD = 32  # updates of which statistics are added up in one go
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is trained, besides DCGAN at 64 px and L2."""
-
-    precision: str = "no"
-    settings: tuple[str, ...] = ()
-    strategy: str = "single"  # or fsdp2, on two ranks
-    classes: int = 0
-    keep_gathered: bool = False
-
-    @property
-    def config(self) -> Config:
-        common = ("data.train=none", "data.size=64", "data.batch_size=64", "penalty.l2=1e-4")
-        return config.load(None, (*common, *self.settings))
-
-
-_NO_NORM = ("G.norm=none", "D.norm=none")
-_SYNC_BATCH = ("G.norm=sync_batch", "D.norm=sync_batch")
-_ALL_ON = (
-    "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
-    "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
-    *(f"{player}.{key}" for player in "GD" for key in ("dropout=0.1", "spectral_norm=true")),
-    *(f"optim.{player}.clip=1" for player in "GD"),
-)  # fmt: skip
-_PATH = (
-    "G.kind=launch.selfcheck.networks:LatentGenerator", "G.options.norm=none",
-    "penalty.path.weight=1", "penalty.path.interval=1", "data.batch_gpu=32",
-)  # fmt: skip
-COMPARED = {
-    "fp32, batch norm": Case(),
-    "fp32, no norm": Case(settings=_NO_NORM),
-    "bf16, batch norm": Case("bf16"),
-    "bf16, no norm": Case("bf16", _NO_NORM),
-    "fsdp2, fp32, batch norm": Case(strategy="fsdp2"),
-    "fsdp2, bf16, no norm": Case("bf16", _NO_NORM, "fsdp2", keep_gathered=True),
-}
-_OBJECTIVE = (
-    *_NO_NORM, "data.conditional=true", "data.batch_gpu=16", "data.batch_size=32", "loss.kind=relativistic",
-    _ALL_ON[0], _ALL_ON[1], "penalty.wgan_gp.weight=1",
-    *(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in ("gamma=1", "interval=1")),
-)  # fmt: skip
-_QUARTER = ("penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4")
-OTHERS = {
-    "fp32, all on": Case("no", (*_ALL_ON, "data.batch_size=32"), classes=10),
-    "fp16, all on": Case("fp16", (*_ALL_ON, "data.batch_size=32", "loss.D_steps=1"), classes=10),
-    "bf16, path length": Case("bf16", (*_NO_NORM, *_PATH)),
-    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, *_SYNC_BATCH, "loss.D_steps=1"), "fsdp2", classes=10),
-    "fp32, objective": Case("no", _OBJECTIVE, classes=10),
-    "bf16, finite difference": Case("bf16", (*_OBJECTIVE, "penalty.r1.sigma=0.1"), classes=10),
-    "fsdp2, bf16, on a quarter": Case("bf16", (*_OBJECTIVE, *_QUARTER), "fsdp2", classes=10),
-}
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 
 
@@ -254,7 +200,9 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
     gan = replace(gan, augment=(lambda images, _: augment(images)) if augment else gan.augment)
     local = options.data.batch_size // world
     labels = torch.zeros(local, dtype=torch.int64) if case.classes else None
-    batch = Batch(torch.zeros(local, options.data.channels, 64, 64, dtype=torch.uint8), labels)
+    batch = Batch(
+        torch.zeros(local, options.data.channels, *[options.data.size] * 2, dtype=torch.uint8), labels
+    )
     stats = Reported()
     cur_nimg = train_step(gan, iter([batch] * 2), 0, stats)
     stats.reports.clear()
@@ -275,10 +223,10 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
 
 def bare_maths(case: Case) -> int:
     """The second update of the same maths and nothing else."""
-    options = case.config
-    bare = BareMaths(options, GPU, case.precision == "bf16")
-    real = torch.zeros(64, options.data.channels, 64, 64, device=GPU).to(memory_format=torch.channels_last)
-    z = torch.zeros(64, options.G.z_dim, device=GPU)
+    bare, data = case.bare(), case.config.data
+    real = torch.zeros(data.batch_size, data.channels, data.size, data.size, device=GPU)
+    real = real.to(memory_format=torch.channels_last)
+    z = torch.zeros(data.batch_size, case.z_columns, device=GPU)
     bare.update(real, z, z)
     with Device() as device:
         bare.update(real, z, z)
