@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
+from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
 from pipeline.parallel.zero_settings import read_settings
 
@@ -29,6 +31,16 @@ class Launch:
     world: int
     zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
     keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
+    compilation: Compilation | None = None
+
+    def check(self, rounds: int) -> None:
+        """Raises UserError for what this machine cannot do. rounds: of an update."""
+        check_compilation(self.compilation, self.strategy, rounds, on_gpu())
+
+
+def on_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -46,7 +58,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         )
     strategy, zero = _strategy(env)
     keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
+    return Launch(strategy, precision, rank, world, zero, keep, read_compilation(env))  # type: ignore[arg-type]
 
 
 def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
@@ -61,6 +73,17 @@ def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
             )
         return "fsdp2", None
     return ("ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"), None
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """A precision in words. On NVIDIA GPUs from Ampere on, PyTorch computes float32 convolutions in TF32,
+    which keeps 10 bits of the mantissa; NVIDIA's own variable forbids it."""
+    if precision != "no" or device.type != "cuda" or not torch.cuda.is_tf32_supported():
+        return precision
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    if convolutions.fp32_precision != "tf32" or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return precision
+    return f"{precision} (float32, convolutions in TF32 unless NVIDIA_TF32_OVERRIDE=0)"
 
 
 def launcher_store(timeout: timedelta) -> Store:
