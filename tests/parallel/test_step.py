@@ -57,7 +57,7 @@ def at(cur_nimg: int) -> schedules.Now:
 def gan_on_one_process(config: Config = CONFIG, label_frequencies: list[float] | None = None) -> Gan:
     ranks: Any = SimpleNamespace(
         rank=0, world=1, main=True, strategy="single", device=CPU, precision="no", low_precision=None,
-        progress=Progress(), sum=lambda values: values,
+        compilation=None, progress=Progress(), sum=lambda values: values,
     )  # fmt: skip
     return build(config, ranks, batch_shape(config.data, 1), label_frequencies)
 
