@@ -217,8 +217,7 @@ def test_what_cannot_be_recorded_is_one_line(of):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("old", [None, False])
-@pytest.mark.parametrize("new", [None, "ieee", "tf32"])
+@pytest.mark.parametrize(("old", "new"), [(None, "ieee"), (False, None), (False, "tf32")])
 def test_a_network_is_recorded_however_tf32_is_switched_on_or_off(old, new):
     cudnn = torch.backends.cudnn
     try:
