@@ -62,7 +62,7 @@ def in_this_process(path: str, overrides: Sequence[str] = (), precision: Precisi
     stopped by Ctrl-C is saved.
     """
     with closing(StopSignals()) as signals, borrowed():
-        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        os.environ |= {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_DYNAMO_BACKEND": "no"}
         provide_home()
         completed, folder = _run(*_read(path, overrides, signals), signals)
     if signals.interrupted and not completed:
@@ -98,6 +98,7 @@ def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Co
     config = load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)
+    launch.check(batch.rounds)
     signals.configure(config.run.stop_signal, config.run.grace)
     return config, launch, batch
 

@@ -20,6 +20,7 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--gpus", type=click.IntRange(1), help="Processes per node. Default: as `shardgan train`.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="As of `shardgan train`.")
 @click.option("--live", is_flag=True, help="Also start the processes: do they meet, and how fast are they?")
 @click.option("--tflops", type=_POSITIVE, metavar="T", help="That a GPU reaches in training.")
 @click.option("--bandwidth", type=_POSITIVE, metavar="GB/S", help="That a GPU sends to others of its node.")
@@ -32,6 +33,7 @@ def doctor(
     gpus: int | None,
     strategy: str | None,
     mixed_precision: str,
+    compiled: bool,
     live: bool,
     tflops: float | None,
     bandwidth: float | None,
@@ -65,7 +67,7 @@ def doctor(
             network=network and network * 1e9,
             gpu_memory=round(gpu_memory * 2**30) if gpu_memory else None,
         )
-        job = job_of(load(config, settings), nodes, gpus, strategy, mixed_precision, machine)
+        job = job_of(load(config, settings), nodes, gpus, strategy, mixed_precision, machine, compiled)
         training.prepare()
     except UserError as error:
         found = [would_fail("config", str(error))]

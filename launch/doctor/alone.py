@@ -83,4 +83,5 @@ class _OneProcess(Ranks):
         if precision == "fp16" and device.type != "cpu":
             of_device = "fp16"
         self.rank, self.world, self.strategy, self.precision = 0, 1, "single", of_device
+        self.compilation = None
         self.device, self.progress, self._control = device, Progress(), None

@@ -14,9 +14,10 @@ from rich.console import Console
 from launch.doctor import data, memory, networks, place, surroundings
 from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
 from launch.doctor.forecast import Costs
-from launch.processes import ACCELERATE_FILES, default_procs
+from launch.processes import ACCELERATE_FILES, default_procs, on_gpu
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.launched import arithmetic
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
@@ -33,11 +34,12 @@ def job_of(
     strategy: str | None = None,
     precision: str = "no",
     machine: Machine = Machine(),  # noqa: B008 (frozen)
+    compiled: bool = False,
 ) -> Job:
     """A job with the defaults of `shardgan train`."""
     gpus = gpus or default_procs(strategy)
     strategy = strategy or ("single" if nodes * gpus == 1 else "ddp")
-    return Job(config, nodes, gpus, strategy, precision, machine)
+    return Job(config, nodes, gpus, strategy, precision, machine, compiled)
 
 
 def examine(
@@ -49,7 +51,8 @@ def examine(
     """
     index, of_data = data.examine(job, progress, read)
     players, flops, of_networks = networks.examine(job, index)
-    found, costs = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks], None
+    found = [*_config(job), *launcher(job), *compilation(job), *_batch(job), *of_data, *of_networks]
+    costs = None
     if players is not None:
         num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
         active = memory.traced(job, num_classes)
@@ -97,6 +100,18 @@ def launcher(job: Job) -> Iterator[Finding]:
     else:
         precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
         yield ok("launcher", f"{job.strategy}, precision {precision}: {path.name}")
+
+
+def compilation(job: Job) -> Iterator[Finding]:
+    """Whether this machine can compile the networks, if they are to be."""
+    if not job.compiled:
+        return
+    how = Compilation("inductor")
+    try:
+        check_compilation(how, job.strategy, 1, on_gpu())
+        yield ok("compiling", f"{how}, one block after another, in the first updates")
+    except UserError as error:
+        yield would_fail("compiling", str(error))
 
 
 def _batch(job: Job) -> Iterator[Finding]:

@@ -37,6 +37,7 @@ class Job:
     strategy: str
     precision: str
     machine: Machine = Machine()
+    compiled: bool = False
 
     @property
     def world(self) -> int:

@@ -17,8 +17,8 @@ from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
 from pipeline.holder import kernel, pid_namespace
-from pipeline.parallel.environment import clear_for, flag, settle_nccl
-from pipeline.parallel.launched import Launch, launcher_store
+from pipeline.parallel.environment import clear_for, settle_nccl
+from pipeline.parallel.launched import Launch, launcher_store, on_gpu
 from pipeline.parallel.watch.whereabouts import Progress
 
 T = TypeVar("T")
@@ -33,10 +33,9 @@ class Ranks:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
         settle_nccl(os.environ, timeout.total_seconds())
-        cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
-            state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
+            state = PartialState(cpu=not on_gpu(), timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
@@ -44,7 +43,7 @@ class Ranks:
             )
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
-        self.keep_gathered = launch.keep_gathered
+        self.keep_gathered, self.compilation = launch.keep_gathered, launch.compilation
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one

@@ -47,5 +47,6 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "world": ranks.world,
         "device": device,
         "precision": ranks.precision,
+        "compiled": ranks.compilation and str(ranks.compilation),
         "versions": found,
     }

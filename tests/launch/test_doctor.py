@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.Mo
     (wrong,) = checks.launcher(job())
     assert missing.verdict == wrong.verdict == "would fail"
     assert "ddp.yaml cannot be read" in missing.text and "distributed_type NO" in wrong.text
+
+
+def test_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, verdict, text in ((None, "ok", "compiled by inductor"), ("g++", "would fail", "needs g++")):
+        monkeypatch.setattr("pipeline.parallel.compilation._missing", lambda on_gpu, m=missing: m)
+        (found,) = checks.compilation(replace(job(), compiled=True))
+        assert found.verdict == verdict and text in found.text
+    assert not list(checks.compilation(job()))
 
 
 def test_another_run_in_the_folder(place: Path) -> None:
