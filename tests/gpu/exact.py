@@ -44,6 +44,10 @@ def parity(strategy: str) -> Outcome:
     from launch.selfcheck import parity
 
     world = 1 if strategy == "single" else WORLD
+    if strategy == "hsdp":  # two copies of two parts, at least
+        if GPUS:
+            need(4)
+        world = max(4, world - world % 2)
     there = {case.name: case for case in parity.cases(world, strategy)}
     chosen = [name for name in CASES if name in there]
     with tempfile.TemporaryDirectory() as folder:
