@@ -126,7 +126,7 @@ _SCHEDULES = (
     "penalty.r1.gamma=[1,0.1]", "penalty.r2.gamma=[1,0.1]", "penalty.l2=[1e-4,1e-5]",
     *(f"optim.{p}.{key}" for p in "GD" for key in ("lr=[2e-4,5e-5]", "betas=[0,[0.9,0.99]]")),
 )  # fmt: skip
-_IN_ROUNDS = (*_PAIRS, "data.conditional=true", "data.batch_gpu=8")
+_IN_ROUNDS = (*_PAIRS, "data.conditional=true", "data.batch_gpu=16")
 _LENGTHS = ("penalty.path.weight=1", "penalty.path.interval=1")
 _QUARTER = ("penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4")
 OTHERS = {
