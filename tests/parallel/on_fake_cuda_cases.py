@@ -140,7 +140,9 @@ OTHERS = {
     "fp16, r3gan, schedules": Case("fp16", (*_family("r3gan"), *_IN_ROUNDS, *_SCHEDULES), classes=10),
     "fp16, stylegan2, lengths": Case("fp16", (*_STYLES, *_IN_ROUNDS, *_LENGTHS), classes=10),
     "bf16, vit, computed again": Case(
-        "bf16", (*_VIT, *_IN_ROUNDS, *_QUARTER, "G.checkpoint=true", "D.checkpoint=true"), classes=10
+        "bf16",
+        (*_VIT, *_PAIRS, *_QUARTER, "data.conditional=true", "G.checkpoint=true", "D.checkpoint=true"),
+        classes=10,
     ),
     "fsdp2, fp16, resnet": Case(
         "fp16", (*_family("resnet", *_NO_NORM), *_IN_ROUNDS, *_QUARTER), "fsdp2", classes=10
