@@ -53,6 +53,7 @@ MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {  # made with every image tha
     "a value that is read": _read,
     "a tensor on the CPU": lambda images: images + torch.zeros(images.shape),
     "a copy that blocks": lambda images: images + torch.zeros(images.shape).to(GPU),
+    "a copy of what is not pinned": lambda x: x + torch.zeros(x.shape).to(GPU, non_blocking=True),
     "more operations": lambda images: images.mul(2).div(2).mul(2).div(2).mul(2).div(2),
 }
 
