@@ -83,7 +83,7 @@ class Index:
         """Samples per shard."""
         return tuple(shard.nsamples for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of names, counts and contents: equal for equal data in any place."""
         text = json.dumps([[shard.url, shard.nsamples, shard.sha256] for shard in self.shards])

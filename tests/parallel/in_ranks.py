@@ -3,8 +3,8 @@
 The parity matrix, of the objective's and the families' cases only those named; some of its cases
 continued from the checkpoints that the launch before, of another strategy or world, left in EARLIER; the
 Dirac-GAN; a record of what passes between the ranks; a run that starts from another one; fp16; updates that
-are skipped; batch normalisation over all ranks; and, as it may end the training, a matrix with known
-mistakes.
+are skipped; batch normalisation over all ranks; an index on several machines; and, as it may end the
+training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import dirac
 import half
+import machines
 import mutant
 import skips
 import starts
@@ -43,7 +44,7 @@ def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"], found["sync_norm.json"] = wire.record(ranks), sync_norm.record(ranks)
     found["starts.json"] = starts.record(ranks, out)
-    found["overflow.json"] = half.train(ranks, out)
+    found["overflow.json"], found["machines.json"] = half.train(ranks, out), machines.record(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
     if ranks.main:
         for name, value in found.items():
