@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from launch.paths import UserPath
+from launch.paths import DrawingPath, UserPath
+from launch.plot import write
 from pipeline.run.comparison import Column, Comparison
 
 _GAP = 2  # columns of the terminal between two of the table
@@ -18,7 +19,12 @@ _LONG = 24  # letters of a value that are shown, if these tell it from the other
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RUN...")
-def compare(runs: tuple[Path, ...]) -> None:
+@click.option(
+    "--out",
+    type=DrawingPath(),
+    help="Draw real images and each run's newest, with scores, into this .png, .svg or .pdf.",
+)
+def compare(runs: tuple[Path, ...], out: Path | None) -> None:
     """Show the settings in which RUNs differ, and their scores; of a selection's folder, its trials.
 
     The lowest score is marked among runs that were scored against the same images. Where the output is not a
@@ -27,11 +33,16 @@ def compare(runs: tuple[Path, ...]) -> None:
     from pipeline.run import comparison
     from pipeline.run.history import read_histories
 
-    table = comparison.compare(read_histories(runs))
+    histories = read_histories(runs)
+    table = comparison.compare(histories)
     if sys.stdout.isatty():
         _print(table)
     else:
         click.echo(markdown(table))
+    if out:
+        from pipeline.run import strip
+
+        write(strip.draw(histories), out)
 
 
 def markdown(table: Comparison) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+DRAWINGS = (".png", ".svg", ".pdf")
+
 
 class UserPath(click.Path):
     """Expands `~` where the shell does not, as in --out=~/x."""
@@ -19,3 +21,13 @@ class UserPath(click.Path):
             return Path(str(super().convert(value, param, ctx))).expanduser()
         except RuntimeError:
             self.fail(f"{value}: there is no such home folder; write the path out.", param, ctx)
+
+
+class DrawingPath(UserPath):
+    """Where to write a drawing, in the format of its suffix."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if path.suffix.lower() not in DRAWINGS:
+            self.fail(f"{path}: the name has to end in .png, .svg or .pdf.", param, ctx)
+        return path

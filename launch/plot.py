@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.paths import UserPath
+from launch.paths import DrawingPath, UserPath
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from pipeline.run.history import History
     from pipeline.run.panels import Panel
 
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RUN...")
-@click.option("--out", type=UserPath(), default="curves.png", show_default=True, help="A .png, .svg or .pdf.")
+@click.option(
+    "--out", type=DrawingPath(), default="curves.png", show_default=True, help="A .png, .svg or .pdf."
+)
 @click.option(
     "--charts",
     metavar="NAME,…",
@@ -34,14 +38,19 @@ def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
     from pipeline.run.history import read_histories
     from pipeline.run.panels import panels_of
 
-    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {out}: the name has to end in .png, .svg or .pdf.")
     histories = read_histories(runs)
     panels = _chosen(charts, histories) if charts else panels_of(histories)
     if not panels:
         raise UserError("There is nothing to draw: the runs have no rows of training yet.")
+    write(curves.plot(histories, panels), out)
+
+
+def write(figure: Figure, out: Path) -> None:
+    """Write a drawing and say where. Raises UserError."""
+    from pipeline.run.curves import save
+
     try:
-        curves.save(curves.plot(histories, panels), out)
+        save(figure, out)
     except OSError as error:
         raise UserError(f"{out} could not be written: {error.strerror or error}.") from None
     click.echo(out)

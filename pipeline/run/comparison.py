@@ -55,7 +55,8 @@ def compare(histories: Sequence[History]) -> Comparison:
         columns.append(Column("scored against", tuple(_letter(group) for group in groups)))
         more = [*notes, *more]
     names = tuple(history.name for history in histories)
-    return Comparison(names, (*columns, *leading, *_setting_columns(histories), *others), tuple(more))
+    settings = [Column(key, values) for key, values in settings_apart(histories).items()]
+    return Comparison(names, (*columns, *leading, *settings, *others), tuple(more))
 
 
 def differing(each: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -76,12 +77,13 @@ def of_both_players(settings: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[
     return found
 
 
-def _setting_columns(histories: Sequence[History]) -> list[Column]:
+def settings_apart(histories: Sequence[History]) -> dict[str, tuple[str, ...]]:
+    """The settings in which runs differ, without those in which any two do, and each run's value."""
     each = [
         {key: setting(value) for key, value in history.settings.items() if key not in _OF_ITSELF}
         for history in histories
     ]
-    return [Column(key, values) for key, values in of_both_players(differing(each)).items()]
+    return of_both_players(differing(each))
 
 
 def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:

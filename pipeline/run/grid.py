@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.durable import whole
+from pipeline.run.saved_grids import GAP, PLEASANT, scale_of
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name of the file
 LATEST = "latest.png"  # in samples/ of a run: a copy of the last grid, for a viewer that stays open
@@ -22,12 +23,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"lossless": True},
 }
-GAP = 2  # white pixels between images and around the grid
-_PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
 
 def tile(
-    images: Tensor, columns: int, titles: Sequence[str] = (), least: int = _PLEASANT
+    images: Tensor, columns: int, titles: Sequence[str] = (), least: int = PLEASANT
 ) -> npt.NDArray[np.uint8]:
     """One picture, uint8 [H', W'] or [H', W', 3], of N ≥ 1 images uint8 [N, 1 or 3, H, W], row by row.
 
@@ -38,7 +37,7 @@ def tile(
         raise ValueError(f"not uint8 images [N, 1 or 3, H, W]: {images.dtype} {list(images.shape)}")
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     count, height, width, channels = pixels.shape
-    scale = _scale(min(height, width), least)
+    scale = scale_of(min(height, width), least)
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -51,15 +50,6 @@ def tile(
         head = _head(titles, step_x, grid.shape[1])
         grid = np.concatenate([np.broadcast_to(head[:, :, None], (*head.shape, channels)), grid])
     return grid[:, :, 0] if channels == 1 else grid
-
-
-def step_of(size: int) -> int:
-    """How many pixels a row of a grid of square images of this size is high."""
-    return size * _scale(size) + GAP
-
-
-def _scale(shortest: int, least: int = _PLEASANT) -> int:
-    return -(-least // min(shortest, least))
 
 
 def _head(titles: Sequence[str], step: int, width: int) -> npt.NDArray[np.uint8]:

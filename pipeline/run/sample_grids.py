@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
 from pipeline.durable import write
@@ -15,6 +14,7 @@ from pipeline.run.grid import LATEST, column_titles, save_grid, whole_rows
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.images import Images
 from pipeline.run.report import Report
+from pipeline.run.saved_grids import REALS, shown_at
 
 GRID = 64  # images in a grid, of which whole rows are shown
 
@@ -43,7 +43,7 @@ class SampleGrids:
             shown[~there] = 255
             return shown
 
-        self._save("Samples/reals", make, "reals.png", draws, 0)
+        self._save("Samples/reals", make, REALS, draws, 0)
 
     def _titles(self, draws: Draws) -> tuple[str, ...]:
         return column_titles(draws.grid(GRID)[1], draws.grid_columns(GRID), self._names)
@@ -69,21 +69,12 @@ class SampleGrids:
                 notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # if it is sent to W&B later
                 try:
                     save_grid(shown, path, columns, self._titles(draws), notes)
-                    if name != "reals.png":
+                    if name != REALS:
                         write(self._folder / LATEST, path.read_bytes())
                     self._report.image(key, path, cur_nimg)
                 except OSError as error:  # no reason to stop training
                     self._report.warn("Sample grid not written", f"{path} could not be written: {error}.")
         return images
-
-
-def shown_at(path: Path) -> int | None:
-    """The cur_nimg of a run's sample grid; None if there is no such grid."""
-    try:
-        with Image.open(path) as picture:
-            return int(picture.info["cur_nimg"])
-    except (OSError, KeyError, ValueError, SyntaxError):
-        return None
 
 
 def spread(images: Tensor) -> float:

@@ -113,7 +113,7 @@ def test_a_table_fits_into_the_terminal(monkeypatch, width):
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
     monkeypatch.setattr("pipeline.run.history.read_histories", lambda runs: runs)
     monkeypatch.setattr(comparison, "compare", lambda _: LONG)
-    compare.callback((Path("run"),))  # type: ignore[misc]
+    compare.callback((Path("run"),), None)  # type: ignore[misc]
     lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
     assert max(map(cell_len, lines)) <= width and "One note." in lines
     assert (

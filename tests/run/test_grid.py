@@ -11,7 +11,8 @@ from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
 from pipeline.run.grid import column_titles, save_grid, tile, whole_rows
 from pipeline.run.report import Report
-from pipeline.run.sample_grids import SampleGrids, shown_at
+from pipeline.run.sample_grids import SampleGrids
+from pipeline.run.saved_grids import shown_at
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -12,8 +12,7 @@ from typing import TypeVar
 from PIL import Image
 
 from pipeline.config import Config
-from pipeline.run.grid import GAP, step_of
-from pipeline.run.sample_grids import shown_at
+from pipeline.run.saved_grids import first_images, grids_of, newest, opened, reals_of
 
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ class Picture:
 
 def history(folder: Path, most: int = MOST) -> list[Picture]:
     """A run's sample grids in order, evenly thinned out to `most`, the first and last always among them."""
-    chosen = thinned(_grids(folder), most)
+    chosen = thinned(grids_of(folder), most)
     return [
         picture
         for number, (cur_nimg, path) in enumerate(chosen, 1)
@@ -45,7 +44,7 @@ def history(folder: Path, most: int = MOST) -> list[Picture]:
 
 def reals(folder: Path) -> Picture | None:
     """The run's grid of held-out images; None without one."""
-    return _read(folder / "samples" / "reals.png", _LARGE)
+    return _read(reals_of(folder), _LARGE)
 
 
 def plotted(path: Path) -> Picture | None:
@@ -55,9 +54,9 @@ def plotted(path: Path) -> Picture | None:
 
 def strip(folder: Path, config: Config, real: bool = False) -> Picture | None:
     """The first rows of a run's newest sample grid, or of its real images; None without one."""
-    grids = [path for _, path in _grids(folder)]
-    path = folder / "samples" / "reals.png" if real else grids[-1] if grids else None
-    return None if path is None else _read(path, _SMALL, rows=step_of(config.data.size))
+    path = reals_of(folder) if real else newest(folder)
+    image = None if path is None else first_images(path, config.data.size, _STRIP)
+    return None if image is None else _picture(image, _SMALL)
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
@@ -67,24 +66,12 @@ def thinned(items: Sequence[T], most: int) -> list[T]:
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def _grids(folder: Path) -> list[tuple[int, Path]]:
-    """(cur_nimg, file) of the sample grids, in order."""
-    found = [(shown_at(path), path) for path in (folder / "samples").glob("fakes*.png")]
-    return sorted((cur_nimg, path) for cur_nimg, path in found if cur_nimg is not None)
+def _read(path: Path, longest: int, kimg: float | None = None, lossless: bool = False) -> Picture | None:
+    image = opened(path)
+    return None if image is None else _picture(image, longest, kimg, lossless)
 
 
-def _read(
-    path: Path, longest: int, kimg: float | None = None, rows: int | None = None, lossless: bool = False
-) -> Picture | None:
-    """rows: the height of a row of the grid, of which only the first _STRIP are read."""
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
-        return None
-    if rows is not None:
-        head = (image.height - GAP) % rows  # of titles
-        image = image.crop((0, 0, image.width, min(image.height, head + _STRIP * rows + GAP)))
+def _picture(image: Image.Image, longest: int, kimg: float | None = None, lossless: bool = False) -> Picture:
     image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     image.save(data := BytesIO(), "WEBP", quality=_QUALITY, lossless=lossless)
     uri = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,0 +1,68 @@
+"""Sample grids read back from a run folder. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+GAP = 2  # white pixels between images and around a grid
+REALS = "reals.png"  # in samples/: held-out images
+PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
+
+
+def grids_of(folder: Path) -> list[tuple[int, Path]]:
+    """(cur_nimg, file) of a run's sample grids, in order."""
+    found = [(shown_at(path), path) for path in (folder / "samples").glob("fakes*.png")]
+    return sorted((cur_nimg, path) for cur_nimg, path in found if cur_nimg is not None)
+
+
+def newest(folder: Path) -> Path | None:
+    """A run's last sample grid; None without one."""
+    return next((path for _, path in reversed(grids_of(folder))), None)
+
+
+def reals_of(folder: Path) -> Path:
+    """A run's grid of held-out images, which need not be there."""
+    return folder / "samples" / REALS
+
+
+def shown_at(path: Path) -> int | None:
+    """The cur_nimg of a run's sample grid; None if there is no such grid."""
+    try:
+        with Image.open(path) as picture:
+            return int(picture.info["cur_nimg"])
+    except (OSError, KeyError, ValueError, SyntaxError):
+        return None
+
+
+def opened(path: Path) -> Image.Image | None:
+    """A picture in RGB; None if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def first_images(path: Path, size: int, rows: int, columns: int | None = None) -> Image.Image | None:
+    """The first rows of a grid of images of `size` pixels, with its titles, if it has any; with columns, that
+    many images of each row, without titles. None if it cannot be read."""
+    if (grid := opened(path)) is None:
+        return None
+    step = step_of(size)
+    head = (grid.height - GAP) % step  # of titles
+    bottom = min(grid.height, head + rows * step + GAP)
+    if columns is None:
+        return grid.crop((0, 0, grid.width, bottom))
+    return grid.crop((0, head, min(grid.width, columns * step + GAP), bottom))
+
+
+def step_of(size: int) -> int:
+    """How many pixels a row of a grid of square images of this size is high."""
+    return size * scale_of(size) + GAP
+
+
+def scale_of(shortest: int, least: int = PLEASANT) -> int:
+    """How many pixels of a grid are one of an image along a side, given its shortest side."""
+    return -(-least // min(shortest, least))
