@@ -38,7 +38,7 @@ def clocked(times: list[float]) -> Iterator[None]:
 
 
 def _synchronise() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()
 
 

@@ -184,7 +184,8 @@ class Ours:
             self._report.close()
 
     def _batches(self, workers: int) -> Iterator[Batch]:
-        return training_batches(self._index, self._plan, replace(self._config.data, workers=workers))
+        data, pinned = replace(self._config.data, workers=workers), self.device.type == "cuda"
+        return training_batches(self._index, self._plan, data, pinned=pinned)
 
 
 def _ignored_signals() -> StopSignals:

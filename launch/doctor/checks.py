@@ -16,6 +16,7 @@ from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.processes import ACCELERATE_FILES, default_procs
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.launched import arithmetic
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
 
@@ -87,7 +88,8 @@ def launcher(job: Job) -> Iterator[Finding]:
         text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
-        yield ok("launcher", f"{job.strategy}, precision {job.precision}: {path.name}")
+        precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
+        yield ok("launcher", f"{job.strategy}, precision {precision}: {path.name}")
 
 
 def _batch(job: Job) -> Iterator[Finding]:

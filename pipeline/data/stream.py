@@ -58,14 +58,16 @@ def training_batches(
     world: int = 1,
     rounds: int = 1,
     cache: Cache | None = None,
+    pinned: bool = False,
 ) -> TrainingBatches:
     """This rank's batches from global position `start` on, without end: step i covers the positions
     start + i * batch_size …, cut into equal rounds, of each of which the rank gets its equal part.
 
     Worker processes start at once (0: decode in this process, as asked). data.stages are put between reading
     and decoding; they get and give raw samples one for one, as webdataset.map does. With a `cache` images are
-    decoded once (and stages have no place). Unless data.max_bad is 0, damaged images are replaced by others
-    of the plan and named in the batch, again in every epoch; the caller counts them. Iterating raises
+    decoded once (and stages have no place). pinned: for a GPU, which then copies them without stopping the
+    host; it takes a CUDA context. Unless data.max_bad is 0, damaged images are replaced by others of the plan
+    and named in the batch, again in every epoch; the caller counts them. Iterating raises
     UserError for a shard that cannot be read or an image that does not fit (with max_bad 0: or is damaged);
     `close()` ends the workers, as does the end of the process.
     """
@@ -82,7 +84,7 @@ def training_batches(
         theirs = (turns.before, *stages, turns.after) if stages else ()
         decoded = (source, *theirs, PlannedDecode(source, decoder, stages, replacements))
     pipeline = webdataset.DataPipeline(*decoded, Batches(source, plan, form, data.xflip, replacements))
-    loader = Loader(pipeline, data.workers, form.bytes)
+    loader = Loader(pipeline, data.workers, form.bytes, pinned)
     return TrainingBatches(loader, form, data.conditional)
 
 

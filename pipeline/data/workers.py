@@ -45,16 +45,19 @@ class WorkerError(UserError):
 class Loader(Iterator[Any]):
     """Items of `pipeline`, in order, made by `workers` processes (0: in this one). They start at once.
 
-    An item is (tensor of item_bytes, …), or an error. Closed by `close()`, when collected, or at exit. Raises
-    UserError if workers cannot be started. Iterating raises WorkerError within seconds if one has ended or
-    cannot hand over its item, and after 10 minutes without an item.
+    An item is (tensor of item_bytes, …), or an error; its tensor is in pinned memory if asked for. Closed by
+    `close()`, when collected, or at exit. Raises UserError if workers cannot be started. Iterating raises
+    WorkerError within seconds if one has ended or cannot hand over its item, and after 10 minutes without an
+    item.
     """
 
-    def __init__(self, pipeline: IterableDataset[Any], workers: int, item_bytes: int = 0) -> None:
+    def __init__(
+        self, pipeline: IterableDataset[Any], workers: int, item_bytes: int = 0, pinned: bool = False
+    ) -> None:
         method = start_method() if workers else None
         folder = socket_folder() if workers else ""
         self._reasons, reasons = multiprocessing.Pipe(duplex=False)
-        self._pin = torch.cuda.is_available()
+        self._pin = pinned
         loader: DataLoader[Any] = DataLoader(
             pipeline,
             batch_size=None,

@@ -32,6 +32,7 @@ _PLUGINS = tuple(
 )
 _SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "DS_ACCELERATOR", "SHARDGAN_NODE")
 UNMEANT = ("OMPI_", "PMI_", "PMIX_", "MV2_", "SHARDGAN_")  # which MPI and Slurm set in all their shells
+_NCCL_ERRORS, _NCCL_SILENCE = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 _MEANT = "ACCELERATE_USE_CPU"  # the user's choice, whoever starts the processes
 
 
@@ -52,6 +53,17 @@ def clear_for(environ: MutableMapping[str, str], alone: bool) -> None:
         others = alone and (name in RANK_VARIABLES or name.startswith(_TORCHRUN))
         if others or name.startswith((*_PLUGINS, *_FOREIGN)):
             del environ[name]
+
+
+def settle_nccl(environ: MutableMapping[str, str], timeout_s: float) -> None:
+    """Leave it to the watch to name a failed rank and end the others, unless the user has decided otherwise.
+
+    By default torch's NCCL threads would end them first: at the first error, and when one of these threads is
+    silent for 480 seconds, as it may be while another works.
+    """
+    if environ.get(_NCCL_ERRORS, "1") == "1":  # which torch's launcher sets in all its processes
+        environ[_NCCL_ERRORS] = "2"  # end communicators, not the process
+    environ.setdefault(_NCCL_SILENCE, str(max(480, round(timeout_s))))
 
 
 def place_of(environ: Mapping[str, str]) -> tuple[int, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,9 @@ class Fsdp2Engine(MasterEngine):
             for name, shape in shapes.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
+        self._last_round = True
+        for fsdp_module in self._modules if batch.rounds > 1 else ():
+            _follow(fsdp_module, partial(self._accumulated, fsdp_module))
 
     def begin_turn(self) -> None:
         """Blocks stay gathered to the end of the turn if the launcher's file says so, and from their first
@@ -72,9 +77,29 @@ class Fsdp2Engine(MasterEngine):
             module.reshard()
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        for module in self._modules:
-            module.set_requires_gradient_sync(last, recurse=False)
+        """In the last of several rounds, blocks begin to reduce when their gradients are complete. From the
+        start they would reduce twice: what earlier rounds left after the first pass, the rest after the
+        last."""
+        self._last_round = last
+        self._reduce(self._modules, last and self.batch.rounds == 1)
         return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self._last_round and self.batch.rounds > 1:
+            # A block without a gradient in this round reduces those of earlier rounds at the end of the pass,
+            # which FSDP2 does itself: its own callback is queued after this one.
+            end = partial(self._reduce, self._modules, True)
+            loss.register_hook(lambda _: _at_the_end(end))  # type: ignore[no-untyped-call]
+        super().backward(loss)
+
+    def _accumulated(self, module: FSDPModule) -> None:
+        """Called in a backward pass: a gradient of this block has all that this round adds to it."""
+        if self._last_round:
+            self._reduce([module], True)
+
+    def _reduce(self, modules: Iterable[FSDPModule], now: bool) -> None:
+        for module in modules:
+            module.set_requires_gradient_sync(now, recurse=False)
 
     def collect_gradients(self) -> None:
         for name, parameter in self._sharded.items():
@@ -106,6 +131,28 @@ def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
     for part in (*_blocks(module), module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def _follow(module: Any, accumulated: Callable[[], None]) -> None:
+    """Have `accumulated` called as soon as autograd has added up a gradient of this block: once per parameter
+    and backward pass, however often the block was run.
+
+    Gradients are those of gathered parameters, which exist from the first forward pass on.
+    """
+
+    def before_forward(_module: nn.Module, _inputs: Any) -> None:
+        gathered = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        for parameter in gathered:
+            parameter.register_post_accumulate_grad_hook(lambda _: accumulated())
+        if gathered:
+            handle.remove()
+
+    handle = module.register_forward_pre_hook(before_forward)
+
+
+def _at_the_end(of_pass: Callable[[], None]) -> None:
+    """Called in a backward pass: have `of_pass` called at its end."""
+    torch.autograd.Variable._execution_engine.queue_callback(of_pass)
 
 
 def refuse_ties(module: nn.Module) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
@@ -61,6 +62,17 @@ def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
             )
         return "fsdp2", None
     return ("ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"), None
+
+
+def arithmetic(precision: str, device: torch.device) -> str:
+    """A precision in words. On NVIDIA GPUs from Ampere on, PyTorch computes float32 convolutions in TF32,
+    which keeps 10 bits of the mantissa; NVIDIA's own variable forbids it."""
+    if precision != "no" or device.type != "cuda" or not torch.cuda.is_tf32_supported():
+        return precision
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    if convolutions.fp32_precision != "tf32" or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        return precision
+    return f"{precision} (float32, convolutions in TF32 unless NVIDIA_TF32_OVERRIDE=0)"
 
 
 def launcher_store(timeout: timedelta) -> Store:

@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
 from pipeline.holder import kernel, pid_namespace
-from pipeline.parallel.environment import clear_for, flag
+from pipeline.parallel.environment import clear_for, flag, settle_nccl
 from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.polls import Polls
 from pipeline.parallel.watch.whereabouts import Progress
@@ -35,12 +35,7 @@ class Ranks:
     def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
-        # The watch names a failed rank and ends the others. By default NCCL would end them first: at its
-        # first error, and when its own thread is silent for 480 seconds.
-        # 2: abort communicators, not the process. Not a default, as torch's launcher has set 1.
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "2"
-        silence = max(480, round(timeout.total_seconds()))
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(silence))
+        settle_nccl(os.environ, timeout.total_seconds())
         # Else every rank connects to every other, in each group, by addresses from the launcher's store:
         # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")

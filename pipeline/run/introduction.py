@@ -8,6 +8,7 @@ from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.gan import compatible
 from pipeline.parallel.batch_norm import has_batch_norm
+from pipeline.parallel.launched import arithmetic
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.wording import counted, in_time
@@ -32,7 +33,8 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
         f"λ_G‖W‖² {in_time(penalty.G.l2)} on {penalty.G.on}, "
         f"λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.D.on}",
-        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, precision {ranks.precision}; "
+        f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, "
+        f"precision {arithmetic(ranks.precision, ranks.device)}; "
         f"a batch of {gan.D.batch}",
         *(f"  {line}" for line in remarks(index, data)),
         *(f"  {line}" for line in _of_latents(data)),

@@ -59,6 +59,7 @@ def open_reals(
         world=batch.world,
         rounds=batch.rounds,
         cache=_open_cache(config, index, ranks, report),
+        pinned=ranks.device.type == "cuda",
     )
 
 

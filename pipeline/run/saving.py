@@ -181,7 +181,8 @@ def _pieces(engine: Engine, averages: list[torch.Tensor] | None) -> Tensors:
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in host memory, which later updates do not change."""
+    """A contiguous copy in host memory, which later updates do not change. Of kernels that are channels last,
+    a GPU has one rearranged copy at a time."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 

@@ -9,6 +9,7 @@ alone, beside: an update without and with a save in progress.
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def main(parameters: float) -> None:
         size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
         medians = ", ".join(f"{key} {statistics.median(row[key] for row in rows):.2f} s" for key in rows[0])
         print(f"{found['strategy']} x{found['world']}, {size / 2**20:,.0f} MiB: {medians}")
+        shutil.rmtree(folder)
     ranks.leave()
 
 

@@ -27,5 +27,6 @@ def saves() -> Outcome:
         ended = processes.launch(strategy, WORLD, ["save", "20e6" if GPUS else "2e6"], on_cpu=not GPUS)
         if ended.returncode:
             return [f"{strategy}: {(ended.stdout + ended.stderr)[-800:]}"], figures
-        figures[f"{strategy} x{WORLD}"] = ended.stdout.strip().splitlines()[-1].partition(": ")[2]
+        (said,) = (line for line in ended.stdout.splitlines() if line.startswith(f"{strategy} x{WORLD},"))
+        figures[f"{strategy} x{WORLD}"] = said.partition(": ")[2]
     return [], figures

@@ -29,12 +29,19 @@ def need(gpus: int) -> None:
         raise Skipped(f"needs {gpus} GPU{'s' * (gpus > 1)}; this machine has {GPUS}")
 
 
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
 def surroundings() -> Outcome:
     """The machine and the versions; what is older than is supported fails."""
     from packaging.version import Version
 
     names = ("torch", "accelerate", "deepspeed", "webdataset", "wandb", "numpy", "pillow")
-    figures: dict[str, Any] = {name: importlib.metadata.version(name) for name in names}
+    figures: dict[str, Any] = {name: _version(name) for name in names}
     figures |= {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
     figures |= {"GPUs": GPUS, "CUDA": torch.version.cuda}
     if GPUS:
@@ -44,4 +51,5 @@ def surroundings() -> Outcome:
         figures |= {"cuDNN": torch.backends.cudnn.version()}
     old = [f"torch {torch.__version__}"] if Version(torch.__version__) < Version("2.11") else []
     old += [f"Python {platform.python_version()}"] if sys.version_info < (3, 11) else []
-    return [f"{what} is too old" for what in old], figures
+    missing = [f"{name} is missing" for name in names if figures[name] == "missing"]
+    return [f"{what} is too old" for what in old] + missing, figures

@@ -8,6 +8,7 @@ A part that has a result in OUT is not run again, unless it is named. No part be
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ def main(out: Path, named: list[str]) -> int:
             print(f"{MINUTES:g} minutes are over; the same command does what is missing.")
             break
         print(f"{name} …", flush=True)
-        result = _run(name, out, left)
+        if (result := _run(name, out, left)) is None:
+            print("  had too little time left; the same command runs it again.")
+            break
         file.write_text(json.dumps(result, indent=1))
         print(f"  {result['status']} in {result['seconds']:.0f} s {result.get('why', '')}", flush=True)
     found = read(out)
@@ -57,8 +60,9 @@ def read(out: Path) -> dict[str, Result]:
     return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
 
 
-def _run(name: str, out: Path, timeout: float) -> Result:
-    """A part in a process of its own, whose whole session ends with it."""
+def _run(name: str, out: Path, timeout: float) -> Result | None:
+    """A part in a process of its own, whose whole session ends with it. None if it could have done it in the
+    time of a whole call."""
     from launch import processes
 
     start, answer = time.monotonic(), out / f"{name}.answer.json"
@@ -69,6 +73,8 @@ def _run(name: str, out: Path, timeout: float) -> Result:
     try:
         ended = processes.run(command, environment, timeout)
     except subprocess.TimeoutExpired:
+        if timeout < 60 * MINUTES - _LEAST_S:
+            return None
         return {"status": "failed", "seconds": timeout, "why": "not done in the time that was left"}
     (out / f"{name}.log").write_text(ended.stdout + ended.stderr)
     result: Result = {"status": "failed", "why": _last_line(ended.stderr or ended.stdout)}
@@ -85,6 +91,8 @@ def _last_line(text: str) -> str:
 
 def part(name: str, answer: Path) -> None:
     """In the process of a part: run it and write its result. What it raises is its failure."""
+    # Out of time: what it has started ends as for Ctrl-C (launch/processes.py).
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         failures, figures = PARTS[name]()
         result: Result = {"status": "failed" if failures else "passed", "figures": figures}

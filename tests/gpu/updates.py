@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -48,11 +49,17 @@ def speed() -> Outcome:
     figures = {}
     for name, images in SIZES.items():
         for kind in ("no", "bf16"):
+            gc.collect()
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            update = _update(name, kind, images)
-            held = torch.cuda.memory_allocated()
-            seconds = _seconds(update, times=5)
+            try:
+                update = _update(name, kind, images)
+                _seconds(update, times=1)  # optimizers make their moments
+                held = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                seconds = _seconds(update, times=5)
+            except torch.cuda.OutOfMemoryError as error:
+                figures[f"{name}, {kind}, {images} images"] = {"images/s": str(error).splitlines()[0]}
+                continue
             peak = torch.cuda.max_memory_allocated() - held
             config = load(str(ROOT / "configs" / f"{name}.yaml"), ("data.conditional=false",))
             figures[f"{name}, {kind}, {images} images"] = {

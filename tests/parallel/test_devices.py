@@ -8,14 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import DataLoader
 
-from pipeline.config import Optimizer, WeightPenalty
+from pipeline.config import Data, Optimizer, WeightPenalty
+from pipeline.data import workers
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
+from pipeline.parallel.launched import arithmetic
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.parallel.zero import ZeroEngine
+from pipeline.run import reals
 
 CPU = torch.device("cpu")
 
@@ -59,3 +63,47 @@ def test_stage_3_gathers_no_weights_before_they_are_written(monkeypatch, stage, 
         SimpleNamespace(_stage=stage, ranks=SimpleNamespace(device=torch.device(device)))
     )
     assert len(waited) == waits
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "supported", "convolutions", "override", "tf32"),
+    [
+        ("no", "cuda", True, "tf32", None, True),
+        ("no", "cuda", True, "tf32", "0", False),
+        ("no", "cuda", True, "ieee", None, False),
+        ("no", "cuda", False, "tf32", None, False),  # before Ampere
+        ("no", "cpu", True, "tf32", None, False),
+        ("bf16", "cuda", True, "tf32", None, False),
+    ],
+)
+def test_a_run_says_where_float32_is_not(
+    monkeypatch, precision, device, supported, convolutions, override, tf32
+):
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: supported)
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=convolutions))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    if override is not None:
+        monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+    said = arithmetic(precision, torch.device(device))
+    assert said.startswith(precision) and ("TF32" in said) is tf32
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_are_pinned_where_the_ranks_compute_on_a_gpu(monkeypatch, device, pinned):
+    """Not because the machine has one, as with ACCELERATE_USE_CPU=1: that would make a CUDA context."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked = []
+
+    def loader(*given, pin_memory, **settings):
+        asked.append(pin_memory)
+        return DataLoader(*given, **settings)
+
+    monkeypatch.setattr(workers, "DataLoader", loader)
+    monkeypatch.setattr(
+        reals, "training_batches", lambda *_, pinned, **__: workers.Loader([], 0, pinned=pinned)
+    )
+    split = SimpleNamespace(training=lambda: None)
+    ranks = SimpleNamespace(rank=0, device=torch.device(device))
+    settings = SimpleNamespace(data=Data())
+    reals.open_reals(settings, None, split, SimpleNamespace(cur_nimg=0), ranks, BatchShape(1, 1, 2), None)
+    assert asked == [pinned]

@@ -1,10 +1,11 @@
 """Ends the job, on all ranks and with one message, when a rank is gone, frozen or stuck.
 
 Every rank has two threads. One looks at its own main thread every second. The other publishes what it saw in
-the launcher's store and reads its neighbour's: each rank reports the next one if that is gone or silent. If
-the first rank has not moved for the whole timeout it compares all: if none moves, the one furthest behind is
-to blame. The first to find something writes a verdict into the store and prints it; all read it and exit. The
-traffic is a few short messages per rank and second, and the launcher's store outlives every rank.
+the launcher's store and reads its neighbour's: each rank reports the next one if that is gone or silent, and
+any of its own machine as soon as that ends. If the first rank has not moved for the whole timeout it compares
+all: if none moves, the one furthest behind is to blame. The first to find something writes a verdict into the
+store and prints it; all read it and exit. The traffic is a few short messages per rank and second, and the
+launcher's store outlives every rank.
 
 Time is counted in short steps, so that a job that was suspended as a whole has not aged.
 """
@@ -33,6 +34,7 @@ from pipeline.console import end_process
 from pipeline.errors import CommonError
 from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.beats import Beat, Process, Verdict, read_beat, read_verdict
+from pipeline.parallel.watch.ends import Ends
 from pipeline.parallel.watch.whereabouts import Progress, Whereabouts, look
 
 BACKSTOP = timedelta(hours=24)  # of collectives: a verdict ends them, not slow work on another rank
@@ -40,6 +42,7 @@ _PATIENCE_S = 10.0  # for the main rank to finish its reports before the job end
 _TRAFFIC = (
     64 * 1024
 )  # bytes that a working rank reads or writes between two looks, and a waiting one does not
+_GONE = "is gone: killed (out of memory?) or crashed"
 _LOST_S = 10.0  # of silence after which a rank is gone, if connections broke
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe|TCPStore|recvValue", re.IGNORECASE)
 
@@ -69,7 +72,7 @@ class Watch:
         self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
         self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
-        self._spread = int(os.environ.get("LOCAL_WORLD_SIZE") or launch.world) < launch.world
+        self._spread = _number("LOCAL_WORLD_SIZE", launch.world) < launch.world
         self._still, self._unheard, self._silent = (_Duration(timeout_s / 4) for _ in range(3))
         self._heard = False
         self._mine = Beat(launch.rank, Process())
@@ -77,7 +80,10 @@ class Watch:
         self._awake = False  # the neighbour has moved: what it published is not from an earlier attempt
         self._suspicious = self._leaving = False
         self._failure: Verdict | None = None
-        self._wake, self._over = threading.Event(), threading.Event()
+        self._ends, self._over = Ends(), threading.Event()
+        first, here = launch.rank - _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
+        others = (rank for rank in range(first, first + here) if rank != launch.rank)
+        self._unwatched: dict[int, int | None] = dict.fromkeys(others)  # ranks here → first number of theirs
         self._threads = [
             threading.Thread(target=target, name=f"watch-{target.__name__}", daemon=True)
             for target in (self._look_inside, self._look_around)
@@ -113,7 +119,7 @@ class Watch:
     def _say_goodbye(self, failure: Verdict | None) -> None:
         """Publish that this rank exits, and why."""
         self._failure, self._leaving = failure, True
-        self._wake.set()
+        self._ends.wake()
         self._threads[1].join(_PATIENCE_S)
 
     def _is_explained(self) -> bool:
@@ -176,12 +182,32 @@ class Watch:
                 self._heard = True
                 if leaving:
                     return
-                self._wake.wait(self._interval_s)
+                self._watch_ends(store)
+                self._ends.wait(self._interval_s)
 
     def _judge(self, store: Store) -> Verdict | None:
         if self._failure is not None:
             return self._failure
-        return self._judge_neighbour(store) or self._judge_all(store)
+        return self._judge_ended(store) or self._judge_neighbour(store) or self._judge_all(store)
+
+    def _watch_ends(self, store: Store) -> None:
+        """Of this machine's ranks, once they have moved: what they published is not from an earlier
+        attempt."""
+        for rank, number in list(self._unwatched.items()):
+            if (beat := read_beat(store, rank)) is None:
+                continue
+            if number is None:
+                self._unwatched[rank] = beat.number
+            elif beat.number != number:
+                del self._unwatched[rank]
+                if beat.process.is_near():
+                    self._ends.watch(rank, beat.process.pid)
+
+    def _judge_ended(self, store: Store) -> Verdict | None:
+        for rank in self._ends.seen:
+            if (beat := read_beat(store, rank)) is not None and not beat.left:
+                return self._verdict(beat.described(_GONE))
+        return None
 
     def _judge_neighbour(self, store: Store) -> Verdict | None:
         """Gone, or silent for too long?"""
@@ -200,7 +226,7 @@ class Watch:
         if self._awake and not moved and beat.process.is_gone():
             if (last := read_beat(store, rank)) is not None and last.left:
                 return None
-            return self._verdict(beat.described("is gone: killed (out of memory?) or crashed"))
+            return self._verdict(beat.described(_GONE))
         if silent >= (_LOST_S if self._suspicious else self._timeout_s):
             state = "gone or cut off" if self._suspicious else "frozen or cut off"
             what = f"has not answered for {silent:.0f} s: it is {state}"
@@ -261,6 +287,10 @@ def _has_moved(before: Whereabouts, now: Whereabouts) -> bool:
     """Outside of updates, any work counts: another place in the code, or reading and writing. Inside, where a
     network may loop for ever, only what all ranks do equally often counts."""
     return not now.updating and (now.trace != before.trace or now.traffic - before.traffic >= _TRAFFIC)
+
+
+def _number(variable: str, default: int) -> int:
+    return int(os.environ.get(variable) or default)
 
 
 def _is_broken_connection(error: BaseException) -> bool:
