@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 _TAG = 1  # of messages between two ranks: collectives have tags of their own
-_Answer = SimpleQueue[int | BaseException]
+_Answer = SimpleQueue[int | Exception]
 
 
 class Polls:
@@ -36,7 +36,7 @@ class Polls:
 
         def answer() -> int:
             value = found.get()
-            if isinstance(value, BaseException):
+            if isinstance(value, Exception):
                 raise value
             return value
 
@@ -52,7 +52,7 @@ class Polls:
             bits, found = asked
             try:
                 found.put(self._combine(bits))
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, it is raised where the answer is waited for
                 found.put(error)
 
     def _combine(self, bits: int) -> int:
