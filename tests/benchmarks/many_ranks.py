@@ -61,7 +61,7 @@ def questions(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def beats(port: int) -> None:
+def beats(_: int, port: int) -> None:
     """In a rank: what its watch asks of the store, once a second for each of BEATS ranks."""
     store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
     mine = Beat(0, Process(), at="in an update, at pipeline/step.py:40 (train_step)")
