@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
+from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
 from pipeline.run import stop
 
 STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+COMPILED = ("--dynamo_backend", "inductor")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 _GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
@@ -55,13 +57,20 @@ def parse_strategies(strategies: str) -> list[str]:
 
 
 def training(
-    strategy: str, procs: int, precision: str, arguments: Sequence[str]
+    strategy: str, procs: int, precision: str, arguments: Sequence[str], compiled: bool = False
 ) -> tuple[list[str], dict[str, str]]:
-    """Command line and environment of a training; arguments: its config and settings."""
+    """Command line and environment of a training; arguments: its config and settings.
+
+    Raises UserError for what cannot be compiled here.
+    """
     import torch
 
     environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
     module = ["pipeline.train", *arguments]
+    if compiled:
+        check_compilation(Compilation("inductor"), strategy, 1, on_gpu())
+        # Accelerate's option sets it too, except for DeepSpeed.
+        environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     if strategy == "single":
         environment["ACCELERATE_MIXED_PRECISION"] = precision
         return [sys.executable, "-m", *module], environment
@@ -69,7 +78,7 @@ def training(
         sys.executable,
         "-m",
         "launch.launcher",
-        *launch_line(strategy, procs, precision, module),
+        *launch_line(strategy, procs, precision, module, *(COMPILED if compiled else ())),
     ], environment
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU up to 4.")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="By torch.compile (inductor), block by block.")
 @click.option("--dry-run", is_flag=True, help="Print the command and the resolved config; start nothing.")
 def train(
     config: str,
@@ -35,6 +37,7 @@ def train(
     strategy: str | None,
     procs: int | None,
     mixed_precision: str,
+    compiled: bool,
     dry_run: bool,
 ) -> None:
     """Train what a config describes, or on your own images; the same command again resumes.
@@ -51,7 +54,6 @@ def train(
         click.echo(f"starting {_processes(procs, strategy)} …")
     from launch.argument import training_of
     from pipeline.config import UserError, dump, load
-    from pipeline.credentials import redacted
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
@@ -66,14 +68,12 @@ def train(
     config, settings = training.config, training.settings
     resolved = load(config, settings)
     check_objective(resolved, batch_shape(resolved.data, procs).images, mixed_precision)
-    command, environment = processes.training(strategy, procs, mixed_precision, [config, *settings])
+    given = [config, *settings]
+    command, environment = processes.training(strategy, procs, mixed_precision, given, compiled)
     named = under_a_free_name(resolved)
     folder = Path(named.run.out) / str(named.run.name)
     if dry_run:
-        module = ["pipeline.train", *map(redacted, (config, *settings))]
-        line = processes.launch_line(strategy, procs, mixed_precision, module)
-        on_cpu = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
-        click.echo(f"{on_cpu}{shlex.join(['accelerate', 'launch', *line])}")
+        _show_line(strategy, procs, mixed_precision, compiled, given)
         click.echo(f"\n# the resolved config\n{dump(as_begun(resolved, folder))}", nl=False)
         return
     check_same(named, folder)
@@ -89,6 +89,19 @@ def train(
         os.execve(sys.executable, command, environment)
     status = launch_from_here(command, environment, resolved.run.stop_signal)
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
+
+
+def _show_line(strategy: str, procs: int, precision: str, compiled: bool, arguments: Sequence[str]) -> None:
+    """Print what a person would write to start the same."""
+    from pipeline.credentials import redacted
+
+    module = ["pipeline.train", *map(redacted, arguments)]
+    options = processes.COMPILED if compiled else ()
+    line = processes.launch_line(strategy, procs, precision, module, *options)
+    variables = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
+    if compiled and strategy.startswith("zero"):  # for which Accelerate drops its own option
+        variables += "ACCELERATE_DYNAMO_BACKEND=inductor "
+    click.echo(f"{variables}{shlex.join(['accelerate', 'launch', *line])}")
 
 
 def _check_data(training: Training, config: Config, folder: Path) -> None:

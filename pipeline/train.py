@@ -36,7 +36,7 @@ from pipeline.players import as_built, build
 from pipeline.run.folder import hold_folder, open_folder
 from pipeline.run.introduction import introduction
 from pipeline.run.reals import agreed_data, open_reals
-from pipeline.run.report import open_report
+from pipeline.run.report import keep_error, open_report
 from pipeline.run.resume import find_start, first_state, is_finished, resume, where_to_resume
 from pipeline.run.session import Session
 from pipeline.run.stop import INTERRUPTED, StopSignals
@@ -62,7 +62,7 @@ def in_this_process(path: str, overrides: Sequence[str] = (), precision: Precisi
     stopped by Ctrl-C is saved.
     """
     with closing(StopSignals()) as signals, borrowed():
-        os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+        os.environ |= {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_DYNAMO_BACKEND": "no"}
         provide_home()
         completed, folder = _run(*_read(path, overrides, signals), signals)
     if signals.interrupted and not completed:
@@ -98,6 +98,7 @@ def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Co
     config = load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)
+    launch.check(batch.rounds)
     signals.configure(config.run.stop_signal, config.run.grace)
     return config, launch, batch
 
@@ -117,6 +118,7 @@ def _train(
     index, split = agreed_data(config, ranks)
     config, folder, still_ours = hold_folder(config, ranks, signals, held)
     watch.last_words = lambda: where_to_resume(folder)
+    watch.record = lambda text: keep_error(folder, watch.progress.cur_nimg, text)
     if is_finished(config, folder, ranks):
         return True, folder
     held.callback(signals.done)
@@ -126,7 +128,7 @@ def _train(
     config = as_built(config, gan)
     state, stats = resume(start, folder, gan, state)
     ranks.broadcast_from_main(lambda: open_folder(config, folder, state.cur_nimg, still_ours))
-    with closing(open_report(config, folder, state, ranks, still_ours)) as report:
+    with closing(open_report(config, folder, state, ranks, still_ours)) as report, report.kept(launch.world):
         report.say(introduction(config, index, split, gan, ranks))
         session = Session(config, folder, index, split, ranks, report, signals, state)
         with closing(open_reals(config, index, split, state, ranks, batch, report)) as reals:

@@ -114,9 +114,10 @@ fi
 # A signal to the step is for the training processes, which save and end. Their launcher would die of it or end them, so
 # it ignores it (launch/launcher.py does so again, as a container may reset this).
 trap '' USR1 USR2 HUP TERM
-export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no}
+export ACCELERATE_MIXED_PRECISION=${SHARDGAN_PRECISION:-no} ACCELERATE_DYNAMO_BACKEND=${SHARDGAN_COMPILE:-no}
 [ "$strategy" != single ] || run pipeline.train "$@"
 run launch.launcher --config_file "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" \
     --num_machines "$nodes" --num_processes "$world" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$SHARDGAN_HEAD" --main_process_port "$SHARDGAN_HEAD_PORT" \
-    --mixed_precision "$ACCELERATE_MIXED_PRECISION" -m pipeline.train "$@"
+    --mixed_precision "$ACCELERATE_MIXED_PRECISION" --dynamo_backend "$ACCELERATE_DYNAMO_BACKEND" \
+    -m pipeline.train "$@"

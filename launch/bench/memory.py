@@ -14,8 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from launch.bench import pair, table
 from launch.bench.meter import Traffic, footprint
 from launch.bench.pair import Found
-from pipeline.gan.schedules import at
+from pipeline.gan.networks import build_D
 from pipeline.parallel import theory
+from pipeline.parallel.batch import batch_shape
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -57,8 +58,11 @@ def held(found: Found) -> dict[str, float]:
 def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
-    penalties = at(pair.config_of(found["settings"]), 0).gradient_penalties
-    return theory.held(*job), theory.sent(*job, twice=any(penalty.twice for penalty in penalties))
+    config = pair.config_of(found["settings"])
+    with torch.device("meta"):
+        frozen = sum(p.numel() for p in build_D(config, 0).parameters() if not p.requires_grad)
+    rounds = batch_shape(config.data, found["world"]).rounds
+    return theory.held(*job), theory.sent(*job, theory.update_of(config, rounds, frozen))
 
 
 def _row(found: Found) -> list[str]:

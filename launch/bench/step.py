@@ -29,7 +29,8 @@ from pipeline.config import Config, load
 from pipeline.data.plan import split_of
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
-from pipeline.parallel.launched import Launch
+from pipeline.parallel.compilation import Compilation, check_compilation
+from pipeline.parallel.launched import Launch, on_gpu
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run.reals import checked_index
@@ -44,6 +45,7 @@ from pipeline.step import train_step
 _TURN = 8  # updates in a contestant's turn
 _AHEAD = 4  # batches that a decoding process has ready when its turn comes
 _WARM_UP = 2
+_COMPILED_NAME = "shardgan compiled"
 _ARITHMETIC: dict[str, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
 
 Seconds = dict[str, list[float]]  # contestant → seconds of each of its turns
@@ -57,6 +59,7 @@ Seconds = dict[str, list[float]]  # contestant → seconds of each of its turns
 @click.option("--workers", type=click.IntRange(0), default=1, show_default=True, help="Decoding processes.")
 @click.option("--threads", type=click.IntRange(1), help="Of torch; default: its own choice.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "both"]), default="both", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Also the whole step compiled.")
 @click.option(
     "--data", metavar="SHARDS", help="Train on these; default: a few real images, scaled to --size."
 )
@@ -68,6 +71,7 @@ def command(
     workers: int,
     threads: int | None,
     precision: str,
+    compiled: bool,
     data: str | None,
 ) -> None:
     """The whole step (shards, statistics, reports, L2) beside its bare maths and the tutorials' DCGAN loop.
@@ -77,11 +81,13 @@ def command(
     """
     if threads:
         torch.set_num_threads(threads)
+    how = Compilation("inductor") if compiled else None
+    check_compilation(how, "single", 1, on_gpu())
     with tempfile.TemporaryDirectory(prefix="shardgan-bench-") as folder:
         train = data or make_shards(Path(folder) / "shards", int(size), 1, "PNG")
         config = config_of(train, int(size), width, batch, workers)
         wanted = [name for name in _ARITHMETIC if precision in (name, "both")]
-        _report(config, measure(config, Path(folder), wanted, steps))
+        _report(config, measure(config, Path(folder), wanted, steps, how))
         penalised = {a: objective.measure(config, _ARITHMETIC[a], steps) for a in wanted}
         objective.report(penalised, batch)
 
@@ -93,14 +99,18 @@ def config_of(train: str | Path, size: int, width: int = 64, batch: int = 64, wo
     return load(None, [*keys, "penalty.l2=1e-4", "run.name=bench"])
 
 
-def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: int) -> Seconds:
-    """Let everyone run at least `updates` updates, in turns."""
+def measure(
+    config: Config, folder: Path, arithmetics: Sequence[str], updates: int, how: Compilation | None = None
+) -> Seconds:
+    """Let everyone run at least `updates` updates, in turns. how: our step runs compiled, too."""
     os.environ["WANDB_MODE"] = "offline"  # tracked as a run is, but never sent anywhere
     signals = _ignored_signals()
-    ours = {a: Ours(config, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
+    ours = {f"shardgan {a}": Ours(config, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
+    for a in arithmetics if how else ():
+        ours[f"{_COMPILED_NAME} {a}"] = Ours(config, folder / f"{a}-c", _ARITHMETIC[a], signals, how)
     first = next(iter(ours.values()))
     tutorial = TutorialApart(config, first.device, first.some_images(count=1024))
-    contestants: dict[str, Ours | BareMaths | TutorialApart] = {f"shardgan {a}": ours[a] for a in ours}
+    contestants: dict[str, Ours | BareMaths | TutorialApart] = {**ours}
     contestants |= {f"bare maths {a}": BareMaths(config, first.device, a == "bf16") for a in arithmetics}
     contestants["tutorial fp32"] = tutorial
     for contestant in contestants.values():
@@ -112,9 +122,9 @@ def measure(config: Config, folder: Path, arithmetics: Sequence[str], updates: i
                 contestant.discard_prefetched()
             with clocked(seconds[name]):
                 contestant.run(_TURN)
-    for a, contestant in ours.items():
+    for name, contestant in ours.items():
         share = contestant.seconds_per_tick() * contestant.ticks_per_update() * _TURN
-        seconds[f"shardgan {a}"] = [s + share for s in seconds[f"shardgan {a}"]]
+        seconds[name] = [s + share for s in seconds[name]]
         contestant.close()
     tutorial.close()
     return seconds
@@ -124,11 +134,17 @@ class Ours:
     """What `shardgan train` does in its loop, with everything on."""
 
     def __init__(
-        self, config: Config, folder: Path, precision: Literal["no", "bf16"], signals: StopSignals
+        self,
+        config: Config,
+        folder: Path,
+        precision: Literal["no", "bf16"],
+        signals: StopSignals,
+        how: Compilation | None = None,
     ) -> None:
         folder.mkdir(parents=True)
         self._config = config
-        self._ranks = Ranks(Launch("single", precision, 0, 1), timedelta(seconds=config.run.timeout_s))
+        launch = Launch("single", precision, 0, 1, compilation=how)
+        self._ranks = Ranks(launch, timedelta(seconds=config.run.timeout_s))
         self._index = checked_index(config, announce=False)
         split = split_of(config, self._index)
         self._plan = split.training()
@@ -204,7 +220,12 @@ def _report(config: Config, seconds: Mapping[str, Sequence[float]]) -> None:
     turns, threads = len(seconds["tutorial fp32"]), torch.get_num_threads()
     table.show(
         f"{config.G.kind}, {data.channels}x{data.size}x{data.size}, batch {data.batch_size}",
-        ("images/s", "time beyond its bare maths", "times the tutorial"),
+        (
+            "images/s",
+            "time beyond its bare maths",
+            "times the tutorial",
+            *(["times uncompiled"] if _compares(seconds) else []),
+        ),
         (_row(name, seconds, _TURN * config.images_per_update) for name in seconds),
         f"Medians (in brackets: fastest) of {turns} turns of {_TURN} updates; "
         f"{threads} threads, torch {torch.__version__}",
@@ -212,13 +233,20 @@ def _report(config: Config, seconds: Mapping[str, Sequence[float]]) -> None:
 
 
 def _row(name: str, seconds: Mapping[str, Sequence[float]], images: int) -> list[str]:
-    taken, beyond, times = seconds[name], "", ""
+    taken, beyond, times, uncompiled = seconds[name], "", "", ""
     if name.startswith("shardgan"):
         bare = seconds[f"bare maths {name.split()[-1]}"]
         beyond = "{:+.1%} ({:+.1%})".format(*(ratio - 1 for ratio in _ratios(taken, bare)))
     if not name.startswith("tutorial"):
         times = "{:.2f} ({:.2f})".format(*_ratios(seconds["tutorial fp32"], taken))
-    return [name, f"{images / statistics.median(taken):.1f}", beyond, times]
+    if name.startswith(_COMPILED_NAME):
+        uncompiled = "{:.2f} ({:.2f})".format(*_ratios(seconds[f"shardgan {name.split()[-1]}"], taken))
+    speed = f"{images / statistics.median(taken):.1f}"
+    return [name, speed, beyond, times, *([uncompiled] if _compares(seconds) else [])]
+
+
+def _compares(seconds: Mapping[str, Sequence[float]]) -> bool:
+    return any(name.startswith(_COMPILED_NAME) for name in seconds)
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:

@@ -12,10 +12,12 @@ from rich import progress
 from rich.console import Console
 
 from launch.doctor import data, memory, networks, place, surroundings
-from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.processes import ACCELERATE_FILES, default_procs
+from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
+from launch.doctor.forecast import Costs
+from launch.processes import ACCELERATE_FILES, default_procs, on_gpu
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.launched import arithmetic
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
@@ -31,25 +33,33 @@ def job_of(
     gpus: int | None = None,
     strategy: str | None = None,
     precision: str = "no",
+    machine: Machine = Machine(),  # noqa: B008 (frozen)
+    compiled: bool = False,
 ) -> Job:
     """A job with the defaults of `shardgan train`."""
     gpus = gpus or default_procs(strategy)
-    return Job(config, nodes, gpus, strategy or ("single" if nodes * gpus == 1 else "ddp"), precision)
+    strategy = strategy or ("single" if nodes * gpus == 1 else "ddp")
+    return Job(config, nodes, gpus, strategy, precision, machine, compiled)
 
 
-def examine(job: Job, progress: Progress = lambda done, total: None, read: bool = True) -> list[Finding]:
-    """All checks that need no other process.
+def examine(
+    job: Job, progress: Progress = lambda done, total: None, read: bool = True
+) -> tuple[list[Finding], Costs | None]:
+    """All checks that need no other process; also returns what training costs, if that can be known.
 
     progress: called while shards are read. read: every byte of them.
     """
     index, of_data = data.examine(job, progress, read)
-    players, of_networks = networks.examine(job, index)
-    found = [*_config(job), *launcher(job), *_batch(job), *of_data, *of_networks]
+    players, flops, of_networks = networks.examine(job, index)
+    found = [*_config(job), *launcher(job), *compilation(job), *_batch(job), *of_data, *of_networks]
+    costs = None
     if players is not None:
         num_classes = index.num_classes if index is not None and job.config.data.conditional else 0
-        found += [*memory.examine(job, players, num_classes), *memory.strategies(job, players)]
+        active = memory.traced(job, num_classes)
+        found += memory.examine(job, players, active)
         found += place.space(job, players, index)
-    return [*found, *surroundings.examine(job), *place.examine(job)]
+        costs = Costs(players, flops, active if isinstance(active, int) else None)
+    return [*found, *surroundings.examine(job), *place.examine(job)], costs
 
 
 def _config(job: Job) -> Iterator[Finding]:
@@ -90,6 +100,18 @@ def launcher(job: Job) -> Iterator[Finding]:
     else:
         precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
         yield ok("launcher", f"{job.strategy}, precision {precision}: {path.name}")
+
+
+def compilation(job: Job) -> Iterator[Finding]:
+    """Whether this machine can compile the networks, if they are to be."""
+    if not job.compiled:
+        return
+    how = Compilation("inductor")
+    try:
+        check_compilation(how, job.strategy, 1, on_gpu())
+        yield ok("compiling", f"{how}, one block after another, in the first updates")
+    except UserError as error:
+        yield would_fail("compiling", str(error))
 
 
 def _batch(job: Job) -> Iterator[Finding]:

@@ -18,6 +18,16 @@ Verdict = Literal["ok", "warning", "would fail"]
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What is known of the nodes and GPUs of a job; None: not said, and not measured."""
+
+    flops: float | None = None  # per second and GPU, as training reaches them
+    bandwidth: float | None = None  # bytes per second that a GPU sends to others of its node
+    network: float | None = None  # bytes per second that a node sends to others
+    gpu_memory: int | None = None  # bytes
+
+
+@dataclass(frozen=True)
 class Job:
     """A training on `gpus` processes on each of `nodes` machines."""
 
@@ -26,6 +36,8 @@ class Job:
     gpus: int
     strategy: str
     precision: str
+    machine: Machine = Machine()
+    compiled: bool = False
 
     @property
     def world(self) -> int:
@@ -65,8 +77,8 @@ def fails(found: Sequence[Finding]) -> bool:
     return any(finding.verdict == "would fail" for finding in found)
 
 
-def show(found: Sequence[Finding], console: Console) -> None:
-    """Print the findings as a table, and how many of them matter."""
+def show(found: Sequence[Finding], console: Console, more: Table | None = None) -> None:
+    """Print the findings as a table, then another, and how many of the findings matter."""
     styles = {"ok": "green", "warning": "yellow", "would fail": "bold red"}
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("check", no_wrap=True)
@@ -78,6 +90,9 @@ def show(found: Sequence[Finding], console: Console) -> None:
             text.append(f"\n→ {finding.remedy}", "bold")
         table.add_row(finding.check, Text(finding.verdict, styles[finding.verdict]), text)
     console.print(table)
+    if more is not None:
+        console.print()
+        console.print(more)
     outcome = "This would fail." if fails(found) else "Nothing found that would fail."
     if warnings := sum(finding.verdict == "warning" for finding in found):
         outcome += f" {counted(warnings, 'warning')}."

@@ -13,19 +13,25 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from launch.doctor import worker as doctor_worker
-from launch.doctor.finding import Finding, Job, ok, warning, would_fail
+from launch.doctor.alone import all_due
+from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
+from launch.doctor.flops import Flops, in_flops, of_training
 from launch.doctor.place import allocated, allocated_cpus
 from launch.fingerprint import REMEDIES, difference
 from launch.processes import environment_of, launch, launcher_file, run
+from pipeline.config import UserError
+from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.environment import threads
 from pipeline.wording import counted, in_bytes
 
 Node = dict[str, Any]  # from worker.describe or worker.place
 
 _TIMEOUT_S = 300.0
+_LONG = 1e12  # FLOPs, a minute or two of a CPU
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
 _ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launchers, of a process that failed
 _MEET = (
@@ -34,9 +40,61 @@ _MEET = (
 )
 
 
-def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
-    """Start as many processes as there is room for, and compare what they report."""
-    nodes, module = _other_nodes(), ["launch.doctor.worker", config, *settings]
+def examine(
+    job: Job, flops: Flops | None, config: str, settings: Sequence[str]
+) -> tuple[list[Finding], Machine]:
+    """Start as many processes as there is room for, and compare what they report. Also returns the job's
+    machine, with what they have measured."""
+    found = _found(job, flops, config, settings)
+    if isinstance(found, Finding):
+        return [found], job.machine
+    places, said = found
+    seen = [*unlike(places), *compare(said["nodes"]), *speed(said)]
+    of_step, rate = step(job, flops, said)
+    return [*seen, *of_step], completed(job.machine, said, rate, several=len(places) > 1)
+
+
+def completed(machine: Machine, said: dict[str, Any], flops: float | None, several: bool) -> Machine:
+    """With what was measured, where nothing was given. several: nodes, between which a ring's slowest link
+    is; else it is not known how fast those are."""
+    sends = None if said["world"] == 1 else _rate(said)
+    return replace(
+        machine,
+        flops=machine.flops or flops,
+        bandwidth=machine.bandwidth or sends,
+        network=machine.network or (sends if several else None),
+    )
+
+
+def step(job: Job, flops: Flops | None, said: dict[str, Any]) -> tuple[list[Finding], float | None]:
+    """How fast a rank computes, and its FLOPs per second, if that was measured."""
+    images, measured = said["images"], said["step"]
+    if not images:
+        return [], None
+    if isinstance(measured, str):
+        return [ok("live: step", f"an update cannot be made on one rank alone ({measured})")], None
+    text = f"one rank alone makes an update of {counted(images, 'image')} in {1000 * measured:.3g} ms"
+    if flops is None:
+        return [ok("live: step", text)], None
+    rate = images * of_training(all_due(job.config), *flops) / measured
+    return [ok("live: step", f"{text}: {in_flops(rate)} per second")], rate
+
+
+def _images(job: Job, flops: Flops | None, on_cpu: bool) -> int:
+    """Of a rank and round, as the job would have them; 0 if measuring a step with them would take long."""
+    try:
+        images = batch_shape(job.config.data, job.world).images
+    except UserError:
+        return 0
+    needed = images * of_training(all_due(job.config), *flops) if flops else 0.0
+    return 0 if on_cpu and needed > _LONG else images
+
+
+def _found(
+    job: Job, flops: Flops | None, config: str, settings: Sequence[str]
+) -> tuple[list[Node], dict[str, Any]] | Finding:
+    """The nodes' places and what the main rank printed, or why there is none."""
+    nodes = _other_nodes()
     where = ", ".join(nodes) or "this machine"
     try:
         places = [doctor_worker.place()]
@@ -44,21 +102,22 @@ def examine(job: Job, config: str, settings: Sequence[str]) -> list[Finding]:
             ended = _srun(nodes, [sys.executable, "-m", "launch.doctor.worker"], dict(os.environ))
             places = read_places(ended)
         if nodes and (ended.returncode or len(places) < len(nodes)):
-            return [_failed(f"{where}, asked for their GPUs,", ended)]
+            return _failed(f"{where}, asked for their GPUs,", ended)
         per_node, on_cpu = fitting(job.gpus, places)
         where = f"{len(places)} x {per_node} processes"
         one = per_node * len(places) == 1
         strategy = "single" if one else job.strategy if job.strategy != "single" else "ddp"
+        images = str(_images(job, flops, on_cpu))
+        module = ["launch.doctor.worker", images, config, *settings]
         if nodes:
-            ended = _on_nodes(strategy, nodes, per_node, module, on_cpu, places[0]["port"])
+            ended = _on_nodes(strategy, job.precision, nodes, per_node, module, on_cpu, places[0]["port"])
         else:
-            ended = launch(strategy, per_node, module, on_cpu=on_cpu, timeout=_TIMEOUT_S)
+            how: dict[str, Any] = {"precision": job.precision, "on_cpu": on_cpu, "timeout": _TIMEOUT_S}
+            ended = launch(strategy, per_node, module, **how)
     except subprocess.TimeoutExpired:
-        return [would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)]
+        return would_fail("live", f"{where} did not meet within {_TIMEOUT_S:g} s", _MEET)
     found = read_found(ended)
-    if found is None:
-        return [_failed(where, ended)]
-    return [*unlike(places), *compare(found["nodes"]), *speed(found)]
+    return _failed(where, ended) if found is None else (places, found)
 
 
 def _other_nodes() -> list[str]:
@@ -144,19 +203,37 @@ def speed(found: dict[str, Any]) -> Iterator[Finding]:
     if world == 1:
         yield ok("live: speed", "one process: nothing is sent")
         return
-    (_, latency), (size, seconds) = sorted((int(size), s) for size, s in found["seconds"].items())
-    rate = 2 * (world - 1) / world * size / seconds
-    sent = f"{in_bytes(size)} in {1000 * seconds:.3g} ms ({in_bytes(rate)}/s sent by each)"
+    (_, latency), (size, seconds) = _timed(found)
+    sent = f"{in_bytes(size)} in {1000 * seconds:.3g} ms ({_rate(found) / 1e9:.3g} GB/s sent by each)"
     yield ok("live: speed", f"{world} ranks add up {sent}, a single number in {1000 * latency:.2g} ms")
 
 
+def _timed(found: dict[str, Any]) -> list[tuple[int, float]]:
+    """(bytes, seconds) of the smallest and the largest all-reduce."""
+    return sorted((int(size), seconds) for size, seconds in found["seconds"].items())
+
+
+def _rate(found: dict[str, Any]) -> float:
+    """Bytes per second that each rank sends in a ring."""
+    world: int = found["world"]
+    size, seconds = _timed(found)[-1]
+    return 2 * (world - 1) / world * size / seconds
+
+
 def _on_nodes(
-    strategy: str, nodes: list[str], per_node: int, module: list[str], on_cpu: bool, port: int
+    strategy: str,
+    precision: str,
+    nodes: list[str],
+    per_node: int,
+    module: list[str],
+    on_cpu: bool,
+    port: int,
 ) -> subprocess.CompletedProcess[str]:
     """One launcher on each node of this Slurm allocation."""
     world, count = len(nodes) * per_node, str(len(nodes))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launcher_file(strategy)]
     accelerate += ["--num_machines", count, "--num_processes", str(world)]
+    accelerate += ["--mixed_precision", precision]
     accelerate += ["--main_process_ip", nodes[0], "--main_process_port", str(port)]
     # Each task expands its own node's number: hence a shell, and single quotes.
     command = f'{shlex.join(accelerate)} --machine_rank "$SLURM_NODEID" -m {shlex.join(module)}'

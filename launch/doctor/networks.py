@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch.doctor import scale
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.doctor.flops import forward, in_flops, of_training
+from launch.doctor.flops import Flops, forward, in_flops, of_training
 from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.gan import vit
@@ -29,27 +29,25 @@ Players = tuple[nn.Module, nn.Module]  # G and D
 _SMALL = 16  # images in a BatchNorm's batch
 
 
-def examine(job: Job, index: Index | None) -> tuple[Players | None, list[Finding]]:
-    """Also returns G and D, without memory, if they can be built."""
+def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None, list[Finding]]:
+    """Also returns G and D, without memory, if they can be built, and their FLOPs if these can be counted."""
     num_classes = index.num_classes if index and job.config.data.conditional else 0
     if index is None and job.config.data.conditional:
         text = "not checked: the number of classes is not known"
-        return None, [warning("networks", text, "Repair the data first.")]
+        return None, None, [warning("networks", text, "Repair the data first.")]
     try:
         check_networks(job.config, num_classes)
         G, D = build_players(job, num_classes)
     except UserError as error:
-        return None, [would_fail("networks", str(error))]
+        return None, None, [would_fail("networks", str(error))]
     flops, sizes = measured(job, num_classes, G, D)
     found = [sizes, *initial_weights(job, num_classes)]
     for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
-    return (G, D), [*found, *scale.examine(job, num_classes, flops)]
+    return (G, D), flops, [*found, *scale.examine(job, num_classes, flops and flops[:2])]
 
 
-def measured(
-    job: Job, num_classes: int, G: nn.Module, D: nn.Module
-) -> tuple[tuple[float, float] | None, Finding]:
+def measured(job: Job, num_classes: int, G: nn.Module, D: nn.Module) -> tuple[Flops | None, Finding]:
     """Parameters and FLOPs; also returns those of an image in G and D if they can be counted."""
     sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
     text = f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters"

@@ -71,6 +71,7 @@ class Resources:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus and self.procs > self.gpus:
@@ -93,6 +94,7 @@ class Resources:
         """Variables that node.sh reads."""
         found = {"SHARDGAN_PROCS": str(self.procs), "SHARDGAN_PRECISION": self.precision}
         found |= {"SHARDGAN_STRATEGY": self.strategy} if self.strategy else {}
+        found |= {"SHARDGAN_COMPILE": "inductor"} if self.compiled else {}
         # Slurm may not hide the GPUs of a node from a job that asked for none.
         return found | ({} if self.gpus else {"ACCELERATE_USE_CPU": "${ACCELERATE_USE_CPU:-1}"})
 

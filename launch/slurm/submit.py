@@ -36,6 +36,7 @@ class _BeforeDashes(click.Command):
 )
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="As of `shardgan train`.")
 @click.option("--time", help="Limit of one stretch, as sbatch takes it; the job requeues itself until DONE.")
 @click.option("--partition", help="Default: the cluster's.")
 @click.option("--account", help="Default: yours.")
@@ -58,6 +59,7 @@ def submit(
     cpus: int | None,
     strategy: str | None,
     mixed_precision: str,
+    compiled: bool,
     time: str | None,
     partition: str | None,
     account: str | None,
@@ -82,9 +84,8 @@ def submit(
     resolved = under_a_free_name(load(training.config, training.settings))
     procs = procs or gpus or 1
     cpus = _enough(cpus, procs, resolved.data.workers)
-    resources = jobs.Resources(
-        nodes, gpus, procs, cpus, strategy, mixed_precision, time, partition, account
-    )  # fmt: skip
+    asked = (strategy, mixed_precision, time, partition, account, compiled)
+    resources = jobs.Resources(nodes, gpus, procs, cpus, *asked)
     run = (Path(resolved.run.out) / str(resolved.run.name)).absolute()
     if finished(run, resolved):
         click.echo(f"{run} is finished (its DONE file says so). Nothing to submit.")
@@ -156,7 +157,7 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
     job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
     click.echo(f"Checking everything first{'; all shards are read' if read else ''} …", err=True)
     with bar() as progress:
-        found = examine(job, progress, read)
+        found, _ = examine(job, progress, read)
     if remarkable := [finding for finding in found if finding.verdict != "ok"]:
         show(remarkable, Console(stderr=True))
     if fails(found):

@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.gan.penalised import check_penalty
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.batch_norm import synchronise
+from pipeline.parallel.compiled import CompiledBlocks
 from pipeline.parallel.ddp import ReplicatedEngine
 from pipeline.parallel.engine import Engine, PlayerSettings
 from pipeline.parallel.ranks import Ranks
@@ -28,6 +29,19 @@ def build_engine(
     """
     check_penalty(player.name, network, player.penalty, player.penalised)
     synchronise(network, ranks.world)
+    engine = _wrapped(network, player, ranks, batch, example)
+    if ranks.compilation is not None:
+        engine.compiled = CompiledBlocks(network, ranks.compilation)
+    return engine
+
+
+def _wrapped(
+    network: nn.Module,
+    player: PlayerSettings,
+    ranks: Ranks,
+    batch: BatchShape,
+    example: tuple[torch.Tensor | None, ...],
+) -> Engine:
     # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
     if ranks.strategy == "fsdp2":
         from pipeline.parallel.fsdp2 import Fsdp2Engine

@@ -23,6 +23,7 @@ from pipeline.gan.draws import Drawn
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.buffers import Buffers, BufferSnapshot
+from pipeline.parallel.compiled import CompiledBlocks, computing
 from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
@@ -70,6 +71,7 @@ class Engine(abc.ABC):
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         self.moving_mean = MovingMean(ranks)  # for a penalty that compares with one
+        self.compiled: CompiledBlocks | None = None  # set once the strategy has wrapped the network
         # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module, ranks.device)
@@ -148,7 +150,8 @@ class Engine(abc.ABC):
         """This player's turn: the other one is frozen, and gradients start and end empty.
 
         twice: a gradient penalty differentiates this player's passes a second time. Attention is then
-        computed by plain products: torch's fused kernels cannot be differentiated twice (pytorch#116350).
+        computed by plain products, as torch's fused kernels cannot be differentiated twice (pytorch#116350),
+        and nothing by compiled code, which cannot either.
         """
         for parameter in frozen._trainable:
             parameter.requires_grad_(False)
@@ -157,7 +160,8 @@ class Engine(abc.ABC):
         frozen.begin_turn()
         snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
         try:
-            with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+            with attention, computing(None if twice else self.compiled, frozen.compiled):
                 yield
             if self._finite is not None:
                 snapshot.restore(unless=self._finite)

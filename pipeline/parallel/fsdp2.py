@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline.config import UserError
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.blocks import blocks_of
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
@@ -128,7 +129,7 @@ def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
     assert world is not None
     mesh = DeviceMesh.from_group(world, device.type)
     # By default the root stays gathered, and a pass without gradients would leave stale weights in it.
-    for part in (*_blocks(module), module):
+    for part in (*blocks_of(module), module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
@@ -165,15 +166,6 @@ def refuse_ties(module: nn.Module) -> None:
                 f"{type(module).__name__} ties its parameters {first[id(p)]} and {name}, which FSDP2 cannot "
                 "shard as one. Train it under ddp, or under zero1, zero2 or zero3."
             )
-
-
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The entries with parameters of the outermost sequences and lists of modules."""
-    for child in module.children():
-        if isinstance(child, nn.Sequential | nn.ModuleList):
-            yield from (block for block in child if any(True for _ in block.parameters()))
-        else:
-            yield from _blocks(child)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
+from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
 from pipeline.parallel.zero_settings import read_settings
 
@@ -30,6 +31,16 @@ class Launch:
     world: int
     zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
     keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
+    compilation: Compilation | None = None
+
+    def check(self, rounds: int) -> None:
+        """Raises UserError for what this machine cannot do. rounds: of an update."""
+        check_compilation(self.compilation, self.strategy, rounds, on_gpu())
+
+
+def on_gpu() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -47,7 +58,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         )
     strategy, zero = _strategy(env)
     keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Launch(strategy, precision, rank, world, zero, keep)  # type: ignore[arg-type]
+    return Launch(strategy, precision, rank, world, zero, keep, read_compilation(env))  # type: ignore[arg-type]
 
 
 def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:

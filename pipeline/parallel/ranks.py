@@ -18,8 +18,8 @@ from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
 from pipeline.holder import kernel, pid_namespace
-from pipeline.parallel.environment import clear_for, flag, settle_nccl
-from pipeline.parallel.launched import Launch, launcher_store
+from pipeline.parallel.environment import clear_for, settle_nccl
+from pipeline.parallel.launched import Launch, launcher_store, on_gpu
 from pipeline.parallel.polls import Polls
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.wording import ranks_named
@@ -39,10 +39,9 @@ class Ranks:
         # Else every rank connects to every other, in each group, by addresses from the launcher's store:
         # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        cpu = flag(os.environ, "ACCELERATE_USE_CPU") or not torch.cuda.is_available()
         self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
-            state = PartialState(cpu=cpu, timeout=timeout, **_meeting_place(launch, timeout))
+            state = PartialState(cpu=not on_gpu(), timeout=timeout, **_meeting_place(launch, timeout))
         if (state.num_processes, state.process_index) != (launch.world, launch.rank):
             raise UserError(
                 f"The launcher started {launch.world} processes but Accelerate sees {state.num_processes}: "
@@ -50,7 +49,7 @@ class Ranks:
             )
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
-        self.keep_gathered = launch.keep_gathered
+        self.keep_gathered, self.compilation = launch.keep_gathered, launch.compilation
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one

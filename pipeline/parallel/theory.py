@@ -1,9 +1,14 @@
-"""What each strategy holds on a rank and sends, by theory: fp32, Adam, one round per update.
+"""What each strategy holds on a rank and sends, by theory: fp32 weights and gradients, Adam.
 
-G and D are numbers of parameters, world the number of ranks.
+G and D are numbers of parameters that train, world the number of ranks.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config import Config
 
 MESSAGE = 144  # bytes beside the payload that a rank sends for a message of gloo, in three segments
 
@@ -36,13 +41,64 @@ def flags(world: int) -> tuple[int, int]:
     return messages, messages * (MESSAGE + 4)
 
 
-def sent(strategy: str, world: int, G: int, D: int, twice: bool = False) -> float:
-    """Bytes that one rank sends per update, with collectives as rings.
+@dataclass(frozen=True)
+class Update:
+    """What of an update decides how much is sent; of penalties that are due now and then, their share."""
 
-    DDP: an all-reduce of each gradient. ZeRO 1 and 2: a reduce and a gather of each player. FSDP2: a reduce
-    of each, and a gather for every turn it takes part in. ZeRO 3 gathers for every pass instead: G forward in
-    D's turn, forward and backward in its own; D twice each way in its own turn, once in G's. But where
-    gradient penalties differentiate D's passes twice, it gathers D once for all of them.
+    rounds: int = 1
+    D_steps: int = 1
+    paired: bool = False  # G's turn passes real images through D too
+    twice_G: float = 0.0  # the share of G's turns whose passes are differentiated twice
+    twice_D: float = 0.0
+    differences: float = 0.0  # passes of D for finite differences, in a turn
+    frozen: int = 0  # D's parameters that do not train, besides those that do
+
+
+def update_of(config: Config, rounds: int, frozen: int = 0) -> Update:
+    """A config's, with lazy penalties at their average."""
+    penalty = config.penalty
+    slopes = [slope for slope in (penalty.r1, penalty.r2) if slope.gamma not in (0, (0, 0))]
+    exact = [slope.interval for slope in slopes if not slope.sigma] + [1] * (penalty.wgan_gp.weight > 0)
+    due = sum(1 / interval for interval in exact)
+    if len(exact) > 1:  # some turns have both
+        due = 1.0 if 1 in exact else due - 1 / math.lcm(*exact)
+    return Update(
+        rounds,
+        config.loss.D_steps,
+        paired=config.loss.kind == "relativistic",
+        twice_G=1 / penalty.path.interval if penalty.path.weight else 0.0,
+        twice_D=due,
+        differences=sum(1 / slope.interval for slope in slopes if slope.sigma),
+        frozen=frozen,
+    )
+
+
+ONE_ROUND = Update()
+
+
+def sent(strategy: str, world: int, G: int, D: int, update: Update = ONE_ROUND) -> float:
+    """Bytes that one rank sends per update, in any precision, with collectives as rings.
+
+    DDP: an all-reduce, which is a reduce and a gather, of each step's gradients. ZeRO 1 and 2: a reduce and
+    a gather of each player that steps, but stage 2 reduces in every round. FSDP2: a reduce of it, and a
+    gather for every turn that a player takes part in.
+
+    ZeRO 3 gathers for every pass of every round instead: G forward in D's turn, forward and backward in its
+    own; D twice each way in its own turn, once in G's, and forward once more for each pair or finite
+    difference. But what a turn differentiates twice it gathers once for all passes. For small networks this
+    is the most: DeepSpeed keeps some of what it will need again soon.
     """
-    times_G, times_D = {"fsdp2": (3, 3), "zero3": (4, 4 if twice else 7)}.get(strategy, (2, 2))
-    return 4 * (times_G * G + times_D * D) * (world - 1) / world
+    rounds, turns = update.rounds, update.D_steps
+    reduces_G, reduces_D, gathers_G, gathers_D = 1.0, float(turns), 1.0, float(turns)
+    frozen = update.frozen if strategy in ("fsdp2", "zero3") else 0
+    if strategy == "fsdp2":
+        gathers_G = gathers_D = turns + 1.0
+    elif strategy in ("zero2", "zero3"):
+        reduces_G, reduces_D = rounds * reduces_G, rounds * reduces_D
+    if strategy == "zero3":
+        own_G = update.twice_G + (1 - update.twice_G) * rounds * 2
+        own_D = update.twice_D + (1 - update.twice_D) * rounds * (4 + update.differences)
+        gathers_G = rounds * turns + own_G
+        gathers_D = turns * own_D + rounds * (2 + update.paired)
+    numbers = reduces_G * G + reduces_D * D + gathers_G * G + gathers_D * (D + frozen)
+    return 4 * numbers * (world - 1) / world

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.run.history import History, Score
-from pipeline.run.metrics import metric_of
+from pipeline.run.metrics import METRICS, leading_chart, metric_of
 from pipeline.wording import setting
 
 NOTHING = "–"
@@ -42,7 +42,7 @@ class Comparison:
 
 def compare(histories: Sequence[History]) -> Comparison:
     """Settings that are not the same in all runs, how far each run is, and their scores: of those that lead,
-    the lowest and the last, each with its kimg; of others the last.
+    the lowest and the last, each with its kimg; of others the last; and the newest of `shardgan evaluate`.
 
     Scores against different held-out images do not compare: then a column says which runs' do, and the best
     is sought among these.
@@ -54,9 +54,10 @@ def compare(histories: Sequence[History]) -> Comparison:
     if notes and (leading or others):
         columns.append(Column("scored against", tuple(_letter(group) for group in groups)))
         more = [*notes, *more]
-    names = tuple(history.name for history in histories)
+    of_evaluate, apart = _evaluated_columns(histories)
     settings = [Column(key, values) for key, values in settings_apart(histories).items()]
-    return Comparison(names, (*columns, *leading, *settings, *others), tuple(more))
+    columns += [*leading, *of_evaluate, *settings, *others]
+    return Comparison(tuple(history.name for history in histories), tuple(columns), (*more, *apart))
 
 
 def differing(each: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -132,6 +133,28 @@ def _score_columns(
             of_others.append(Column(chart.removeprefix("Metrics/"), cells))
     note = "Scores against training images are left out: they are against different ones."
     return of_leading, of_others, [note] if apart else []
+
+
+def _evaluated_columns(histories: Sequence[History]) -> tuple[list[Column], list[str]]:
+    """A column for each score of `shardgan evaluate`, and notes on those that do not compare."""
+    charts = list(dict.fromkeys(chart for history in histories for chart in history.evaluated))
+    leading = {leading_chart([name], charts) for name in METRICS}
+    found, notes = [], []
+    for chart in charts:
+        part = "train" if _against_training(chart) else "heldout"
+        each: list[tuple[Score | None, dict[str, Any]]] = [
+            history.evaluated.get(chart, (None, {})) for history in histories
+        ]
+        references = [str(against.get(part)) for _, against in each]
+        groups = [references.index(reference) for reference in references]
+        title = chart.removeprefix("Metrics/")
+        column = _score_column(
+            f"{title} evaluated (kimg)", chart, lambda h, c: h.evaluated.get(c, (None,))[0], histories, groups
+        )
+        found.append(column if chart in leading else replace(column, best=frozenset()))
+        if len({group for group, (score, _) in zip(groups, each, strict=True) if score}) > 1:
+            notes.append(f"{title}: evaluated against different images, so these do not compare.")
+    return found, notes
 
 
 def _score_column(

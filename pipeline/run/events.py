@@ -1,6 +1,7 @@
-"""events.jsonl: what happened to a run beside its charts, in order of time: starts, stops and warnings.
+"""events.jsonl: what happened to a run beside its charts: starts, stops, warnings, and errors that ended it.
 
-Each row has `cur_nimg`, `time` (seconds since 1970), `event` (start, stop or warning) and what belongs to it.
+Rows are in order of time. Each has `cur_nimg`, `time` (seconds since 1970), `event` (start, stop, warning or
+error) and what belongs to it.
 Rows are kept when a run falls back to an older checkpoint: that, too, has happened.
 """
 
@@ -46,5 +47,6 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "world": ranks.world,
         "device": device,
         "precision": ranks.precision,
+        "compiled": ranks.compilation and str(ranks.compilation),
         "versions": found,
     }

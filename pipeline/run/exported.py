@@ -18,7 +18,7 @@ from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
-from pipeline.run.folder import reference_of
+from pipeline.run.folder import evaluated, reference_of
 from pipeline.run.references import fingerprints
 from pipeline.run.rows import Row, rows
 from pipeline.run.state import State
@@ -106,7 +106,7 @@ def _scores(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]
     """The scores of a checkpoint, and the fingerprints of what they are against: of the last `shardgan
     evaluate`, else of training."""
     trained = {"against": fingerprints(reference_of(run))}
-    for found in (*_evaluated(run), *_rows(run, trained)):
+    for found in (*evaluated(run), *_rows(run, trained)):
         scores = {key: value for key, value in found.items() if key.startswith("Metrics/")}
         if scores and found.get("cur_nimg") == cur_nimg:
             return scores, found.get("against", {})
@@ -116,12 +116,3 @@ def _scores(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]
 def _rows(run: Path, more: Row) -> Iterator[Row]:
     with suppress(OSError):
         yield from (row | more for row in reversed(rows(run / "metrics.jsonl")))
-
-
-def _evaluated(run: Path) -> list[Row]:
-    """Newest first; none if scores.json is not there or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads((run / "scores.json").read_bytes())
-        if isinstance(found, list):
-            return [entry for entry in reversed(found) if isinstance(entry, dict)]
-    return []

@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.credentials import all_redacted
 from pipeline.errors import UserError
-from pipeline.run.folder import CHANGES, begun, flattened, reference_of
+from pipeline.run.folder import CHANGES, begun, evaluated, flattened, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.rows import Row, rows
 from pipeline.run.terminal import is_score
@@ -97,6 +97,18 @@ class History:
     def reference(self) -> dict[str, dict[str, Any]]:
         """What its scores are against: see `reference_of`."""
         return reference_of(self.folder)
+
+    @cached_property
+    def evaluated(self) -> dict[str, tuple[Score, dict[str, Any]]]:
+        """For each chart that `shardgan evaluate` has scored: the newest score, and the fingerprints of what
+        it is against."""
+        found: dict[str, tuple[Score, dict[str, Any]]] = {}
+        for entry in evaluated(self.folder):
+            against, at = entry.get("against"), entry.get("cur_nimg")
+            for chart, value in entry.items():
+                if is_score(chart) and _is_number(value) and isinstance(at, int):
+                    found.setdefault(chart, (Score(at, value), against if isinstance(against, dict) else {}))
+        return found
 
     def _points(self, chart: str) -> list[Score]:
         return [Score(row["cur_nimg"], row[chart]) for row in self.rows if _is_number(row.get(chart))]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import Config, UserError
 from pipeline.durable import sync
+from pipeline.errors import CommonError
 from pipeline.lock import LockLostError
 from pipeline.run import events
 from pipeline.run.resend import caption, resend
@@ -39,6 +40,12 @@ class Report:
 
     def warn(self, title: str, text: str) -> None:
         """Show a warning, record it in events.jsonl and send it as a W&B alert."""
+
+    @contextmanager
+    def kept(self, world: int) -> Iterator[None]:
+        """An error inside, which ends the run, is kept in events.jsonl: of several ranks, one that all of
+        them raise, as the watch keeps others."""
+        yield
 
     def still_ours(self) -> None:
         """Call before writing to the run folder. Raises LockLostError if another process has taken it."""
@@ -114,10 +121,22 @@ class MainReport(Report):
 
     def warn(self, title: str, text: str) -> None:
         self.say(f"warning: {text}")
+        self._record("warning", title=title, text=text)
+        self._tracker.alert(title, text)
+
+    def _record(self, event: str, **what: str) -> None:
         with suppress(LockLostError):  # else the folder is another process's, to which this did not happen
             self._check()
-            events.record(self._folder, "warning", self._cur_nimg, title=title, text=text)
-        self._tracker.alert(title, text)
+            events.record(self._folder, event, self._cur_nimg, **what)
+
+    @contextmanager
+    def kept(self, world: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if world == 1 or isinstance(error, CommonError):
+                self._record("error", text=str(error) or type(error).__name__)
+            raise
 
     def still_ours(self) -> None:
         try:
@@ -231,6 +250,11 @@ class MainReport(Report):
             first, last = scored[0], scored[-1]
             texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
             yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
+
+
+def keep_error(folder: Path, cur_nimg: int, text: str) -> None:
+    """Record in events.jsonl why the run in `folder` ends."""
+    events.record(folder, "error", cur_nimg, text=text)
 
 
 def open_report(

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from pipeline.data.plan import Split
 from pipeline.data.stream import Batch
 from pipeline.errors import RunError
 from pipeline.gan import schedules
+from pipeline.parallel.compiled import during_update
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.fragments import checksum, sum_of_squares
 from pipeline.parallel.ranks import Ranks
@@ -96,7 +98,7 @@ class Session:
 
     def updating(self) -> AbstractContextManager[None]:
         """Around an update, in which a rank that makes no progress is stuck, however busy it is."""
-        return self._progress.during("in an update", updating=True)
+        return during_update(self._ranks, compiling=partial(self._off_the_clock, "compiling"))
 
     def exchange(self) -> Callable[[], bool]:
         """Send the other ranks this one's flags; the result, after an update, is whether any rank had been

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from faulty_server import FaultyServer, serving
 from remote_shards import SHARDS
-from tiny_shards import members_of, png, write_tar
+from tiny_shards import MakeShards, members_of, png, write_tar
 
 from pipeline.data.index import Index, load_index
-
-MakeShards = Callable[..., Path]
 
 
 @pytest.fixture

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeShards
 from streams import batches
-from tiny_shards import SIZE, image_of, write_tar
+from tiny_shards import SIZE, MakeShards, image_of, write_tar
 
 from pipeline.config import UserError
 from pipeline.data import cache as memory

@@ -10,8 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import MakeShards
-from tiny_shards import image_of, write_tar
+from tiny_shards import MakeShards, image_of, write_tar
 
 from pipeline.config import UserError
 from pipeline.data.index import Index, load_index

@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MakeShards
 from faulty_server import serving
-from tiny_shards import SIZE, members_of, write_tar
+from tiny_shards import SIZE, MakeShards, members_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data import sidecar

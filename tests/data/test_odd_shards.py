@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import MakeShards
 from streams import BATCH, batches, data_of, ids, named, open_all
-from tiny_shards import SIZE, Members, image_of, members_of, png, sample_of, write_tar
+from tiny_shards import SIZE, MakeShards, Members, image_of, members_of, png, sample_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks

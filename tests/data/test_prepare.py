@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import webdataset
 from click.testing import CliRunner
-from conftest import MakeShards
 from PIL import Image
-from tiny_shards import contents, png, sample_of, write_tar
+from tiny_shards import MakeShards, contents, png, sample_of, write_tar
 
 from launch.prepare import prepare as command
 from pipeline.config import Data, UserError

@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import MakeShards
 from PIL import Image
-from tiny_shards import png
+from tiny_shards import MakeShards, png
 
 from launch.prepare import prepare as command
 from pipeline.config import UserError

@@ -13,10 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import MakeShards
 from launching import run, shardgan
 from no_flock import without_flock
-from tiny_shards import contents, png
+from tiny_shards import MakeShards, contents, png
 
 from pipeline import lock
 from pipeline.config import UserError

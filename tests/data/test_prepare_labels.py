@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MakeShards
-from tiny_shards import png, write_tar
+from tiny_shards import MakeShards, png, write_tar
 
 from pipeline.config import UserError
 from pipeline.data.prepare.summary import Summary

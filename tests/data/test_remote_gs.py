@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from conftest import MakeShards
+from tiny_shards import MakeShards
 
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Index, load_index

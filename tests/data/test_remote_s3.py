@@ -8,8 +8,8 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import MakeShards
 from moto.server import ThreadedMotoServer
+from tiny_shards import MakeShards
 
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Index, load_index

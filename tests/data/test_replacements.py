@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from conftest import MakeShards
 from streams import batches, named
-from tiny_shards import SIZE, image_of, sample_of, write_tar
+from tiny_shards import SIZE, MakeShards, image_of, sample_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data.batches import flips

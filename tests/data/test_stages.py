@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from conftest import MakeShards
 from streams import BATCH, batches, data_of, named, open_all
-from tiny_shards import SIZE, png, sample_of
+from tiny_shards import SIZE, MakeShards, png, sample_of
 
 from pipeline.config import Data, UserError
 from pipeline.data.plan import Split

@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MakeShards
 from streams import BATCH, batches, data_of, ids, open_all
-from tiny_shards import SIZE, image_of, write_tar
+from tiny_shards import SIZE, MakeShards, image_of, write_tar
 
 from pipeline.config import Data, UserError
 from pipeline.data import workers as worker_processes

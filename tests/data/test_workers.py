@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeShards
+from tiny_shards import MakeShards
 from torch.utils.data import IterableDataset
 
 from pipeline import folders

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+MakeShards = Callable[..., Path]  # the fixture of that name
 Members = Iterable[tuple[str, bytes]]
 SIZE = 4  # pixels: the smallest that has room for shard and row
 

@@ -75,6 +75,10 @@ class RunFolder:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     @property
+    def events(self) -> list[Row]:
+        return [json.loads(line) for line in (self.path / "events.jsonl").read_text().splitlines()]
+
+    @property
     def done(self) -> bool:
         return (self.path / "DONE").exists()
 

@@ -146,6 +146,8 @@ def assert_ended_by_name(broken: Broken, rank: int, what: str, where: str) -> No
     assert re.match(rf"error: rank {rank} \([^,]+, pid {broken.pid}\) {what}", messages[0]), messages
     assert re.search(rf"at kimg \d+(\.\d+)?[,:] {where}", messages[0]), messages
     assert output.count("The job ends on all 2 ranks.") == 1
+    (kept,) = [row for row in broken.run.events if row["event"] == "error"]
+    assert messages[0] == f"error: {kept['text'].splitlines()[0]}"
     newest = f"{broken.run.path.relative_to(broken.folder)}/checkpoints/{broken.checkpoints[-1]};"
     assert newest in output and "the same command continues from there" in output
 

@@ -9,8 +9,11 @@ from dataclasses import replace
 from click.testing import CliRunner
 from launching import ADAM, FASHION, Worlds
 
+from launch.processes import training
 from launch.train import train
 from pipeline import config
+from pipeline.errors import UserError
+from pipeline.parallel.compilation import Compilation, read_compilation
 
 
 def dry(*arguments: str) -> tuple[str, str]:
@@ -35,6 +38,25 @@ def test_it_prints_the_line_and_starts_nothing(tmp_path, monkeypatch):
     assert line.endswith(" -m pipeline.train adam.yaml G.width=16")
     assert "accelerate/single.yaml --num_processes 1 " in dry("adam.yaml", "--procs", "1")[0]
     assert [p.name for p in tmp_path.iterdir()] == ["adam.yaml"]
+
+
+def test_compiling_is_accelerates_option_and_a_variable_where_accelerate_drops_it(tmp_path, monkeypatch):
+    (tmp_path / "adam.yaml").write_text(ADAM)
+    config = str(tmp_path / "adam.yaml")
+    monkeypatch.setattr("pipeline.parallel.compilation._missing", lambda on_gpu: None)
+    line, _ = dry(config, "--procs", "2", "--compile")
+    assert line.startswith("ACCELERATE_USE_CPU=1 accelerate ") and " --dynamo_backend inductor -m " in line
+    line, _ = dry(config, "--procs", "2", "--strategy", "zero2", "--compile")
+    assert " ACCELERATE_DYNAMO_BACKEND=inductor accelerate launch " in line
+    for strategy in ("single", "zero2"):
+        _, environment = training(strategy, 1, "no", [config], compiled=True)
+        assert read_compilation(environment) == Compilation("inductor")
+        assert read_compilation(training(strategy, 1, "no", [config])[1]) is None
+    monkeypatch.setattr("pipeline.parallel.compilation._missing", lambda on_gpu: "a thing")
+    refused = CliRunner().invoke(train, [config, "--procs", "2", "--compile", "--dry-run"])
+    assert isinstance(refused.exception, UserError) and str(refused.exception).startswith(
+        "Compiling needs a thing"
+    )
 
 
 def test_the_printed_config_is_the_config(tmp_path):

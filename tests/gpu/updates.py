@@ -9,14 +9,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from machine import GPUS, ROOT, WORLD, Outcome, need
 
+if TYPE_CHECKING:
+    from pipeline.parallel.compilation import Compilation
+
 SIZES = {  # published settings, at so many images per GPU
     "r3gan-cifar10": 64, "r3gan-ffhq64": 32, "r3gan-ffhq256": 8, "stylegan2-256": 8, "gat-b2": 32,
 }  # fmt: skip
+COMPILED = {"cifar10": 128, "resnet-64": 64, "stylegan2-256": 8, "gat-b2": 32}  # a family each
+_WARM_UP = 4  # updates, in which everything is compiled, and recorded as a CUDA graph
 
 
 def no_waits() -> Outcome:
@@ -116,8 +121,38 @@ def step() -> Outcome:
     return [], figures
 
 
-def _update(name: str, kind: str, images: int) -> Callable[[], object]:
-    """An update of a published config on made-up images, in one process."""
+def compiled() -> Outcome:
+    """Updates as they are, compiled, and compiled with CUDA graphs, in turns: images per second, and times as
+    they are. Lazy penalties, in whose turns nothing is compiled, are due as often as in a run."""
+    from launch.bench.meter import clocked
+    from pipeline.parallel.compilation import REDUCE_OVERHEAD, Compilation, check_compilation
+
+    ways = {"as it is": None, "compiled": Compilation("inductor")}
+    ways |= {REDUCE_OVERHEAD: Compilation("inductor", graphs=True)} if GPUS else {}
+    for way in ways.values():
+        check_compilation(way, "single", 1, bool(GPUS))
+    kind, turns = ("bf16", 32) if GPUS else ("no", 9)
+    figures = {}
+    for name, images in (COMPILED if GPUS else {"fashion-mnist": 16, "vit-small": 8}).items():
+        updates = {way: _update(name, kind, images, how) for way, how in ways.items()}
+        first: dict[str, list[float]] = {way: [] for way in ways}
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(_WARM_UP + turns):
+            for way, update in updates.items():
+                with clocked((first if turn < _WARM_UP else taken)[way]):
+                    update(turn * images)
+        slow = taken["as it is"]
+        for way, fast in taken.items():
+            figures[f"{name}, {kind}, {images} images, {way}"] = {
+                "images/s": round(images * turns / sum(fast), 1),
+                "times as it is": round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2),
+                "first update, s": round(first[way][0], 1),
+            }
+    return [], figures
+
+
+def _update(name: str, kind: str, images: int, how: Compilation | None = None) -> Callable[..., object]:
+    """An update of a published config on made-up images, in one process; given cur_nimg, or 0."""
 
     from pipeline.config import load
     from pipeline.data.stream import Batch
@@ -130,12 +165,13 @@ def _update(name: str, kind: str, images: int) -> Callable[[], object]:
 
     sizes = (f"data.batch_size={images}", "data.batch_gpu=null", "data.conditional=false")
     config = load(str(ROOT / "configs" / f"{name}.yaml"), sizes)
-    ranks = Ranks(Launch("single", kind, 0, 1), timedelta(seconds=600))  # type: ignore[arg-type]
+    launch = Launch("single", kind, 0, 1, compilation=how)  # type: ignore[arg-type]
+    ranks = Ranks(launch, timedelta(seconds=600))
     gan, stats = build(config, ranks, batch_shape(config.data, 1)), Stats(ranks.device)
     shape = (images, config.data.channels, config.data.size, config.data.size)
     pixels = torch.randn(shape) if config.data.latents else torch.randint(0, 256, shape, dtype=torch.uint8)
     batches = repeat(Batch(pixels.pin_memory() if GPUS else pixels, None))
-    return lambda: train_step(gan, batches, 0, stats)
+    return lambda cur_nimg=0: train_step(gan, batches, cur_nimg, stats)
 
 
 def _seconds(update: Callable[[], object], times: int) -> float:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,15 +100,23 @@ def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.Mo
     assert "ddp.yaml cannot be read" in missing.text and "distributed_type NO" in wrong.text
 
 
+def test_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing, verdict, text in ((None, "ok", "compiled by inductor"), ("g++", "would fail", "needs g++")):
+        monkeypatch.setattr("pipeline.parallel.compilation._missing", lambda on_gpu, m=missing: m)
+        (found,) = checks.compilation(replace(job(), compiled=True))
+        assert found.verdict == verdict and text in found.text
+    assert not list(checks.compilation(job()))
+
+
 def test_another_run_in_the_folder(place: Path) -> None:
     folder = place / "runs" / "good"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config.dump(config.load("good.yaml", ["G.width=16"])))
-    found = {f.check: f for f in examine(job())}
+    found = {f.check: f for f in examine(job())[0]}
     assert found["config"].verdict == "would fail" and "G.width: 16 → 8" in found["config"].text
     (folder / "config.yaml").write_text(config.dump(config.load("good.yaml")))
     (folder / "DONE").write_text("1000000\n")
-    found = {f.check: f for f in examine(job(strategy="single"))}
+    found = {f.check: f for f in examine(job(strategy="single"))[0]}
     assert found["config"].verdict == "warning" and "finished" in found["config"].text
     assert found["launcher"].verdict == "would fail" and "one process" in found["launcher"].text
     assert fails(list(found.values()))

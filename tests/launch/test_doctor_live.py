@@ -34,6 +34,8 @@ def test_two_processes_of_this_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert result.exit_code == 0, result.output
     assert "the processes meet" in result.output
     assert "2 ranks add up 64 MiB in" in result.output
+    assert "one rank alone makes an update of 10 images in" in result.output
+    assert "% of 2 ranks that send nothing" in result.output and "→ ddp" in result.output
 
 
 def test_two_machines_that_differ_are_named(tmp_path: Path) -> None:
@@ -69,7 +71,7 @@ def _machine(rank: int, port: int, folder: Path) -> subprocess.Popen[str]:
     launched = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     launched |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.doctor.worker", str(folder / "tiny.yaml")],
+        [sys.executable, "-m", "launch.doctor.worker", "0", str(folder / "tiny.yaml")],
         cwd=here,
         env=os.environ | launched | {"PYTHONPATH": str(here)},
         stdout=subprocess.PIPE,

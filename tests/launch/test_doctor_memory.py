@@ -11,6 +11,7 @@ import torch
 from doctored import GOOD, PENALISED, VIT, job
 from torch.profiler import ProfilerActivity, profile
 
+from launch.doctor import alone
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
@@ -44,7 +45,7 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     asked = job(*settings, precision=precision)
     how = asked.config, 8, precision, 3 * asked.config.data.conditional
     traced = doctor_memory.activations(*how)
-    update, _known = doctor_memory.second_update(*how)
+    update, _known = alone.second_update(*how)
     measured = allocated(update)
     print(traced, measured)
     assert measured / doctor_memory.WORK_SPACE < traced < 1.05 * measured
@@ -65,7 +66,11 @@ def allocated(turn: Callable[[], object]) -> int:
 
 def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(asked: Job) -> Finding:
-        return next(doctor_memory.examine(asked, doctor_networks.build_players(asked, 0), 0))
+        return next(
+            doctor_memory.examine(
+                asked, doctor_networks.build_players(asked, 0), doctor_memory.traced(asked, 0)
+            )
+        )
 
     whole, parts = (found(job(*extra)).text for extra in ([], ["data.batch_gpu=2"]))
     assert "activations of 10 images" in whole and "activations of 2 images" in parts

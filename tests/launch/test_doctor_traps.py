@@ -24,7 +24,7 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def networks(asked: Job) -> dict[str, Finding]:
-    _, found = doctor_networks.examine(asked, None)
+    _, _, found = doctor_networks.examine(asked, None)
     return {finding.check: finding for finding in found}
 
 

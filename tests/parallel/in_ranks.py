@@ -3,8 +3,8 @@
 The parity matrix, of the objective's and the families' cases only those named; some of its cases
 continued from the checkpoints that the launch before, of another strategy or world, left in EARLIER; the
 Dirac-GAN; a record of what passes between the ranks; a run that starts from another one; fp16; updates that
-are skipped; batch normalisation over all ranks; an index on several machines; and, as it may end the
-training, a matrix with known mistakes.
+are skipped; batch normalisation over all ranks; an index on several machines; compiled players; and, as it
+may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+import compiled_pair
 import dirac
 import half
 import machines
@@ -46,6 +47,8 @@ def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
     found["starts.json"] = starts.record(ranks, out)
     found["overflow.json"], found["machines.json"] = half.train(ranks, out), machines.record(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
+    if f"{ranks.strategy}-{ranks.world}" in compiled_pair.WHERE:
+        found["compiled.json"] = compiled_pair.record(ranks)
     if ranks.main:
         for name, value in found.items():
             (out / name).write_text(json.dumps(value))

@@ -9,6 +9,9 @@ import pytest
 import wire
 from launches import LAUNCHES
 
+from pipeline.config import load
+from pipeline.parallel import theory
+
 SEVERAL = [name for name in LAUNCHES if not name.endswith("-1")]
 
 
@@ -80,6 +83,22 @@ def test_what_objectives_send(launched, name, rounds):
         elif objective not in ("plain", "difference"):
             of_D = 1 + rounds * (3 if "loss.kind=relativistic" in settings else 2)
             assert sum(_gathers(sent)) == rounds * 3 * sizes["G"] + of_D * sizes["D"], objective
+
+
+@pytest.mark.parametrize("rounds", wire.ROUNDS)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_an_update_sends_what_theory_says(launched, name, rounds):
+    """Within 5 %: squared norms and padding are not in it. An all-reduce is a reduce and a gather."""
+    strategy, world = name.rsplit("-", 1)
+    objectives = recorded(launched, name)["objectives"]
+    G, D = (objectives["plain-1"]["bytes"][player] // 4 for player in "GD")
+    for objective, settings in wire.OBJECTIVES.items():
+        update = theory.update_of(load(None, ["data.train=none", *settings]), rounds)
+        due = theory.sent(strategy, int(world), G, D, update) * int(world) / (int(world) - 1)
+        calls = objectives[f"{objective}-{rounds}"]["update"]
+        sent = sum(size * (1 + (operation == "allreduce_")) for operation, size in calls)
+        print(f"{name} {objective} {rounds}: {sent / due:.3f}")
+        assert sent == pytest.approx(due, rel=0.05), objective
 
 
 @pytest.mark.parametrize("rounds", wire.ROUNDS)

@@ -37,6 +37,28 @@ def columns(table: Comparison) -> dict[str, tuple[str, ...]]:
     return {column.title: column.cells for column in table.columns}
 
 
+def test_what_evaluate_has_added_is_shown(tmp_path):
+    """The newest score of each run; the best only among those against the same images."""
+
+    def evaluated(folder: Path, *entries: tuple[int, float, str]) -> Path:
+        added = [{"cur_nimg": at, KID: value, "against": {"heldout": to}} for at, value, to in entries]
+        (a_run(folder, [4.0]) / "scores.json").write_text(json.dumps(added))
+        return folder
+
+    a = evaluated(tmp_path / "a", (1000, 1.0, "x"), (2000, 3.0, "x"))
+    b, c = evaluated(tmp_path / "b", (3000, 2.0, "x")), evaluated(tmp_path / "c", (1000, 0.5, "y"))
+    none = a_run(tmp_path / "none", [4.0])
+    (none / "scores.json").write_text("[")
+    table = comparison.compare(read_histories([a, b, none]))
+    shown = next(column for column in table.columns if "evaluated" in column.title)
+    assert shown == Column("kid_efflite0 evaluated (kimg)", ("3 (2)", "2 (3)", "–"), frozenset({1}))
+    assert table.notes == ()
+    table = comparison.compare(read_histories([a, b, c]))
+    shown = next(column for column in table.columns if "evaluated" in column.title)
+    assert shown.cells[2] == "0.5 (1)" and shown.best == {1}
+    assert table.notes == ("kid_efflite0: evaluated against different images, so these do not compare.",)
+
+
 def test_only_settings_that_differ_are_shown_and_the_best_is_marked(tmp_path):
     same = {"plan": "a", "images": 1000}
     a_run(tmp_path / "none", [4.0, 3.0], "penalty: {l2: 0}", **same)

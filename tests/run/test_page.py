@@ -96,15 +96,21 @@ def test_what_went_wrong_is_counted_and_listed(run):
         {"event": "start", "strategy": "ddp", "world": 2, "precision": "no", "device": "CPU", "versions": {}},
         {"event": "warning", "cur_nimg": 2000, "title": "D has won", "text": f"See {run}/samples/x.png."},
         {"event": "stop", "cur_nimg": 3000, "reason": "by SIGTERM"},
+        {"event": "error", "cur_nimg": 3000, "text": f"rank 1 failed: {run}/x"},
         {"event": "start", "cur_nimg": 3000, "strategy": "fsdp2", "world": 3, "precision": "bf16"},
     )
     (run / "changes.jsonl").write_text('{"cur_nimg": 1000, "key": "optim.G.lr", "old": 1, "new": 2}\n')
     words = Parsed(page([run])).words
     order = ["kimg 1 Setting changed: optim.G.lr: 1 → 2", "kimg 2 D has won: See …/x.png."]
-    order += ["kimg 3 Stopped by SIGTERM", "kimg 3 Started again", "in all 3 updates of D skipped"]
+    order += [
+        "kimg 3 Stopped by SIGTERM",
+        "kimg 3 Failed: rank 1 failed: …/x",
+        "kimg 3 Started again",
+        "in all 3 updates of D skipped",
+    ]
     places = [words.index(text) for text in order]
     assert places == sorted(places)
-    assert "Some things went wrong, or were changed: 5, listed below." in words
+    assert "Some things went wrong, or were changed: 6, listed below." in words
     assert "fsdp2, 3 processes" in words and "bf16" in words and "ddp, 2" not in words
     assert "Nothing: no warning" not in words and "Not recorded" not in words
 

@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
+from pipeline.errors import RunError
+from pipeline.run.events import EVENTS
 from pipeline.run.report import MainReport
+from pipeline.run.rows import rows
 from pipeline.run.tracker import Tracker
 from pipeline.wording import counted
 
@@ -92,3 +95,22 @@ def test_a_warning_has_a_colour_where_the_terminal_may_have_one(tmp_path, monkey
 def test_one_is_not_many():
     assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
     assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+
+
+@pytest.mark.parametrize(
+    ("world", "error", "kept"),
+    [
+        (1, ZeroDivisionError("one over nothing"), True),
+        (2, ZeroDivisionError("one over nothing"), False),  # one rank's: the watch finds it
+        (2, RunError("one over nothing"), True),
+        (1, KeyboardInterrupt(), False),
+    ],
+)
+def test_an_error_that_ends_the_run_is_kept(tmp_path, world, error, kept):
+    report = MainReport(tmp_path, Tracker(), 1000, 60)
+    with pytest.raises(type(error)), report.kept(world):
+        raise error
+    found = [*rows(tmp_path / EVENTS)] if (tmp_path / EVENTS).exists() else []
+    assert [(row["event"], row["cur_nimg"], row["text"]) for row in found] == (
+        [("error", 60, "one over nothing")] if kept else []
+    )

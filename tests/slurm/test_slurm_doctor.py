@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import Project
+from project import Project
 
 pytestmark = pytest.mark.long
 

@@ -70,6 +70,7 @@ class Watch:
     def __init__(self, launch: Launch, timeout_s: float) -> None:
         self.progress = Progress()
         self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
+        self.record: Callable[[str], None] = lambda text: None  # keeps why the job ends
         self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
         self._spread = _number("LOCAL_WORLD_SIZE", launch.world) < launch.world
@@ -104,6 +105,8 @@ class Watch:
         if error is None or isinstance(error, CommonError):
             self._say_goodbye(None)
         elif isinstance(error, UserError | KeyboardInterrupt):  # this rank prints it itself
+            if isinstance(error, UserError):
+                self.record(f"rank {self._rank}: {error}")
             self._say_goodbye(Verdict(self._rank, str(error), printed=True))
             self._linger()
         else:
@@ -278,6 +281,7 @@ class Watch:
             end_process(1)
 
     def _print(self, text: str) -> None:
+        self.record(text)
         lead = "\n" if sys.stderr.isatty() else ""  # there may be a progress bar on this line
         print(f"{lead}error: {text}", file=sys.stderr, flush=True)
         print(f"The job ends on all {self._world} ranks. {self.last_words()}", file=sys.stderr, flush=True)

@@ -187,6 +187,8 @@ class Facts:
                 yield row["cur_nimg"], f"{row.get('title')}: {row.get('text')}"
             elif row.get("event") == "stop":
                 yield row["cur_nimg"], f"Stopped {row.get('reason')}"
+            elif row.get("event") == "error":
+                yield row["cur_nimg"], f"Failed: {row.get('text')}"
             elif row.get("event") == "start":
                 if begun_before:
                     yield row["cur_nimg"], "Started again, and resumed from here"

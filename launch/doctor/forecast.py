@@ -1,0 +1,207 @@
+"""What training under each strategy takes: memory, traffic, time, and so the scaling to expect.
+
+    update = compute + network
+    compute = FLOPs of a rank's images / FLOPs per second
+    network = bytes that a rank sends / bytes per second
+
+Nothing is taken to overlap, so an update may be as fast as the larger of the two. The sums are in
+launch/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rich import box
+from rich.table import Table
+
+from launch.doctor import memory
+from launch.doctor.finding import Finding, Job, ok, warning
+from launch.doctor.flops import Flops, of_training
+from launch.doctor.networks import Players, tied
+from launch.processes import STRATEGIES
+from pipeline.config import UserError
+from pipeline.parallel import theory
+from pipeline.parallel.batch import batch_shape
+from pipeline.wording import counted, in_bytes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a job's training, where they can be known."""
+
+    players: Players
+    flops: Flops | None
+    activations: int | None  # bytes on a rank
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one strategy, per rank and update. None: not known."""
+
+    strategy: str
+    held: tuple[int, int] | None  # bytes, from and to
+    sent: float  # bytes
+    compute: float | None  # seconds
+    network: float | None  # seconds
+    possible: bool = True  # whether the strategy can train these networks
+
+    @property
+    def seconds(self) -> float | None:
+        """None unless both are known."""
+        return None if self.compute is None or self.network is None else self.compute + self.network
+
+    @property
+    def efficiency(self) -> float | None:
+        """Images per second and rank, against one rank alone with as many images."""
+        return self.compute / self.seconds if self.compute and self.seconds else None
+
+
+def forecasts(job: Job, costs: Costs) -> list[Forecast]:
+    """Of every strategy for several ranks; of one process, of `single`. None where the batch cannot be
+    divided."""
+    try:
+        rounds = batch_shape(job.config.data, job.world).rounds
+    except UserError:
+        return []
+    G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in costs.players)
+    frozen = sum(p.numel() for p in costs.players[1].parameters() if not p.requires_grad)
+    update, compute = theory.update_of(job.config, rounds, frozen), _compute(job, costs)
+    found = []
+    for strategy in STRATEGIES[1:] if job.world > 1 else STRATEGIES[:1]:
+        of_it, rate = replace(job, strategy=strategy), _slowest_link(job)
+        held, active = memory.states(of_it, costs.players), costs.activations
+        sent = theory.sent(strategy, job.world, G, D, update)
+        found.append(
+            Forecast(
+                strategy,
+                held=None if active is None else memory.in_all(held, active),
+                sent=sent,
+                compute=compute,
+                network=sent / rate if rate else None if sent else 0.0,
+                possible=not any(tied(of_it, *costs.players)),
+            )
+        )
+    return found
+
+
+def _compute(job: Job, costs: Costs) -> float | None:
+    """Seconds of an update's arithmetic."""
+    if costs.flops is None or not job.machine.flops:
+        return None
+    images = job.config.images_per_update / job.world
+    return images * of_training(job.config, *costs.flops) / job.machine.flops
+
+
+def _slowest_link(job: Job) -> float | None:
+    """Bytes per second in a ring of all ranks, which leaves and enters each node once."""
+    machine = job.machine
+    if job.nodes == 1:
+        return machine.bandwidth
+    return min(machine.bandwidth, machine.network) if machine.bandwidth and machine.network else None
+
+
+def choose(found: Sequence[Forecast], there: int | None) -> Forecast | None:
+    """The fastest that fits into `there` bytes, if these are known; None if none does.
+
+    Without times, the one that sends least; of equal ones the first, which is the simplest.
+    """
+    fitting = [f for f in found if f.possible and _fits(f, there)]
+    return min(fitting, key=lambda f: f.sent if f.network is None else f.network, default=None)
+
+
+def _fits(found: Forecast, there: int | None) -> bool:
+    return there is None or found.held is None or memory.fits(found.held[1], there)
+
+
+def examine(job: Job, found: Sequence[Forecast]) -> Iterator[Finding]:
+    """How fast training would be, and under which strategy."""
+    if not found:
+        return
+    there = memory.of_gpu(job)
+    chosen = choose(found, there)
+    if chosen is None:
+        text = f"none is sure to fit into {in_bytes(there or 0)} per GPU"
+        yield warning("strategy", text, "Lower data.batch_gpu: more rounds of fewer images.")
+        return
+    if job.world == 1:
+        if chosen.seconds is not None:
+            yield ok("speed", f"{_rate(job, chosen)} images/s: an update in {chosen.seconds:.3g} s")
+        return
+    best = "sends less" if chosen.network is None else "is faster"
+    need = "" if chosen.held is None else f"up to {in_bytes(chosen.held[1])}"
+    if there is not None:
+        text = f"{chosen.strategy} needs {need} of {in_bytes(there)} per GPU, and none that fits {best}"
+    else:
+        text = f"{chosen.strategy}{f', if a rank has room for {need}' if need else ''}: none {best}"
+    if chosen.efficiency is not None:
+        share = f"{chosen.efficiency:.0%} of {job.world} ranks that send nothing"
+        text += f"; {_rate(job, chosen)} images/s, {share}{_asked(job, chosen, found)}"
+    else:
+        text += f". For times: {_missing(job)}"
+    yield ok("strategy", text)
+
+
+def _rate(job: Job, found: Forecast) -> str:
+    """Images per second, of all ranks."""
+    return _short(job.config.images_per_update / (found.seconds or 1.0))
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _asked(job: Job, chosen: Forecast, found: Sequence[Forecast]) -> str:
+    """How much slower the job's own strategy is, if it is."""
+    own = next((f.seconds for f in found if f.strategy == job.strategy), None)
+    if own is None or chosen.seconds is None or own < 1.005 * chosen.seconds:
+        return ""
+    return f"; {job.strategy} would take {own / chosen.seconds:.2f} times as long"
+
+
+def _missing(job: Job) -> str:
+    """The options that would tell what is not known."""
+    given = {"--tflops": job.machine.flops, "--bandwidth": job.machine.bandwidth}
+    given |= {"--network": job.machine.network} if job.nodes > 1 else {}
+    return f"{', '.join(name for name, value in given.items() if not value)}, or --live"
+
+
+def table(job: Job, found: Sequence[Forecast]) -> Table | None:
+    """Strategy by strategy, in at most 60 columns; None for one process. Marks the one to choose."""
+    found = [f for f in found if f.possible]
+    if job.world == 1 or not found:
+        return None
+    chosen, compute = choose(found, memory.of_gpu(job)), found[0].compute
+    of_memory, memory_unit = _scale([f.held[1] for f in found if f.held])
+    of_sent, sent_unit = _scale([f.sent for f in found])
+    title = f"{counted(job.nodes, 'node')} x {counted(job.gpus, 'rank')}, precision {job.precision}"
+    note = "Per rank and update, nothing overlapping."
+    note += f" Compute takes {_short(1000 * compute)} ms." if compute else ""
+    shown = Table(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown.add_column("strategy")
+    for heading in (
+        f"memory\n{memory_unit}",
+        f"sent\n{sent_unit}",
+        "network\nms",
+        "images/s",
+        "effi-\nciency",
+    ):
+        shown.add_column(heading, justify="right")
+    for each in found:
+        cells = [
+            "–" if each.held is None else "–".join(f"{size / of_memory:.3g}" for size in each.held),
+            f"{each.sent / of_sent:.3g}",
+            "–" if each.network is None else _short(1000 * each.network),
+            "–" if each.seconds is None else _rate(job, each),
+            "–" if each.efficiency is None else f"{each.efficiency:.0%}",
+        ]
+        mark, style = ("→ ", "bold green") if each == chosen else ("  ", "")
+        shown.add_row(f"{mark}{each.strategy}", *cells, style=style)
+    return shown
+
+
+def _scale(sizes: Sequence[float]) -> tuple[float, str]:
+    """A unit in which the largest has few digits."""
+    units = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+    return next((unit for unit in units if max(sizes, default=0) >= unit[0]), units[-1])
