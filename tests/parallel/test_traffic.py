@@ -100,6 +100,7 @@ def test_the_store_hears_little_and_as_much_in_any_world(measured, world):
     assert ranks[0]["phases"]["join"]["store"] == [401, 4, 1]  # where it is, and that it is there
     for rank in ranks:
         sent, segments = rank["watch"]
-        assert segments / rank["beats"] == pytest.approx(5, abs=0.5)  # of which one is a heartbeat's data
-        assert sent / rank["beats"] < 500
+        # Four requests and an answer's receipt; at its start a rank also reads those of its machine, once.
+        assert segments / rank["beats"] < 6 + world / 2
+        assert sent / rank["beats"] < 600 + 100 * world
         assert rank["phases"]["updates"]["store"] == [0, 0, 0]
