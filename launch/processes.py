@@ -16,9 +16,10 @@ from typing import Any
 from pipeline.config import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
+from pipeline.parallel.hybrid import shards_of
 from pipeline.run import stop
 
-STRATEGIES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 COMPILED = ("--dynamo_backend", "inductor")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
@@ -46,6 +47,14 @@ def check_gpus(procs: int | None) -> None:
     gpus = torch.cuda.device_count()
     if gpus and (procs or 1) > gpus:
         raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
+
+
+def check_world(strategy: str, procs: int) -> None:
+    """Raises UserError if this machine or a strategy cannot have so many processes."""
+    if strategy == "single" and procs > 1:
+        raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
+    check_gpus(procs)
+    shards(strategy, procs, procs)
 
 
 def parse_strategies(strategies: str) -> list[str]:
@@ -92,6 +101,27 @@ def launch_line(strategy: str, procs: int, precision: str, module: Sequence[str]
 
 def launcher_file(strategy: str) -> list[str]:
     return ["--config_file", str(ACCELERATE_FILES / f"{strategy}.yaml")]
+
+
+def shards(strategy: str | None, world: int, per_node: int) -> int | None:
+    """Under hsdp the number of ranks that share one copy of a player, by its launcher file; else None.
+
+    Raises UserError if the world cannot be divided so.
+    """
+    if strategy != "hsdp":
+        return None
+    import yaml
+
+    asked = yaml.safe_load((ACCELERATE_FILES / "hsdp.yaml").read_text()).get("parallelism_config") or {}
+    sizes = (int(asked.get(f"parallelism_config_dp_{kind}_size", 1)) for kind in ("shard", "replicate"))
+    return shards_of(world, per_node, *sizes)
+
+
+def as_two_nodes(strategy: str, procs: int) -> list[str]:
+    """Options with which hsdp shards over half of one machine's processes, if four or more can be halved: for
+    commands that try strategies."""
+    halves = strategy == "hsdp" and procs >= 4 and procs % 2 == 0
+    return ["--parallelism_config_dp_shard_size", str(procs // 2)] if halves else []
 
 
 def environment_of(procs: int, on_cpu: bool) -> dict[str, str]:
@@ -202,12 +232,13 @@ def launch(
     environment: dict[str, str] | None = None,
     timeout: float = 1800,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `module ARGUMENTS…` under a strategy, as `accelerate launch` does for a user.
+    """Run `module ARGUMENTS…` under a strategy, as `accelerate launch` does for a user; hsdp as on two nodes.
 
     deepspeed: a JSON config instead of the strategy's own. Raises subprocess.TimeoutExpired, with nothing
     left running.
     """
-    options = ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
+    options = as_two_nodes(strategy, procs)
+    options += ["--deepspeed_config_file", str(deepspeed)] if deepspeed else []
     line = launch_line(strategy, procs, precision, module, *options)
     command = [sys.executable, "-m", "accelerate.commands.launch", *line]
     return run(command, environment_of(procs, on_cpu) | (environment or {}), timeout)

@@ -53,16 +53,14 @@ def train(
     if not dry_run:  # before seconds of imports
         click.echo(f"starting {_processes(procs, strategy)} …")
     from launch.argument import training_of
-    from pipeline.config import UserError, dump, load
+    from pipeline.config import dump, load
     from pipeline.gan.compatible import check_objective
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
     procs = procs or processes.default_procs(strategy)
     strategy = strategy or ("single" if procs == 1 else "ddp")
-    if strategy == "single" and procs > 1:
-        raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
-    processes.check_gpus(procs)
+    processes.check_world(strategy, procs)
     training = training_of(config, settings, gpu=processes.on_gpu())
     training.explain()
     config, settings = training.config, training.settings

@@ -62,7 +62,8 @@ def in_theory(found: Found) -> tuple[dict[str, float], float]:
     with torch.device("meta"):
         frozen = sum(p.numel() for p in build_D(config, 0).parameters() if not p.requires_grad)
     rounds = batch_shape(config.data, found["world"]).rounds
-    return theory.held(*job), theory.sent(*job, theory.update_of(config, rounds, frozen))
+    update, shards = theory.update_of(config, rounds, frozen), found["shards"]
+    return theory.held(*job, shards), theory.sent(*job, update, shards)
 
 
 def _row(found: Found) -> list[str]:
@@ -70,6 +71,8 @@ def _row(found: Found) -> list[str]:
     cells = [(measured[name], due[name]) for name in _HELD]
     cells += [(sum(measured.values()), sum(due.values())), (sum(found["sent"].values()), sent)]
     name = f"{found['strategy']} x{found['world']}"
+    if found["strategy"] == "hsdp":
+        name = f"hsdp {found['world'] // found['shards']}x{found['shards']}"
     return [name, *(f"{mine / _MIB:.1f} ({theirs / _MIB:.1f})" for mine, theirs in cells)]
 
 
@@ -84,7 +87,7 @@ def main(out: Path, settings: list[str]) -> None:
         train_step(gan, reals, update * gan.batch_size, stats)
     at_step: list[dict[str, int]] = []  # of D, then of G
     hook = register_optimizer_step_pre_hook(lambda *_: at_step.append(footprint(gan)))
-    with Traffic(ranks.world) as traffic:
+    with Traffic() as traffic:
         train_step(gan, reals, (_UPDATES - 1) * gan.batch_size, stats)
     hook.remove()
     found |= {"at_rest": footprint(gan), "at_step_D": at_step[0], "at_step_G": at_step[1]}

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.parallel.engine import Engine
+from pipeline.parallel.ranks import taking_part
 from pipeline.players import Gan
 
 Storages = dict[int, int]  # address → bytes
@@ -45,13 +46,12 @@ def _synchronise() -> None:
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that this rank sends, by kind of collective.
 
-    In a collective's ring form each of N ranks sends B·(N−1)/N, for an all-reduce twice that; B is the larger
-    of input and output.
+    In a collective's ring form each of a group's N ranks sends B·(N−1)/N, for an all-reduce twice that; B is
+    the larger of input and output.
     """
 
-    def __init__(self, world: int) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._world = world
         self.sent: defaultdict[str, float] = defaultdict(float)
         self.calls: defaultdict[str, int] = defaultdict(int)
 
@@ -59,7 +59,8 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func._schema.name if func.namespace == "c10d" else ""
         if kind := next((kind for kind in _KINDS if kind in name), None):
             whole = max(_bytes(argument) for argument in args[:2])
-            self.sent[kind] += (1 + (kind == "allreduce")) * whole * (self._world - 1) / self._world
+            ranks = len(taking_part(args))
+            self.sent[kind] += (1 + (kind == "allreduce")) * whole * (ranks - 1) / ranks
             self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
 

@@ -37,7 +37,13 @@ def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]
     sizes = click.Choice(["32", "64", "128", "256"])
     found = (
         click.option("--strategies", default=",".join(STRATEGIES), show_default=True, metavar="S,…"),
-        click.option("--procs", default="2", show_default=True, metavar="N,…", help="Except for single."),
+        click.option(
+            "--procs",
+            default="2",
+            show_default=True,
+            metavar="N,…",
+            help="Except for single; hsdp: as on two nodes.",
+        ),
         click.option(
             "--params", type=float, default=50e6, show_default=True, help="Of each player, at least."
         ),
@@ -143,7 +149,8 @@ def begin(pair: list[str]) -> tuple[Ranks, Gan, Iterator[Batch], Found]:
     shape, size = batch_shape(config.data, ranks.world), config.data.size
     gan = build(config, ranks, shape)
     images = torch.randint(0, 256, (shape.local, config.data.channels, size, size), dtype=torch.uint8)
-    found: Found = {"strategy": ranks.strategy, "world": ranks.world, "settings": pair}
+    shards = ranks.shards if ranks.strategy == "hsdp" else None
+    found: Found = {"strategy": ranks.strategy, "world": ranks.world, "shards": shards, "settings": pair}
     for engine in (gan.G, gan.D):
         found[f"parameters_{engine.player.name}"] = sum(f.shape.numel() for f in engine.fragments)
     return ranks, gan, itertools.repeat(Batch(images, None)), found

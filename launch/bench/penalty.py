@@ -49,7 +49,7 @@ def command(steps: int, **options: Any) -> None:
         ("step without", "with L2", "ratio", "L2 within step", "value", "gathered", "+ autograd"),
         map(_row, found),
         "Both players. L2 within step: time of value and gradient inside the step, over the step's. "
-        "Gathered: Σp² of whole weights, gathered under zero3 and fsdp2; + autograd: with its gradient.",
+        "Gathered: Σp² of whole weights, gathered under zero3, fsdp2, hsdp; + autograd: with its gradient.",
     )
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from launch.doctor import data, memory, networks, place, surroundings
 from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
 from launch.doctor.forecast import Costs
-from launch.processes import ACCELERATE_FILES, default_procs, on_gpu
+from launch.processes import ACCELERATE_FILES, default_procs, on_gpu, shards
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import Compilation, check_compilation
@@ -24,7 +24,8 @@ from pipeline.wording import counted
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
 
-_TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}  # distributed_type; the others: DEEPSPEED
+# distributed_type; the others: DEEPSPEED
+_TYPES = {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "hsdp": "FSDP"}
 
 
 def job_of(
@@ -94,12 +95,24 @@ def launcher(job: Job) -> Iterator[Finding]:
     elif job.strategy == "single" and job.world > 1:
         text = f"single is one process, not {job.world}"
         yield would_fail("launcher", text, "Choose another --strategy.")
+    elif undivided := _undivided(job):
+        yield would_fail("launcher", undivided)
     elif 0 < gpus < job.gpus and job.nodes == 1:
         text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
+        copies = f" of {job.world // job.shards} x {job.shards} ranks" if job.strategy == "hsdp" else ""
         precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
-        yield ok("launcher", f"{job.strategy}, precision {precision}: {path.name}")
+        yield ok("launcher", f"{job.strategy}{copies}, precision {precision}: {path.name}")
+
+
+def _undivided(job: Job) -> str:
+    """Why hsdp cannot divide the world; empty if it can, and for others."""
+    try:
+        shards(job.strategy, job.world, job.gpus)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def compilation(job: Job) -> Iterator[Finding]:

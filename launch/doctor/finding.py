@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from launch.processes import shards
 from pipeline.config import Config
 from pipeline.wording import counted
 
@@ -42,6 +43,11 @@ class Job:
     @property
     def world(self) -> int:
         return self.nodes * self.gpus
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of a sharded player. Raises UserError if hsdp cannot divide the world."""
+        return shards(self.strategy, self.world, self.gpus) or self.world
 
 
 @dataclass(frozen=True)

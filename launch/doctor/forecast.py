@@ -70,16 +70,19 @@ def forecasts(job: Job, costs: Costs) -> list[Forecast]:
     update, compute = theory.update_of(job.config, rounds, frozen), _compute(job, costs)
     found = []
     for strategy in STRATEGIES[1:] if job.world > 1 else STRATEGIES[:1]:
-        of_it, rate = replace(job, strategy=strategy), _slowest_link(job)
+        of_it = replace(job, strategy=strategy)
+        if (shards := _shards(of_it)) is None:
+            continue
         held, active = memory.states(of_it, costs.players), costs.activations
-        sent = theory.sent(strategy, job.world, G, D, update)
+        sent = theory.sent(strategy, job.world, G, D, update, shards)
+        over = theory.over_copies(strategy, job.world, G, D, update, shards)
         found.append(
             Forecast(
                 strategy,
                 held=None if active is None else memory.in_all(held, active),
                 sent=sent,
                 compute=compute,
-                network=sent / rate if rate else None if sent else 0.0,
+                network=_network(of_it, shards, sent - over, over),
                 possible=not any(tied(of_it, *costs.players)),
             )
         )
@@ -94,12 +97,31 @@ def _compute(job: Job, costs: Costs) -> float | None:
     return images * of_training(job.config, *costs.flops) / job.machine.flops
 
 
-def _slowest_link(job: Job) -> float | None:
-    """Bytes per second in a ring of all ranks, which leaves and enters each node once."""
-    machine = job.machine
-    if job.nodes == 1:
-        return machine.bandwidth
-    return min(machine.bandwidth, machine.network) if machine.bandwidth and machine.network else None
+def _shards(job: Job) -> int | None:
+    """How many ranks share one copy; None where hsdp cannot divide the ranks, or has one copy, as fsdp2."""
+    try:
+        return None if job.strategy == "hsdp" and job.shards == job.world else job.shards
+    except UserError:
+        return None
+
+
+def _network(job: Job, shards: int, within: float, over: float) -> float | None:
+    """Seconds of an update's traffic: bytes that a rank sends in rings of `shards` ranks next to each other,
+    and over copies.
+
+    A ring of ranks of several nodes leaves and enters each node once. Over copies there are as many rings as
+    ranks share a copy, and all of them that a node is in leave it.
+    """
+    if not within + over:
+        return 0.0
+    bandwidth, network = job.machine.bandwidth, job.machine.network
+    if not bandwidth or (job.nodes > 1 and not network):
+        return None
+    slowest = min(bandwidth, network or bandwidth) if job.nodes > 1 else bandwidth
+    inside = bandwidth if shards <= job.gpus else slowest
+    rings = min(shards, job.gpus)
+    outside = slowest if job.nodes == 1 else (network or slowest) / rings
+    return within / inside + over / outside
 
 
 def choose(found: Sequence[Forecast], there: int | None) -> Forecast | None:

@@ -47,12 +47,12 @@ def of_gpu(job: Job) -> int | None:
 
 def examine(job: Job, players: Players, active: int | str) -> Iterator[Finding]:
     """Bytes on one rank at the worst moment, compared with the GPU's. active: from `traced`."""
-    held = states(job, players)
-    text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     try:
+        held = states(job, players)
         images = batch_shape(job.config.data, job.world).images
     except UserError:
         return
+    text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
     if isinstance(active, str):
         yield ok("memory", f"per rank: {text}; activations cannot be traced ({active})")
         return
@@ -87,11 +87,12 @@ def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
     with what is gathered or kept in buckets for a while."""
     G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
-    held = theory.held(job.strategy, job.world, G, D)
+    held = theory.held(job.strategy, job.world, G, D, job.shards)
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
-        held["frozen weights"] = 4 * frozen / (job.world if job.strategy in ("fsdp2", "zero3") else 1)
+        sharded = job.strategy in ("fsdp2", "hsdp", "zero3")
+        held["frozen weights"] = 4 * frozen / (job.shards if sharded else 1)
     if job.strategy.startswith("zero"):
         buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
         held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)

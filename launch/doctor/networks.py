@@ -85,7 +85,7 @@ def build_players(job: Job, num_classes: int) -> Players:
 
 def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """Parameters with two names, which FSDP2 cannot shard."""
-    if job.strategy != "fsdp2":
+    if job.strategy not in ("fsdp2", "hsdp"):
         return
     from pipeline.parallel.fsdp2 import refuse_ties
 

@@ -131,7 +131,8 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
     families of networks, parameters that do not train, and tied ones, which FSDP2 refuses. thorough: also
     those of `THOROUGH`, for tests that may take long.
     """
-    batch = shared_batch(world)
+    shared = shared_batch(world)
+    batch = shared if 12 % world else 12  # four ranks: in three rounds, which changes only what is below
     clips: dict[str, tuple[str, ...]] = {"free": (), "clipped": CLIPPED}
     found = []
     for rounds, (clip, clipping), (penalty, lambdas) in itertools.product(
@@ -171,12 +172,13 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         "frozen": networks("launch.selfcheck.networks", "Frozen"),
         "tied": networks("launch.selfcheck.networks", "Tied"),
     }
-    if strategy == "fsdp2":
+    if strategy in ("fsdp2", "hsdp"):
         del special["tied"]
     for name, settings in special.items():
         # Every forward pass takes a power iteration of spectral norm, so that rounds change the training.
         rounds = 1 if "spectral" in name else 2
-        images = 2 * batch if name == "fraction" else batch  # every second one of a rank's round
+        by_round = name == "fraction" or "sync-batch" in name  # every second image of a rank's; all ranks'
+        images = shared * (1 + (name == "fraction")) if by_round else batch
         found.append(Case(name, (*SGD, *_PENALTIES["l2"], *settings), rounds, images))
     return found + _thorough(found) if thorough else found
 

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
     """The run folder, this node's fingerprint in it, where to meet (address, port), the signal to stop by."""
-    from launch.processes import check_space
+    from launch.processes import check_space, shards
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
 
@@ -51,6 +51,7 @@ def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
             "(`shardgan submit` does so by itself)."
         )
     batch_shape(config.data, world)
+    shards(os.environ.get("SHARDGAN_STRATEGY"), world, int(os.environ.get("SHARDGAN_PROCS") or world))
     folder = (Path(config.run.out) / str(config.run.name)).absolute()
     if "\n" in str(folder):
         raise UserError("run.out and run.name must not contain a line break.")

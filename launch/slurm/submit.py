@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from launch.processes import STRATEGIES
+from launch.processes import STRATEGIES, shards
 
 if TYPE_CHECKING:
     from launch.slurm.jobs import Resources
@@ -151,7 +151,9 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
 
     if (run / "metrics.jsonl").exists():
         check_same(config, run)
-        batch_shape(config.data, resources.nodes * resources.procs)
+        world = resources.nodes * resources.procs
+        batch_shape(config.data, world)
+        shards(resources.strategy, world, resources.procs)
         checked_index(config, announce=False)
         return
     job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)

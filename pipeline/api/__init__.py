@@ -80,7 +80,7 @@ def train(
         settings: override the config, as in {"penalty.l2": 1e-3, "data.train": "data/photos"}.
         procs: processes. One: this one, so `G.kind` may name a class of a notebook, "__main__:MyG".
             Several are started, and end with this one; their output is printed here.
-        strategy: single, ddp, fsdp2, zero1, zero2 or zero3. Default: ddp; for one process single.
+        strategy: single, ddp, fsdp2, hsdp, zero1, zero2 or zero3. Default: ddp; for one process single.
         mixed_precision: no, bf16 or fp16.
 
     Returns the run folder. A finished run is left as it is.

@@ -43,7 +43,7 @@ def _wrapped(
     example: tuple[torch.Tensor | None, ...],
 ) -> Engine:
     # Imported only where needed: FSDP alone takes half as long as torch, DeepSpeed longer.
-    if ranks.strategy == "fsdp2":
+    if ranks.strategy in ("fsdp2", "hsdp"):
         from pipeline.parallel.fsdp2 import Fsdp2Engine
 
         return Fsdp2Engine(network, player, ranks, batch)

@@ -1,4 +1,8 @@
-"""Players sharded by FSDP2 (`fully_shard`): 1/world of parameters, gradients, moments, average on a rank."""
+"""Players sharded by FSDP2 (`fully_shard`): 1/world of parameters, gradients, moments, average on a rank.
+
+Or, by hybrid sharding, 1/shards of them, with a copy of each on every so-many-th rank: gathers stay between
+neighbours, and only gradients, of 1/shards of the player, are averaged over copies.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +42,14 @@ class Fsdp2Engine(MasterEngine):
     rows than ranks, of which some ranks have none, needs no special case.
     """
 
-    copies = 1
+    @property
+    def copies(self) -> int:
+        return self.ranks.world // self.ranks.shards
 
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         module.to(ranks.device)
         shapes = {name: p.shape for name, p in module.named_parameters() if p.requires_grad}
-        self._modules = _shard(module, ranks.device)
+        self._modules = _shard(module, ranks)
         # Later, named_parameters() may return a block's gathered copies instead.
         self._sharded = {name: p for name, p in module.named_parameters() if p.requires_grad}
         masters = {name: nn.Parameter(_local(p)) for name, p in self._sharded.items()}
@@ -115,7 +121,7 @@ class Fsdp2Engine(MasterEngine):
             parameter.grad = None
 
 
-def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
+def _shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
     """Shard block by block, then the rest as the root; returns all FSDP modules.
 
     Parameters stay fp32 and autocast computes in bf16, as under every other strategy. FSDP2's mixed precision
@@ -123,15 +129,22 @@ def _shard(module: nn.Module, device: torch.device) -> list[FSDPModule]:
     statistics.
     """
     refuse_ties(module)
-    # By default FSDP2 shards over the kind of device torch was built for, present or not, in a new group with
-    # a default timeout. The world's group has ours.
-    world = dist.group.WORLD
-    assert world is not None
-    mesh = DeviceMesh.from_group(world, device.type)
+    mesh = _mesh(ranks)
     # By default the root stays gathered, and a pass without gradients would leave stale weights in it.
     for part in (*blocks_of(module), module):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def _mesh(ranks: Ranks) -> DeviceMesh:
+    """All ranks, or [copies, shards] of them. By default FSDP2 would shard over the kind of device torch was
+    built for, present or not, and groups would have a default timeout."""
+    world, kind = dist.group.WORLD, ranks.device.type
+    assert world is not None
+    if ranks.shards == ranks.world:
+        return DeviceMesh.from_group(world, kind)
+    names, layout = ("copies", "shards"), torch.arange(ranks.world).view(-1, ranks.shards)
+    return DeviceMesh.from_group([ranks.over_copies, ranks.within_copy], kind, layout, mesh_dim_names=names)
 
 
 def _follow(module: Any, accumulated: Callable[[], None]) -> None:
@@ -177,6 +190,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _first_element(shape: torch.Size, ranks: Ranks) -> int:
     """Index of this rank's first element: torch.chunk, and so FSDP2, deals out rows (first axis), as many to
-    each rank but the last ones, which may get fewer or none."""
-    rows = -(-shape[0] // ranks.world)
-    return min(ranks.rank * rows, shape[0]) * (shape.numel() // shape[0])
+    each rank of a copy but the last ones, which may get fewer or none."""
+    rows = -(-shape[0] // ranks.shards)
+    return min(ranks.rank % ranks.shards * rows, shape[0]) * (shape.numel() // shape[0])

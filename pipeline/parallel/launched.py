@@ -14,9 +14,10 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from pipeline.errors import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
+from pipeline.parallel.hybrid import read_shards
 from pipeline.parallel.zero_settings import read_settings
 
-Strategy = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
@@ -32,6 +33,7 @@ class Launch:
     zero: dict[str, Any] | None = None  # the launcher's DeepSpeed settings
     keep_gathered: bool = False  # FSDP: within a turn (fsdp_reshard_after_forward: false)
     compilation: Compilation | None = None
+    shards: int | None = None  # hsdp: ranks that share one copy of a player
 
     def check(self, rounds: int) -> None:
         """Raises UserError for what this machine cannot do. rounds: of an update."""
@@ -58,7 +60,9 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
         )
     strategy, zero = _strategy(env)
     keep = env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
-    return Launch(strategy, precision, rank, world, zero, keep, read_compilation(env))  # type: ignore[arg-type]
+    shards = read_shards(env, world) if strategy == "hsdp" else None
+    how = read_compilation(env)
+    return Launch(strategy, precision, rank, world, zero, keep, how, shards)  # type: ignore[arg-type]
 
 
 def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
@@ -71,7 +75,7 @@ def _strategy(env: Mapping[str, str]) -> tuple[Strategy, dict[str, Any] | None]:
             raise UserError(
                 "FSDP version 1 is not supported: set fsdp_version: 2 (launch/accelerate/fsdp2.yaml)."
             )
-        return "fsdp2", None
+        return ("hsdp" if flag(env, "ACCELERATE_USE_PARALLELISM_CONFIG") else "fsdp2"), None
     return ("ddp" if "WORLD_SIZE" in env and not started_alone(env) else "single"), None
 
 

@@ -1,4 +1,4 @@
-"""Players whose fp32 master weights and averaged gradients are plain local tensors: DDP and FSDP2."""
+"""Players whose fp32 master weights and averaged gradients are plain local tensors: DDP, FSDP2, hsdp."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
@@ -50,6 +50,8 @@ class Ranks:
         self.rank, self.world = launch.rank, launch.world
         self.strategy, self.precision, self.zero = launch.strategy, launch.precision, launch.zero
         self.keep_gathered, self.compilation = launch.keep_gathered, launch.compilation
+        # Ranks that share one copy of a player, next to each other.
+        self.shards = launch.shards or (1 if launch.strategy == "ddp" else launch.world)
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
         torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
@@ -58,6 +60,10 @@ class Ranks:
         # Control flags must not queue behind gradients: they have a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
         self._polls = Polls(self.rank, self.world, self._control) if self._control is not None else None
+        if 1 < self.shards < self.world:
+            first = self.rank - self.rank % self.shards
+            self.within_copy = _group(range(first, first + self.shards), timeout)
+            self.over_copies = _group(range(self.rank % self.shards, self.world, self.shards), timeout)
 
     @property
     def main(self) -> bool:
@@ -214,6 +220,19 @@ def _meeting_place(launch: Launch, timeout: timedelta) -> dict[str, Any]:
     if launch.world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
     return {"store": launcher_store(timeout), "rank": launch.rank, "world_size": launch.world}
+
+
+def _group(members: range, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of this rank and others. Only they wait for each other here: a thousand ranks make hundreds."""
+    group: dist.ProcessGroup = dist.new_group([*members], timeout, use_local_synchronization=True)
+    return group
+
+
+def taking_part(arguments: Sequence[Any]) -> list[int]:
+    """The ranks in a collective, of the arguments that torch's dispatcher gets; none without a group."""
+    boxed = next((a for a in arguments if isinstance(a, torch.ScriptObject)), None)  # a ReduceOp may follow
+    group = None if boxed is None else dist.ProcessGroup.unbox(boxed)
+    return [] if group is None else dist.get_process_group_ranks(group)
 
 
 def keep_freed_memory() -> None:

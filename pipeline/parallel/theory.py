@@ -1,6 +1,7 @@
 """What each strategy holds on a rank and sends, by theory: fp32 weights and gradients, Adam.
 
-G and D are numbers of parameters that train, world the number of ranks.
+G and D are numbers of parameters that train, world the number of ranks, shards that of the ranks that share
+one copy of a player under hsdp (default: all).
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from pipeline.config import Config
 MESSAGE = 144  # bytes beside the payload that a rank sends for a message of gloo, in three segments
 
 
-def held(strategy: str, world: int, G: int, D: int) -> dict[str, float]:
+def held(strategy: str, world: int, G: int, D: int, shards: int | None = None) -> dict[str, float]:
     """Bytes on one rank while a player steps: Rajbhandari et al. 2020 (ZeRO), section 5, and G_ema.
 
     Adam has two moments. Gradients are those of the player that steps, but DDP's buckets and ZeRO 3's flat
     gradients hold both players'. ZeRO's masters are a copy of its parameters even where both are fp32. FSDP2
-    keeps both players gathered in a turn.
+    keeps both players gathered in a turn, and so does hsdp, with a part of 1/shards for 1/world.
     """
     both, larger = 4 * (G + D), 4 * max(G, D)
-    part = 1 if strategy in ("single", "ddp") else 1 / world
-    weights = {"zero1": 1 + part, "zero2": 1 + part, "zero3": 2 * part, "fsdp2": 1 + part}.get(strategy, 1)
+    part = 1 if strategy in ("single", "ddp") else 1 / (shards or world)
+    weights = 1 + part if strategy in ("zero1", "zero2", "fsdp2", "hsdp") else 1.0
     gradients = larger * part
+    if strategy == "zero3":
+        weights = 2 * part
     if strategy == "zero3" or (strategy == "ddp" and world > 1):
         gradients = both * part
     return {
@@ -76,12 +79,15 @@ def update_of(config: Config, rounds: int, frozen: int = 0) -> Update:
 ONE_ROUND = Update()
 
 
-def sent(strategy: str, world: int, G: int, D: int, update: Update = ONE_ROUND) -> float:
+def sent(
+    strategy: str, world: int, G: int, D: int, update: Update = ONE_ROUND, shards: int | None = None
+) -> float:
     """Bytes that one rank sends per update, in any precision, with collectives as rings.
 
     DDP: an all-reduce, which is a reduce and a gather, of each step's gradients. ZeRO 1 and 2: a reduce and
     a gather of each player that steps, but stage 2 reduces in every round. FSDP2: a reduce of it, and a
-    gather for every turn that a player takes part in.
+    gather for every turn that a player takes part in; hsdp does that within a copy, and sends `over_copies`
+    besides.
 
     ZeRO 3 gathers for every pass of every round instead: G forward in D's turn, forward and backward in its
     own; D twice each way in its own turn, once in G's, and forward once more for each pair or finite
@@ -90,8 +96,8 @@ def sent(strategy: str, world: int, G: int, D: int, update: Update = ONE_ROUND) 
     """
     rounds, turns = update.rounds, update.D_steps
     reduces_G, reduces_D, gathers_G, gathers_D = 1.0, float(turns), 1.0, float(turns)
-    frozen = update.frozen if strategy in ("fsdp2", "zero3") else 0
-    if strategy == "fsdp2":
+    frozen = update.frozen if strategy in ("fsdp2", "hsdp", "zero3") else 0
+    if strategy in ("fsdp2", "hsdp"):
         gathers_G = gathers_D = turns + 1.0
     elif strategy in ("zero2", "zero3"):
         reduces_G, reduces_D = rounds * reduces_G, rounds * reduces_D
@@ -101,4 +107,13 @@ def sent(strategy: str, world: int, G: int, D: int, update: Update = ONE_ROUND) 
         gathers_G = rounds * turns + own_G
         gathers_D = turns * own_D + rounds * (2 + update.paired)
     numbers = reduces_G * G + reduces_D * D + gathers_G * G + gathers_D * (D + frozen)
-    return 4 * numbers * (world - 1) / world
+    sharing = shards or world
+    other = over_copies(strategy, world, G, D, update, sharing)
+    return 4 * numbers * (sharing - 1) / sharing + other
+
+
+def over_copies(strategy: str, world: int, G: int, D: int, update: Update, shards: int) -> float:
+    """Of what a rank sends per update, the bytes to other copies, which are on other nodes: under hsdp an
+    all-reduce of its parts of the gradients."""
+    copies = world // shards if strategy == "hsdp" else 1
+    return 2 * 4 * (G + update.D_steps * D) / shards * (copies - 1) / copies

@@ -135,13 +135,16 @@ class Health:
         return self._in_a_row.get(f"skipped/{player}", 0), self._in_a_row.get(f"updates/{player}", 0)
 
     def _compare_replicas(self, each: Mapping[str, list[float]]) -> None:
-        """All ranks' copies of a replicated player must have the same bits."""
+        """All copies of a replicated player must have the same bits; a rank may hold a part of one."""
+        shards = self._ranks.shards
         for key in (key for key in each if key.startswith(BITS)):
             bits = each[key]
-            usual = statistics.mode(bits)
-            if different := [rank for rank, mine in enumerate(bits) if mine != usual]:
+            usual = [statistics.mode(bits[part::shards]) for part in range(shards)]
+            if different := [rank for rank, mine in enumerate(bits) if mine != usual[rank % shards]]:
                 name = key.removeprefix(BITS)
-                at = _ranks(different, len(bits)) if len(bits) > 2 else "one of the two ranks"
+                one = different[0]
+                two = f"one of the ranks {one % shards} and {one}"  # no third says which is right
+                at = _ranks(different, len(bits)) if len(bits) > 2 * shards else two
                 raise RunError(
                     f"The copy of {name} on {at} differs from the others. A device or its memory fails, or "
                     "ranks run on unlike hardware. The same command continues from the newest checkpoint, "

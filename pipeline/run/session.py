@@ -225,7 +225,7 @@ def of_this_rank(gan: Gan, world: int) -> dict[str, float]:
     """What is compared between ranks: their speed, and their copies of replicated players."""
     players = (gan.G, gan.D)
     found = {FORWARD: sum(p.forward_timer.take() for p in players)}
-    replicated = [p for p in players if world > 1 and p.copies == world]
+    replicated = [p for p in players if world > 1 and p.copies > 1]
     return found | {f"{BITS}{p.player.name}": checksum([f.data for f in p.fragments]) for p in replicated}
 
 

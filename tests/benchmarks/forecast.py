@@ -60,7 +60,7 @@ def main(out: Path, settings: list[str]) -> None:
 
     for _ in range(2):  # what is settled in the first updates has been
         together()
-    with Traffic(ranks.world) as traffic:
+    with Traffic() as traffic:
         together()
     made = {"alone": single, "together": together, "reduce": lambda: ranks.sum(numbers)}
     times: dict[str, list[float]] = {name: [] for name in made}

@@ -120,6 +120,14 @@ def accelerate(world: int, *arguments: str, file: str | None = None, precision: 
     return [*line, "-m", "pipeline.train", *arguments]
 
 
+def hybrid(*arguments: str, precision: str = "no") -> list[str]:
+    """hsdp by four processes as on two nodes: two copies, each on two ranks."""
+    line = accelerate(4, *arguments, file="hsdp.yaml", precision=precision)
+    at = line.index("-m")
+    halves = ["--parallelism_config_dp_shard_size", "2"]
+    return [sys.executable, "-m", "launch.launcher", *line[2:at], *halves, *line[at:]]
+
+
 def shardgan(*arguments: str) -> list[str]:
     """The installed command."""
     return [str(BIN / "shardgan"), *arguments]

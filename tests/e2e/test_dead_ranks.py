@@ -20,6 +20,7 @@ from launching import (
     RunFolder,
     Started,
     accelerate,
+    hybrid,
     identical,
     run,
     shardgan,
@@ -54,6 +55,8 @@ class Place:
         return ["mine.yaml", f"run.name={name}", f"run.timeout_s={TIMEOUT}"]
 
     def command(self, name: str, launcher: str, strategy: str = "ddp") -> list[str]:
+        if strategy == "hsdp":
+            return hybrid(*self.settings(name))
         if launcher == "shardgan":
             return shardgan("train", "--procs", "2", "--strategy", strategy, *self.settings(name))
         line = accelerate(2, *self.settings(name), file=f"{strategy}.yaml")
@@ -145,7 +148,7 @@ def assert_ended_by_name(broken: Broken, rank: int, what: str, where: str) -> No
     assert len(messages) == 1, output
     assert re.match(rf"error: rank {rank} \([^,]+, pid {broken.pid}\) {what}", messages[0]), messages
     assert re.search(rf"at kimg \d+(\.\d+)?[,:] {where}", messages[0]), messages
-    assert output.count("The job ends on all 2 ranks.") == 1
+    assert len(re.findall(r"The job ends on all [24] ranks\.", output)) == 1
     (kept,) = [row for row in broken.run.events if row["event"] == "error"]
     assert messages[0] == f"error: {kept['text'].splitlines()[0]}"
     newest = f"{broken.run.path.relative_to(broken.folder)}/checkpoints/{broken.checkpoints[-1]};"
@@ -221,7 +224,7 @@ def test_slow_work_is_not_taken_for_a_hang(jobs):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "hsdp", "zero2", "zero3"])
 @pytest.mark.parametrize(
     ("where", "then", "what", "place_in_words"),
     [

@@ -16,7 +16,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ADAM, RunFolder, Started, accelerate, identical, run, shardgan, train, without_clocks
+from launching import (
+    ADAM,
+    RunFolder,
+    Started,
+    accelerate,
+    hybrid,
+    identical,
+    run,
+    shardgan,
+    train,
+    without_clocks,
+)
 
 OFTEN = ["run.checkpoint_kimg=0.06", "run.tick_kimg=0.06"]
 MINE = "networks_of_mine"
@@ -114,18 +125,25 @@ def test_killed_in_the_middle(worlds):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("strategy", "world", "kills", "networks"),
-    [("ddp", 2, 50, []), ("ddp", 3, 10, SEVERAL_BUCKETS), ("fsdp2", 2, 10, []), ("zero2", 2, 10, [])],
+    [
+        ("ddp", 2, 50, []),
+        ("ddp", 3, 10, SEVERAL_BUCKETS),
+        ("fsdp2", 2, 10, []),
+        ("hsdp", 4, 5, []),
+        ("zero2", 2, 10, []),
+    ],
 )
 def test_killed_at_random(tmp_path, strategy, world, kills, networks):
     """Of two rows a kill, so that the run outlasts the kills."""
     shutil.copy(Path(__file__).parent / f"{MINE}.py", tmp_path)
     (tmp_path / "adam.yaml").write_text(ADAM)
     settings = ["adam.yaml", *OFTEN, *networks, f"run.total_kimg={0.12 * kills}", "run.out=."]
-    unbroken = train(
-        accelerate(world, *settings, "run.name=unbroken", file=f"{strategy}.yaml"), tmp_path / "unbroken"
-    )
-    line = shardgan("train", *settings, "run.name=killed", "--strategy", strategy, "--procs", str(world))
-    killed = train_through(line, tmp_path / "killed", kills, random.Random(f"{strategy}{world}"))
+    line = accelerate(world, *settings, "run.name=unbroken", file=f"{strategy}.yaml")
+    again = shardgan("train", *settings, "run.name=killed", "--strategy", strategy, "--procs", str(world))
+    if strategy == "hsdp":
+        line, again = hybrid(*settings, "run.name=unbroken"), hybrid(*settings, "run.name=killed")
+    unbroken = train(line, tmp_path / "unbroken")
+    killed = train_through(again, tmp_path / "killed", kills, random.Random(f"{strategy}{world}"))
     print(f"{strategy} x {world}: {killed.kills} kills, {min(killed.at):.1f} to {max(killed.at):.1f} s in")
     assert killed.kills == kills
     assert_as_if_nothing_had_happened(unbroken, killed)

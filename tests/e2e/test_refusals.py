@@ -12,6 +12,7 @@ import pytest
 from launching import ADAM, BATCH, FASHION, accelerate, run, shardgan
 
 import launch.cli
+from launch import processes
 
 
 class Told:
@@ -79,6 +80,14 @@ def test_settings_that_cannot_be(refused, tmp_path, case):
     arguments, words = SETTINGS[case]
     told = refused("good.yaml", *(["--procs", "1"] if "--procs" not in arguments else []), *arguments)
     assert_refused(told, tmp_path, *words)
+
+
+def test_processes_that_hsdp_cannot_divide(refused, tmp_path, monkeypatch):
+    yaml = (processes.ACCELERATE_FILES / "hsdp.yaml").read_text()
+    (tmp_path / "hsdp.yaml").write_text(yaml.replace("dp_shard_size: 1", "dp_shard_size: 2"))
+    monkeypatch.setattr(processes, "ACCELERATE_FILES", tmp_path)
+    told = refused("good.yaml", "--strategy", "hsdp", "--procs", "3")
+    assert_refused(told, tmp_path, "3 processes", "parallelism_config_dp_shard_size: 2")
 
 
 @pytest.mark.parametrize(

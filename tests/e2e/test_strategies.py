@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from launching import FASHION, rows_written, shardgan, train, without_clocks
+from launching import FASHION, hybrid, rows_written, shardgan, train, without_clocks
 from launching import Started as start
 
 CONFIG = f"""
@@ -20,12 +20,15 @@ track: {{wandb: false}}
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fsdp2", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3"))]
+    "strategy",
+    ["fsdp2", *(pytest.param(name, marks=pytest.mark.long) for name in ("hsdp", "zero2", "zero3"))],
 )
 def test_bf16_batch_norm_dropout_and_an_interruption(strategy, tmp_path):
     """In bf16 with BatchNorm, dropout, R1 and accumulation; stopped and continued, bit-identical."""
     (tmp_path / "job.yaml").write_text(CONFIG)
     line = shardgan("train", "job.yaml", "--procs", "2", "--strategy", strategy, "--mixed_precision", "bf16")
+    if strategy == "hsdp":
+        line = hybrid("job.yaml", "data.batch_gpu=3", precision="bf16")
     unbroken = train([*line, "run.name=unbroken"], tmp_path / "runs" / "unbroken", cwd=tmp_path)
 
     broken = tmp_path / "runs" / "broken"

@@ -23,7 +23,7 @@ PARTS: dict[str, Part] = {
     "compiled": compiled,
     "precision-bf16": partial(precision, "bf16"),
     "precision-fp16": partial(precision, "fp16"),
-    **{f"parity-{s}": partial(parity, s) for s in ("ddp", "fsdp2", "zero3", "zero2", "zero1")},
+    **{f"parity-{s}": partial(parity, s) for s in ("ddp", "fsdp2", "zero3", "zero2", "zero1", "hsdp")},
     "killed-rank": killed_rank,
     "memory": memory,
     "saves": saves,

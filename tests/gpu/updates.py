@@ -80,7 +80,7 @@ def memory() -> Outcome:
     """What ranks hold at a step and send in an update, beside theory."""
     from launch.bench import memory, pair
 
-    chosen = "single,ddp,fsdp2,zero1,zero2,zero3" if GPUS else "single,fsdp2"
+    chosen = "single,ddp,fsdp2,hsdp,zero1,zero2,zero3" if GPUS else "single,fsdp2"
     found = pair.measure(
         "launch.bench.memory", strategies=chosen, procs=str(WORLD), params=20e6 if GPUS else 2e6, size="32",
         images=4, config=None,

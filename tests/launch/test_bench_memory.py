@@ -54,15 +54,19 @@ def test_the_pair_is_as_large_as_asked_for():
 def test_theory():
     """In units of one number per parameter, for players of equal size."""
 
-    def per_rank(strategy, world):
+    def per_rank(strategy, world, shards=None):
         job = strategy, world, 0.25, 0.25  # one byte each
-        return tuple(theory.held(*job).values()), theory.sent(*job)
+        return tuple(theory.held(*job, shards=shards).values()), theory.sent(*job, shards=shards)
 
     assert per_rank("single", 1) == ((2, 4, 1, 1), 0)
     assert per_rank("ddp", 2) == ((2, 4, 1, 2), 2)
     assert per_rank("zero2", 2) == ((3, 2, 0.5, 0.5), 2)
     assert per_rank("zero3", 2) == ((2, 2, 0.5, 1), 5.5)
     assert per_rank("fsdp2", 2) == ((3, 2, 0.5, 0.5), 3)
+    assert per_rank("hsdp", 4, shards=2) == ((3, 2, 0.5, 0.5), 3 + 1)  # 2Ψ/2, and half of it twice
+    assert per_rank("hsdp", 4, shards=4) == per_rank("fsdp2", 4)
+    twice = theory.Update(D_steps=2)
+    assert theory.over_copies("hsdp", 16, 0.25, 0.25, twice, shards=8) == 2 * 3 / 8 / 2
 
 
 def test_theory_of_what_is_sent():

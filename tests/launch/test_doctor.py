@@ -91,6 +91,13 @@ def test_more_processes_than_gpus_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.verdict == "warning" and "2 processes, but this machine has 1 GPU" in found.text
 
 
+def test_how_hsdp_divides_the_ranks() -> None:
+    (found,) = checks.launcher(job(strategy="hsdp", nodes=8, procs=4))
+    assert found.verdict == "ok" and found.text.startswith("hsdp of 8 x 4 ranks")
+    (found,) = checks.launcher(job(strategy="hsdp", nodes=8, procs=1))
+    assert found.verdict == "would fail" and "one process per node has nothing to share" in found.text
+
+
 def test_a_launcher_file_of_another_strategy(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "ACCELERATE_FILES", place)
     (missing,) = checks.launcher(job())

@@ -46,7 +46,10 @@ def test_an_update_is_its_compute_and_its_traffic_over_the_slowest_link() -> Non
     update = theory.update_of(asked.config, 1)
     for strategy, found in found_of(asked).items():
         assert found.compute == pytest.approx(compute)
-        assert found.network == pytest.approx(theory.sent(strategy, 4, G, D, update) / 1e9)
+        sent = theory.sent(strategy, 4, G, D, update, 2 if strategy == "hsdp" else 4)
+        over = theory.over_copies(strategy, 4, G, D, update, 2)  # from both ranks of a node
+        within = (sent - over) / (2e9 if strategy == "hsdp" else 1e9)
+        assert found.network == pytest.approx(within + 2 * over / 1e9)
         assert found.efficiency == pytest.approx(found.compute / (found.compute + found.network))
     here = found_of(replace(asked, nodes=1))["ddp"]
     assert here.network == pytest.approx(theory.sent("ddp", 2, G, D, update) / 2e9)
@@ -84,6 +87,11 @@ def test_without_speeds_it_sends_least_and_options_are_named() -> None:
     assert not forecast.forecasts(job(procs=3), costs(job(procs=3)))  # 20 images
 
 
+def test_hsdp_is_forecast_where_it_has_several_copies_to_share() -> None:
+    assert "hsdp" in found_of(job(nodes=2)) and "hsdp" not in found_of(job(procs=4))
+    assert "hsdp" not in found_of(job(nodes=4, procs=1))
+
+
 def test_fsdp2_is_left_out_where_it_cannot_shard() -> None:
     G, D = networks.build_players(job(), 0)
     D.tied = nn.Module()
@@ -100,7 +108,7 @@ def test_the_table_fits_a_narrow_terminal() -> None:
     console.print(table)
     lines = console.file.getvalue().splitlines()
     rows = [line for line in lines if line.split()[-1:] and line.split()[-1].endswith("%")]
-    assert len(rows) == 5 and rows[0].startswith("→ ddp")
+    assert len(rows) == 6 and rows[0].startswith("→ ddp")
     assert all(len(line.rstrip()) <= 60 for line in lines)
 
 

@@ -79,6 +79,8 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     assert held["ddp"]["optimizer"] == 4 * held["zero2"]["optimizer"] == 4 * held["fsdp2"]["optimizer"]
     sizes = [4 * sum(p.numel() for p in player.parameters()) for player in players]  # a bucket holds either
     assert held["zero2"]["buckets"] == max(sizes)
+    hybrid = job(strategy="hsdp", nodes=8, procs=4)  # sharded over the 4 of a node
+    assert doctor_memory.states(hybrid, players) == held["fsdp2"]
     assert doctor_memory.states(job(strategy="zero3", procs=4), players)["buckets"] == sum(sizes)
     sgd = ["optim.G.kind=sgd", "optim.D.kind=sgd", "optim.D.momentum=0.9"]
     G, D = (4 * sum(p.numel() for p in player.parameters()) for player in players)

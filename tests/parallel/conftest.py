@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_ranks import CONTINUED
 from launches import before, run
-
-from launch.selfcheck import parity
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +19,7 @@ def launched(
     """ "strategy-world" → the folder that `in_ranks` filled there.
 
     All launches that the chosen tests need run in turn, two at a time: one alone mostly waits. Each trains
-    the cases of the objective that these tests ask for.
+    the cases of the matrix that these tests ask for, and those that a later launch continues.
     """
     chosen = [
         (item.callspec.params, item.path.stem == "test_parity")
@@ -38,9 +37,11 @@ def launched(
                 params["case"]
                 for params, of_matrix in chosen
                 if of_matrix
-                and name in (params["name"], before(params["name"]))  # which continues what this leaves
+                and (
+                    name == params["name"] or (name == before(params["name"]) and params["case"] in CONTINUED)
+                )
             }
-            cases = sorted(asked & (parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH))
+            cases = sorted(asked)
             launches[name] = pool.submit(_launch, name, tmp_path_factory.mktemp(name), earlier, cases)
         return launches[name]
 

@@ -1,10 +1,9 @@
 """What the tests of this folder run in the ranks of one launch: `python -m in_ranks OUT EARLIER [CASE …]`.
 
-The parity matrix, of the objective's and the families' cases only those named; some of its cases
-continued from the checkpoints that the launch before, of another strategy or world, left in EARLIER; the
-Dirac-GAN; a record of what passes between the ranks; a run that starts from another one; fp16; updates that
-are skipped; batch normalisation over all ranks; an index on several machines; compiled players; and, as it
-may end the training, a matrix with known mistakes.
+The named cases of the parity matrix; some of them continued from the checkpoints that the launch before, of
+another strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; a run
+that starts from another one; fp16; updates that are skipped; batch normalisation over all ranks; an
+index on several machines; compiled players; and, as it may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from pipeline.console import end_process
 CONTINUED = ("adam-l2-clipped-2", "spectral", *sorted(parity.FAMILIES))
 
 
-def main(out: Path, earlier: Path | None, objective: list[str]) -> None:
+def main(out: Path, earlier: Path | None, chosen: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy, thorough=True)
-    named = parity.OBJECTIVE | parity.FAMILIES | parity.THOROUGH
-    cases = [case for case in cases if case.name not in named or case.name in objective]
+    cases = [case for case in cases if case.name in chosen]
     parity.train_all(cases, ranks, out)
     for case in cases if earlier else ():
-        if case.name in CONTINUED:
-            tensors = parity.resume(case, ranks, earlier / "checkpoints" / case.name)
+        left = earlier / "checkpoints" / case.name
+        if case.name in CONTINUED and left.exists():
+            tensors = parity.resume(case, ranks, left)
             if ranks.main:
                 save_file(tensors, out / f"continued-{case.name}.safetensors")
     found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}

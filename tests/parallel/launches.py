@@ -13,16 +13,23 @@ HERE = Path(__file__).parent
 
 # "strategy-world", in the order in which they are launched, two at a time; not the longest last.
 LAUNCHES = (
-    "single-1", "fsdp2-2", "zero3-3", "ddp-2", "zero2-2", "zero1-2", "zero3-2", "fsdp2-3", "zero2-3", "ddp-3",
+    "single-1", "fsdp2-2", "zero3-3", "ddp-2", "hsdp-4", "zero2-2", "zero1-2", "zero3-2", "fsdp2-3",
+    "zero2-3", "ddp-3",
 )  # fmt: skip
 LONG = ("zero1-3", "ddp-1", "fsdp2-1", "zero1-1", "zero2-1", "zero3-1")
 EVERYWHERE = (*((name, ()) for name in LAUNCHES), *((name, (pytest.mark.long,)) for name in LONG))
+TWO_BY_TWO = frozenset((  # what four ranks train by default: two copies, each on two of them
+    "sgd-l1l2-clipped-2", "adam-l2-clipped-2", "r1-clipped", "spectral", "frozen", "effective", "freeze",
+    "sync-batch-r1", "r3gan",
+))  # fmt: skip
 FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where the objective's and families' cases are trained
 LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
 
 
 def marks_of(name: str, case: Case) -> tuple[pytest.MarkDecorator, ...]:
     """Of a case of the parity matrix under "strategy-world"."""
+    if name == "hsdp-4":
+        return () if case.name in TWO_BY_TWO else (pytest.mark.long,)
     long = name in LONG or case.name in THOROUGH or (case.name in OBJECTIVE | FAMILIES and name not in FEW)
     return (pytest.mark.long,) if long else ()
 

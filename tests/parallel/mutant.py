@@ -63,6 +63,23 @@ def _gradients_never_reduced() -> Iterator[None]:
         yield
 
 
+def _copies_never_reduced() -> Any:
+    """Hybrid sharding: gradients are averaged within a copy only."""
+    right = Fsdp2Engine._reduce
+
+    def wrong(self: Fsdp2Engine, modules: Any, now: bool) -> None:
+        right(self, modules, now)
+        for module in modules:
+            module.set_requires_all_reduce(False, recurse=False)
+
+    return patch.object(Fsdp2Engine, "_reduce", wrong)
+
+
+def _copies_counted_in() -> Any:
+    """Hybrid sharding: the norm counts every element as often as there are copies."""
+    return patch.object(Engine, "total", lambda self, local: self.ranks.sum(local))
+
+
 def _norm_never_reduced() -> Any:
     """Sharded players: each rank clips by the norm of its part."""
     right = Ranks.sum
@@ -117,6 +134,8 @@ MISTAKES: dict[str, Callable[[], Any]] = {
     "penalty-over-world": lambda: _penalty_times(lambda: 1 / _world()),
     "gradients-not-reduced": _gradients_never_reduced,
     "norm-not-reduced": _norm_never_reduced,
+    "copies-not-reduced": _copies_never_reduced,
+    "copies-counted": _copies_counted_in,
     "padding-counted": _padding_counted_in,
     "gradients-left-in-D": _other_player_neither_frozen_nor_cleaned,
 }
@@ -129,6 +148,7 @@ MADE = {
     "single-1": ("none", "doubled-penalty", LAST),
     "ddp-2": (*EVERYWHERE, "gradients-not-reduced", LAST),
     "fsdp2-2": (*EVERYWHERE, "gradients-not-reduced", "norm-not-reduced", LAST),
+    "hsdp-4": ("none", "copies-not-reduced", "copies-counted"),
     "zero2-2": (*EVERYWHERE, "norm-not-reduced", LAST),
     "zero3-2": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
 }

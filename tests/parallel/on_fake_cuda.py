@@ -225,7 +225,7 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
     ranks: Any = SimpleNamespace(
         rank=0, world=world, main=True, strategy=case.strategy, device=GPU, precision=case.precision,
         low_precision=LOW[case.precision], keep_gathered=case.keep_gathered, progress=Progress(),
-        compilation=None, sum=all_reduce if world > 1 else lambda values: values,
+        compilation=None, shards=world, sum=all_reduce if world > 1 else lambda values: values,
     )  # fmt: skip
     gan = build(options, ranks, batch_shape(options.data, world), [1.0] * case.classes or None)
     gan = replace(gan, augment=(lambda images, _: augment(images)) if augment else gan.augment)

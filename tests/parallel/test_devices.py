@@ -31,6 +31,7 @@ def alone():
     yield SimpleNamespace(
         rank=0,
         world=1,
+        shards=1,
         device=CPU,
         precision="no",
         low_precision=None,

@@ -15,6 +15,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.zero_settings import deepspeed_config
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "RANK": "0"}
 
 
@@ -30,7 +31,8 @@ def with_file(tmp_path, **settings):
     [
         ({}, "single"),
         ({"WORLD_SIZE": "2", "RANK": "1"}, "ddp"),
-        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        (FSDP2 | {"WORLD_SIZE": "2"}, "fsdp2"),
+        (FSDP2 | {"WORLD_SIZE": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "hsdp"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero1"),
         (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
         ({"WORLD_SIZE": "", "RANK": "", "LOCAL_WORLD_SIZE": "", "MASTER_PORT": ""}, "single"),
@@ -40,6 +42,51 @@ def with_file(tmp_path, **settings):
 )
 def test_the_strategy_is_the_launchers(environment, strategy):
     assert read_launch(environment).strategy == strategy
+
+
+def of_16(per_node, **sizes):
+    """The environment of hsdp on 16 processes. sizes: of Accelerate's parallelism settings."""
+    given = {f"PARALLELISM_CONFIG_{name}_SIZE": str(size) for name, size in sizes.items()}
+    place = {
+        "WORLD_SIZE": "16",
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    }
+    return FSDP2 | place | given
+
+
+@pytest.mark.parametrize(
+    ("environment", "shards"),
+    [
+        (of_16(8), 8),  # a copy on each node
+        (of_16(16), 16),  # one node
+        (of_16(8, DP_SHARD=4), 4),
+        (of_16(4, DP_SHARD=8, DP_REPLICATE=2), 8),
+        (of_16(8, DP_REPLICATE=8), 2),
+        (of_16(1, DP_SHARD=4), 4),
+    ],
+)
+def test_a_copy_is_shared_by_a_nodes_ranks_or_as_many_as_accelerate_is_told(environment, shards):
+    assert read_launch(environment).shards == shards
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (of_16(8, DP_SHARD=3), "16 processes, 8 on a node, .* parallelism_config_dp_shard_size: 3"),
+        (of_16(8, DP_REPLICATE=5), "parallelism_config_dp_replicate_size: 5"),
+        (of_16(8, DP_SHARD=4, DP_REPLICATE=2), "dp_shard_size: 4 and .*dp_replicate_size: 2"),
+        (of_16(8, DP_SHARD=32), "dp_shard_size: 32"),
+        (of_16(7), "16 processes, 7 on a node, cannot be divided by equal nodes"),
+        (of_16(1), "one process per node has nothing to share. Use ddp"),
+        (of_16(8, DP_REPLICATE=16), "nothing to share"),
+        (of_16(8, TP=2), "parallelism_config_tp_size"),
+        (of_16(8, CP=2), "parallelism_config_cp_size"),
+    ],
+)
+def test_copies_that_do_not_make_up_the_world_are_refused(environment, message):
+    with pytest.raises(UserError, match=message):
+        read_launch(environment)
 
 
 @pytest.mark.parametrize(

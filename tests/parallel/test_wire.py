@@ -85,6 +85,24 @@ def test_what_objectives_send(launched, name, rounds):
             assert sum(_gathers(sent)) == rounds * 3 * sizes["G"] + of_D * sizes["D"], objective
 
 
+@pytest.mark.parametrize("name", ["hsdp-4"])
+def test_only_gradients_of_a_ranks_part_leave_its_copy(launched, name):
+    """Within a copy, what FSDP2 sends: a gather of each player in both turns, a reduce of each. Over copies
+    an all-reduce of 1/shards of each."""
+    record = recorded(launched, name)["plain"]
+    both, sent = sum(record["bytes"].values()), Counter()
+    for operation, size in record["update"]:
+        sent[operation] += size
+    assert sum(size for operation, size in sent.items() if "gather" in operation) == 2 * both
+    assert sum(size for operation, size in sent.items() if "reduce_scatter" in operation) == both
+    assert {name for name in sent if "gather" in name or "scatter" in name} == {
+        name for name in sent if name.endswith("within a copy")
+    }
+    assert {name: size for name, size in sent.items() if not name.endswith("within a copy")} == {
+        "allreduce_ over copies": both // 2, "allreduce_": 2 * 8,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("rounds", wire.ROUNDS)
 @pytest.mark.parametrize("name", SEVERAL)
 def test_an_update_sends_what_theory_says(launched, name, rounds):
@@ -94,9 +112,12 @@ def test_an_update_sends_what_theory_says(launched, name, rounds):
     G, D = (objectives["plain-1"]["bytes"][player] // 4 for player in "GD")
     for objective, settings in wire.OBJECTIVES.items():
         update = theory.update_of(load(None, ["data.train=none", *settings]), rounds)
-        due = theory.sent(strategy, int(world), G, D, update) * int(world) / (int(world) - 1)
+        shards = 2 if strategy == "hsdp" else int(world)
+        over = theory.over_copies(strategy, int(world), G, D, update, shards)
+        within = theory.sent(strategy, int(world), G, D, update, shards) - over
+        due = within * shards / (shards - 1) + over * 2  # two copies
         calls = objectives[f"{objective}-{rounds}"]["update"]
-        sent = sum(size * (1 + (operation == "allreduce_")) for operation, size in calls)
+        sent = sum(size * (1 + operation.startswith("allreduce_")) for operation, size in calls)
         print(f"{name} {objective} {rounds}: {sent / due:.3f}")
         assert sent == pytest.approx(due, rel=0.05), objective
 
@@ -111,7 +132,8 @@ def test_gradients_are_reduced_once_per_update_and_by_zero_2_and_3_in_every_roun
     times = rounds if strategy in ("zero2", "zero3") else 1
     for objective in wire.OBJECTIVES:
         sent = objectives[f"{objective}-{rounds}"]["update"]
-        reduced = sum(size for operation, size in sent if "reduce" in operation and size > 8)
+        first = [(name, size) for name, size in sent if "reduce" in name and "over copies" not in name]
+        reduced = sum(size for _, size in first if size > 8)
         assert times * whole <= reduced <= times * whole + 100, objective  # DeepSpeed pads partitions
         if times == 1:
             assert sorted(sent) == sorted(objectives[f"{objective}-1"]["update"]), objective

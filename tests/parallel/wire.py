@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.selfcheck import parity
@@ -17,7 +18,7 @@ from pipeline.errors import CommonError
 from pipeline.gan.losses import adversarial
 from pipeline.gan.schedules import at
 from pipeline.parallel.engine import Engine
-from pipeline.parallel.ranks import Ranks
+from pipeline.parallel.ranks import Ranks, taking_part
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
@@ -50,7 +51,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 }
 ROUNDS = (1, 2)
 ANSWER = 100_000  # letters
-Call = tuple[str, int]  # operation, bytes of its largest argument
+Call = tuple[str, int]  # operation, and among which ranks if not all; bytes of its largest argument
 
 
 class Wire(TorchDispatchMode):
@@ -63,7 +64,7 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             size = max((_bytes(argument) for argument in args), default=0)
-            self.calls.append((func._schema.name.partition("::")[2], size))
+            self.calls.append((func._schema.name.partition("::")[2] + _among(args), size))
         return func(*args, **(kwargs or {}))
 
 
@@ -76,6 +77,14 @@ def record(ranks: Ranks) -> dict[str, dict[str, Any]]:
         f"{name}-{rounds}": found for rounds in ROUNDS for name, found in _objectives(rounds, ranks)
     }
     return cases | {"objectives": objectives, "from_main": _from_main(ranks)}
+
+
+def _among(arguments: tuple[Any, ...]) -> str:
+    """Hybrid sharding has groups of a copy's ranks, which are next to each other, and of copies."""
+    members = taking_part(arguments)
+    if len(members) in (0, dist.get_world_size()):
+        return ""
+    return " within a copy" if members[1] == members[0] + 1 else " over copies"
 
 
 def _from_main(ranks: Ranks) -> dict[str, Any]:
@@ -93,6 +102,7 @@ def _fail() -> None:
 
 
 def _record(case: Case, ranks: Ranks) -> dict[str, Any]:
+    case = replace(case, batch=parity.shared_batch(ranks.world))
     state = parity.initial_state(case)
     gan, batches = parity.start(case, state, ranks)
     stats = Stats(ranks.device)
@@ -108,7 +118,7 @@ def _record(case: Case, ranks: Ranks) -> dict[str, Any]:
 
 def _objectives(rounds: int, ranks: Ranks) -> Iterator[tuple[str, dict[str, Any]]]:
     """(objective, what `_record` finds of an update): one pair of engines has them all, one after another."""
-    common = Case("objectives", (), rounds, batch=24)
+    common = Case("objectives", (), rounds, batch=2 * parity.shared_batch(ranks.world))
     gan, batches = parity.start(common, parity.initial_state(common), ranks)
     batch, stats = next(batches), Stats(ranks.device)
     sizes = {engine.player.name: _size(engine) for engine in (gan.G, gan.D)}
@@ -124,12 +134,12 @@ def _objectives(rounds: int, ranks: Ranks) -> Iterator[tuple[str, dict[str, Any]
 
 
 def _size(engine: Engine) -> int:
-    """Bytes of a player's parameters, each padded to what divides equally over the ranks: its first axis
-    under FSDP2, its elements under ZeRO 3."""
-    world, strategy = engine.ranks.world, engine.ranks.strategy
+    """Bytes of a player's parameters, each padded to what divides equally over the ranks of a copy: its first
+    axis under FSDP2, its elements under ZeRO 3."""
+    world, strategy = engine.ranks.shards, engine.ranks.strategy
     size = 0
     for shape in (fragment.shape for fragment in engine.fragments):
-        units = {"fsdp2": shape[0], "zero3": shape.numel()}.get(strategy)
+        units = {"fsdp2": shape[0], "hsdp": shape[0], "zero3": shape.numel()}.get(strategy)
         padded = shape.numel() if units is None else -(-units // world) * world * (shape.numel() // units)
         size += 4 * padded
     return size

@@ -29,8 +29,9 @@ def warnings() -> Warnings:
     return Warnings()
 
 
-def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", **run: int) -> Health:
-    return Health(Run(**run), SimpleNamespace(world=world, strategy=strategy), warnings, {})  # type: ignore[arg-type]
+def health(warnings: Warnings, world: int = 3, strategy: str = "ddp", shards: int = 1, **run: int) -> Health:
+    ranks = SimpleNamespace(world=world, strategy=strategy, shards=shards)
+    return Health(Run(**run), ranks, warnings, {})  # type: ignore[arg-type]
 
 
 def tick(values=None, updates=None, each=None, broken=None) -> Reduced:
@@ -79,9 +80,19 @@ def test_ranks_of_equal_pace_are_not_suspected(warnings):
 def test_the_replica_that_differs_is_named(warnings):
     with pytest.raises(RunError, match="copy of G on rank 1 differs from the others"):
         health(warnings).check(tick(each={f"{BITS}G": [5.0, 6.0, 5.0]}))
-    with pytest.raises(RunError, match="one of the two ranks"):
+    with pytest.raises(RunError, match="one of the ranks 0 and 1"):
         health(warnings, world=2).check(tick(each={f"{BITS}G": [5.0, 6.0]}))
     health(warnings).check(tick(each={f"{BITS}G": [5.0, 5.0, 5.0]}))
+
+
+def test_parts_of_a_copy_are_compared_with_the_same_parts_of_the_others(warnings):
+    """hsdp, two ranks to a copy."""
+    hybrid = {"strategy": "hsdp", "shards": 2}
+    health(warnings, world=4, **hybrid).check(tick(each={f"{BITS}D": [5.0, 7.0, 5.0, 7.0]}))
+    with pytest.raises(RunError, match="copy of D on one of the ranks 1 and 3 differs"):
+        health(warnings, world=4, **hybrid).check(tick(each={f"{BITS}D": [5.0, 7.0, 5.0, 8.0]}))
+    with pytest.raises(RunError, match="copy of D on rank 2 differs from the others"):
+        health(warnings, world=6, **hybrid).check(tick(each={f"{BITS}D": [5.0, 7.0, 6.0, 7.0, 5.0, 7.0]}))
 
 
 def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
@@ -100,7 +111,7 @@ def test_ticks_of_fewer_updates_than_may_be_skipped_add_up_over_restarts(warning
     nothing_moves = tick({"Gradients/D/skipped": 1.0}, {"Gradients/D/skipped": float(updates)})
     with pytest.raises(RunError, match=r"(\d+) of the \1 updates of D in the last ticks .*max_skipped = 10"):
         for _ in range(100):
-            judge = Health(Run(), SimpleNamespace(world=1, strategy="single"), warnings, counted)  # type: ignore[arg-type]
+            judge = Health(Run(), SimpleNamespace(world=1, strategy="single", shards=1), warnings, counted)  # type: ignore[arg-type]
             judge.check(nothing_moves)
     assert len(warnings.told) == 10 // updates
 
@@ -140,7 +151,7 @@ def test_a_suspicion_outlives_a_restart(warnings):
     counted: dict[str, int] = {}
     for _ in range(2):
         assert warnings.told == []
-        judge = Health(Run(), SimpleNamespace(world=1, strategy="single"), warnings, counted)  # type: ignore[arg-type]
+        judge = Health(Run(), SimpleNamespace(world=1, strategy="single", shards=1), warnings, counted)  # type: ignore[arg-type]
         judge.compare_score("kid", 2.5, (1.0, 100))
     assert len(warnings.told) == 1
 

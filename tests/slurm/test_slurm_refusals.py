@@ -95,6 +95,10 @@ def test_a_strategy_that_there_is_not(refused):
     )
 
 
+def test_nodes_of_one_process_each_for_hsdp(refused):
+    assert "error: n1: hsdp: one process per node has nothing to share" in refused(SHARDGAN_STRATEGY="hsdp")
+
+
 def test_without_slurm(project):
     ended = subprocess.run(
         ["bash", "slurm/train.sbatch", "configs/tiny.yaml"],
