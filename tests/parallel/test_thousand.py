@@ -26,16 +26,21 @@ from pipeline.parallel.fsdp2 import Fsdp2Engine
 
 WORLD = 1024
 BUILT = (0, 1, 511, 999, 1000, 1023)
+SHARDS = {"fsdp2": WORLD, "hsdp": 8}  # how many ranks share a copy of a player
 ROWS = {"wide": 2048, "uneven": 1500, "narrow": 1000, "one": 1}  # of linear layers, in a world of 1,024
 
 
 @contextmanager
-def a_rank_of_many(rank: int) -> Iterator[Any]:
+def a_rank_of_many(rank: int, shards: int) -> Iterator[Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD)
+    copy, place, several = rank - rank % shards, rank % shards, shards < WORLD
     try:
         yield SimpleNamespace(
-            rank=rank, world=WORLD, main=rank == 0, device=torch.device("cpu"), strategy="fsdp2",
+            rank=rank, world=WORLD, main=rank == 0, device=torch.device("cpu"), strategy="hsdp",
             precision="no", low_precision=None, keep_gathered=False, progress=SimpleNamespace(moves=0),
+            shards=shards,
+            within_copy=dist.new_group([*range(copy, copy + shards)]) if several else None,
+            over_copies=dist.new_group([*range(place, WORLD, shards)]) if several else None,
         )  # fmt: skip
     finally:
         dist.destroy_process_group()
@@ -46,45 +51,50 @@ def layers() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def engines() -> dict[int, Fsdp2Engine]:
-    found = {}
-    for rank in BUILT:
-        with a_rank_of_many(rank) as ranks:
-            player = PlayerSettings("D", Optimizer(lr=1e-3), WeightPenalty(), {})
-            found[rank] = Fsdp2Engine(layers(), player, ranks, BatchShape(WORLD, 1, 2 * WORLD))
+def engines() -> dict[str, dict[int, Fsdp2Engine]]:
+    """Strategy → rank → its engine."""
+    found: dict[str, dict[int, Fsdp2Engine]] = {strategy: {} for strategy in SHARDS}
+    for strategy, shards in SHARDS.items():
+        for rank in BUILT:
+            with a_rank_of_many(rank, shards) as ranks:
+                player = PlayerSettings("D", Optimizer(lr=1e-3), WeightPenalty(), {})
+                found[strategy][rank] = Fsdp2Engine(layers(), player, ranks, BatchShape(WORLD, 1, 2 * WORLD))
     return found
 
 
-def owned(rank: int, shape: torch.Size) -> range:
+def owned(rank: int, shape: torch.Size, shards: int) -> range:
     """The elements that PyTorch gives to a rank of the world, by its own account."""
-    local, first = Shard.local_shard_size_and_offset(shape[0], WORLD, rank)
+    local, first = Shard.local_shard_size_and_offset(shape[0], shards, rank % shards)
     row = shape.numel() // shape[0]
     return range(first * row, (first + local) * row)
 
 
-def test_fragments_are_where_pytorch_has_them(engines):
-    for rank, engine in engines.items():
+@pytest.mark.parametrize("strategy", SHARDS)
+def test_fragments_are_where_pytorch_has_them(engines, strategy):
+    for rank, engine in engines[strategy].items():
+        assert engine.copies == WORLD // SHARDS[strategy]
         for fragment in engine.fragments:
             parameter = dict(engine.module.named_parameters())[fragment.name]
             assert isinstance(parameter, DTensor)
             assert fragment.data.numel() == parameter.to_local().numel()
-            expected = owned(rank, fragment.shape)
+            expected = owned(rank, fragment.shape, SHARDS[strategy])
             if expected:  # else where it would start says nothing
                 assert range(fragment.start, fragment.start + fragment.data.numel()) == expected
             assert fragment.data.numel() == len(expected)
 
 
-def test_every_element_is_owned_once(engines):
-    for fragment in engines[0].fragments:
-        parts = [owned(rank, fragment.shape) for rank in range(WORLD)]
-        elements = np.concatenate([np.asarray(part, np.int64) for part in parts])
-        assert np.array_equal(elements, np.arange(fragment.shape.numel()))
+@pytest.mark.parametrize("strategy", SHARDS)
+def test_every_element_is_owned_once_in_each_copy(engines, strategy):
+    for fragment in engines[strategy][0].fragments:
+        parts = [owned(rank, fragment.shape, SHARDS[strategy]) for rank in range(WORLD)]
+        times = np.bincount(np.concatenate([np.asarray(part, np.int64) for part in parts]))
+        assert times.tolist() == [WORLD // SHARDS[strategy]] * fragment.shape.numel()
 
 
 def test_many_ranks_own_nothing_of_a_narrow_layer(engines):
-    (narrow,) = (f for f in engines[1000].fragments if f.name == "narrow.weight")
+    (narrow,) = (f for f in engines["fsdp2"][1000].fragments if f.name == "narrow.weight")
     assert narrow.data.numel() == 0
-    assert sum(f.data.numel() for f in engines[1023].fragments) == 2 * (3 + 1)  # of `wide` alone
+    assert sum(f.data.numel() for f in engines["fsdp2"][1023].fragments) == 2 * (3 + 1)  # of `wide` alone
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
