@@ -79,6 +79,8 @@ def test_without_speeds_it_sends_least_and_options_are_named() -> None:
     assert "none sends less" in text_of(asked)
     assert text_of(asked).endswith("For times: --tflops, --bandwidth, --network, or --live")
     assert all(each.seconds is None for each in found_of(asked).values())
+    untraced = forecast.forecasts(asked, replace(costs(asked), activations=None))
+    assert next(forecast.examine(asked, untraced)).text.startswith("ddp, if it fits: none sends less")
     within = replace(job(), machine=Machine(flops=1e12))
     assert text_of(within).endswith("For times: --bandwidth, or --live")
     alone = job(procs=1, strategy="single")
