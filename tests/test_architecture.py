@@ -52,6 +52,7 @@ ARROWS = {
         "pipeline.console",
         "pipeline.errors",
         "pipeline.holder",
+        "pipeline.wording",
         "pipeline.gan.penalised",
         "pipeline.gan.sync_batch_norm",
         "pipeline.gan.draws.Drawn",

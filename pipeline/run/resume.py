@@ -28,7 +28,7 @@ from pipeline.wording import counted
 
 def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
     """Whether the run has trained as far as the config asks; says so, and sends W&B what it lacks."""
-    if not finished(folder, config):
+    if not ranks.broadcast_from_main(lambda: finished(folder, config)):
         return False
     ranks.broadcast_from_main(lambda: catch_up(config, folder, say))
     ranks.broadcast_from_main(

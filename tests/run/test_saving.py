@@ -20,7 +20,7 @@ from pipeline.run.state import State
 
 RANKS: Any = SimpleNamespace(
     rank=0, world=1, main=True, strategy="single", barrier=lambda: None,
-    gather_objects=lambda value: [value], poll_any=lambda *flags: lambda: list(flags),
+    gather_on_main=lambda value: [value], poll_any=lambda *flags: lambda: list(flags),
 )  # fmt: skip
 
 
