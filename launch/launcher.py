@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -20,6 +21,7 @@ import psutil
 from pipeline import console
 from pipeline.run import stop
 
+_MOST_FILES = 65_536
 # Slurm sends them to the whole step; the training processes save and leave.
 _TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 
@@ -54,8 +56,21 @@ def _stopped_early(status: int) -> NoReturn:
     console.end_process(stop.INTERRUPTED if status == stop.INTERRUPTED else 0)
 
 
+def allow_connections() -> None:
+    """Let this process and the ranks hold as many connections as the system allows, within reason.
+
+    The launcher has two from every rank, the main rank one from every other: the usual soft limit, 1,024 open
+    files, is too few for 500 ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(_MOST_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def _launch() -> int:
     """Run Accelerate's command with the arguments of this process; returns the exit status."""
+    allow_connections()
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch resets their level
     try:

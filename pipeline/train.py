@@ -122,7 +122,7 @@ def _train(
     if is_finished(config, folder, ranks):
         return True, folder
     held.callback(signals.done)
-    state = first_state(config, index, split)
+    state = ranks.broadcast_from_main(lambda: first_state(config, index, split))
     start = find_start(config, folder, state, ranks)
     gan = build(config, ranks, batch, state.label_frequencies, start.fill)
     config = as_built(config, gan)

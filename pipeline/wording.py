@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 def counted(number: int, noun: str) -> str:
     """1 image, 2,000 images, 2 processes."""
     ending = "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending * (number != 1)}"
+
+
+def ranks_named(ranks: Iterable[int]) -> str:
+    """rank 3; ranks 0, 2 to 7. In ascending order."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1][1:] = [rank]
+        else:
+            runs.append([rank])
+    several = len(runs) > 1 or len(runs[0]) > 1
+    return f"rank{'s' * several} {', '.join(' to '.join(map(str, run)) for run in runs)}"
 
 
 def in_bytes(number: float) -> str:

@@ -52,9 +52,11 @@ ARROWS = {
         "pipeline.console",
         "pipeline.errors",
         "pipeline.holder",
+        "pipeline.wording",
         "pipeline.gan.penalised",
         "pipeline.gan.sync_batch_norm",
         "pipeline.gan.draws.Drawn",
+        "pipeline.gan.draws.Samples",
         "pipeline.gan.schedules.Rates",
     ),
     "pipeline.run": (

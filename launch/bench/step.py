@@ -45,7 +45,7 @@ from pipeline.step import train_step
 _TURN = 8  # updates in a contestant's turn
 _AHEAD = 4  # batches that a decoding process has ready when its turn comes
 _WARM_UP = 2
-_COMPILED_NAME = "shardgan compiled"
+_COMPILED = "compiled "  # our step, in front of its arithmetic
 _ARITHMETIC: dict[str, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
 
 Seconds = dict[str, list[float]]  # contestant → seconds of each of its turns
@@ -107,7 +107,7 @@ def measure(
     signals = _ignored_signals()
     ours = {f"shardgan {a}": Ours(config, folder / a, _ARITHMETIC[a], signals) for a in arithmetics}
     for a in arithmetics if how else ():
-        ours[f"{_COMPILED_NAME} {a}"] = Ours(config, folder / f"{a}-c", _ARITHMETIC[a], signals, how)
+        ours[f"{_COMPILED}{a}"] = Ours(config, folder / f"{a}-c", _ARITHMETIC[a], signals, how)
     first = next(iter(ours.values()))
     tutorial = TutorialApart(config, first.device, first.some_images(count=1024))
     contestants: dict[str, Ours | BareMaths | TutorialApart] = {**ours}
@@ -218,35 +218,32 @@ def _no_output() -> contextlib.redirect_stdout[io.StringIO]:
 def _report(config: Config, seconds: Mapping[str, Sequence[float]]) -> None:
     data = config.data
     turns, threads = len(seconds["tutorial fp32"]), torch.get_num_threads()
+    of = f"{threads} threads, torch {torch.__version__}"
+    notes = [f"Medians (in brackets: fastest) of {turns} turns of {_TURN} updates; {of}"]
+    for name in (name for name in seconds if name.startswith(_COMPILED)):
+        a = name.removeprefix(_COMPILED)
+        times = _shown("{:.2f}", *_ratios(seconds[f"shardgan {a}"], seconds[name]))
+        notes.append(f"Compiled, the step is {times} times as fast, in {a}.")
     table.show(
         f"{config.G.kind}, {data.channels}x{data.size}x{data.size}, batch {data.batch_size}",
-        (
-            "images/s",
-            "time beyond its bare maths",
-            "times the tutorial",
-            *(["times uncompiled"] if _compares(seconds) else []),
-        ),
+        ("images/s", "time beyond its bare maths", "times the tutorial"),
         (_row(name, seconds, _TURN * config.images_per_update) for name in seconds),
-        f"Medians (in brackets: fastest) of {turns} turns of {_TURN} updates; "
-        f"{threads} threads, torch {torch.__version__}",
+        "\n".join(notes),
     )
 
 
 def _row(name: str, seconds: Mapping[str, Sequence[float]], images: int) -> list[str]:
-    taken, beyond, times, uncompiled = seconds[name], "", "", ""
-    if name.startswith("shardgan"):
+    taken, beyond, times = seconds[name], "", ""
+    if name.startswith(("shardgan ", _COMPILED)):
         bare = seconds[f"bare maths {name.split()[-1]}"]
-        beyond = "{:+.1%} ({:+.1%})".format(*(ratio - 1 for ratio in _ratios(taken, bare)))
+        beyond = _shown("{:+.1%}", *(ratio - 1 for ratio in _ratios(taken, bare)))
     if not name.startswith("tutorial"):
-        times = "{:.2f} ({:.2f})".format(*_ratios(seconds["tutorial fp32"], taken))
-    if name.startswith(_COMPILED_NAME):
-        uncompiled = "{:.2f} ({:.2f})".format(*_ratios(seconds[f"shardgan {name.split()[-1]}"], taken))
-    speed = f"{images / statistics.median(taken):.1f}"
-    return [name, speed, beyond, times, *([uncompiled] if _compares(seconds) else [])]
+        times = _shown("{:.2f}", *_ratios(seconds["tutorial fp32"], taken))
+    return [name, f"{images / statistics.median(taken):.1f}", beyond, times]
 
 
-def _compares(seconds: Mapping[str, Sequence[float]]) -> bool:
-    return any(name.startswith(_COMPILED_NAME) for name in seconds)
+def _shown(form: str, median: float, fastest: float) -> str:
+    return f"{form.format(median)} ({form.format(fastest)})"
 
 
 def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float]:

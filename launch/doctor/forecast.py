@@ -152,11 +152,13 @@ def examine(job: Job, found: Sequence[Forecast]) -> Iterator[Finding]:
             yield ok("speed", f"{_rate(job, chosen)} images/s: an update in {chosen.seconds:.3g} s")
         return
     best = "sends less" if chosen.network is None else "is faster"
-    need = "" if chosen.held is None else f"up to {in_bytes(chosen.held[1])}"
-    if there is not None:
-        text = f"{chosen.strategy} needs {need} of {in_bytes(there)} per GPU, and none that fits {best}"
+    if chosen.held is None:
+        text = f"{chosen.strategy}, if it fits: none {best}"
+    elif there is None:
+        text = f"{chosen.strategy}, if a rank has room for {in_bytes(chosen.held[1])}: none {best}"
     else:
-        text = f"{chosen.strategy}{f', if a rank has room for {need}' if need else ''}: none {best}"
+        need = f"up to {in_bytes(chosen.held[1])} of {in_bytes(there)} per GPU"
+        text = f"{chosen.strategy} needs {need}, and none that fits {best}"
     if chosen.efficiency is not None:
         share = f"{chosen.efficiency:.0%} of {job.world} ranks that send nothing"
         text += f"; {_rate(job, chosen)} images/s, {share}{_asked(job, chosen, found)}"
@@ -201,6 +203,7 @@ def table(job: Job, found: Sequence[Forecast]) -> Table | None:
     note = "Per rank and update, nothing overlapping."
     note += f" Compute takes {_short(1000 * compute)} ms." if compute else ""
     shown = Table(title=title, caption=note, box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    shown.title_justify = shown.caption_justify = "left"
     shown.add_column("strategy")
     for heading in (
         f"memory\n{memory_unit}",

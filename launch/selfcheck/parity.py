@@ -222,6 +222,7 @@ def main(out: Path) -> None:
 
 def ieee() -> None:
     """Full float32 on GPUs: no TF32."""
+    torch.backends.cudnn.allow_tf32 = False  # the old flag: unreadable if the new ones contradict it
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -31,10 +31,9 @@ from pipeline.data.record import (
     entry_shard,
     file_size,
     is_complete,
-    places,
     scan_shard,
     shard_of,
-    sidecar_path,
+    sidecar_list,
     sidecars,
     unreadable,
     write_record,
@@ -50,6 +49,7 @@ PassedOverKind = Literal["without_image", "unusable"]
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _ANNOUNCE_EVERY_S = 10.0
+_TOGETHER = 256  # files that a thread looks at in one go
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Index:
         """Samples per shard."""
         return tuple(shard.nsamples for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of names, counts and contents: equal for equal data in any place."""
         text = json.dumps([[shard.url, shard.nsamples, shard.sha256] for shard in self.shards])
@@ -262,17 +262,16 @@ def _shards(location: Location, announce: Announce) -> list[Shard]:
     """Index entries where they are complete and have a sidecar; a walk over the other shards."""
     found: dict[str, Shard] = {}
     missing: dict[str, Mapping[str, Any]] = {}
-    known = location.entries
-    for url in location.urls:
+    known, has_sidecar = location.entries, sidecar_list(location.root)
+    for url, size in zip(location.urls, _file_sizes(location.root, location.urls), strict=True):
         entry = known.get(url, {})
-        size = file_size(location.root, url)
         if "filesize" in entry and entry["filesize"] != size:
             raise UserError(
                 f"shard {url} in {location.root} has {size} bytes, not the {entry['filesize']} that {INDEX} "
                 f"records: it was cut short or changed. Fetch it again, or, if it was changed on purpose, "
                 f"{REBUILD}."
             )
-        if shard := _indexed(location.root, url, size, entry):
+        if shard := _indexed(location.root, url, size, entry, has_sidecar(url)):
             found[url] = shard
         else:
             missing[url] = entry
@@ -280,9 +279,15 @@ def _shards(location: Location, announce: Announce) -> list[Shard]:
     return [found[url] for url in location.urls]
 
 
-def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any]) -> Shard | None:
+def _file_sizes(root: Path, urls: Sequence[str]) -> Iterator[int]:
+    """In order; several at once, as a network disk is asked for each. Raises UserError for a missing one."""
+    parts = [urls[first : first + _TOGETHER] for first in range(0, len(urls), _TOGETHER)]
+    return chain.from_iterable(in_threads(lambda part: [file_size(root, url) for url in part], parts))
+
+
+def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any], has_sidecar: bool) -> Shard | None:
     """The shard as known from index.json and its sidecar; None if it must be walked."""
-    if is_complete(entry) and any(sidecar_path(place, url).exists() for place in places(root)):
+    if is_complete(entry) and has_sidecar:
         return entry_shard(entry)
     for table in sidecars(root, url):
         if table.filesize == size and table.sha256 == entry.get("sha256", table.sha256):

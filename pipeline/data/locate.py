@@ -75,7 +75,8 @@ def look(train: str) -> Location:
         raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
     root = Path(train).expanduser().absolute()
     if root.is_dir():
-        return Location(root, tuple(sorted(p.name for p in root.iterdir() if _is_shard(p))), whole=True)
+        with os.scandir(root) as entries:  # which know what is a file without a look at each
+            return Location(root, tuple(sorted(e.name for e in entries if _is_shard(e))), whole=True)
     paths = _expand(train)
     if not paths:
         raise UserError(f"There are no shards at {train}: no such folder, and no file it stands for. {_MAKE}")
@@ -118,7 +119,7 @@ def is_file(path: Path) -> bool:
     return False
 
 
-def _is_shard(path: Path) -> bool:
+def _is_shard(path: Path | os.DirEntry[str]) -> bool:
     return path.name.lower().endswith(_SUFFIX) and not path.name.startswith(".") and path.is_file()
 
 

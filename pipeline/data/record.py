@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +26,7 @@ _LARGEST_FILE = 2**63 - 1
 _PASSED_OVER = ("without_image", "unusable")  # in index.json only if there are any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
     """One tar. `url` is its name relative to the index's root; `labels` counts samples per class.
 
@@ -65,6 +66,21 @@ def places(root: Path) -> tuple[Path, Path]:
 
 def sidecar_path(place: Path, url: str) -> Path:
     return place / _SIDECARS / f"{url}.npz"
+
+
+def sidecar_list(root: Path) -> Callable[[str], bool]:
+    """Whether a shard has a sidecar, perhaps of another file of its name. Each folder is listed once."""
+    both = places(root)
+
+    @cache
+    def names(folder: Path) -> frozenset[str]:
+        return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+
+    def has_sidecar(url: str) -> bool:
+        paths = (sidecar_path(place, url) for place in both)
+        return any(path.name in names(path.parent) for path in paths)
+
+    return has_sidecar
 
 
 def sidecars(root: Path, url: str) -> Iterator[SampleTable]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,9 @@ from pipeline.errors import CommonError, UserError
 from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, settle_nccl
 from pipeline.parallel.launched import Launch, launcher_store, on_gpu
+from pipeline.parallel.polls import Polls
 from pipeline.parallel.watch.whereabouts import Progress
+from pipeline.wording import ranks_named
 
 T = TypeVar("T")
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt(3)
@@ -33,6 +36,9 @@ class Ranks:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
         settle_nccl(os.environ, timeout.total_seconds())
+        # Else every rank connects to every other, in each group, by addresses from the launcher's store:
+        # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
             state = PartialState(cpu=not on_gpu(), timeout=timeout, **_meeting_place(launch, timeout))
@@ -53,6 +59,7 @@ class Ranks:
             keep_freed_memory()
         # Control flags must not queue behind gradients: they have a group of their own.
         self._control = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
+        self._polls = Polls(self.rank, self.world, self._control) if self._control is not None else None
         if 1 < self.shards < self.world:
             first = self.rank - self.rank % self.shards
             self.within_copy = _group(range(first, first + self.shards), timeout)
@@ -93,42 +100,60 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._control)
         return values  # type: ignore[return-value]
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """As gather_objects, on the main rank; [] on the others, which need no memory for all ranks'."""
+        self.progress.moves += 1
+        if self._control is None:
+            return [value]
+        values: list[T | None] | None = [None] * self.world if self.main else None
+        dist.gather_object(value, values, dst=0, group=self._control)
+        return values or []  # type: ignore[return-value]
+
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """What `make` returns on the main rank, on all ranks; its UserError is raised on all."""
         self.progress.moves += 1
-        answer: list[Any] = [None, None]  # what was made, or why it could not be
-        if self.main:
-            try:
-                answer[0] = make()
-            except UserError as error:
-                answer[1] = str(error)
-        if self._control is not None:
-            dist.broadcast_object_list(answer, src=0, group=self._control)
-        value, failure = answer
+        value, failure = _broadcast(make, self.main, 0, self._control)
         if failure is not None:
             raise CommonError(failure)
-        return value  # type: ignore[no-any-return]
+        return value  # type: ignore[return-value]
 
     def broadcast_on_machine(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank of each machine, on all ranks of that machine."""
+        """What `make` returns on the first rank of each machine, on all ranks of that machine, where its
+        UserError is raised on all."""
+        self.progress.moves += 1
+        first, group = self._machine
+        value, failure = _broadcast(make, self.rank == first, first, group)
+        if failure is not None:
+            raise UserError(failure)
+        return value  # type: ignore[return-value]
+
+    @cached_property
+    def _machine(self) -> tuple[int, dist.ProcessGroup | None]:
+        """Its first rank, and a group of its ranks, None for one rank. The first use is collective."""
         machines = self.gather_objects((kernel(), pid_namespace()))  # processes that see each other in /proc
-        first = machines.index(machines[self.rank])
-        return self.gather_objects(make() if self.rank == first else None)[first]  # type: ignore[return-value]
+        here = [rank for rank, machine in enumerate(machines) if machine == machines[self.rank]]
+        if len(here) in (1, self.world):
+            return here[0], self._control if len(here) > 1 else None
+        group = dist.new_group(here, backend="gloo", timeout=self.timeout, use_local_synchronization=True)
+        return here[0], group
 
     @contextmanager
     def raise_together(self) -> Iterator[None]:
-        """Raise any rank's UserError on every rank, with the rank's number unless all ranks had it."""
+        """Raise any rank's UserError on every rank, with the ranks' numbers unless all ranks had it."""
         failure: str | None = None
         try:
             yield
         except UserError as error:
             failure = str(error)
-        failures = self.gather_objects(failure)
-        distinct = {text for text in failures if text is not None}
-        if len(distinct) == 1 and None not in failures:
-            raise CommonError(distinct.pop())
-        if distinct:
-            raise CommonError("\n".join(f"rank {r}: {text}" for r, text in enumerate(failures) if text))
+        if not self.poll_any(failure is not None)()[0]:
+            return
+        ranks_of: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.gather_objects(failure)):
+            if text is not None:
+                ranks_of.setdefault(text, []).append(rank)
+        if [len(ranks) for ranks in ranks_of.values()] == [self.world]:
+            raise CommonError(next(iter(ranks_of)))
+        raise CommonError("\n".join(f"{ranks_named(ranks)}: {text}" for text, ranks in ranks_of.items()))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -139,21 +164,37 @@ class Ranks:
     def poll_any(self, *flags: bool) -> Callable[[], list[bool]]:
         """Ask which flags are set on any rank. Call the result for the answer, after work in between."""
         self.progress.moves += 1
-        if self._control is None:
+        if self._polls is None:
             return lambda: list(flags)
-        seen = torch.tensor(flags, dtype=torch.int32)
-        pending = dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._control, async_op=True)
+        bits = self._polls.ask(sum(flag << place for place, flag in enumerate(flags)))
 
         def answer() -> list[bool]:
-            pending.wait()
-            return [bool(flag) for flag in seen.tolist()]
+            found = bits()
+            return [bool(found >> place & 1) for place in range(len(flags))]
 
         return answer
 
     def leave(self) -> None:
         """Disconnect in good order, so that no peer reports a broken connection."""
-        if self.world > 1 and dist.is_initialized():
+        if self._polls is not None and dist.is_initialized():
+            self._polls.close()
             dist.destroy_process_group()
+
+
+def _broadcast(
+    make: Callable[[], T], makes: bool, source: int, group: dist.ProcessGroup | None
+) -> tuple[T | None, str | None]:
+    """What `make` returns where `makes`, on all ranks of the group, or its UserError's text: one broadcast of
+    a size and one of the bytes."""
+    answer: list[Any] = [None, None]
+    if makes:
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = str(error)
+    if group is not None:
+        dist.broadcast_object_list(answer, src=source, group=group)
+    return answer[0], answer[1]
 
 
 @contextmanager

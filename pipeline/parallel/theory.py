@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from pipeline.config import Config
 
+MESSAGE = 144  # bytes beside the payload that a rank sends for a message of gloo, in three segments
+
 
 def held(strategy: str, world: int, G: int, D: int, shards: int | None = None) -> dict[str, float]:
     """Bytes on one rank while a player steps: Rajbhandari et al. 2020 (ZeRO), section 5, and G_ema.
@@ -33,6 +35,13 @@ def held(strategy: str, world: int, G: int, D: int, shards: int | None = None) -
         "G_ema": 4 * G * part,
         "gradients": gradients,
     }
+
+
+def flags(world: int) -> tuple[int, int]:
+    """Messages and bytes that one rank sends per update for the flags of all ranks (polls.py), under every
+    strategy. gloo announces each message of 4 bytes, and answers the announcement of another."""
+    messages = (world - 1).bit_length()
+    return messages, messages * (MESSAGE + 4)
 
 
 @dataclass(frozen=True)

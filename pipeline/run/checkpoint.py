@@ -139,12 +139,13 @@ class SavedBy(NamedTuple):
     strategy: str
     world: int
     rounds: int | None  # per update; None: not recorded, by a version that had no sync_batch
+    draws: int = 1  # their version (gan/draws.py)
 
 
 def saved_by(checkpoint: Path) -> SavedBy:
     """What wrote an intact checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    return SavedBy(manifest["strategy"], manifest["world"], manifest.get("rounds"))
+    return SavedBy(manifest["strategy"], manifest["world"], manifest.get("rounds"), manifest.get("draws", 1))
 
 
 def read_state(checkpoint: Path) -> State:
@@ -249,18 +250,21 @@ class Pieces:
 
 def read_buffers(checkpoint: Path, player: str) -> list[dict[str, torch.Tensor]]:
     """A player's buffers as each rank saved them, by rank."""
-    everyone = []
-    for path in sorted(checkpoint.glob("buffers-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if key.startswith(f"{player}/")]  # noqa: SIM118
-            everyone.append({key.removeprefix(f"{player}/"): file.get_tensor(key) for key in keys})
-    return everyone
+    return [_buffers_in(path, player) for path in sorted(checkpoint.glob("buffers-*.safetensors"))]
+
+
+def _buffers_in(path: Path, player: str) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith(f"{player}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{player}/"): file.get_tensor(key) for key in keys}
 
 
 def _read_buffers(checkpoint: Path, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's own buffers; if another world saved them, all ranks' pooled."""
-    everyone = read_buffers(checkpoint, engine.player.name)
-    return everyone[ranks.rank] if len(everyone) == ranks.world else pooled(engine.module, everyone)
+    paths, player = sorted(checkpoint.glob("buffers-*.safetensors")), engine.player.name
+    if len(paths) == ranks.world:
+        return _buffers_in(paths[ranks.rank], player)
+    return pooled(engine.module, read_buffers(checkpoint, player))
 
 
 def describe(path: Path) -> dict[str, Any]:

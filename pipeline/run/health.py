@@ -11,7 +11,7 @@ from pipeline.errors import CommonError, RunError, UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
 from pipeline.run.stats import Reduced
-from pipeline.wording import counted
+from pipeline.wording import counted, ranks_named
 
 BITS, FORWARD = "bits/", "forward"  # each rank's own figures: see session.of_this_rank
 _PATIENCE = 25  # ticks in a row before a warning …
@@ -230,7 +230,7 @@ def slowest(seconds: list[float]) -> dict[str, float]:
 def _ranks(ranks: list[int], world: int) -> str:
     if len(ranks) == world:
         return "all ranks" if world > 1 else "the only rank"
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return ranks_named(ranks)
 
 
 def _has_won(values: Mapping[str, float]) -> bool:

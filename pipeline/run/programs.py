@@ -10,7 +10,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +184,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _legible_flags() -> Iterator[None]:
-    """torch.export reads TF32's old flag, which raises an error while one of the new ones excludes TF32."""
+    """torch.export reads TF32's old flag, which raises an error while the new ones contradict it."""
     sides: tuple[Any, ...] = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
     before = [side.fp32_precision for side in sides]
-    for side in sides:
-        side.fp32_precision = "tf32"
+    for precision in (None, "tf32", "ieee"):
+        for side in sides if precision else ():
+            side.fp32_precision = precision
+        with suppress(RuntimeError):
+            _ = torch.backends.cudnn.allow_tf32
+            break
     try:
         yield
     finally:

@@ -27,14 +27,19 @@ def checked_index(config: Config, announce: bool) -> Index:
 
 
 def agreed_data(config: Config, ranks: Ranks) -> tuple[Index, Split]:
-    """The index, and what of it is trained on. Raises CommonError unless it is the same on all ranks."""
+    """The index, and what of it is trained on. Raises CommonError unless it is the same on all machines.
+
+    One rank of each machine looks at the shards and hands the index on.
+    """
     ranks.progress.doing = "reading the index of the data"
+    first: list[Index] = []
     with ranks.raise_together():  # the main rank first: it may have to build what the others then read
         if ranks.main:
-            checked_index(config, announce=True)
+            first.append(checked_index(config, announce=True))
     with ranks.raise_together():
-        index = checked_index(config, announce=False)
-    if len(set(ranks.gather_objects(index.fingerprint))) > 1:
+        index = ranks.broadcast_on_machine(lambda: first.pop() if first else checked_index(config, False))
+    fingerprint = ranks.broadcast_from_main(lambda: index.fingerprint)
+    if any(ranks.poll_any(index.fingerprint != fingerprint)()):
         raise CommonError(
             f"{index.where} is not the same data on all machines of this run: their indices differ."
         )

@@ -28,7 +28,7 @@ from pipeline.wording import counted
 
 def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
     """Whether the run has trained as far as the config asks; says so, and sends W&B what it lacks."""
-    if not finished(folder, config):
+    if not ranks.broadcast_from_main(lambda: finished(folder, config)):
         return False
     ranks.broadcast_from_main(lambda: catch_up(config, folder, say))
     ranks.broadcast_from_main(
@@ -97,6 +97,7 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)
     refuse_other_rounds(folder, by, gan)
+    gan.draws.version = by.draws
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
         saved = _moved(folder, saved, state, start.config.run.new_data)

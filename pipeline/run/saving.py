@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.durable import save_tensors, sync
+from pipeline.gan.draws import VERSION
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
@@ -28,6 +29,7 @@ from pipeline.run.state import State
 
 Tensors = dict[str, torch.Tensor]
 Lines = dict[str, Any]  # of the manifest: file name → bytes and SHA-256
+Phase = Literal["idle", "writing", "finishing"]
 
 
 class Saver:
@@ -41,18 +43,19 @@ class Saver:
         self._folder, self._ranks, self._keep, self._still_ours = folder, ranks, keep, still_ours
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Any] | None = None
-        self._phase: Literal["idle", "writing", "finishing"] = "idle"
-        self._state, self._rounds = State(), 1
+        self._phase: Phase = "idle"
+        self._state, self._rounds, self._draws = State(), 1, VERSION
+        self.steps = 0  # grows with every change of phase, on all ranks alike
         self.failures = 0  # in a row
         if ranks.main:
             for left in folder.glob(".partial-*"):  # by a job that was killed while writing
                 shutil.rmtree(left, ignore_errors=True)
         ranks.barrier()
 
-    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
-        """Copy everything and start writing it. The previous save must be finished."""
+    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State, draws: int = VERSION) -> None:
+        """Copy everything and start writing it. The previous save must be finished. draws: their version."""
         assert self._phase == "idle"
-        self._rounds = players[0].batch.rounds
+        self._rounds, self._draws = players[0].batch.rounds, draws
         # Copies, as training adds to these lists.
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
@@ -64,7 +67,8 @@ class Saver:
                 contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = copies
         buffers = {f"{e.player.name}/{name}": _copy(b) for e in players for name, b in e.buffers().items()}
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers
-        self._start("writing", lambda: _write(self._partial, contents, self._still_ours))
+        self._enter("writing")
+        self._start(lambda: _write(self._partial, contents, self._still_ours))
 
     @property
     def flags(self) -> tuple[bool, bool]:
@@ -73,21 +77,25 @@ class Saver:
         return job is not None and not job.done(), job is not None and job.done() and bool(job.exception())
 
     def advance(self, busy: bool, failed: bool) -> str | None:
-        """Start the next phase unless any rank is busy; returns a complaint if any has failed."""
+        """Start the next phase unless any rank is busy; returns a complaint if any has failed.
+
+        The flags must be those of this phase: asked when `steps` was what it is now.
+        """
         if self._phase == "idle" or busy:
             return None
         job, self._job = self._job, None
         error = job.exception() if job else None
         if failed:
-            self._phase = "idle"
+            self._enter("idle")
             return self._give_up(error)
         if self._phase == "finishing":
-            self._phase, self.failures = "idle", 0
+            self._enter("idle")
+            self.failures = 0
             return None
-        lines = self._ranks.gather_objects(job.result() if job else {})
-        self._phase = "finishing"
+        lines = self._ranks.gather_on_main(job.result() if job else {})
+        self._enter("finishing")
         if self._ranks.main:
-            self._start("finishing", lambda: self._finish({k: v for part in lines for k, v in part.items()}))
+            self._start(lambda: self._finish({k: v for part in lines for k, v in part.items()}))
         return None
 
     def finish(self) -> list[str]:
@@ -106,8 +114,11 @@ class Saver:
     def _partial(self) -> Path:
         return self._folder / f".partial-{self._state.cur_nimg}"
 
-    def _start(self, phase: Literal["writing", "finishing"], work: Callable[[], Any]) -> None:
-        self._phase, self._job = phase, self._thread.submit(work)
+    def _enter(self, phase: Phase) -> None:
+        self._phase, self.steps = phase, self.steps + 1
+
+    def _start(self, work: Callable[[], Any]) -> None:
+        self._job = self._thread.submit(work)
 
     def _finish(self, files: Lines) -> None:
         """Add state and manifest, rename the folder, and delete checkpoints that are not kept."""
@@ -120,6 +131,7 @@ class Saver:
             "world": self._ranks.world,
             "strategy": self._ranks.strategy,
             "rounds": self._rounds,
+            "draws": self._draws,
             "torch": torch.__version__,
             "files": files | {"state.json": _seal(partial / "state.json")},
         }

@@ -32,6 +32,7 @@ from pipeline.run.clock import Clock
 from pipeline.run.conclusion import conclude
 from pipeline.run.curves import Curves
 from pipeline.run.evaluate import from_latents
+from pipeline.run.flags import Flags
 from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.images import agreed_images
@@ -66,6 +67,7 @@ class Session:
         self._signals, self._progress, self.clock = signals, ranks.progress, Clock()
         self._train_size = split.training().size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
+        self._flags = Flags(ranks, signals, self._saver, self._heed)
         self._grids = SampleGrids(folder, ranks, report, index.classes)
         self._curves = Curves(folder, report)
         self._health = Health(config.run, ranks, report, state.in_a_row)
@@ -99,20 +101,9 @@ class Session:
         return during_update(self._ranks, compiling=partial(self._off_the_clock, "compiling"))
 
     def exchange(self) -> Callable[[], bool]:
-        """Send the other ranks this one's flags: whether it was asked to stop, and how its save gets on.
-
-        The result waits for theirs, moves the save on and returns whether any rank was asked to stop. It
-        raises RunError when too many saves have failed.
-        """
-        answer = self._ranks.poll_any(self._signals.received is not None, *self._saver.flags)
-
-        def stopping() -> bool:
-            stop, busy, failed = answer()
-            complaint = self._saver.advance(busy, failed)
-            self._heed([complaint] if complaint else [])
-            return stop
-
-        return stopping
+        """Send the other ranks this one's flags; the result, after an update, is whether any rank had been
+        asked to stop before (see Flags). It raises RunError when too many saves have failed."""
+        return self._flags.exchange()
 
     def advance(self, cur_nimg: int) -> None:
         self._progress.cur_nimg = cur_nimg
@@ -161,8 +152,9 @@ class Session:
         with self._off_the_clock("saving a checkpoint"):
             self._report.still_ours()
             self._report.flush()
-            self._bad.exchange()
-            state.stats = self._ranks.gather_objects(stats.state())
+            if any(self._ranks.poll_any(self._bad.found > 0)()):
+                self._bad.exchange()
+            state.stats = self._ranks.gather_on_main(stats.state())  # which writes them
             state.adaptive = gan.adaptive.state() if gan.adaptive else {}
             start = time.perf_counter()
             complaints = self._saver.finish()  # of the last save, done by now unless storage is slow
@@ -170,7 +162,7 @@ class Session:
             if before is not None:
                 self._health.compare_wait(self._saved - start, self._saved - before)
             self._heed(complaints)
-            self._saver.begin([gan.G, gan.D], gan.G_ema, state)
+            self._saver.begin([gan.G, gan.D], gan.G_ema, state, gan.draws.version)
             self.new_best = False
 
     def finish_saves(self) -> None:

@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 
 import torch
 
-from pipeline.parallel.engine import Contribution
+from pipeline.parallel.engine import Contribution, sent
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
@@ -78,38 +78,33 @@ class Stats:
     def reduce(self, ranks: Ranks, mine: Mapping[str, float]) -> Reduced:
         """What all ranks have reported since the last call, and every rank's values of `mine`.
 
-        Collective, one all-reduce. All ranks must have reported the same names, as they do when all run
-        the same updates.
+        Collective, one all-reduce; another if a sum is not finite, to find the ranks. All ranks must have
+        reported the same names, as they do when all run the same updates.
         """
         self._add_waiting()
         names, own = sorted(self._places), sorted(mine)
         count, world = len(names), ranks.world
-        table = torch.zeros(2 * count + (count + len(own)) * world, dtype=torch.float64, device=self._device)
-        per_rank = table[2 * count :].view(count + len(own), world)
-        if names:
-            totals = self._totals[[self._places[name] for name in names]]
-            weights = [self._weights[name] for name in names]
-            table[:count] = totals
-            table[count : 2 * count] = torch.tensor(weights, dtype=torch.float64)
-            per_rank[:count, ranks.rank] = (~totals.isfinite()).double()
-        per_rank[count:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
+        table = torch.zeros(2 * count + len(own) * world, dtype=torch.float64, device=self._device)
+        totals = self._totals[[self._places[name] for name in names]] if names else self._totals
+        table[:count] = totals
+        weights = [self._weights[name] for name in names]
+        table[count : 2 * count] = torch.tensor(weights, dtype=torch.float64)
+        per_rank = table[2 * count :].view(len(own), world)
+        per_rank[:, ranks.rank] = torch.tensor([mine[name] for name in own], dtype=torch.float64)
         reduced: list[float] = ranks.sum(table).tolist()
+        sums = {name: (reduced[i], reduced[count + i]) for i, name in enumerate(names)}
+        broken = {} if all(map(math.isfinite, reduced[:count])) else _broken(names, totals, ranks)
         units = dict(self._units)
         self._totals = self._totals[:0]
         for kept in (self._places, self._weights, self._units):
             kept.clear()
         rows = [reduced[start : start + world] for start in range(2 * count, len(reduced), world)]
-        sums = {name: (reduced[i], reduced[count + i]) for i, name in enumerate(names)}
         return Reduced(
             values=_complete({name: total / weight for name, (total, weight) in sums.items()}),
             sums=sums,
             updates={name: reduced[count + i] / units[name] for i, name in enumerate(names)},
-            each=dict(zip(own, rows[count:], strict=True)),
-            broken={
-                name: [rank for rank, flag in enumerate(row) if flag]
-                for name, row in zip(names, rows, strict=False)
-                if any(row)
-            },
+            each=dict(zip(own, rows, strict=True)),
+            broken=broken,
         )
 
     def state(self) -> PartialSums:
@@ -159,7 +154,7 @@ class Stats:
     def _stacked(self, reports: list[_Report]) -> torch.Tensor:
         values = torch.stack([value for value, _ in reports])
         if factors := [*zip_longest(*(factors for _, factors in reports), fillvalue=1.0)]:
-            table = torch.tensor(factors, dtype=torch.float64).to(self._device, non_blocking=True)
+            table = sent(torch.tensor(factors, dtype=torch.float64), self._device)
             for each in table.unbind():
                 values.mul_(each)
         return values
@@ -170,6 +165,15 @@ class Stats:
         self._totals[self._places[name]].mul_(factor)
         self._weights[name] *= factor
         self._units[name] = unit
+
+
+def _broken(names: Sequence[str], totals: torch.Tensor, ranks: Ranks) -> dict[str, list[int]]:
+    """The ranks on which a total is not finite, for each name of which there are any. Collective."""
+    found = ranks.gather((~totals.isfinite())[None].double()).T.tolist()  # [names, ranks]
+    rows = {
+        name: [rank for rank, flag in enumerate(row) if flag] for name, row in zip(names, found, strict=True)
+    }
+    return {name: row for name, row in rows.items() if row}
 
 
 def _place(chart: str) -> tuple[bool, bool, str]:

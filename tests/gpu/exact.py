@@ -22,12 +22,32 @@ CASES = (
 )  # fmt: skip
 
 
+def _kinds(kind: str) -> tuple[str, ...]:
+    return tuple(f"{player}.{key}" for player in "GD" for key in (f"kind={kind}", "width=16"))
+
+
+_RELATIVISTIC = ("loss.kind=relativistic", "penalty.r1.gamma=1", "penalty.r2.gamma=1")
+RESUMED = {  # trainings that are stopped and resumed: settings besides QUIET
+    "dcgan": (*_kinds("dcgan"), "D.norm=none", "penalty.r1.gamma=1"),
+    "r3gan": (*_kinds("r3gan"), *_RELATIVISTIC),
+    "vit": (*_kinds("vit"), "G.outputs=1", "loss.kind=relativistic"),
+}
+QUIET = (  # neither scored nor shown
+    f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.batch_size=32", "run.tick_kimg=0.5",
+    "run.snapshot_kimg=1000", "score.metrics=[]", "track.wandb=false",
+)  # fmt: skip
+
+
 def parity(strategy: str) -> Outcome:
     """Weights, charts and a resumed training against plain torch on the same device, in full float32."""
     from launch import processes, selfcheck
     from launch.selfcheck import parity
 
     world = 1 if strategy == "single" else WORLD
+    if strategy == "hsdp":  # two copies of two parts, at least
+        if GPUS:
+            need(4)
+        world = max(4, world - world % 2)
     there = {case.name: case for case in parity.cases(world, strategy)}
     chosen = [name for name in CASES if name in there]
     with tempfile.TemporaryDirectory() as folder:
@@ -70,19 +90,14 @@ def precision(kind: str) -> Outcome:
 def resume() -> Outcome:
     """Trainings from shards, stopped half-way and continued by the same command, to the same bits; with
     attention, whose fused kernels on a GPU add up in any order, that is only reported."""
-    pairs = {
-        "dcgan": (*_kinds("dcgan"), "D.norm=none", "penalty.r1.gamma=1"),
-        "r3gan": (*_kinds("r3gan"), "loss.kind=relativistic", "penalty.r1.gamma=1", "penalty.r2.gamma=1"),
-        "vit": (*_kinds("vit"), "G.outputs=1", "loss.kind=relativistic"),
-    }
     failures, figures = [], {}
     with tempfile.TemporaryDirectory() as runs:
-        for name, kind in [(n, k) for n in pairs for k in ("no", "bf16")] if GPUS else [("dcgan", "no")]:
+        for name, kind in [(n, k) for n in RESUMED for k in ("no", "bf16")] if GPUS else [("dcgan", "no")]:
             ends = []
             for stops in ((2,), (1, 2)):
                 run = f"{name}-{kind}-{len(stops)}"
                 for kimg in stops:
-                    _train(runs, run, kind, *pairs[name], f"run.total_kimg={kimg}")
+                    _train(runs, run, kind, *RESUMED[name], f"run.total_kimg={kimg}")
                 ends.append(_tensors(Path(runs) / run / "checkpoints"))
             same = ends[0].keys() == ends[1].keys() and all(
                 torch.equal(t, ends[1][k]) for k, t in ends[0].items()
@@ -92,20 +107,11 @@ def resume() -> Outcome:
     return failures, figures
 
 
-def _kinds(kind: str) -> tuple[str, ...]:
-    return tuple(f"{player}.{key}" for player in "GD" for key in (f"kind={kind}", "width=16"))
-
-
 def _command(runs: str, name: str, *settings: str) -> list[str]:
-    """A training from shards that neither scores nor shows anything."""
-    quiet = (
-        f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.batch_size=32",
-        "run.tick_kimg=0.5", "run.snapshot_kimg=1000", "score.metrics=[]", "track.wandb=false",
-        f"run.out={runs}", f"run.name={name}",
-    )  # fmt: skip
     config = Path(runs) / "none.yaml"
     config.write_text("{}\n")
-    return [sys.executable, "-m", "launch.cli", "train", str(config), *quiet, *settings]
+    place = (f"run.out={runs}", f"run.name={name}")
+    return [sys.executable, "-m", "launch.cli", "train", str(config), *QUIET, *place, *settings]
 
 
 def _train(runs: str, name: str, kind: str, *settings: str) -> None:

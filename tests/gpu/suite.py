@@ -91,8 +91,6 @@ def _last_line(text: str) -> str:
 
 def part(name: str, answer: Path) -> None:
     """In the process of a part: run it and write its result. What it raises is its failure."""
-    # Out of time: what it has started ends as for Ctrl-C (launch/processes.py).
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         failures, figures = PARTS[name]()
         result: Result = {"status": "failed" if failures else "passed", "figures": figures}
@@ -104,6 +102,8 @@ def part(name: str, answer: Path) -> None:
 
 
 if __name__ == "__main__":
+    # Asked to end, or a part that is out of time: what was started ends too (launch/processes.py).
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if sys.argv[1:2] == ["--part"]:
         part(sys.argv[2], Path(sys.argv[3]))
     else:

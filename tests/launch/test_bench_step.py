@@ -6,11 +6,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from launch.bench import bench, objective
+from launch.bench import bench, objective, step
 from launch.bench.rivals import BareMaths
 from launch.bench.step import Ours, _ignored_signals, _ratios
 from pipeline.config import load
 from pipeline.gan.images import to_float
+from pipeline.parallel.compilation import Compilation
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 
@@ -52,12 +53,15 @@ def test_the_bare_maths_are_those_of_the_step(tmp_path):
         torch.testing.assert_close(average, q, rtol=0, atol=1e-6)
 
 
-def test_the_command_prints_everyone():
+def test_the_command_prints_everyone(monkeypatch):
+    """Compiled without a compiler."""
+    monkeypatch.setattr(step, "Compilation", lambda _: Compilation("eager"))
     options = ["--size", "28", "--width", "4", "--batch", "8", "--steps", "1", "--workers", "0"]
-    result = CliRunner().invoke(bench, ["step", *options], catch_exceptions=False)
+    result = CliRunner().invoke(bench, ["step", *options, "--compile"], catch_exceptions=False)
     assert result.exit_code == 0
     for name in ("shardgan", "bare maths", "tutorial"):
         assert f"{name} fp32" in result.output
+    assert "compiled bf16" in result.output and " times as fast, in fp32." in result.output
     assert "shardgan bf16" in result.output and "bare maths bf16" in result.output
     assert "1 turns of 8 updates" in result.output
     for name in objective.OBJECTIVES:

@@ -79,6 +79,8 @@ def test_without_speeds_it_sends_least_and_options_are_named() -> None:
     assert "none sends less" in text_of(asked)
     assert text_of(asked).endswith("For times: --tflops, --bandwidth, --network, or --live")
     assert all(each.seconds is None for each in found_of(asked).values())
+    untraced = forecast.forecasts(asked, replace(costs(asked), activations=None))
+    assert next(forecast.examine(asked, untraced)).text.startswith("ddp, if it fits: none sends less")
     within = replace(job(), machine=Machine(flops=1e12))
     assert text_of(within).endswith("For times: --bandwidth, or --live")
     alone = job(procs=1, strategy="single")
@@ -127,6 +129,9 @@ def test_a_measured_step_has_all_lazy_penalties() -> None:
     (finding,), rate = live.step(asked, Flops(3e9, 1e9), said)
     assert rate == pytest.approx(10 * of_training(due, 3e9, 1e9) / 0.5)
     assert "10 images in 500 ms" in finding.text
-    (failed,), none = live.step(asked, None, said | {"step": "out of memory"})
+    (failed,), none = live.step(asked, Flops(3e9, 1e9), said | {"step": "out of memory"})
     assert none is None and "out of memory" in failed.text
-    assert live.step(asked, None, said | {"images": 0}) == ([], None)
+    assert live.step(asked, Flops(3e9, 1e9), said | {"images": 0}) == ([], None)
+    long = 1e12 / (10 * of_training(due, 1, 0)) * 1.1  # FLOPs of G
+    assert [live._images(asked, Flops(G, 0), on_cpu=True) for G in (1.0, long)] == [10, 0]
+    assert live._images(asked, Flops(long, 0), on_cpu=False) == 10 and live._images(asked, None, False) == 0

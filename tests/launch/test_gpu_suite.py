@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pipeline.config import load
+from pipeline.gan.networks import build_D, build_G
 
 GPU = Path(__file__).parents[1] / "gpu"
 
@@ -52,3 +57,22 @@ def test_tables(monkeypatch):
     ]  # fmt: skip
     failed = {"resume": {"status": "failed", "seconds": 1, "why": "x|y\nz"}}
     assert "| resume | failed | 1 | x\\|y z |" in report.markdown(failed)
+
+
+def test_what_a_part_would_only_miss_on_a_gpu(monkeypatch):
+    """The names that parts import when they run, and the settings that they train with."""
+    for file in GPU.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(("launch", "pipeline")):
+                module = importlib.import_module(node.module)
+                for name in (alias.name for alias in node.names):
+                    assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}"), file
+    monkeypatch.syspath_prepend(GPU)
+    import exact
+    import updates
+
+    for settings in exact.RESUMED.values():
+        config = load(None, (*exact.QUIET, *settings))
+        build_G(config, 0), build_D(config, 0)
+    for name in updates.SIZES:
+        load(str(GPU.parents[1] / "configs" / f"{name}.yaml"), ("data.conditional=false",))

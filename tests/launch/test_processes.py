@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -220,3 +221,17 @@ def test_a_signal_that_waited_for_the_launcher_ends_it(monkeypatch, number, stat
     with pytest.raises(SystemExit) as ended:
         launcher._Launcher(end=sys.exit)
     assert ended.value.code == status
+
+
+def test_a_launcher_lets_its_ranks_hold_many_connections():
+    """Under a soft limit as shells have it, and never above the hard one."""
+    script = (
+        "import resource as r; from launch.launcher import allow_connections; allow_connections(); "
+        "print(*r.getrlimit(r.RLIMIT_NOFILE))"
+    )
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    for soft in (256, most):
+        shell = f"ulimit -Sn {soft}; ulimit -Hn {most}; exec {sys.executable} -c '{script}'"
+        found = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert found.stdout.split() == [str(most), str(most)]

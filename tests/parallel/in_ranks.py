@@ -2,8 +2,8 @@
 
 The named cases of the parity matrix; some of them continued from the checkpoints that the launch before, of
 another strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; a run
-that starts from another one; fp16; updates that are skipped; batch normalisation over all ranks; compiled
-players; and, as it may end the training, a matrix with known mistakes.
+that starts from another one; fp16; updates that are skipped; batch normalisation over all ranks; an
+index on several machines; compiled players; and, as it may end the training, a matrix with known mistakes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import compiled_pair
 import dirac
 import half
+import machines
 import mutant
 import skips
 import starts
@@ -43,7 +44,7 @@ def main(out: Path, earlier: Path | None, chosen: list[str]) -> None:
     found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"], found["sync_norm.json"] = wire.record(ranks), sync_norm.record(ranks)
     found["starts.json"] = starts.record(ranks, out)
-    found["overflow.json"] = half.train(ranks, out)
+    found["overflow.json"], found["machines.json"] = half.train(ranks, out), machines.record(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
     if f"{ranks.strategy}-{ranks.world}" in compiled_pair.WHERE:
         found["compiled.json"] = compiled_pair.record(ranks)

@@ -217,14 +217,20 @@ def test_what_cannot_be_recorded_is_one_line(of):
     assert "\n" not in str(caught.value)
 
 
-def test_a_network_is_recorded_where_tf32_is_switched_off():
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+@pytest.mark.parametrize(("old", "new"), [(None, "ieee"), (False, None), (False, "tf32")])
+def test_a_network_is_recorded_however_tf32_is_switched_on_or_off(old, new):
+    cudnn = torch.backends.cudnn
     try:
+        if old is not None:
+            cudnn.allow_tf32 = old
+        if new is not None:
+            cudnn.conv.fp32_precision = new
+        before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
         record(network(["G.kind=dcgan"], 0)[1], DRAW)
-        assert convolutions.fp32_precision == "ieee"
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == before
     finally:
-        convolutions.fp32_precision = before
+        cudnn.allow_tf32 = True  # the default of both
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32"
 
 
 def test_a_program_that_is_not_the_module_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,33 @@ def test_the_same_world_goes_on_from_the_very_sums():
     stats = Stats(torch.device("cpu"), 3)
     stats.load(ALONE, [saved])
     assert stats.state() == saved
+
+
+def test_a_second_exchange_finds_the_ranks_of_what_is_not_finite():
+    """Two ranks; the first has a NaN, the second an infinity and the sum of both."""
+    calls, flags = [], torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+
+    def summed(table):
+        calls.append("sum")
+        table[:3] += torch.tensor([0.0, math.inf, 0.0], dtype=torch.float64)
+        return table
+
+    def gathered(mine):
+        calls.append("gather")
+        return torch.cat([mine, flags])
+
+    ranks: Any = SimpleNamespace(rank=0, world=2, main=True, sum=summed, gather=gathered)
+    stats = Stats(torch.device("cpu"), 1)
+    for value in (math.nan, 1.0):
+        for name in "abc":
+            stats.mean(name, torch.tensor(value if name == "c" else 1.0))
+        reduced = stats.reduce(ranks, {"seconds": 2.0})
+        assert reduced.broken == ({"b": [1], "c": [0]} if math.isnan(value) else {"b": [1]})
+        assert reduced.each == {"seconds": [2.0, 0.0]}
+    assert calls == ["sum", "gather"] * 2
+    summed_alone: Any = SimpleNamespace(rank=0, world=2, main=True, sum=lambda table: table)
+    stats.mean("a", torch.tensor(1.0))
+    assert stats.reduce(summed_alone, {}).broken == {}
 
 
 def test_totals_are_those_of_adding_every_report_by_itself():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 from contextlib import suppress
+
+_MOMENT_S = 0.2
 
 
 class Ends:
@@ -34,9 +37,13 @@ class Ends:
             self._poll.register(descriptor, select.POLLIN)
 
     def wait(self, seconds: float) -> None:
-        """For so long, or until a process ends."""
+        """For so long, or until a process ends, and a moment more: a launcher that ends them all ends this
+        one too, which then has nothing to say."""
+        before = len(self.seen)
         for descriptor, _ in self._poll.poll(1000 * seconds):
             if descriptor in self._ranks:
                 self.seen.append(self._ranks.pop(descriptor))
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
+        if len(self.seen) > before:
+            time.sleep(_MOMENT_S)

@@ -17,7 +17,13 @@ import torch
 _ROOT = str(Path(__file__).resolve().parents[3]) + os.sep
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-COLLECTIVES = ("torch/distributed/", "torch/autograd/", "deepspeed/", "pipeline/parallel/ranks.py")
+COLLECTIVES = (
+    "torch/distributed/",
+    "torch/autograd/",
+    "deepspeed/",
+    "pipeline/parallel/ranks.py",
+    "pipeline/parallel/polls.py",
+)
 
 
 @dataclass
