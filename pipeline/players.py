@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.config import Config, WeightPenalty
 from pipeline.gan.adaptive import AdaptiveP
 from pipeline.gan.augment import Augmentation
-from pipeline.gan.draws import Drawn, Draws
+from pipeline.gan.draws import Drawn, Draws, Samples
 from pipeline.gan.frozen import constants_of
 from pipeline.gan.losses import Adversarial, adversarial
 from pipeline.gan.networks import build_D, build_G
@@ -43,20 +43,21 @@ class Gan:
     adaptive: AdaptiveP | None = None  # where p is neither given nor scheduled
 
     def draw(self, player: str, cur_nimg: int) -> Drawn:
-        """The random inputs of a player's turn, for the global batch."""
-        drawn = self.draws.latents(player, cur_nimg, self.batch_size, labels=not self.losses.paired)
-        drawn = drawn._replace(augmentation=self.augmentation(player, cur_nimg, self.batch_size))
+        """The random inputs of a player's turn, for this rank's samples in the order of rounds."""
+        mine = self.D.samples
+        drawn = self.draws.latents(player, cur_nimg, mine, labels=not self.losses.paired)
+        drawn = drawn._replace(augmentation=self.augmentation(player, cur_nimg, mine))
         if self.style_mixing:
-            drawn = drawn._replace(z=self.draws.mixed(drawn.z, self.style_mixing, player, cur_nimg))
+            drawn = drawn._replace(z=self.draws.mixed(drawn.z, self.style_mixing, player, cur_nimg, mine))
         if self.mixes and player == "D":
-            drawn = drawn._replace(mix=self.draws.uniform("mix", cur_nimg, self.batch_size))
+            drawn = drawn._replace(mix=self.draws.uniform("mix", cur_nimg, mine))
         return drawn
 
-    def augmentation(self, purpose: str, cur_nimg: int, count: int) -> Tensor | None:
-        """Parameters of `augment` for `count` images, by `Augmentation.draw`; None while p is 0."""
+    def augmentation(self, purpose: str, cur_nimg: int, samples: Samples) -> Tensor | None:
+        """Parameters of `augment` for these samples; None while p is 0."""
         if not (p := self.augment_p(cur_nimg)):
             return None
-        return self.augment.draw(self.draws.generator("augmentation", purpose, cur_nimg), count, p)
+        return self.draws.augmentation(self.augment, p, purpose, cur_nimg, samples)
 
     def augment_p(self, cur_nimg: int) -> float:
         """The probability of each operation in the update that begins after cur_nimg images."""

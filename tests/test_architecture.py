@@ -56,6 +56,7 @@ ARROWS = {
         "pipeline.gan.penalised",
         "pipeline.gan.sync_batch_norm",
         "pipeline.gan.draws.Drawn",
+        "pipeline.gan.draws.Samples",
         "pipeline.gan.schedules.Rates",
     ),
     "pipeline.run": (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -72,7 +72,7 @@ class Clocked(LocalPenalty):
 
     seconds: list[float] = field(default_factory=list)
 
-    def sums(self, squares: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def sums(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         with clocked(self.seconds):  # again, as the step may have summed these squares with the gradient's
             return super().sums()
 

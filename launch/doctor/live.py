@@ -69,24 +69,25 @@ def completed(machine: Machine, said: dict[str, Any], flops: float | None, sever
 def step(job: Job, flops: Flops | None, said: dict[str, Any]) -> tuple[list[Finding], float | None]:
     """How fast a rank computes, and its FLOPs per second, if that was measured."""
     images, measured = said["images"], said["step"]
-    if not images:
+    if not images or flops is None:
         return [], None
     if isinstance(measured, str):
         return [ok("live: step", f"an update cannot be made on one rank alone ({measured})")], None
     text = f"one rank alone makes an update of {counted(images, 'image')} in {1000 * measured:.3g} ms"
-    if flops is None:
-        return [ok("live: step", text)], None
     rate = images * of_training(all_due(job.config), *flops) / measured
     return [ok("live: step", f"{text}: {in_flops(rate)} per second")], rate
 
 
 def _images(job: Job, flops: Flops | None, on_cpu: bool) -> int:
-    """Of a rank and round, as the job would have them; 0 if measuring a step with them would take long."""
+    """Of a rank and round, as the job would have them; 0 if a step with them says nothing, or would take
+    long."""
+    if flops is None:
+        return 0
     try:
         images = batch_shape(job.config.data, job.world).images
     except UserError:
         return 0
-    needed = images * of_training(all_due(job.config), *flops) if flops else 0.0
+    needed = images * of_training(all_due(job.config), *flops)
     return 0 if on_cpu and needed > _LONG else images
 
 

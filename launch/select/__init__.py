@@ -15,10 +15,24 @@ from pipeline.config import UserError
 @click.argument("config", type=click.Path())
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
-    "--grid", multiple=True, metavar="KEY=V1,V2,…", help="Values to try; 1e-6:1e-2:5 is a log-spaced range."
+    "--grid",
+    multiple=True,
+    metavar="KEY=V1,V2,…",
+    help="Values to try; 1e-6:1e-2:5 is a log-spaced range. With --search: KEY=LOW..HIGH.",
 )
 @click.option(
     "--arms", type=click.Path(path_type=Path), help="Instead: a YAML file of `name: [key=value, …]`."
+)
+@click.option(
+    "--search",
+    type=click.Choice(["tpe"]),
+    help="Instead of every value: candidates that optuna's TPE proposes, by the scores of those before.",
+)
+@click.option(
+    "--trials",
+    "count",
+    type=click.IntRange(min=2),
+    help="Candidates of a --search, λ = 0 among them; each is trained on every fold and seed.",
 )
 @click.option(
     "--folds", type=click.IntRange(min=2), default=3, show_default=True, help="Parts held out in turn."
@@ -52,6 +66,8 @@ def select(
     settings: tuple[str, ...],
     grid: tuple[str, ...],
     arms: Path | None,
+    search: str | None,
+    count: int | None,
     folds: int,
     seeds: int,
     jobs: int,
@@ -70,11 +86,13 @@ def select(
 
     The data are cut into folds. Each candidate is trained on all but one of them and scored on that one, for
     every fold and seed. In a grid over one λ, the largest within one standard error of the best is chosen;
-    otherwise the best mean. Each trial is a run of its own under OUT/NAME/trials, scored once, at its end.
-    The same command again resumes. The results are in OUT/NAME: report.md, curve.png, table.json, table.csv,
-    and best.yaml, ready to train.
+    otherwise the best mean. Each trial is a run of its own under OUT/NAME/trials, scored up to five times, of
+    which the last counts. The same command again resumes. The results are in OUT/NAME: report.md, pictures,
+    table.json, table.csv, and best.yaml, ready to train.
     """
     from launch.select import candidates as select_candidates
+    from launch.select.choice import SEARCHED
+    from launch.select.search import search as new_search
     from launch.select.selection import Selection
     from launch.select.trials import LaunchOptions, trials
     from launch.slurm.jobs import Resources
@@ -83,10 +101,16 @@ def select(
         raise UserError("Give the candidates by either --grid (once or more) or --arms.")
     if strategy == "single" and procs > 1:
         raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
-    candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
-    base, found = trials(config, settings, candidates, folds, seeds)
-    launch = LaunchOptions(strategy, procs, mixed_precision)
-    selection = Selection(base, found, launch, (config, settings), click.echo, rule)
+    if (search is None) != (count is None) or (search and arms):
+        raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
+    launch, searched = LaunchOptions(strategy, procs, mixed_precision), None
+    if search and count:
+        base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
+        found, rule = searched.read(), SEARCHED
+    else:
+        candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
+        base, found = trials(config, settings, candidates, folds, seeds)
+    selection = Selection(base, found, launch, (config, settings), click.echo, rule, searched)
     if collect:
         selection.collect()
     elif slurm:

@@ -33,7 +33,7 @@ class Arm:
     @property
     def slug(self) -> str:
         """The name as part of a folder's; a long one is cut and ends in a hash."""
-        changes = [f"{key}={_in_time(key, value, 'to')}" for key, value in self.values.items()]
+        changes = [f"{key}={in_time(key, value, 'to')}" for key, value in self.values.items()]
         slug = re.sub(r"[^\w.=+,-]+", "_", (", ".join(changes) or self.name).replace(", ", ","))
         if len(slug.encode()) <= _LONGEST:
             return slug
@@ -43,7 +43,7 @@ class Arm:
     @property
     def label(self) -> str:
         """The values of a grid, each with the part of its key that sets it apart; else the name."""
-        values = [_in_time(key, value, " → ") for key, value in self.values.items()]
+        values = [in_time(key, value, " → ") for key, value in self.values.items()]
         if len(values) < 2:
             return values[0] if values else self.name
         _, keys, _ = _common(list(self.values))
@@ -75,10 +75,14 @@ def grid(axes: Sequence[str]) -> list[Arm]:
         raise UserError("--grid: each key once, with its values separated by commas.")
     arms = []
     for combination in product(*(values for _, values in parsed)):
-        values = dict(zip((key for key, _ in parsed), combination, strict=True))
-        settings = tuple(f"{key}={value}" for key, value in values.items())
-        arms.append(Arm(", ".join(settings), settings, values))
+        arms.append(arm_of(dict(zip((key for key, _ in parsed), combination, strict=True))))
     return arms
+
+
+def arm_of(values: Mapping[str, str]) -> Arm:
+    """The candidate with these values, key → as written."""
+    settings = tuple(f"{key}={value}" for key, value in values.items())
+    return Arm(", ".join(settings), settings, values)
 
 
 def arms(file: Path) -> list[Arm]:
@@ -122,8 +126,10 @@ def _split(values: str, axis: str) -> list[str]:
 
 def _range(part: str, axis: str) -> list[str]:
     """LOW:HIGH:COUNT → COUNT values evenly spaced in log; anything else → itself."""
+    if is_range(part):
+        raise UserError(f"--grid {axis}: {part} is a range to search in: add --search tpe --trials N.")
     if ":" not in part:
-        return [_shortest(part)]
+        return [shortest(part)]
     try:
         low, high, count = part.split(":")
         start, end, steps = math.log(float(low)), math.log(float(high)), int(count) - 1
@@ -137,10 +143,15 @@ def _range(part: str, axis: str) -> list[str]:
             "1e-6:1e-2:5."
         ) from None
     between = (math.exp(start + (end - start) * i / steps) for i in range(1, steps))
-    return [_shortest(low), *(_shortest(f"{value:.6g}") for value in between), _shortest(high)]
+    return [shortest(low), *(shortest(f"{value:.6g}") for value in between), shortest(high)]
 
 
-def _shortest(written: str) -> str:
+def is_range(values: str) -> bool:
+    """Whether it is LOW..HIGH."""
+    return re.fullmatch(r"[\d.e+-]*\d\.?\.\.[\d.e+-]+", values.strip(), re.IGNORECASE) is not None
+
+
+def shortest(written: str) -> str:
     """A number in its shortest form: 1e-3 and 0.001 are one value and one folder. Words stay as they are."""
     if re.fullmatch(r"[+-]?\d+", written):
         return str(int(written))
@@ -152,7 +163,7 @@ def _shortest(written: str) -> str:
     return short if float(short) == value or math.isnan(value) else repr(value)
 
 
-def _in_time(key: str, written: str, arrow: str) -> str:
+def in_time(key: str, written: str, arrow: str) -> str:
     """[1, 0.1] of a setting that may be scheduled as 1 → 0.1; anything else as it is written."""
     if key.endswith(".betas"):  # each of two may be scheduled
         within = _PAIR.sub(lambda pair: f"{pair[1]}{arrow}{pair[2]}", written.strip()[1:-1])

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 
 from launch.select.candidates import Arm
 from launch.select.trials import Trial
 
 PAIRED, UNPAIRED = RULES = ("paired", "unpaired")
-_LAMBDA = re.compile(r"penalty\.([GD]\.)?l[12]")
+SEARCHED = "search"  # of the candidates whose trials have all finished, the best mean
+LAMBDA = re.compile(r"penalty\.([GD]\.)?l[12]")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Outcome:
     score: float  # the one to choose by
     last: Mapping[str, float]  # the row of metrics.jsonl with that score
     seconds: float  # of training
+    by_kimg: Mapping[float, float] = field(default_factory=dict)  # budget → score there; the end included
 
     @property
     def place(self) -> tuple[int, int]:
@@ -51,6 +53,12 @@ class Row:
     def seconds(self) -> float:
         return sum(o.seconds for o in self.outcomes)
 
+    def at(self, kimg: float) -> Row:
+        """As if training had ended there; trials without a score there are still to come."""
+        scored = [replace(o, score=o.by_kimg[kimg]) for o in self.outcomes if kimg in o.by_kimg]
+        lacking = [o.trial.name for o in self.outcomes if kimg not in o.by_kimg]
+        return Row(self.arm, scored, self.failures, [*self.pending, *lacking])
+
     def chart(self, name: str) -> float:
         """The mean over trials of a chart's last value; nan if there is none."""
         values = [o.last[name] for o in self.outcomes if name in o.last]
@@ -74,7 +82,9 @@ class ScoreTable:
     @property
     def comparable(self) -> list[Row]:
         """The arms, each with those of its trials that all have finished. An arm with failed trials is left
-        out unless it has these."""
+        out unless it has these; of a search, one that lacks any."""
+        if self.rule == SEARCHED:
+            return [row for row in self.rows if row.outcomes and not row.failures and not row.pending]
         done = {row.arm: {o.place for o in row.outcomes} for row in self.rows}
         intact = [done[row.arm] for row in self.rows if not row.failures] or list(done.values())
         common = set[tuple[int, int]].intersection(*intact) if intact else set()
@@ -88,7 +98,43 @@ class ScoreTable:
     def left_out(self) -> list[Row]:
         """The arms that are not compared, because trials of theirs failed."""
         compared = {row.arm for row in self.comparable}
-        return [row for row in self.rows if row.arm not in compared] if compared else []
+        return [row for row in self.rows if row.failures and row.arm not in compared] if compared else []
+
+    @property
+    def plane(self) -> tuple[list[str], list[str]] | None:
+        """Of a grid over two keys, the values of each, from small to large if all are numbers; else None."""
+        arms = [row.arm for row in self.rows]
+        keys = list(arms[0].values)
+        if self.rule == SEARCHED or len(keys) != 2:
+            return None
+        first, second = (_in_order(key, arms) for key in keys)
+        return (first, second) if min(len(first), len(second)) > 1 else None
+
+    @property
+    def budgets(self) -> list[float]:
+        """kimg at which trials have been scored, the end included."""
+        return sorted({kimg for row in self.rows for o in row.outcomes for kimg in o.by_kimg})
+
+    def at(self, kimg: float) -> ScoreTable:
+        """As if every training had ended there."""
+        return replace(self, rows=[row.at(kimg) for row in self.rows])
+
+    @property
+    def by_budget(self) -> list[tuple[float, Row]]:
+        """(kimg, what would be chosen there), for each budget at which there is anything to choose by."""
+        found = ((kimg, self.at(kimg).choice) for kimg in self.budgets)
+        return [(kimg, choice) for kimg, choice in found if choice is not None]
+
+    def shown(self, most: int, also: Sequence[Arm] = ()) -> list[Row]:
+        """The arms with finished trials, as far as they are compared; of more than `most` of a search, the
+        first and the best, and `also` these, in the order of `rows`."""
+        compared = {row.arm: row for row in self.comparable}
+        rows = [compared.get(row.arm, row) for row in self.rows if row.outcomes]
+        if self.rule != SEARCHED or len(rows) <= most:
+            return rows
+        best = sorted(rows[1:], key=lambda row: (row.arm not in compared, row.mean))[: most - 1]
+        kept = {rows[0].arm, *also, *(row.arm for row in best)}
+        return [row for row in rows if row.arm in kept]
 
     @property
     def minimum(self) -> Row | None:
@@ -117,21 +163,29 @@ class ScoreTable:
     @property
     def penalty(self) -> str | None:
         """The key of the one λ whose values, all numbers, are the candidates; None if they are anything else.
-        Only a larger λ is known to regularise more."""
+        Only a larger λ is known to regularise more. None in a search, whose values are not a grid."""
+        if self.rule == SEARCHED:
+            return None
         keys = {key for row in self.rows for key in row.arm.values}
         key = keys.pop() if len(keys) == 1 else ""
         numbers = all(row.arm.number(key) is not None for row in self.rows) if key else False
-        return key if numbers and _LAMBDA.fullmatch(key) else None
+        return key if numbers and LAMBDA.fullmatch(key) else None
 
     def _is_within(self, row: Row, best: Row) -> bool:
-        if self.rule == PAIRED:
-            difference, error = row.against(best)
-        else:
+        if self.rule == UNPAIRED:
             difference, error = row.mean - best.mean, best.error
+        else:
+            difference, error = row.against(best)
         return difference <= (0 if math.isnan(error) else error)
 
     def _lambda(self, row: Row) -> float:
         return (row.arm.number(self.penalty) if self.penalty else None) or 0
+
+
+def _in_order(key: str, arms: Sequence[Arm]) -> list[str]:
+    """The values of a key."""
+    values = {arm.values[key]: arm.number(key) for arm in arms}
+    return list(values) if None in values.values() else sorted(values, key=lambda text: values[text] or 0)
 
 
 def _error(values: Sequence[float]) -> float:

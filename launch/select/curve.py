@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CPU = torch.device("cpu")
-_INK, _DARK, _LIGHT, _GREY, _MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05020"
+INK, DARK, LIGHT, GREY, MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05020"
 _UNDER, _BESIDE = (3, 5), (12, 1)  # columns and rows of a candidate's images
+MOST = 12  # candidates of a search in a picture
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -51,11 +52,19 @@ def numbers(rows: Sequence[Row]) -> list[float]:
     return [x for x in found if x is not None] if one and None not in found else []
 
 
+def readable(axes: Axes, scores: Sequence[float], upright: bool = True) -> None:
+    """In log if scores differ much, or a hopeless one hides how the others differ."""
+    if min(scores) > 0 and max(scores) > 2 * min(scores):
+        (axes.set_yscale if upright else axes.set_xscale)("log")
+        axis = axes.yaxis if upright else axes.xaxis
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+
+
 def curve(table: ScoreTable) -> Figure:
     """The values of one number from left to right, with images underneath; anything else from top to bottom,
     with room for names, and images on the right."""
-    compared = {row.arm: row for row in table.comparable}
-    rows = [compared.get(row.arm, row) for row in table.rows if row.outcomes]
+    rows = table.shown(MOST)
     upright = bool(numbers(rows))
     if upright:
         rows = [rows[i] for i in np.argsort(numbers(rows), kind="stable")]
@@ -70,10 +79,10 @@ def curve(table: ScoreTable) -> Figure:
     strips = [*(_images(row, shape) for row in rows), _reals(rows[0], shape)]
     for panel, title, strip in zip(panels, titles, strips, strict=True):
         if strip is None:
-            panel.text(0.5, 0.5, "not there", ha="center", va="center", fontsize=8, color=_INK)
+            panel.text(0.5, 0.5, "not there", ha="center", va="center", fontsize=8, color=INK)
         else:
             panel.imshow(strip, cmap="gray", vmin=0, vmax=255)
-        panel.set_title(title, fontsize=8, color=_INK, loc="center" if upright else "left", pad=3)
+        panel.set_title(title, fontsize=8, color=INK, loc="center" if upright else "left", pad=3)
         panel.axis("off")
         panel.set_anchor("N" if upright else "W")
     return figure
@@ -108,33 +117,30 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
             axes.errorbar(row.mean, place, xerr=error, fmt="none", **look)
 
     if upright:
-        points(range(len(rows)), [row.mean for row in rows], "-", color=_DARK, lw=1, zorder=0)
+        points(range(len(rows)), [row.mean for row in rows], "-", color=DARK, lw=1, zorder=0)
     for place, row in enumerate(rows):
-        colour = _DARK if row.arm in compared else _GREY
+        colour = DARK if row.arm in compared else GREY
         scores = [o.score for o in row.outcomes]
-        points([place] * len(scores), scores, "o", ms=4, color=_LIGHT, zorder=3, label="trial")
+        points([place] * len(scores), scores, "o", ms=4, color=LIGHT, zorder=3, label="trial")
         bar(place, row, row.error, capsize=4, color=colour, zorder=1)
         label = "mean ± standard error" if row.arm in compared else "not compared: trials failed"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
         if best and table.penalty and paired and row.arm in compared and row.arm != best.arm:
             label = "± standard error of the difference\nfrom the best mean, in pairs"
-            look = {"elinewidth": 6, "alpha": 0.5, "color": _MARK, "zorder": 2}
+            look = {"elinewidth": 6, "alpha": 0.5, "color": MARK, "zorder": 2}
             bar(place, row, row.against(best)[1], label=label, **look)
         if choice and row.arm == choice.arm:
-            points([place], [row.mean], "o", ms=13, mfc="none", mec=_MARK, zorder=4, label="chosen")
+            points([place], [row.mean], "o", ms=13, mfc="none", mec=MARK, zorder=4, label="chosen")
     if best and table.penalty and len(best.outcomes) > 1:
         limit = best.mean if paired else best.mean + best.error
         label = "best mean" if paired else "best mean + its standard error"
-        (axes.axhline if upright else axes.axvline)(limit, color=_MARK, lw=0.8, ls="--", label=label)
+        (axes.axhline if upright else axes.axvline)(limit, color=MARK, lw=0.8, ls="--", label=label)
 
 
 def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
     means, title = [row.mean for row in rows], table.rows[0].arm.title
     of_scores, of_names = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
-    if min(means) > 0 and max(means) > 2 * min(means):  # or a hopeless one hides how the others differ
-        (axes.set_yscale if upright else axes.set_xscale)("log")
-        of_scores.set_major_formatter("{x:g}")
-        of_scores.set_minor_formatter("{x:g}")
+    readable(axes, means, upright)
     of_scores.set_label_text(f"{table.score} on held-out images")
     of_names.set_ticks(range(len(rows)), names, fontsize=8 if upright else 9)
     if upright:
@@ -143,7 +149,7 @@ def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upr
         return
     axes.set_ylim(len(rows) - 0.5, -0.5)
     if title != "candidate":
-        axes.set_title(title, fontsize=9, color=_INK, loc="left")
+        axes.set_title(title, fontsize=9, color=INK, loc="left")
 
 
 def _images(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:

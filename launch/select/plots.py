@@ -1,4 +1,4 @@
-"""The pictures of a selection: curve.png (see curve.py), and weights.png: the weights of the candidates."""
+"""The pictures of a selection, of which this draws weights.png: the weights of the candidates."""
 
 from __future__ import annotations
 
@@ -7,22 +7,33 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from launch.select import files
-from launch.select.choice import Row, ScoreTable
-from launch.select.curve import curve, new_figure, numbers, wrapped
+from launch.select.choice import SEARCHED, Row, ScoreTable
+from launch.select.curve import MOST, curve, new_figure, wrapped
+from launch.select.heat import heat
+from launch.select.learning import learning
+from launch.select.legend import height, legend_below, styles
+from launch.select.searched import searched
 from pipeline.run.rows import rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NAME, _ALL = 60, 190  # letters of a name in one line of the legend, and of all names beside each other
+_LETTERS = 190  # of names beside each other
 
 
 def draw(folder: Path, table: ScoreTable) -> list[Path]:
-    """curve.png and weights.png; returns what was written. Raises UserError if it cannot be."""
+    """Each with what it takes: grid.png two keys, learning.png scores along the way, search.png a search.
+
+    Returns what was written. Raises UserError if it cannot be.
+    """
     pictures = {folder / "curve.png": curve(table), folder / "weights.png": weights(table)}
+    if table.plane:
+        pictures[folder / "grid.png"] = heat(table)
+    if len(table.by_budget) > 1:
+        pictures[folder / "learning.png"] = learning(table)
+    if table.rule == SEARCHED:
+        pictures[folder / "search.png"] = searched(table)
     for path, figure in pictures.items():
         figure.savefig(png := BytesIO(), format="png")
         files.write(path, png.getvalue())
@@ -31,21 +42,19 @@ def draw(folder: Path, table: ScoreTable) -> list[Path]:
 
 def weights(table: ScoreTable) -> Figure:
     """Per player: norms of kernels over training, the penalty's share of the gradient, and one spectrum."""
-    rows = [row for row in table.rows if row.outcomes]
-    names = [wrapped(row.arm.label, _NAME) for row in rows]
-    longest = max(len(line) for name in names for line in name.splitlines())
-    beside = max(1, min(len(rows), _ALL // (longest + 8)))
-    figure = new_figure(12, 6.8 + 0.18 * sum(name.count("\n") + 1 for name in names) / beside)
+    rows = table.shown(MOST)
+    figure = new_figure(12, 6.5 + height(rows, _LETTERS))
+    lines: list[Any] = []
     for player, panels in zip("GD", figure.subplots(2, 3), strict=True):
         norms, shares, spectrum = panels
         kernels = set()
-        for row, name, style in zip(rows, names, _styles(rows), strict=True):
-            lines = _metrics(row)
-            kimg = [line["cur_nimg"] / 1000 for line in lines]
-            for chart in [chart for chart in lines[-1] if chart.startswith(f"Weights/{player}/norm/")]:
-                norms.plot(kimg, [line.get(chart, math.nan) for line in lines], lw=1, label=name, **style)
-            share = [line.get(f"Gradients/{player}/penalty_share", math.nan) for line in lines]
-            shares.plot(kimg, share, label=name, **style)
+        for row, style in zip(rows, styles(rows), strict=True):
+            ticks = _metrics(row)
+            kimg = [tick["cur_nimg"] / 1000 for tick in ticks]
+            for chart in [chart for chart in ticks[-1] if chart.startswith(f"Weights/{player}/norm/")]:
+                norms.plot(kimg, [tick.get(chart, math.nan) for tick in ticks], lw=1, **style)
+            share = [tick.get(f"Gradients/{player}/penalty_share", math.nan) for tick in ticks]
+            lines += shares.plot(kimg, share, **style)
             kernel, values = _largest_spectrum(row, player)
             kernels |= {kernel} - {""}
             spectrum.plot(range(1, len(values) + 1), values, **style)
@@ -53,26 +62,8 @@ def weights(table: ScoreTable) -> Figure:
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
-    handles = shares.get_legend_handles_labels()
-    legend = figure.legend(*handles, loc="outside lower center", ncols=beside, fontsize=8)
-    legend.set_title(rows[0].arm.title.replace("candidate", ""))
-    legend.set_frame_on(False)
+    legend_below(figure, lines[: len(rows)], rows, _LETTERS)
     return figure
-
-
-def _styles(rows: list[Row]) -> list[dict[str, Any]]:
-    """How the lines of each candidate look: graded for the values of one number, else clearly distinct."""
-    from matplotlib import colormaps
-
-    if values := numbers(rows):
-        order = np.argsort(np.argsort(values, kind="stable"))
-        return [{"color": colour} for colour in colormaps["viridis"](0.9 * order / max(1, len(rows) - 1))]
-    colour_map, many = ("tab10", 10) if len(rows) <= 10 else ("tab20", 20)
-    dashes = ["-", "--", ":", "-."]
-    return [
-        {"color": colormaps[colour_map](i % many), "ls": dashes[i // many % len(dashes)]}
-        for i in range(len(rows))
-    ]
 
 
 def _metrics(row: Row) -> list[dict[str, Any]]:

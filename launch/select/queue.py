@@ -1,4 +1,7 @@
-"""The trials of `shardgan select --slurm`: an array of jobs, and a job that collects their scores."""
+"""The trials of `shardgan select --slurm`: an array of jobs, and a job that collects their scores.
+
+Of a search, for each batch of candidates, one after the other.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,19 @@ def refuse_queued(folder: Path) -> None:
 
 
 def submit(
-    todo: Sequence[Trial], launch: LaunchOptions, resources: Resources, jobs: int, folder: Path, say: Say
+    todo: Sequence[Trial],
+    launch: LaunchOptions,
+    resources: Resources,
+    jobs: int,
+    folder: Path,
+    say: Say,
+    later: Sequence[int] = (),
 ) -> None:
     """Submit one job per trial, `jobs` at once, and one that runs this command with --collect after them.
 
-    Raises UserError with Slurm's reason if it refuses one.
+    later: of a search, how many trials each batch has that is still to be proposed. They wait in the queue as
+    arrays of jobs; the collecting job before each proposes it and lists its trials. So no node has to submit.
+    Raises UserError with Slurm's reason if it refuses a job.
     """
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # jobs inherit them, and all trials would be one run there
         os.environ.pop(name, None)
@@ -45,59 +56,105 @@ def submit(
         precision=launch.precision,
     )
     command = [word for word in sys.argv[1:] if word != "--slurm"]
-    job, collecting = _submit_array(todo, folder, resources, jobs, [*command, "--collect"])
-    files.write(folder / "slurm" / "job", f"{job} {collecting}\n")
+    sizes = [len(todo), *later]
+    ids = _submit_arrays(todo, sizes, folder, resources, jobs, [*command, "--collect"])
+    files.write(folder / "slurm" / "job", f"{' '.join(ids)}\n")
     say(
-        f"Submitted: {len(todo)} trials as job {job}, {jobs} at once; job {collecting} collects their scores "
-        f"in {folder}. Logs: {folder / 'slurm'}."
+        f"Submitted: {sum(sizes)} trials as job{'s' if later else ''} {', '.join(ids[::2])}, {jobs} at once; "
+        f"job {ids[-1]} collects their scores in {folder}. Logs: {folder / 'slurm'}."
     )
 
 
-def _submit_array(
-    todo: Sequence[Trial], folder: Path, resources: Resources, throttle: int, collect: Sequence[str]
-) -> tuple[str, str]:
-    """The ids of the array and of the job after it, which runs `shardgan` with the words of `collect`."""
-    words = [word for trial in todo for word in trial.arguments]
-    slurm.refuse_credentials(words)
-    if broken := next((word for word in words if "\n" in word), None):
-        raise UserError(f"{broken!r} has a line break, and a list of runs has one run per line. Remove it.")
+def _submit_arrays(
+    todo: Sequence[Trial],
+    sizes: Sequence[int],
+    folder: Path,
+    resources: Resources,
+    throttle: int,
+    collect: Sequence[str],
+) -> list[str]:
+    """The ids of each array, and of the job after it, which runs `shardgan` with the words of `collect`."""
+    slurm.refuse_credentials([word for trial in todo for word in trial.arguments])
+    runs = _lines(todo)
     name, place = folder.name, (folder / "slurm").absolute()
-    runs, array = place / "runs.txt", f"1-{len(todo)}%{throttle}"
-    batch = slurm.render(name, place, ["array.sbatch", str(runs)], resources, array=array)
+    arrays = [
+        slurm.render(
+            name, place, ["array.sbatch", str(place / _runs(number))], resources, array=f"1-{size}%{throttle}"
+        )
+        for number, size in enumerate(sizes)
+    ]
     one = Resources(time=resources.time, partition=resources.partition, account=resources.account)
     line = ["node.sh", "python", "launch.cli", *collect]
     after = slurm.render(f"{name}-collect", place, line, one)
-    for each in (batch, after):
+    for each in (arrays[0], after):
         slurm.check(each)
-    files.write(runs, "".join(f"{shlex.join(trial.arguments)}\n" for trial in todo))
+    for old in place.glob("runs*.txt"):
+        old.unlink()
+    files.write(place / _runs(0), runs)
     slurm.keep(place, {str(trial.config.data.train): trial.config.data for trial in todo}.values())
-    job = slurm.submit(place, batch)
+    ids: list[str] = []
     try:
-        return job, slurm.submit(place, after, f"--dependency=afterany:{job}", name="collect.sbatch")
+        for number, array in enumerate(arrays):
+            for job, file in ((array, f"job{number or ''}.sbatch"), (after, "collect.sbatch")):
+                wait = [f"--dependency=afterany:{ids[-1]}"] if ids else []
+                ids.append(slurm.submit(place, job, *wait, name=file))
     except UserError as error:
-        slurm.cancel(job)
-        raise UserError(
-            f"{error} That was the job that collects; the trials, job {job}, are cancelled."
-        ) from None
+        for job_id in ids:
+            slurm.cancel(job_id)
+        cancelled = f" What was submitted before it, job {', '.join(ids)}, is cancelled." if ids else ""
+        raise UserError(f"{error}{cancelled}") from None
+    return ids
+
+
+def is_collecting(folder: Path) -> bool:
+    """Whether this process is one of the jobs that collect."""
+    return os.environ.get("SLURM_JOB_ID") in _ids(folder)[1::2]
+
+
+def write_next(todo: Sequence[Trial], folder: Path) -> None:
+    """In a job that collects: list the trials of the array after it, if there is one. Raises UserError."""
+    number = _ids(folder).index(os.environ["SLURM_JOB_ID"]) // 2 + 1
+    if todo and number < len(_ids(folder)[::2]):
+        files.write(folder / "slurm" / _runs(number), _lines(todo))
 
 
 def failures(trials: Sequence[Trial], folder: Path) -> dict[str, str]:
     """Of the trials submitted last, those whose log ends with an error: name → its first error."""
-    jobs, runs = folder / "slurm" / "job", folder / "slurm" / "runs.txt"
-    if not (jobs.exists() and runs.exists()):
-        return {}
-    job, found = jobs.read_text().split()[0], {}
-    names = [
-        next((word.partition("=")[2].strip("'") for word in words if word.startswith("run.name='")), "")
-        for words in map(shlex.split, runs.read_text("utf-8").splitlines())
-    ]
-    for trial in trials:
-        if trial.done or trial.name not in names:
-            continue
-        log = runs.with_name(f"{job}_{names.index(trial.name) + 1}.log")
-        lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-        lines = [line for line in lines if line.strip()]
-        errors = [line for line in lines if re.match(r"(\S+: )?error: ", line)]
-        if errors and errors[-1] == lines[-1]:  # else it may be training, or wait to be resumed
-            found[trial.name] = f"{errors[0]} ({log})"
-    return found
+    found: dict[str, str] = {}
+    for number, job in enumerate(_ids(folder)[::2]):
+        runs = folder / "slurm" / _runs(number)
+        lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
+        for place, words in enumerate(map(shlex.split, lines), 1):
+            named = (word.partition("=")[2].strip("'") for word in words if word.startswith("run.name='"))
+            name = next(named, "")
+            found.pop(name, None)  # of an earlier array
+            if problem := _problem(runs.with_name(f"{job}_{place}.log")):
+                found[name] = problem
+    return {trial.name: found[trial.name] for trial in trials if not trial.done and trial.name in found}
+
+
+def _problem(log: Path) -> str:
+    """The first error in a log that ends with one; else it may be training, or wait to be resumed."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    lines = [line for line in lines if line.strip()]
+    errors = [line for line in lines if re.match(r"(\S+: )?error: ", line)]
+    return f"{errors[0]} ({log})" if errors and errors[-1] == lines[-1] else ""
+
+
+def _ids(folder: Path) -> list[str]:
+    """Of the jobs submitted last: an array and the job that collects after it, and so on."""
+    file = folder / "slurm" / "job"
+    return file.read_text().split() if file.exists() else []
+
+
+def _runs(number: int) -> str:
+    """The file that lists the trials of an array."""
+    return f"runs-{number + 1}.txt" if number else "runs.txt"
+
+
+def _lines(todo: Sequence[Trial]) -> str:
+    """A line for each trial, as array.sbatch reads them. Raises UserError."""
+    words = [word for trial in todo for word in trial.arguments]
+    if broken := next((word for word in words if "\n" in word), None):
+        raise UserError(f"{broken!r} has a line break, and a list of runs has one run per line. Remove it.")
+    return "".join(f"{shlex.join(trial.arguments)}\n" for trial in todo)

@@ -12,6 +12,7 @@ import click
 from launch.select import local, plots, queue, start, table, verdict
 from launch.select.choice import ScoreTable
 from launch.select.local import Say
+from launch.select.search import Search
 from launch.select.trials import LaunchOptions, Trial
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
@@ -30,6 +31,7 @@ class Selection:
     given: tuple[str, tuple[str, ...]]  # config and settings, as on the command line
     say: Say
     rule: str
+    search: Search | None = None
     failures: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
@@ -40,6 +42,16 @@ class Selection:
     @property
     def todo(self) -> list[Trial]:
         return [trial for trial in self.trials if not trial.done]
+
+    @property
+    def _total(self) -> int:
+        """Trials, those included that a search is still to propose."""
+        return len(self.trials) + (sum(self.search.batches) * self._places if self.search else 0)
+
+    @property
+    def _places(self) -> int:
+        """Trials of each candidate."""
+        return len({trial.place for trial in self.trials})
 
     def train(self, jobs: int) -> None:
         """Train on this machine what is not done; then write the table and the choice."""
@@ -53,6 +65,8 @@ class Selection:
 
             # Another select may have finished some while this one waited for the folder.
             signals = local.train(self.todo, self.launch, jobs, self.folder, self.say, ended)
+            while signals.received is None and (more := self._propose()):
+                signals = local.train(more, self.launch, jobs, self.folder, self.say, ended)
             lock.check()
             found = self._conclude()
         if signals.received is not None:
@@ -64,48 +78,73 @@ class Selection:
 
     def submit(self, resources: Resources, jobs: int) -> None:
         """Submit to Slurm what is not done."""
-        if not self.todo:
+        if not self.todo and not (self.search and self.search.batches):
             self.train(jobs)
             return
         self._check(None)
         with local.hold(self.folder, self.trials, self.say):
             self._begin()
-            queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say)
+            self._propose()
+            later = [size * self._places for size in self.search.batches] if self.search else []
+            queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say, later)
 
     def collect(self) -> None:
         """Train nothing. Failures are known from the last call's table and from the logs of jobs."""
-        now = start.common(self.trials, self.launch)
+        now = self._common()
         self._check_same({"candidates": now["candidates"]})  # however they are trained
         with local.hold(self.folder, (), self.say):
             waiting = {trial.name for trial in self.todo}
             failed = table.failures(self.folder) | queue.failures(self.trials, self.folder)
             self.failures |= {name: problem for name, problem in failed.items() if name in waiting}
+            if self.search and queue.is_collecting(self.folder):
+                self._propose()
+                queue.write_next([t for t in self.todo if t.name not in self.failures], self.folder)
             found = self._conclude()
         if found.minimum is None and not any(row.pending for row in found.rows):
             raise click.ClickException(_nothing(found, self.folder))
+
+    def _common(self) -> dict[str, object]:
+        return start.common(self.trials, self.launch, self.search.axes if self.search else None)
+
+    def _propose(self) -> list[Trial]:
+        """The trials of the next candidates of a search, once those so far have ended."""
+        if self.search is None or any(trial.name not in self.failures for trial in self.todo):
+            return []
+        more = self.search.propose(self._table().rows)
+        if not more:
+            return []
+        self.say(f"Proposed: {'; '.join(arm.name for arm in more)}")
+        new = self.search.trials_of(more)
+        self.trials = [*self.trials, *new]
+        return new
 
     def _check_same(self, now: dict[str, object]) -> None:
         """Raises UserError if finished trials would not compare with new ones."""
         start.check_common(self.folder, now)
         table.check_scored(self.base, self.trials)
         self._table()
-        arms, places = ({getattr(t, of) for t in self.trials} for of in ("arm", "place"))
+        arms = {trial.arm for trial in self.trials}
+        if self.search and self.search.count > len(arms):
+            self.say(f"A search for {counted(self.search.count, 'candidate')}, {len(arms)} of them proposed:")
         self.say(
-            f"{self.base.run.name}: {counted(len(arms), 'candidate')} x {len(places)} folds and seeds = "
+            f"{self.base.run.name}: {counted(len(arms), 'candidate')} x {self._places} folds and seeds = "
             f"{counted(len(self.trials), 'trial')} of {self.base.run.total_kimg:g} kimg, "
             f"{len(self.trials) - len(self.todo)} of them done"
         )
 
     def _check(self, jobs: int | None) -> None:
         """Everything that can be known before anything starts; jobs: None where other machines train."""
-        self._check_same(start.common(self.trials, self.launch))
+        self._check_same(self._common())
         if self.todo:
             queue.refuse_queued(self.folder)
         start.check(self.base, self.trials, self.launch, jobs)
 
     def _begin(self) -> None:
         """Write what later calls must agree with, and a table without failures: these trials are retried."""
-        start.write_common(self.folder, start.common(self.trials, self.launch))
+        start.write_common(self.folder, self._common())
+        if self.search:
+            self.trials = self.search.read()  # what another select has proposed while this one waited
+            self.search.write()
         table.write(self.folder, self._table(), self.base, self.trials)
 
     def _table(self) -> ScoreTable:
@@ -125,7 +164,7 @@ class Selection:
         scores = [f"{now.score} {o.score:.4f}" for o in done if o.trial == trial]
         what = failed.get(trial.name) or ", ".join(scores)
         minutes = (time.monotonic() - self.began) / 60
-        count = f"[{len(done) + len(failed)}/{len(self.trials)}]"
+        count = f"[{len(done) + len(failed)}/{self._total}]"
         self.say(f"{count} {trial.name}: {what}  after {minutes:.1f} min")
 
     def _conclude(self) -> ScoreTable:

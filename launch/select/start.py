@@ -12,6 +12,7 @@ import torch
 from launch.processes import check_space
 from launch.select import files
 from launch.select.local import shares
+from launch.select.ranges import Axis
 from launch.select.trials import LaunchOptions, Trial, refuse
 from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
@@ -28,10 +29,13 @@ from pipeline.run.report import say
 _COMMON = "selection.json"
 
 
-def common(trials: Sequence[Trial], launch: LaunchOptions) -> dict[str, Any]:
-    """What all trials of a selection share besides the config, now and later."""
+def common(
+    trials: Sequence[Trial], launch: LaunchOptions, searched: Sequence[Axis] | None = None
+) -> dict[str, Any]:
+    """What all trials of a selection share besides the config, now and later. searched: axes of a search."""
+    keys = [f"--grid {key}" for key in trials[0].arm.values] or ["--arms"]
     return {
-        "candidates": [f"--grid {key}" for key in trials[0].arm.values] or ["--arms"],
+        "candidates": keys if searched is None else [f"--search tpe {axis.text}" for axis in searched],
         "strategy": launch.strategy,
         "procs": launch.procs,
         "precision": launch.precision,

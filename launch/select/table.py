@@ -75,6 +75,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
         "minimum": best.arm.name if best else None,
         "chosen": chosen.arm.name if chosen else None,
         "one_standard_error": chosen.arm.name if chosen else None,  # the former name of "chosen"
+        "by_budget": [{"kimg": kimg, "chosen": row.arm.name} for kimg, row in table.by_budget],
         "rows": [
             {
                 "arm": row.arm.name,
@@ -87,6 +88,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
                 if best and row.arm in compared
                 else None,
                 "by_trial": {o.trial.name: o.score for o in row.outcomes},
+                "by_kimg": [_at(row, kimg) for kimg in table.budgets],
                 "charts": {name: _number(row.chart(name)) for name in _charts(row)},
                 "seconds": round(row.seconds, 1),
                 "failed": dict(row.failures),
@@ -141,7 +143,30 @@ def _read(trial: Trial, metric: str) -> Outcome | None:
             seconds += (row["cur_nimg"] - before) / row["Timing/img_per_sec"]
             before = row["cur_nimg"]
     row, chart = scored[-1]
-    return Outcome(trial, row[chart], row, seconds)
+    return Outcome(trial, row[chart], row, seconds, _by_kimg(trial.config, scored))
+
+
+def _by_kimg(config: Config, scored: Sequence[tuple[Mapping[str, Any], str]]) -> dict[float, float]:
+    """Budget → score. A budget is a multiple of run.eval_kimg, whatever batches make of it; the last score is
+    that of the end. Scores at other times are left out, such as those before run.eval_kimg was changed, and
+    that of the untrained networks."""
+    each, total = 1000 * config.run.eval_kimg, config.run.total_kimg
+    found = {}
+    for row, chart in scored[:-1]:
+        number = math.floor(row["cur_nimg"] / each + 1e-9)
+        kimg = float(f"{number * config.run.eval_kimg:.9g}")
+        on_time = row["cur_nimg"] - number * each < config.images_per_update
+        if number and on_time and kimg < total and math.isfinite(row[chart]):
+            found[kimg] = row[chart]
+    row, chart = scored[-1]
+    return found | {total: row[chart]}
+
+
+def _at(row: Row, kimg: float) -> dict[str, Any]:
+    """A point of an arm's learning curve."""
+    then = row.at(kimg)
+    mean, error = _number(then.mean), _number(then.error)
+    return {"kimg": kimg, "trials": len(then.outcomes), "mean": mean, "standard_error": error}
 
 
 def _check_references(outcomes: Sequence[Outcome]) -> None:

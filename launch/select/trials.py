@@ -19,9 +19,8 @@ _FIXED = (
     *("data.stages", "data.window", "data.holdout", "data.folds", "data.fold"),
     *("run.name", "run.out", "run.seed", "run.resume"),
 )
-# The config's own values suit a training that someone watches; a trial is scored once, at its end. Settings
-# on the command line override these.
-_RHYTHM = ("run.snapshot_kimg=1e9", "run.eval_kimg=1e9", "run.keep=1")
+_SCORES = 5  # of a trial along its way, the last at its end
+_IMAGES_PER_SCORED = 20  # shown to D between two scores, for each image that a score generates
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,11 @@ def _trials(
 ) -> list[Trial]:
     """Raises UserError for one whose folder holds something else."""
     folder = Path(base.run.out) / str(base.run.name)
+    rhythm = _rhythm(base)
     found = []
     for seed, fold, arm in product(range(base.run.seed, base.run.seed + seeds), range(folds), candidates):
         arguments = (
-            *_RHYTHM,
+            *rhythm,
             *overrides,
             *arm.settings,
             f"run.seed={seed}",
@@ -117,6 +117,19 @@ def _trials(
         _check_folder(trial)
         found.append(trial)
     return found
+
+
+def _rhythm(base: Config) -> tuple[str, ...]:
+    """How often a trial reports, which settings on the command line override: the config's own values suit a
+    training that someone watches.
+
+    A trial is scored five times, or fewer times where scores would take long; at ticks, as a tick between
+    would make augmentation adapt.
+    """
+    apart = max(base.run.total_kimg / _SCORES, _IMAGES_PER_SCORED * base.score.images / 1000)
+    eval_kimg = base.run.tick_kimg * math.ceil(apart / base.run.tick_kimg - 1e-9)
+    eval_kimg = eval_kimg if eval_kimg < base.run.total_kimg else 1e9  # at the end alone
+    return "run.snapshot_kimg=1e9", f"run.eval_kimg={eval_kimg:.9g}", "run.keep=1"
 
 
 def _quoted(text: object) -> str:

@@ -9,11 +9,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from launch.select import files
-from launch.select.choice import PAIRED, Row, ScoreTable
+from launch.select.choice import PAIRED, SEARCHED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import dump, load
 from pipeline.credentials import redacted
@@ -22,6 +23,7 @@ from pipeline.wording import counted
 _NO_TERMINAL = 10_000  # columns of a log
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
 _NAME = 24  # letters of the first column until others are left out
+_NAMED = 5  # candidates in a sentence
 
 
 def terminal(table: ScoreTable) -> str:
@@ -98,15 +100,15 @@ def _cells(table: ScoreTable, row: Row, others: Sequence[str]) -> list[str]:
     return [
         row.arm.label,
         f"{len(row.outcomes)} ({lacking})" if lacking else f"{len(row.outcomes)}",
-        _with_error(mine.mean, mine.error),
-        "" if row is table.rows[0] else _with_error(*mine.against(first), signed=True),
+        with_error(mine.mean, mine.error),
+        "" if row is table.rows[0] else with_error(*mine.against(first), signed=True),
         *(_plain(mine.chart(f"Metrics/{name}")) for name in others),
         f"{row.seconds / 60:.1f} min",
         ", ".join(text for one, text in marks if one and one.arm == row.arm),
     ]
 
 
-def _with_error(value: float, error: float, signed: bool = False) -> str:
+def with_error(value: float, error: float, signed: bool = False) -> str:
     """With three decimals, or more if the error would show as 0."""
     if math.isnan(value):
         return "–"
@@ -136,12 +138,12 @@ def sentences(table: ScoreTable) -> list[str]:
         f"Chosen: {choice.arm.name}, {_reason(table, best, choice)}. Compared by {counted(trials, 'trial')} "
         "of each candidate.",
         *_distances(table, best, choice),
+        *_along_the_way(table),
     ]
     if trials == 1:
         lines.append("With one trial there is no standard error: this is no more than a first look.")
     if table.left_out:
-        names = ", ".join(row.arm.name for row in table.left_out)
-        lines.append(f"Not compared, as trials of theirs failed: {names}.")
+        lines.append(f"Not compared, as trials of theirs failed: {_listed(table.left_out)}.")
     return [*lines, *to_come]
 
 
@@ -159,19 +161,56 @@ def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:
     """How far others are from the best."""
     lines = []
     if choice.arm != best.arm:
-        difference = _with_error(*choice.against(best), signed=True)
+        difference = with_error(*choice.against(best), signed=True)
         lines.append(f"{choice.arm.name} minus {best.arm.name}, in pairs: {difference}.")
-    paired = dataclasses.replace(table, rule=PAIRED).choice
-    if paired is not None and paired.arm != choice.arm:
-        lines.append(f"The paired rule would choose {paired.arm.name}.")
+    if table.rule == SEARCHED:
+        if choice.arm != (first := table.rows[0]).arm and len(choice.outcomes) > 1:
+            difference = with_error(*choice.against(first), signed=True)
+            lines.append(f"It minus {first.arm.name}, in pairs: {difference}.")
+    else:
+        paired = dataclasses.replace(table, rule=PAIRED).choice
+        if paired is not None and paired.arm != choice.arm:
+            lines.append(f"The paired rule would choose {paired.arm.name}.")
     if table.penalty is None and table.within and len(best.outcomes) > 1:
-        names = ", ".join(row.arm.name for row in table.within)
-        lines.append(f"Within one standard error of it, by the {table.rule} rule: {names}.")
+        rule = "in pairs" if table.rule == SEARCHED else f"by the {table.rule} rule"
+        lines.append(f"Within one standard error of it, {rule}: {_listed(table.within)}.")
     return lines
+
+
+def _along_the_way(table: ScoreTable) -> list[str]:
+    """What trainings that had ended earlier would have chosen, if they were scored then."""
+    chosen = table.by_budget
+    if len(chosen) < 2:
+        return []
+    spans = [
+        (arm.name, [kimg for kimg, _ in span]) for arm, span in groupby(chosen, key=lambda one: one[1].arm)
+    ]
+    if len(spans) == 1:
+        return [f"The same is chosen by the scores at {_span(spans[0][1])} kimg."]
+    if len(spans) > _NAMED:
+        return ["The choice changes with the budget, back and forth: see the learning curves in report.md."]
+    listed = [f"{name} at {_span(kimgs)} kimg" for name, kimgs in spans]
+    return [f"The choice by budget: {', then '.join(listed)}."]
+
+
+def _span(kimgs: Sequence[float]) -> str:
+    return f"{kimgs[0]:g}" if len(kimgs) == 1 else f"{kimgs[0]:g} to {kimgs[-1]:g}"
+
+
+def _listed(rows: Sequence[Row]) -> str:
+    """Names, the best first; of many, the first few."""
+    names = [row.arm.name for row in sorted(rows, key=lambda row: row.mean)]
+    rest = len(names) - _NAMED
+    return f"{'; '.join(names[:_NAMED])}; and {rest} more" if rest > 0 else ", ".join(names)
 
 
 def _rule(table: ScoreTable) -> str:
     """The rule that has chosen, in full."""
+    if table.rule == SEARCHED:
+        return (
+            "The best mean of the candidates whose trials have all finished is chosen. As the lowest of "
+            f"{len(table.comparable)} it is probably lower than with other folds or seeds."
+        )
     if table.penalty is None:
         return (
             "The best mean is chosen, as only the values of one λ are known to be ordered by regularisation."
@@ -215,6 +254,7 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         "",
         f"![{table.score} of each candidate, and what its G makes](curve.png)",
         "",
+        *_pictured(table),
         "`best.yaml` is the config with the chosen settings, ready for `shardgan train`.",
         "",
         "## What it did to the weights",
@@ -229,6 +269,35 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         *(_line([row.arm.label, *_weight_cells(row)]) for row in table.rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pictured(table: ScoreTable) -> list[str]:
+    """The parts of report.md for a search, a grid over two keys, and scores along the way."""
+    lines = []
+    if table.rule == SEARCHED:
+        alt = f"{table.score} of what was proposed, and the best so far"
+        lines += ["## The search", "", f"![{alt}](search.png)", ""]
+    if table.plane:
+        lines += ["## The grid", "", f"![Mean {table.score} of each pair of values](grid.png)", ""]
+    if len(table.by_budget) > 1:
+        budgets = [
+            [f"{kimg:g}", row.arm.name, with_error(row.mean, row.error), str(len(row.outcomes))]
+            for kimg, row in table.by_budget
+        ]
+        lines += [
+            "## Learning curves",
+            "",
+            "Means over trials; bands show their standard error. The table has what the same rule would",
+            "choose by the scores there.",
+            "",
+            f"![{table.score} of each candidate over training](learning.png)",
+            "",
+            _line(["kimg", "chosen", table.score, "trials"]),
+            "|---|---|---|---|",
+            *map(_line, budgets),
+            "",
+        ]
+    return lines
 
 
 def _line(cells: Sequence[str]) -> str:

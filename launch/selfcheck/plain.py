@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
 from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.augment import Augmentation
-from pipeline.gan.draws import Draws
+from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.networks import build_D, build_G
 
 
@@ -41,7 +41,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
     _normalise_by_round(case.rounds, G, D)
     G_ema = {name: p.detach().clone() for name, p in G.named_parameters()}
     G_optimizer, D_optimizer = _optimizer(G, config.optim.G), _optimizer(D, config.optim.D)
-    draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
+    draws, every = Draws(config.run.seed, config.G.z_dim, state.label_frequencies), Samples.all(case.batch)
     batches = iter(reals(case, UPDATES * config.loss.D_steps))
     nimg, path_length, adapted = 0, 0.0, 0.0
     for _ in range(UPDATES):
@@ -58,7 +58,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             signs = (real - fake if config.loss.kind == "relativistic" else real).sign()
             parts = {"adversarial": _d_loss(config.loss.kind, real, fake)}
             parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, nimg)
-            parts |= _between(config, see, x, y, c, draws.uniform("mix", nimg, case.batch).to(device))
+            parts |= _between(config, see, x, y, c, draws.uniform("mix", nimg, every).to(device))
             parts |= _penalties(config, "D", D, nimg)
             _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
@@ -91,9 +91,9 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
 
 def _latents(draws: Draws, G: nn.Module, player: str, nimg: int, count: int) -> tuple[Tensor, Tensor | None]:
     """z and labels; with two z and a crossover if G mixes styles."""
-    z, c, *_ = draws.latents(player, nimg, count)
+    z, c, *_ = draws.latents(player, nimg, Samples.all(count))
     share = getattr(G, "style_mixing", 0.0)
-    return (draws.mixed(z, share, player, nimg) if share else z), c
+    return (draws.mixed(z, share, player, nimg, Samples.all(count)) if share else z), c
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -110,8 +110,8 @@ Seeing = Callable[[Tensor, Tensor | None], Tensor]  # images, labels → logits
 def _seeing(config: Config, D: nn.Module, draws: Draws, player: str, nimg: int, adapted: float) -> Seeing:
     """D on augmented images. adapted: what p is where it adapts."""
     p = adapted if config.augment.p is None else _at(config.augment.p, config, nimg)
-    augment, count = Augmentation(config.augment.ops, config.data.size), config.data.batch_size
-    parameters = augment.draw(draws.generator("augmentation", player, nimg), count, p)
+    augment, every = Augmentation(config.augment.ops, config.data.size), Samples.all(config.data.batch_size)
+    parameters = draws.augmentation(augment, p, player, nimg, every)
 
     def seen(images: Tensor, c: Tensor | None) -> Tensor:
         logits: Tensor = D(augment(images, parameters.to(images.device)), c)

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 OPS = ("flip", "shift", "scale", "rotate", "colour", "cutout")  # in the order in which they are applied
 _GEOMETRY = frozenset(OPS[:4])
-_NUMBERS = len(OPS) + 10  # drawn per image: whether each operation is on, and what it does
 
 
 class Augmentation:
@@ -41,13 +40,15 @@ class Augmentation:
         """ops: of OPS. size: height = width of the images, at least 2."""
         self._ops, self._size = frozenset(ops), size
 
-    def draw(self, generator: torch.Generator, count: int, p: float) -> Tensor:
-        """Parameters of `count` images, float32 [count, columns], on the CPU.
+    numbers = len(OPS) + 10
+    """Drawn per image: whether each operation is on, and what it does."""
+
+    def parameters(self, numbers: Tensor, p: float) -> Tensor:
+        """Parameters of n images, float32 [n, columns], of numbers float64 [n, numbers] in [0, 1).
 
         What an operation would do to an image depends on neither p nor the other operations; p decides how
-        many are on. An image's numbers depend on its place among the `count`, not on their count.
+        many are on.
         """
-        numbers = torch.rand(count, _NUMBERS, dtype=torch.float64, generator=generator)
         on = {op: (coin < p) & (op in self._ops) for op, coin in zip(OPS, numbers.T[: len(OPS)], strict=True)}
         flip, right, down, scale, angle, brightness, contrast, saturation, x, y = numbers.T[len(OPS) :]
         most = self._size / 8

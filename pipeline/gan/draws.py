@@ -1,19 +1,27 @@
 """All randomness of training, as a function of (seed, purpose, cur_nimg): there is no state to save.
 
-Each rank draws the whole global batch on its CPU and takes a slice: the draws depend neither on the number
-of ranks nor on their devices.
+A global batch is drawn in blocks of samples, each with a seed of its own, and each rank draws the blocks that
+its samples lie in, on its CPU: the draws depend neither on the number of ranks nor on their devices.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeline.gan.augment import Augmentation
+
+VERSION = 2  # of what training draws. 1: the whole batch as one block. A run keeps that which it began with
+BLOCK = 64  # samples; a part of version 2
 _MOST_COLUMNS = 16  # with more, a grid with a column per class is hard to read
 
 
@@ -24,23 +32,75 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class Drawn(NamedTuple):
-    """The random inputs of one player's turn, for the whole global batch, on the CPU."""
+    """The random inputs of one player's turn, on the CPU, for some samples of the batch: [n, …]."""
 
-    z: Tensor  # float32 [count, z_dim], or as `Draws.mixed` has it
-    c: Tensor | None  # int64 [count]
+    z: Tensor  # float32 [n, z_dim], or as `Draws.mixed` has it
+    c: Tensor | None  # int64 [n]
     seed: int  # for dropout inside the networks; callers add their rank and round
-    augmentation: Tensor | None = None  # float32 [count, columns]: gan/augment.py
-    mix: Tensor | None = None  # float32 [count], uniform in [0, 1): where WGAN-GP looks
+    augmentation: Tensor | None = None  # float32 [n, columns]: gan/augment.py
+    mix: Tensor | None = None  # float32 [n], uniform in [0, 1): where WGAN-GP looks
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of a batch of `of`, in the order in which they are used: parts of it that do not overlap,
+    from the first to the last."""
+
+    of: int
+    parts: tuple[slice, ...]
+
+    @classmethod
+    def all(cls, count: int) -> Samples:
+        """The whole batch."""
+        return cls(count, (slice(0, count),))
+
+    @cached_property
+    def blocks(self) -> list[int]:
+        """Which blocks they lie in."""
+        ranges = (range(part.start // BLOCK, -(-part.stop // BLOCK)) for part in self.parts)
+        return sorted({number for each in ranges for number in each})
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Where each of these blocks ends, if they lie one after another. The batch's last may be shorter."""
+        return [*accumulate(min(BLOCK, self.of - BLOCK * number) for number in self.blocks)]
+
+    def among(self, drawn: Tensor) -> Tensor:
+        """These samples' rows of all that was drawn: the whole batch, or their blocks one after another."""
+        parts = self.parts
+        if len(drawn) < self.of:
+            firsts = {number: BLOCK * place for place, number in enumerate(self.blocks)}
+            moved = [firsts[part.start // BLOCK] + part.start % BLOCK for part in parts]
+            parts = tuple(slice(at, at + p.stop - p.start) for at, p in zip(moved, parts, strict=True))
+        return drawn[parts[0]] if len(parts) == 1 else torch.cat([drawn[part] for part in parts])
+
+
+Fill = Callable[[Tensor, torch.Generator], object]  # fills a tensor [n, …] with random numbers
+
+
+def _normal(out: Tensor, generator: torch.Generator) -> None:
+    out.normal_(generator=generator)
+
+
+def _uniform(out: Tensor, generator: torch.Generator) -> None:
+    out.uniform_(generator=generator)
 
 
 class Draws:
-    """Latents and fake labels.
+    """Latents, fake labels, and what else training draws.
 
     label_frequencies: how often each class occurs in the training set (counts or shares); fake labels
-    follow it. None: unconditional, labels are None.
+    follow it. None: unconditional, labels are None. version: see VERSION.
     """
 
-    def __init__(self, seed: int, z_dim: int, label_frequencies: Sequence[float] | None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        z_dim: int,
+        label_frequencies: Sequence[float] | None,
+        version: int = VERSION,
+    ) -> None:
+        self.version = version
         self._seed = seed
         self._z_dim = z_dim
         self._frequencies: Tensor | None = None
@@ -49,40 +109,58 @@ class Draws:
             if not all(f >= 0 for f in label_frequencies) or not sum(label_frequencies) > 0:
                 raise ValueError(f"label frequencies must be ≥ 0 and not all 0: {list(label_frequencies)}")
 
-    def latents(self, purpose: str, cur_nimg: int, count: int, labels: bool = True) -> Drawn:
-        """z, standard normal float32 [count, z_dim], labels int64 [count] or None, and a seed, on the CPU.
+    def latents(self, purpose: str, cur_nimg: int, samples: Samples, labels: bool = True) -> Drawn:
+        """z, standard normal float32 [n, z_dim], labels int64 [n] or None, and a seed, on the CPU.
 
-        `count` is the whole global batch: a draw of another count is another draw, not a slice of this one.
-        labels: False leaves them out.
+        A draw for a batch of another size is another draw. labels: False leaves them out.
         """
-        z = torch.randn(count, self._z_dim, generator=self.generator("latents", purpose, cur_nimg))
+        z = samples.among(self._drawn(samples, (self._z_dim,), _normal, "latents", purpose, cur_nimg))
         seed = derive_seed(self._seed, "networks", purpose, cur_nimg)
         if self._frequencies is None or not labels:
             return Drawn(z, None, seed)
-        u = torch.rand(count, dtype=torch.float64, generator=self.generator("labels", purpose, cur_nimg))
-        return Drawn(z, self.classes_at(u), seed)
+        u = self._drawn(samples, (), _uniform, "labels", purpose, cur_nimg, dtype=torch.float64)
+        return Drawn(z, samples.among(self.classes_at(u)), seed)
 
-    def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int) -> Tensor:
-        """z [count, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [count, 2·z_dim + 1]
-        of z, a second z, and the crossover in [0, 1], from which layer on the second one counts.
+    def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int, samples: Samples) -> Tensor:
+        """z [n, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [n, 2·z_dim + 1] of z, a
+        second z, and the crossover in [0, 1], from which layer on the second one counts.
 
         A `share` of the images have a crossover uniform in [0, 1), the others 1: the second never counts.
         """
-        generator = self.generator("mixing", purpose, cur_nimg)
-        other = torch.randn(z.shape, generator=generator)
-        where, mixes = torch.rand(2, len(z), 1, generator=generator)
-        return torch.cat([z, other, torch.where(mixes < share, where, 1.0)], dim=1)
 
-    def uniform(self, purpose: str, cur_nimg: int, count: int) -> Tensor:
-        """float32 [count] in [0, 1), for the whole global batch as in `latents`, on the CPU."""
-        return torch.rand(count, generator=self.generator(purpose, cur_nimg))
+        def fill(out: Tensor, generator: torch.Generator) -> None:
+            out[:, :-1] = torch.randn(len(out), z.shape[1], generator=generator)
+            where, mixes = torch.rand(2, len(out), generator=generator)
+            out[:, -1] = torch.where(mixes < share, where, 1.0)
+
+        more = self._drawn(samples, (z.shape[1] + 1,), fill, "mixing", purpose, cur_nimg)
+        return torch.cat([z, samples.among(more)], dim=1)
+
+    def uniform(self, purpose: str, cur_nimg: int, samples: Samples) -> Tensor:
+        """float32 [n] in [0, 1), on the CPU."""
+        return samples.among(self._drawn(samples, (), _uniform, purpose, cur_nimg))
+
+    def augmentation(
+        self, augment: Augmentation, p: float, purpose: str, cur_nimg: int, samples: Samples
+    ) -> Tensor:
+        """float32 [n, columns], on the CPU: what `augment` does to each image."""
+        parts, float64 = ("augmentation", purpose, cur_nimg), torch.float64
+        numbers = self._drawn(samples, (augment.numbers,), _uniform, *parts, dtype=float64)
+        # Of whole blocks, as rounding may depend on where in a tensor a number is.
+        return samples.among(augment.parameters(numbers, p))
+
+    def fixed(self, purpose: str, count: int) -> Drawn:
+        """`latents` that every version draws alike: of grids and scores, which are compared over a run."""
+        first = copy(self)
+        first.version = 1
+        return first.latents(purpose, 0, Samples.all(count))
 
     def grid(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The fixed latents of sample grids, as `latents` gives them; labels cycle through the classes.
+        """The fixed latents of sample grids, float32 [count, z_dim]; labels cycle through the classes.
 
         Laid out row by row in `grid_columns(count)` columns, each column holds one class.
         """
-        z = self.latents("grid", 0, count).z
+        z = self.fixed("grid", count).z
         if self._frequencies is None:
             return z, None
         classes = self._frequencies.nonzero().flatten()
@@ -102,6 +180,25 @@ class Draws:
         cdf = self._frequencies.cumsum(0)
         return torch.searchsorted(cdf / cdf[-1], u, right=True)
 
-    def generator(self, *parts: int | str) -> torch.Generator:
-        """A source of random numbers for what `parts` name."""
-        return torch.Generator().manual_seed(derive_seed(self._seed, *parts))
+    def _drawn(
+        self,
+        samples: Samples,
+        shape: tuple[int, ...],
+        fill: Fill,
+        *parts: int | str,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """[m, *shape]: of version 1 the whole batch, else the blocks that these samples lie in.
+
+        parts: what the numbers are for; a block's seed follows from them and the block's number.
+        """
+        generator = torch.Generator()
+        if self.version == 1:
+            out = torch.empty(samples.of, *shape, dtype=dtype)
+            fill(out, generator.manual_seed(derive_seed(self._seed, *parts)))
+            return out
+        out, start = torch.empty(samples.ends[-1], *shape, dtype=dtype), 0
+        for number, end in zip(samples.blocks, samples.ends, strict=True):
+            fill(out[start:end], generator.manual_seed(derive_seed(self._seed, *parts, number)))
+            start = end
+        return out

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Optimizer, WeightPenalty
-from pipeline.gan.draws import Drawn
+from pipeline.gan.draws import Drawn, Samples
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.buffers import Buffers, BufferSnapshot
@@ -66,6 +66,9 @@ class Engine(abc.ABC):
         self.player = player
         self.ranks = ranks
         self.batch = batch
+        parts = [batch.part(ranks.rank, number) for number in range(batch.rounds)]
+        whole = batch.world * batch.local
+        self.samples = Samples(whole, tuple(parts)) if batch.world > 1 else Samples.all(whole)
         self.frozen = False
         self.twice = False  # whether passes of this turn are differentiated twice
         self.forward_timer = ForwardTimer(ranks.device)
@@ -190,25 +193,21 @@ class Engine(abc.ABC):
         """Cut an update into rounds that fit on the device: yields (drawn, *local), the round's part of each
         on the device.
 
-        drawn: for the global batch, of which this rank takes its part of each round. local: this rank's
-        tensors [batch.local, …] in the order of rounds; None stays None. Gradients are averaged over ranks in
-        the last round.
+        All are of this rank's `samples`, tensors [batch.local, …] in the order of rounds; None stays None.
+        Gradients are averaged over ranks in the last round.
         """
         images = self.batch.images
         for number in range(self.batch.rounds):
             seed = drawn.seed + self.ranks.rank * self.batch.rounds + number
             seed_generators(seed, self.ranks.device)
-            of_all = self.batch.part(self.ranks.rank, number)
-            of_mine = slice(number * images, (number + 1) * images)
-            z = drawn.z[of_all].to(self.ranks.device, non_blocking=True)
-            c, augmentation, mix = (
-                self._on_device(tensor, of_all) for tensor in (drawn.c, drawn.augmentation, drawn.mix)
+            part = slice(number * images, (number + 1) * images)
+            z, c, augmentation, mix, *rest = (
+                None if tensor is None else sent(tensor[part], self.ranks.device)
+                for tensor in (drawn.z, drawn.c, drawn.augmentation, drawn.mix, *local)
             )
+            assert z is not None
             with self.accumulating(last=number == self.batch.rounds - 1):
-                yield Drawn(z, c, seed, augmentation, mix), *(self._on_device(t, of_mine) for t in local)
-
-    def _on_device(self, tensor: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-        return None if tensor is None else tensor[part].to(self.ranks.device, non_blocking=True)
+                yield Drawn(z, c, seed, augmentation, mix), *rest
 
     @property
     def in_first_copy(self) -> bool:
@@ -275,7 +274,8 @@ class Engine(abc.ABC):
         same on all ranks, is skipped."""
         self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
         self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
-        self._squares = squares if self.loss_scale is None else self.loss_scale.update(squares)
+        scale = self.loss_scale
+        self._squares = squares if scale is None else scale.update(squares, self._found_inf)
         return self._found_inf
 
     def clip(self, gradients: list[torch.Tensor], squares: torch.Tensor) -> None:
@@ -309,6 +309,17 @@ class Engine(abc.ABC):
         weight, unit = self.copies / self.ranks.world, float(self.copies)
         prefix = f"{section}/{self.player.name}"
         return {f"{prefix}/{p}": Contribution(v, weight, unit, factors.get(p, ())) for p, v in local.items()}
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, for which the host does not wait.
+
+    From pageable memory it may wait, for all that the stream has to do. torch's cache of pinned memory gives
+    none to the next batch before the device has read what it held.
+    """
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # itself if it is
+    return tensor.to(device, non_blocking=True)
 
 
 def latent_of(module: nn.Module) -> torch.Tensor:

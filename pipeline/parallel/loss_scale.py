@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.parallel.fragments import not_finite
-
 START = 2.0**16
 _LARGEST = 2.0**24
 _PATIENCE = 2000  # finite updates in a row before the scale is doubled
@@ -24,7 +22,7 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self._scale = torch.tensor(START, device=device)
-        self._finite = torch.zeros((), device=device)  # updates since it was last changed
+        self._finite = torch.zeros((), dtype=torch.int32, device=device)  # updates since it last changed
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def up(self, loss: torch.Tensor) -> torch.Tensor:
@@ -36,25 +34,22 @@ class LossScale:
         if gradients:
             torch._foreach_mul_(list(gradients), (1 / self._scale).to(gradients[0].device))
 
-    def update(self, squares: torch.Tensor) -> torch.Tensor:
-        """Adapt to an update's squared gradient norm; returns the one to chart.
+    def update(self, squares: torch.Tensor, found_inf: torch.Tensor) -> torch.Tensor:
+        """Adapt to an update's squared gradient norm and whether it was infinite, fp32 1.0 or 0.0; returns
+        the one to chart.
 
         For a skipped update this is the norm of the one before: an overflow is part of finding the scale, and
         an error only when the scale cannot be smaller.
         """
-        overflow = not_finite(squares)
-        found = overflow & (self._scale > 1.0)
-        finite = torch.where(overflow, 0.0, self._finite + 1)
-        grow = finite >= _PATIENCE
-        scale = torch.where(overflow, self._scale / 2, torch.where(grow, self._scale * 2, self._scale))
-        self._scale.copy_(scale.clamp(1.0, _LARGEST))
-        self._finite.copy_(torch.where(grow, 0.0, finite))
-        self._squares = torch.where(found, self._squares, squares)
+        halved = found_inf * self._scale > 1.0
+        torch._amp_update_scale_(self._scale, self._finite, found_inf, 2.0, 0.5, _PATIENCE)
+        self._scale.clamp_(1.0, _LARGEST)
+        self._squares = torch.where(halved, self._squares, squares)
         return self._squares
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        return {"loss_scale": self._scale.clone(), "loss_scale_finite": self._finite.clone()}
+        return {"loss_scale": self._scale.clone(), "loss_scale_finite": self._finite.float()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state` returned."""

@@ -12,7 +12,7 @@ from pipeline.config import Optimizer
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings
-from pipeline.parallel.fragments import Fragment, sums_of_squares
+from pipeline.parallel.fragments import Fragment, squares_of
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 
@@ -62,9 +62,11 @@ class MasterEngine(Engine):
         if self.loss_scale is not None:
             self.loss_scale.down_(gradients)
         self.penalty.add_gradient(_gradients(self._penalised), now)
-        squares, *of_weights = sums_of_squares(gradients, *([] if self._penalties else self.penalty.squared))
+        weights = [] if self._penalties else self.penalty.squared
+        each = squares_of([*gradients, *weights])
+        squares, of_weights = torch.split(each, [len(gradients), len(weights)])
         penalties = self._penalties or self.penalty.sums(of_weights)
-        squares = self.agreed(squares, penalties)
+        squares = self.agreed(squares.sum(), penalties)
         self.clip(gradients, squares)
         # A loss, gradient or penalty that is not finite on any rank makes the norm non-finite on all: they
         # skip the update together, decided on the device.

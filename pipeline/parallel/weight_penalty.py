@@ -12,7 +12,7 @@ and λ|cw| with λc·sign w.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
@@ -20,7 +20,7 @@ import torch
 
 from pipeline.config import WeightPenalty
 from pipeline.gan.schedules import Rates
-from pipeline.parallel.fragments import Fragment, sum_of_magnitudes, sums_of_squares
+from pipeline.parallel.fragments import Fragment, magnitudes_of, squares_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class LocalPenalty:
     coefficients: WeightPenalty  # which of the two there are; how strong they are `now` says
     weights: list[torch.Tensor]  # the penalised fragments' data
     gains: tuple[float, ...] = ()  # the factor c of each; none given: 1
+    _powers: dict[int, torch.Tensor] = field(default_factory=dict)  # of the factors, on the device
 
     @classmethod
     def over(cls, fragments: Sequence[Fragment], coefficients: WeightPenalty) -> Self:
@@ -48,18 +49,20 @@ class LocalPenalty:
         return [[self.weights[i] for i in places] for places in self.by_gain.values()]
 
     @property
-    def squared(self) -> list[list[torch.Tensor]]:
-        """The weights whose squares are penalised, all or none, in lists of one factor each."""
-        return self._parts if self.coefficients.l2 else []
+    def squared(self) -> list[torch.Tensor]:
+        """The weights whose squares are penalised: all or none."""
+        return self.weights if self.coefficients.l2 else []
 
-    def sums(self, squares: Sequence[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def sums(self, squares: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Σ(cw)² over this rank's elements as l2_penalty and, if used, Σ|cw| as l1_penalty: fp64 scalars,
         which `factors` make the penalties of.
 
-        squares: the sums of squares of `squared`, if they are known already.
+        squares: the sum of squares of each of `squared`, if they are known already.
         """
-        found = {"l2_penalty": self._total(sums_of_squares(*self.squared) if squares is None else squares, 2)}
-        return found | ({"l1_penalty": self._total(self._magnitudes(), 1)} if self.coefficients.l1 else {})
+        found = {"l2_penalty": self._total(squares_of(self.squared) if squares is None else squares, 2)}
+        if self.coefficients.l1:
+            found["l1_penalty"] = self._total(magnitudes_of(self.weights), 1)
+        return found
 
     def factors(self, now: Rates) -> dict[str, tuple[float, ...]]:
         """What the charts of `sums` and `gradient` are still to be multiplied by: statistics do it for many
@@ -75,17 +78,15 @@ class LocalPenalty:
         """
         if not (self.coefficients.l2 or self.coefficients.l1):
             return {}
-        plain = self.by_gain.keys() <= {1.0}
-        fourth = sums["l2_penalty"] if plain else self._total(sums_of_squares(*self.squared), 4)
+        plain = self._plain
+        fourth = sums["l2_penalty"] if plain else self._total(squares_of(self.squared), 4)
         if not self.coefficients.l1:
             return {"penalty": fourth}
         l2, l1 = now.l2, now.l1
-        third = sums["l1_penalty"] if plain else self._total(self._magnitudes(), 3)
-        squares = 4 * l2 * (l2 * fourth) + 4 * l2 * (l1 * third)
-        for c, weights in zip(self.by_gain, self._parts, strict=True):
-            for weight in weights:
-                squares = squares + (l1 * c) ** 2 * torch.count_nonzero(weight)
-        return {"penalty": squares}
+        third = sums["l1_penalty"] if plain else self._total(magnitudes_of(self.weights), 3)
+        signs = torch._foreach_sign(self.weights) if self.weights else []
+        of_signs = self._total(magnitudes_of(signs), 2)
+        return {"penalty": 4 * l2 * (l2 * fourth) + 4 * l2 * (l1 * third) + l1 * (l1 * of_signs)}
 
     def add_gradient(self, gradients: list[torch.Tensor], now: Rates) -> None:
         """Add ∂penalty/∂W, in place, to the gradients of the penalised fragments: one for each of `weights`,
@@ -98,13 +99,19 @@ class LocalPenalty:
                 signs = torch._foreach_sign(weights)  # 0 at 0, as autograd's subgradient
                 torch._foreach_add_(mine, signs, alpha=now.l1 * c)
 
-    def _magnitudes(self) -> list[torch.Tensor]:
-        return [sum_of_magnitudes(weights) for weights in self._parts]
+    @property
+    def _plain(self) -> bool:
+        """Whether all factors c are 1."""
+        return self.by_gain.keys() <= {1.0}
 
-    def _total(self, parts: Sequence[torch.Tensor], power: int) -> torch.Tensor:
-        """Σ cᵖᵒʷᵉʳ · part: a sum over the weights of each factor c → fp64 scalar; 0 without any."""
-        if not parts:
+    def _total(self, each: torch.Tensor, power: int) -> torch.Tensor:
+        """Σ cᵖᵒʷᵉʳ · each over the weights, a number for each → fp64 scalar; 0 without any."""
+        if not len(each):
             device = self.weights[0].device if self.weights else None
             return torch.zeros((), dtype=torch.float64, device=device)
-        counted = [part if c == 1 else part * c**power for c, part in zip(self.by_gain, parts, strict=True)]
-        return counted[0] if len(counted) == 1 else torch.stack(counted).sum()
+        if self._plain:
+            return each.sum()
+        if power not in self._powers:
+            factors = torch.tensor(self.gains, dtype=torch.float64) ** power
+            self._powers[power] = factors.to(each.device)
+        return (each * self._powers[power]).sum()

@@ -139,12 +139,13 @@ class SavedBy(NamedTuple):
     strategy: str
     world: int
     rounds: int | None  # per update; None: not recorded, by a version that had no sync_batch
+    draws: int = 1  # their version (gan/draws.py)
 
 
 def saved_by(checkpoint: Path) -> SavedBy:
     """What wrote an intact checkpoint."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    return SavedBy(manifest["strategy"], manifest["world"], manifest.get("rounds"))
+    return SavedBy(manifest["strategy"], manifest["world"], manifest.get("rounds"), manifest.get("draws", 1))
 
 
 def read_state(checkpoint: Path) -> State:

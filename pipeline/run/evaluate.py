@@ -121,7 +121,7 @@ def fixed_images(
     G: nn.Module, draws: Draws, count: int, device: torch.device, images: Images = PLAIN
 ) -> Generate:
     """Images for scores: of the same latents and labels at every evaluation of a run."""
-    drawn = draws.latents("score", 0, count)
+    drawn = draws.fixed("score", count)
     return from_latents(G, drawn.z, drawn.c, device, images)
 
 

@@ -9,6 +9,7 @@ from pipeline.config import Data
 from pipeline.data.index import Index
 from pipeline.data.plan import HeldOutPlan
 from pipeline.data.stream import Batch, heldout_batches
+from pipeline.gan.draws import Samples
 from pipeline.gan.images import to_float
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
@@ -72,9 +73,10 @@ class HeldOutImages:
         if self._batch is None:
             return
         D, rank, count = gan.D, self._ranks.rank, len(self._batch.images)
-        augmentation = gan.augmentation("heldout", cur_nimg, count * self._ranks.world)
+        mine = Samples(count * self._ranks.world, (slice(rank * count, (rank + 1) * count),))
+        augmentation = gan.augmentation("heldout", cur_nimg, mine)
         if augmentation is not None:
-            augmentation = augmentation[rank * count : (rank + 1) * count].to(self._ranks.device)
+            augmentation = augmentation.to(self._ranks.device)
         buffers = {name: b.clone() for name, b in D.module.named_buffers()}
         seed_generators(0, self._ranks.device)
         with torch.no_grad(), D.autocast():

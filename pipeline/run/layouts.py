@@ -83,7 +83,7 @@ def rows(
     else:
         columns = max(2, min(_STEPS, count or 64))
         number = max(1, (count or 64) // columns)
-        keys = draws.latents("interpolate", 0, 2 * number).z
+        keys = draws.fixed("interpolate", 2 * number).z
         starts, ends = keys[0::2], keys[1::2]
         c = draws.grid(number)[1]
     z = slerp(starts, ends, torch.linspace(0, 1, columns)).flatten(0, 1)
@@ -100,7 +100,7 @@ def loops(
         n, columns = count or 16, still.grid_columns(count or 16)
         c = still.grid(n)[1]
         shown = count or whole_rows(n, columns)
-        keys = still.latents("interpolate", 0, _KEYS * n).z.view(_KEYS, n, -1)
+        keys = still.fixed("interpolate", _KEYS * n).z.view(_KEYS, n, -1)
         z = torch.stack([loop(keys[:, i], _KEYS * _FRAMES) for i in range(shown)], dim=1)
         c = None if c is None else c[:shown]
         return Layout(z, c, columns, column_titles(c, columns, sampler.names))

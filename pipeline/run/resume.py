@@ -97,6 +97,7 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)
     refuse_other_rounds(folder, by, gan)
+    gan.draws.version = by.draws
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
         saved = _moved(folder, saved, state, start.config.run.new_data)

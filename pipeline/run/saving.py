@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.durable import save_tensors, sync
+from pipeline.gan.draws import VERSION
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
@@ -43,7 +44,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future[Any] | None = None
         self._phase: Phase = "idle"
-        self._state, self._rounds = State(), 1
+        self._state, self._rounds, self._draws = State(), 1, VERSION
         self.steps = 0  # grows with every change of phase, on all ranks alike
         self.failures = 0  # in a row
         if ranks.main:
@@ -51,10 +52,10 @@ class Saver:
                 shutil.rmtree(left, ignore_errors=True)
         ranks.barrier()
 
-    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State) -> None:
-        """Copy everything and start writing it. The previous save must be finished."""
+    def begin(self, players: Sequence[Engine], G_ema: Ema, state: State, draws: int = VERSION) -> None:
+        """Copy everything and start writing it. The previous save must be finished. draws: their version."""
         assert self._phase == "idle"
-        self._rounds = players[0].batch.rounds
+        self._rounds, self._draws = players[0].batch.rounds, draws
         # Copies, as training adds to these lists.
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})
         contents: dict[str, Tensors] = {}
@@ -130,6 +131,7 @@ class Saver:
             "world": self._ranks.world,
             "strategy": self._ranks.strategy,
             "rounds": self._rounds,
+            "draws": self._draws,
             "torch": torch.__version__,
             "files": files | {"state.json": _seal(partial / "state.json")},
         }

@@ -162,7 +162,7 @@ class Session:
             if before is not None:
                 self._health.compare_wait(self._saved - start, self._saved - before)
             self._heed(complaints)
-            self._saver.begin([gan.G, gan.D], gan.G_ema, state)
+            self._saver.begin([gan.G, gan.D], gan.G_ema, state, gan.draws.version)
             self.new_best = False
 
     def finish_saves(self) -> None:

@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 
 import torch
 
-from pipeline.parallel.engine import Contribution
+from pipeline.parallel.engine import Contribution, sent
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import PartialSums
 
@@ -154,7 +154,7 @@ class Stats:
     def _stacked(self, reports: list[_Report]) -> torch.Tensor:
         values = torch.stack([value for value, _ in reports])
         if factors := [*zip_longest(*(factors for _, factors in reports), fillvalue=1.0)]:
-            table = torch.tensor(factors, dtype=torch.float64).to(self._device, non_blocking=True)
+            table = sent(torch.tensor(factors, dtype=torch.float64), self._device)
             for each in table.unbind():
                 values.mul_(each)
         return values

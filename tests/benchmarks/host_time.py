@@ -85,7 +85,7 @@ def _sides(keys: tuple[str, ...]) -> tuple[Callable[[], object], Callable[[], ob
     options, cpu = config.load(None, (*_TINY, *keys)), torch.device("cpu")
     ranks: Any = SimpleNamespace(
         rank=0, world=1, main=True, strategy="single", device=cpu, precision="no", low_precision=None,
-        progress=SimpleNamespace(moves=0), sum=lambda values: values,
+        compilation=None, progress=SimpleNamespace(moves=0), sum=lambda values: values,
     )  # fmt: skip
     given: list[Any] = [options, ranks, batch_shape(options.data, 1)]
     if "state" in inspect.signature(build).parameters:  # as it was until 0.2

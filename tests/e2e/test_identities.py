@@ -16,7 +16,7 @@ from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.augment import Augmentation
-from pipeline.gan.draws import Draws
+from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.networks import build_D, build_G
 
 PARTS = ("adversarial", "l2_penalty", "l1_penalty", "r1_penalty")
@@ -77,7 +77,7 @@ def test_the_score_of_held_out_images_is_that_of_augmented_ones(worlds):
         plan = split_of(settings, index).heldout()
         images = next(heldout_batches(index, plan, settings.data, batch=BATCH))[0].images.float() / 127.5 - 1
         draws, augment = Draws(settings.run.seed, 32, None), Augmentation(settings.augment.ops, 28)
-        parameters = augment.draw(draws.generator("augmentation", "heldout", nimg), BATCH, p)
+        parameters = draws.augmentation(augment, p, "heldout", nimg, Samples.all(BATCH))
         plain, augmented = (float(D(x).mean()) for x in (images, augment(images, parameters)))
     assert p > 0.1 and abs(plain - augmented) > 1e-3
     assert rows[update - 1]["Loss/scores/heldout"] == pytest.approx(augmented, abs=1e-5)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline import config, train
 from pipeline.config import UserError
+from pipeline.run.checkpoint import saved_by
 from pipeline.run.export import export
 from pipeline.run.folder import check_same, find_folder
 
@@ -45,6 +46,8 @@ def test_it_resumes_and_ends_as_the_older_version_would_have(old, command, signa
     assert "began without ema.rampup" in capsys.readouterr().out
     assert [row["cur_nimg"] for row in old.rows] == [60, 120, 180, 240]
     assert yaml.safe_load((old.path / "config.yaml").read_text())["ema"] == {"kimg": 0.05, "rampup": 0.0}
+    (kept,) = {saved_by(folder).draws for folder in (old.path / "checkpoints").iterdir()}
+    assert kept == 1, "it draws as it began, in later starts too"
     exported = old.exported()
     for name in ("G", "D", "G_ema"):
         expected = load_file(OLD / "continued" / f"{name}.safetensors")

@@ -20,8 +20,10 @@ from torch.nn.functional import softplus
 from pipeline import config, train
 from pipeline.data.plan import Split
 from pipeline.gan.augment import Augmentation
-from pipeline.gan.draws import Draws
+from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.networks import build_D, build_G
+
+EVERY = Samples.all(BATCH)
 
 
 def textbook(settings, updates: int):
@@ -35,17 +37,17 @@ def textbook(settings, updates: int):
         nimg = update * BATCH
         x = images[nimg : nimg + BATCH].float() / 127.5 - 1
         of_D, of_G = (
-            augment.draw(draws.generator("augmentation", player, at), BATCH, p)
+            draws.augmentation(augment, p, player, at, EVERY)
             for player, at in (("D", nimg), ("G", nimg + BATCH))
         )
         D_optimizer.zero_grad()
-        fakes = G(draws.latents("D", nimg, BATCH).z)
+        fakes = G(draws.latents("D", nimg, EVERY).z)
         real = D(augment(x, of_D))
         loss = softplus(-real).mean() + softplus(D(augment(fakes, of_D))).mean()
         (loss + settings.penalty.D.l2 * _sum_of_squared_kernels(D)).backward()
         D_optimizer.step()
         G_optimizer.zero_grad()
-        fakes = G(draws.latents("G", nimg + BATCH, BATCH).z)
+        fakes = G(draws.latents("G", nimg + BATCH, EVERY).z)
         loss = softplus(-D(augment(fakes, of_G))).mean()
         (loss + settings.penalty.G.l2 * _sum_of_squared_kernels(G)).backward()
         G_optimizer.step()

@@ -114,7 +114,10 @@ def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path, signals
     (tmp_path / "two.yaml").write_text("\n".join(ARMS.splitlines()[:2]))
     whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
 
-    line = shardgan("select", job, "run.name=whole", "--arms", "arms.yaml", "--folds", "2", "--jobs", "2")
+    scored = "run.eval_kimg=0.032"
+    line = shardgan(
+        "select", job, scored, "run.name=whole", "--arms", "arms.yaml", "--folds", "2", "--jobs", "2"
+    )
     ended = run(line, tmp_path)
     assert ended.status == 0, ended.output
     assert "Training now" in ended.output and (whole / "selection.json").exists()
@@ -124,7 +127,7 @@ def test_killed_and_continued_it_ends_with_the_same_table(job, tmp_path, signals
     (failure, _) = expected["rows"][2]["failed"].values()
     assert "nowhere" in failure and failure in ended.output
 
-    line = shardgan("select", job, "run.name=broken", "--arms", "two.yaml", "--folds", "2")
+    line = shardgan("select", job, scored, "run.name=broken", "--arms", "two.yaml", "--folds", "2")
     first = broken / "trials" / "none,seed=0,fold=0"
     started = start(line, tmp_path).until((first / "DONE").exists)
     os.killpg(started.process.pid, signal.SIGKILL)
@@ -149,17 +152,18 @@ def check_what_is_written(folder: Path) -> None:
     assert best.data.folds is None and best.run.name == "whole-best" and best.run.out == "runs"
     report = (folder / "report.md").read_text()
     assert "| L2 | 2 |" in report and "| missing | 0 (2 failed) |" in report
-    for picture in ("curve.png", "weights.png"):
+    assert "| 0.032 | " in report and "| 0.064 | " in report
+    for picture in ("curve.png", "weights.png", "learning.png"):
         assert picture in report and min(Image.open(folder / picture).size) > 300
 
 
 def check_that_the_best_trains(folder: Path) -> None:
-    """With sheets and scores as the config says, where a trial has one score, at its end."""
+    """With sample grids and scores as the config says."""
     here = [f"run.out={folder}", "run.total_kimg=0.032"]
     assert pipeline.train.main([str(folder / "best.yaml"), *here]) == 0
     best, trial = (RunFolder(folder / name) for name in ("whole-best", "trials/none,seed=0,fold=0"))
     scored = [[row["cur_nimg"] for row in run.rows if "Metrics/kid_efflite0" in row] for run in (best, trial)]
-    assert scored == [[0, 32], [64]]
+    assert scored == [[0, 32], [0, 32, 64]]
     assert (best.path / "samples" / "reals.png").exists()
     assert list((best.path / "samples").glob("fakes*.png"))
     assert len(list((trial.path / "checkpoints").iterdir())) <= 2  # the newest, and the best
@@ -168,7 +172,8 @@ def check_that_the_best_trains(folder: Path) -> None:
 def check_references(job: str, folder: Path) -> None:
     """Two trials of a fold that were scored against other images do not stand in one table."""
     arms = select_candidates.arms(folder.parent.parent / "two.yaml")
-    base, trials = select_trials.trials(job, [f"run.out={folder.parent}", "run.name=whole"], arms, 2, 1)
+    given = [f"run.out={folder.parent}", "run.name=whole", "run.eval_kimg=0.032"]
+    base, trials = select_trials.trials(job, given, arms, 2, 1)
     assert select_table.read_table(base, trials, {}).minimum is not None
     file = trials[0].folder / "reference.json"
     file.write_text(file.read_text().replace('"images": 16', '"images": 15'))
@@ -176,3 +181,24 @@ def check_references(job: str, folder: Path) -> None:
         select_table.read_table(base, trials, {})
     with pytest.raises(UserError, match="has to be kid or fd"):
         select_table.read_table(replace(base, score=replace(base.score, metrics=("pr",))), trials, {})
+
+
+@pytest.mark.long
+def test_a_search_is_killed_and_ends_as_it_would_have(job, tmp_path, signals_kept):
+    """Real trainings; on stubs, and killed at other moments, in tests/launch/test_select_search.py."""
+    options = ("--search", "tpe", "--trials", "3", "--grid", "penalty.l2=1e-4..1", "--folds", "2")
+    whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
+    ended = run(shardgan("select", job, "run.name=whole", *options), tmp_path)
+    assert ended.status == 0 and "It minus penalty.l2=0" in ended.output, ended.output
+    line = shardgan("select", job, "run.name=broken", *options)
+    started = start(line, tmp_path).until(lambda: len(list(broken.glob("trials/*/DONE"))) >= 3)
+    os.killpg(started.process.pid, signal.SIGKILL)
+    started.process.wait()
+    ended = run(line, tmp_path)
+    assert ended.status == 0, ended.output
+    for file in ("search.json", "best.yaml"):
+        contents = [(folder / file).read_text().split("\n", 1)[1] for folder in (whole, broken)]
+        assert contents[0].replace("whole", "broken") == contents[1]
+    scores = [json.loads((folder / "table.json").read_text())["rows"] for folder in (whole, broken)]
+    assert [row["mean"] for row in scores[0]] == [row["mean"] for row in scores[1]]
+    assert min(Image.open(whole / "search.png").size) > 300

@@ -23,6 +23,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def numbers(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, Augmentation.numbers, dtype=torch.float64, generator=generator(seed))
+
+
 def images(count: int = COUNT, channels: int = 3, size: int = 9, dtype=torch.float64) -> torch.Tensor:
     return (
         2 * torch.rand(count, channels, size, size, generator=generator(5), dtype=torch.float64).to(dtype) - 1
@@ -83,9 +87,10 @@ def test_every_operation_is_what_a_loop_over_pixels_makes(ops, p, channels):
     """To the rounding of parameters, which are float32."""
     size = 9 if channels == 3 else 10
     x, transform = images(6, channels, size), Augmentation(ops, size)
-    numbers = torch.rand(6, len(OPS) + 10, dtype=torch.float64, generator=generator(3)).tolist()
-    out = transform(x, transform.draw(generator(3), 6, p)).numpy()
-    expected = np.stack([by_hand(i, n, ops, p) for i, n in zip(x.numpy(), numbers, strict=True)])
+    out = transform(x, transform.parameters(numbers(6, 3), p)).numpy()
+    expected = np.stack(
+        [by_hand(i, n, ops, p) for i, n in zip(x.numpy(), numbers(6, 3).tolist(), strict=True)]
+    )
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
     assert channels == 1 or np.abs(expected - x.numpy()).max() > 0.1
 
@@ -93,7 +98,7 @@ def test_every_operation_is_what_a_loop_over_pixels_makes(ops, p, channels):
 def test_flips_and_shifts_move_values_as_they_are():
     transform = Augmentation(("flip", "shift"), 16)
     x = images(size=16, dtype=torch.float32)
-    parameters = transform.draw(generator(), COUNT, 1.0)
+    parameters = transform.parameters(numbers(COUNT), 1.0)
     out, exact = transform(x, parameters), 0
     for image, moved, row in zip(x, out, parameters.tolist(), strict=True):
         right, down = -row[0] * (row[4] - 7.5), 7.5 - row[5]
@@ -109,10 +114,10 @@ def test_flips_and_shifts_move_values_as_they_are():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_nothing_happens_at_p_0_nor_to_an_image_with_everything_off(dtype):
     x, transform = images(dtype=dtype), Augmentation(OPS, 9)
-    assert torch.equal(transform(x, transform.draw(generator(), COUNT, 0.0)), x)
+    assert torch.equal(transform(x, transform.parameters(numbers(COUNT), 0.0)), x)
     assert transform(x, None) is x
-    nothing = transform.draw(generator(), 1, 0.0)
-    parameters = transform.draw(generator(), COUNT, 0.2)
+    nothing = transform.parameters(numbers(1), 0.0)
+    parameters = transform.parameters(numbers(COUNT), 0.2)
     off = (parameters[:, :10] == nothing[:, :10]).all(1)  # where a cutout would be does not matter
     assert 0 < off.sum() < COUNT
     assert torch.equal(transform(x, parameters)[off], x[off])
@@ -123,20 +128,20 @@ def test_nothing_happens_at_p_0_nor_to_an_image_with_everything_off(dtype):
 def test_a_larger_p_transforms_more_images_and_those_of_before_alike(op):
     """An operation's strength depends on neither p nor the other operations."""
     transform = Augmentation((op,), 32)
-    none, some, more, whole = (transform.draw(generator(), 4000, p) for p in (0.0, 0.3, 0.6, 1.0))
+    none, some, more, whole = (transform.parameters(numbers(4000), p) for p in (0.0, 0.3, 0.6, 1.0))
     for p, drawn in ((0.3, some), (0.6, more)):
         on = (drawn != none).any(1)
         assert torch.equal(drawn[on], whole[on])
         share = {"flip": 0.5, "shift": 80 / 81}.get(op, 1.0)  # the rest is moved by 0 pixels
         assert on.float().mean() == pytest.approx(p * share, abs=0.03)
-    all_on = Augmentation(OPS, 32).draw(generator(), 4000, 1.0)
+    all_on = Augmentation(OPS, 32).parameters(numbers(4000), 1.0)
     columns = {"colour": slice(6, 9), "cutout": slice(9, 12)}.get(op)
     if columns:
         assert torch.equal(all_on[:, columns], whole[:, columns])
 
 
 def test_strengths_have_the_spread_that_is_promised():
-    drawn = {op: Augmentation((op,), 32).draw(generator(), 20000, 1.0).double() for op in OPS}
+    drawn = {op: Augmentation((op,), 32).parameters(numbers(20000), 1.0).double() for op in OPS}
     assert (drawn["flip"][:, 0] < 0).double().mean() == pytest.approx(0.5, abs=0.02)
     shifts = 15.5 - drawn["shift"][:, 4:6]
     assert shifts.unique().tolist() == list(range(-4, 5)) and shifts.mean().abs() < 0.05
@@ -151,10 +156,10 @@ def test_strengths_have_the_spread_that_is_promised():
 
 def test_numbers_depend_on_the_place_in_the_batch_alone():
     transform = Augmentation(OPS, 16)
-    whole = transform.draw(generator(1), 12, 0.5)
+    whole = transform.parameters(numbers(12, 1), 0.5)
     assert whole.shape == (12, Augmentation.columns) and whole.dtype == torch.float32
-    assert torch.equal(whole[:5], transform.draw(generator(1), 5, 0.5))
-    assert not torch.equal(whole, transform.draw(generator(2), 12, 0.5))
+    assert torch.equal(whole[:5], transform.parameters(numbers(5, 1), 0.5))
+    assert not torch.equal(whole, transform.parameters(numbers(12, 2), 0.5))
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
@@ -163,14 +168,14 @@ def test_it_can_be_differentiated_twice(on_cuda, monkeypatch):
     if on_cuda:
         monkeypatch.setattr(augment, "_rows", lambda rows, index: F.embedding(index, rows))
     x, transform = images(2, 2, 5).requires_grad_(), Augmentation(OPS, 5)
-    parameters = transform.draw(generator(), 2, 1.0)
+    parameters = transform.parameters(numbers(2), 1.0)
     assert gradcheck(lambda images: transform(images, parameters), x)
     assert gradgradcheck(lambda images: transform(images, parameters).pow(3), x)
 
 
 def test_what_looks_pixels_up_on_cuda_and_on_a_cpu_gives_the_same(monkeypatch):
     x, transform = images(dtype=torch.float32).requires_grad_(), Augmentation(OPS, 9)
-    parameters, found = transform.draw(generator(), COUNT, 1.0), []
+    parameters, found = transform.parameters(numbers(COUNT), 1.0), []
     for rows in (augment._rows, lambda rows, index: F.embedding(index, rows)):
         monkeypatch.setattr(augment, "_rows", rows)
         out = transform(x, parameters)
@@ -184,7 +189,7 @@ def test_what_looks_pixels_up_on_cuda_and_on_a_cpu_gives_the_same(monkeypatch):
 def test_low_precision_around_it_does_not_matter():
     """Fakes may be bfloat16; geometry in it would be off by pixels."""
     x, transform = images(size=32, dtype=torch.float32), Augmentation(OPS, 32)
-    parameters = transform.draw(generator(), COUNT, 1.0)
+    parameters = transform.parameters(numbers(COUNT), 1.0)
     expected = transform(x, parameters)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(transform(x, parameters), expected)
@@ -196,7 +201,7 @@ def test_low_precision_around_it_does_not_matter():
 
 def test_images_stay_channels_last():
     x, transform = images(dtype=torch.float32), Augmentation(OPS, 9)
-    out = transform(x.to(memory_format=torch.channels_last), transform.draw(generator(), COUNT, 1.0))
+    out = transform(x.to(memory_format=torch.channels_last), transform.parameters(numbers(COUNT), 1.0))
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 

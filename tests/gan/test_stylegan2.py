@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pipeline.config import UserError
 from pipeline.gan import stylegan2
-from pipeline.gan.draws import Draws
+from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.noise import keys_of, white_noise
 from pipeline.gan.path_length import path_lengths
 from pipeline.gan.stylegan2 import SIZES, Discriminator, Generator
@@ -160,8 +160,8 @@ def test_the_same_formulas_written_again(size, num_classes):
 def test_mixed_latents_are_those_of_two_z():
     G, _ = pair()
     draws = Draws(3, 6, None)
-    z = draws.latents("D", 0, 4).z
-    columns = draws.mixed(z, 0.5, "D", 0)
+    z = draws.latents("D", 0, Samples.all(4)).z
+    columns = draws.mixed(z, 0.5, "D", 0, Samples.all(4))
     assert torch.equal(columns[:, :6], z)
     columns[:, 12] = torch.tensor([0.0, 0.5, 0.999, 1.0])
     mixed, weights = columns.double(), dict(G.state_dict())
@@ -246,7 +246,7 @@ def test_samples_are_a_function_of_z_alone():
 def test_path_length_reaches_the_mapping():
     """The latent that G offers is the one its images are computed from, and the mapping trains by it."""
     G, _ = pair(activation="silu")
-    z = Draws(0, 6, None).mixed(torch.randn(4, 6), 1.0, "G", 0).double()
+    z = Draws(0, 6, None).mixed(torch.randn(4, 6), 1.0, "G", 0, Samples.all(4)).double()
     lengths = path_lengths(G(z, LABELS), G.latent)
     assert G.latent.shape == (4, G.layers, 6) and lengths.shape == (4,)
     lengths.square().sum().backward()

@@ -62,3 +62,10 @@ def finish(trial: Trial, score: float = 1.0, cur_nimg: int = 64, name: str = "ki
 def refer(trial: Trial, about: Mapping[str, object]) -> None:
     """What its score is against."""
     (trial.folder / "reference.json").write_text(json.dumps({"heldout": about}))
+
+
+def score_along(trial: Trial, scores: Mapping[int, float], name: str = "kid_efflite0") -> None:
+    """Finish a trial with these scores: cur_nimg → score."""
+    finish(trial, cur_nimg=max(scores))
+    rows = ({"cur_nimg": cur_nimg, f"Metrics/{name}": score} for cur_nimg, score in scores.items())
+    (trial.folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))

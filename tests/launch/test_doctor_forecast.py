@@ -129,6 +129,9 @@ def test_a_measured_step_has_all_lazy_penalties() -> None:
     (finding,), rate = live.step(asked, Flops(3e9, 1e9), said)
     assert rate == pytest.approx(10 * of_training(due, 3e9, 1e9) / 0.5)
     assert "10 images in 500 ms" in finding.text
-    (failed,), none = live.step(asked, None, said | {"step": "out of memory"})
+    (failed,), none = live.step(asked, Flops(3e9, 1e9), said | {"step": "out of memory"})
     assert none is None and "out of memory" in failed.text
-    assert live.step(asked, None, said | {"images": 0}) == ([], None)
+    assert live.step(asked, Flops(3e9, 1e9), said | {"images": 0}) == ([], None)
+    long = 1e12 / (10 * of_training(due, 1, 0)) * 1.1  # FLOPs of G
+    assert [live._images(asked, Flops(G, 0), on_cpu=True) for G in (1.0, long)] == [10, 0]
+    assert live._images(asked, Flops(long, 0), on_cpu=False) == 10 and live._images(asked, None, False) == 0

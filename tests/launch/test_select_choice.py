@@ -16,7 +16,7 @@ from selections import finish, selection, table_of
 
 from launch.select import candidates as select_candidates
 from launch.select import curve as select_curve
-from launch.select import files
+from launch.select import files, legend
 from launch.select import plots as select_plots
 from launch.select import table as select_table
 from launch.select import verdict as select_verdict
@@ -238,7 +238,7 @@ def test_names_are_shown_as_they_are(tmp_path):
 
 def test_named_candidates_differ_in_colour(tmp_path):
     rows = [Row(Arm(f"{n}", (), {}), [], {}) for n in range(25)]
-    styles = {str(style) for style in select_plots._styles(rows)}
+    styles = {str(style) for style in legend.styles(rows)}
     assert len(styles) == 25
 
 

@@ -163,9 +163,9 @@ def test_what_is_shown_of_a_candidate_is_what_is_compared(tmp_path):
 
 
 def test_small_differences_are_not_shown_as_none():
-    assert select_verdict._with_error(0.0002, 0.00005, signed=True) == "+0.000200 ± 0.000050"
-    assert select_verdict._with_error(2.0, 0.0) == "2.000 ± 0.000"
-    assert select_verdict._with_error(-0.5, 0.058) == "-0.500 ± 0.058"
+    assert select_verdict.with_error(0.0002, 0.00005, signed=True) == "+0.000200 ± 0.000050"
+    assert select_verdict.with_error(2.0, 0.0) == "2.000 ± 0.000"
+    assert select_verdict.with_error(-0.5, 0.058) == "-0.500 ± 0.058"
 
 
 def test_one_of_a_thing_is_said_so(tmp_path):

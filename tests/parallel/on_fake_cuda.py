@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
+from on_fake_cuda_cases import COMPARED, GPU, OTHERS, Case
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,10 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.bench.rivals import BareMaths
 from launch.doctor.memory import convert_without_memory
-from pipeline import config
-from pipeline.config import Config
 from pipeline.data.stream import Batch
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Contribution
@@ -40,62 +38,10 @@ from pipeline.players import build
 from pipeline.run.stats import Stats
 from pipeline.step import train_step
 
-GPU = torch.device("cuda:0")
 LOW = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPREAD = 32  # updates of which statistics are added up in one go
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is trained, besides DCGAN at 64 px and L2."""
-
-    precision: str = "no"
-    settings: tuple[str, ...] = ()
-    strategy: str = "single"  # or fsdp2, on two ranks
-    classes: int = 0
-    keep_gathered: bool = False
-
-    @property
-    def config(self) -> Config:
-        common = ("data.train=none", "data.size=64", "data.batch_size=64", "penalty.l2=1e-4")
-        return config.load(None, (*common, *self.settings))
-
-
-_NO_NORM = ("G.norm=none", "D.norm=none")
-_SYNC_BATCH = ("G.norm=sync_batch", "D.norm=sync_batch")
-_ALL_ON = (
-    "augment.ops=[flip,shift,scale,rotate,colour,cutout]", "augment.p=0.5",
-    "data.batch_gpu=16", "loss.D_steps=2", "penalty.l1=1e-5", "penalty.r1.gamma=1", "penalty.r1.interval=1",
-    *(f"{player}.{key}" for player in "GD" for key in ("dropout=0.1", "spectral_norm=true")),
-    *(f"optim.{player}.clip=1" for player in "GD"),
-)  # fmt: skip
-_PATH = (
-    "G.kind=launch.selfcheck.networks:LatentGenerator", "G.options.norm=none",
-    "penalty.path.weight=1", "penalty.path.interval=1", "data.batch_gpu=32",
-)  # fmt: skip
-COMPARED = {
-    "fp32, batch norm": Case(),
-    "fp32, no norm": Case(settings=_NO_NORM),
-    "bf16, batch norm": Case("bf16"),
-    "bf16, no norm": Case("bf16", _NO_NORM),
-    "fsdp2, fp32, batch norm": Case(strategy="fsdp2"),
-    "fsdp2, bf16, no norm": Case("bf16", _NO_NORM, "fsdp2", keep_gathered=True),
-}
-_OBJECTIVE = (
-    *_NO_NORM, "data.conditional=true", "data.batch_gpu=16", "data.batch_size=32", "loss.kind=relativistic",
-    _ALL_ON[0], _ALL_ON[1], "penalty.wgan_gp.weight=1",
-    *(f"penalty.{name}.{key}" for name in ("r1", "r2") for key in ("gamma=1", "interval=1")),
-)  # fmt: skip
-_QUARTER = ("penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4")
-OTHERS = {
-    "fp32, all on": Case("no", (*_ALL_ON, "data.batch_size=32"), classes=10),
-    "fp16, all on": Case("fp16", (*_ALL_ON, "data.batch_size=32", "loss.D_steps=1"), classes=10),
-    "bf16, path length": Case("bf16", (*_NO_NORM, *_PATH)),
-    "fsdp2, bf16, all on": Case("bf16", (*_ALL_ON, *_SYNC_BATCH, "loss.D_steps=1"), "fsdp2", classes=10),
-    "fp32, objective": Case("no", _OBJECTIVE, classes=10),
-    "bf16, finite difference": Case("bf16", (*_OBJECTIVE, "penalty.r1.sigma=0.1"), classes=10),
-    "fsdp2, bf16, on a quarter": Case("bf16", (*_OBJECTIVE, *_QUARTER), "fsdp2", classes=10),
-}
 _NO_LAUNCH = ("aten::empty", "aten::new_empty", "aten::detach", "aten::_unsafe_view", "aten::lift_fresh")
 
 
@@ -107,6 +53,7 @@ MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {  # made with every image tha
     "a value that is read": _read,
     "a tensor on the CPU": lambda images: images + torch.zeros(images.shape),
     "a copy that blocks": lambda images: images + torch.zeros(images.shape).to(GPU),
+    "a copy of what is not pinned": lambda x: x + torch.zeros(x.shape).to(GPU, non_blocking=True),
     "more operations": lambda images: images.mul(2).div(2).mul(2).div(2).mul(2).div(2),
 }
 
@@ -132,7 +79,8 @@ class Device(TorchDispatchMode):
                 self.launches[name] += 1
             if name.startswith(("aten::_to_copy", "aten::copy_")) and made[0].is_cuda != given[-1].is_cuda:
                 patient = (kwargs or {}).get("non_blocking") or args[2:3] == (True,)
-                self.waits += [] if patient and not given[-1].is_cuda else [_where(name)]
+                pinned = hasattr(given[-1], "pinned")  # from other memory a copy may wait
+                self.waits += [] if patient and pinned else [_where(name)]
         return out
 
 
@@ -166,21 +114,43 @@ def pretending() -> Iterator[None]:
         FakeTensorMode(),
         patch.multiple(
             torch.cuda,
-            Event=Mock,
+            Event=_Event,
             Stream=_Stream,
             stream=contextlib.nullcontext,
             current_stream=_Stream,
             current_device=lambda: 0,
+            is_current_stream_capturing=lambda: False,
             default_generators=(torch.Generator(),),
             is_bf16_supported=lambda *_, **__: True,
             _lazy_init=lambda: None,
         ),
+        patch.object(Tensor, "pin_memory", _pinned),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(FakeTensorMode, "avoid_device_init", True),
         patch.object(nn.Module, "_apply", convert_without_memory),
         patch.object(DeviceMesh, "from_group", _mesh),
     ):
         yield
+
+
+def _pinned(tensor: Tensor) -> Any:
+    if hasattr(tensor, "pinned"):
+        return tensor
+    copy: Any = tensor.clone()
+    copy.pinned = True
+    return copy
+
+
+class _Event:
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self, _: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
 
 
 class _Stream:
@@ -231,7 +201,9 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
     gan = replace(gan, augment=(lambda images, _: augment(images)) if augment else gan.augment)
     local = options.data.batch_size // world
     labels = torch.zeros(local, dtype=torch.int64) if case.classes else None
-    batch = Batch(torch.zeros(local, options.data.channels, 64, 64, dtype=torch.uint8), labels)
+    batch = Batch(
+        torch.zeros(local, options.data.channels, *[options.data.size] * 2, dtype=torch.uint8), labels
+    )
     stats = Reported()
     cur_nimg = train_step(gan, iter([batch] * 2), 0, stats)
     stats.reports.clear()
@@ -252,10 +224,10 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
 
 def bare_maths(case: Case) -> int:
     """The second update of the same maths and nothing else."""
-    options = case.config
-    bare = BareMaths(options, GPU, case.precision == "bf16")
-    real = torch.zeros(64, options.data.channels, 64, 64, device=GPU).to(memory_format=torch.channels_last)
-    z = torch.zeros(64, options.G.z_dim, device=GPU)
+    bare, data = case.bare(), case.config.data
+    real = torch.zeros(data.batch_size, data.channels, data.size, data.size, device=GPU)
+    real = real.to(memory_format=torch.channels_last)
+    z = torch.zeros(data.batch_size, case.z_columns, device=GPU)
     bare.update(real, z, z)
     with Device() as device:
         bare.update(real, z, z)

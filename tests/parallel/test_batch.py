@@ -26,7 +26,9 @@ def test_rounds_of_all_ranks_are_the_global_batch(world, rounds):
     size = world * rounds * IMAGES
     z, c = torch.arange(2.0 * size).view(size, 2), torch.arange(size)
     given = Drawn(z, c, 0, augmentation=3 * z, mix=c / 2)
-    ranks = [_engine(shape, rank).rounds(given, c[shape.positions(rank)]) for rank in range(world)]
+    engines = [_engine(shape, rank) for rank in range(world)]
+    assert [e.samples.among(c).tolist() for e in engines] == [shape.positions(rank) for rank in range(world)]
+    ranks = [engine.rounds(_part(engine, given), engine.samples.among(c)) for engine in engines]
     wholes = (z, c, given.augmentation, given.mix, c)
     for number, of_round in enumerate(zip(*ranks, strict=True)):
         part = slice(number * size // rounds, (number + 1) * size // rounds)
@@ -36,11 +38,19 @@ def test_rounds_of_all_ranks_are_the_global_batch(world, rounds):
     assert number == rounds - 1
 
 
+def _part(engine: ReplicatedEngine, drawn: Drawn) -> Drawn:
+    """A rank's."""
+    return Drawn(*(engine.samples.among(x) if torch.is_tensor(x) else x for x in drawn))
+
+
 def _engine(shape: BatchShape, rank: int) -> ReplicatedEngine:
     ranks: Any = SimpleNamespace(
-        rank=0, world=1, device=torch.device("cpu"), precision="no", low_precision=None, progress=Progress()
+        rank=rank,
+        world=1,
+        device=torch.device("cpu"),
+        precision="no",
+        low_precision=None,
+        progress=Progress(),
     )
     player = PlayerSettings("G", Optimizer(), WeightPenalty(), {})
-    engine = ReplicatedEngine(nn.Linear(2, 1), player, ranks, shape, ())
-    ranks.rank = rank
-    return engine
+    return ReplicatedEngine(nn.Linear(2, 1), player, ranks, shape, ())

@@ -50,12 +50,17 @@ def test_an_overflow_on_one_rank_skips_the_update_on_all_and_halves_the_scale(la
 
 def test_the_scale_is_doubled_after_a_long_time_without_overflow_and_survives_a_checkpoint():
     scale, fine, overflown = LossScale(torch.device("cpu")), torch.tensor(4.0), torch.tensor(torch.inf)
+    no, yes = torch.tensor(0.0), torch.tensor(1.0)
     for _ in range(1999):
-        scale.update(fine)
+        scale.update(fine, no)
     resumed = LossScale(torch.device("cpu"))
     resumed.load(scale.state())
-    resumed.update(fine)
+    resumed.update(fine, no)
     assert resumed.state()["loss_scale"] == 2 * START
     assert float(resumed.up(torch.tensor(3.0))) == 6 * START
-    resumed.update(overflown)
+    assert resumed.update(overflown, yes) == 4.0  # no infinity in the charts
     assert resumed.state() == {"loss_scale": START, "loss_scale_finite": 0}
+    for _ in range(17):
+        resumed.update(overflown, yes)
+    assert resumed.state()["loss_scale"] == 1.0
+    assert resumed.update(overflown, yes) == torch.inf  # which no smaller scale can help

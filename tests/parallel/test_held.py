@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from pipeline.config import Optimizer, UserError, WeightPenalty
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ema import Ema
+from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.fsdp2 import refuse_ties
 from pipeline.parallel.launched import read_launch
@@ -70,11 +72,49 @@ def test_fsdp2_refuses_tied_parameters():
 
 
 def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():
-    """On a GPU they are two events per pass."""
     taken = []
     player = SimpleNamespace(forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), copies=1)
     found = of_this_rank(SimpleNamespace(G=player, D=player), world=1)
     assert found == {FORWARD: 1.0} and len(taken) == 2
+
+
+class Device:
+    """Passes of one second each; it is some passes behind the host."""
+
+    def __init__(self, behind: int) -> None:
+        self.recorded, self.made, self.behind = 0, 0, behind
+
+    def event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        self.made += 1
+        event = SimpleNamespace(at=0)
+
+        def record() -> None:
+            self.recorded += 1
+            event.at = self.recorded
+
+        event.record, event.query = record, lambda: event.at <= self.recorded - 2 * self.behind
+        event.elapsed_time = lambda end: 1000.0 * (end.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize("behind", [0, 3])
+def test_forward_passes_are_timed_by_no_more_events_than_the_gpu_is_behind(monkeypatch, behind):
+    """However long a tick is. Nothing here can wait for an event, nor is any recorded into a CUDA graph."""
+    device = Device(behind)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    timer = ForwardTimer(torch.device("cuda"))
+    for passes in (1000, 10):
+        for _ in range(passes):
+            with timer.measured():
+                pass
+        assert timer.take() == passes
+    assert device.made == 2 * (behind + 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with timer.measured():
+        pass
+    assert timer.take() == 0 and device.recorded == 2 * 1010
 
 
 def test_all_penalties_are_where_the_weights_are():

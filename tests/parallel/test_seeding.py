@@ -58,7 +58,7 @@ def test_every_round_is_seeded_by_rank_and_round_without_manual_seed(monkeypatch
     )
     player = PlayerSettings("G", Optimizer(), WeightPenalty(), {})
     engine = ReplicatedEngine(nn.Linear(2, 1), player, ranks, BatchShape(1, 3, 2), ())
-    ranks.rank = 1  # of two: its part of the draw begins at image 6
+    ranks.rank = 1
     expected = []
     for number in range(3):
         torch.manual_seed(100 + 3 + number)
@@ -68,7 +68,7 @@ def test_every_round_is_seeded_by_rank_and_round_without_manual_seed(monkeypatch
         raise AssertionError("torch.manual_seed costs as much as a pass")
 
     monkeypatch.setattr(torch, "manual_seed", forbidden)
-    drawn = Drawn(torch.zeros(12, 2), None, 100)
+    drawn = Drawn(torch.zeros(6, 2), None, 100)
     assert all(torch.equal(torch.rand(4), e) for e, _ in zip(expected, engine.rounds(drawn), strict=False))
 
 

@@ -17,7 +17,7 @@ from launch.selfcheck import parity
 from pipeline.config import Config, Optimizer
 from pipeline.data.stream import Batch
 from pipeline.gan import schedules
-from pipeline.gan.draws import Draws
+from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.gradient_penalty import Slope
 from pipeline.gan.losses import Adversarial
 from pipeline.gan.networks import build_D, build_G
@@ -32,6 +32,7 @@ from pipeline.step import Gan, train_step, update_G
 CPU = torch.device("cpu")
 CASE = parity.Case("seams", (*parity.SGD, "loss.D_steps=2"), rounds=2)
 CONFIG = CASE.config(world=1)
+EVERY = Samples.all(CASE.batch)
 PAIRED = Adversarial(
     d=lambda real, fake: softplus(fake - real).mean(),
     g=lambda fake, real: softplus(real - fake).mean(),
@@ -56,7 +57,7 @@ def at(cur_nimg: int) -> schedules.Now:
 def gan_on_one_process(config: Config = CONFIG, label_frequencies: list[float] | None = None) -> Gan:
     ranks: Any = SimpleNamespace(
         rank=0, world=1, main=True, strategy="single", device=CPU, precision="no", low_precision=None,
-        progress=Progress(), sum=lambda values: values,
+        compilation=None, progress=Progress(), sum=lambda values: values,
     )  # fmt: skip
     return build(config, ranks, batch_shape(config.data, 1), label_frequencies)
 
@@ -77,13 +78,13 @@ def plain() -> tuple[nn.Module, nn.Module]:
     for _ in range(UPDATES):
         for _ in range(2):
             x = (next(batches).images.float() / 127.5 - 1).requires_grad_()
-            y = G(draws.latents("D", nimg, CASE.batch).z).detach().requires_grad_()
+            y = G(draws.latents("D", nimg, EVERY).z).detach().requires_grad_()
             real, fake = D(augmented(x)), D(augmented(y))
             loss = softplus(fake - real).mean() + _slope(real, x, GAMMAS["real"])
             loss = loss + (0 if nimg // CASE.batch % 2 else 2) * _slope(fake, y, GAMMAS["fake"])
             step(D, loss)
             nimg += CASE.batch
-        fake = D(augmented(G(draws.latents("G", nimg, CASE.batch).z)))
+        fake = D(augmented(G(draws.latents("G", nimg, EVERY).z)))
         step(G, softplus(D(augmented(x)).detach() - fake).mean())
     return G, D
 

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.gan.draws import VERSION
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
 from pipeline.run import checkpoint
@@ -98,7 +99,7 @@ def test_on_a_cpu_everything_is_copied_once_and_stored_in_the_order_of_the_whole
             fragment.data.zero_()  # the next update
     assert saver.finish() == []
     assert made.bytes == {"cpu": expected}
-    assert checkpoint.saved_by(tmp_path / "12") == ("single", 1, 3)
+    assert checkpoint.saved_by(tmp_path / "12") == ("single", 1, 3, VERSION)
     stored = load_file(tmp_path / "12" / "G-00000.safetensors")
     assert stored["weights/conv.weight@0"].tolist() == before[0].contiguous().flatten().tolist()
     assert stored["exp_avg/conv.weight@0"].shape == (8 * 4 * 9,)

@@ -57,7 +57,7 @@ def submit_trials(name: str = "a", *settings: str) -> None:
 
 def test_trials_whose_job_after_them_is_refused_do_not_run(said, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REFUSES", "--dependency")
-    with pytest.raises(UserError, match=r"too many jobs.*the trials, job 17, are cancelled"):
+    with pytest.raises(UserError, match=r"too many jobs.*submitted before it, job 17, is cancelled"):
         submit_trials()
     calls = [line.split()[:2] for line in said()]
     assert [call[0] for call in calls] == ["sbatch"] * 4 + ["scancel"] and calls[-1] == ["scancel", "17"]

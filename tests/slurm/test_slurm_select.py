@@ -33,3 +33,20 @@ def test_trials_are_jobs_and_the_last_job_makes_the_table(project):
 
     done = project.shardgan(*arguments)
     assert done.returncode == 0 and "4 of them done" in done.stdout
+
+
+@pytest.mark.long
+def test_a_search_proposes_its_batches_between_arrays(project):
+    """Each batch waits as an array of jobs, whose trials the job before it lists."""
+    search = ["select", "configs/tiny.yaml", "run.total_kimg=0.12", "score.metrics=[kid]"]
+    search += ["score.images=16", "--search", "tpe", "--trials", "3", "--grid", "penalty.l2=1e-4..1"]
+    search += ["--folds", "2", "--jobs", "2"]
+    submitted = project.shardgan(*search, "run.name=searched", "--slurm")
+    assert submitted.returncode == 0, submitted.stderr
+    folder = project.path / "runs" / "searched"
+    jobs = (folder / "slurm" / "job").read_text().split()
+    assert len(jobs) == 4 and "6 trials" in submitted.stdout
+    for job in jobs[1::2]:
+        assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
+    table = json.loads((folder / "table.json").read_text())
+    assert [row["finished"] for row in table["rows"]] == [2] * 3 and table["rule"] == "search"

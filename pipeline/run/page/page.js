@@ -51,12 +51,16 @@ const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&
 
 function curves(chart) {
   const many = chart.traces.length > 12;
-  return chart.traces.map((trace) => ({
+  const bands = chart.traces.filter((trace) => trace.low).map((trace) => ({
+    x: [...trace.x, ...trace.x.toReversed()], y: [...trace.low, ...trace.high.toReversed()], fill: "toself",
+    type: "scatter", mode: "none", fillcolor: trace.colour + "33", legendgroup: trace.name, showlegend: false, hoverinfo: "skip",
+  }));
+  return bands.concat(chart.traces.map((trace) => ({
     x: trace.x, y: trace.y, name: plain(trace.name), legendgroup: trace.name, showlegend: trace.first !== false,
     type: "scatter", mode: trace.x.length > 1 ? "lines" : "markers",
     line: { color: trace.colour, width: many ? 1.1 : 1.8 }, marker: { color: trace.colour },
     hovertemplate: many ? "%{fullData.name}: %{y:.4g} at kimg %{x:.4g}<extra></extra>" : "%{y:.4g}",
-  }));
+  })));
 }
 
 function candidates(chart) {

@@ -100,6 +100,63 @@ class Selection:
         return plotted(self.folder / "curve.png")
 
     @property
+    def pictures(self) -> list[tuple[str, Picture]]:
+        """Drawings that only some selections have, and what they show."""
+        shown = {
+            "search.png": "What was proposed, over each range and in order",
+            "grid.png": "The grid as a map",
+        }
+        found = [(text, plotted(self.folder / name)) for name, text in shown.items()]
+        return [(text, picture) for text, picture in found if picture]
+
+    @property
+    def by_budget(self) -> list[tuple[float, str, float, float | None]]:
+        """(kimg, what would be chosen there, its mean, its error), if scores along the way say."""
+        labels = {row.name: row for row in self.rows}
+        found = []
+        for entry in self._table.get("by_budget") or ():
+            row = labels.get(entry["chosen"])
+            point = row.point(entry["kimg"]) if row else None
+            if row and point:
+                found.append((float(entry["kimg"]), row.label, *point))
+        return found if len(found) > 1 else []
+
+    @property
+    def budgets(self) -> list[Chart]:
+        """Score over training: a mean with a band for each candidate; none without scores along the way."""
+        if not self.by_budget:
+            return []
+        traces: list[dict[str, Any]] = []
+        for row, shade in self._shaded:
+            points = [(kimg, *point) for kimg in row.by_kimg if (point := row.point(kimg))]
+            mean = [value for _, value, _ in points]
+            error = [error or 0.0 for _, _, error in points]
+            traces.append(
+                {
+                    "name": row.label,
+                    "colour": shade,
+                    "x": [kimg for kimg, _, _ in points],
+                    "y": mean,
+                    "low": [max(m - e, min(m, m / 99)) for m, e in zip(mean, error, strict=True)],
+                    "high": [m + e for m, e in zip(mean, error, strict=True)],
+                }
+            )
+        values = [y for trace in traces for y in trace["y"]]
+        decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0.0
+        title = f"{self.score} on held-out images: mean over trainings, with its standard error"
+        chart = {"title": title, "log": decades > 0.3, "decades": decades, "traces": traces, "x": "kimg"}
+        return [chart | {"wide": True}]
+
+    @property
+    def _shaded(self) -> list[tuple[_Candidate, str]]:
+        """The candidates with finished trials, each in its colour."""
+        rows = [row for row in self.rows if row.trials]
+        graded = all(row.number is not None for row in rows)
+        by_size = sorted(rows, key=lambda row: row.number or 0) if graded else rows
+        shades = dict(zip((row.name for row in by_size), colours(len(rows), graded), strict=True))
+        return [(row, shades[row.name]) for row in rows]
+
+    @property
     def problems(self) -> list[tuple[str, str]]:
         found = [(trial, text) for row in self.rows for trial, text in row.failed.items()]
         for row in self.rows:
@@ -127,14 +184,10 @@ class Selection:
     @property
     def learning(self) -> list[Chart]:
         """Curves of all trials, coloured by candidate."""
-        rows = [row for row in self.rows if row.trials]
-        graded = all(row.number is not None for row in rows)
-        by_size = sorted(rows, key=lambda row: row.number or 0) if graded else rows
-        shades = dict(zip((row.name for row in by_size), colours(len(rows), graded), strict=True))
         return of_several(
             [
-                Line(facts, row.label, shades[row.name], first=not place)
-                for row in rows
+                Line(facts, row.label, shade, first=not place)
+                for row, shade in self._shaded
                 for place, facts in enumerate(row.trials)
             ]
         )
@@ -152,7 +205,14 @@ class _Candidate:
         self.pending = len(row.get("not_done") or ())
         difference = row.get("minus_minimum") or (None, None)
         self.difference = tuple(map(_finite, difference))
+        self.by_kimg = {float(at["kimg"]): at for at in row.get("by_kimg") or ()}
         self.trials = list(_facts(folder / "trials" / name for name in by_trial))
+
+    def point(self, kimg: float) -> tuple[float, float | None] | None:
+        """Mean and standard error at a budget; None without a score."""
+        at = self.by_kimg.get(kimg, {})
+        mean = _finite(at.get("mean"))
+        return None if mean is None else (mean, _finite(at.get("standard_error")))
 
     @property
     def label(self) -> str:

@@ -1,0 +1,263 @@
+"""`shardgan select --search tpe`: ranges, what is proposed, the same after a kill; on stub trainings."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from selections import CONFIG, finish, selection, table_of
+
+from launch.select import candidates as select_candidates
+from launch.select import local as select_local
+from launch.select import queue as select_queue
+from launch.select import start as select_start
+from launch.select import verdict as select_verdict
+from launch.select.choice import SEARCHED
+from launch.select.search import search
+from launch.select.selection import Selection
+from launch.select.trials import LaunchOptions, Trial
+from pipeline.config import UserError
+
+RANGE = ("penalty.l2=1e-6..1e-1",)
+
+
+class Killed(Exception):
+    """In the place of SIGKILL: nothing is written after it."""
+
+
+@pytest.fixture
+def searching(tmp_path, monkeypatch) -> Callable[..., Selection]:
+    """Searches in tmp_path, whose trainings end at once with a score of their λ; killed after `lives`."""
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    monkeypatch.setattr(select_start, "check", lambda *_: None)
+    monkeypatch.setattr(Selection, "_conclude", lambda self: self._table())
+
+    def run(ranges=RANGE, count=5, jobs=2, lives=99, score=score_of, name="mine") -> Selection:
+        left = [lives]
+
+        def train(todo, launch, jobs, folder, say, ended):
+            for trial in todo:
+                if not left[0]:
+                    raise Killed
+                left[0] -= 1
+                finish(trial, score(trial))
+                ended(trial, "" if math.isfinite(score(trial)) else "exit status 1")
+            return SimpleNamespace(received=None, interrupted=False)
+
+        monkeypatch.setattr(select_local, "train", train)
+        given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", f"run.name={name}"))
+        base, found = search(*given, ranges, count, jobs, 2, 1)
+        selection = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
+        selection.train(jobs)
+        return selection
+
+    return run
+
+
+def score_of(trial: Trial) -> float:
+    """Best at λ = 1e-3; folds differ."""
+    return 1 + (math.log10(trial.config.penalty.G.l2 + 1e-9) + 3) ** 2 + trial.fold
+
+
+def proposed(selection: Selection) -> list[dict[str, str]]:
+    return json.loads((selection.folder / "search.json").read_text())["candidates"]
+
+
+def table(selection: Selection) -> list[object]:
+    rows = json.loads((selection.folder / "table.json").read_text())["rows"]
+    return [(row["arm"], row["mean"], row["standard_error"]) for row in rows]
+
+
+@pytest.mark.parametrize("lives", [0, 3, 8])
+def test_killed_and_continued_it_proposes_what_it_would_have(searching, lives):
+    """Killed in the first batch, before any training and within; and at the end of the second."""
+    whole = searching(name="whole")
+    with pytest.raises(Killed):
+        searching(lives=lives)
+    broken = searching()
+    assert proposed(broken) == proposed(whole) and table(broken) == table(whole)
+    assert len(proposed(whole)) == 5
+
+
+def test_a_batch_that_was_not_written_down_is_proposed_again(searching):
+    """Killed between the last training of a batch and the next line of search.json."""
+    whole = searching(name="whole")
+    assert proposed(searching(count=2)) == proposed(whole)[:2]
+    assert proposed(searching()) == proposed(whole)  # the scores of the two are all it goes by
+
+
+def test_it_begins_without_penalty_and_comes_near_the_best(searching):
+    found = searching(count=18, jobs=1)
+    values = [float(candidate["penalty.l2"]) for candidate in proposed(found)]
+    assert values[0] == 0 and all(1e-6 <= value <= 1e-1 for value in values[1:])
+    best = found._table().choice.arm.number("penalty.l2")
+    assert abs(math.log10(best) + 3) < 0.3
+    late = [abs(math.log10(value) + 3) for value in values[11:]]
+    assert sum(late) / len(late) < 1.2, "1.3 to 1.9 from the ends on, if drawn evenly"
+
+
+def test_a_batch_is_of_different_candidates_and_stays_as_large(searching):
+    found = searching(count=7, jobs=3)
+    assert len({candidate["penalty.l2"] for candidate in proposed(found)}) == 7
+    before = proposed(found)
+    more = searching(count=9, jobs=1)
+    assert proposed(more)[:7] == before and len(proposed(more)) == 9 and more.search.batch == 3
+
+
+def test_failed_candidates_count_as_the_worst(searching):
+    """Above 1e-3 all fail: later proposals avoid them, and they are not compared."""
+
+    def fails(trial: Trial) -> float:
+        return score_of(trial) if trial.config.penalty.G.l2 < 1e-3 else math.nan
+
+    found = searching(count=14, jobs=1, score=fails)
+    now = found._table()
+    assert any(row.failures for row in now.rows) and all(not row.failures for row in now.comparable)
+    scores = [score for _, score in found.search._scored(now.rows)]
+    worst = max(row.mean for row in now.comparable)
+    assert scores.count(worst) == sum(1 for row in now.rows if row.failures) < 8
+    assert now.choice.arm.number("penalty.l2") < 1e-3
+
+
+def test_other_keys_are_the_config_s_own_without_penalty(searching):
+    ranges = ("penalty.D.l2=1e-6..1e-1", "optim.G.lr=1e-4..1e-2", "D.norm=none,group", "G.width=4..8")
+    found = searching(ranges, count=3, jobs=3, score=lambda trial: 1.0)
+    first, *rest = proposed(found)
+    assert first == {"penalty.D.l2": "0", "optim.G.lr": "0.0002", "D.norm": "none", "G.width": "8"}
+    assert all(candidate["G.width"] in "45678" for candidate in rest)
+    assert all(1e-4 <= float(candidate["optim.G.lr"]) <= 1e-2 for candidate in rest)
+
+
+def test_a_search_ends_when_there_is_nothing_else(searching):
+    found = searching(("G.width=4..5", "D.norm=none,group"), count=9, score=lambda trial: 1.0)
+    assert len(proposed(found)) == len({tuple(c.values()) for c in proposed(found)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "log", "whole"),
+    [
+        ("penalty.l2=1e-6..1e-1", True, False),
+        ("penalty.l2=1..10", True, False),  # no whole number, however it is written
+        ("penalty.l2=0..0.1", False, False),
+        ("D.dropout=0.1..0.5", False, False),
+        ("G.width=4..64", True, True),
+        ("G.width=4..8", False, True),
+    ],
+)
+def test_a_range_of_a_decade_is_searched_in_log(tmp_path, text, log, whole):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    _, found = search(str(tmp_path / "job.yaml"), [], [text], 2, 1, 2, 1)
+    (axis,) = found.axes
+    assert (axis.log, axis.whole) == (log, whole)
+    assert axis.text == text.replace("1e-6..1e-1", "1e-06..0.1")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (("penalty.l2=1e-1..1e-6",), "LOW < HIGH"),
+        (("penalty.l2=1..1e999",), "LOW < HIGH"),
+        (("penalty.l2=0,1",), "--search needs a range"),
+        ((*RANGE, *RANGE), "each key once"),
+        (("penalty.l3=0..1",), "no such key"),
+        (("D.dropout=0.5..2",), "D.dropout"),
+        (("run.total_kimg=1..9",), "run.total_kimg cannot differ"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tmp_path, ranges, message):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    with pytest.raises(UserError, match=message):
+        search(str(tmp_path / "job.yaml"), [f"run.out={tmp_path}"], ranges, 3, 1, 2, 1)[1].read()
+    assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
+
+
+def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match=r"--search tpe needs optuna: pip install 'shardgan\[search\]'"):
+        search(str(tmp_path / "job.yaml"), [], RANGE, 3, 1, 2, 1)
+
+
+def test_a_range_needs_a_search():
+    with pytest.raises(UserError, match="add --search tpe"):
+        select_candidates.grid(RANGE)
+
+
+def test_a_search_is_not_continued_in_other_ranges(searching):
+    searching(count=2)
+    with pytest.raises(UserError, match=r"made in another way.*1e-06..0.1.*→.*1e-06..1"):
+        searching(("penalty.l2=1e-6..1",), count=2)
+
+
+def test_the_best_mean_is_chosen_and_compared_with_none(tmp_path):
+    """By the paired rule the largest λ within one error would be; what is not done is not compared."""
+    _, trials = selection(tmp_path, grid=["penalty.l2=0,0.01,0.1,1"])
+    found = table_of(trials, [[3.0, 4.0], [1.0, 2.0], [1.1, 1.95], [0.5]], SEARCHED)
+    assert found.choice.arm.label == "0.01" and [row.arm.label for row in found.comparable] == [
+        "0",
+        "0.01",
+        "0.1",
+    ]
+    said = select_verdict.sentences(found)
+    assert said[1:3] == [
+        "It minus penalty.l2=0, in pairs: -2.000 ± 0.000.",
+        "Within one standard error of it, in pairs: penalty.l2=0.1.",
+    ]
+    assert "As the lowest of 3 " in select_verdict.markdown(found, trials)
+
+
+# On Slurm: batches wait as arrays of jobs, whose trials are listed by the job before
+
+
+def test_the_job_before_an_array_lists_its_trials(tmp_path, searching, monkeypatch):
+    folder = tmp_path / "mine"
+    with pytest.raises(Killed):
+        searching(count=3, jobs=1, lives=0)
+    (folder / "slurm").mkdir()
+    (folder / "slurm" / "job").write_text("11 12 13 14 15 16\n")
+    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+
+    def collect(job: str) -> list[str]:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        base, found = search(*given, RANGE, 3, 1, 2, 1)
+        mine = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
+        mine.collect()
+        return sorted(path.name for path in (folder / "slurm").glob("runs*.txt"))
+
+    def end(file: str) -> None:
+        _, found = search(*given, RANGE, 3, 1, 2, 1)
+        for trial in found.read():
+            if not file or trial.name in (folder / "slurm" / file).read_text():
+                finish(trial, score_of(trial))
+
+    end("")
+    assert collect("99") == [], "someone who looks on a login node"
+    assert collect("12") == ["runs-2.txt"] and len(proposed_in(folder)) == 2
+    assert collect("12") == ["runs-2.txt"] and len(proposed_in(folder)) == 2, "requeued, it proposes no more"
+    end("runs-2.txt")
+    assert collect("14") == ["runs-2.txt", "runs-3.txt"]
+    end("runs-3.txt")
+    assert collect("16") == ["runs-2.txt", "runs-3.txt"]
+    assert proposed_in(folder) == proposed(searching(count=3, jobs=1, name="whole"))
+
+
+def proposed_in(folder: Path) -> list[dict[str, str]]:
+    return json.loads((folder / "search.json").read_text())["candidates"]
+
+
+def test_failures_are_those_of_all_arrays(tmp_path):
+    _, trials = selection(tmp_path)
+    folder = tmp_path / "mine" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "job").write_text("12 13 14 15\n")
+    for file, mine in (("runs.txt", trials[:2]), ("runs-2.txt", trials[1:3])):
+        (folder / file).write_text("".join(f"job.yaml \"run.name='{trial.name}'\"\n" for trial in mine))
+    for log in ("12_1.log", "12_2.log", "14_2.log"):
+        (folder / log).write_text(f"error: {log} is full\n")
+    failed = select_queue.failures(trials, tmp_path / "mine")
+    assert list(failed) == [trials[0].name, trials[2].name], "the second was trained again"
+    assert "14_2.log is full" in failed[trials[2].name]
