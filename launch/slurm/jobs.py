@@ -20,6 +20,7 @@ from launch.installed import ROOT, slurm_scripts
 from launch.slurm import index_copies
 from pipeline.config import Data, UserError
 from pipeline.credentials import redacted, scrubbed
+from pipeline.parallel.compilation import check_compiled
 from pipeline.wording import one_line
 
 _INDEX = "index"  # the index of the data, if it does not lie beside them
@@ -76,6 +77,8 @@ class Resources:
     def __post_init__(self) -> None:
         if self.gpus and self.procs > self.gpus:
             raise UserError(f"--procs {self.procs} need a GPU each, but --gpus is {self.gpus}.")
+        if self.compiled:
+            check_compiled(self.strategy)
 
     def directives(self) -> dict[str, str]:
         """Options of sbatch."""

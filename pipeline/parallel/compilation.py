@@ -54,11 +54,7 @@ def check_compilation(wanted: Compilation | None, strategy: str, rounds: int, on
     """Raises UserError for what cannot be compiled so, or on this machine. rounds: per update."""
     if wanted is None:
         return
-    if strategy == "zero3":
-        raise UserError(
-            "zero3 cannot be compiled: DeepSpeed gathers each layer by itself, and compiled code "
-            "would end before every one. Train under fsdp2, zero1 or zero2, or without compiling."
-        )
+    check_compiled(strategy)
     reasons = {
         "need a GPU": not on_gpu,
         f"need weights that stay where they are: {', '.join(_STAYING)}": strategy not in _STAYING,
@@ -68,6 +64,15 @@ def check_compilation(wanted: Compilation | None, strategy: str, rounds: int, on
         raise UserError(f"--dynamo_mode {REDUCE_OVERHEAD}: CUDA graphs {reason}, or --dynamo_mode default.")
     if wanted.backend == "inductor" and (missing := _missing(on_gpu)):
         raise UserError(f"Compiling needs {missing}. Install it, or train without --compile.")
+
+
+def check_compiled(strategy: str | None) -> None:
+    """Raises UserError for a strategy under which nothing can be compiled."""
+    if strategy == "zero3":
+        raise UserError(
+            "zero3 cannot be compiled: DeepSpeed gathers each layer by itself, and compiled code would end "
+            "before every one. Train under fsdp2, zero1 or zero2, or without compiling."
+        )
 
 
 def _missing(on_gpu: bool) -> str | None:

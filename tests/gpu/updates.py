@@ -140,23 +140,31 @@ def compiled() -> Outcome:
     for way in ways.values():
         check_compilation(way, "single", 1, bool(GPUS))
     kind, turns = ("bf16", 32) if GPUS else ("no", 9)
-    figures = {}
+    failures, figures = [], {}
     for name, images in (COMPILED if GPUS else {"fashion-mnist": 16, "vit-small": 8}).items():
-        updates = {way: _update(name, kind, images, how) for way, how in ways.items()}
-        first: dict[str, list[float]] = {way: [] for way in ways}
-        taken: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(_WARM_UP + turns):
+        updates, taken = {}, {way: list[float]() for way in ways}
+        for way, how in ways.items():
+            try:
+                update = _update(name, kind, images, how)
+                for turn in range(_WARM_UP):
+                    with clocked(taken[way]):
+                        update(turn * images)
+            except RuntimeError as error:
+                failures.append(f"{name}, {way}: {str(error).splitlines()[0]}")
+            else:
+                updates[way] = update
+        for turn in range(_WARM_UP, _WARM_UP + turns):
             for way, update in updates.items():
-                with clocked((first if turn < _WARM_UP else taken)[way]):
+                with clocked(taken[way]):
                     update(turn * images)
-        slow = taken["as it is"]
-        for way, fast in taken.items():
+        for way in updates:
+            first, slow, fast = taken[way][0], taken["as it is"][_WARM_UP:], taken[way][_WARM_UP:]
             figures[f"{name}, {kind}, {images} images, {way}"] = {
                 "images/s": round(images * turns / sum(fast), 1),
                 "times as it is": round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2),
-                "first update, s": round(first[way][0], 1),
+                "first update, s": round(first, 1),
             }
-    return [], figures
+    return failures, figures
 
 
 def _update(name: str, kind: str, images: int, how: Compilation | None = None) -> Callable[..., object]:

@@ -14,6 +14,7 @@ from launches import run
 from torch import nn
 
 from launch import selfcheck
+from launch.slurm.jobs import Resources
 from pipeline.config import UserError, load
 from pipeline.data.stream import Batch
 from pipeline.gan.networks import FAMILIES
@@ -159,6 +160,8 @@ def test_what_cuda_graphs_cannot_do_is_refused(how, strategy, rounds, gpu, messa
 def test_zero3_is_refused():
     with pytest.raises(UserError, match="zero3 cannot be compiled"):
         check_compilation(INDUCTOR, "zero3", 1, on_gpu=False)
+    with pytest.raises(UserError, match="zero3 cannot be compiled"):
+        Resources(strategy="zero3", compiled=True)
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
