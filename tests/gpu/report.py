@@ -36,4 +36,6 @@ def table(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.1e}" if isinstance(value, float) and value and abs(value) < 1e-3 else str(value)
+    if isinstance(value, float):
+        return f"{value:.1e}" if value and abs(value) < 1e-3 else str(round(value, 4))
+    return str(value)

@@ -135,3 +135,13 @@ def test_pages_have_a_band_for_each_candidate(tmp_path):
     del older["by_budget"]
     file.write_text(json.dumps(older))
     assert Selection(tmp_path / "mine").budgets == []
+
+
+def test_a_page_shows_numbers_in_order_however_they_were_proposed(tmp_path):
+    from pipeline.run.page.selection import Selection
+
+    base, trials = selection(tmp_path, grid=["penalty.l2=0,1,0.1"])
+    for trial in trials:
+        finish(trial)
+    select_table.write(tmp_path / "mine", read(base, trials), base, trials)
+    assert [point["label"] for point in Selection(tmp_path / "mine").curve["candidates"]] == ["0", "0.1", "1"]

@@ -168,6 +168,8 @@ class Selection:
     def curve(self) -> Chart:
         """Mean, standard error and trials of each: from left to right, if their labels are short."""
         rows = [row for row in self.rows if row.mean is not None]
+        if all(row.number is not None for row in rows):  # a search proposes them in any order
+            rows.sort(key=lambda row: row.number or 0)
         upright = all(len(row.label) <= _WIDE for row in rows)
         points = [
             {"label": row.label, "mean": row.mean, "error": row.error, "scores": row.scores} for row in rows
