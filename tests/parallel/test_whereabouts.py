@@ -29,10 +29,6 @@ def test_it_is_forgotten_when_it_fails():
     assert (progress.doing, progress.updating) == ("", False)
 
 
-def test_our_own_waiting_for_ranks_is_known_as_such():
-    assert ranks.__file__.endswith(COLLECTIVES[-1])
-
-
 @pytest.mark.parametrize("place", COLLECTIVES)
 def test_the_places_where_ranks_wait_are_there(place):
     """Renamed, none of them would be taken for waiting, and who waits could be blamed."""
