@@ -118,7 +118,7 @@ def _train(
     index, split = agreed_data(config, ranks)
     config, folder, still_ours = hold_folder(config, ranks, signals, held)
     watch.last_words = lambda: where_to_resume(folder)
-    watch.record = lambda text: keep_error(folder, watch.progress.cur_nimg, text)
+    watch.record = lambda text: keep_error(folder, watch.progress.cur_nimg, text, still_ours)
     if is_finished(config, folder, ranks):
         return True, folder
     held.callback(signals.done)

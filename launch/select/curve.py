@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
 from pipeline.data.stream import heldout_batches
 from pipeline.gan.draws import Draws
+from pipeline.run.curves import wrapped
 from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
@@ -37,12 +37,6 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(min(width, 400), min(height, 400)), dpi=110, layout="constrained")
-
-
-def wrapped(name: str, letters: int) -> str:
-    """A name in up to three lines of so many letters. matplotlib reads text between two $ as a formula."""
-    lines = textwrap.wrap(name, letters, max_lines=3, placeholder="…") or [""]
-    return "\n".join(lines).replace("$", r"\$")
 
 
 def numbers(rows: Sequence[Row]) -> list[float]:

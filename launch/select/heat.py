@@ -9,8 +9,9 @@ import numpy as np
 
 from launch.select.candidates import in_time
 from launch.select.choice import Row, ScoreTable
-from launch.select.curve import MARK, new_figure, wrapped
+from launch.select.curve import MARK, new_figure
 from launch.select.verdict import with_error
+from pipeline.run.curves import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launch.select.choice import Row
-from launch.select.curve import numbers, wrapped
+from launch.select.curve import numbers
+from pipeline.run.curves import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

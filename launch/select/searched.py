@@ -10,7 +10,8 @@ import numpy as np
 
 from launch.select.candidates import in_time
 from launch.select.choice import Row, ScoreTable
-from launch.select.curve import DARK, GREY, MARK, new_figure, readable, wrapped
+from launch.select.curve import DARK, GREY, MARK, new_figure, readable
+from pipeline.run.curves import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

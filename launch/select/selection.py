@@ -85,6 +85,9 @@ class Selection:
         with local.hold(self.folder, self.trials, self.say):
             self._begin()
             self._propose()
+            if not self.todo:  # there are no more candidates, or another select has trained them
+                self._conclude()
+                return
             later = [size * self._places for size in self.search.batches] if self.search else []
             queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say, later)
 
@@ -135,7 +138,7 @@ class Selection:
     def _check(self, jobs: int | None) -> None:
         """Everything that can be known before anything starts; jobs: None where other machines train."""
         self._check_same(self._common())
-        if self.todo:
+        if self.todo or (self.search and self.search.batches):  # arrays of a search may still be to come
             queue.refuse_queued(self.folder)
         start.check(self.base, self.trials, self.launch, jobs)
 

@@ -166,7 +166,7 @@ def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:
     if table.rule == SEARCHED:
         if choice.arm != (first := table.rows[0]).arm and len(choice.outcomes) > 1:
             difference = with_error(*choice.against(first), signed=True)
-            lines.append(f"It minus {first.arm.name}, in pairs: {difference}.")
+            lines.append(f"{choice.arm.name} minus {first.arm.name}, in pairs: {difference}.")
     else:
         paired = dataclasses.replace(table, rule=PAIRED).choice
         if paired is not None and paired.arm != choice.arm:

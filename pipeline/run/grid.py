@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pipeline.durable import whole
-from pipeline.run.saved_grids import GAP, PLEASANT, scale_of
+from pipeline.run.saved_grids import GAP, PLEASANT, STEP, scale_of
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name of the file
 LATEST = "latest.png"  # in samples/ of a run: a copy of the last grid, for a viewer that stays open
@@ -98,7 +98,8 @@ def save_grid(
     options = dict(_OPTIONS[kind])
     if kind == "PNG":
         options["pnginfo"] = info = PngInfo()
-        for name, note in (notes or {}).items():
+        step = images.shape[-2] * scale_of(min(images.shape[-2:])) + GAP
+        for name, note in {STEP: str(step), **(notes or {})}.items():
             info.add_text(name, note)
     with whole(path) as partial:
         Image.fromarray(tile(images, columns, titles)).save(partial, format=kind, **options)

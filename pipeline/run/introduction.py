@@ -36,7 +36,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, "
         f"precision {arithmetic(ranks.precision, ranks.device)}; "
         f"a batch of {gan.D.batch}",
-        *([f"  {ranks.compilation}: the first update takes a minute or more"] if ranks.compilation else ()),
+        *([f"  {ranks.compilation}: first updates take longer"] if ranks.compilation else ()),
         *(f"  {line}" for line in remarks(index, data)),
         *(f"  {line}" for line in _of_latents(data)),
         *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),

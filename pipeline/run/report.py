@@ -252,9 +252,11 @@ class MainReport(Report):
             yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
 
 
-def keep_error(folder: Path, cur_nimg: int, text: str) -> None:
-    """Record in events.jsonl why the run in `folder` ends."""
-    events.record(folder, "error", cur_nimg, text=text)
+def keep_error(folder: Path, cur_nimg: int, text: str, still_ours: Callable[[], None]) -> None:
+    """Record in events.jsonl why the run in `folder` ends, unless the folder is another process's by now."""
+    with suppress(LockLostError):
+        still_ours()
+        events.record(folder, "error", cur_nimg, text=text)
 
 
 def open_report(

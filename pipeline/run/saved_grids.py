@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 GAP = 2  # white pixels between images and around a grid
+STEP = "step"  # a note in a grid: from one row of images to the next, in pixels
 REALS = "reals.png"  # in samples/: held-out images
 PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
@@ -46,21 +47,20 @@ def opened(path: Path) -> Image.Image | None:
 
 
 def first_images(path: Path, size: int, rows: int, columns: int | None = None) -> Image.Image | None:
-    """The first rows of a grid of images of `size` pixels, with its titles, if it has any; with columns, that
-    many images of each row, without titles. None if it cannot be read."""
-    if (grid := opened(path)) is None:
+    """The first rows of a grid, with its titles, if it has any; with columns, that many images of each row,
+    without titles. size: of its images in pixels, if it was written before grids said it themselves. None if
+    it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            written, grid = picture.info.get(STEP), picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError):
         return None
-    step = step_of(size)
+    step = int(written) if written else size * scale_of(size) + GAP
     head = (grid.height - GAP) % step  # of titles
     bottom = min(grid.height, head + rows * step + GAP)
     if columns is None:
         return grid.crop((0, 0, grid.width, bottom))
     return grid.crop((0, head, min(grid.width, columns * step + GAP), bottom))
-
-
-def step_of(size: int) -> int:
-    """How many pixels a row of a grid of square images of this size is high."""
-    return size * scale_of(size) + GAP
 
 
 def scale_of(shortest: int, least: int = PLEASANT) -> int:

@@ -189,7 +189,7 @@ def test_a_search_is_killed_and_ends_as_it_would_have(job, tmp_path, signals_kep
     options = ("--search", "tpe", "--trials", "3", "--grid", "penalty.l2=1e-4..1", "--folds", "2")
     whole, broken = tmp_path / "runs" / "whole", tmp_path / "runs" / "broken"
     ended = run(shardgan("select", job, "run.name=whole", *options), tmp_path)
-    assert ended.status == 0 and "It minus penalty.l2=0" in ended.output, ended.output
+    assert ended.status == 0 and "minus penalty.l2=0" in ended.output, ended.output
     line = shardgan("select", job, "run.name=broken", *options)
     started = start(line, tmp_path).until(lambda: len(list(broken.glob("trials/*/DONE"))) >= 3)
     os.killpg(started.process.pid, signal.SIGKILL)

@@ -204,7 +204,7 @@ def test_the_best_mean_is_chosen_and_compared_with_none(tmp_path):
     ]
     said = select_verdict.sentences(found)
     assert said[1:3] == [
-        "It minus penalty.l2=0, in pairs: -2.000 ± 0.000.",
+        "penalty.l2=0.01 minus penalty.l2=0, in pairs: -2.000 ± 0.000.",
         "Within one standard error of it, in pairs: penalty.l2=0.1.",
     ]
     assert "As the lowest of 3 " in select_verdict.markdown(found, trials)

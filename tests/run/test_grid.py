@@ -20,7 +20,7 @@ def test_every_image_is_found_at_its_place(tmp_path, channels):
     images = torch.randint(0, 256, (5, channels, 28, 28), dtype=torch.uint8)
     save_grid(images, tmp_path / "deep" / "grid.png", columns=3, notes={"chart": "Samples/λ"})
     picture = Image.open(tmp_path / "deep" / "grid.png")
-    assert picture.info == {"chart": "Samples/λ"}
+    assert picture.info["chart"] == "Samples/λ"
     sheet = np.asarray(picture)
     if channels == 1:
         sheet = sheet[..., None]

@@ -75,6 +75,13 @@ def test_reals_are_left_out_where_runs_hold_out_others_and_names_stand_where_not
     assert list(panels(strip.draw(read_histories(runs)))) == ["a", "b"]
 
 
+def test_a_grid_of_decoded_images_is_cut_between_its_own_images(tmp_path):
+    run = a_run(tmp_path / "a", 0, 1, 3)
+    (run / "config.yaml").write_text("data: {train: x, size: 7}\n")  # that of latents
+    (_, levels), (_, again) = panels(strip.draw(read_histories([run]))).values()
+    assert levels[5, 5] == 128 + 5 * COLUMNS + 5 and again[0, 1] == 4 and again[1, 0] == 3 + COLUMNS
+
+
 def test_a_run_without_a_grid_has_an_empty_panel_and_none_at_all_is_refused(tmp_path):
     runs = [a_run(tmp_path / "a", 0, 1, 0), a_run(tmp_path / "b", 1, 1, 9)]
     for grid in (runs[1] / "samples").glob("fakes*.png"):
