@@ -23,12 +23,12 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from pipeline import console, loop
+from pipeline.borrowed import borrowed
 from pipeline.config import Config, load
 from pipeline.errors import CommonError, UserError
 from pipeline.folders import provide_home
 from pipeline.gan.compatible import check_objective
 from pipeline.parallel.batch import BatchShape, batch_shape
-from pipeline.parallel.borrowed import borrowed
 from pipeline.parallel.launched import Launch, Precision, read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.watch import BACKSTOP, JobEndedError, Watch

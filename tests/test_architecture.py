@@ -38,6 +38,7 @@ ARROWS = {
     "pipeline.api.shadows": (),
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": (
+        "pipeline.borrowed",
         "pipeline.config",
         "pipeline.console",
         "pipeline.credentials",

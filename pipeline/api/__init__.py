@@ -151,7 +151,7 @@ def evaluate(
     shadows.refuse_import()
     from pathlib import Path
 
-    from pipeline.parallel.borrowed import borrowed
+    from pipeline.borrowed import borrowed
     from pipeline.run.score_run import score_run
 
     names = metrics.split(",") if isinstance(metrics, str) else metrics

@@ -29,7 +29,7 @@ class OwnStage:
     """A user's own stage by its name, package.module:name, which may lie in the current folder.
 
     It is pickled by that name, so that a worker that is not forked gets stages that do not pickle, such as
-    lambdas. Raises UserError if it cannot be imported or called.
+    lambdas. Raises UserError if it cannot be imported or called, or pickled as it is part of a notebook.
     """
 
     def __init__(self, name: str) -> None:
@@ -44,6 +44,11 @@ class OwnStage:
         return self._stage(samples)
 
     def __reduce__(self) -> tuple[type[OwnStage], tuple[str]]:
+        if self._name.startswith("__main__:"):
+            raise UserError(
+                f"data.stages: data workers cannot import {self._name} here. Put it into a file of its own, "
+                "module.py, and name it module:stage; or set data.workers=0."
+            )
         return type(self), (self._name,)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline import console
+from pipeline.borrowed import is_borrowed
 from pipeline.config import UserError
 from pipeline.folders import socket_folder
 
@@ -65,7 +66,7 @@ class Loader(Iterator[Any]):
             num_workers=workers,
             pin_memory=self._pin,
             prefetch_factor=_PREFETCH if workers else None,
-            worker_init_fn=functools.partial(_begin, reasons, folder),
+            worker_init_fn=functools.partial(_begin, reasons, folder, dict(os.environ)),
             multiprocessing_context=method,
             generator=torch.Generator(),  # or it would draw from, and so change, the global random state
         )
@@ -197,12 +198,15 @@ def _sigchld_as_before() -> Iterator[None]:
 
 
 def start_method() -> str:
-    """How workers start: by fork until the process has used CUDA, then from a fork server.
+    """How workers start: by fork, or from a fork server once the process has used CUDA or if it is borrowed.
 
-    Forking a process that uses CUDA, NCCL or InfiniBand can hang the child (see PyTorch's notes on DDP). A
-    fork server imports torch once per rank, which costs seconds and 0.3 GB instead of milliseconds.
+    Forking a process that uses CUDA, NCCL or InfiniBand can hang the child (see PyTorch's notes on DDP); so
+    can a lock that another thread holds just then, such as that of torch's random numbers, and of a borrowed
+    process we do not know the threads. A fork server imports torch once per rank, which costs seconds and
+    0.3 GB instead of milliseconds.
     """
-    return "forkserver" if torch.cuda.is_initialized() else "fork"  # type: ignore[no-untyped-call]
+    unsafe = is_borrowed() or torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return "forkserver" if unsafe else "fork"
 
 
 def _start_fork_server(folder: str) -> None:
@@ -244,9 +248,12 @@ def _no_main_module(method: str | None) -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _begin(reasons: Connection, folder: str, _: int) -> None:
-    """In a worker: make sockets in `folder`; end with the training process, or when an item cannot be handed
-    over, with the reason sent to `reasons`."""
+def _begin(reasons: Connection, folder: str, environment: dict[str, str], _: int) -> None:
+    """In a worker: take the environment of the training process, which may have changed since a fork server
+    started; make sockets in `folder`; end with the training process, or when an item cannot be handed over,
+    with the reason sent to `reasons`."""
+    os.environ.clear()
+    os.environ.update(environment)
     tempfile.tempdir = folder
 
     def give_up(error: Exception, _item: object) -> NoReturn:

@@ -17,6 +17,7 @@ import torch
 from streams import BATCH, batches, data_of, ids, open_all
 from tiny_shards import SIZE, MakeShards, image_of, write_tar
 
+from pipeline.borrowed import borrowed
 from pipeline.config import Data, UserError
 from pipeline.data import workers as worker_processes
 from pipeline.data.check import remarks
@@ -108,11 +109,45 @@ def test_batch_has_what_its_docstring_says(make_shards: MakeShards) -> None:
 def test_fork_server_gives_the_same(make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way workers start beside CUDA."""
     index, plan = open_all(make_shards([20, 20]))
+    assert worker_processes.start_method() == "fork"
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     assert worker_processes.start_method() == "forkserver"
     stream = batches(index, plan, workers=2)
     assert [ids(batch) for batch in islice(stream, 5)] == [ids(b) for b in islice(batches(index, plan), 5)]
     stream.close()
+
+
+def test_workers_of_a_borrowed_process_have_its_environment_of_now(
+    make_shards: MakeShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork server keeps that of its start, from which credentials set in a later cell would be missing."""
+    index, plan = open_all(make_shards([20, 20]))
+    (tmp_path / "tells.py").write_text(
+        "import os\ndef tell(samples):\n    assert os.environ['NOW'] == 'later', os.environ['NOW']\n"
+        "    return samples\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with borrowed():
+        assert worker_processes.start_method() == "forkserver"
+        for now in ("earlier", "later"):
+            monkeypatch.setenv("NOW", now)
+            stages = ["tells:tell"] if now == "later" else []
+            stream = batches(index, plan, workers=1, stages=stages)
+            assert len(ids(next(stream))) == BATCH
+            stream.close()
+    assert worker_processes.start_method() == "fork"
+
+
+def test_a_notebook_s_stage_cannot_be_sent_to_workers(
+    make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "mine", lambda samples: samples, raising=False)
+    index, plan = open_all(make_shards([20, 20]))
+    with borrowed():
+        next(batches(index, plan, stages=["__main__:mine"]))
+        with pytest.raises(UserError, match=r"cannot import __main__:mine here. Put it into a file"):
+            batches(index, plan, workers=1, stages=["__main__:mine"])
 
 
 def test_global_random_state_is_left_alone(make_shards: MakeShards) -> None:

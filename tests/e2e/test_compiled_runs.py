@@ -31,7 +31,7 @@ def test_a_run_is_compiled_as_the_launcher_asks_and_may_be_resumed_without(world
     line = accelerate(1, "sgd.yaml", "run.name=c", "run.total_kimg=0.12")
     line[2:2] = ["--dynamo_backend", "aot_eager"]
     first = run(line, tmp_path)
-    assert first.status == 0 and "\n  compiled by aot_eager: the first update " in first.output, first.output
+    assert first.status == 0 and "compiled by aot_eager: first updates" in first.output, first.output
     second = run(accelerate(1, "sgd.yaml", "run.name=c"), tmp_path)
     assert second.status == 0 and "compiled" not in second.output, second.output
     found = RunFolder(tmp_path / "runs" / "c")

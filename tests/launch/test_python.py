@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,26 @@ def test_a_second_training_leaves_this_process_as_it_was(config: Path, run: Path
     assert environment == dict(os.environ) and torch.equal(state, torch.get_rng_state())
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert losses(same) == losses(run) and len(losses(run)) == 2
+
+
+def test_threads_that_draw_random_numbers_meanwhile_do_not_stop_the_data_workers(config: Path) -> None:
+    """As cells of a notebook may: a worker forked while one of them held torch's generator never moved."""
+    over = threading.Event()
+
+    def draw() -> None:
+        while not over.is_set():
+            torch.randn(1_000_000)
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        run = shardgan.train(config, SETTINGS | {"run.name": "beside"})
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert (run / "DONE").exists() and len(losses(run)) == 2
 
 
 def losses(run: Path) -> list[float]:

@@ -1,23 +1,34 @@
-"""A process that is someone else's, a notebook or a script, which continues after training in it."""
+"""A process that is someone else's, a notebook or a script, whose other threads work on and which continues
+after training in it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
+
+_is_borrowed = ContextVar("_is_borrowed", default=False)
+
+
+def is_borrowed() -> bool:
+    """Whether this process is, as far as the current thread knows."""
+    return _is_borrowed.get()
 
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """Afterwards environment, global random state and cuDNN's settings are as before."""
+    """Inside, `is_borrowed`. Afterwards environment, random state and cuDNN's settings are as before."""
+    token = _is_borrowed.set(True)
     environment, deterministic = dict(os.environ), torch.backends.cudnn.deterministic
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        _is_borrowed.reset(token)
         torch.backends.cudnn.deterministic = deterministic
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
