@@ -90,28 +90,29 @@ def _write_missing(
     z, c = sampler.latents(seeds)
     if labels[0] is not None:
         c = torch.tensor(labels)
-    files = [folder / name for name in missing]
+    names = list(missing)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting: deque[Future[int]] = deque()
     with ThreadPoolExecutor(threads, "png") as pool:
         try:
-            for start, images in enumerate(sampler.images(z, c, truncation)):
+            for number, images in enumerate(sampler.images(z, c, truncation)):
                 while len(waiting) >= _AHEAD * threads:
                     done(waiting.popleft().result())
-                waiting.append(pool.submit(_write, images, files[start * BATCH :]))
+                files = names[number * BATCH : (number + 1) * BATCH]
+                waiting.append(pool.submit(_write, images, folder, files))
             while waiting:
                 done(waiting.popleft().result())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _write(images: Tensor, files: Sequence[Path]) -> int:
-    """The first of the files; returns how many."""
-    for image, file in zip(images.permute(0, 2, 3, 1).numpy(), files, strict=False):
+def _write(images: Tensor, folder: Path, names: Sequence[str]) -> int:
+    """Returns how many."""
+    for image, name in zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True):
         encoded = BytesIO()  # Pillow is slower on a file
         picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
         picture.save(encoded, "PNG", compress_level=_COMPRESSION)
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_bytes(encoded.getbuffer())
-        partial.replace(file)
+        with open(partial := f"{folder}/.{name}.partial", "wb") as written:  # noqa: PTH123  Path is slower
+            written.write(encoded.getbuffer())
+        os.replace(partial, f"{folder}/{name}")  # noqa: PTH105
     return len(images)

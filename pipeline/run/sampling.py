@@ -59,8 +59,9 @@ class Sampler:
         if wrong := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
             raise UserError(f"seed {wrong[0]}: seeds are from 0 to {LARGEST_SEED}.")
         z, u = np.empty((len(seeds), self.z_dim), np.float32), np.empty(len(seeds))
+        numbers = np.random.RandomState()  # a new one per seed would take longer than its numbers
         for i, seed in enumerate(seeds):
-            numbers = np.random.RandomState(seed)
+            numbers.seed(seed)
             z[i], u[i] = numbers.randn(self.z_dim), numbers.random_sample()
         if self.frequencies is None:
             return torch.from_numpy(z), None

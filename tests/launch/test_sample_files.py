@@ -178,7 +178,7 @@ def test_files_of_several_classes_and_folders_of_others(trained, tmp_path, monke
     with pytest.raises(UserError, match="holds other files"):
         call("--images", tmp_path, "--seeds", "5")
 
-    def full(images, files):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_files, "_write", full)
