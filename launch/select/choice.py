@@ -120,6 +120,15 @@ class ScoreTable:
         return replace(self, rows=[row.at(kimg) for row in self.rows])
 
     @property
+    def lines(self) -> dict[Arm, dict[float, Row]]:
+        """The learning curve of each arm: at each budget, of the trials that all have scored there."""
+        then = {kimg: {row.arm: row for row in self.at(kimg).comparable} for kimg in self.budgets}
+        return {
+            row.arm: {kimg: there[row.arm] for kimg, there in then.items() if row.arm in there}
+            for row in self.rows
+        }
+
+    @property
     def by_budget(self) -> list[tuple[float, Row]]:
         """(kimg, what would be chosen there), for each budget at which there is anything to choose by."""
         found = ((kimg, self.at(kimg).choice) for kimg in self.budgets)

@@ -25,26 +25,23 @@ def learning(table: ScoreTable) -> Figure:
 
     Only trials count that all candidates have, at each budget by itself.
     """
-    budgets = table.budgets
     rows = table.shown(MOST, [row.arm for _, row in table.by_budget])
     if values := numbers(rows):
         rows = [rows[i] for i in np.argsort(values, kind="stable")]
-    tables = {kimg: table.at(kimg) for kimg in budgets}
-    then = {kimg: {row.arm: row for row in found.comparable} for kimg, found in tables.items()}
-    lines = [[then[kimg].get(row.arm) for kimg in budgets] for row in rows]
+    all_lines = table.lines
+    lines = [all_lines[row.arm] for row in rows]
     figure = new_figure(9, 4.6 + height(rows, _LETTERS))
     axes = figure.subplots()
     drawn: list[Any] = []
     for line, style in zip(lines, styles(rows), strict=True):
-        points = [(kimg, at) for kimg, at in zip(budgets, line, strict=True) if at is not None]
-        kimgs, means = [kimg for kimg, _ in points], [at.mean for _, at in points]
+        kimgs, means = [*line], [at.mean for at in line.values()]
         drawn += axes.plot(kimgs, means, marker="o", ms=3.5, lw=1.6, **style)
-        errors = [0.0 if math.isnan(at.error) else at.error for _, at in points]
+        errors = [0.0 if math.isnan(at.error) else at.error for at in line.values()]
         low = [mean - error for mean, error in zip(means, errors, strict=True)]
         high = [mean + error for mean, error in zip(means, errors, strict=True)]
         axes.fill_between(kimgs, low, high, color=style["color"], alpha=0.25, lw=0)
     ring = _rings(axes, table)
-    means = [at.mean for line in lines for at in line if at is not None]
+    means = [at.mean for line in lines for at in line.values()]
     readable(axes, means)
     axes.set(xlabel="kimg: thousands of real images shown to D", ylabel=f"{table.score} on held-out images")
     axes.grid(color="#dddddd", lw=0.6)

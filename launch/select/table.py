@@ -65,6 +65,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
     """Everything in the table, and the choice. Not a number is null."""
     first, best, chosen = table.rows[0], table.minimum, table.choice
     compared = {row.arm: row for row in table.comparable}
+    lines = table.lines
     return {
         "score": table.score,
         "total_kimg": base.run.total_kimg,
@@ -88,7 +89,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
                 if best and row.arm in compared
                 else None,
                 "by_trial": {o.trial.name: o.score for o in row.outcomes},
-                "by_kimg": [_at(row, kimg) for kimg in table.budgets],
+                "by_kimg": [_point(kimg, then) for kimg, then in lines[row.arm].items()],
                 "charts": {name: _number(row.chart(name)) for name in _charts(row)},
                 "seconds": round(row.seconds, 1),
                 "failed": dict(row.failures),
@@ -162,9 +163,8 @@ def _by_kimg(config: Config, scored: Sequence[tuple[Mapping[str, Any], str]]) ->
     return found | {total: row[chart]}
 
 
-def _at(row: Row, kimg: float) -> dict[str, Any]:
-    """A point of an arm's learning curve."""
-    then = row.at(kimg)
+def _point(kimg: float, then: Row) -> dict[str, Any]:
+    """Of an arm's learning curve."""
     mean, error = _number(then.mean), _number(then.error)
     return {"kimg": kimg, "trials": len(then.outcomes), "mean": mean, "standard_error": error}
 

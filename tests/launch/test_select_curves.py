@@ -43,6 +43,16 @@ def test_the_choice_changes_with_the_budget(tmp_path):
     }  # fmt: skip
 
 
+def test_a_point_of_a_learning_curve_is_of_the_trials_that_all_have(tmp_path):
+    base, trials = selection(tmp_path, RHYTHM)
+    for trial in trials:
+        lacks = trial is trials[-1]  # fold 1 of the last candidate has no score at half the budget
+        score_along(trial, {64: 1.0} if lacks else {32: 2.0 + trial.fold, 64: 1.0})
+    rows = select_table.as_json(read(base, trials), base, trials)["rows"]
+    points = [[(at["kimg"], at["trials"], at["mean"]) for at in row["by_kimg"]] for row in rows]
+    assert points == [[(0.032, 1, 2.0), (0.064, 2, 1.0)]] * len(rows)
+
+
 def test_trials_of_before_have_one_score_and_are_compared_by_it(tmp_path):
     base, trials = selection(tmp_path, RHYTHM)
     for trial in trials[::2]:
