@@ -103,6 +103,8 @@ def _scores(facts: Exported) -> Iterator[str]:
 
 
 def _better(metric: Metric) -> str:
+    if metric.lower_is_better is None:
+        return "copies if the ratio is well below 1, or their share well above 0.01"
     return "lower is better" if metric.lower_is_better else "higher is better"
 
 

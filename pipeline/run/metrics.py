@@ -12,7 +12,7 @@ class Metric:
 
     help: str
     names: tuple[str, ...]  # of its values, which charts show as Metrics/<name>_<features>
-    lower_is_better: bool
+    lower_is_better: bool | None  # None: neither is
     leads: bool = False  # checkpoints and candidates are compared by its chart
     canonical: str | None = None  # the name of its chart with the features that define it
     needs_train: bool = False  # compares (train, held-out, fake)
@@ -31,7 +31,7 @@ METRICS = {
     "nn": Metric(
         "memorisation: distances to the nearest training image",
         ("nn_ratio", "nn_copies"),
-        lower_is_better=False,
+        lower_is_better=None,
         needs_train=True,
     ),
 }

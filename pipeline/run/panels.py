@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.run.history import History
+from pipeline.run.metrics import metric_of
 
 _SETTINGS = "Progress/"  # charts of what applies: news only if it changes
 _SCORES = (("real", "Loss/scores/real"), ("fake", "Loss/scores/fake"), ("held-out", "Loss/scores/heldout"))
@@ -19,6 +20,12 @@ class Panel:
     lines: tuple[tuple[str, str], ...]
     marked: bool = False  # whether the lowest value of the first line is marked
     log: bool = True  # whether the axis may be logarithmic
+
+
+def far_apart(scores: Sequence[float]) -> bool:
+    """Whether candidates' scores differ so much that they are shown in log, or a hopeless one would hide how
+    the others differ."""
+    return min(scores, default=0) > 0 and max(scores) > 2 * min(scores)
 
 
 def panels_of(histories: Sequence[History]) -> list[Panel]:
@@ -55,19 +62,27 @@ def label_of(chart: str) -> str:
     """A name for people: KID of Metrics/kid_efflite0; what compares with training images says so."""
     name = chart.removeprefix("Metrics/")
     stem, _, rest = name.partition("_")
-    known = {"kid": "KID", "fd": "Fréchet distance", "fid": "FID", "fid50k": "FID", "nn": f"nn {rest}"}
+    known = {
+        "kid": "KID",
+        "fd": "Fréchet distance",
+        "fid": "FID",
+        "fid50k": "FID of 50,000",
+        "nn": f"nn {rest}",
+    }
     train = ", to training images" if name.endswith("_train") else ""
     return f"{known.get(stem, stem.capitalize())}{train}"
 
 
 def _of_scores(histories: Sequence[History], charts: Sequence[str]) -> list[Panel]:
-    """The leading ones by themselves, then the others of held-out images together."""
+    """Distances, the leading ones first, each by itself; then shares and the like together."""
     leading = list(dict.fromkeys(chart for history in histories for chart in history.leading_scores))
     lead = {_stem(chart) for chart in leading}
     other = [c for c in charts if c.startswith("Metrics/") and not c.endswith(("_images", "_train"))]
     other = [c for c in other if c not in leading and _stem(c) not in lead]
-    alone = [Panel(label_of(chart), ((label_of(chart), chart),), marked=True) for chart in leading]
-    return [*alone, Panel("Other scores", tuple((label_of(chart), chart) for chart in other), log=False)]
+    distances = [c for c in other if (metric := metric_of(c)) and metric.leads]
+    alone = [Panel(label_of(c), ((label_of(c), c),), marked=True) for c in [*leading, *distances]]
+    others = tuple((label_of(c), c) for c in other if c not in distances)
+    return [*alone, Panel("Other scores", others, log=False)]
 
 
 def _of_both(title: str, chart: str) -> Panel:

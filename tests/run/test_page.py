@@ -21,8 +21,10 @@ from runs_on_paper import write_events, write_run
 from pipeline.credentials import anonymous
 from pipeline.errors import UserError
 from pipeline.run import events
+from pipeline.run.history import read_history
 from pipeline.run.page import document
 from pipeline.run.page.document import PAGE, page, write, write_beside
+from pipeline.run.panels import panels_of
 
 EVIL = "</script><script>document.title='run'</script><img src=x onerror=alert(1)>{{ 7*7 }}"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -194,6 +196,50 @@ def test_several_runs_are_compared(tmp_path):
     assert charts["Loss, without penalties: G"]["traces"][0]["y"] == [None] * 4, "JSON has no nan"
     (two / "reference.json").write_text('{"heldout": {"images": 51, "features": ["efflite0", "1"]}}')
     assert "They were scored against different images, and do not compare." in Parsed(page([one, two])).words
+
+
+def test_scores_against_other_images_are_not_put_in_order(tmp_path):
+    """Their numbers may be the same."""
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two")
+    about = {"index": "other", "images": 50, "features": ["efflite0", "1"]}
+    (two / "reference.json").write_text(json.dumps({"heldout": about}))
+    assert "They were scored against different images, and do not compare." in Parsed(page([one, two])).words
+
+
+def test_only_the_same_score_is_compared(tmp_path):
+    one = write_run(tmp_path / "one", "score.metrics=[pr]", scores=())
+    two = write_run(tmp_path / "two", "score.metrics=[dc]", scores=())
+    add(one, "Metrics/precision_efflite0", 0.5)
+    add(two, "Metrics/coverage_efflite0", 0.6)
+    words = Parsed(page([one, two])).words
+    assert "These runs have no score in common to be compared by." in words and "best first" not in words
+
+
+def test_near_copies_are_no_best_score(run):
+    add(run, "Metrics/nn_copies_efflite0", 0.75)
+    words = Parsed(page([run])).words
+    assert "nn copies_efflite0 0.75 – 0.75" in words and "Precision" not in words
+    add(run, "Metrics/precision_efflite0", 0.25)
+    assert "Precision ↑ 0.25 0.25 kimg 4 0.25" in Parsed(page([run])).words
+
+
+def test_a_distance_is_not_drawn_among_shares(run):
+    add(run, "Metrics/fid50k_full", 80.0)
+    add(run, "Metrics/precision_efflite0", 0.5)
+    lines = {panel.title: [name for name, _ in panel.lines] for panel in panels_of([read_history(run)])}
+    assert lines["FID of 50,000"] == ["FID of 50,000"] and lines["Other scores"] == ["Precision"]
+
+
+def test_skips_of_every_turn_of_D_are_counted(tmp_path):
+    run = write_run(tmp_path / "run", "loss.D_steps=2")
+    assert "in all 3 updates of D skipped" in Parsed(page([run])).words, "0.3 of the ten turns of a kimg"
+
+
+def add(run: Path, chart: str, value: float) -> None:
+    """To the last row of a run."""
+    file = run / "metrics.jsonl"
+    *rows, last = file.read_text().splitlines()
+    file.write_text("\n".join([*rows, json.dumps(json.loads(last) | {chart: value})]) + "\n")
 
 
 def test_what_is_no_run_is_refused(tmp_path, run, monkeypatch):

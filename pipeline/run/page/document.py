@@ -141,17 +141,14 @@ def _conclusion(runs: Sequence[Facts]) -> str:
     """What the scores say, and whether anything went wrong."""
     if len(runs) == 1:
         return " ".join(filter(None, [runs[0].conclusion, _wrong(runs[0])]))
-    leading = {facts.leading for facts in runs}
-    scored = [facts.scores[0] for facts in runs if facts.scores]
-    if len(leading) > 1 or len(scored) < len(runs):
-        return "These runs have no score in common."
+    scored = [score for facts in runs if (score := facts.leading_score)]
+    if len(scored) < len(runs) or len({score.chart for score in scored}) > 1:
+        return "These runs have no score in common to be compared by."
     order = sorted(zip(scored, runs, strict=True), key=lambda pair: pair[0].last[1])
-    if not scored[0].lower_is_better:
-        order.reverse()
     ends = ", ".join(f"{facts.name} {score.last[1]:.4g}" for score, facts in order)
     label = f"{scored[0].label} at the end, the best first"
-    comparable = len({facts.against for facts in runs}) == 1
-    if not comparable:
+    about = [facts.history.reference.get("heldout") for facts in runs]
+    if any(other != about[0] for other in about):
         return f"{label}: {ends}. They were scored against different images, and do not compare."
     return f"{label}: {ends}{runs[0].against}."
 

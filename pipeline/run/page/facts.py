@@ -32,14 +32,14 @@ _UNSAID = {
 
 @dataclass(frozen=True)
 class Score:
-    """One score over a run: its values at the first and last scoring, and the best."""
+    """One score over a run: its values at the first and last scoring, and the best if there is one."""
 
     chart: str  # as in metrics.jsonl
     label: str
     first: tuple[float, float]  # kimg, value
-    best: tuple[float, float]
+    best: tuple[float, float] | None
     last: tuple[float, float]
-    lower_is_better: bool
+    lower_is_better: bool | None  # None: neither is, and none is the best
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,15 @@ class Facts:
         return leading_chart(self.config.score.metrics, self.history.scores)
 
     @property
+    def leading_score(self) -> Score | None:
+        return next((score for score in self.scores if score.chart == self.leading), None)
+
+    @property
     def conclusion(self) -> str:
         """What the leading score did; empty without scores."""
-        if not (self.leading and self.scores):
+        score = self.leading_score
+        if score is None or score.best is None:
             return ""
-        score = self.scores[0]
         (start, first), (best_at, best), (_, last) = score.first, score.best, score.last
         if start == score.last[0]:
             return f"{score.label} is {last:.4g} at kimg {start:g}{self.against}."
@@ -199,12 +203,13 @@ class Facts:
             yield row["cur_nimg"], f"Setting changed: {row.get('key')}: {row.get('old')} → {row.get('new')}"
 
     def _counts(self) -> Iterator[tuple[str, str]]:
-        per_update, before = self.config.images_per_update, 0
+        # Between two updates of G, D has loss.D_steps.
+        per_update, before = {"G": self.config.images_per_update, "D": self.config.data.batch_size}, 0
         skipped = dict.fromkeys("GD", 0)
         for row in self.rows:
-            updates = (row["cur_nimg"] - before) / per_update
-            before = row["cur_nimg"]
+            shown, before = row["cur_nimg"] - before, row["cur_nimg"]
             for player in skipped:
+                updates = shown / per_update[player]
                 skipped[player] += round(_number(row.get(f"Gradients/{player}/skipped")) * updates)
         for player, count in skipped.items():
             if count:
@@ -221,7 +226,9 @@ class Facts:
         values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
         if metric is None or not values:
             return None
-        best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
+        best = None
+        if metric.lower_is_better is not None:
+            best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
         return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
 
 
