@@ -95,6 +95,11 @@ class ScoreTable:
         ]
 
     @property
+    def seen(self) -> dict[Arm, Row]:
+        """What is shown of each arm: the trials that are compared, or all its own if it is left out."""
+        return {row.arm: row for row in [*self.rows, *self.comparable]}
+
+    @property
     def left_out(self) -> list[Row]:
         """The arms that are not compared, because trials of theirs failed."""
         compared = {row.arm for row in self.comparable}
@@ -137,8 +142,8 @@ class ScoreTable:
     def shown(self, most: int, also: Sequence[Arm] = ()) -> list[Row]:
         """The arms with finished trials, as far as they are compared; of more than `most` of a search, the
         first and the best, and `also` these, in the order of `rows`."""
-        compared = {row.arm: row for row in self.comparable}
-        rows = [compared.get(row.arm, row) for row in self.rows if row.outcomes]
+        compared, seen = {row.arm for row in self.comparable}, self.seen
+        rows = [seen[row.arm] for row in self.rows if row.outcomes]
         if self.rule != SEARCHED or len(rows) <= most:
             return rows
         best = sorted(rows[1:], key=lambda row: (row.arm not in compared, row.mean))[: most - 1]

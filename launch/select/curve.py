@@ -21,6 +21,7 @@ from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
 from pipeline.run.images import images_of
+from pipeline.run.panels import far_apart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +47,9 @@ def numbers(rows: Sequence[Row]) -> list[float]:
     return [x for x in found if x is not None] if one and None not in found else []
 
 
-def readable(axes: Axes, scores: Sequence[float], upright: bool = True) -> None:
-    """In log if scores differ much, or a hopeless one hides how the others differ."""
-    if min(scores) > 0 and max(scores) > 2 * min(scores):
+def readable(axes: Axes, means: Sequence[float], upright: bool = True, lowest: float = math.inf) -> None:
+    """In log if means are far apart, unless the lowest of all that is drawn has no logarithm."""
+    if far_apart(means) and lowest > 0:
         (axes.set_yscale if upright else axes.set_xscale)("log")
         axis = axes.yaxis if upright else axes.xaxis
         axis.set_major_formatter("{x:g}")
@@ -117,7 +118,7 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
         scores = [o.score for o in row.outcomes]
         points([place] * len(scores), scores, "o", ms=4, color=LIGHT, zorder=3, label="trial")
         bar(place, row, row.error, capsize=4, color=colour, zorder=1)
-        label = "mean ± standard error" if row.arm in compared else "not compared: trials failed"
+        label = "mean ± standard error" if row.arm in compared else "not compared: trials are missing"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
         if best and table.penalty and paired and row.arm in compared and row.arm != best.arm:
             label = "± standard error of the difference\nfrom the best mean, in pairs"
@@ -134,7 +135,7 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
 def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
     means, title = [row.mean for row in rows], table.rows[0].arm.title
     of_scores, of_names = (axes.yaxis, axes.xaxis) if upright else (axes.xaxis, axes.yaxis)
-    readable(axes, means, upright)
+    readable(axes, means, upright, min(o.score for row in rows for o in row.outcomes))
     of_scores.set_label_text(f"{table.score} on held-out images")
     of_names.set_ticks(range(len(rows)), names, fontsize=8 if upright else 9)
     if upright:

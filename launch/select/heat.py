@@ -12,6 +12,7 @@ from launch.select.choice import Row, ScoreTable
 from launch.select.curve import MARK, new_figure
 from launch.select.verdict import with_error
 from pipeline.run.curves import wrapped
+from pipeline.run.panels import far_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +38,8 @@ def heat(table: ScoreTable) -> Figure:
     figure = new_figure(3.4 + _CELL[0] * len(across), 1.5 + _CELL[1] * len(down))
     axes = figure.subplots()
     known = means[np.isfinite(means)]
-    far = known.size and known.min() > 0 and known.max() > 2 * known.min()
-    norm = (LogNorm if far else Normalize)(known.min(), known.max()) if known.size else Normalize(0, 1)
+    scale = LogNorm if far_apart(known.tolist()) else Normalize
+    norm = scale(known.min(), known.max()) if known.size else Normalize(0, 1)
     image = axes.imshow(means, cmap="viridis_r", norm=norm, aspect="auto")
     axes.set_xticks(range(len(across)), below, fontsize=8)
     axes.set_yticks(range(len(down)), left, fontsize=8)

@@ -63,9 +63,10 @@ def check_scored(base: Config, trials: Sequence[Trial]) -> None:
 
 def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[str, Any]:
     """Everything in the table, and the choice. Not a number is null."""
-    first, best, chosen = table.rows[0], table.minimum, table.choice
-    compared = {row.arm: row for row in table.comparable}
-    lines = table.lines
+    best, chosen = table.minimum, table.choice
+    compared = {row.arm for row in table.comparable}
+    seen, lines = table.seen, table.lines
+    first = seen[table.rows[0].arm]
     return {
         "score": table.score,
         "total_kimg": base.run.total_kimg,
@@ -82,10 +83,10 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
                 "arm": row.arm.name,
                 "settings": list(row.arm.settings),
                 "finished": len(row.outcomes),
-                "mean": _number(row.mean),
-                "standard_error": _number(row.error),
-                f"minus {first.arm.name}": [*map(_number, row.against(first))],
-                "minus_minimum": [*map(_number, compared[row.arm].against(best))]
+                "mean": _number(seen[row.arm].mean),
+                "standard_error": _number(seen[row.arm].error),
+                f"minus {first.arm.name}": [*map(_number, seen[row.arm].against(first))],
+                "minus_minimum": [*map(_number, seen[row.arm].against(best))]
                 if best and row.arm in compared
                 else None,
                 "by_trial": {o.trial.name: o.score for o in row.outcomes},

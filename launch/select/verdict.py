@@ -91,12 +91,11 @@ def _others(table: ScoreTable) -> list[str]:
 
 
 def _cells(table: ScoreTable, row: Row, others: Sequence[str]) -> list[str]:
-    """The line of one arm: over the trials that are compared, or over all its own if it is left out."""
+    """The line of one arm."""
     counts = ((len(row.failures), "failed"), (len(row.pending), "not done"))
     lacking = ", ".join(f"{count} {what}" for count, what in counts if count)
     marks = ((table.minimum, "best"), (table.choice, "chosen"))
-    compared = {other.arm: other for other in table.comparable}
-    first, mine = (compared.get(other.arm, other) for other in (table.rows[0], row))
+    first, mine = (table.seen[other.arm] for other in (table.rows[0], row))
     return [
         row.arm.label,
         f"{len(row.outcomes)} ({lacking})" if lacking else f"{len(row.outcomes)}",

@@ -6,12 +6,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from selections import finish, score_along, selection
 from test_select_choice import assert_apart
 
 from launch.select import table as select_table
 from launch.select import verdict as select_verdict
 from launch.select.choice import PAIRED
+from launch.select.curve import _label
 from launch.select.heat import heat
 from launch.select.learning import learning
 
@@ -145,6 +147,34 @@ def test_pages_have_a_band_for_each_candidate(tmp_path):
     del older["by_budget"]
     file.write_text(json.dumps(older))
     assert Selection(tmp_path / "mine").budgets == []
+
+
+def test_a_band_around_what_is_below_0_has_two_sides(tmp_path):
+    """As KID may be."""
+    from pipeline.run.page.selection import Selection
+
+    base, trials = selection(tmp_path, RHYTHM)
+    for trial in trials:
+        score_along(trial, {32: 1.0 + trial.fold, 64: -1.0 - trial.fold})
+    select_table.write(tmp_path / "mine", read(base, trials), base, trials)
+    (chart,) = Selection(tmp_path / "mine").budgets
+    assert not chart["log"] and chart["traces"][0]["low"] == [1.0, -2.0]
+
+
+def test_pictures_and_pages_are_in_log_for_the_same_scores(tmp_path):
+    """A trial below 0 has no logarithm, and must not vanish."""
+    from pipeline.run.page.selection import Selection
+
+    for name, lowest, log in (("a", 0.1, True), ("b", -0.1, False)):
+        (tmp_path / name).mkdir()
+        base, trials = selection(tmp_path / name)
+        for trial, score in zip(trials, (2.0, 1.0, 2.2, lowest), strict=True):
+            finish(trial, score)
+        found = read(base, trials)
+        select_table.write(tmp_path / name / "mine", found, base, trials)
+        axes = Figure().subplots()
+        _label(axes, found, list(found.rows), ["0", "1"], upright=True)
+        assert (axes.get_yscale() == "log") == Selection(tmp_path / name / "mine").curve["log"] == log
 
 
 def test_a_page_shows_numbers_in_order_however_they_were_proposed(tmp_path):

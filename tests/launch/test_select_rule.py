@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
-from selections import selection, table_of
+from selections import finish, selection, table_of
 
 from launch.select import table as select_table
 from launch.select import verdict as select_verdict
 from launch.select.choice import PAIRED, UNPAIRED, ScoreTable
 from pipeline import config
+from pipeline.run.page.selection import Selection
 
 
 def choose(tmp_path, scores: dict[str, list[float | None]], rule: str = PAIRED) -> ScoreTable:
@@ -160,6 +162,27 @@ def test_what_is_shown_of_a_candidate_is_what_is_compared(tmp_path):
     cells = [select_verdict._cells(found, row, []) for row in found.rows]
     assert [row[2] for row in cells] == ["1.500 ± 0.500", "1.400 ± 0.500"]
     assert [row[1] for row in cells] == ["3", "2 (1 not done)"] and cells[1][-1] == "best, chosen"
+
+
+def test_what_is_written_of_a_candidate_is_what_is_compared(tmp_path):
+    """As on the terminal; the page draws what is written."""
+    found = choose(tmp_path, {"0": [1.0, 2, 0], "1": [0.9, 1.9]})
+    trials = [o.trial for row in found.rows for o in row.outcomes]
+    base = trials[0].config
+    for outcome in (o for row in found.rows for o in row.outcomes):
+        finish(outcome.trial, outcome.score)
+    select_table.write(tmp_path / "mine", found, base, trials)
+    written = json.loads((tmp_path / "mine" / "table.json").read_text())["rows"]
+    assert [row["mean"] for row in written] == pytest.approx([1.5, 1.4])
+    assert [row["finished"] for row in written] == [3, 2] and len(written[0]["by_trial"]) == 3
+    assert "penalty.l2=0,3,1.5,0.5," in (tmp_path / "mine" / "table.csv").read_text()
+    page = Selection(tmp_path / "mine")
+    assert page.conclusion == "Chosen so far: penalty.l2=1. The report is still to be written."
+    given = [f"run.out={tmp_path}", "run.name=mine"]
+    select_verdict.write(tmp_path / "mine", found, trials, str(tmp_path / "job.yaml"), given)
+    assert Selection(tmp_path / "mine").conclusion.startswith("Chosen: penalty.l2=1, ")
+    select_table.write(tmp_path / "mine", replace(found, rows=[found.rows[0]]), base, trials)
+    assert Selection(tmp_path / "mine").conclusion.startswith("Chosen so far: penalty.l2=0."), "not of before"
 
 
 def test_small_differences_are_not_shown_as_none():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
 from pipeline.run.page.facts import Facts, Setting
 from pipeline.run.page.pictures import Picture, plotted, strip
-from pipeline.run.panels import label_of
+from pipeline.run.panels import far_apart, label_of
 from pipeline.wording import counted
 
 TABLE = "table.json"
@@ -66,13 +66,17 @@ class Selection:
 
     @cached_property
     def conclusion(self) -> str:
-        """The sentences of report.md, which claim no more than the trials show."""
+        """The sentences of report.md, which claim no more than the trials show; it is written later than the
+        table."""
         try:
             paragraphs = (self.folder / "report.md").read_text("utf-8").split("\n\n")
         except (OSError, UnicodeDecodeError):
             paragraphs = []
-        found = next((p for p in paragraphs if p.startswith(("Chosen: ", "Nothing to choose"))), "")
-        return anonymous(found.replace("\n", " ")) or "Nothing is chosen yet: trials are still to come."
+        begins = f"Chosen: {self.chosen}, "
+        found = next((p for p in paragraphs if p.startswith(begins)), "").replace("\n", " ")
+        if self.chosen is None:
+            found = "Nothing is chosen yet: there is no trial that all candidates have finished."
+        return anonymous(found or f"Chosen so far: {self.chosen}. The report is still to be written.")
 
     @cached_property
     def example(self) -> Facts:
@@ -126,9 +130,13 @@ class Selection:
         """Score over training: a mean with a band for each candidate; none without scores along the way."""
         if not self.by_budget:
             return []
+        lines = [
+            (row, shade, [(kimg, *point) for kimg in row.by_kimg if (point := row.point(kimg))])
+            for row, shade in self._shaded
+        ]
+        scale = _scale([mean for _, _, points in lines for _, mean, _ in points])
         traces: list[dict[str, Any]] = []
-        for row, shade in self._shaded:
-            points = [(kimg, *point) for kimg in row.by_kimg if (point := row.point(kimg))]
+        for row, shade, points in lines:
             mean = [value for _, value, _ in points]
             error = [error or 0.0 for _, _, error in points]
             traces.append(
@@ -137,15 +145,16 @@ class Selection:
                     "colour": shade,
                     "x": [kimg for kimg, _, _ in points],
                     "y": mean,
-                    "low": [max(m - e, min(m, m / 99)) for m, e in zip(mean, error, strict=True)],
+                    # 0 has no logarithm.
+                    "low": [
+                        max(m - e, m / 99) if scale["log"] else m - e
+                        for m, e in zip(mean, error, strict=True)
+                    ],
                     "high": [m + e for m, e in zip(mean, error, strict=True)],
                 }
             )
-        values = [y for trace in traces for y in trace["y"]]
-        decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0.0
         title = f"{self.score} on held-out images: mean over trainings, with its standard error"
-        chart = {"title": title, "log": decades > 0.3, "decades": decades, "traces": traces, "x": "kimg"}
-        return [chart | {"wide": True}]
+        return [{"title": title, "traces": traces, "x": "kimg", "wide": True} | scale]
 
     @property
     def _shaded(self) -> list[tuple[_Candidate, str]]:
@@ -175,7 +184,8 @@ class Selection:
             {"label": row.label, "mean": row.mean, "error": row.error, "scores": row.scores} for row in rows
         ]
         chosen = [row.label for row in rows if row.name == self.chosen]
-        return {
+        means, scores = [row.mean or 0.0 for row in rows], [s for row in rows for s in row.scores]
+        return _scale(means, min(scores, default=0.0)) | {
             "title": f"{self.score} on held-out images: lower is better",
             "candidates": points,
             "chosen": chosen,
@@ -228,6 +238,12 @@ class _Candidate:
             return float(self.label)
         except ValueError:
             return None
+
+
+def _scale(means: Sequence[float], lowest: float = math.inf) -> dict[str, Any]:
+    """Of the axis of scores. lowest: of all that is drawn."""
+    log = far_apart(means) and lowest > 0
+    return {"log": log, "decades": math.log10(max(means) / min(means)) if log else 0.0}
 
 
 def _facts(folders: Iterable[Path]) -> Iterator[Facts]:
