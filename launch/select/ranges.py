@@ -39,6 +39,11 @@ class Axis:
         """Values that the config must accept."""
         return self.values
 
+    @property
+    def size(self) -> float:
+        """How many values there are."""
+        return len(self.values)
+
     def distribution(self, of: Any) -> Any:
         """of: optuna.distributions."""
         return of.CategoricalDistribution(self.values)
@@ -72,6 +77,10 @@ class Range(Axis):
     @property
     def ends(self) -> Sequence[str]:
         return self.written(self.low), self.written(self.high)
+
+    @property
+    def size(self) -> float:
+        return self.high - self.low + 1 if self.whole else math.inf
 
     def distribution(self, of: Any) -> Any:
         if self.whole:

@@ -35,12 +35,20 @@ class Search:
 
     axes: Sequence[Axis]
     own: dict[str, str]  # key → the config's own value
-    count: int  # candidates in all
+    count: int  # candidates in all, as far as there are so many
     batch: int  # proposed at a time
     seed: int
     folder: Path
     trials_of: Callable[[Sequence[Arm]], list[Trial]]
     candidates: list[Arm] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Slurm reserves an array for each batch, also for those that nothing would be left for."""
+        there = math.prod(axis.size for axis in self.axes)
+        if any(axis.penalty for axis in self.axes):
+            first = self._without()  # it may lie beside the ranges
+            there += any(axis.read(first.values[axis.key]) is None for axis in self.axes)
+        self.count = int(min(self.count, there))
 
     def read(self) -> list[Trial]:
         """The trials of what was proposed before, or of the first batch. Raises UserError."""

@@ -17,6 +17,7 @@ from launch.select import local as select_local
 from launch.select import queue as select_queue
 from launch.select import start as select_start
 from launch.select import verdict as select_verdict
+from launch.select.candidates import arm_of
 from launch.select.choice import SEARCHED
 from launch.select.search import search
 from launch.select.selection import Selection
@@ -136,6 +137,23 @@ def test_other_keys_are_the_config_s_own_without_penalty(searching):
 def test_a_search_ends_when_there_is_nothing_else(searching):
     found = searching(("G.width=4..5", "D.norm=none,group"), count=9, score=lambda trial: 1.0)
     assert len(proposed(found)) == len({tuple(c.values()) for c in proposed(found)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("ranges", "batches"),
+    [
+        (("G.width=4..5", "D.norm=none,group"), [1]),
+        (("G.width=9..10", "penalty.l2=0,1"), [2]),  # and λ = 0 at the config's own width, 8
+        (("penalty.l2=1e-3..1",), [3, 3]),
+    ],
+)
+def test_no_more_is_to_come_than_there_is(tmp_path, ranges, batches):
+    """Of each batch that is to come Slurm reserves an array."""
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+    _, found = search(*given, ranges, 9, 3, 2, 1)
+    found.candidates = [arm_of({})] * 3
+    assert found.batches == batches
 
 
 @pytest.mark.parametrize(
