@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,8 @@ STRATEGIES = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 COMPILED = ("--dynamo_backend", "inductor")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
+_ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
+_ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launchers, of a process that failed
 _GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
 
 
@@ -242,6 +245,13 @@ def launch(
     line = launch_line(strategy, procs, precision, module, *options)
     command = [sys.executable, "-m", "accelerate.commands.launch", *line]
     return run(command, environment_of(procs, on_cpu) | (environment or {}), timeout)
+
+
+def reasons(output: str) -> list[str]:
+    """The errors in the output of processes and launchers, else the end of it."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _ECHOES)]
+    return list(dict.fromkeys(errors))[:5] or lines[-8:]
 
 
 def run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import torch
 
-from launch.processes import STRATEGIES, launch, parse_strategies
+from launch.processes import STRATEGIES, launch, parse_strategies, reasons
 from pipeline.config import Config, UserError, load
 from pipeline.data.stream import Batch
 from pipeline.gan.resnet import Discriminator
@@ -75,8 +75,8 @@ def measure(
 ) -> list[Found]:
     """Launch `python -m module OUT *arguments SETTINGS… *more` under each strategy; returns the JSON in OUT.
 
-    Prints each as a line; what is running goes to stderr. Raises UserError with the end of the processes'
-    output if they fail.
+    Prints each as a line; what is running goes to stderr. Raises UserError with the processes' errors
+    if they fail.
     """
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", procs):
         raise UserError(f"--procs {procs}: give numbers, with commas between them.")
@@ -133,8 +133,8 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
         line = [module[0], str(out), *module[1:], *pair]
         ended = launch(strategy, world, line, on_cpu=not torch.cuda.is_available())
         if ended.returncode or not out.exists():
-            output = "\n".join((ended.stdout + ended.stderr).splitlines()[-30:])
-            raise UserError(f"{strategy} on {world} processes failed ({ended.returncode}):\n{output}")
+            why = "\n".join(reasons(ended.stdout + ended.stderr))
+            raise UserError(f"{strategy} on {world} processes failed ({ended.returncode}):\n{why}")
         found: Found = json.loads(out.read_text())
         return found
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from launch.doctor import memory
 from launch.doctor.finding import Finding, Job, ok, warning
 from launch.doctor.flops import Flops, of_training
-from launch.doctor.networks import Players, tied
+from launch.doctor.networks import Players, sizes, tied
 from launch.processes import STRATEGIES
 from pipeline.config import UserError
 from pipeline.parallel import theory
@@ -65,8 +65,7 @@ def forecasts(job: Job, costs: Costs) -> list[Forecast]:
         rounds = batch_shape(job.config.data, job.world).rounds
     except UserError:
         return []
-    G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in costs.players)
-    frozen = sum(p.numel() for p in costs.players[1].parameters() if not p.requires_grad)
+    (G, _), (D, frozen) = map(sizes, costs.players)
     update, compute = theory.update_of(job.config, rounds, frozen), _compute(job, costs)
     found = []
     for strategy in STRATEGIES[1:] if job.world > 1 else STRATEGIES[:1]:

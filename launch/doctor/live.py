@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
 from launch.doctor.flops import Flops, in_flops, of_training
 from launch.doctor.place import allocated, allocated_cpus
 from launch.fingerprint import REMEDIES, difference
-from launch.processes import environment_of, launch, launcher_file, run
+from launch.processes import environment_of, launch, launcher_file, reasons, run
 from pipeline.config import UserError
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.environment import threads
@@ -32,8 +31,6 @@ Node = dict[str, Any]  # from worker.describe or worker.place
 
 _TIMEOUT_S = 300.0
 _LONG = 1e12  # FLOPs, a minute or two of a CPU
-_ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
-_ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launchers, of a process that failed
 _MEET = (
     "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME)."
@@ -156,13 +153,6 @@ def read_found(ended: subprocess.CompletedProcess[str]) -> dict[str, Any] | None
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"world"')]
     found: dict[str, Any] | None = json.loads(lines[-1]) if lines and not ended.returncode else None
     return found
-
-
-def reasons(output: str) -> list[str]:
-    """The errors in the output of processes and launchers, else the end of it."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _ECHOES)]
-    return list(dict.fromkeys(errors))[:5] or lines[-8:]
 
 
 def compare(nodes: Sequence[Node]) -> Iterator[Finding]:

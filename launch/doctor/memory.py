@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from launch.bench.meter import LivePeak
 from launch.doctor.alone import second_update
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.doctor.networks import Players
+from launch.doctor.networks import Players, sizes
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
 from pipeline.parallel import theory
@@ -86,11 +86,11 @@ def fits(high: int, there: int) -> bool:
 def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
     with what is gathered or kept in buckets for a while."""
-    G, D = (sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players)
+    (G, frozen_G), (D, frozen_D) = map(sizes, players)
     held = theory.held(job.strategy, job.world, G, D, job.shards)
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
-    if frozen := sum(p.numel() for player in players for p in player.parameters() if not p.requires_grad):
+    if frozen := frozen_G + frozen_D:
         sharded = job.strategy in ("fsdp2", "hsdp", "zero3")
         held["frozen weights"] = 4 * frozen / (job.shards if sharded else 1)
     if job.strategy.startswith("zero"):

@@ -17,7 +17,7 @@ from pipeline.data.index import Index
 from pipeline.gan import vit
 from pipeline.gan.compatible import check_objective, remarks
 from pipeline.gan.networks import build_D, build_G, check_networks
-from pipeline.gan.schedules import at
+from pipeline.gan.schedules import at, is_used
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
 from pipeline.run.folder import under_a_free_name
@@ -40,8 +40,8 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None
         G, D = build_players(job, num_classes)
     except UserError as error:
         return None, None, [would_fail("networks", str(error))]
-    flops, sizes = measured(job, num_classes, G, D)
-    found = [sizes, *initial_weights(job, num_classes)]
+    flops, large = measured(job, num_classes, G, D)
+    found = [large, *initial_weights(job, num_classes)]
     for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
     return (G, D), flops, [*found, *scale.examine(job, num_classes, flops and flops[:2])]
@@ -49,8 +49,8 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None
 
 def measured(job: Job, num_classes: int, G: nn.Module, D: nn.Module) -> tuple[Flops | None, Finding]:
     """Parameters and FLOPs; also returns those of an image in G and D if they can be counted."""
-    sizes = [sum(p.numel() for p in player.parameters()) / 1e6 for player in (G, D)]
-    text = f"G {sizes[0]:.2f} M and D {sizes[1]:.2f} M parameters"
+    in_G, in_D = (sum(sizes(player)) / 1e6 for player in (G, D))
+    text = f"G {in_G:.2f} M and D {in_D:.2f} M parameters"
     try:
         flops = forward(job.config, num_classes)
     except Exception as error:  # a user's network may do anything
@@ -81,6 +81,14 @@ def build_players(job: Job, num_classes: int) -> Players:
             return build_G(job.config, num_classes), build_D(job.config, num_classes)
     except Exception:
         return build_G(job.config, num_classes), build_D(job.config, num_classes)
+
+
+def sizes(player: nn.Module) -> tuple[int, int]:
+    """How many of its numbers train, and how many do not."""
+    training, frozen = (
+        sum(p.numel() for p in player.parameters() if p.requires_grad is t) for t in (True, False)
+    )
+    return training, frozen
 
 
 def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
@@ -131,7 +139,7 @@ def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
         return
     for remark in remarks(job.config, job.precision):
         yield warning("objective", remark)
-    if job.config.penalty.r1.gamma and (has_batch_norm(D) or has_sync_batch_norm(D)):
+    if is_used(job.config.penalty.r1.gamma) and (has_batch_norm(D) or has_sync_batch_norm(D)):
         text = "R1 asks for the gradient of one image's logit; under BatchNorm that depends on the others"
         yield warning("R1", text, "Set D.norm to none, group or instance.")
 
@@ -142,7 +150,7 @@ def gathered_whole(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     of_G = ["path length"] * (job.config.penalty.path.weight > 0)
     for name, player, penalties in (("G", G, of_G), ("D", D, of_D)):
         if job.strategy == "zero3" and penalties:
-            size = in_bytes(4 * sum(p.numel() for p in player.parameters()))
+            size = in_bytes(4 * sum(sizes(player)))
             text = f"{' and '.join(penalties)}: each rank gathers all of {name}, {size}, in every such turn"
             yield ok("gradient penalty", text)
 

@@ -16,7 +16,7 @@ import torch
 from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
-from launch.doctor.networks import Players
+from launch.doctor.networks import Players, sizes
 from launch.processes import check_space, is_free
 from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
@@ -90,11 +90,11 @@ def _requirements(lines: Sequence[str]) -> dict[str, Requirement]:
 def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     """Is there room for checkpoints in the run folder, and in the cache?"""
     run, optim = job.config.run, job.config.optim
-    sizes = [4 * sum(p.numel() for p in player.parameters() if p.requires_grad) for player in players]
+    of_G, of_D = (4 * sizes(player)[0] for player in players)
     moments = [moments_of(optimizer) for optimizer in (optim.G, optim.D)]
     frozen, D = frozen_names(players[1], job.config.D.freeze), players[1].named_parameters()
     checkpoint = 4 * sum(p.numel() for name, p in D if name in frozen)
-    checkpoint += sizes[0] + sum(size * (1 + n) for size, n in zip(sizes, moments, strict=True))
+    checkpoint += of_G + sum(size * (1 + n) for size, n in zip((of_G, of_D), moments, strict=True))
     kept = run.keep + bool(job.config.score.metrics)  # the one with the best score
     needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest is deleted when the newest is complete
     out = Path(run.out)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.config import Config
+from pipeline.gan.schedules import is_used
 
 MESSAGE = 144  # bytes beside the payload that a rank sends for a message of gloo, in three segments
 
@@ -60,7 +61,7 @@ class Update:
 def update_of(config: Config, rounds: int, frozen: int = 0) -> Update:
     """A config's, with lazy penalties at their average."""
     penalty = config.penalty
-    slopes = [slope for slope in (penalty.r1, penalty.r2) if slope.gamma not in (0, (0, 0))]
+    slopes = [slope for slope in (penalty.r1, penalty.r2) if is_used(slope.gamma)]
     exact = [slope.interval for slope in slopes if not slope.sigma] + [1] * (penalty.wgan_gp.weight > 0)
     due = sum(1 / interval for interval in exact)
     if len(exact) > 1:  # some turns have both

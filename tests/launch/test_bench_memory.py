@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 
 import pytest
 import torch
@@ -42,6 +43,15 @@ def test_single_is_launched_once_and_the_others_in_every_world():
     assert pair.launches("single, ddp", [1, 3]) == [("single", 1), ("ddp", 1), ("ddp", 3)]
     with pytest.raises(UserError, match=r"zero4.*zero3"):
         pair.launches("zero4", [2])
+
+
+def test_a_launch_that_fails_is_reported_by_its_error(monkeypatch):
+    """However much launchers say after it."""
+    said = "RuntimeError: out of memory\n" + "  at a frame\n" * 40
+    ended = subprocess.CompletedProcess([], 1, "", said)
+    monkeypatch.setattr(pair, "launch", lambda *_, **__: ended)
+    with pytest.raises(UserError, match=r"^ddp on 2 processes failed \(1\):\nRuntimeError: out of memory$"):
+        pair._measured("ddp", 2, ["x"], [])
 
 
 def test_the_pair_is_as_large_as_asked_for():

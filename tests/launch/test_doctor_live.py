@@ -17,7 +17,7 @@ from launch.cli import cli
 from launch.doctor import live as doctor_live
 from launch.doctor import place as doctor_place
 from launch.doctor.finding import fails
-from launch.processes import free_port, run
+from launch.processes import free_port, reasons, run
 from pipeline.data.index import load_index
 
 ROOT = Path(__file__).parents[2]
@@ -103,11 +103,11 @@ def test_a_node_that_does_not_see_the_data() -> None:
 
 def test_a_failure_is_shown_by_its_errors_once() -> None:
     said = "Traceback (most recent call last):\n  File x\n[rank1]: ValueError: no\nModuleNotFoundError: m\n"
-    assert doctor_live.reasons(said * 2 + "torch.ChildFailedError: \n===\n") == [
+    assert reasons(said * 2 + "torch.ChildFailedError: \n===\n") == [
         "[rank1]: ValueError: no",
         "ModuleNotFoundError: m",
     ]
-    assert doctor_live.reasons("it hangs\n\n") == ["it hangs"]
+    assert reasons("it hangs\n\n") == ["it hangs"]
 
 
 def test_a_launcher_that_lasts_too_long_leaves_nothing_running(tmp_path: Path) -> None:
