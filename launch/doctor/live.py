@@ -30,7 +30,7 @@ from pipeline.wording import counted, in_bytes
 Node = dict[str, Any]  # from worker.describe or worker.place
 
 _TIMEOUT_S = 300.0
-_LONG = 1e12  # FLOPs, a minute or two of a CPU
+_LONG = 2e11  # FLOPs, half a minute of a CPU
 _MEET = (
     "Let the nodes reach each other: firewall, port, and the right interface (NCCL_SOCKET_IFNAME, "
     "GLOO_SOCKET_IFNAME)."
