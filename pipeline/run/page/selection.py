@@ -45,7 +45,7 @@ class Selection:
 
     @property
     def chosen(self) -> str | None:
-        return self._table.get("chosen")
+        return self._table.get("chosen", self._table.get("one_standard_error"))  # its former name
 
     @property
     def what(self) -> str:
@@ -76,7 +76,8 @@ class Selection:
         found = next((p for p in paragraphs if p.startswith(begins)), "").replace("\n", " ")
         if self.chosen is None:
             found = "Nothing is chosen yet: there is no trial that all candidates have finished."
-        return anonymous(found or f"Chosen so far: {self.chosen}. The report is still to be written.")
+        so_far = ", by the trials so far" if any(row.pending for row in self.rows) else ""
+        return anonymous(found or f"Chosen: {self.chosen}{so_far}.")
 
     @cached_property
     def example(self) -> Facts:
