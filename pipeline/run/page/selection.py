@@ -45,7 +45,9 @@ class Selection:
 
     @property
     def chosen(self) -> str | None:
-        return self._table.get("chosen", self._table.get("one_standard_error"))  # its former name
+        formerly = self._table.get("one_standard_error")
+        name: str | None = self._table.get("chosen", formerly)
+        return name
 
     @property
     def what(self) -> str:
