@@ -85,14 +85,13 @@ def export(
 
     complete: also what others need to use it without ShardGAN, samples.png and G_ema.pt2; onnx: G_ema.onnx
     too. What cannot be written of a user's own network or decoder is left out, with a remark. Files of an
-    earlier export there are replaced. Raises UserError as `load_run` does, if `out` is a run folder or cannot
-    be written, or without the packages of `onnx`.
+    earlier export there are replaced. Raises UserError as `load_run` does, if `out` holds anything else or
+    cannot be written, or without the packages of `onnx`.
     """
     config, found, state = load_run(run, checkpoint)
     if onnx:
         programs.onnx_runtime()  # refused before anything is written
-    if (out / "checkpoints").exists():
-        raise UserError(f"{out} is a run folder. Give the export a folder of its own.")
+    _refuse_taken(out)
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     facts, files, remarks = facts_of(run, config, state), list[str](), list[str]()
     try:
@@ -112,6 +111,23 @@ def export(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {error}") from None
     return Written([out / name for name in facts.files], remarks)
+
+
+def _refuse_taken(out: Path) -> None:
+    """Raise UserError if `out` holds what is not ours: README.md and config.yaml might be someone's own.
+
+    Hidden files do not count, as a repository that was just cloned has some.
+    """
+    own = "Give the export a folder of its own."
+    if (out / "checkpoints").exists():
+        raise UserError(f"{out} is a run folder. {own}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. {own}")
+    begun = (out / FILE, out / f"{NETWORKS[0]}.safetensors")  # the latter alone: an export that was killed
+    if out.is_dir() and not any(file.exists() for file in begun):
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if names:
+            raise UserError(f"{out} holds files that are no export, such as {names[0]}. {own}")
 
 
 def _begin(out: Path) -> None:

@@ -186,6 +186,25 @@ def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
+def test_files_of_someone_else_are_left_alone(run, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that are no export, such as README\.md"):
+        export(run, out)
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("README.md", "mine")]
+    with pytest.raises(UserError, match=r"README\.md is a file"):
+        export(run, out / "README.md")
+
+
+def test_an_export_that_was_killed_is_written_again_also_into_a_repository(run, tmp_path):
+    (tmp_path / ".gitattributes").write_text("")
+    export(run, tmp_path)
+    (tmp_path / "export.json").unlink()
+    export(run, tmp_path)
+    assert read(tmp_path).files
+
+
 def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match="is a run folder"):
         export(run, run)

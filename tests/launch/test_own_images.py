@@ -108,6 +108,14 @@ def test_what_is_none_of_it(here):
     assert sorted(p.name for p in here.iterdir() if "px" in p.name) == []
 
 
+def test_shards_that_were_cut_short_are_told_apart_from_images_that_need_an_option():
+    pictures("photos", *[(32, 32)] * 3)
+    training_of("photos", [], gpu=False).prepare()
+    shard = next(Path("photos-32px").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:2000])
+    assert refusal("photos-32px").endswith("run `shardgan prepare --index-only` on the folder.")
+
+
 def test_size_channels_and_classes_follow_from_the_images():
     pictures("photos", *[(40, 90, 3)] * 3, (500, 70), *[(300, 200, 3)] * 3, classes=("cats", "dogs"))
     training = training_of("photos", [], gpu=True)
