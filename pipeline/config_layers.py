@@ -32,7 +32,7 @@ def read_file(path: Path, section: type) -> Layer:
     """The settings in a YAML file. section: the dataclass they belong to. Raises UserError."""
     text = _text_of(path)
     try:
-        values = OmegaConf.to_container(OmegaConf.create(text))
+        values = from_yaml(text)
         written = yaml.load(text, yaml.BaseLoader)  # builds texts, lists and dictionaries, nothing else
     except (yaml.YAMLError, OmegaConfBaseException, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {why_not_yaml(error, text)}") from None
@@ -53,6 +53,14 @@ def _text_of(path: Path) -> str:
         raise UserError(f"{path} cannot be read as YAML: it is not text in UTF-8.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def from_yaml(text: str) -> object:
+    """What a file's text holds. Raises as yaml and OmegaConf do, which refuses a key given twice."""
+    lone = yaml.load(text, yaml.BaseLoader)
+    if isinstance(lone, str):  # of a number OmegaConf raises AssertionError, and it takes a word for a key
+        return lone
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def why_not_yaml(error: Exception, text: str) -> str:

@@ -219,6 +219,12 @@ def test_a_file_that_is_not_yaml_is_refused_by_its_line(text, said, tmp_path):
     assert f"settings.yaml cannot be read as YAML: {said}" in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["320\n", "true\n", "hello\n", "- a\n"])
+def test_a_file_without_sections_is_no_config(text, tmp_path):
+    with pytest.raises(UserError, match="is not a config: it must hold"):
+        config.load(written(tmp_path, text))
+
+
 def test_a_folder_is_no_config_file(tmp_path):
     with pytest.raises(UserError, match="is a folder, where a config file"):
         config.load(tmp_path)

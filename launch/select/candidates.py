@@ -11,11 +11,10 @@ from itertools import product
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import Config, UserError
-from pipeline.config_layers import why_not_yaml
+from pipeline.config_layers import from_yaml, why_not_yaml
 
 _LONGEST = 200  # bytes of a slug: a file's name has 255, which seed, fold and suffix share
 _MOST = 1000  # values of a range
@@ -91,7 +90,7 @@ def arms(file: Path) -> list[Arm]:
     text = ""
     try:
         text = file.read_text(encoding="utf-8")
-        content = OmegaConf.to_container(OmegaConf.create(text))  # refuses a duplicate name
+        content = from_yaml(text)
     except OSError as error:
         raise UserError(f"--arms {file} cannot be read: {error.strerror or error}.") from None
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
