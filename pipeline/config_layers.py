@@ -117,8 +117,8 @@ def explain(error: ValidationError, defaults: object) -> Iterator[str]:
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(keys)}"
             yield scrubbed(f"  {where}: no such key{hint}")
         elif problem["type"] == "dataclass_type":
-            keys = ", ".join(_keys_of(defaults, path))
-            yield scrubbed(f"  {where}: is a section, with the keys {keys} (found {problem['input']!r})")
+            known = ", ".join(_keys_of(defaults, path))
+            yield scrubbed(f"  {where}: is a section, with the keys {known} (found {problem['input']!r})")
         else:
             message = (
                 problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, [a, b, …]")

@@ -25,7 +25,7 @@ from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
 from pipeline.run.folder import begun
 from pipeline.run.portable import write_portable
 from pipeline.run.state import State
-from pipeline.wording import one_line
+from pipeline.wording import one_line, why
 
 Network = Literal["G_ema", "G", "D"]
 NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
@@ -39,6 +39,8 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
+    if (run / FILE).is_file() and not (run / "checkpoints").exists():
+        raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
     found = chosen(run / "checkpoints", checkpoint)
     return begun(run), found, read_state(found)
 
@@ -109,7 +111,7 @@ def export(
         write(out / CARD, card(config, facts))
         save(out, facts)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written: {error}") from None
+        raise UserError(f"{out} could not be written: {why(error)}") from None
     return Written([out / name for name in facts.files], remarks)
 
 
@@ -131,10 +133,13 @@ def _refuse_taken(out: Path) -> None:
 
 
 def _begin(out: Path) -> None:
-    """Remove what an earlier export has left: export.json first, as the rest is no longer one."""
+    """Remove what an earlier export has left: export.json first, as the rest is no longer one.
+
+    G_ema goes last: by it the rest is still known as ours if this is killed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with suppress(UserError):
-        for name in (FILE, *read(out).files):
+        for name in (FILE, *reversed(read(out).files)):
             (out / name).unlink(missing_ok=True)
     (out / FILE).unlink(missing_ok=True)
 

@@ -202,13 +202,21 @@ def test_an_export_that_was_killed_is_written_again_also_into_a_repository(run, 
     export(run, tmp_path)
     (tmp_path / "export.json").unlink()
     export(run, tmp_path)
-    assert read(tmp_path).files
+    assert read(tmp_path).files[0] == "G_ema.safetensors"  # the last to be removed
+
+
+def test_why_a_file_could_not_be_written_is_told_once(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"/file/x could not be written: Not a directory$"):
+        export(run, tmp_path / "file" / "x")
 
 
 def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match="is a run folder"):
         export(run, run)
     assert config.load(run / "config.yaml").data.train == str(run.parent / FASHION.name)
+    with pytest.raises(UserError, match="is an export, not a run folder"):
+        export(exported, tmp_path / "again")
     with pytest.raises(UserError, match=r"no readable export\.json"):
         load_exported(run)
     broken = tmp_path / "broken"

@@ -81,6 +81,14 @@ def test_configs_and_runs(here):
     assert config_of(training_of(f"{moved}/", [], gpu=False)).run.name == "b"
 
 
+@pytest.mark.parametrize("folder", ["runs", "runs/trials"])
+def test_a_folder_of_runs_is_no_folder_of_images(here, folder):
+    pictures(f"{folder}/a/samples", (32, 32))
+    Path(folder, "a/checkpoints").mkdir()
+    Path(folder, "a/config.yaml").write_text("")
+    assert refusal("runs") == f"runs holds runs, not images. To resume one: shardgan train {folder}/a"
+
+
 def test_what_is_none_of_it(here):
     assert refusal("nothing") == "There is no config, folder, zip or run called nothing."
     assert "u:p" not in (said := refusal("s3://u:p@bucket/faces")) and "data.train=URL" in said
