@@ -49,12 +49,17 @@ def check_gpus(procs: int | None) -> None:
         raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
 
 
-def check_world(strategy: str, procs: int) -> None:
-    """Raises UserError if this machine or a strategy cannot have so many processes."""
+def check_strategy(strategy: str, procs: int) -> None:
+    """Raises UserError if a strategy cannot have so many processes."""
     if strategy == "single" and procs > 1:
         raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
-    check_gpus(procs)
     shards(strategy, procs, procs)
+
+
+def check_world(strategy: str, procs: int) -> None:
+    """Raises UserError if this machine or a strategy cannot have so many processes."""
+    check_strategy(strategy, procs)
+    check_gpus(procs)
 
 
 def parse_strategies(strategies: str) -> list[str]:

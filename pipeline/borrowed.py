@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 import torch
 
+from pipeline.heap import return_freed_memory
+
 _is_borrowed = ContextVar("_is_borrowed", default=False)
 
 
@@ -20,7 +22,8 @@ def is_borrowed() -> bool:
 
 @contextmanager
 def borrowed() -> Iterator[None]:
-    """Inside, `is_borrowed`. Afterwards environment, random state and cuDNN's settings are as before."""
+    """Inside, `is_borrowed`. Afterwards environment, random state and cuDNN's settings are as before, and
+    freed memory is given back."""
     token = _is_borrowed.set(True)
     environment, deterministic = dict(os.environ), torch.backends.cudnn.deterministic
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
@@ -33,3 +36,4 @@ def borrowed() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        return_freed_memory()

@@ -31,7 +31,8 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
         finished = state.cur_nimg >= total
         stopping = asked_to_stop()
         if not stopping:
-            report(gan, state, stats, run, session, _due(state.reported, state.cur_nimg, finished))
+            due = _due(state.reported, state.cur_nimg, finished)
+            stopping = not report(gan, state, stats, run, session, due)
         if stopping or session.new_best or _due(before, state.cur_nimg, finished)(run.checkpoint_kimg):
             session.save(gan, state, stats)
         session.advance(state.cur_nimg)
@@ -39,16 +40,18 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
     return not stopping
 
 
-def report(gan: Gan, state: State, stats: Stats, run: Run, session: Session, due: Due) -> None:
-    """Score, chart and show what is due; if asked to stop meanwhile, leave it to the resumed run."""
+def report(gan: Gan, state: State, stats: Stats, run: Run, session: Session, due: Due) -> bool:
+    """Score, chart and show what is due; False if asked to stop meanwhile, which all ranks know then: the
+    rest is left to the resumed run."""
     if due(run.tick_kimg) or due(run.eval_kimg):
         scores = session.evaluate(gan) if due(run.eval_kimg) else {}
         if scores is None:
-            return
+            return False
         session.tick(gan, state, stats, scores)
     if due(run.snapshot_kimg):
         session.snapshot(gan, state.cur_nimg)
     state.reported = state.cur_nimg
+    return True
 
 
 Due = Callable[[float], bool]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from pipeline.config import UserError
-from pipeline.data.cache import reserve
+from pipeline.data.cache import release, reserve
 from pipeline.data.check import check_passed_over, odd_labels, refuse_other_kind
 from pipeline.data.decode import FORMATS, dtype_of
 from pipeline.data.index import Index, load_index
@@ -247,7 +247,7 @@ def in_memory(job: Job, index: Index) -> Iterator[Finding]:
         if place is None:
             yield warning("data.cache", text, "Use a machine with more memory, or set data.cache=none.")
         else:
-            os.close(int(place.rpartition("/")[2]))
+            release(place)
             yield ok("data.cache", text)
 
 

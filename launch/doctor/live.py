@@ -31,7 +31,7 @@ from pipeline.wording import counted, in_bytes
 Node = dict[str, Any]  # from worker.describe or worker.place
 
 _TIMEOUT_S = 300.0
-_LONG = 1e12  # FLOPs, a minute or two of a CPU
+_LONG = 2e11  # FLOPs, half a minute of a CPU
 _ERROR = re.compile(r"(\[rank\d+\]: )?([\w.]*(Error|Exception)|[\w.]+: error|error): ")
 _ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launchers, of a process that failed
 _MEET = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from launch.processes import STRATEGIES
+from launch.processes import STRATEGIES, check_strategy
 from launch.select.choice import RULES
 from pipeline.config import UserError
 
@@ -99,8 +99,7 @@ def select(
 
     if bool(grid) == bool(arms):
         raise UserError("Give the candidates by either --grid (once or more) or --arms.")
-    if strategy == "single" and procs > 1:
-        raise UserError(f"--procs {procs}: single is one process; choose another --strategy.")
+    check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
     launch, searched = LaunchOptions(strategy, procs, mixed_precision), None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +24,7 @@ from pipeline.wording import in_bytes
 _LABEL, _FLAG = 8, 1  # bytes per sample besides its pixels
 _UINT8: np.dtype[Any] = np.dtype(np.uint8)
 _SHARE = 0.75  # of the free memory: training needs some as well
+_reserved: dict[str, int] = {}  # paths of memory that this process keeps → file descriptors
 _OWN_GROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
@@ -32,12 +34,14 @@ class Cache:
     Any number of processes may get and put at once: two of them put the same for a sample, and none sees the
     flag of a sample before its pixels. The fence ensures that: no thread waits for it, but a processor may
     not reorder what is in two locked sections.
+
+    The memory that `reserve` has given this process ends with its Cache here, and with those of others.
     """
 
     def __init__(
         self, path: str, sizes: Sequence[int], size: int, channels: int, dtype: np.dtype[Any] = _UINT8
     ) -> None:
-        self._path, self._sizes, self._form = path, tuple(sizes), (size, channels, dtype)
+        self.path, self._sizes, self._form = path, tuple(sizes), (size, channels, dtype)
         self._starts = list(accumulate(self._sizes, initial=0))
         self._fence = threading.Lock()
         n, pixels = self._starts[-1], size * size * channels
@@ -46,13 +50,14 @@ class Cache:
                 memory = mmap.mmap(file.fileno(), n * (_LABEL + pixels * dtype.itemsize + _FLAG))
         except OSError as error:
             raise UserError(f"data.cache=ram: shared memory cannot be opened ({error.strerror}).") from None
+        weakref.finalize(self, release, path)
         self._labels = np.frombuffer(memory, np.int64, n)
         images = np.frombuffer(memory, dtype, n * pixels, offset=n * _LABEL)
         self._filled = np.frombuffer(memory, np.bool_, n, offset=n * _LABEL + images.nbytes)
         self._images = images.reshape(n, size, size, channels).transpose(0, 3, 1, 2)
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
-        return type(self), (self._path, self._sizes, *self._form)
+        return type(self), (self.path, self._sizes, *self._form)
 
     def get(self, shard: int, row: int) -> tuple[NDArray[Any], int] | None:
         """(image [C, H, W], label), a view that must not be written to; None if it has not been put yet."""
@@ -74,7 +79,7 @@ def reserve(
     sizes: Sequence[int], size: int, channels: int, dtype: np.dtype[Any] = _UINT8
 ) -> tuple[str | None, str]:
     """Memory for all samples of a data set: the path for a Cache (None if they do not fit), and a line about
-    it. It lasts as long as this process."""
+    it. It lasts until its Cache in this process is gone: a notebook trains again."""
     need = sum(sizes) * (size * size * channels * dtype.itemsize + _LABEL + _FLAG)
     what = f"data.cache=ram: {sum(sizes):,} decoded images, {in_bytes(need)}"
     if not hasattr(os, "memfd_create"):
@@ -86,7 +91,15 @@ def reserve(
         )
     file = os.memfd_create("shardgan-cache", os.MFD_CLOEXEC)
     os.ftruncate(file, need)
-    return f"/proc/{os.getpid()}/fd/{file}", f"{what}, are kept in memory, once per machine"
+    path = f"/proc/{os.getpid()}/fd/{file}"
+    _reserved[path] = file
+    return path, f"{what}, are kept in memory, once per machine"
+
+
+def release(path: str) -> None:
+    """Keep the memory at this path no longer, if this process has reserved it."""
+    if (file := _reserved.pop(path, None)) is not None:
+        os.close(file)
 
 
 def free_memory() -> int:

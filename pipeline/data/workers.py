@@ -35,6 +35,7 @@ _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT_S = 600.0  # without a batch: an error
 _LOOK_S = 5.0  # how often that is checked
 _SHARED_MEMORY = Path("/dev/shm")
+_OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class WorkerError(UserError):
@@ -228,8 +229,7 @@ def _start_fork_server(folder: str) -> None:
 def _signals_blocked() -> Iterator[None]:
     """Processes started inside ignore Ctrl-C and a scheduler's signals, which go to the whole process group:
     the training process handles them, and needs its workers until it is done."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
     try:
         yield
     finally:
@@ -252,6 +252,8 @@ def _begin(reasons: Connection, folder: str, environment: dict[str, str], _: int
     """In a worker: take the environment of the training process, which may have changed since a fork server
     started; make sockets in `folder`; end with the training process, or when an item cannot be handed over,
     with the reason sent to `reasons`."""
+    # A fork server that ran already, a notebook's own, has not blocked them.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_GROUP)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = folder

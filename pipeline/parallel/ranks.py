@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from pipeline.errors import CommonError, UserError
+from pipeline.heap import keep_freed_memory
 from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, settle_nccl
 from pipeline.parallel.launched import Launch, launcher_store, on_gpu
@@ -25,7 +25,6 @@ from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.wording import ranks_named
 
 T = TypeVar("T")
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt(3)
 _LONG_S = 10.0  # of waiting for other ranks: then say so
 
 
@@ -233,16 +232,3 @@ def taking_part(arguments: Sequence[Any]) -> list[int]:
     boxed = next((a for a in arguments if isinstance(a, torch.ScriptObject)), None)  # a ReduceOp may follow
     group = None if boxed is None else dist.ProcessGroup.unbox(boxed)
     return [] if group is None else dist.get_process_group_ranks(group)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed CPU tensors for the next step.
-
-    By default glibc returns each block above 32 MB, and what is free at the end of the heap, to the kernel,
-    which clears the pages again: 46,000 page faults and 6 to 12 % of the processor time of a DCGAN-64 update
-    on a CPU (batch 64, bf16). The peak of memory in use grows by 2 %. Does nothing without glibc.
-    """
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)

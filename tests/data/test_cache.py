@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -99,6 +100,18 @@ def test_what_is_kept_is_never_written_to(make_shards: MakeShards) -> None:
     for _ in range(3 * plan.size // BATCH):
         next(batches).images.zero_()
     assert same(taken(index, plan, cache, 12), taken(index, plan, None, 12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_is_given_back_when_its_training_is_over(make_shards: MakeShards, workers: int) -> None:
+    """A notebook trains again and again in one process, each time with memory of its own."""
+    index, plan, cache = open_all(make_shards([20, 7], classes=5))
+    taken(index, plan, cache, 2, workers=workers)
+    path = cache.path
+    assert Path(path).exists()
+    del cache
+    gc.collect()
+    assert not Path(path).exists()
 
 
 def _fill(cache: Cache, go: object) -> None:

@@ -218,6 +218,7 @@ def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
     image.quantize(8).save(source / "p.png", transparency=0)
     image.resize((6, 3)).save(source / "small.png")
     image.resize((24, 20)).save(source / "wide.png")
+    image.resize((24, 24)).save(source / "large.png")  # fills its square: nothing is padded
     image.save(source / "pages.tif", save_all=True, append_images=[image, image])
     image.save(source / "moving.gif", save_all=True, append_images=[image.rotate(90)])
     image.save(source / "moving.webp", save_all=True, append_images=[image.rotate(90)], lossless=True)
@@ -230,9 +231,9 @@ def test_what_is_done_to_images_is_said(tmp_path: Path) -> None:
     many = "3 of several frames or pages: the first is used"
     clear = "3 with transparency, laid on white"
     assert lines == [
-        f"12x12: 7 in colour, 1 in grey, {clear}, 2 cropped to a square, {small}, {many}",
-        f"12x12: 7 in colour, 1 in grey, {clear}, 2 padded with black, {many}",
-        f"12x12: 7 in colour, 1 in grey, {clear}, 2 stretched to a square, {small}, {many}",
+        f"12x12: 8 in colour, 1 in grey, {clear}, 2 cropped to a square, {small}, {many}",
+        f"12x12: 8 in colour, 1 in grey, {clear}, 2 padded with black, {many}",
+        f"12x12: 8 in colour, 1 in grey, {clear}, 2 stretched to a square, {small}, {many}",
     ]
     assert (pixels(tmp_path / "crop")["moving.webp"] == PIXELS).all()
 

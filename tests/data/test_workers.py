@@ -27,7 +27,7 @@ from pipeline.data.workers import Loader, WorkerError
 
 RANK = """
 import signal, sys, time
-from multiprocessing import active_children
+from multiprocessing import active_children, forkserver
 import torch
 from pipeline.config import Data
 from pipeline.data.index import load_index
@@ -35,8 +35,10 @@ from pipeline.data.plan import Split
 from pipeline.data.stream import training_batches
 
 if __name__ == "__main__":
-    if sys.argv[2] == "forkserver":
+    if sys.argv[2] != "fork":
         torch.cuda.is_initialized = lambda: True
+    if sys.argv[2] == "theirs":
+        forkserver.ensure_running()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)
     index = load_index(sys.argv[1])
@@ -110,6 +112,22 @@ def test_signals_to_the_group_then_a_killed_rank(
         assert all(map(_alive, workers))
         rank.kill()
         assert gone(workers, 30), "workers die with their rank"
+    finally:
+        end(rank, workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_where_a_fork_server_runs_already(make_shards: MakeShards, tmp_path: Path) -> None:
+    """A notebook's own, which Python 3.14 starts by default, blocks no signals in its children."""
+    root = make_shards([50, 50])
+    load_index(str(root))
+    rank, workers = start(tmp_path, root, "theirs", "train")
+    assert rank.stdin is not None and rank.stdout is not None and len(workers) == 2
+    try:
+        os.killpg(rank.pid, signal.SIGINT)
+        rank.stdin.write("go on\n")
+        rank.stdin.flush()
+        assert rank.stdout.readline() == "trained\n" and all(map(_alive, workers))
     finally:
         end(rank, workers)
 

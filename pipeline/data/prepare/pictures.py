@@ -187,8 +187,10 @@ def fitted(
         return None
     smaller = min(image.size) < size
     if fit == "pad":  # smaller images keep their pixels
-        facts.append("padded")
-        image = _padded(image, size, background or "black")
+        image.thumbnail((size, size), Image.Resampling.LANCZOS)
+        if image.size != (size, size):
+            facts.append("padded")
+            image = _padded(image, size, background or "black")
     else:
         facts += ["enlarged"] if smaller else []
         facts += ["cropped" if fit == "crop" else "stretched"] if image.width != image.height else []
@@ -201,7 +203,6 @@ def fitted(
 
 
 def _padded(image: Image.Image, size: int, background: str) -> Image.Image:
-    image.thumbnail((size, size), Image.Resampling.LANCZOS)
     padded = Image.new(image.mode, (size, size), ImageColor.getcolor(background, image.mode))
     padded.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
     return padded
