@@ -5,6 +5,7 @@ All become a config file and settings on top of it, as every process of a traini
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,16 +50,25 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
 def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
     from launch.own_images import of_data
 
-    if not (path / "config.yaml").is_file():
-        return of_data(argument, path, settings, gpu)
-    if (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
+    configured = (path / "config.yaml").is_file()
+    if configured and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
         return of_run(path, settings)
-    if (path / "G_ema.safetensors").is_file():
+    if configured and (path / "G_ema.safetensors").is_file():
         raise UserError(
             f"{argument} is an export: it can be sampled, but lacks what resuming needs. To begin with its "
             f"weights: shardgan train CONFIG run.init={argument}"
         )
+    _refuse_runs(argument, path)
     return of_data(argument, path, settings, gpu)
+
+
+def _refuse_runs(argument: str, path: Path) -> None:
+    """Raise UserError for a folder of runs, or a selection: their sample grids are no images to train on."""
+    beside = sorted(found for kind in ("*", "trials/*") for found in path.glob(f"{kind}/checkpoints"))
+    if runs := [found.parent for found in beside if found.with_name("config.yaml").is_file()]:
+        raise UserError(
+            f"{argument} holds runs, not images. To resume one: shardgan train {shlex.quote(str(runs[0]))}"
+        )
 
 
 def _is_zip(path: Path) -> bool:

@@ -64,7 +64,7 @@ def open_own(argument: str, path: Path) -> Stored:
     try:
         return open_source(argument, "top", lambda text: click.echo(text, err=True))
     except UserError as error:
-        if "--" not in str(error):
+        if "--" not in str(error) or "shardgan " in str(error):  # the latter says what to type already
             raise
         raise UserError(
             f"{error}\nThat is an option of shardgan prepare {argument} OUT, after which: shardgan train OUT"

@@ -187,8 +187,11 @@ def _writing(out: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     from pipeline.config import UserError
+    from pipeline.wording import why
 
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written: {error}. Give another folder with --out.") from None
+        raise UserError(
+            f"{out} could not be written: {why(error)}. Give another folder with --out."
+        ) from None

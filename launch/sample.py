@@ -13,7 +13,7 @@ import click
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import UserError
-from pipeline.wording import counted
+from pipeline.wording import counted, why
 
 if TYPE_CHECKING:
     from pipeline.run.sampling import Sampler
@@ -131,7 +131,7 @@ def sample(run: Path, checkpoint: str, **options: Any) -> None:
         try:
             what = make(sampler, wanted, classes, wanted.out)
         except OSError as error:
-            raise UserError(f"{wanted.out} could not be written: {error}") from None
+            raise UserError(f"{wanted.out} could not be written: {why(error)}") from None
         click.echo(f"{what} {after}: {wanted.out}")
 
 

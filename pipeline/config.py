@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config_layers import expand_shorthands, explain, read_file, read_override
+from pipeline.config_layers import Layer, expand_shorthands, explain, read_file, read_override
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
 from pipeline.setting_types import Norm as Norm
@@ -45,14 +45,14 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """
     layers = [] if path is None else [read_file(Path(path), Config)]
     layers += [read_override(text, Config) for text in overrides]
-    source = str(path) if path is not None else "the given settings"
     try:
-        merged = OmegaConf.merge(*(OmegaConf.create(expand_shorthands(layer)) for layer in layers))
-        values = OmegaConf.to_container(merged, resolve=True)
-        config = TypeAdapter(Config).validate_python(values)
+        config = _validated(layers)
     except ValidationError as error:
-        raise UserError("\n".join([f"{source} is not a valid config:", *explain(error, Config())])) from None
+        in_file = path is not None and _is_invalid(layers[:1])
+        blamed = f"{path} is not a valid config:" if in_file else "The given settings are not valid:"
+        raise UserError("\n".join([blamed, *explain(error, Config())])) from None
     except OmegaConfBaseException as error:
+        source = str(path) if path is not None else "the given settings"
         given = [layer.get("data") for layer in layers] if error.full_key == "data.train" else ()
         raise UserError(
             f"{source}: {error.full_key or 'a value'} cannot be read: {reason(error, str(given))}"
@@ -68,6 +68,19 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         config = without_rampup(config)  # with it the first update would replace the source's G_ema by G
     _check(config)
     return config
+
+
+def _validated(layers: Iterable[Layer]) -> Config:
+    merged = OmegaConf.merge(*(OmegaConf.create(expand_shorthands(layer)) for layer in layers))
+    return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
+
+
+def _is_invalid(layers: Iterable[Layer]) -> bool:
+    try:
+        _validated(layers)
+    except (ValidationError, OmegaConfBaseException):
+        return True
+    return False
 
 
 def without_rampup(config: Config) -> Config:

@@ -24,23 +24,54 @@ from pipeline.credentials import reason, redacted, scrubbed
 from pipeline.errors import UserError
 
 Layer = dict[str, Any]
+_OF_BOTH = ("l2", "l1", "on")  # keys of penalty.G and penalty.D that may be given once, as penalty.l2
 _NULL = ("null", "Null", "NULL", "~")
 
 
 def read_file(path: Path, section: type) -> Layer:
     """The settings in a YAML file. section: the dataclass they belong to. Raises UserError."""
+    text = _text_of(path)
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-        values = OmegaConf.to_container(OmegaConf.create(text))
+        values = from_yaml(text)
         written = yaml.load(text, yaml.BaseLoader)  # builds texts, lists and dictionaries, nothing else
-    except FileNotFoundError:
-        raise UserError(f"There is no config file {path}.") from None
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {scrubbed(' '.join(str(error).split()))}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {why_not_yaml(error, text)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a config: it must hold `section: {{key: value}}`.")
     layer: Layer = _typed(section, _string_keys(values), _string_keys(written))
     return layer
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no config file {path}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, where a config file (NAME.yaml) is needed.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} cannot be read as YAML: it is not text in UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def from_yaml(text: str) -> object:
+    """What a file's text holds. Raises as yaml and OmegaConf do, which refuses a key given twice."""
+    lone = yaml.load(text, yaml.BaseLoader)
+    if isinstance(lone, str):  # of a number OmegaConf raises AssertionError, and it takes a word for a key
+        return lone
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def why_not_yaml(error: Exception, text: str) -> str:
+    """What is wrong with a file's text, and in which line."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return scrubbed(" ".join(str(error).split()))
+    problem = str(error.problem)
+    if text[mark.index : mark.index + 1] == "\t":
+        problem = "there is a tab, where YAML takes spaces alone"
+    return scrubbed(f"line {mark.line + 1}, column {mark.column + 1}: {' '.join(problem.split())}")
 
 
 def read_override(text: str, section: type) -> Layer:
@@ -68,7 +99,7 @@ def expand_shorthands(layer: Layer) -> Layer:
     penalty = layer.get("penalty")
     if not isinstance(penalty, dict):
         return dict(layer)
-    both = {key: penalty[key] for key in ("l2", "l1", "on") if key in penalty}
+    both = {key: penalty[key] for key in _OF_BOTH if key in penalty}
     rest = {key: value for key, value in penalty.items() if key not in both}
     for player in ("G", "D") if both else ():
         rest[player] = both | (rest.get(player) or {})
@@ -85,6 +116,9 @@ def explain(error: ValidationError, defaults: object) -> Iterator[str]:
             near = difflib.get_close_matches(path[-1], keys, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(keys)}"
             yield scrubbed(f"  {where}: no such key{hint}")
+        elif problem["type"] == "dataclass_type":
+            known = ", ".join(_keys_of(defaults, path))
+            yield scrubbed(f"  {where}: is a section, with the keys {known} (found {problem['input']!r})")
         else:
             message = (
                 problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, [a, b, …]")
@@ -97,7 +131,8 @@ def _keys_of(defaults: object, path: list[str]) -> list[str]:
     section: Any = defaults
     for part in path:
         section = getattr(section, part, None)
-    return [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+    keys = [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+    return [*_OF_BOTH, *keys] if path == ["penalty"] else keys
 
 
 def _nested(key: str, value: Any) -> Layer:

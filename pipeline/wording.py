@@ -37,6 +37,11 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
+def why(error: Exception) -> str:
+    """Of an OSError what went wrong alone: its text names a temporary file, or repeats the name."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 def one_line(text: str) -> str:
     """Escapes everything in a text that is not printable."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in printable(text))

@@ -199,3 +199,58 @@ def test_paths_are_expanded_alike(key, text, path, monkeypatch, tmp_path):
 
 def test_a_url_is_no_path():
     assert load("data.train=s3://bucket/$x/~y").data.train == "s3://bucket/$x/~y"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("run:\n\ttotal_kimg: 3\n", "line 2, column 1: there is a tab, where YAML takes spaces alone"),
+        ("G:\n  kind: dcgan\n\twidth: 8\n", "line 3, column 1: there is a tab"),
+        ("run: {}\nrun: {}\n", "line 2, column 1: found duplicate key run"),
+        ("a: b: c\n", "line 1, column 5: mapping values are not allowed"),
+        (b"\xff\xfe", "it is not text in UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_refused_by_its_line(text, said, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as refused:
+        config.load(file)
+    assert f"settings.yaml cannot be read as YAML: {said}" in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["320\n", "true\n", "hello\n", "- a\n"])
+def test_a_file_without_sections_is_no_config(text, tmp_path):
+    with pytest.raises(UserError, match="is not a config: it must hold"):
+        config.load(written(tmp_path, text))
+
+
+def test_a_folder_is_no_config_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder, where a config file"):
+        config.load(tmp_path)
+
+
+def test_the_file_is_blamed_for_its_own_errors_alone(tmp_path):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text("G: {width: 8}\n")
+    bad.write_text("G: {width: -8}\n")
+    for file, blamed in ((good, "The given settings are not valid:"), (bad, f"{bad} is not a valid config:")):
+        with pytest.raises(UserError) as refused:
+            load("penalty.l2=-1", path=file)
+        assert str(refused.value).splitlines()[0] == blamed
+    with pytest.raises(UserError, match="The given settings are not valid:"):
+        load("penalty.l2=-1")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("penalty.l3=1", "penalty.l3: no such key; known: l2, l1, on, G, D, r1"),
+        ("penalty.onn=all", "penalty.onn: no such key; did you mean `on`?"),
+        ("penalty.G=1e-3", "penalty.G: is a section, with the keys l2, l1, on (found 0.001)"),
+    ],
+)
+def test_the_keys_that_would_do_are_named(setting, said):
+    with pytest.raises(UserError) as refused:
+        load(setting)
+    assert said in str(refused.value)

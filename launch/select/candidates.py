@@ -11,10 +11,10 @@ from itertools import product
 from pathlib import Path
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import Config, UserError
+from pipeline.config_layers import from_yaml, why_not_yaml
 
 _LONGEST = 200  # bytes of a slug: a file's name has 255, which seed, fold and suffix share
 _MOST = 1000  # values of a range
@@ -87,10 +87,14 @@ def arm_of(values: Mapping[str, str]) -> Arm:
 
 def arms(file: Path) -> list[Arm]:
     """Arms from a YAML file of `name: [key=value, …]`. Raises UserError if it is not one."""
+    text = ""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(file))  # refuses a duplicate name
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"--arms {file} cannot be read: {' '.join(str(error).split())}") from None
+        text = file.read_text(encoding="utf-8")
+        content = from_yaml(text)
+    except OSError as error:
+        raise UserError(f"--arms {file} cannot be read: {error.strerror or error}.") from None
+    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"--arms {file} cannot be read: {why_not_yaml(error, text)}") from None
     listed = content.items() if isinstance(content, dict) else ()
     found = [
         Arm(" ".join(str(name).split()), tuple(settings), {})

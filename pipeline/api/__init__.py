@@ -60,6 +60,8 @@ def sample(
 
     Raises UserError (a ValueError) for a seed outside [0, 2³²), a class or truncation that G does not have.
     """
+    if not hasattr(G, "sampler"):
+        raise TypeError(f"sample takes a G that shardgan.load has loaded, not {G!r:.60}")
     return G.sampler().sample(seeds, classes, truncation)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from launch import processes
 from launch.argument import training_of
@@ -28,6 +28,12 @@ def train(
     precision: Precision,
 ) -> Path:
     """See `shardgan.train`."""
+    if procs < 1:
+        raise UserError(f"procs={procs}: at least one process.")
+    if strategy not in (None, *get_args(Strategy)):
+        raise UserError(f"strategy={strategy}: there is {', '.join(get_args(Strategy))}.")
+    if precision not in get_args(Precision):
+        raise UserError(f"mixed_precision={precision}: there is {', '.join(get_args(Precision))}.")
     overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
     training = training_of(str(config), overrides, gpu=processes.on_gpu())
     if procs == 1 and strategy in (None, "single"):

@@ -14,6 +14,7 @@ from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.report import Report
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
+from pipeline.wording import why
 
 
 def conclude(
@@ -52,4 +53,4 @@ def _mark(file: Path, state: State) -> None:
     try:
         file.write_text(f"{state.cur_nimg}\n")
     except OSError as error:
-        raise UserError(f"{file} could not be written: {error}") from None
+        raise UserError(f"{file} could not be written: {why(error)}") from None

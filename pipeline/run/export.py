@@ -25,7 +25,7 @@ from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
 from pipeline.run.folder import begun
 from pipeline.run.portable import write_portable
 from pipeline.run.state import State
-from pipeline.wording import one_line
+from pipeline.wording import one_line, why
 
 Network = Literal["G_ema", "G", "D"]
 NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
@@ -39,6 +39,8 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
+    if (run / FILE).is_file() and not (run / "checkpoints").exists():
+        raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
     found = chosen(run / "checkpoints", checkpoint)
     return begun(run), found, read_state(found)
 
@@ -85,14 +87,13 @@ def export(
 
     complete: also what others need to use it without ShardGAN, samples.png and G_ema.pt2; onnx: G_ema.onnx
     too. What cannot be written of a user's own network or decoder is left out, with a remark. Files of an
-    earlier export there are replaced. Raises UserError as `load_run` does, if `out` is a run folder or cannot
-    be written, or without the packages of `onnx`.
+    earlier export there are replaced. Raises UserError as `load_run` does, if `out` holds anything else or
+    cannot be written, or without the packages of `onnx`.
     """
     config, found, state = load_run(run, checkpoint)
     if onnx:
         programs.onnx_runtime()  # refused before anything is written
-    if (out / "checkpoints").exists():
-        raise UserError(f"{out} is a run folder. Give the export a folder of its own.")
+    _refuse_taken(out)
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     facts, files, remarks = facts_of(run, config, state), list[str](), list[str]()
     try:
@@ -110,15 +111,35 @@ def export(
         write(out / CARD, card(config, facts))
         save(out, facts)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written: {error}") from None
+        raise UserError(f"{out} could not be written: {why(error)}") from None
     return Written([out / name for name in facts.files], remarks)
 
 
+def _refuse_taken(out: Path) -> None:
+    """Raise UserError if `out` holds what is not ours: README.md and config.yaml might be someone's own.
+
+    Hidden files do not count, as a repository that was just cloned has some.
+    """
+    own = "Give the export a folder of its own."
+    if (out / "checkpoints").exists():
+        raise UserError(f"{out} is a run folder. {own}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file. {own}")
+    begun = (out / FILE, out / f"{NETWORKS[0]}.safetensors")  # the latter alone: an export that was killed
+    if out.is_dir() and not any(file.exists() for file in begun):
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+        if names:
+            raise UserError(f"{out} holds files that are no export, such as {names[0]}. {own}")
+
+
 def _begin(out: Path) -> None:
-    """Remove what an earlier export has left: export.json first, as the rest is no longer one."""
+    """Remove what an earlier export has left: export.json first, as the rest is no longer one.
+
+    G_ema goes last: by it the rest is still known as ours if this is killed.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with suppress(UserError):
-        for name in (FILE, *read(out).files):
+        for name in (FILE, *reversed(read(out).files)):
             (out / name).unlink(missing_ok=True)
     (out / FILE).unlink(missing_ok=True)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.config import UserError
 from pipeline.durable import write
 from pipeline.run.sampling import BATCH, Sampler
+from pipeline.wording import why
 
 MADE_BY = "made_by.json"
 _COMPRESSION = 1  # zlib's: files 5 to 10 % larger than at 6, encoded in half the time
@@ -49,7 +50,7 @@ def write_images(
         done(len(names) - len(missing))
         _write_missing(sampler, missing, folder, truncation, done)
     except OSError as error:
-        raise UserError(f"{folder} could not be written: {error}. The same command resumes.") from None
+        raise UserError(f"{folder} could not be written: {why(error)}. The same command resumes.") from None
 
 
 def name_of(seed: int, label: int | None, several: bool) -> str:

@@ -186,10 +186,37 @@ def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
+def test_files_of_someone_else_are_left_alone(run, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that are no export, such as README\.md"):
+        export(run, out)
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("README.md", "mine")]
+    with pytest.raises(UserError, match=r"README\.md is a file"):
+        export(run, out / "README.md")
+
+
+def test_an_export_that_was_killed_is_written_again_also_into_a_repository(run, tmp_path):
+    (tmp_path / ".gitattributes").write_text("")
+    export(run, tmp_path)
+    (tmp_path / "export.json").unlink()
+    export(run, tmp_path)
+    assert read(tmp_path).files[0] == "G_ema.safetensors"  # the last to be removed
+
+
+def test_why_a_file_could_not_be_written_is_told_once(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"/file/x could not be written: Not a directory$"):
+        export(run, tmp_path / "file" / "x")
+
+
 def test_what_is_no_export_or_no_place_for_one_is_refused(run, exported, tmp_path):
     with pytest.raises(UserError, match="is a run folder"):
         export(run, run)
     assert config.load(run / "config.yaml").data.train == str(run.parent / FASHION.name)
+    with pytest.raises(UserError, match="is an export, not a run folder"):
+        export(exported, tmp_path / "again")
     with pytest.raises(UserError, match=r"no readable export\.json"):
         load_exported(run)
     broken = tmp_path / "broken"

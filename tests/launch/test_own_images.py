@@ -81,6 +81,14 @@ def test_configs_and_runs(here):
     assert config_of(training_of(f"{moved}/", [], gpu=False)).run.name == "b"
 
 
+@pytest.mark.parametrize("folder", ["runs", "runs/trials"])
+def test_a_folder_of_runs_is_no_folder_of_images(here, folder):
+    pictures(f"{folder}/a/samples", (32, 32))
+    Path(folder, "a/checkpoints").mkdir()
+    Path(folder, "a/config.yaml").write_text("")
+    assert refusal("runs") == f"runs holds runs, not images. To resume one: shardgan train {folder}/a"
+
+
 def test_what_is_none_of_it(here):
     assert refusal("nothing") == "There is no config, folder, zip or run called nothing."
     assert "u:p" not in (said := refusal("s3://u:p@bucket/faces")) and "data.train=URL" in said
@@ -106,6 +114,14 @@ def test_what_is_none_of_it(here):
     pictures("photos/cats", (8, 8))
     assert refusal("photos").endswith("shardgan prepare photos OUT, after which: shardgan train OUT")
     assert sorted(p.name for p in here.iterdir() if "px" in p.name) == []
+
+
+def test_shards_that_were_cut_short_are_told_apart_from_images_that_need_an_option():
+    pictures("photos", *[(32, 32)] * 3)
+    training_of("photos", [], gpu=False).prepare()
+    shard = next(Path("photos-32px").glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:2000])
+    assert refusal("photos-32px").endswith("run `shardgan prepare --index-only` on the folder.")
 
 
 def test_size_channels_and_classes_follow_from_the_images():

@@ -174,6 +174,24 @@ def test_errors_are_raised_not_shown(config: Path, procs: int, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"procs": 0}, "procs=0: at least one"),
+        ({"strategy": "zero4"}, "strategy=zero4: there is single, ddp, "),
+        ({"mixed_precision": "fp8", "procs": 2}, "mixed_precision=fp8: there is no, bf16, fp16"),
+    ],
+)
+def test_options_that_there_are_not_are_refused_in_words(config: Path, options: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        shardgan.train(config, **options)
+
+
+def test_sample_wants_what_load_returns() -> None:
+    with pytest.raises(TypeError, match=r"takes a G that shardgan\.load has loaded, not 'runs/photos'"):
+        shardgan.sample("runs/photos", range(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("status", "raised"), [(2, UserError), (1, RunError), (130, KeyboardInterrupt), (0, None)]
 )
 def test_how_started_processes_end(

@@ -295,14 +295,23 @@ def assert_apart(boxes, within):
         ("", "not a list of arms"),
         ("[none, L2]\n", "not a list of arms"),
         ("just text\n", "not a list of arms"),
+        ("320\n", "not a list of arms"),
         ("none: []\nL2: penalty.l2=1\n", "not a list of arms"),
         ("none: []\nL2: [penalty.l2=1]\nL2: [penalty.l2=2]\n", "duplicate key L2"),
+        ("none: []\nL2:\n\t- penalty.l2=1\n", "line 3, column 1: there is a tab"),
     ],
 )
 def test_a_file_that_lists_no_arms_is_refused(tmp_path, text, message):
     (tmp_path / "arms.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         select_candidates.arms(tmp_path / "arms.yaml")
+
+
+def test_arms_that_are_not_there_are_refused_in_words(tmp_path):
+    with pytest.raises(UserError, match=r"arms cannot be read: No such file or directory\.$"):
+        select_candidates.arms(tmp_path / "arms")
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory\.$"):
+        select_candidates.arms(tmp_path)
 
 
 def test_the_name_of_an_arm_is_one_line(tmp_path):
