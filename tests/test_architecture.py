@@ -62,6 +62,7 @@ ARROWS = {
         "pipeline.gan.draws.Drawn",
         "pipeline.gan.draws.Samples",
         "pipeline.gan.schedules.Rates",
+        "pipeline.gan.schedules.is_used",
     ),
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",
