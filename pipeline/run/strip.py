@@ -22,7 +22,7 @@ MOST = 12  # runs in a picture
 _SETTINGS = 2  # that a title names
 _LETTERS = 36  # of a line of a title
 _SIDE = 6  # images along a side of each panel
-_ACROSS = 4  # panels beside each other
+_ACROSS = 4  # panels beside each other, at most
 _WIDTH, _HEIGHT, _DPI = 3.0, 3.5, 100  # inches of a panel
 
 
@@ -43,8 +43,8 @@ def draw(histories: Sequence[History]) -> Figure:
     if len({str(history.reference.get("heldout")) for history in histories}) == 1:
         real = _images(histories[0], reals_of(histories[0].folder))
         panels.insert(0, (real, "real images", ""))
-    across = min(len(panels), _ACROSS)
-    rows = -(-len(panels) // across)
+    rows = -(-len(panels) // _ACROSS)
+    across = -(-len(panels) // rows)
     figure = Figure(figsize=(_WIDTH * across, _HEIGHT * rows), dpi=_DPI, layout="constrained")
     places = figure.subplots(rows, across, squeeze=False).flatten()
     for axes in places:
