@@ -148,6 +148,9 @@ def test_null_is_no_value_where_there_may_be_none(setting):
         ("G.norm=off", "(found 'off')"),
         ("run.out=$NOT_SET_ANYWHERE/runs", "the variable $NOT_SET_ANYWHERE is not set"),
         ("run.out=~nobody-of-that-name/runs", "no such home folder"),
+        ("penalty.l3=1", "penalty.l3: no such key; known: l2, l1, on, G, D, r1"),
+        ("penalty.onn=all", "penalty.onn: no such key; did you mean `on`?"),
+        ("penalty.G=1e-3", "penalty.G: is a section, with the keys l2, l1, on (found 0.001)"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(setting, said):
@@ -240,17 +243,3 @@ def test_the_file_is_blamed_for_its_own_errors_alone(tmp_path):
         assert str(refused.value).splitlines()[0] == blamed
     with pytest.raises(UserError, match="The given settings are not valid:"):
         load("penalty.l2=-1")
-
-
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ("penalty.l3=1", "penalty.l3: no such key; known: l2, l1, on, G, D, r1"),
-        ("penalty.onn=all", "penalty.onn: no such key; did you mean `on`?"),
-        ("penalty.G=1e-3", "penalty.G: is a section, with the keys l2, l1, on (found 0.001)"),
-    ],
-)
-def test_the_keys_that_would_do_are_named(setting, said):
-    with pytest.raises(UserError) as refused:
-        load(setting)
-    assert said in str(refused.value)
