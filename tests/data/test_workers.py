@@ -44,7 +44,8 @@ if __name__ == "__main__":
     index = load_index(sys.argv[1])
     plan = Split(index.sizes, 0, 4).training()
     stream = training_batches(index, plan, Data(size=4, channels=1, batch_size=4, workers=2))
-    next(stream)
+    for _ in range(2):  # one of each worker: both have begun, and blocked signals
+        next(stream)
     print(*(child.pid for child in active_children()), flush=True)
     if sys.argv[3] == "train":
         for line in sys.stdin:
