@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from launch.bench import pair, table
 from launch.bench.meter import Traffic, footprint
 from launch.bench.pair import Found
+from pipeline.gan.frozen import sizes
 from pipeline.gan.networks import build_D
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
@@ -60,7 +61,7 @@ def in_theory(found: Found) -> tuple[dict[str, float], float]:
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
     config = pair.config_of(found["settings"])
     with torch.device("meta"):
-        frozen = sum(p.numel() for p in build_D(config, 0).parameters() if not p.requires_grad)
+        _, frozen = sizes(build_D(config, 0))
     rounds = batch_shape(config.data, found["world"]).rounds
     update, shards = theory.update_of(config, rounds, frozen), found["shards"]
     return theory.held(*job, shards), theory.sent(*job, update, shards)

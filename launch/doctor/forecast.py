@@ -19,9 +19,10 @@ from rich.table import Table
 from launch.doctor import memory
 from launch.doctor.finding import Finding, Job, ok, warning
 from launch.doctor.flops import Flops, of_training
-from launch.doctor.networks import Players, sizes, tied
+from launch.doctor.networks import Players, tied
 from launch.processes import STRATEGIES
 from pipeline.config import UserError
+from pipeline.gan.frozen import sizes
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
 from pipeline.wording import counted, in_bytes

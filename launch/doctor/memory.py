@@ -15,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from launch.bench.meter import LivePeak
 from launch.doctor.alone import second_update
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
-from launch.doctor.networks import Players, sizes
+from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
+from pipeline.gan.frozen import sizes
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
 from pipeline.wording import counted, in_bytes

@@ -16,6 +16,7 @@ from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.gan import vit
 from pipeline.gan.compatible import check_objective, remarks
+from pipeline.gan.frozen import sizes
 from pipeline.gan.networks import build_D, build_G, check_networks
 from pipeline.gan.schedules import at, is_used
 from pipeline.parallel.batch import batch_shape
@@ -81,14 +82,6 @@ def build_players(job: Job, num_classes: int) -> Players:
             return build_G(job.config, num_classes), build_D(job.config, num_classes)
     except Exception:
         return build_G(job.config, num_classes), build_D(job.config, num_classes)
-
-
-def sizes(player: nn.Module) -> tuple[int, int]:
-    """How many of its numbers train, and how many do not."""
-    training, frozen = (
-        sum(p.numel() for p in player.parameters() if p.requires_grad is t) for t in (True, False)
-    )
-    return training, frozen
 
 
 def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

@@ -16,12 +16,12 @@ import torch
 from packaging.requirements import Requirement
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
-from launch.doctor.networks import Players, sizes
+from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
 from pipeline.config import Optimizer, UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
-from pipeline.gan.frozen import frozen_names
+from pipeline.gan.frozen import frozen_names, sizes
 from pipeline.run.features import load_features
 from pipeline.run.images import images_of
 from pipeline.run.wandb_mode import choose_mode, names

@@ -33,6 +33,14 @@ def constants_of(D: nn.Module, count: int) -> dict[str, Tensor]:
     return {name: named[name].detach().clone() for name in sorted(frozen_names(D, count))}
 
 
+def sizes(player: nn.Module) -> tuple[int, int]:
+    """How many of its numbers train, and how many do not."""
+    training, frozen = (
+        sum(p.numel() for p in player.parameters() if p.requires_grad is t) for t in (True, False)
+    )
+    return training, frozen
+
+
 def _layers(D: nn.Module, count: int) -> list[nn.Module]:
     if not count:
         return []
