@@ -67,7 +67,9 @@ def label_of(chart: str) -> str:
         "fd": "Fréchet distance",
         "fid": "FID",
         "fid50k": "FID of 50,000",
-        "nn": f"nn {rest}",
+        "nn": "Copies of training images"
+        if rest.startswith("copies")
+        else "Relative distance to training images",
     }
     train = ", to training images" if name.endswith("_train") else ""
     return f"{known.get(stem, stem.capitalize())}{train}"

@@ -218,7 +218,7 @@ def test_only_the_same_score_is_compared(tmp_path):
 def test_near_copies_are_no_best_score(run):
     add(run, "Metrics/nn_copies_efflite0", 0.75)
     words = Parsed(page([run])).words
-    assert "nn copies_efflite0 0.75 – 0.75" in words and "Precision" not in words
+    assert "Copies of training images 0.75 – 0.75" in words and "Precision" not in words
     add(run, "Metrics/precision_efflite0", 0.25)
     assert "Precision ↑ 0.25 0.25 kimg 4 0.25" in Parsed(page([run])).words
 
