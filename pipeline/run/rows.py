@@ -6,8 +6,11 @@ readers skip that row.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 from pipeline.durable import write
 
+_PATIENCE_S = 1.0
 _TAIL = 64 * 1024  # bytes read at once in search of the last whole row
 
 Row = dict[str, Any]
@@ -39,15 +43,19 @@ def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list
 def append(file: Path, row: Mapping[str, Any]) -> None:
     """Add a row, unless it is the last one already, after cutting off half a row at the end.
 
-    Raises OSError if it is not all written; the next call cuts off what the disk kept of it.
+    Several processes may, as ranks do that fail together. Raises OSError if it is not all written; the next
+    call cuts off what the disk kept of it.
     """
     data = json.dumps(row).encode() + b"\n"
     file_number = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
+        _lock(file_number)
         end = _cut_back(file_number)
         if end < len(data) or os.pread(file_number, len(data), end - len(data)) != data:
             _write(file_number, data, end)
     finally:
+        with suppress(OSError):
+            fcntl.flock(file_number, fcntl.LOCK_UN)  # also for a child that was forked just now
         os.close(file_number)  # on network file systems a write may fail here
 
 
@@ -62,6 +70,20 @@ def keep(file: Path, wanted: Callable[[Row], bool]) -> None:
         os.truncate(file, len(kept))
     else:
         write(file, kept)
+
+
+def _lock(file_number: int) -> None:
+    """Wait until no other process is in the middle of a row, or for a moment: it may be suspended."""
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(file_number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.001)
+        except OSError:  # a file system without locks
+            return
+        else:
+            return
 
 
 def _write(file_number: int, data: bytes, end: int) -> None:
@@ -101,8 +123,11 @@ def _content(file: Path) -> bytes:
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
-        return {**row, "cur_nimg": int(row["cur_nimg"])}
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        named = {
+            sys.intern(name): value for name, value in row.items()
+        }  # or each row would hold its own names
+        return {**named, "cur_nimg": int(row["cur_nimg"])}
+    except (AttributeError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

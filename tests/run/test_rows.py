@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -167,3 +168,31 @@ def test_forgetting_needs_no_room(tmp_path):
     with full_at(10):
         keep(file, lambda row: row["cur_nimg"] < 2)
     assert nimgs(tmp_path) == [0, 1]
+
+
+def test_a_row_that_another_process_is_writing_is_left_whole(tmp_path, monkeypatch):
+    """Ranks that fail together add to one events.jsonl."""
+    file, row = tmp_path / "events.jsonl", json.dumps({"cur_nimg": 1}).encode() + b"\n"
+    other = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, row[:7])
+
+    def meanwhile(_: float) -> None:
+        os.write(other, row[7:])
+        fcntl.flock(other, fcntl.LOCK_UN)
+
+    monkeypatch.setattr("time.sleep", meanwhile)
+    append(file, {"cur_nimg": 2})
+    os.close(other)
+    assert [row["cur_nimg"] for row in rows(file)] == [1, 2]
+
+
+def test_a_suspended_process_keeps_nobody_from_writing(tmp_path, monkeypatch):
+    file = tmp_path / "events.jsonl"
+    clock = iter(range(9))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with file.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        append(file, {"cur_nimg": 2})
+    assert len(rows(file)) == 1
