@@ -143,7 +143,8 @@ def _add_key(axes: Axes, legends: Sequence[str], several: bool) -> None:
         colour = "#444444" if several else COLOURS[number % len(COLOURS)]
         dash = _DASHES[number % len(_DASHES)] if several else "-"
         lines.append(Line2D([], [], lw=1.2, label=legend, color=colour, ls=dash))
-    axes.legend(handles=lines, fontsize=7, framealpha=0.7, edgecolor="none", handlelength=1.8, ncols=2)
+    look: dict[str, Any] = {"framealpha": 0.7, "edgecolor": "none", "handlelength": 1.8, "ncols": 2}
+    axes.legend(handles=lines, loc="best", fontsize=7, **look)
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:

@@ -54,13 +54,12 @@ class History:
     @cached_property
     def charts(self) -> list[str]:
         """The names of all charts, sorted."""
-        found = {name for row in self.rows for name, value in row.items() if _is_number(value)}
-        return sorted(found - {"cur_nimg", "time"})
+        return sorted(self._points)
 
     def series(self, chart: str) -> tuple[list[float], list[float]]:
         """A chart's points: kimg, and values, of which some may not be finite."""
-        points = self._points(chart)
-        return [point.cur_nimg / 1000 for point in points], [point.value for point in points]
+        places, values = self._points.get(chart, ([], []))
+        return [place / 1000 for place in places], values
 
     @property
     def scores(self) -> list[str]:
@@ -76,11 +75,13 @@ class History:
 
     def last(self, chart: str) -> Score | None:
         """The last point of a chart; None if it has none."""
-        return next(reversed(self._points(chart)), None)
+        places, values = self._points.get(chart, ([], []))
+        return Score(places[-1], values[-1]) if places else None
 
     def lowest(self, chart: str) -> Score | None:
         """The lowest finite point of a chart, and the first of equal ones; None if it has none."""
-        finite = [score for score in self._points(chart) if math.isfinite(score.value)]
+        points = zip(*self._points.get(chart, ([], [])), strict=True)
+        finite = (Score(place, value) for place, value in points if math.isfinite(value))
         return min(finite, key=lambda score: score.value, default=None)
 
     @cached_property
@@ -110,8 +111,17 @@ class History:
                     found.setdefault(chart, (Score(at, value), against if isinstance(against, dict) else {}))
         return found
 
-    def _points(self, chart: str) -> list[Score]:
-        return [Score(row["cur_nimg"], row[chart]) for row in self.rows if _is_number(row.get(chart))]
+    @cached_property
+    def _points(self) -> dict[str, tuple[list[int], list[float]]]:
+        """cur_nimg and values of each chart: in one pass, as a run of days has many rows."""
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for row in self.rows:
+            for chart, value in row.items():
+                if _is_number(value):
+                    places, values = found.setdefault(chart, ([], []))
+                    places.append(row["cur_nimg"])
+                    values.append(value)
+        return {chart: points for chart, points in found.items() if chart not in ("cur_nimg", "time")}
 
 
 def read_history(folder: Path) -> History:

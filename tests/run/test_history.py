@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.config import Config, UserError
 from pipeline.run.history import read_histories, read_history, trials_of
+from pipeline.run.panels import panels_of
 
 
 def a_run(folder: Path, *lines: str) -> Path:
@@ -38,6 +42,28 @@ def test_a_curve_is_continuous_whatever_was_resumed_and_damaged(tmp_path):
     lowest, last = history.lowest(KID), history.last("Loss/D/loss")
     assert str(lowest) == "2.5 at kimg 1" and str(last) == "0.125 at kimg 4"
     assert history.last("Loss/G/loss") is history.lowest("Loss/G/loss") is None
+
+
+class Counted(tuple[Any, ...]):
+    """Rows that know how often all were read."""
+
+    times = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        return super().__iter__()
+
+
+def test_all_curves_are_read_in_one_pass(tmp_path):
+    """A run of days has a hundred thousand rows."""
+    lines = [json.dumps({"cur_nimg": at, "Loss/D/loss": at + 1.5, KID: 1.0}) for at in range(9)]
+    history = read_history(a_run(tmp_path / "run", *lines))
+    first, last = (list(history.rows[at]) for at in (0, -1))
+    assert all(one is other for one, other in zip(first, last, strict=True)), "each row holds its own names"
+    history = replace(history, rows=Counted(history.rows))
+    panels = panels_of([history])
+    assert len(panels) == 1 and history.series(KID) == ([at / 1000 for at in range(9)], [1.0] * 9)
+    assert history.lowest(KID) and history.last("Loss/D/loss") and history.rows.times == 1
 
 
 def test_a_selection_is_its_trials_in_the_order_of_their_values(tmp_path):
