@@ -28,11 +28,12 @@ _TO_THE_STEP = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM)
 
 def main() -> None:
     console.take()
-    _Launcher("USR1", "USR2")
-    if os.environ.get("SHARDGAN_NODE"):  # node.sh ignored them, but container runtimes reset that
-        for number in _TO_THE_STEP:
-            signal.signal(number, signal.SIG_IGN)
-    sys.exit(_launch())
+    launcher = _Launcher("USR1", "USR2")
+    if not os.environ.get("SHARDGAN_NODE"):
+        sys.exit(launcher.after(_launch()))
+    for number in _TO_THE_STEP:  # node.sh ignored them, but container runtimes reset that
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(_launch())  # srun ends all nodes if one has another status than 0
 
 
 def launch_from_here(command: Sequence[str], environment: Mapping[str, str], stop_signal: str) -> int:
@@ -48,7 +49,7 @@ def launch_from_here(command: Sequence[str], environment: Mapping[str, str], sto
     status = _launch()
     if status in (stop.INTERRUPTED, stop.TERMINATED):
         _stopped_early(status)
-    return stop.INTERRUPTED if status == 0 and launcher.interrupted else status
+    return launcher.after(status)
 
 
 def _stopped_early(status: int) -> NoReturn:
@@ -105,6 +106,10 @@ class _Launcher:
         stop.StopSignals(*further, on_stop=self._stop, on_kill=_kill_descendants, on_tick=self._pass_on)
         stop.hold()  # pending for the training processes until they handle them
         os.environ[stop.LAUNCHER] = str(os.getpid())
+
+    def after(self, status: int) -> int:
+        """Exit status after the training processes, whose own says nothing of a Ctrl-C: they have saved."""
+        return stop.INTERRUPTED if status == 0 and self.interrupted else status
 
     @property
     def interrupted(self) -> bool:
