@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+from omegaconf.errors import OmegaConfBaseException
+
 from launch.select.candidates import grid, is_range, shortest
 from launch.select.choice import LAMBDA
 from pipeline.config import Config, UserError
+from pipeline.config_layers import from_yaml
 
 _DECADE = 10.0  # HIGH / LOW from which on a range is searched in log
 _DIGITS = 4  # of a proposed value
@@ -53,8 +57,13 @@ class Axis:
         return str(value)
 
     def read(self, written: str) -> Any:
-        """The other way round; None for what does not lie in it, as λ = 0 in a range in log."""
-        return written if written in self.values else None
+        """The other way round, however it is written; None for what does not lie in it, as λ = 0 in a range
+        in log."""
+        return next((value for value in self.values if _meaning(value) == _meaning(written)), None)
+
+    def spelled(self, written: str) -> str:
+        """A value as it stands in the list, if it does."""
+        return self.read(written) or written
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,9 @@ class Range(Axis):
             return None
         return value if self.low <= value <= self.high else None
 
+    def spelled(self, written: str) -> str:
+        return written
+
 
 def axes_of(texts: Sequence[str], base: Config) -> list[Axis]:
     """Axes of --grid, KEY=LOW..HIGH or KEY=V1,V2,… each.
@@ -126,7 +138,11 @@ def _axis(text: str, base: Config) -> Axis:
     key, _, values = (part.strip() for part in text.partition("="))
     if not (key and is_range(values)):
         listed = [next(iter(arm.values.items())) for arm in grid([text])]
-        return Axis(listed[0][0], tuple(value for _, value in listed))
+        axis = Axis(listed[0][0], tuple(value for _, value in listed))
+        for value in axis.values:
+            if (other := axis.read(value)) != value:
+                raise UserError(f"--grid {text}: {other} and {value} are the same. Leave one of them out.")
+        return axis
     written = values.split("..", 1)
     try:
         low, high = map(float, written)
@@ -137,6 +153,14 @@ def _axis(text: str, base: Config) -> Axis:
     whole = all(re.fullmatch(r"[+-]?\d+", end) for end in written)
     now = _lookup(key, base)
     return Range(key, (), low, high, whole and isinstance(now, int) and not isinstance(now, bool))
+
+
+def _meaning(written: str) -> object:
+    """[0, 0.99] and [0.0,0.99] are one value, and so are True and true."""
+    try:
+        return from_yaml(f"[{written}]")
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return written
 
 
 def _lookup(key: str, base: Config) -> Any:

@@ -87,15 +87,19 @@ class Search:
         size = min(self.batch, self.count - len(self.candidates))
         found = [] if self.candidates or not any(axis.penalty for axis in self.axes) else [self._without()]
         if size > len(found):
-            found += self._ask(rows, size - len(found), {arm.name for arm in (*self.candidates, *found)})
+            found += self._ask(rows, size - len(found), [*self.candidates, *found])
         return found[: max(0, size)]
 
     def _without(self) -> Arm:
         """λ = 0, and the config's own values of all else."""
         return arm_of({axis.key: "0" if axis.penalty else self.own[axis.key] for axis in self.axes})
 
-    def _ask(self, rows: Sequence[Row], count: int, known: set[str]) -> list[Arm]:
-        """So many candidates that are new; fewer if there are no more."""
+    def _spelled(self, arm: Arm) -> tuple[str, ...]:
+        """Its values as the lists have them."""
+        return tuple(axis.spelled(arm.values[axis.key]) for axis in self.axes)
+
+    def _ask(self, rows: Sequence[Row], count: int, known: Sequence[Arm]) -> list[Arm]:
+        """So many candidates that are not `known`; fewer if there are no more."""
         optuna = require("optuna", "search", "--search tpe")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         seed = int(np.random.SeedSequence([self.seed, len(self.candidates)]).generate_state(1)[0])
@@ -108,11 +112,12 @@ class Search:
         for params, score in self._scored(rows):
             study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=score))
         found: list[Arm] = []
+        taken = set(map(self._spelled, known))
         for _ in range(_ATTEMPTS * count):
             params = study.ask(space).params
             arm = arm_of({axis.key: axis.written(params[axis.key]) for axis in self.axes})
-            if arm.name not in known:
-                known.add(arm.name)
+            if (values := self._spelled(arm)) not in taken:
+                taken.add(values)
                 found.append(arm)
             if len(found) == count:
                 break
@@ -143,7 +148,7 @@ def search(
     for axis in axes:
         for end in axis.ends:
             load(config, [*settings, f"{axis.key}={end}"])
-    own = {axis.key: own_value(axis.key, base) or axis.ends[0] for axis in axes}
+    own = {axis.key: axis.spelled(own_value(axis.key, base) or axis.ends[0]) for axis in axes}
     folder = Path(base.run.out) / str(base.run.name)
 
     def trials_of(candidates: Sequence[Arm]) -> list[Trial]:

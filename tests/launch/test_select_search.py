@@ -134,6 +134,19 @@ def test_other_keys_are_the_config_s_own_without_penalty(searching):
     assert all(1e-4 <= float(candidate["optim.G.lr"]) <= 1e-2 for candidate in rest)
 
 
+def test_a_value_written_otherwise_is_not_tried_again(searching):
+    """The config's own is false; and a search of an earlier version may have begun with it so written."""
+    ranges = ("G.checkpoint=False,True", "penalty.l2=0,1", "G.width=8..9")
+    found = searching(ranges, count=9, jobs=1, score=lambda trial: 1.0)
+    assert len(proposed(found)) == 8 and proposed(found)[0]["G.checkpoint"] == "False"
+    begun = [{"G.checkpoint": "false", "penalty.l2": "0", "G.width": "8"}]
+    (found.folder.parent / "earlier").mkdir()
+    content = json.dumps({"at_once": 1, "candidates": begun})
+    (found.folder.parent / "earlier" / "search.json").write_text(content)
+    earlier = proposed(searching(ranges, count=9, jobs=1, score=lambda trial: 1.0, name="earlier"))
+    assert len(earlier) == 8 and {"G.checkpoint": "False", "penalty.l2": "0", "G.width": "8"} not in earlier
+
+
 def test_a_search_ends_when_there_is_nothing_else(searching):
     found = searching(("G.width=4..5", "D.norm=none,group"), count=9, score=lambda trial: 1.0)
     assert len(proposed(found)) == len({tuple(c.values()) for c in proposed(found)}) == 4
@@ -181,6 +194,7 @@ def test_a_range_of_a_decade_is_searched_in_log(tmp_path, text, log, whole):
         (("penalty.l2=1e-1..1e-6",), "LOW < HIGH"),
         (("penalty.l2=1..1e999",), "LOW < HIGH"),
         (("penalty.l2=0,1",), "--search needs a range"),
+        ((*RANGE, "optim.G.betas=[0,0.99],[0.0,0.99]"), r"\[0,0.99\] and \[0.0,0.99\] are the same"),
         ((*RANGE, *RANGE), "each key once"),
         (("penalty.l3=0..1",), "no such key"),
         (("D.dropout=0.5..2",), "D.dropout"),
