@@ -20,11 +20,13 @@ from pipeline.run.rows import rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PICTURES = ("curve.png", "weights.png", "grid.png", "learning.png", "search.png")
 _LETTERS = 190  # of names beside each other
 
 
 def draw(folder: Path, table: ScoreTable) -> list[Path]:
-    """Each with what it takes: grid.png two keys, learning.png scores along the way, search.png a search.
+    """Each with what it takes: grid.png two keys, learning.png scores along the way, search.png a search. An
+    earlier one, of what is no longer there, is removed.
 
     Returns what was written. Raises UserError if it cannot be.
     """
@@ -38,6 +40,9 @@ def draw(folder: Path, table: ScoreTable) -> list[Path]:
     for path, figure in pictures.items():
         figure.savefig(png := BytesIO(), format="png")
         files.write(path, png.getvalue())
+    for name in PICTURES:
+        if folder / name not in pictures:
+            (folder / name).unlink(missing_ok=True)
     return list(pictures)
 
 

@@ -16,7 +16,7 @@ from launch.select.search import Search
 from launch.select.trials import LaunchOptions, Trial
 from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
-from pipeline.run.page.document import write_beside
+from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.stop import INTERRUPTED
 from pipeline.wording import counted
 
@@ -176,7 +176,7 @@ class Selection:
         table.write(self.folder, found, self.base, self.trials)
         written = [self.folder / "table.json"]
         if found.choice is None:
-            (self.folder / "best.yaml").unlink(missing_ok=True)  # of an earlier choice
+            self._withdraw()
         else:
             written += verdict.write(self.folder, found, self.trials, *self.given)
         self.say(verdict.terminal(found))
@@ -184,6 +184,14 @@ class Selection:
             written += [*plots.draw(self.folder, found), *filter(None, [write_beside(self.folder)])]
             self.say("\n".join(map(str, written)))
         return found
+
+    def _withdraw(self) -> None:
+        """Remove what an earlier choice has left, as nothing is chosen now."""
+        names = ("best.yaml", "report.md", *plots.PICTURES, PAGE)
+        if there := [path for name in names if (path := self.folder / name).exists()]:
+            for path in there:
+                path.unlink()
+            self.say(f"The earlier choice is withdrawn. Removed: {', '.join(path.name for path in there)}")
 
 
 def _nothing(found: ScoreTable, logs: Path) -> str:

@@ -74,11 +74,26 @@ def test_an_outdated_choice_is_withdrawn(tmp_path):
     mine.collect()
     best = tmp_path / "mine" / "best.yaml"
     assert config.load(best).penalty.D.l2 == 1
+    of_the_choice = {"report.md", "report.html", "curve.png", "weights.png"}
+    assert of_the_choice <= {path.name for path in (tmp_path / "mine").iterdir()}
     for trial in trials[1::2]:
         shutil.rmtree(trial.folder)
     mine.collect()
     assert json.loads((tmp_path / "mine" / "table.json").read_text())["chosen"] is None
     assert not best.exists() and "Not done: 2 trials, which may change the choice." in said[-1]
+    assert not of_the_choice & {path.name for path in (tmp_path / "mine").iterdir()}
+    assert any("is withdrawn. Removed: best.yaml, report.md, " in line for line in said)
+
+
+def test_a_picture_of_what_is_no_longer_there_is_removed(tmp_path):
+    """A page would show it."""
+    for grid, pictures in ((("G.z_dim=16,32", "penalty.l2=0,1"), 3), (("G.z_dim=16", "penalty.l2=0,1"), 2)):
+        base, trials = selection(tmp_path, grid=grid)
+        for trial in trials:
+            finish(trial)
+        given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+        Selection(base, trials, LaunchOptions(), given, lambda _: None, PAIRED).collect()
+        assert len([*(tmp_path / "mine").glob("*.png")]) == pictures
 
 
 @pytest.fixture
