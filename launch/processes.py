@@ -65,6 +65,11 @@ def check_world(strategy: str, procs: int) -> None:
     check_gpus(procs)
 
 
+def check_compiling(strategy: str) -> None:
+    """Raises UserError for what --compile cannot compile, or not on this machine."""
+    check_compilation(Compilation("inductor"), strategy, 1, on_gpu())
+
+
 def parse_strategies(strategies: str) -> list[str]:
     """Strategies from a comma list. Raises UserError for an unknown one."""
     names = [name.strip() for name in strategies.split(",") if name.strip()]
@@ -85,7 +90,7 @@ def training(
     environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
     module = ["pipeline.train", *arguments]
     if compiled:
-        check_compilation(Compilation("inductor"), strategy, 1, on_gpu())
+        check_compiling(strategy)
         # Accelerate's option sets it too, except for DeepSpeed.
         environment["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
     if strategy == "single":

@@ -48,6 +48,7 @@ from pipeline.config import UserError
     "--procs", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of each trial."
 )
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Compile each trial, as in `shardgan train`.")
 @click.option("--slurm", is_flag=True, help="Trials as a Slurm job array, --jobs at once, each on one node.")
 @click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="Of a --slurm trial.")
 @click.option("--time", "limit", help="Of one stretch of a --slurm trial, which requeues itself until done.")
@@ -74,6 +75,7 @@ def select(
     strategy: str,
     procs: int,
     mixed_precision: str,
+    compiled: bool,
     slurm: bool,
     gpus: int,
     limit: str | None,
@@ -102,7 +104,7 @@ def select(
     check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
-    launch, searched = LaunchOptions(strategy, procs, mixed_precision), None
+    launch, searched = LaunchOptions(strategy, procs, mixed_precision, compiled), None
     if search and count:
         base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
         found, rule = searched.read(), SEARCHED

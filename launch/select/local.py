@@ -122,7 +122,9 @@ class _Crew:
     def _call(self, trial: Trial, log: Path, share: dict[str, str]) -> int:
         """Train in a process of its own; returns its exit status."""
         how = self._launch
-        line, environment = training(how.strategy, how.procs, how.precision, list(trial.arguments))
+        line, environment = training(
+            how.strategy, how.procs, how.precision, list(trial.arguments), how.compiled
+        )
         environment |= share
         for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # or all trials would be one run there, or look like one
             environment.pop(name, None)

@@ -54,6 +54,7 @@ def submit(
         cpus=launch.procs * (1 + todo[0].config.data.workers),
         strategy=launch.strategy,
         precision=launch.precision,
+        compiled=launch.compiled,
     )
     command = [word for word in sys.argv[1:] if word != "--slurm"]
     sizes = [len(todo), *later]

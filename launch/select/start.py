@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from launch.processes import check_space
+from launch.processes import check_compiling, check_space
 from launch.select import files
 from launch.select.local import shares
 from launch.select.ranges import Axis
@@ -20,6 +20,7 @@ from pipeline.data.plan import split_of
 from pipeline.data.stream import check_images
 from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.compilation import check_compiled
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import reference_of
 from pipeline.run.images import Images, images_of
@@ -39,6 +40,7 @@ def common(
         "strategy": launch.strategy,
         "procs": launch.procs,
         "precision": launch.precision,
+        "compiled": launch.compiled,
     }
 
 
@@ -64,13 +66,17 @@ def write_common(folder: Path, now: dict[str, Any]) -> None:
 def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: int | None) -> None:
     """Refuse, once, what would end every trial. Raises UserError.
 
-    jobs: trials at a time on this machine; None: on others. An arm whose networks cannot be built is refused
-    only if all are alike: else it is tried, and reported as failed.
+    jobs: trials at a time on this machine; None: on others, which may compile what this one cannot. An arm
+    whose networks cannot be built is refused only if all are alike: else it is tried, and reported as failed.
     """
     todo = [trial for trial in trials if not trial.done]
+    if launch.compiled:
+        check_compiled(launch.strategy)
     if todo:
         if jobs is not None:
             shares(launch, min(jobs, len(todo)))
+            if launch.compiled:
+                check_compiling(launch.strategy)
         for trial in todo:
             try:
                 batch_shape(trial.config.data, launch.procs)

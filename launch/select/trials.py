@@ -58,6 +58,7 @@ class LaunchOptions:
     strategy: str = "single"
     procs: int = 1
     precision: str = "no"
+    compiled: bool = False
 
 
 def refuse(subject: str, changes: Iterable[str], remedy: str = "Set these as before") -> None:

@@ -9,13 +9,25 @@ import time
 
 import pytest
 import torch
-from selections import finish, selection
+from click.testing import CliRunner
+from selections import CONFIG, finish, selection
 
+from launch import processes
 from launch.select import local as select_local
+from launch.select import select
+from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions
 from pipeline.config import UserError
 from pipeline.lock import LockLostError, take
 from pipeline.run.stop import StopSignals
+
+
+class Ended:
+    """In the place of a training."""
+
+    def wait(self) -> int:
+        return 0
+
 
 WRITES = "import json, os; print(json.dumps(dict(os.environ)))"
 
@@ -68,6 +80,26 @@ def test_what_begins_is_shown_and_each_is_a_run_of_its_own(tmp_path, cores, monk
     assert not any("WANDB_RUN_ID" in one for one in seen)
     assert {one["CUDA_VISIBLE_DEVICES"] for one in seen} == {"0", "1"}
     assert {one["OMP_NUM_THREADS"] for one in seen} == {"4"}
+
+
+def test_the_command_says_how_each_trial_is_launched(tmp_path, cores, monkeypatch):
+    """As one process, and as several; and as a job of Slurm."""
+    monkeypatch.setattr(processes, "check_compiling", lambda _: None)
+    found: list[Selection] = []
+    launched: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(Selection, "train", lambda self, _: found.append(self))
+    monkeypatch.setattr(select_local, "start", lambda *how, **_: launched.append(how) or Ended())
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    given = [str(tmp_path / "job.yaml"), f"run.out={tmp_path}", "--grid", "penalty.l2=0,1"]
+    for how in ([], ["--procs", "2", "--strategy", "ddp"]):
+        found.clear()
+        launched.clear()
+        CliRunner().invoke(select, [*given, "--compile", "--mixed_precision", "bf16", *how])
+        select_local.train(found[0].trials[:1], found[0].launch, 1, tmp_path, str, lambda *_: None)
+        ((line, environment),) = launched
+        assert environment["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+        assert ("--dynamo_backend inductor" in " ".join(line)) == bool(how)
+        assert "bf16" in (line if how else environment["ACCELERATE_MIXED_PRECISION"])
 
 
 def test_what_does_not_compare_ends_all_at_once(tmp_path, monkeypatch):

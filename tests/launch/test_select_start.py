@@ -62,6 +62,7 @@ def test_what_all_trials_share_is_written_and_compared(tmp_path):
     select_start.write_common(tmp_path / "mine", select_start.common(trials, one))
     assert json.loads((tmp_path / "mine" / "selection.json").read_text()) == {
         "candidates": ["--grid penalty.l2"], "strategy": "single", "procs": 1, "precision": "no",
+        "compiled": False,
     }  # fmt: skip
     _, grown = selection(tmp_path, grid=["penalty.l2=0,1,2,3"])
     select_start.check_common(tmp_path / "mine", select_start.common(grown, one))
@@ -70,6 +71,7 @@ def test_what_all_trials_share_is_written_and_compared(tmp_path):
     for these, launch, what in [
         (trials, LaunchOptions("ddp", 2), "strategy: single → ddp; procs: 1 → 2"),
         (trials, LaunchOptions(precision="bf16"), "precision: no → bf16"),
+        (trials, LaunchOptions(compiled=True), "compiled: False → True"),
         (other, one, "candidates: .*penalty.l2.* → .*penalty.l1"),
         (named, one, "candidates: .*--grid penalty.l2.* → .*--arms"),
     ]:
@@ -145,6 +147,7 @@ def test_scores_against_other_images_are_refused_at_the_start(tmp_path, changed,
         ("D.kind=nowhere:Nothing", LaunchOptions(), "nowhere"),
         ("data.size=32", LaunchOptions(), "28"),
         ("data.batch_size=16", LaunchOptions("ddp", 3), "penalty.l2=0: .*cannot be divided"),
+        ("data.batch_size=16", LaunchOptions("zero3", 2, compiled=True), "zero3 cannot be compiled"),
         ("score.features=nothing", LaunchOptions(), "no such features"),
         ("run.out=/proc/nowhere", LaunchOptions(), "/proc .*run.out to another"),
     ],
