@@ -17,6 +17,8 @@ from pipeline.run.rows import Row, rows
 from pipeline.run.tracker import Announce, Tracker, open_tracker
 from pipeline.run.wandb_files import recall
 
+_AT_ONCE = 1000  # calls; far more, as a run of many ticks has, would look as if W&B did not take them
+
 
 def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
     """Send all of metrics.jsonl and samples/ up to cur_nimg, in the order in which it was first sent."""
@@ -25,9 +27,11 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
         (nimg, partial(tracker.image, chart, path, nimg, caption(nimg)))
         for nimg, chart, path in _pictures(folder)
     ]
-    for nimg, call in sorted(calls, key=itemgetter(0)):  # of one step, the row before the pictures
-        if nimg <= cur_nimg:
-            call()
+    calls = sorted((c for c in calls if c[0] <= cur_nimg), key=itemgetter(0))  # rows before their pictures
+    for number, (_, call) in enumerate(calls, 1):
+        call()
+        if number % _AT_ONCE == 0:
+            tracker.pause()
 
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:

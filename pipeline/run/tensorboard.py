@@ -61,6 +61,9 @@ class TensorBoard(Tracker):
     def alert(self, title: str, text: str) -> None:
         self._other.alert(title, text)
 
+    def pause(self) -> None:
+        self._other.pause()
+
     def finish(self) -> None:
         self._try(EventFile.close)
         self._events = None

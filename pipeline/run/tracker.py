@@ -42,7 +42,7 @@ _X_AXIS = "Progress/kimg"
 class Tracker:
     """Where charts and pictures go. This one tracks nothing: where tracking is off or failed.
 
-    No method raises or waits for W&B.
+    No method raises, and but for `pause` and `finish` none waits for W&B.
     """
 
     def __init__(self, run_id: str | None = None) -> None:
@@ -61,6 +61,9 @@ class Tracker:
 
     def alert(self, title: str, text: str) -> None:
         """A message that W&B mails or posts to whoever subscribed."""
+
+    def pause(self) -> None:
+        """Wait, in bounded time, until what was given is taken: between many calls at once."""
 
     def finish(self) -> None:
         """Send what is left, in bounded time. Call it on every way out; later calls do nothing."""
@@ -154,6 +157,12 @@ class WandbTracker(Tracker):
 
     def alert(self, title: str, text: str) -> None:
         self._later(lambda run: run.alert(title[:63], text, level="WARN"))
+
+    def pause(self) -> None:
+        taken = threading.Event()
+        self._later(lambda _: taken.set())
+        if self._open and not self._failed and not taken.wait(_FINISH_S) and not self._failed:
+            self._fail(TimeoutError(f"it takes nothing for {_FINISH_S:g} s"))
 
     def finish(self) -> None:
         if not self._open:

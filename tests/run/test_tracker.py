@@ -9,13 +9,16 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from pipeline.config import Config, load
 from pipeline.run import tracker as tracker_module
+from pipeline.run.resend import resend
 from pipeline.run.tracker import Tracker, WandbTracker, open_tracker
+from pipeline.run.wandb_files import Tracked
 from pipeline.run.wandb_mode import choose_mode, public
 from tests.wandb_offline import offline_runs
 
@@ -167,6 +170,28 @@ def test_a_failure_later_on_is_one_line_and_then_silence(tmp_path):
     tracker.log({"a": 1.0}, 2)
     tracker.finish()
     assert len(said) == 2 and said[1].startswith("W&B has stopped, training continues without it: ")
+
+
+def test_a_run_of_many_ticks_is_sent_at_the_speed_that_wandb_takes_it(tmp_path, monkeypatch):
+    """Else each start would give up, as too much waits."""
+    pausing, paused, steps, said = WandbTracker.pause, threading.Event(), [], []
+
+    def pause(self: WandbTracker) -> None:
+        paused.set()
+        pausing(self)
+
+    def log(_: dict[str, float], step: int) -> None:
+        paused.wait()
+        steps.append(step)
+
+    monkeypatch.setattr(WandbTracker, "pause", pause)
+    monkeypatch.setattr(tracker_module, "_MOST_PENDING", 1500)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"cur_nimg": {at}, "x": 1}}\n' for at in range(5000)))
+    run = SimpleNamespace(log=log, finish=lambda: None, offline=False, url="", dir="")
+    tracker = WandbTracker(run, Tracked("id", online=True, has=-1), tmp_path, said.append)
+    resend(tmp_path, tracker, 4500)
+    tracker.finish()
+    assert steps == list(range(4501)) and not said
 
 
 def test_passwords_in_urls_stay_here(tmp_path):
