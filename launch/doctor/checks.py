@@ -18,7 +18,7 @@ from launch.processes import ACCELERATE_FILES, default_procs, on_gpu, shards
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import Compilation, check_compilation
-from pipeline.parallel.launched import arithmetic
+from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
 
@@ -102,8 +102,11 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
         copies = f" of {job.world // job.shards} x {job.shards} ranks" if job.strategy == "hsdp" else ""
-        precision = arithmetic(job.precision, torch.device("cuda" if gpus else "cpu"))
+        device = torch.device("cuda" if gpus else "cpu")
+        precision = arithmetic(job.precision, device)
         yield ok("launcher", f"{job.strategy}{copies}, precision {precision}: {path.name}")
+        if job.nodes == 1 and job.machine == Machine() and (slow := emulated(job.precision, device)):
+            yield warning("precision", slow, "Unless another machine is meant.")
 
 
 def _undivided(job: Job) -> str:

@@ -20,6 +20,11 @@ from pipeline.parallel.zero_settings import read_settings
 Strategy = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
 _ZERO: dict[int, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+# A CPU's instructions for it, on x86 and ARM, as torch.cpu names them.
+_INSTRUCTIONS = {
+    "bf16": ("amx_bf16", "avx512_bf16", "bf16"),
+    "fp16": ("amx_fp16", "avx512_fp16", "fp16_arith"),
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,18 @@ def arithmetic(precision: str, device: torch.device) -> str:
     if convolutions.fp32_precision != "tf32" or os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         return precision
     return f"{precision} (float32, convolutions in TF32 unless NVIDIA_TF32_OVERRIDE=0)"
+
+
+def emulated(precision: str, device: torch.device) -> str:
+    """What to know of a precision that this CPU computes without instructions for it; empty for others.
+
+    On a CPU with AVX2 alone, networks of configs/ take 7 to 13 times as long in bf16 as in float32
+    (`python tests/benchmarks/low_precision.py CONFIG …`).
+    """
+    names = _INSTRUCTIONS.get(precision)
+    if device.type != "cpu" or names is None or any(torch.cpu.get_capabilities().get(n) for n in names):
+        return ""
+    return f"{precision} is slow on this CPU, which has no instructions for it: omit --mixed_precision"
 
 
 def launcher_store(timeout: timedelta) -> Store:

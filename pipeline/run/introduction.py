@@ -8,7 +8,7 @@ from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.gan import compatible
 from pipeline.parallel.batch_norm import has_batch_norm
-from pipeline.parallel.launched import arithmetic
+from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.wording import counted, in_time
@@ -36,6 +36,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, "
         f"precision {arithmetic(ranks.precision, ranks.device)}; "
         f"a batch of {gan.D.batch}",
+        *([f"  note: {slow}"] if (slow := emulated(ranks.precision, ranks.device)) else ()),
         *([f"  {ranks.compilation}: first updates take longer"] if ranks.compilation else ()),
         *(f"  {line}" for line in remarks(index, data)),
         *(f"  {line}" for line in _of_latents(data)),

@@ -16,7 +16,7 @@ from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
-from pipeline.parallel.launched import arithmetic
+from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.parallel.zero import ZeroEngine
 from pipeline.run import reals
@@ -87,6 +87,23 @@ def test_a_run_says_where_float32_is_not(
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
     said = arithmetic(precision, torch.device(device))
     assert said.startswith(precision) and ("TF32" in said) is tf32
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "has", "said"),
+    [
+        ("bf16", "cpu", {"avx2": True, "avx512_bf16": False}, True),
+        ("bf16", "cpu", {"avx2": True, "avx512_bf16": True}, False),
+        ("bf16", "cpu", {"neon": True, "bf16": True}, False),
+        ("fp16", "cpu", {"avx512_bf16": True}, True),
+        ("no", "cpu", {}, False),
+        ("bf16", "cuda", {}, False),
+    ],
+)
+def test_a_run_says_that_its_precision_is_slow_on_this_cpu(monkeypatch, precision, device, has, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    text = emulated(precision, torch.device(device))
+    assert bool(text) is said and (not said or text.startswith(f"{precision} is slow on this CPU"))
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
