@@ -20,7 +20,7 @@ from pipeline.run.curves import wrapped
 from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
-from pipeline.run.images import images_of
+from pipeline.run.images import images_of, made_at_once
 from pipeline.run.panels import far_apart
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ def _images(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:
     except (OSError, ValueError, SafetensorError):
         return None
     z, c = Draws(0, config.G.z_dim, state.label_frequencies).grid(shape[0] * shape[1])
-    images = images_of(config.data, _CPU)
-    return tile(from_latents(G, z, c, _CPU, images)(0, len(z)), shape[0])
+    images, at_once = images_of(config.data, _CPU), made_at_once(config.data.size, config.data.batch_gpu)
+    return tile(from_latents(G, z, c, _CPU, images, at_once)(0, len(z)), shape[0])
 
 
 def _reals(row: Row, shape: tuple[int, int]) -> NDArray[np.uint8] | None:

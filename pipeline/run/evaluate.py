@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.gan.draws import Draws
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.features import Extractor
-from pipeline.run.images import PLAIN, Images
+from pipeline.run.images import MADE_AT_ONCE, PLAIN, Images
 from pipeline.run.metrics import METRICS
 from pipeline.run.references import References
 from pipeline.run.scores import FUNCTIONS, frechet
@@ -80,16 +81,20 @@ def from_latents(
     c: Tensor | None,
     device: torch.device,
     images: Images = PLAIN,
+    at_once: int = MADE_AT_ONCE,
 ) -> Generate:
     """Images of a whole G on `device` from fixed latents z [n, z_dim] and labels c [n].
 
-    images: makes them of what G makes.
+    images: makes them of what G makes. at_once: how many G makes in one pass (`made_at_once`).
     """
 
     @torch.no_grad()
     def generate(start: int, count: int) -> Tensor:
         part = slice(start, start + count)
-        return images(G(z[part].to(device), None if c is None else c[part].to(device)))
+        labels = repeat(None) if c is None else torch.split(c[part], at_once)
+        pairs = zip(torch.split(z[part], at_once), labels, strict=False)
+        made = [G(some.to(device), None if of is None else of.to(device)) for some, of in pairs]
+        return images(torch.cat(made))
 
     return generate
 
@@ -102,27 +107,33 @@ def evaluate_generator(
     ranks: Ranks,
     metrics: Sequence[str],
     images: Images = PLAIN,
+    at_once: int = MADE_AT_ONCE,
 ) -> dict[str, float]:
     """`evaluate` for a whole G on `ranks.device`, with the same latents at every evaluation.
 
     With all training images and the features that FID is defined with, it adds `fid50k_full`, the number that
     papers report (Karras et al. 2020): 50,000 generated images against all training images.
     """
-    fakes = fixed_images(G, draws, len(real.heldout), ranks.device, images)
+    fakes = fixed_images(G, draws, len(real.heldout), ranks.device, images, at_once)
     found = evaluate(fakes, real, extractor, ranks, metrics)
     if extractor.canonical and "fd" in metrics and real.train is not None and real.all_of_train:
-        many = fixed_images(G, draws, FULL, ranks.device, images)
+        many = fixed_images(G, draws, FULL, ranks.device, images, at_once)
         features = _fake_features(many, FULL, extractor, ranks, batch=64)
         found["Metrics/fid50k_full"] = frechet(real.train.to(features.device), features)
     return found
 
 
 def fixed_images(
-    G: nn.Module, draws: Draws, count: int, device: torch.device, images: Images = PLAIN
+    G: nn.Module,
+    draws: Draws,
+    count: int,
+    device: torch.device,
+    images: Images = PLAIN,
+    at_once: int = MADE_AT_ONCE,
 ) -> Generate:
     """Images for scores: of the same latents and labels at every evaluation of a run."""
     drawn = draws.fixed("score", count)
-    return from_latents(G, drawn.z, drawn.c, device, images)
+    return from_latents(G, drawn.z, drawn.c, device, images, at_once)
 
 
 def _fake_features(generate: Generate, images: int, extractor: Extractor, ranks: Ranks, batch: int) -> Tensor:

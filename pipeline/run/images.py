@@ -15,6 +15,8 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.plugins import import_class, reason
 from pipeline.run.features import digest_of
 
+MADE_AT_ONCE = 64  # images by G, outside of updates, if they are no larger than …
+_PIXELS = 256**2
 _AT_ONCE = 8  # latents decoded: an image is much larger, and so are its activations
 
 
@@ -78,6 +80,12 @@ class FirstChannels(Images):
 
 
 PLAIN = Images()
+
+
+def made_at_once(size: int, batch_gpu: int | None = None) -> int:
+    """How many images of this size G is to make at once, outside of updates: no more than in them, and fewer
+    large ones. 64 of 1024 px by stylegan2 would take 95 GB."""
+    return max(1, min(MADE_AT_ONCE, batch_gpu or MADE_AT_ONCE, MADE_AT_ONCE * _PIXELS // size**2))
 
 
 def images_of(data: Data, device: torch.device) -> Images:

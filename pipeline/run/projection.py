@@ -25,6 +25,7 @@ from pipeline.gan.images import to_float, to_uint8
 from pipeline.gan.truncation import Mapped
 from pipeline.parallel.seeding import seed_generators
 from pipeline.run.features import EfficientNetLite0
+from pipeline.run.images import made_at_once
 
 STEPS = 400
 CANDIDATES = 1024  # random z to choose starts from, or one for each class if there are more
@@ -33,7 +34,6 @@ _SHOWN = (0.03, 0.08, 0.2)  # shares of the steps after which `Projection.way` h
 _RATE, _RISE, _FALL = 0.2, 0.05, 0.25  # Adam's, in standard deviations of the latent; shares of the steps
 _NOISE, _NOISY = 0.05, 0.75  # in w, as a share of its distance from the mean; share of the steps
 _MEAN_OF = 1000  # z of each class whose w are averaged
-_BATCH = 64  # images made at once
 _FEATURES = 0.05  # weight of the distance of features beside that of pixels
 # Pixels. The features are of 96 x 96: of smaller images they would mostly describe the resizing. At
 # 28 px they made a step 40 times as slow and the error of the pixels larger by a sixth.
@@ -98,7 +98,8 @@ class Projector:
         """The distance of all images [n, C, H, W] from what is made of all starts, [n, m]."""
         wanted = [self._distance.embed(to_float(image[None].to(self._device))) for image in images]
         found = []
-        for part in torch.split(torch.arange(len(self._space.starts), device=self._device), _BATCH):
+        starts = torch.arange(len(self._space.starts), device=self._device)
+        for part in torch.split(starts, made_at_once(images.shape[-1])):
             made = self._distance.embed(self._space.make(*self._space.start(part)))
             found.append(torch.stack([(made - one).square().sum(1) for one in wanted]))
         return torch.cat(found, dim=1)

@@ -18,7 +18,7 @@ from pipeline.gan.draws import Draws
 from pipeline.gan.truncation import Truncated
 from pipeline.run.evaluate import from_latents
 from pipeline.run.features import digest_of_weights
-from pipeline.run.images import images_of
+from pipeline.run.images import images_of, made_at_once
 
 BATCH = 64  # images made at once
 LARGEST_SEED = 2**32 - 1
@@ -43,6 +43,7 @@ class Sampler:
         self.frequencies = None if frequencies is None else list(frequencies)
         self.names = tuple(names or map(str, range(len(frequencies or ()))))
         self._decode = images_of(config.data, self.device)
+        self._at_once = made_at_once(config.data.size, config.data.batch_gpu)
 
     @property
     def made_of(self) -> dict[str, str]:
@@ -81,7 +82,7 @@ class Sampler:
         """
         G: Callable[[Tensor, Tensor | None], Tensor]
         G = self.G if truncation == 1 else Truncated(self.G, truncation)
-        make = from_latents(G, z, c, self.device, self._decode)
+        make = from_latents(G, z, c, self.device, self._decode, self._at_once)
         return (make(start, min(BATCH, len(z) - start)).cpu() for start in range(0, len(z), BATCH))
 
     def sample(

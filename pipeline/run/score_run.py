@@ -24,7 +24,7 @@ from pipeline.run.checkpoint import Wanted
 from pipeline.run.evaluate import evaluate_generator
 from pipeline.run.export import load_generator
 from pipeline.run.features import Extractor, load_features
-from pipeline.run.images import images_of
+from pipeline.run.images import images_of, made_at_once
 from pipeline.run.metrics import METRICS
 from pipeline.run.references import references
 from pipeline.run.report import say
@@ -95,7 +95,8 @@ def _scores(
     with shown(extractor.to(ranks.device), score):
         real = references(config, extractor, index, ranks, images)
         draws = Draws(config.run.seed, config.G.z_dim, state.label_frequencies)
-        found = evaluate_generator(G.to(ranks.device), draws, real, extractor, ranks, score.metrics, images)
+        scored = G.to(ranks.device), draws, real, extractor, ranks, score.metrics, images
+        found = evaluate_generator(*scored, made_at_once(data.size, data.batch_gpu))
         return found, real.fingerprints
 
 

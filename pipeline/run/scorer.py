@@ -16,7 +16,7 @@ from pipeline.run.evaluate import evaluate_generator
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import REFERENCE
 from pipeline.run.health import Health
-from pipeline.run.images import Images
+from pipeline.run.images import Images, made_at_once
 from pipeline.run.metrics import leading_chart
 from pipeline.run.references import keep_to, references
 from pipeline.run.report import Report
@@ -68,6 +68,7 @@ class Scorer:
                 self._ranks,
                 self._config.score.metrics,
                 self._images,
+                made_at_once(self._config.data.size, self._config.data.batch_gpu),
             )
         except _Interrupted:
             return None

@@ -35,7 +35,7 @@ from pipeline.run.evaluate import from_latents
 from pipeline.run.flags import Flags
 from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
-from pipeline.run.images import agreed_images
+from pipeline.run.images import agreed_images, made_at_once
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
@@ -132,7 +132,8 @@ class Session:
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:
         """A sample grid of G_ema, from the same latents every time; and the curves so far."""
-        make = from_latents(gan.G_ema.module(), *gan.draws.grid(GRID), self._ranks.device, self._images)
+        made = gan.G_ema.module(), *gan.draws.grid(GRID), self._ranks.device, self._images
+        make = from_latents(*made, made_at_once(self._config.data.size, self._config.data.batch_gpu))
         with self._off_the_clock("drawing samples"):
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws, cur_nimg)
             self._curves.draw_if_due()

@@ -8,7 +8,7 @@ from functools import partial
 from exact import killed_rank, parity, precision, resume
 from files import loader, saves
 from machine import Outcome, surroundings
-from updates import compiled, memory, no_waits, speed, step
+from updates import compiled, compiled_exact, memory, no_waits, speed, step
 
 Part = Callable[[], Outcome]
 
@@ -21,6 +21,7 @@ PARTS: dict[str, Part] = {
     "step": step,
     "speed": speed,
     "compiled": compiled,
+    "compiled-exact": compiled_exact,
     "precision-bf16": partial(precision, "bf16"),
     "precision-fp16": partial(precision, "fp16"),
     **{f"parity-{s}": partial(parity, s) for s in ("ddp", "fsdp2", "zero3", "zero2", "zero1", "hsdp")},

@@ -16,11 +16,16 @@ from machine import GPUS, ROOT, WORLD, Outcome, need
 
 if TYPE_CHECKING:
     from pipeline.parallel.compilation import Compilation
+    from pipeline.players import Gan
 
 SIZES = {  # published settings, at so many images per GPU
     "r3gan-cifar10": 64, "r3gan-ffhq64": 32, "r3gan-ffhq256": 8, "stylegan2-256": 8, "gat-b2": 32,
 }  # fmt: skip
 COMPILED = {"cifar10": 128, "resnet-64": 64, "stylegan2-256": 8, "gat-b2": 32}  # a family each
+EXACT = ("cifar10", "stylegan2-small")
+_BY_SGD = tuple(  # so that rounding is not enlarged to a step of Adam
+    f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "lr=1e-3", "decoupled_decay=0")
+)
 _WARM_UP = 4  # updates, in which everything is compiled, and recorded as a CUDA graph
 
 
@@ -167,9 +172,52 @@ def compiled() -> Outcome:
     return failures, figures
 
 
+def compiled_exact() -> Outcome:
+    """Compiled networks, and CUDA graphs of them, move as plain ones do, in full float32: the largest
+    difference, as a share of how far four updates move a player."""
+    from launch.selfcheck import parity
+    from pipeline.parallel.compilation import Compilation
+
+    parity.ieee()
+    ways = {"compiled": Compilation("inductor")}
+    ways |= {"CUDA graphs": Compilation("inductor", graphs=True)} if GPUS else {}
+    failures, figures = [], {}
+    for name in EXACT if GPUS else ("fashion-mnist",):
+        plain = _moves(name, None)
+        for way, how in ways.items():
+            found = _moves(name, how)
+            errors = {p: float((found[p] - move).norm() / move.norm()) for p, move in plain.items()}
+            figures[f"{name}, {way}"] = errors
+            failures += [
+                f"{name}, {way}: {p} moves otherwise, by {e:.0e}" for p, e in errors.items() if not e <= 0.01
+            ]
+    return failures, figures
+
+
+def _moves(name: str, how: Compilation | None) -> dict[str, torch.Tensor]:
+    """What four updates by SGD add to the weights of each player."""
+    gan, update = _pair(name, "no", 4, how, _BY_SGD)
+    engines = {"G": gan.G, "D": gan.D}
+    before = {player: [f.data.clone() for f in engine.fragments] for player, engine in engines.items()}
+    for turn in range(4):
+        update(turn * 4)
+    return {
+        player: torch.cat(
+            [(f.data - b).flatten() for f, b in zip(engine.fragments, before[player], strict=True)]
+        )
+        for player, engine in engines.items()
+    }
+
+
 def _update(name: str, kind: str, images: int, how: Compilation | None = None) -> Callable[..., object]:
     """An update of a published config on made-up images, in one process; given cur_nimg, or 0."""
+    return _pair(name, kind, images, how)[1]
 
+
+def _pair(
+    name: str, kind: str, images: int, how: Compilation | None = None, settings: tuple[str, ...] = ()
+) -> tuple[Gan, Callable[..., object]]:
+    """The players of `_update`, and it."""
     from pipeline.config import load
     from pipeline.data.stream import Batch
     from pipeline.parallel.batch import batch_shape
@@ -180,14 +228,17 @@ def _update(name: str, kind: str, images: int, how: Compilation | None = None) -
     from pipeline.step import train_step
 
     sizes = (f"data.batch_size={images}", "data.batch_gpu=null", "data.conditional=false")
-    config = load(str(ROOT / "configs" / f"{name}.yaml"), sizes)
+    config = load(str(ROOT / "configs" / f"{name}.yaml"), (*sizes, *settings))
     launch = Launch("single", kind, 0, 1, compilation=how)  # type: ignore[arg-type]
     ranks = Ranks(launch, timedelta(seconds=600))
     gan, stats = build(config, ranks, batch_shape(config.data, 1)), Stats(ranks.device)
     shape = (images, config.data.channels, config.data.size, config.data.size)
-    pixels = torch.randn(shape) if config.data.latents else torch.randint(0, 256, shape, dtype=torch.uint8)
+    same = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=same)
+    if config.data.latents:
+        pixels = torch.randn(shape, generator=same)
     batches = repeat(Batch(pixels.pin_memory() if GPUS else pixels, None))
-    return lambda cur_nimg=0: train_step(gan, batches, cur_nimg, stats)
+    return gan, lambda cur_nimg=0: train_step(gan, batches, cur_nimg, stats)
 
 
 def _seconds(update: Callable[[], object], times: int) -> float:

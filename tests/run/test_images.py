@@ -8,7 +8,8 @@ from torch import nn
 
 from pipeline.config import Data, UserError
 from pipeline.gan.images import to_float, to_uint8
-from pipeline.run.images import PLAIN, FirstChannels, images_of
+from pipeline.run.evaluate import from_latents
+from pipeline.run.images import PLAIN, FirstChannels, images_of, made_at_once
 
 CPU = torch.device("cpu")
 SEEN: list[tuple[int, bool, bool, torch.dtype]] = []
@@ -52,6 +53,26 @@ def test_images_stay_as_they_are():
     stored = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert images_of(Data(channels=1), CPU) is PLAIN
     assert PLAIN(stored) is stored and torch.equal(PLAIN(to_float(stored)), stored)
+
+
+def test_fewer_large_images_are_made_at_once_and_no_more_than_in_training():
+    sizes = {size: made_at_once(size) for size in (28, 256, 512, 1024, 4096)}
+    assert sizes == {28: 64, 256: 64, 512: 16, 1024: 4, 4096: 1}
+    assert [made_at_once(512, most) for most in (1, 12, 100)] == [1, 12, 16]
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(9)])
+def test_images_do_not_depend_on_how_many_are_made_at_once(labels):
+    seen: list[int] = []
+
+    def G(z: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        seen.append(len(z))
+        return (z if c is None else z + c[:, None]).view(-1, 4, 2, 2)
+
+    z, shown = torch.randn(9, 16), FirstChannels()  # which compares all that it is given
+    all_at_once = from_latents(G, z, labels, CPU, shown)(1, 7)
+    in_parts = from_latents(G, z, labels, CPU, shown, at_once=3)(1, 7)
+    assert seen == [7, 3, 3, 1] and torch.equal(in_parts, all_at_once)
 
 
 def test_a_decoder_sees_few_latents_at_a_time_in_eval_mode_without_gradients():
