@@ -10,11 +10,12 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.installed import config_path
+from launch.installed import config_path, configs
 from launch.training import Training, of_run
 from pipeline.credentials import redacted
 from pipeline.data.prepare.listing import EXTENSIONS
 from pipeline.errors import UserError
+from pipeline.wording import did_you_mean
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _YAML = (".yaml", ".yml")
@@ -44,7 +45,8 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
     config = str(config_path(argument))
     if path.suffix.lower() in _YAML or path.is_file() or config != argument:
         return Training(config, tuple(settings))
-    raise UserError(f"There is no config, folder, zip or run called {argument}.")
+    near = did_you_mean(path, (file.stem for file in configs().glob("*.yaml")))
+    raise UserError(f"There is no config, folder, zip or run called {argument}.{near}")
 
 
 def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
@@ -63,7 +65,13 @@ def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) ->
 
 
 def _refuse_runs(argument: str, path: Path) -> None:
-    """Raise UserError for a folder of runs, or a selection: their sample grids are no images to train on."""
+    """Raise UserError for a folder of runs, or in a run: their sample grids are no images to train on."""
+    for above in path.absolute().parents:
+        if all((above / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+            raise UserError(
+                f"{argument} is in the folder of a run, and holds no images to train on. To resume the run: "
+                f"shardgan train {shlex.quote(str(above))}"
+            )
     beside = sorted(found for kind in ("*", "trials/*") for found in path.glob(f"{kind}/checkpoints"))
     if runs := [found.parent for found in beside if found.with_name("config.yaml").is_file()]:
         raise UserError(

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from pipeline.credentials import reason, redacted, scrubbed
 from pipeline.errors import UserError
+from pipeline.wording import did_you_mean
 
 Layer = dict[str, Any]
 _OF_BOTH = ("l2", "l1", "on")  # keys of penalty.G and penalty.D that may be given once, as penalty.l2
@@ -46,7 +47,7 @@ def _text_of(path: Path) -> str:
     try:
         return path.expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"There is no config file {path}.") from None
+        raise UserError(f"There is no config file {path}.{did_you_mean(path)}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, where a config file (NAME.yaml) is needed.") from None
     except UnicodeDecodeError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 
 
 def counted(number: int, noun: str) -> str:
@@ -40,6 +44,16 @@ def printable(text: str) -> str:
 def why(error: Exception) -> str:
     """Of an OSError what went wrong alone: its text names a temporary file, or repeats the name."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def did_you_mean(path: str | Path, known: Iterable[str] = ()) -> str:
+    """A hint for a path with nothing there: a known name, or one in the same folder, that is spelt alike."""
+    folder, name = os.path.split(os.path.normpath(path))
+    names = set() if folder else set(known)
+    with suppress(OSError):
+        names.update(os.listdir(folder or "."))  # noqa: PTH208  names alone
+    near = difflib.get_close_matches(name, sorted(names), n=1)
+    return printable(f" Did you mean {Path(folder, near[0])}?") if near else ""
 
 
 def one_line(text: str) -> str:

@@ -19,7 +19,7 @@ ARROWS = {
     "pipeline.durable": (),
     "pipeline.errors": (),
     "pipeline.wording": (),
-    "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors"),
+    "pipeline.config_layers": ("pipeline.credentials", "pipeline.errors", "pipeline.wording"),
     "pipeline.setting_types": (),
     "pipeline.settings": ("pipeline.setting_types",),
     "pipeline.config": (

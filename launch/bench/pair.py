@@ -18,6 +18,7 @@ from typing import Any
 import click
 import torch
 
+from launch.installed import config_path
 from launch.processes import STRATEGIES, launch, parse_strategies, reasons
 from pipeline.config import Config, UserError, load
 from pipeline.data.stream import Batch
@@ -84,8 +85,9 @@ def measure(
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)
         batch = images * world
-        pair = [config or NO_CONFIG, *(_as_made_up(batch) if config else settings(params, int(size), batch))]
-        found.append(_measured(strategy, world, [module, *arguments], [*pair, *more]))
+        path = str(config_path(config)) if config else NO_CONFIG
+        pair = _as_made_up(batch) if config else settings(params, int(size), batch)
+        found.append(_measured(strategy, world, [module, *arguments], [path, *pair, *more]))
         click.echo(json.dumps(found[-1]))
     return found
 

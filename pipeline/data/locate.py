@@ -16,6 +16,7 @@ from braceexpand import braceexpand  # comes with webdataset, which reads brace 
 
 from pipeline.config import UserError
 from pipeline.data.record import INDEX, REBUILD, file_size, read_record
+from pipeline.wording import did_you_mean
 
 _MOST_SHARDS = 1_000_000
 _SUFFIX = ".tar"  # .TAR likewise, except beside an index.json that does not list it
@@ -79,7 +80,10 @@ def look(train: str) -> Location:
             return Location(root, tuple(sorted(e.name for e in entries if _is_shard(e))), whole=True)
     paths = _expand(train)
     if not paths:
-        raise UserError(f"There are no shards at {train}: no such folder, and no file it stands for. {_MAKE}")
+        near = did_you_mean(root)
+        raise UserError(
+            f"There are no shards at {train}: no such folder, and no file it stands for.{near} {_MAKE}"
+        )
     folders = {str(path.parent) for path in paths}
     root = Path(os.path.commonpath(sorted(folders)))
     return Location(root, tuple(sorted({path.relative_to(root).as_posix() for path in paths})), whole=False)

@@ -25,7 +25,7 @@ from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
 from pipeline.run.folder import begun
 from pipeline.run.portable import write_portable
 from pipeline.run.state import State
-from pipeline.wording import one_line, why
+from pipeline.wording import did_you_mean, one_line, why
 
 Network = Literal["G_ema", "G", "D"]
 NETWORKS: tuple[Network, ...] = ("G_ema", "G", "D")
@@ -38,7 +38,8 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
     run folder or does not keep this checkpoint.
     """
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
+        near = "" if run.exists() else did_you_mean(run)
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.{near}")
     if (run / FILE).is_file() and not (run / "checkpoints").exists():
         raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
     found = chosen(run / "checkpoints", checkpoint)

@@ -142,9 +142,11 @@ def read_history(folder: Path) -> History:
 def read_histories(folders: Iterable[Path]) -> list[History]:
     """The records of runs, each once; of a selection's folder, those of its trials. Names are made unique.
 
-    Raises UserError for a folder that is neither, and if there are no runs.
+    Files are passed over: runs/* names pictures beside the runs too. Raises UserError for a folder that is
+    neither, and if there are no runs.
     """
-    runs = dict.fromkeys(run.resolve() for folder in folders for run in _runs(folder))
+    kept = (folder for folder in folders if not folder.is_file())
+    runs = dict.fromkeys(run.resolve() for folder in kept for run in _runs(folder))
     found = [read_history(run) for run in runs]
     if not found:
         raise UserError("There are no runs to read.")

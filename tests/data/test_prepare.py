@@ -226,7 +226,8 @@ def test_the_same_command_again_does_nothing(pictures: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("nowhere", Options(), "no folder, zip, shard or known data set called"),
+        ("nowhere", Options(), "no folder, zip, shard or known data set called .*/nowhere[.]$"),
+        ("picture", Options(), "called .*/picture[.] Did you mean .*/pictures[?]$"),
         ("pictures/cats/0.png", Options(), "neither a folder nor a zip"),
         ("empty", Options(), "There are no images"),
         ("mixed", Options(size=8), "both in sub-folders"),
@@ -251,6 +252,27 @@ def test_what_cannot_be_prepared(
         where = source if "://" in source else str(tmp_path / source)
         prepare(where, str(tmp_path / "out"), options, workers=1)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*")), "nothing is left behind"
+
+
+def test_a_known_data_set_that_is_misspelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"called fashion_mnist[.] Did you mean fashion-mnist[?]$"):
+        prepare("fashion_mnist", "out", Options())
+
+
+@pytest.mark.parametrize("out", ["pictures/out", "pictures/cats/out", "pictures/../pictures/out"])
+def test_shards_inside_their_source_change_nothing_when_it_is_read_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = prepare("pictures", "elsewhere", Options(size=8), workers=1)
+    assert prepare("pictures", out, Options(size=8), workers=1).fingerprint == expected.fingerprint
+    before = contents(tmp_path / out)
+    said = list[str]()
+    prepare("pictures", out, Options(size=8), workers=1, announce=said.append)
+    assert contents(tmp_path / out) == before and "is there already" in said[0]
+    prepare("pictures", "again", Options(size=8), workers=1)
+    assert contents(tmp_path / "again")["shard-000000.tar"] == before["shard-000000.tar"]
 
 
 def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from launch.prepare import prepare as command
+from pipeline.data.index import load_index
 from pipeline.data.prepare.writer import Options, prepare
 
 
@@ -53,3 +55,18 @@ def test_copies_are_counted(doubled: Path, tmp_path: Path) -> None:
     assert "  3 images are copies of another one: --dedupe leaves them out\n" in said
     said = CliRunner().invoke(command, [str(doubled), str(tmp_path / "b"), "--size", "8", "--dedupe"]).output
     assert "--dedupe leaves" not in said and "left out: 5 (copies 3, unreadable 2), listed in" in said
+
+
+def test_other_images_of_the_same_crc_and_size_are_no_copies(tmp_path: Path) -> None:
+    (tmp_path / "noise").mkdir()
+    numbers = np.random.default_rng(0)
+    for number in range(1500):
+        pixels = numbers.integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "noise" / f"{number}.png")
+    out = tmp_path / "out"
+    said = CliRunner().invoke(command, [str(tmp_path / "noise"), str(out), "--workers", "1"]).output
+    index = load_index(str(out))
+    tables = [index.table(shard) for shard in range(2)]
+    alike = {(crc, size) for table in tables for crc, size in zip(table.crc, table.size, strict=True)}
+    assert len(alike) < 1500, "else this shows nothing"
+    assert "1,500 images" in said and "copies" not in said

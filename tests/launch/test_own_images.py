@@ -89,6 +89,33 @@ def test_a_folder_of_runs_is_no_folder_of_images(here, folder):
     assert refusal("runs") == f"runs holds runs, not images. To resume one: shardgan train {folder}/a"
 
 
+@pytest.mark.parametrize("folder", ["samples", "samples/of a viewer", "checkpoints"])
+def test_a_folder_in_a_run_is_no_folder_of_images(here, folder):
+    pictures(f"runs/a/{folder}", (32, 32))
+    for name in ("config.yaml", "metrics.jsonl"):
+        Path("runs/a", name).write_text("")
+    said = refusal(f"runs/a/{folder}")
+    assert said.startswith(f"runs/a/{folder} is in the folder of a run")
+    assert said.endswith(f"shardgan train {here}/runs/a")
+    Path("runs/a/metrics.jsonl").unlink()  # a person's project may have a config.yaml too
+    assert training_of(f"runs/a/{folder}", [], gpu=False).preparation
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        ("fashion-mnst", "fashion-mnist"),  # a published config
+        ("potos/", "photos"),
+        ("runs/fotos", "runs/photos"),
+        ("mine/fashion", "mine/fashion.yaml"),
+    ],
+)
+def test_what_is_misspelt(here, given, near):
+    for path in ("photos", "runs/photos", "mine/fashion.yaml"):
+        Path(path).mkdir(parents=True)
+    assert refusal(given) == f"There is no config, folder, zip or run called {given}. Did you mean {near}?"
+
+
 def test_what_is_none_of_it(here):
     assert refusal("nothing") == "There is no config, folder, zip or run called nothing."
     assert "u:p" not in (said := refusal("s3://u:p@bucket/faces")) and "data.train=URL" in said

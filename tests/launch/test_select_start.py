@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from launching import run, shardgan
 from selections import CONFIG, finish, refer, selection
 
 from launch.select import queue as select_queue
+from launch.select import select
 from launch.select import start as select_start
 from launch.select import table as select_table
 from launch.select.choice import PAIRED
@@ -210,3 +212,9 @@ def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
     (folder / "12_3.log").write_text("error: saving failed, tried again\nkimg 3\n")
     failed = select_queue.failures(trials, tmp_path / "mine")
     assert list(failed) == [trials[1].name] and "D cannot be built" in failed[trials[1].name]
+
+
+def test_a_published_config_by_its_bare_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(select, ["lambda", "--grid", "penalty.l2=0,1"])
+    assert "There are no shards at data/fashion-mnist" in str(told.exception)

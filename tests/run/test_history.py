@@ -88,6 +88,14 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
     assert [run.name for run in found] == ["a/runs/x", "b/runs/x", "y"]
 
 
+def test_pictures_beside_the_runs_are_passed_over(tmp_path):
+    a_run(tmp_path / "a", '{"cur_nimg": 5}')
+    (tmp_path / "strip.png").write_bytes(b"")
+    assert [run.name for run in read_histories(sorted(tmp_path.glob("*")))] == ["a"]
+    with pytest.raises(UserError, match="no runs"):
+        read_histories([tmp_path / "strip.png"])
+
+
 def test_settings_are_those_of_the_config_without_passwords(tmp_path):
     run = a_run(tmp_path / "run", '{"cur_nimg": 5}')
     assert read_history(run).settings == {}

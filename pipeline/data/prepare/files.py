@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.config import UserError
 from pipeline.credentials import redacted
+from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.labels import Classes, Labels, label
 from pipeline.data.prepare.listing import ARRAY, EXTENSIONS, Listing, by_kind, list_folder, list_zip
 from pipeline.data.prepare.pictures import LeftOutError
@@ -20,6 +21,7 @@ from pipeline.data.prepare.shards import Shards, all_images
 from pipeline.data.prepare.source import Stored
 from pipeline.data.record import INDEX
 from pipeline.data.tar import LARGEST_MEMBER
+from pipeline.wording import did_you_mean
 
 _LARGEST_LABELS = 128 << 20  # bytes of a dataset.json
 
@@ -104,7 +106,9 @@ def open_source(
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"There is no folder, zip, shard or known data set called {source}.") from None
+        raise UserError(
+            f"There is no folder, zip, shard or known data set called {source}.{did_you_mean(path, KNOWN)}"
+        ) from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise UserError(
             f"{source} is neither a folder nor a zip of images ({error}). Unpack archives of other kinds."
