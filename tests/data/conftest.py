@@ -55,3 +55,8 @@ def pictures(tmp_path: Path) -> Path:
             path = tmp_path / "pictures" / folder / f"{i}.png"
             path.write_bytes(png(rng.integers(0, 256, shape, dtype=np.uint8)))
     return tmp_path / "pictures"
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> bytes:
+    return write_tar(tmp_path / "good.tar", members_of(3, 12, classes=5)).read_bytes()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import cProfile
 import json
-import os
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,9 +16,7 @@ from tiny_shards import SIZE, MakeShards, Members, image_of, members_of, png, sa
 from pipeline.config import Data, UserError
 from pipeline.data.check import MOST_EMPTY_CLASSES, check_images, remarks
 from pipeline.data.index import load_index
-from pipeline.data.locate import Location
 from pipeline.data.plan import Split
-from pipeline.data.prepare.reindex import build_index
 from pipeline.data.prepare.shards import all_images
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.reader import Reader
@@ -275,103 +270,6 @@ def test_labels_among_held_out_images_only(tmp_path: Path) -> None:
     assert [1.0] in found and any(
         "None of the images that are trained on has a label" in str(x) for x in found
     )
-
-
-def calls(action: Callable[[], object]) -> int:
-    """How many calls it takes, of Python's functions and others."""
-    profile = cProfile.Profile()
-    profile.runcall(action)
-    return sum(entry.callcount for entry in profile.getstats())
-
-
-def test_listing_shards_is_linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times the shards, ten times the work; what index.json says of all is not gone through for each."""
-    counts, lookups, entries = [], 0, Location.entries.fget
-
-    def counted(self: Location) -> object:
-        nonlocal lookups
-        lookups += 1
-        return entries(self)  # type: ignore[misc]
-
-    monkeypatch.setattr(Location, "entries", property(counted))
-    for shards in (20, 200):
-        root = tmp_path / str(shards)
-        write_tar(root / "s-0.tar", [("a.png", image_of(0, 0))])
-        for shard in range(1, shards):
-            os.link(root / "s-0.tar", root / f"s-{shard}.tar")
-        index = load_index(str(root))
-        counts.append(calls(lambda root=root: load_index(str(root))))
-        assert calls(lambda index=index: [index.sizes[i] for i in range(len(index.sizes))]) < 3 * shards
-    assert counts[1] < 12 * counts[0]
-
-
-@pytest.mark.parametrize(
-    "name", ["a shard.tar", "100%.tar", "bücher-画像.tar", "a#b?.tar", "X.TAR", "[1].tar"]
-)
-def test_names_of_shards(tmp_path: Path, name: str) -> None:
-    write_tar(tmp_path / "d" / name, [("k.png", image_of(0, 5))])
-    for train in (str(tmp_path / "d"), str(tmp_path / "d" / name), str(tmp_path / "d" / "*")):
-        index, plan = open_all(Path(train))
-        assert [shard.url for shard in index.shards] == [name]
-        assert ids(next(batches(index, plan)))[0] == (0, 5)
-
-
-def test_upper_case_shards_beside_an_older_index(make_shards: MakeShards) -> None:
-    root = make_shards([3])
-    before = load_index(str(root))
-    write_tar(root / "MORE.TAR", [("k.png", image_of(0, 0))])
-    assert load_index(str(root)) == before
-    assert build_index(str(root)).sizes == (1, 3)
-
-
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "A.TAR.ZST", "a.tar.xz"])
-def test_compressed_shards(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"\x1f\x8b" + bytes(600))
-    with pytest.raises(UserError, match=rf"no shards .* but {name}: shards are not compressed"):
-        load_index(str(tmp_path))
-
-
-def test_linked_shards(tmp_path: Path) -> None:
-    write_tar(tmp_path / "there" / "x.tar", [("k.png", image_of(0, 5))])
-    (tmp_path / "d").mkdir()
-    (tmp_path / "d" / "x.tar").symlink_to(tmp_path / "there" / "x.tar")
-    assert load_index(str(tmp_path / "d")).sizes == (1,)
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "x.tar").symlink_to(tmp_path / "there" / "x.tar")
-    (tmp_path / "e" / "y.tar").symlink_to(tmp_path / "there" / "y.tar")
-    with pytest.raises(UserError, match=r"y.tar is a link to .*/there/y.tar, which is not there"):
-        load_index(str(tmp_path / "e"))
-
-
-def test_a_shard_that_is_listed_twice(make_shards: MakeShards) -> None:
-    root = make_shards([3])
-    load_index(str(root))
-    record = json.loads((root / "index.json").read_text())
-    entry = record["shardlist"][0]
-    for second, fine in [
-        (entry, True),
-        (entry | {"url": "./s-0000.tar"}, False),
-        (entry | {"nsamples": 2}, False),
-    ]:
-        (root / "index.json").write_text(json.dumps(record | {"shardlist": [entry, second]}))
-        if fine:
-            assert load_index(str(root)).sizes == (3,)
-            continue
-        with pytest.raises(UserError, match=r"lists shard s-0000\.tar twice"):
-            load_index(str(root))
-    (root / "index.json").write_text(json.dumps(record | {"shardlist": [entry | {"url": "./s-0000.tar"}]}))
-    assert load_index(str(root)).sizes == (3,)
-
-
-@pytest.mark.parametrize("key", ["unusable", "without_image"])
-def test_an_index_whose_counts_are_none(make_shards: MakeShards, key: str) -> None:
-    root = make_shards([3])
-    load_index(str(root))
-    record = json.loads((root / "index.json").read_text())
-    record["shardlist"][0][key] = -1
-    (root / "index.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=f"`{key}` of s-0000.tar is not a whole number"):
-        load_index(str(root))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
