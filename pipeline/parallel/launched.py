@@ -104,7 +104,10 @@ def emulated(precision: str, device: torch.device) -> str:
     names = _INSTRUCTIONS.get(precision)
     if device.type != "cpu" or names is None or any(torch.cpu.get_capabilities().get(n) for n in names):
         return ""
-    return f"{precision} is slow on this CPU, which has no instructions for it: omit --mixed_precision"
+    return (
+        f"{precision} is slow on this CPU, which has no instructions for it, and takes more memory: "
+        "omit --mixed_precision"
+    )
 
 
 def launcher_store(timeout: timedelta) -> Store:

@@ -15,6 +15,7 @@ from launch.doctor import alone
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
+from pipeline.parallel.launched import emulated
 
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
 
@@ -48,7 +49,9 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     update, _known = alone.second_update(*how)
     measured = allocated(update)
     print(traced, measured)
-    assert measured / doctor_memory.WORK_SPACE < traced < 1.05 * measured
+    assert traced < 1.05 * measured
+    # Where bf16 is emulated, convolutions need more memory yet, and doctor warns of it.
+    assert measured / doctor_memory.WORK_SPACE < traced or emulated(precision, torch.device("cpu"))
 
 
 def allocated(turn: Callable[[], object]) -> int:
