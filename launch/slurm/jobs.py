@@ -219,16 +219,21 @@ def keep(folder: Path, data: Iterable[Data]) -> None:
         index_copies.keep(one, folder / _INDEX)
 
 
+def write(file: Path, text: str) -> None:
+    """Write a file of a job, and the folders it is in. Raises UserError if it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise UserError(f"{file.parent} cannot be written: {error.strerror or error}. Set run.out.") from None
+
+
 def submit(folder: Path, batch: BatchJob, *options: str, name: str = "job.sbatch") -> str:
     """Write a batch file into its folder and submit it; returns the job's id.
 
     Raises UserError with Slurm's reason if it refuses the job.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(batch.text, "utf-8")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}. Set run.out.") from None
+    write(folder / name, batch.text)
     return _sbatch("--parsable", *batch.options, *options, str(folder / name)).strip().split(";")[0]
 
 

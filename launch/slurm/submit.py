@@ -103,8 +103,7 @@ def submit(
     if dry_run:
         click.echo(batch.text, nl=False)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump(resolved), "utf-8")
+    jobs.write(folder / "config.yaml", dump(resolved))
     jobs.keep(folder, [resolved.data])
     job = jobs.submit(folder, batch)
     (run / "slurm" / "job").write_text(f"{job}\n")

@@ -247,3 +247,8 @@ def test_an_index_of_the_cache_goes_with_the_job(tmp_path: Path, monkeypatch: py
     os.utime(copy, (0, 0))
     index_copies.bring(data)
     assert copy.read_bytes() == (cached / "index.json").read_bytes()
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    with pytest.raises(UserError, match=r"/proc/nowhere cannot be written: .*\. Set run.out"):
+        slurm.write(Path("/proc/nowhere/config.yaml"), "")
