@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,54 @@ import torch
 
 from pipeline.parallel import ranks
 from pipeline.parallel.watch.whereabouts import COLLECTIVES, Progress, look
+
+COLLECTING = """
+import gc, threading
+from pipeline.parallel.watch.whereabouts import Progress, look
+
+inside, leave, left = threading.Event(), threading.Event(), threading.Event()
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        leave.set()
+        left.wait()
+
+def waits(depth):
+    if depth:
+        return waits(depth - 1)
+    inside.set()
+    leave.wait()
+
+def overwrites(depth):
+    a = b = c = d = e = depth
+    return overwrites(depth - 1) + a if depth else 0
+
+def watch(objects):
+    inside.wait()
+    gc.disable()
+    gc.collect()
+    Cycle()
+    gc.set_threshold(objects)  # so many later, garbage is collected
+    gc.enable()
+    look(Progress())
+    gc.set_threshold(700)
+    assert gc.isenabled()
+    leave.set()
+
+for objects in range(1, 80):
+    for event in (inside, leave, left):
+        event.clear()
+    watching = threading.Thread(target=watch, args=[objects])
+    watching.start()
+    waits(20)
+    overwrites(60)
+    left.set()
+    watching.join()
+print("looked")
+"""
 
 
 def test_what_is_being_done_is_that_of_the_innermost_block():
@@ -27,6 +77,12 @@ def test_it_is_forgotten_when_it_fails():
     with pytest.raises(ValueError), progress.during("in an update", updating=True):
         raise ValueError
     assert (progress.doing, progress.updating) == ("", False)
+
+
+def test_code_that_runs_on_while_garbage_is_collected_is_looked_at():
+    """The interpreter crashed: a finalizer let the main thread leave the frames that were looked at."""
+    ended = subprocess.run([sys.executable, "-c", COLLECTING], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "looked\n"), ended.stderr
 
 
 @pytest.mark.parametrize("place", COLLECTIVES)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
+from typing import NamedTuple
 
 import torch
 
@@ -57,20 +59,26 @@ class Whereabouts:
     traffic: int  # bytes that this process has read and written so far
 
 
+class Spot(NamedTuple):
+    """Where a function is, of those that are running."""
+
+    code: CodeType
+    instruction: int
+    line: int
+
+
 def look(progress: Progress) -> Whereabouts:
     """Where the main thread is now."""
-    frames = sys._current_frames()
     main = threading.main_thread()
     # Threads that work for the main one (reading shards, say); not those that draw bars or send reports.
-    working = [t.ident for t in threading.enumerate() if t is main or not t.daemon]
-    places = [(f.f_code, f.f_lasti) for ident in working for f in _outwards(frames.get(ident or 0))]
-    stack = list(_outwards(frames.get(main.ident or 0)))
-    frame = next((frame for frame in stack if _is_own(frame)), None)
+    working = [thread for thread in threading.enumerate() if thread is not main and not thread.daemon]
+    stack, *others = _stacks([main, *working])
+    own = next(filter(_is_own, stack), None)
     return Whereabouts(
-        text=", ".join(filter(None, (progress.doing, frame and _place(frame)))),
+        text=", ".join(filter(None, (progress.doing, own and _place(own)))),
         updating=progress.updating,
-        waiting=bool(stack) and any(part in stack[0].f_code.co_filename for part in COLLECTIVES),
-        trace=hash(tuple(places)),
+        waiting=bool(stack) and any(part in stack[0].code.co_filename for part in COLLECTIVES),
+        trace=hash(tuple(spot[:2] for of_one in (stack, *others) for spot in of_one)),
         traffic=_traffic(),
     )
 
@@ -83,20 +91,37 @@ def _traffic() -> int:
     return int(lines[1]) + int(lines[3])  # rchar: … wchar: …
 
 
-def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+def _stacks(threads: Iterable[threading.Thread]) -> list[list[Spot]]:
+    """What each of them runs, innermost first; empty for one that has ended.
+
+    Garbage is not collected meanwhile. Before Python 3.12 a collection can begin as f_back makes its object,
+    and a finalizer let the thread that is looked at run on: the frame is gone then, and Python crashes. In
+    sys._current_frames it waits forever (github.com/python/cpython/issues/106883).
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        frames = sys._current_frames()
+        return [list(_outwards(frames.get(thread.ident or 0))) for thread in threads]
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _outwards(frame: FrameType | None) -> Iterator[Spot]:
     while frame is not None:
-        yield frame
+        yield Spot(frame.f_code, frame.f_lasti, frame.f_lineno)
         frame = frame.f_back
 
 
-def _is_own(frame: FrameType) -> bool:
+def _is_own(spot: Spot) -> bool:
     """Whether the line is of our code or the user's, not of Python or torch."""
-    name = frame.f_code.co_filename
+    name = spot.code.co_filename
     python = name.startswith(("<", _LIBRARY)) and "site-packages" not in name
     return not python and not name.startswith(_TORCH)
 
 
-def _place(frame: FrameType) -> str:
+def _place(spot: Spot) -> str:
     """The line, with the file's path from the checkout or the current folder."""
-    name = frame.f_code.co_filename.removeprefix(_ROOT).removeprefix(str(Path.cwd()) + os.sep)
-    return f"at {name}:{frame.f_lineno} ({frame.f_code.co_name})"
+    name = spot.code.co_filename.removeprefix(_ROOT).removeprefix(str(Path.cwd()) + os.sep)
+    return f"at {name}:{spot.line} ({spot.code.co_name})"
