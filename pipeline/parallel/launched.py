@@ -98,7 +98,7 @@ def arithmetic(precision: str, device: torch.device) -> str:
 def emulated(precision: str, device: torch.device) -> str:
     """What to know of a precision that this CPU computes without instructions for it; empty for others.
 
-    On a CPU with AVX2 alone, networks of configs/ take 7 to 16 times as long in bf16 as in float32
+    On a CPU with AVX2 alone, networks of configs/ take 8 to 16 times as long in bf16 as in float32
     (`python tests/benchmarks/low_precision.py CONFIG …`).
     """
     names = _INSTRUCTIONS.get(precision)
