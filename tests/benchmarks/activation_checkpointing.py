@@ -26,7 +26,7 @@ OBJECTIVES = {
         "penalty.r1.sigma=0.1",
         "penalty.r2.sigma=0.1",
     ],
-    "and R1 + R2, exact, a quarter": FRACTION,
+    "and R1 + R2, exact, a quarter of the batch": FRACTION,
     "and R1 + R2, exact": ["penalty.r1.fraction=1", "penalty.r2.fraction=1"],
 }
 

@@ -49,9 +49,9 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     update, _known = alone.second_update(*how)
     measured = allocated(update)
     print(traced, measured)
-    assert traced < 1.05 * measured
-    # Where bf16 is emulated, convolutions need more memory yet, and doctor warns of it.
-    assert measured / doctor_memory.WORK_SPACE < traced or emulated(precision, torch.device("cpu"))
+    # Convolutions in emulated bf16 need more yet, which doctor says apart.
+    most = 2.2 if emulated(precision, torch.device("cpu")) else doctor_memory.WORK_SPACE
+    assert measured / most < traced < 1.05 * measured
 
 
 def allocated(turn: Callable[[], object]) -> int:
