@@ -10,15 +10,13 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.installed import config_path, configs
+from launch.installed import config_path
 from launch.training import Training, of_run
 from pipeline.credentials import redacted
 from pipeline.data.prepare.listing import EXTENSIONS
 from pipeline.errors import UserError
-from pipeline.wording import did_you_mean
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_YAML = (".yaml", ".yml")
 
 
 def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Training:
@@ -42,11 +40,7 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
         raise UserError(
             f"{argument} is neither a config nor a zip. Give a folder, or a zip, of images or shards."
         )
-    config = str(config_path(argument))
-    if path.suffix.lower() in _YAML or path.is_file() or config != argument:
-        return Training(config, tuple(settings))
-    near = did_you_mean(path, (file.stem for file in configs().glob("*.yaml")))
-    raise UserError(f"There is no config, folder, zip or run called {argument}.{near}")
+    return Training(config_path(argument, "config, folder, zip or run"), tuple(settings))
 
 
 def _of_folder(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pipeline.config import UserError
+from pipeline.wording import did_you_mean
+
 ROOT = Path(__file__).parents[1]  # the checkout, or site-packages
+YAML = (".yaml", ".yml")
 
 
 def slurm_scripts() -> Path:
@@ -17,10 +21,17 @@ def configs() -> Path:
     return _folder("configs", "fashion-mnist.yaml")
 
 
-def config_path(given: str | Path) -> str | Path:
-    """The file of a published config that is given by its name alone; anything else as it is."""
-    named = configs() / f"{given}.yaml"
-    return named if Path(given).name == str(given) and not Path(given).exists() and named.is_file() else given
+def config_path(given: str, what: str = "config") -> str:
+    """The file of a published config that is given by its name alone, or the file that is given.
+
+    Raises UserError, which says that there is no `what`, unless it exists or is called as a YAML file is.
+    """
+    path, published = Path(given), {file.stem: file for file in configs().glob("*.yaml")}
+    if path.exists() or path.suffix.lower() in YAML:
+        return given
+    if given in published:
+        return str(published[given])
+    raise UserError(f"There is no {what} called {given}.{did_you_mean(path, published)}")
 
 
 def _folder(name: str, file: str) -> Path:

@@ -85,7 +85,7 @@ def measure(
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)
         batch = images * world
-        path = str(config_path(config)) if config else NO_CONFIG
+        path = config_path(config) if config else NO_CONFIG
         pair = _as_made_up(batch) if config else settings(params, int(size), batch)
         found.append(_measured(strategy, world, [module, *arguments], [path, *pair, *more]))
         click.echo(json.dumps(found[-1]))

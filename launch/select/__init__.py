@@ -106,7 +106,7 @@ def select(
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
     launch, searched = LaunchOptions(strategy, procs, mixed_precision, compiled), None
-    config = str(config_path(config))
+    config = config_path(config)
     if search and count:
         base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
         found, rule = searched.read(), SEARCHED

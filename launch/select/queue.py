@@ -59,7 +59,7 @@ def submit(
     command = [word for word in sys.argv[1:] if word != "--slurm"]
     sizes = [len(todo), *later]
     ids = _submit_arrays(todo, sizes, folder, resources, jobs, [*command, "--collect"])
-    files.write(folder / "slurm" / "job", f"{' '.join(ids)}\n")
+    slurm.record(folder / "slurm" / "job", ids)
     say(
         f"Submitted: {sum(sizes)} trials as job{'s' if later else ''} {', '.join(ids[::2])}, {jobs} at once; "
         f"job {ids[-1]} collects their scores in {folder}. Logs: {folder / 'slurm'}."

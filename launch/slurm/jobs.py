@@ -18,45 +18,25 @@ from pathlib import Path
 
 from launch.installed import ROOT, slurm_scripts
 from launch.slurm import index_copies
+from pipeline import durable
 from pipeline.config import Data, UserError
 from pipeline.credentials import redacted, scrubbed
 from pipeline.parallel.compilation import check_compiled
-from pipeline.wording import one_line
+from pipeline.wording import one_line, why
 
 _INDEX = "index"  # the index of the data, if it does not lie beside them
 # Of sbatch: what a job of ours depends on, and its short options.
+# fmt: off
 _OURS = {
-    "array",
-    "chdir",
-    "nodes",
-    "ntasks",
-    "ntasks-per-node",
-    "open-mode",
-    "output",
-    "parsable",
-    "signal",
+    "array", "chdir", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "signal",
     "wrap",
 }
 _LONG = {
-    **{
-        "a": "array",
-        "A": "account",
-        "C": "constraint",
-        "c": "cpus-per-task",
-        "D": "chdir",
-        "d": "dependency",
-    },
-    **{
-        "e": "error",
-        "G": "gpus",
-        "J": "job-name",
-        "L": "licenses",
-        "N": "nodes",
-        "n": "ntasks",
-        "o": "output",
-    },
-    **{"p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude"},
+    "a": "array", "A": "account", "C": "constraint", "c": "cpus-per-task", "D": "chdir", "d": "dependency",
+    "e": "error", "G": "gpus", "J": "job-name", "L": "licenses", "N": "nodes", "n": "ntasks", "o": "output",
+    "p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude",
 }
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -243,6 +223,18 @@ def refuse_credentials(texts: Sequence[str]) -> None:
         raise UserError(
             f"{scrubbed(found)}: a user, password or signature in a URL would be written to the files of the "
             "job. Give it by ~/.netrc or the environment, which reach the nodes."
+        )
+
+
+def record(file: Path, ids: Sequence[str]) -> None:
+    """Write the ids of submitted jobs, for `queued`. They run all the same if that fails: it warns."""
+    try:
+        durable.write(file, f"{' '.join(ids)}\n")
+    except OSError as error:
+        print(
+            f"warning: submitted as job {', '.join(ids)}, but {file} cannot be written: {why(error)}. Do not "
+            "repeat the command while that runs: two jobs would write one folder.",
+            file=sys.stderr,
         )
 
 

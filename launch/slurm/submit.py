@@ -106,7 +106,7 @@ def submit(
     jobs.write(folder / "config.yaml", dump(resolved))
     jobs.keep(folder, [resolved.data])
     job = jobs.submit(folder, batch)
-    (run / "slurm" / "job").write_text(f"{job}\n")
+    jobs.record(run / "slurm" / "job", [job])
     _announce(job, run, folder / f"{job}.log", resources)
 
 

@@ -32,7 +32,7 @@ OBJECTIVES = {
 
 
 def measured(settings: list[str]) -> str:
-    how = load(str(config_path("vit-small")), settings), IMAGES, "no", 0
+    how = load(config_path("vit-small"), settings), IMAGES, "no", 0
     update, _ = second_update(*how)
     seconds = []
     for _ in range(9):

@@ -14,7 +14,7 @@ from PIL import Image
 from launch import presets
 from launch.argument import training_of
 from launch.contents import look_at
-from launch.installed import configs
+from launch.installed import config_path, configs
 from launch.train import train
 from launch.training import Training
 from pipeline.config import Config, UserError, dump, load
@@ -114,6 +114,13 @@ def test_what_is_misspelt(here, given, near):
     for path in ("photos", "runs/photos", "mine/fashion.yaml"):
         Path(path).mkdir(parents=True)
     assert refusal(given) == f"There is no config, folder, zip or run called {given}. Did you mean {near}?"
+
+
+def test_configs_of_other_commands_are_found_by_name_too():
+    assert config_path("lambda") == str(configs() / "lambda.yaml")
+    assert config_path("lamda.yaml") == "lamda.yaml"  # the reader of files refuses it
+    with pytest.raises(UserError, match=r"There is no config called lamda\. Did you mean lambda\?"):
+        config_path("lamda")
 
 
 def test_what_is_none_of_it(here):

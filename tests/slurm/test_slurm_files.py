@@ -252,3 +252,11 @@ def test_an_index_of_the_cache_goes_with_the_job(tmp_path: Path, monkeypatch: py
 def test_a_folder_that_cannot_be_written() -> None:
     with pytest.raises(UserError, match=r"/proc/nowhere cannot be written: .*\. Set run.out"):
         slurm.write(Path("/proc/nowhere/config.yaml"), "")
+
+
+def test_ids_of_jobs_that_cannot_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    """The jobs are in the queue by then."""
+    slurm.record(Path("/proc/nowhere/job"), ["17", "18"])
+    said = capsys.readouterr().err
+    assert said.startswith("warning: submitted as job 17, 18, but /proc/nowhere/job cannot be written: ")
+    assert "Do not repeat the command" in said
