@@ -76,12 +76,14 @@ def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, f
 
     Returns the ratio of the median distances to the nearest training image, fakes' over held-out images'
     (well below 1: suspiciously near; above: odd fakes), and the share of fakes that are nearer than all but
-    the nearest hundredth of held-out images (0.01: like new images; 1: copies).
+    the nearest hundredth of held-out images (0.01: like new images; 1: copies). Held-out images that are
+    among the training images too are not counted in that hundredth; NaN if all are.
     """
     train = train.double()
     of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
-    closest = of_heldout.quantile(_CLOSEST)
-    return float(of_fakes.median() / of_heldout.median()), float((of_fakes < closest).double().mean())
+    apart = of_heldout[of_heldout > 0]
+    copies = (of_fakes < apart.quantile(_CLOSEST)).double().mean() if len(apart) else torch.nan
+    return float(of_fakes.median() / of_heldout.median()), float(copies)
 
 
 FUNCTIONS: dict[str, Callable[..., float | tuple[float, ...]]] = {

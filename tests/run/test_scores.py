@@ -178,6 +178,17 @@ def test_copies_of_training_images_are_seen(features):
     assert found[1] == (nearest[0] < np.quantile(nearest[1], 0.01)).mean()
 
 
+def test_held_out_images_that_are_trained_on_too_hide_no_copies():
+    """Data with duplicates: more than a hundredth of the held-out images are at distance 0."""
+    numbers = torch.Generator().manual_seed(0)
+    train, fresh = torch.randn(300, 32, generator=numbers), torch.randn(100, 32, generator=numbers)
+    fake = torch.cat([train[100:130] + 1e-3, torch.randn(70, 32, generator=numbers)])
+    with_twins = torch.cat([fresh, train[:5]])
+    assert scores.memorisation(train, with_twins, fake)[1] == scores.memorisation(train, fresh, fake)[1]
+    assert scores.memorisation(train, fresh, fake)[1] == pytest.approx(0.3, abs=0.04)
+    assert np.isnan(scores.memorisation(train, train[:5], fake)[1])
+
+
 # On real images
 
 
