@@ -87,4 +87,12 @@ def _shown(child: subprocess.Popen[bytes]) -> str:
 
 def _text(value: object) -> str:
     """As settings are written on the command line."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's, say. Raises UserError."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        raise UserError(f"{value!r} is no value of a setting.") from None

@@ -108,15 +108,17 @@ class Sampler:
         return torch.cat(parts)
 
     def _class(self, wanted: int | str) -> int:
-        if wanted in self.names:
-            return self.names.index(str(wanted))
-        if alike := [n for n, name in enumerate(self.names) if name.casefold() == str(wanted).casefold()]:
-            return alike[0]
-        if str(wanted).isdecimal():
-            if int(wanted) < len(self.names):
+        """A number is one; a text is a name if there is such a class, for names may be numerals."""
+        if isinstance(wanted, str):
+            if wanted in self.names:
+                return self.names.index(wanted)
+            if alike := [n for n, name in enumerate(self.names) if name.casefold() == wanted.casefold()]:
+                return alike[0]
+        if not isinstance(wanted, str) or wanted.isdecimal():
+            if 0 <= int(wanted) < len(self.names):
                 return int(wanted)
             raise UserError(f"There is no class {wanted}: classes are from 0 to {len(self.names) - 1}.")
-        near = difflib.get_close_matches(str(wanted), self.names, n=1)
+        near = difflib.get_close_matches(wanted, self.names, n=1)
         some = ", ".join(self.names[:20]) + ", …" * (len(self.names) > 20)
         raise UserError(
             f"There is no class {wanted!r}{f'; did you mean {near[0]!r}?' if near else f': they are {some}.'}"

@@ -173,6 +173,14 @@ def test_errors_are_raised_not_shown(config: Path, procs: int, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
+def test_settings_may_be_numbers_of_other_libraries(config: Path) -> None:
+    wrong = {"data.batch_size": np.int64(-1), "penalty.l2": np.float32(0.5), "run.name": torch.tensor(7)}
+    with pytest.raises(UserError, match=r"data.batch_size: Input should be greater than"):
+        shardgan.train(config, wrong)
+    with pytest.raises(UserError, match=r"array\(\[1, 2\]\) is no value of a setting"):
+        shardgan.train(config, {"penalty.l2": np.array([1, 2])})
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -60,9 +60,14 @@ def test_classes_by_number_and_name(tmp_path):
     boots = makes.sample([5, 6], "boot")
     assert torch.equal(boots, makes.sample([5, 6], ["boot", 0]))
     assert not torch.equal(boots, makes.sample([5, 6], ["boot", "Dress"]))
+    number, name = makes.sample([5], 2), makes.sample([5], "10")
+    assert torch.equal(number, name) and torch.equal(number, makes.sample([5], [np.int64(2)]))
     for wrong, message in [("boots", "did you mean 'boot'"), ("xyz", "they are boot"), (3, "from 0 to 2")]:
         with pytest.raises(UserError, match=message):
             makes.sample([5], wrong)
+    for number in (10, -1):  # 10 is a name, not a number, of a class
+        with pytest.raises(UserError, match=f"no class {number}: classes are from 0 to 2"):
+            makes.sample([5], number)
     with pytest.raises(UserError, match="3 classes for 2 seeds"):
         makes.sample([5, 6], [0, 1, 1])
     with pytest.raises(UserError, match="unconditional"):
