@@ -37,10 +37,16 @@ def whole(path: Path, make_folder: bool = True) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def write(path: Path, content: str | bytes, make_folder: bool = True) -> None:
-    """Write a file whole or not at all, text in UTF-8. Raises OSError."""
+def write(path: Path, content: str | bytes, make_folder: bool = True, synced: bool = False) -> None:
+    """Write a file whole or not at all, text in UTF-8. Raises OSError.
+
+    synced: also if the machine fails just after. Some file systems rename a file before its content is on
+    disk, and leave an empty one.
+    """
     with whole(path, make_folder) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if synced:
+            sync(partial)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

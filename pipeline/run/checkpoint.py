@@ -34,6 +34,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import State
 
 FORMAT = 2
+_LACKING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # of a file that should be there
 Wanted = str | float
 """Which checkpoint: see `chosen`."""
 
@@ -64,7 +65,11 @@ def exchange(new: Path, checkpoint: Path) -> None:
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all intact, and a complaint about each newer one."""
+    """The newest checkpoint whose files are all intact, and a complaint about each newer one.
+
+    Raises UserError if one cannot be read, which does not mean that it is damaged: a network disk may fail to
+    answer for a while.
+    """
     complaints: list[str] = []
     for nimg in find(folder):
         problem = _problem(folder / str(nimg))
@@ -284,6 +289,11 @@ def _problem(checkpoint: Path) -> str | None:
                 return f"file name {name!r}"
             if describe(checkpoint / name) != line:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*_LACKING, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
+    except OSError as error:
+        raise UserError(
+            f"checkpoint {checkpoint} cannot be read: {error.strerror or error}. Try again when it can; or "
+            "move it out of its folder to use the one before it."
+        ) from None
     return None

@@ -131,7 +131,7 @@ def open_folder(config: Config, folder: Path, cur_nimg: int, still_ours: Callabl
             (folder / DONE).unlink(missing_ok=True)
         _record_changes(config, folder, cur_nimg)
         run = dataclasses.replace(config.run, new_settings=False)  # these are its settings from here on
-        write(folder / "config.yaml", dump(dataclasses.replace(config, run=run)))
+        write(folder / "config.yaml", dump(dataclasses.replace(config, run=run)), synced=True)
     except OSError as error:
         raise UserError(f"The run folder {folder} cannot be written: {error}") from None
 
@@ -184,7 +184,10 @@ def as_begun(config: Config, folder: Path) -> Config:
 def begun(folder: Path) -> Config:
     """The config of the run in `folder`. One written before there was ema.rampup means none."""
     path = folder / "config.yaml"
-    config = load(path)
+    try:
+        config = load(path)
+    except UserError as error:
+        raise UserError(f"{path} does not hold the settings of a run: {error}") from None
     sections = yaml.safe_load(path.read_text("utf-8"))
     return config if "rampup" in (sections.get("ema") or {}) else without_rampup(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -78,6 +79,24 @@ def test_a_person_chooses_a_checkpoint(tmp_path):
     kept(folder, 160_768)
     with pytest.raises(UserError, match="has no score"):
         checkpoint.chosen(folder, "best")
+
+
+def test_a_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
+    for nimg in (1_024, 1_536):
+        kept(tmp_path, nimg, best=(0.5, 512))
+    read = checkpoint.describe
+
+    def fails(path):
+        if path.parent.name == "1536":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "describe", fails)
+    for use in (checkpoint.recover, checkpoint.newest_intact):
+        with pytest.raises(UserError, match=r"1536 cannot be read: Input/output error\. Try again"):
+            use(tmp_path)
+    monkeypatch.undo()
+    assert checkpoint.recover(tmp_path) == (tmp_path / "1536", [])
 
 
 def test_a_chosen_checkpoint_is_there_whole_and_the_only_one(tmp_path):

@@ -74,6 +74,13 @@ def test_auto_goes_on_as_what_it_became(tmp_path):
     assert told is not None and "  penalty.G.on: 'effective' → 'weights'\n" in told and told.count("→") == 1
 
 
+@pytest.mark.parametrize("left", ["", "data: {tra", "of: another"])
+def test_a_config_that_no_run_wrote_is_named(tmp_path, left):
+    (tmp_path / "config.yaml").write_text(left)
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.yaml does not hold the settings of a run: "):
+        check_same(settings(), tmp_path)
+
+
 def test_an_older_run_has_one_on_for_both_players(tmp_path):
     (tmp_path / "config.yaml").write_text("data: {train: x}\npenalty: {on: all, G: {l2: 1.0, l1: 0.0}}\n")
     check_same(settings("penalty.G.l2=1"), tmp_path)
