@@ -10,6 +10,7 @@ import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pipeline.config import UserError
@@ -43,18 +44,19 @@ class Reader:
     def read(self, shard: int, row: int) -> Sample:
         """The sample as webdataset would give it: `__key__`, `__url__`, the image's bytes, `cls` if there.
 
-        Raises BadSampleError if the bytes are not those that were indexed, UserError if the shard cannot be
-        opened.
+        Raises BadSampleError if the bytes cannot be read or are not those that were indexed, UserError if the
+        shard cannot be opened.
         """
         file, table = self._shard(shard)
         offset, size = int(table.offset[row]), int(table.size[row])
         url = self._index.shards[shard].url
-        data = _pread(file, size, offset)
+        what = f"shard {url}, byte {offset}: sample {table.key(row)!r}"
+        try:
+            data = _pread(file, size, offset)
+        except OSError:
+            data = self._read_anew(shard, size, offset, what)
         if zlib.crc32(data) != table.crc[row]:
-            raise BadSampleError(
-                f"shard {url}, byte {offset}: sample {table.key(row)!r} is not what was indexed (wrong CRC). "
-                f"{self._index.mend(shard)}"
-            )
+            raise BadSampleError(f"{what} is not what was indexed (wrong CRC). {self._index.mend(shard)}")
         sample: Sample = {"__key__": table.key(row), "__url__": url}
         sample[table.extensions[table.extension[row]]] = data
         if table.label[row] >= 0:
@@ -64,6 +66,16 @@ class Reader:
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1][0])
+
+    def _read_anew(self, shard: int, size: int, offset: int, what: str) -> bytes:
+        """Once more, from the file opened again: a network disk may have dropped it (ESTALE)."""
+        with suppress(OSError):
+            os.close(self._open.pop(shard)[0])
+        file, _ = self._shard(shard)
+        try:
+            return _pread(file, size, offset)
+        except OSError as error:
+            raise BadSampleError(f"{what} cannot be read: {error.strerror or error}.") from None
 
     def _shard(self, shard: int) -> tuple[int, SampleTable]:
         if shard in self._open:

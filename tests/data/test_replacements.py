@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +102,34 @@ def test_more_than_max_bad_stop_the_run(damaged: tuple[Index, Plan], workers: in
         count_bad(batches, most=2)
     with pytest.raises(UserError, match=r"^shard s-\d.tar.*(CRC|cannot be decoded)"):
         stream(*damaged, steps=8, max_bad=0, workers=workers)
+
+
+@pytest.mark.parametrize(("fails", "bad"), [(1, 0), (99, 1)])
+def test_a_disk_that_fails_to_read_one_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, bad: int
+) -> None:
+    """Once (a network disk that dropped the open file), and always (a bad sector)."""
+    write_tar(tmp_path / "s-0.tar", [(f"0-{row}.png", image_of(0, row)) for row in range(8)])
+    index, plan = open_all(tmp_path)
+    offset, left, read = int(index.table(0).offset[3]), fails, os.pread
+
+    def pread(file: int, size: int, at: int) -> bytes:
+        nonlocal left
+        if at == offset and left:
+            left -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, size, at)
+
+    monkeypatch.setattr("os.pread", pread)
+    batches = stream(index, plan, steps=2)
+    said = {text for batch in batches for text in batch.bad}
+    message = f"shard s-0.tar, byte {offset}: sample '0-3' cannot be read: Input/output error."
+    assert said == ({message} if bad else set())
+    assert ((0, 3) in {sample_of(image) for image in images(batches).numpy()}) is not bool(bad)
+    assert left == 0 or bad
+    if bad:
+        with pytest.raises(UserError, match="'0-3' cannot be read: Input/output error"):
+            stream(index, plan, steps=2, max_bad=0)
 
 
 def test_stand_ins_go_through_a_users_stages(damaged: tuple[Index, Plan]) -> None:
