@@ -31,10 +31,13 @@ from pipeline.data.record import (
     entry_shard,
     file_size,
     is_complete,
+    record_time,
+    refuse_other_labels,
     scan_shard,
     shard_of,
     sidecar_list,
     sidecars,
+    size_and_time,
     unreadable,
     write_record,
 )
@@ -50,6 +53,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 _ANNOUNCE_EVERY_S = 10.0
 _TOGETHER = 256  # files that a thread looks at in one go
+_LOOKED_INTO = 8  # shards that are newer than their index
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def in_threads(
 def _load_remote(train: str, announce: Announce, remote: Remote) -> Index:
     folder, names = locate_url(train)
     shards = RemoteShards(folder, remote)
-    record = shards.record(announce)
+    record = shards.record(names, announce)
     entries = {entry["url"]: entry for entry in record.get("shardlist", [])}
     build = (
         f"`shardgan prepare --index-only '{redacted(train)}'` fetches them once and builds it on this machine"
@@ -263,8 +267,11 @@ def _shards(location: Location, announce: Announce) -> list[Shard]:
     found: dict[str, Shard] = {}
     missing: dict[str, Mapping[str, Any]] = {}
     known, has_sidecar = location.entries, sidecar_list(location.root)
-    for url, size in zip(location.urls, _file_sizes(location.root, location.urls), strict=True):
+    recorded, newer = record_time(location.root), []
+    for url, (size, written) in zip(location.urls, _looks(location.root, location.urls), strict=True):
         entry = known.get(url, {})
+        if entry and written > recorded:
+            newer.append(entry)
         if "filesize" in entry and entry["filesize"] != size:
             raise UserError(
                 f"shard {url} in {location.root} has {size} bytes, not the {entry['filesize']} that {INDEX} "
@@ -275,14 +282,16 @@ def _shards(location: Location, announce: Announce) -> list[Shard]:
             found[url] = shard
         else:
             missing[url] = entry
+    for entry in newer[:: max(1, len(newer) // _LOOKED_INTO)]:
+        refuse_other_labels(location.root, entry)
     found |= {shard.url: shard for shard in index_shards(location.root, missing, announce)}
     return [found[url] for url in location.urls]
 
 
-def _file_sizes(root: Path, urls: Sequence[str]) -> Iterator[int]:
-    """In order; several at once, as a network disk is asked for each. Raises UserError for a missing one."""
+def _looks(root: Path, urls: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Of each, in order; several at once, as a network disk is asked. Raises UserError for a missing one."""
     parts = [urls[first : first + _TOGETHER] for first in range(0, len(urls), _TOGETHER)]
-    return chain.from_iterable(in_threads(lambda part: [file_size(root, url) for url in part], parts))
+    return chain.from_iterable(in_threads(lambda part: [size_and_time(root, url) for url in part], parts))
 
 
 def _indexed(root: Path, url: str, size: int, entry: Mapping[str, Any], has_sidecar: bool) -> Shard | None:

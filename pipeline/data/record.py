@@ -20,6 +20,7 @@ from pipeline.data.tar import MOST_HEADERS
 from pipeline.folders import cache_folder
 
 INDEX = "index.json"
+WHOLE = "whole"  # in an index.json made here of remote shards: false if of some that were listed
 REBUILD = "run `shardgan prepare --index-only` on the folder"
 _SIDECARS = ".shardgan"
 _LARGEST_FILE = 2**63 - 1
@@ -100,10 +101,25 @@ def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> Sampl
     return table
 
 
+def refuse_other_labels(root: Path, entry: Mapping[str, Any]) -> None:
+    """Raises UserError if the first samples of a shard have other labels than its sidecar says. A shard that
+    was written again with others may have the same size, as a tar is padded."""
+    url = entry["url"]
+    table = next((found for found in sidecars(root, url) if found.sha256 == entry.get("sha256")), None)
+    if table is not None and sidecar.has_other_labels(root / url, url, table):
+        raise UserError(f"shard {url} in {root} has other labels than {INDEX} says: {REBUILD}.")
+
+
 def file_size(root: Path, url: str) -> int:
     """Raises UserError if the shard is missing."""
+    return size_and_time(root, url)[0]
+
+
+def size_and_time(root: Path, url: str) -> tuple[int, int]:
+    """Bytes, and when it was last written, in ns. Raises UserError if the shard is missing."""
     try:
-        return (root / url).stat().st_size
+        found = (root / url).stat()
+        return found.st_size, found.st_mtime_ns
     except FileNotFoundError:
         raise UserError(
             f"shard {url} is missing from {root}, although {INDEX} lists it. Fetch it again, or, if it was "
@@ -150,12 +166,23 @@ def _entry(shard: Shard) -> dict[str, Any]:
     }
 
 
+def record_time(root: Path) -> int:
+    """When index.json was written, in ns; 0 if there is none."""
+    path = _newest_record(root)
+    return path.stat().st_mtime_ns if path else 0
+
+
+def _newest_record(root: Path) -> Path | None:
+    """The newer one of two: read-only data may have been indexed again in our cache."""
+    paths = [path for place in places(root) if (path := place / INDEX).exists()]
+    return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def read_record(root: Path) -> dict[str, Any]:
     """index.json with its shard list checked; {} if there is none. Raises UserError if it is unfit."""
-    paths = [path for place in places(root) if (path := place / INDEX).exists()]
-    if not paths:
+    path = _newest_record(root)
+    if path is None:
         return {}
-    path = max(paths, key=lambda path: path.stat().st_mtime_ns)  # read-only data may have been indexed again
     try:
         return parse_record(path.read_bytes(), str(path))
     except OSError as error:

@@ -7,6 +7,7 @@ take megabytes, whatever the size of the data.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _COLUMNS = {  # arrays of SampleTable, in the order of the file
     "name_ends": np.int64, "offset": np.int64, "size": np.int64,
     "extension": np.uint32, "label": np.int64, "crc": np.uint32,
 }  # fmt: skip
+_FIRST = 16  # samples of a shard whose labels are compared
 _EXTRA = "passed_over"  # JSON, only of odd shards, and not in sidecars of earlier versions
 
 
@@ -92,10 +94,22 @@ def scan_all_images(path: Path, shard: str) -> SampleTable:
     return _table(*(_walk(path, shard, several) if several else walked))
 
 
+def has_other_labels(path: Path, shard: str, table: SampleTable) -> bool:
+    """Whether any of the first samples of a shard has a label, and not the one in the table. False if they
+    cannot be read, which is for others to find."""
+    known = {table.key(row): int(table.label[row]) for row in range(min(_FIRST, len(table)))}
+    try:
+        _, samples, _ = _walk(path, shard, most=_FIRST)
+    except (UserError, OSError):
+        return False
+    return any(s.label >= 0 and known.get(s.key, s.label) != s.label for s in samples if not s.problem())
+
+
 def _walk(
-    path: Path, shard: str, at_last_dot: Collection[str] = ()
+    path: Path, shard: str, at_last_dot: Collection[str] = (), most: float = math.inf
 ) -> tuple[TarReader, Collection[Sample], PassedOver]:
-    """The samples, and the members that belong to none. Keys in `at_last_dot` end there."""
+    """The samples, and the members that belong to none. Keys in `at_last_dot` end there. most: ends where
+    there are more samples."""
     samples: dict[str, Sample] = {}
     strays: list[str] = []
     count = 0
@@ -114,6 +128,8 @@ def _walk(
             key, extension = name
             if key not in samples:
                 samples[key] = Sample(key, member.header)
+                if len(samples) > most:
+                    break
             samples[key].add(extension, member)
     return tar, samples.values(), PassedOver(count, tuple(strays))
 

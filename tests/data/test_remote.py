@@ -122,6 +122,22 @@ def test_without_an_index_one_is_built_here(local: Index, server: FaultyServer, 
     assert len(shards_kept(cache)) == 5
 
 
+def test_an_index_of_listed_shards_is_none_of_the_folder(local: Index, server: FaultyServer) -> None:
+    few = f"{server.url}/{{{','.join(Path(name).stem for name in NAMES[:2])}}}.tar"
+    assert build_index(few).shards == load_index(few).shards == local.shards[:2]
+    assert load_index(server.url).shards == local.shards, "by the server's own"
+    (local.root / "index.json").unlink()
+    assert load_index(few).shards == local.shards[:2]
+    with pytest.raises(UserError, match=rf"no index.json .*--index-only '{server.url}'"):
+        load_index(server.url)
+    other = f"{server.url}/{NAMES[3]}"
+    build_index(other)
+    assert load_index(few).shards == local.shards[:2], "kept beside those of another list"
+    built = build_index(server.url)
+    build_index(few)
+    assert load_index(server.url).shards == built.shards == local.shards
+
+
 @pytest.mark.parametrize("query", ["", "token=zxzxzx&of=me"])
 def test_a_listing_gives_the_names(local: Index, server: FaultyServer, query: str) -> None:
     """Of what lies in the folder itself: neither of folders in it nor of what its page points to."""

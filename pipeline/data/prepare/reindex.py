@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Announce, Index, in_threads, index_of, index_shards, not_empty
 from pipeline.data.locate import Location, is_file, look, refuse_none
-from pipeline.data.record import read_record, write_record
+from pipeline.data.record import WHOLE, entry_shard, is_complete, read_record, write_record
 from pipeline.data.remote.fetch import RemoteShards
 from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import describe
@@ -37,9 +37,10 @@ def build_index(train: str, announce: Announce = lambda _: None, remote: Remote 
 
 
 def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
-    folder, names = locate_url(train)
+    """Those of a brace list join the others in an index that was made here before."""
+    folder, listed = locate_url(train)
     shards = RemoteShards(folder, remote)
-    names = names or shards.list(announce)
+    names = listed or shards.list(announce)
     if not names:
         raise UserError(
             f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
@@ -47,7 +48,12 @@ def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
     found = tuple(in_threads(lambda name: shards.index(name, announce), names, _TRANSFERS))
     index = not_empty(index_of(shards.home, {}, found, shards))
-    write_record(index.root, index.name, found, {})
+    before = {} if listed is None else read_record(shards.home)
+    others = {e["url"]: entry_shard(e) for e in before.get("shardlist", ()) if is_complete(e)}
+    every = others | {shard.url: shard for shard in found}
+    whole = listed is None or (bool(before) and before.get(WHOLE, True))
+    extra = {} if whole else {WHOLE: False}
+    write_record(index.root, index.name, [every[name] for name in sorted(every)], extra)
     return index
 
 

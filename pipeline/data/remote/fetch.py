@@ -15,7 +15,16 @@ from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data import sidecar
-from pipeline.data.record import INDEX, Shard, is_complete, parse_record, read_record, shard_of, sidecar_path
+from pipeline.data.record import (
+    INDEX,
+    WHOLE,
+    Shard,
+    is_complete,
+    parse_record,
+    read_record,
+    shard_of,
+    sidecar_path,
+)
 from pipeline.data.remote.shard_cache import ShardCache
 from pipeline.data.remote.transfer import Patience, WrongBytesError, download, names_in, read
 from pipeline.data.remote.urls import RemoteFolder
@@ -44,10 +53,13 @@ class RemoteShards:
     def cache(self) -> ShardCache:
         return ShardCache(_shards_folder(self.settings), int(self.settings.gb * 1e9))
 
-    def record(self, tell: Callable[[str], None]) -> dict[str, Any]:
-        """index.json: made here by `shardgan prepare --index-only`, else the folder's; {} if none."""
-        if record := read_record(self.home):
-            return record
+    def record(self, names: Collection[str] | None, tell: Callable[[str], None]) -> dict[str, Any]:
+        """index.json: made here by `shardgan prepare --index-only` if that had these names (None: the whole
+        folder), else the folder's; {} if none."""
+        ours = read_record(self.home)
+        listed = {entry["url"] for entry in ours.get("shardlist", ())}
+        if ours and (ours.get(WHOLE, True) if names is None else listed.issuperset(names)):
+            return ours
         try:
             data = read(self.folder, INDEX, Patience(self.settings), most=_LARGEST_INDEX, tell=tell)
         except FileNotFoundError:

@@ -184,6 +184,14 @@ def _lock(file: int, kind: int) -> bool:
     return True
 
 
+def _opened(path: Path) -> int:
+    """For an exclusive lock, which NFS grants only to who may write."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # another user's, in a common cache
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def _is_at(file: int, path: Path) -> bool:
     """Whether an open file is still the one at a path."""
     with suppress(FileNotFoundError):
@@ -194,7 +202,7 @@ def _is_at(file: int, path: Path) -> bool:
 def _remove_unused(path: Path) -> bool:
     """Remove a file unless a process holds a lock on it."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = _opened(path)
     except FileNotFoundError:
         return True
     try:
