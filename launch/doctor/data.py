@@ -17,7 +17,7 @@ from PIL import Image
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from pipeline.config import UserError
 from pipeline.data.cache import release, reserve
-from pipeline.data.check import check_passed_over, odd_labels, refuse_other_kind
+from pipeline.data.check import SHUFFLE, check_passed_over, odd_labels, refuse_other_kind, unlike
 from pipeline.data.decode import FORMATS, dtype_of
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
@@ -187,6 +187,8 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
         yield warning("split", f"{text}, {each:,} images per rank", remedy)
     else:
         yield ok("split", text)
+    if odd := unlike(index, parts):
+        yield warning("hold-out", odd, SHUFFLE)
     if config.score.metrics and heldout < config.score.images:
         text = (
             f"{heldout:,} images are held out, score.images={config.score.images:,}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import Data, UserError
 from pipeline.data.decode import BadImageError, WrongSizeError, decode, read_latent
 from pipeline.data.index import Index
+from pipeline.data.plan import Split
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
+from pipeline.data.record import Shard
 from pipeline.data.samples import LABEL, REPAIR, describe, image_extension
 from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.wording import counted
@@ -17,6 +23,9 @@ from pipeline.wording import counted
 MOST_EMPTY_CLASSES = 100_000  # without an image; the networks hold parameters for each
 _CHECKED_SHARDS = 8
 _TRIES = 16  # images of one shard
+_COUNTED_SHARDS = 1000  # whose labels are compared
+_UNLIKE = 0.2  # of the images would have to be of other classes, besides chance
+SHUFFLE = "`shardgan prepare SHARDS OUT` shuffles them."
 _NUMBER = "Number the classes from 0 without gaps, as `shardgan prepare SHARDS OUT` does"
 
 
@@ -92,6 +101,38 @@ def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
     if empty > len(there):
         found.append((text, f"{_NUMBER}: G and D hold parameters for each."))
     return found
+
+
+def unlike(index: Index, split: Split) -> str | None:
+    """What to say where the held-out shards are of other classes than those trained on: scores then compare
+    images of all classes with some. None if the shares of the classes differ no more than by chance."""
+    if not split.by_shard:
+        return None
+    shares = [_shares(index.shards, np.flatnonzero((split.held > 0) == held)) for held in (False, True)]
+    (trained, _), (held, count) = shares
+    classes = trained.keys() | held.keys()
+    if not count or not trained:
+        return None
+    apart = sum(abs(trained.get(c, 0) - held.get(c, 0)) for c in classes) / 2
+    by_chance = sum(math.sqrt(trained.get(c, 0) / count) for c in classes) / 2
+    if apart < by_chance + _UNLIKE:
+        return None
+    lacking = len(trained.keys() - held.keys())
+    return (
+        f"shards are sorted by class: {lacking:,} of {len(classes):,} classes are not held out, and scores "
+        "compare with the others alone"
+        if lacking
+        else "classes have other shares in held-out shards than in those trained on, and scores compare both"
+    )
+
+
+def _shares(shards: Sequence[Shard], chosen: NDArray[np.int64]) -> tuple[dict[int, float], int]:
+    """Share of each class in some shards, and how many labels there are. Of many shards some are counted."""
+    counts = Counter[int]()
+    for i in chosen[:: max(1, len(chosen) // _COUNTED_SHARDS)]:
+        counts.update(shards[i].labels)
+    total = counts.total()
+    return {label: count / total for label, count in counts.items()}, total
 
 
 def _decode_some(index: Index, data: Data) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.config import Config, Data
-from pipeline.data.check import remarks
+from pipeline.data.check import SHUFFLE, remarks, unlike
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.gan import compatible
@@ -39,6 +39,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         *([f"  note: {slow}"] if (slow := emulated(ranks.precision, ranks.device)) else ()),
         *([f"  {ranks.compilation}: first updates take longer"] if ranks.compilation else ()),
         *(f"  {line}" for line in remarks(index, data)),
+        *([f"  warning: {odd}. {SHUFFLE}"] if (odd := unlike(index, split)) else ()),
         *(f"  {line}" for line in _of_latents(data)),
         *(f"  note: {line}" for line in compatible.remarks(config, ranks.precision)),
     ]
