@@ -29,11 +29,15 @@ _ECHOES = ("ChildFailedError", "CalledProcessError", "srun: error")  # by launch
 _GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
 
 
-def default_procs(strategy: str | None) -> int:
-    """Processes on this machine if the user names no number."""
+def default_procs(strategy: str | None, batch_size: int) -> int:
+    """Processes on this machine if the user names no number: one per GPU, or up to four on a CPU, as far as
+    the batch can be divided over so many."""
     import torch
 
-    return 1 if strategy == "single" else torch.cuda.device_count() or min(cores(), 4)
+    if strategy == "single":
+        return 1
+    most = (torch.cuda.device_count() if on_gpu() else 0) or min(cores(), 4)
+    return next(procs for procs in range(most, 0, -1) if batch_size % procs == 0)
 
 
 def on_gpu() -> bool:
@@ -44,11 +48,11 @@ def on_gpu() -> bool:
 
 
 def check_gpus(procs: int | None) -> None:
-    """Raises UserError if this machine has GPUs, but fewer than `procs`."""
+    """Raises UserError if a training here would be on GPUs, of which there are fewer than `procs`."""
     import torch
 
     gpus = torch.cuda.device_count()
-    if gpus and (procs or 1) > gpus:
+    if on_gpu() and (procs or 1) > gpus:
         raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
 
 

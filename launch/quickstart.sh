@@ -12,10 +12,12 @@ data=data/fashion-mnist
 [ -f "$data/index.json" ] || "$shardgan" prepare fashion-mnist "$data"
 
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+procs=  # one per GPU
+((gpus > 0)) || procs=2
 precision=no  # a CPU without instructions for bf16 is slow in it
 if ((gpus > 0)) || grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo; then precision=bf16; fi
 train() {
-    "$shardgan" train configs/fashion-mnist.yaml --procs "$((gpus > 0 ? gpus : 2))" --mixed_precision $precision "$@"
+    "$shardgan" train configs/fashion-mnist.yaml ${procs:+--procs "$procs"} --mixed_precision $precision "$@"
 }
 run=runs/fashion-mnist without=runs/fashion-mnist-without-l2
 train "$@"

@@ -58,13 +58,15 @@ def train(
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
-    procs = procs or processes.default_procs(strategy)
-    strategy = strategy or ("single" if procs == 1 else "ddp")
-    processes.check_world(strategy, procs)
+    if procs is not None:
+        processes.check_world(strategy or "ddp", procs)
     training = training_of(config, settings, gpu=processes.on_gpu())
     training.explain()
     config, settings = training.config, training.settings
     resolved = load(config, settings)
+    procs = procs or _default_procs(strategy, resolved.data.batch_size)
+    strategy = strategy or ("single" if procs == 1 else "ddp")
+    processes.check_world(strategy, procs)
     check_objective(resolved, batch_shape(resolved.data, procs).images, mixed_precision)
     given = [config, *settings]
     command, environment = processes.training(strategy, procs, mixed_precision, given, compiled)
@@ -87,6 +89,16 @@ def train(
         os.execve(sys.executable, command, environment)
     status = launch_from_here(command, environment, resolved.run.stop_signal)
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
+
+
+def _default_procs(strategy: str | None, batch_size: int) -> int:
+    import torch
+
+    procs = processes.default_procs(strategy, batch_size)
+    if strategy != "single" and procs < (gpus := torch.cuda.device_count()) and processes.on_gpu():
+        why = f"data.batch_size={batch_size} cannot be divided equally over more"
+        click.echo(f"note: {procs} of {gpus} GPUs train: {why}", err=True)
+    return procs
 
 
 def _show_line(strategy: str, procs: int, precision: str, compiled: bool, arguments: Sequence[str]) -> None:

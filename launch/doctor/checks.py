@@ -38,7 +38,7 @@ def job_of(
     compiled: bool = False,
 ) -> Job:
     """A job with the defaults of `shardgan train`."""
-    gpus = gpus or default_procs(strategy)
+    gpus = gpus or default_procs(strategy, config.data.batch_size)
     strategy = strategy or ("single" if nodes * gpus == 1 else "ddp")
     return Job(config, nodes, gpus, strategy, precision, machine, compiled)
 

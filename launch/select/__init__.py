@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 
@@ -21,9 +25,7 @@ from pipeline.config import UserError
     metavar="KEY=V1,V2,…",
     help="Values to try; 1e-6:1e-2:5 is a log-spaced range. With --search: KEY=LOW..HIGH.",
 )
-@click.option(
-    "--arms", type=click.Path(path_type=Path), help="Instead: a YAML file of `name: [key=value, …]`."
-)
+@click.option("--arms", type=click.Path(), help="Instead: a YAML file of `name: [key=value, …]`.")
 @click.option(
     "--search",
     type=click.Choice(["tpe"]),
@@ -67,7 +69,7 @@ def select(
     config: str,
     settings: tuple[str, ...],
     grid: tuple[str, ...],
-    arms: Path | None,
+    arms: str | None,
     search: str | None,
     count: int | None,
     folds: int,
@@ -99,24 +101,37 @@ def select(
     from launch.select.selection import Selection
     from launch.select.trials import LaunchOptions, trials
     from launch.slurm.jobs import Resources
+    from pipeline.config import load
 
     if bool(grid) == bool(arms):
         raise UserError("Give the candidates by either --grid (once or more) or --arms.")
     check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
-    launch, searched = LaunchOptions(strategy, procs, mixed_precision, compiled), None
+    launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
-    if search and count:
-        base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
-        found, rule = searched.read(), SEARCHED
-    else:
-        candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(arms)
-        base, found = trials(config, settings, candidates, folds, seeds)
-    selection = Selection(base, found, launch, (config, settings), click.echo, rule, searched)
-    if collect:
-        selection.collect()
-    elif slurm:
-        selection.submit(Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs)
-    else:
-        selection.train(jobs)
+    load(config, settings)  # for messages that name the file
+    with nullcontext(config) if collect else as_it_is(config) as config:
+        searched = None
+        if search and count:
+            base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
+            found, rule = searched.read(), SEARCHED
+        else:
+            candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(Path(arms))
+            base, found = trials(config, settings, candidates, folds, seeds)
+        selection = Selection(base, found, launch, (config, settings), click.echo, rule, searched)
+        if collect:
+            selection.collect()
+        elif slurm:
+            named = {typed: config} | ({arms: arms} if arms else {})
+            resources = Resources(gpus=gpus, time=limit, partition=partition, account=account)
+            selection.submit(resources, jobs, named)
+        else:
+            selection.train(jobs)
+
+
+@contextmanager
+def as_it_is(config: str) -> Iterator[str]:
+    """A copy of a config file while trials are trained from it: someone may edit the file meanwhile."""
+    with TemporaryDirectory(prefix="shardgan-") as folder:
+        yield shutil.copyfile(Path(config).expanduser(), str(Path(folder, Path(config).name)))

@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
-from launch.processes import ask_to_stop, cores, kill, start, training
+from launch.processes import ask_to_stop, cores, kill, on_gpu, start, training
 from launch.select.trials import LaunchOptions, Trial
 from pipeline.config import UserError
 from pipeline.lock import LOCK, Lock, take
@@ -69,7 +69,7 @@ def shares(launch: LaunchOptions, jobs: int) -> list[dict[str, str]]:
     each = threads(os.environ) or max(1, cores() // (jobs * launch.procs))
     share = {"OMP_NUM_THREADS": str(each)}
     gpus = torch.cuda.device_count()
-    if not gpus:
+    if not on_gpu():
         return [share] * jobs
     if jobs * launch.procs > gpus:
         raise UserError(

@@ -9,9 +9,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from launch.select import files
 from launch.select.local import Say
@@ -19,6 +20,8 @@ from launch.select.trials import LaunchOptions, Trial
 from launch.slurm import jobs as slurm
 from launch.slurm.jobs import Resources
 from pipeline.config import UserError
+
+_COPIES = ("config.yaml", "arms.yaml")
 
 
 def refuse_queued(folder: Path) -> None:
@@ -38,13 +41,15 @@ def submit(
     jobs: int,
     folder: Path,
     say: Say,
+    named: Mapping[str, str],
     later: Sequence[int] = (),
 ) -> None:
     """Submit one job per trial, `jobs` at once, and one that runs this command with --collect after them.
 
-    later: of a search, how many trials each batch has that is still to be proposed. They wait in the queue as
-    arrays of jobs; the collecting job before each proposes it and lists its trials. So no node has to submit.
-    Raises UserError with Slurm's reason if it refuses a job.
+    named: words of the command that name files → those files. Jobs read copies, as someone may edit them
+    before. later: of a search, how many trials each batch has that is still to be proposed. They wait in the
+    queue as arrays of jobs; the collecting job before each proposes it and lists its trials. So no node has
+    to submit. Raises UserError with Slurm's reason if it refuses a job.
     """
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # jobs inherit them, and all trials would be one run there
         os.environ.pop(name, None)
@@ -56,10 +61,8 @@ def submit(
         precision=launch.precision,
         compiled=launch.compiled,
     )
-    command = [word for word in sys.argv[1:] if word != "--slurm"]
     sizes = [len(todo), *later]
-    ids = _submit_arrays(todo, sizes, folder, resources, jobs, [*command, "--collect"])
-    slurm.record(folder / "slurm" / "job", ids)
+    ids = _submit_arrays(todo, sizes, folder, resources, jobs, named)
     say(
         f"Submitted: {sum(sizes)} trials as job{'s' if later else ''} {', '.join(ids[::2])}, {jobs} at once; "
         f"job {ids[-1]} collects their scores in {folder}. Logs: {folder / 'slurm'}."
@@ -72,25 +75,39 @@ def _submit_arrays(
     folder: Path,
     resources: Resources,
     throttle: int,
-    collect: Sequence[str],
+    named: Mapping[str, str],
 ) -> list[str]:
-    """The ids of each array, and of the job after it, which runs `shardgan` with the words of `collect`."""
-    slurm.refuse_credentials([word for trial in todo for word in trial.arguments])
-    runs = _lines(todo)
+    """The ids of each array, and of the job after it, which runs this command with --collect."""
     name, place = folder.name, (folder / "slurm").absolute()
+    texts = {file: Path(file).read_text("utf-8") for file in named.values()}
+    slurm.refuse_credentials([word for trial in todo for word in trial.arguments])
+    slurm.refuse_credentials([line for text in texts.values() for line in text.splitlines()])
+    copies = {
+        file: str(place / f"{what}.yaml") for file, what in zip(texts, ("config", "arms"), strict=False)
+    }
+    runs = _lines(todo, copies)
+    collect = [_word(word, named, copies) for word in sys.argv[1:] if word != "--slurm"]
     arrays = [
         slurm.render(
             name, place, ["array.sbatch", str(place / _runs(number))], resources, array=f"1-{size}%{throttle}"
         )
         for number, size in enumerate(sizes)
     ]
-    one = Resources(time=resources.time, partition=resources.partition, account=resources.account)
-    line = ["node.sh", "python", "launch.cli", *collect]
+    # With a GPU too: some clusters let no job without one into such a partition.
+    one = Resources(
+        gpus=min(1, resources.gpus),
+        time=resources.time,
+        partition=resources.partition,
+        account=resources.account,
+    )
+    line = ["node.sh", "python", "launch.cli", *collect, "--collect"]
     after = slurm.render(f"{name}-collect", place, line, one)
     for each in (arrays[0], after):
         slurm.check(each)
     for old in place.glob("runs*.txt"):
         old.unlink()
+    for file, text in texts.items():
+        files.write(Path(copies[file]), text)
     files.write(place / _runs(0), runs)
     slurm.keep(place, {str(trial.config.data.train): trial.config.data for trial in todo}.values())
     ids: list[str] = []
@@ -98,10 +115,14 @@ def _submit_arrays(
         for number, array in enumerate(arrays):
             for job, file in ((array, f"job{number or ''}.sbatch"), (after, "collect.sbatch")):
                 wait = [f"--dependency=afterany:{ids[-1]}"] if ids else []
-                ids.append(slurm.submit(place, job, *wait, name=file))
-    except UserError as error:
+                with slurm.undisturbed():
+                    ids.append(slurm.submit(place, job, *wait, name=file))
+                    slurm.record(place / "job", ids)
+    except BaseException as error:
         for job_id in ids:
             slurm.cancel(job_id)
+        if not isinstance(error, UserError):
+            raise
         cancelled = f" What was submitted before it, job {', '.join(ids)}, is cancelled." if ids else ""
         raise UserError(f"{error}{cancelled}") from None
     return ids
@@ -153,9 +174,15 @@ def _runs(number: int) -> str:
     return f"runs-{number + 1}.txt" if number else "runs.txt"
 
 
-def _lines(todo: Sequence[Trial]) -> str:
+def _word(word: str, named: Mapping[str, str], copies: Mapping[str, str]) -> str:
+    """A word of the command line; the copy of a file instead of its name."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{option}{equals}{copies[named[value]]}" if value in named else word
+
+
+def _lines(todo: Sequence[Trial], copies: Mapping[str, str] = MappingProxyType({})) -> str:
     """A line for each trial, as array.sbatch reads them. Raises UserError."""
     words = [word for trial in todo for word in trial.arguments]
     if broken := next((word for word in words if "\n" in word), None):
         raise UserError(f"{broken!r} has a line break, and a list of runs has one run per line. Remove it.")
-    return "".join(f"{shlex.join(trial.arguments)}\n" for trial in todo)
+    return "".join(f"{shlex.join([copies.get(c, c), *rest])}\n" for c, *rest in (t.arguments for t in todo))

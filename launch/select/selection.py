@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,8 +76,8 @@ class Selection:
         elif found.minimum is None:
             raise click.ClickException(_nothing(found, self.folder / "logs"))
 
-    def submit(self, resources: Resources, jobs: int) -> None:
-        """Submit to Slurm what is not done."""
+    def submit(self, resources: Resources, jobs: int, named: Mapping[str, str]) -> None:
+        """Submit to Slurm what is not done. named: see queue.submit."""
         if not self.todo and not (self.search and self.search.batches):
             self.train(jobs)
             return
@@ -89,7 +89,7 @@ class Selection:
                 self._conclude()
                 return
             later = [size * self._places for size in self.search.batches] if self.search else []
-            queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say, later)
+            queue.submit(self.todo, self.launch, resources, jobs, self.folder, self.say, named, later)
 
     def collect(self) -> None:
         """Train nothing. Failures are known from the last call's table and from the logs of jobs."""

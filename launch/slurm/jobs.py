@@ -9,16 +9,18 @@ import getpass
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from launch.installed import ROOT, slurm_scripts
 from launch.slurm import index_copies
-from pipeline import durable
+from pipeline import STOP_SIGNALS, durable
 from pipeline.config import Data, UserError
 from pipeline.credentials import redacted, scrubbed
 from pipeline.parallel.compilation import check_compiled
@@ -226,6 +228,20 @@ def refuse_credentials(texts: Sequence[str]) -> None:
         )
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals wait until the id of a job that is being submitted is recorded: it would run unknown to us."""
+    received: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: received.append(number)) for each in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    for number in received:
+        signal.raise_signal(number)
+
+
 def record(file: Path, ids: Sequence[str]) -> None:
     """Write the ids of submitted jobs, for `queued`. They run all the same if that fails: it warns."""
     try:
@@ -281,4 +297,7 @@ def _sbatch(*arguments: str, text: str = "") -> str:
 
 
 def _call(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, check=False, capture_output=True, text=True, input=text)
+    # Ctrl-C in a terminal reaches all processes of its session.
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, input=text, start_new_session=True
+    )

@@ -105,8 +105,9 @@ def submit(
         return
     jobs.write(folder / "config.yaml", dump(resolved))
     jobs.keep(folder, [resolved.data])
-    job = jobs.submit(folder, batch)
-    jobs.record(run / "slurm" / "job", [job])
+    with jobs.undisturbed():
+        job = jobs.submit(folder, batch)
+        jobs.record(run / "slurm" / "job", [job])
     _announce(job, run, folder / f"{job}.log", resources)
 
 

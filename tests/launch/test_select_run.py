@@ -17,9 +17,30 @@ from launch.select import local as select_local
 from launch.select import select
 from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions
+from pipeline import config
 from pipeline.config import UserError
 from pipeline.lock import LockLostError, take
 from pipeline.run.stop import StopSignals
+
+
+def test_a_config_that_is_edited_meanwhile_changes_no_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    widths = []
+
+    def call(self, trial, log, share):
+        trained = config.load(trial.arguments[0], trial.arguments[1:])  # as pipeline.train does
+        widths.append(trained.G.width)
+        finish(trial)
+        (tmp_path / "job.yaml").write_text(CONFIG.replace("G: {width: 8", "G: {width: 16"))
+        return 0
+
+    monkeypatch.setattr(select_local._Crew, "_call", call)
+    monkeypatch.setattr("launch.select.start.check", lambda *_: None)
+    words = ["job.yaml", "run.name=mine", "--grid", "penalty.l2=0,1", "--folds", "2"]
+    ended = CliRunner().invoke(select, words)
+    assert ended.exit_code == 0, ended.output
+    assert widths == [8] * 4 and config.load("runs/mine/best.yaml").G.width == 8
 
 
 class Ended:
@@ -37,6 +58,7 @@ def cores(monkeypatch):
     monkeypatch.setattr(select_local, "cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
 
 def test_cores_are_shared_by_all_processes_at_a_time(cores, monkeypatch):
@@ -56,6 +78,8 @@ def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
     assert pairs == ["7,5", "3,1"]
     with pytest.raises(UserError, match="--jobs 3 x --procs 2 need a GPU each"):
         select_local.shares(LaunchOptions("ddp", 2), 3)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert select_local.shares(LaunchOptions("ddp", 2), 3) == [{"OMP_NUM_THREADS": "1"}] * 3
 
 
 def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, said: list[str]) -> StopSignals:

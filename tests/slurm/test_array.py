@@ -69,7 +69,7 @@ def test_the_job_after_the_trials_collects(project, monkeypatch):
     line = ["shardgan", "select", "configs/tiny.yaml", *given, "--grid", *grid, "--folds", "2", "--slurm"]
     monkeypatch.setattr(sys, "argv", line)
     folder, said = project.path / "runs" / str(base.run.name), []
-    select_queue.submit(trials, LaunchOptions(), Resources(time="10"), 2, folder, said.append)
+    select_queue.submit(trials, LaunchOptions(), Resources(time="10"), 2, folder, said.append, {})
     job, collecting = (folder / "slurm" / "job").read_text().split()
     assert f"4 trials as job {job}, 2 at once; job {collecting}" in said[0]
     project.cluster.run("scancel", job)  # what they would train has been seen above

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from launching import FASHION, ROOT
 
 from launch.select import candidates as select_candidates
 from launch.select import queue as select_queue
+from launch.select import select
 from launch.select import trials as select_trials
 from launch.select.trials import LaunchOptions
 from launch.slurm import index_copies, nodes
@@ -40,6 +42,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             f'#!/bin/bash\necho "{name} $*" >> {note}\n'
             '[[ -z "$REFUSES" || "$*" != *$REFUSES* ]] ||\n'
             '{ echo "sbatch: error: too many jobs" >&2; exit 1; }\n'
+            '[[ -z "$INTERRUPTS" || "$*" != *$INTERRUPTS* ]] || kill -INT $PPID\n'
             'echo "${REPLY_OF_SBATCH:-17}"\n'
         )
         (folder / name).chmod(0o755)
@@ -52,7 +55,7 @@ def submit_trials(name: str = "a", *settings: str) -> None:
     arms = select_candidates.grid(["penalty.l2=0,1"])
     base, trials = select_trials.trials("tiny.yaml", given, arms, 2, 1)
     folder, resources = Path("runs") / str(base.run.name), slurm.Resources(time="10", partition="long")
-    select_queue.submit(trials, LaunchOptions(), resources, 1, folder, lambda _: None)
+    select_queue.submit(trials, LaunchOptions(), resources, 1, folder, lambda _: None, {})
 
 
 def test_trials_whose_job_after_them_is_refused_do_not_run(said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +65,30 @@ def test_trials_whose_job_after_them_is_refused_do_not_run(said, monkeypatch: py
     calls = [line.split()[:2] for line in said()]
     assert [call[0] for call in calls] == ["sbatch"] * 4 + ["scancel"] and calls[-1] == ["scancel", "17"]
     assert [call[1] for call in calls[:2]] == ["--test-only"] * 2, "both are checked before one is submitted"
+
+
+def test_trials_whose_submission_is_interrupted_do_not_run(said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERRUPTS", "/job.sbatch")
+    with pytest.raises(KeyboardInterrupt):
+        submit_trials()
+    assert said()[-1] == "scancel 17" and said()[-2].endswith("/job.sbatch")
+    assert Path("runs/a/slurm/job").read_text() == "17\n"
+
+
+def test_jobs_read_copies_of_what_the_command_names(said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files may be edited, and published configs are not where a job's code is."""
+    Path("arms.yaml").write_text("none: []\nsome: [penalty.l2=1]\n")
+    words = ["select", "tiny.yaml", "run.name=a", "run.out=runs", "score.images=20", "--slurm"]
+    monkeypatch.setattr("sys.argv", ["shardgan", *words, "--arms=arms.yaml"])
+    ended = CliRunner().invoke(select, sys.argv[2:])
+    assert ended.exit_code == 0, ended.output
+    place = Path("runs/a/slurm").absolute()
+    for file, copy in (("tiny.yaml", "config.yaml"), ("arms.yaml", "arms.yaml")):
+        assert (place / copy).read_text() == Path(file).read_text()
+    lines = (place / "runs.txt").read_text().splitlines()
+    assert len(lines) == 6 and all(line.startswith(f"{place}/config.yaml ") for line in lines)
+    collects = f"select {place}/config.yaml run.name=a run.out=runs score.images=20 --arms={place}/arms.yaml"
+    assert f"{collects} --collect" in (place / "collect.sbatch").read_text()
 
 
 def test_a_line_break_would_be_another_line(said) -> None:
