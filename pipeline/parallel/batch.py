@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import Data, UserError
+from pipeline.wording import counted
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,25 @@ class BatchShape:
     def positions(self, rank: int) -> list[int]:
         """The places in the global batch of a rank's images [local], round by round."""
         return [i for r in range(self.rounds) for i in range(self.world * self.local)[self.part(rank, r)]]
+
+    @contextmanager
+    def explaining_shortage(self) -> Iterator[None]:
+        """Raises UserError, with a setting that needs less, where the memory of a GPU is full."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            fewer = next((n for n in range(self.images - 1, 0, -1) if self.images % n == 0), None)
+            remedy = (
+                f"Set data.batch_gpu={fewer}, which makes more rounds of fewer images of the same batch"
+                if fewer
+                else "Set G.checkpoint=true and D.checkpoint=true, or choose a strategy that shards more"
+            )
+            raise UserError(
+                f"The memory of a GPU is full with {counted(self.images, 'image')} at once. {remedy}. "
+                f"`shardgan doctor` forecasts what is needed. PyTorch: {str(error).partition(chr(10))[0]}"
+            ) from None
 
     def __str__(self) -> str:
         """In words: "64 = 2 ranks x 1 round x 32 images"."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.errors import CommonError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings, poisoned
 from pipeline.parallel.fragments import Fragment
@@ -79,10 +80,23 @@ class ReplicatedEngine(MasterEngine):
             return
         buffers = {name: b.clone() for name, b in self.module.named_buffers()}
         with self.autocast():
+            self._refuse_idle(self.module(*example))
             self.forward(*example).sum().backward()  # type: ignore[no-untyped-call]
         self.zero_grad()
         for name, buffer in self.module.named_buffers():
             buffer.copy_(buffers[name])
+
+    def _refuse_idle(self, output: torch.Tensor) -> None:
+        """Raises CommonError unless the output depends on all parameters: DDP waits for every gradient."""
+        gradients = torch.autograd.grad(output.sum(), list(self._masters.values()), allow_unused=True)
+        idle = [name for name, found in zip(self._masters, gradients, strict=True) if found is None]
+        if idle:
+            more = f" and {len(idle) - 1} more" * (len(idle) > 1)
+            raise CommonError(
+                f"{self.player.name}: what {type(self.module).__name__} returns does not depend on its "
+                f"parameter {idle[0]}{more}, and ddp can average no gradient that never comes. Remove it, "
+                "freeze it (requires_grad_(False)), or train with --strategy fsdp2, zero1 or zero2."
+            )
 
 
 def _wrap(module: nn.Module) -> DistributedDataParallel:

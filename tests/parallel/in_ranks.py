@@ -46,6 +46,7 @@ def main(out: Path, earlier: Path | None, chosen: list[str]) -> None:
     found["starts.json"] = starts.record(ranks, out)
     found["overflow.json"], found["machines.json"] = half.train(ranks, out), machines.record(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
+    found["idle.json"] = skips.idle(ranks)
     if f"{ranks.strategy}-{ranks.world}" in compiled_pair.WHERE:
         found["compiled.json"] = compiled_pair.record(ranks)
     if ranks.main:

@@ -15,17 +15,20 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from torch.distributed import distributed_c10d as c10d
 
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
 from pipeline.data.stream import Batch
+from pipeline.errors import CommonError
+from pipeline.gan import dcgan
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.players import Gan
 from pipeline.run.stats import Stats
-from pipeline.step import update_D, update_G
+from pipeline.step import train_step, update_D, update_G
 
 _NETWORKS = (
     "G.options={width: 5, norm: batch}",
@@ -68,6 +71,39 @@ def settled(ranks: Ranks) -> dict[str, Any]:
         "nccl": {name: value for name, value in os.environ.items() if name.startswith("TORCH_NCCL_")},
         "timer": ranks.strategy.startswith("zero") and engine._ds.tput_timer.config.enabled,
     }
+
+
+class Sometimes(dcgan.Generator):
+    """Its last layer takes part in some updates only."""
+
+    takes_part = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.last = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, z: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        images = super().forward(z, c)
+        return self.last(images) if Sometimes.takes_part else images
+
+
+def idle(ranks: Ranks) -> list[bool] | str:
+    """Whether the layer moved in an update that it took part in, and in the two after it that it did not;
+    under ddp over several ranks, why that is refused."""
+    case = Case("idle", ("G.kind=skips:Sometimes", *_SGD, "optim.G.momentum=0"))
+    Sometimes.takes_part = ranks.world == 1 or ranks.strategy != "ddp"
+    try:
+        gan, batches = parity.start(case, parity.initial_state(case), ranks)
+    except CommonError as error:
+        return str(error)
+    layer = [f.data for f in gan.G.fragments if f.name.startswith("last.")]
+    moved = []
+    for number, Sometimes.takes_part in enumerate((True, False, False)):
+        before = [weights.clone() for weights in layer]
+        train_step(gan, batches, number * case.batch, Stats(ranks.device))
+        equal = all(torch.equal(a, b) for a, b in zip(before, layer, strict=True))
+        moved.append(not all(ranks.gather_objects(equal)))
+    return moved
 
 
 def _timeout(group: Any) -> timedelta:

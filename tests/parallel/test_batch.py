@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config import Optimizer, WeightPenalty
+from pipeline.config import Optimizer, UserError, WeightPenalty
 from pipeline.gan.draws import Drawn
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ddp import ReplicatedEngine
@@ -18,6 +18,18 @@ from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.watch.whereabouts import Progress
 
 IMAGES = 2
+
+
+@pytest.mark.parametrize(
+    ("images", "remedy"), [(12, "data.batch_gpu=6"), (5, "data.batch_gpu=1"), (1, "G.checkpoint=true")]
+)
+def test_full_memory_is_a_message_with_a_remedy(images, remedy):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee also")
+    with (
+        pytest.raises(UserError, match=rf"{images} images? at once\. Set {remedy}.* allocate 2\.00 GiB\.$"),
+        BatchShape(2, 2, images).explaining_shortage(),
+    ):
+        raise full
 
 
 @pytest.mark.parametrize(("world", "rounds"), [*itertools.product((1, 2, 3), (1, 2, 3))])

@@ -24,6 +24,19 @@ def test_a_skipped_update_changes_nothing_and_the_next_is_as_without_it(launched
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
+def test_a_layer_that_takes_no_part_in_an_update_stays(launched, name):
+    """DeepSpeed's stage 3 would apply its last gradient again; DDP would wait for one, and is refused."""
+    found = json.loads((launched(name) / "idle.json").read_text())
+    if name in ("ddp-2", "ddp-3"):
+        assert found.startswith(
+            "G: what Sometimes returns does not depend on its parameter last.weight and 1 more"
+        )
+        assert "--strategy fsdp2" in found
+    else:
+        assert found == [True, False, False]
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_collectives_of_every_library_wait_as_long_as_ours(launched, name):
     settled = json.loads((launched(name) / "settled.json").read_text())
     strategy, world = name.split("-")
