@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
     begun = load(folder / "config.yaml") if run.resume and (folder / "config.yaml").is_file() else None
     if begun is not None and not run.new_data:
         return _resumed(argument, source, folder, begun, settings)
+    if not isinstance(source, Shards):
+        _refuse_inside(path, folder)
     seen = look_at(source, argument)
     preset = presets.GPU if gpu else presets.CPU
     size = data.size if _gives("data.size", settings) else _size(argument, source, seen, preset)
@@ -47,6 +50,16 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
     chosen = (f"run.name={run.name}", f"data.train={train}", *_choose(preset, seen, size), *settings)
     notes = _notes(argument, seen, preset, load(file, chosen).data, preparation, settings)
     return Training(file, chosen, tuple(notes), preparation)
+
+
+def _refuse_inside(path: Path, run: Path) -> None:
+    """Raises UserError for a run in its own folder of images: the next call would take its grids for some."""
+    images = Path(os.path.realpath(path))
+    if Path(os.path.realpath(run)).is_relative_to(images):
+        raise UserError(
+            f"The run would be in {run}, which is in the folder of images itself. Call it from outside (cd "
+            f"{shlex.quote(str(images.parent))}; shardgan train {shlex.quote(images.name)}), or set run.out."
+        )
 
 
 def _wanted(path: Path, settings: Sequence[str]) -> tuple[Run, Data]:
@@ -169,7 +182,8 @@ def _record(train: str) -> dict[str, Any]:
 def _beside(argument: str, path: Path, size: int) -> str:
     """Where the shards of images are: photos-64px beside photos, or photos.zip."""
     name = path.absolute().name if path.is_dir() else path.stem
-    return str(Path(argument).parent / f"{name}-{size}px")
+    parent = Path(argument).parent if path.name else path.absolute().parent
+    return str(parent / f"{name}-{size}px")
 
 
 def _data_of(folder: Path) -> str | None:

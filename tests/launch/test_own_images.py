@@ -116,6 +116,16 @@ def test_what_is_misspelt(here, given, near):
     assert refusal(given) == f"There is no config, folder, zip or run called {given}. Did you mean {near}?"
 
 
+def test_a_run_is_not_put_into_its_own_images(here, monkeypatch):
+    pictures("my photos", *[(9, 9)] * 3)
+    monkeypatch.chdir("my photos")
+    for given in (".", str(Path.cwd())):
+        assert "Call it from outside (cd " in refusal(given) and "train 'my photos')" in refusal(given)
+    training = training_of(".", [f"run.out={here}/runs"], gpu=False)
+    assert training.preparation is not None
+    assert Path(training.preparation.out).parent == here
+
+
 def test_configs_of_other_commands_are_found_by_name_too():
     assert config_path("lambda") == str(configs() / "lambda.yaml")
     assert config_path("lamda.yaml") == "lamda.yaml"  # the reader of files refuses it
