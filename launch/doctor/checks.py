@@ -83,7 +83,8 @@ def _config(job: Job) -> Iterator[Finding]:
 
 def launcher(job: Job) -> Iterator[Finding]:
     """The strategy's Accelerate file, and processes that it can start."""
-    path, gpus = ACCELERATE_FILES / f"{job.strategy}.yaml", torch.cuda.device_count()
+    path = ACCELERATE_FILES / f"{job.strategy}.yaml"
+    gpus = 0 if job.machine.remote else torch.cuda.device_count()
     try:
         kind = yaml.safe_load(path.read_text())["distributed_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:

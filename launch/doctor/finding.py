@@ -26,6 +26,7 @@ class Machine:
     bandwidth: float | None = None  # bytes per second that a GPU sends to others of its node
     network: float | None = None  # bytes per second that a node sends to others
     gpu_memory: int | None = None  # bytes
+    remote: bool = False  # this machine is none of them
 
 
 @dataclass(frozen=True)

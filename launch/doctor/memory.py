@@ -17,6 +17,7 @@ from launch.doctor.alone import second_update
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
+from launch.processes import on_gpu
 from pipeline.config import Config, UserError
 from pipeline.gan.frozen import sizes
 from pipeline.parallel import theory
@@ -39,10 +40,10 @@ def traced(job: Job, num_classes: int) -> int | str:
 
 
 def of_gpu(job: Job) -> int | None:
-    """Bytes of a GPU's memory: as said, else of one here."""
+    """Bytes of a GPU's memory: as said, else of one here that would be trained on."""
     if job.machine.gpu_memory:
         return job.machine.gpu_memory
-    there = torch.cuda.is_available()
+    there = on_gpu() and not job.machine.remote
     return torch.cuda.get_device_properties(0).total_memory if there else None
 
 

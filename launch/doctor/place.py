@@ -127,6 +127,8 @@ def moments_of(optimizer: Optimizer) -> int:
 def rendezvous(job: Job) -> Iterator[Finding]:
     """Do the nodes' names resolve, and is the port free here?"""
     nodes = allocated()
+    if job.machine.remote and not nodes:
+        return
     hosts = nodes or [socket.gethostname()]
     lost = [host for host in hosts if not _resolves(host)]
     if lost:

@@ -22,7 +22,7 @@ def examine(job: Job) -> list[Finding]:
 def variables(job: Job) -> Iterator[Finding]:
     """Of other launchers, or with unusable values."""
     try:
-        environment_of(job.gpus, on_cpu=False)
+        environment_of(1 if job.machine.remote else job.gpus, on_cpu=False)
     except UserError as error:
         yield would_fail("variables", str(error))
     for note in notes():

@@ -101,7 +101,6 @@ def select(
     from launch.select.selection import Selection
     from launch.select.trials import LaunchOptions, trials
     from launch.slurm.jobs import Resources
-    from pipeline.config import load
 
     if bool(grid) == bool(arms):
         raise UserError("Give the candidates by either --grid (once or more) or --arms.")
@@ -110,8 +109,7 @@ def select(
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
     launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
-    load(config, settings)  # for messages that name the file
-    with nullcontext(config) if collect else as_it_is(config) as config:
+    with nullcontext(config) if collect else as_it_is(config, settings) as config:
         searched = None
         if search and count:
             base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
@@ -124,14 +122,18 @@ def select(
             selection.collect()
         elif slurm:
             named = {typed: config} | ({arms: arms} if arms else {})
-            resources = Resources(gpus=gpus, time=limit, partition=partition, account=account)
-            selection.submit(resources, jobs, named)
+            selection.submit(
+                Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs, named
+            )
         else:
             selection.train(jobs)
 
 
 @contextmanager
-def as_it_is(config: str) -> Iterator[str]:
+def as_it_is(config: str, settings: tuple[str, ...]) -> Iterator[str]:
     """A copy of a config file while trials are trained from it: someone may edit the file meanwhile."""
+    from pipeline.config import load
+
+    load(config, settings)  # its messages name the file
     with TemporaryDirectory(prefix="shardgan-") as folder:
         yield shutil.copyfile(Path(config).expanduser(), str(Path(folder, Path(config).name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 
@@ -46,8 +46,8 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over trials; nan for fewer than two."""
-        return _error([o.score for o in self.outcomes])
+        """Standard error of the mean over folds; nan for fewer than two."""
+        return _error((o.trial.fold, o.score) for o in self.outcomes)
 
     @property
     def seconds(self) -> float:
@@ -65,10 +65,12 @@ class Row:
         return fmean(values) if values else math.nan
 
     def against(self, other: Row) -> tuple[float, float]:
-        """Mean difference to another arm over the trials both have finished, and its standard error."""
+        """Mean difference to another arm over the trials both have finished, and its standard error over
+        folds."""
         theirs = {o.place: o.score for o in other.outcomes}
-        differences = [o.score - theirs[o.place] for o in self.outcomes if o.place in theirs]
-        return (fmean(differences) if differences else math.nan), _error(differences)
+        both = [o for o in self.outcomes if o.place in theirs]
+        differences = [(o.trial.fold, o.score - theirs[o.place]) for o in both]
+        return (fmean(d for _, d in differences) if both else math.nan), _error(differences)
 
 
 @dataclass(frozen=True)
@@ -202,5 +204,11 @@ def _in_order(key: str, arms: Sequence[Arm]) -> list[str]:
     return list(values) if None in values.values() else sorted(values, key=lambda text: values[text] or 0)
 
 
-def _error(values: Sequence[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+def _error(values: Iterable[tuple[int, float]]) -> float:
+    """Standard error of the mean of (fold, value), over folds: trainings of one fold, which differ by seed,
+    have their images in common, so their mean is one observation."""
+    by_fold: dict[int, list[float]] = {}
+    for fold, value in values:
+        by_fold.setdefault(fold, []).append(value)
+    means = [fmean(of_fold) for of_fold in by_fold.values()]
+    return stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan

@@ -22,7 +22,7 @@ _CELL = (1.25, 0.62)  # inches
 
 
 def heat(table: ScoreTable) -> Figure:
-    """A cell for each pair of values: mean and standard error over the trials that all have."""
+    """A cell for each pair of values: mean and standard error of the trials that all have."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle
 

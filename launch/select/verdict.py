@@ -240,7 +240,8 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         f"`{command}`: {done} of {counted(len(trials), 'trial')} finished, each of "
         f"{config.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
         f"but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the standard "
-        "error over trials, and `minus` the mean difference over trials of the same fold and seed.",
+        "error over folds, each the mean of its seeds, and `minus` the mean difference over trials of the "
+        "same fold and seed.",
         "",
         *sentences(table),
         _rule(table),

@@ -144,7 +144,7 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
     from rich.console import Console
 
     from launch.doctor.checks import bar, examine, job_of
-    from launch.doctor.finding import fails, show
+    from launch.doctor.finding import Machine, fails, show
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.run.reals import checked_index
@@ -156,7 +156,8 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
         shards(resources.strategy, world, resources.procs)
         checked_index(config, announce=False)
         return
-    job = job_of(config, resources.nodes, resources.procs, resources.strategy, resources.precision)
+    how = (resources.strategy, resources.precision, Machine(remote=True))  # not on this one, for login
+    job = job_of(config, resources.nodes, resources.procs, *how)
     click.echo(f"Checking everything first{'; all shards are read' if read else ''} …", err=True)
     with bar() as progress:
         found, _ = examine(job, progress, read)

@@ -26,14 +26,12 @@ track: {{wandb: false}}
 
 
 def selection(
-    folder: Path, *settings: str, grid: Sequence[str] = ("penalty.l2=0,1",), folds: int = 2
+    folder: Path, *settings: str, grid: Sequence[str] = ("penalty.l2=0,1",), folds: int = 2, seeds: int = 1
 ) -> tuple[Config, list[Trial]]:
     """Base config and trials of a selection called `mine` in `folder`."""
     (folder / "job.yaml").write_text(CONFIG)
     common = [f"run.out={folder}", "run.name=mine", *settings]
-    return select_trials.trials(
-        str(folder / "job.yaml"), common, select_candidates.grid(grid), folds, seeds=1
-    )
+    return select_trials.trials(str(folder / "job.yaml"), common, select_candidates.grid(grid), folds, seeds)
 
 
 def table_of(

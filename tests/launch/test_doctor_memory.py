@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from launch.doctor import alone
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
-from launch.doctor.finding import Finding, Job
+from launch.doctor.finding import Finding, Job, Machine
 from pipeline.parallel.launched import emulated
 
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
@@ -99,7 +99,11 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     class Small:
         total_memory = 1 << 16
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Small)
     too_much = found(job())
     assert too_much.verdict == "would fail" and "batch_gpu" in too_much.remedy
+    assert found(replace(job(), machine=Machine(remote=True))).verdict == "ok"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert found(job()).verdict == "ok", "which would not train on it"

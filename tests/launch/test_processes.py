@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import launcher
+from launch import launcher, processes
 from launch.doctor import surroundings
+from launch.doctor.finding import Machine
 from launch.processes import environment_of, notes
 from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
@@ -192,6 +194,37 @@ def test_doctor_sees_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, l
     assert "WORLD_SIZE" in found["variables", "warning"]
     assert all(str(tmp_path / name) in found["modules", "warning"] for name in ("random.py", "pipeline"))
     assert "no sockets fit" in found["data workers", "ok"]
+
+
+def test_a_job_on_other_machines_is_not_judged_by_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`submit` on a login node: the variable is meant for the nodes."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    here = surroundings.Job(config.load(None, ["data.train=x", "data.workers=0"]), 2, 2, "ddp", "no")
+    (found,) = surroundings.examine(here)
+    assert found.verdict == "would fail" and "GLOO_SOCKET_IFNAME=ib7" in found.text
+    assert surroundings.examine(replace(here, machine=Machine(remote=True))) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "batch", "expected"),
+    [
+        (8, 2, 256, 8),
+        (6, 2, 256, 4),
+        (7, 2, 63, 7),
+        (3, 2, 64, 2),
+        (0, 3, 64, 2),
+        (0, 64, 64, 4),
+        (0, 1, 64, 1),
+    ],
+)
+def test_a_batch_is_divided_over_as_many_processes_as_it_can(monkeypatch, gpus, cpus, batch, expected):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(processes, "cores", lambda: cpus)
+    assert processes.default_procs(None, batch) == processes.default_procs("fsdp2", batch) == expected
+    assert processes.default_procs("single", batch) == 1
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert processes.default_procs(None, 64) == {1: 1, 2: 2, 3: 2, 64: 4}[cpus]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from selections import finish, selection, table_of
 
@@ -42,6 +43,17 @@ def test_differences_are_taken_within_folds(tmp_path):
     first, second = choose(tmp_path, {"0": [1.0, 5, 9], "1": [1.1, 5.1, 9.1]}).rows
     assert second.against(first) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
     assert first.error > 2
+
+
+def test_seeds_of_a_fold_are_one_observation(tmp_path):
+    """They have their images in common: more seeds do not make folds more."""
+    _, trials = selection(tmp_path, folds=3, seeds=2)
+    assert [t.fold for t in trials[::2]] == [0, 1, 2, 0, 1, 2]  # of each arm, seed by seed
+    of_folds, of_seeds, gains = np.array([1.0, 4.0, 7.0]), np.array([0.3, -0.3]), np.array([0.1, 0.4, 0.1])
+    scores = (of_folds + of_seeds[:, None]).ravel()
+    first, second = table_of(trials, [[*scores], [*(scores - np.tile(gains, 2))]]).rows
+    assert first.error == pytest.approx(of_folds.std(ddof=1) / 3**0.5)
+    assert second.against(first) == (pytest.approx(-0.2), pytest.approx(gains.std(ddof=1) / 3**0.5))
 
 
 @pytest.mark.parametrize(
