@@ -121,10 +121,8 @@ def select(
         if collect:
             selection.collect()
         elif slurm:
-            named = {typed: config} | ({arms: arms} if arms else {})
-            selection.submit(
-                Resources(gpus=gpus, time=limit, partition=partition, account=account), jobs, named
-            )
+            where = Resources(gpus=gpus, time=limit, partition=partition, account=account)
+            selection.submit(where, jobs, {typed: config} | ({arms: arms} if arms else {}))
         else:
             selection.train(jobs)
 
