@@ -19,7 +19,8 @@ from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised, resolved
 from pipeline.gan.schedules import Now, at
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.build import build_engine, whole_copy
+from pipeline.parallel.build import build_engine
+from pipeline.parallel.copying import whole_copy
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine, PlayerSettings
 from pipeline.parallel.ranks import Ranks

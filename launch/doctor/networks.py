@@ -85,16 +85,16 @@ def build_players(job: Job, num_classes: int) -> Players:
 
 
 def tied(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """Parameters with two names, which FSDP2 cannot shard."""
+    """Parameters that FSDP2 cannot shard."""
     if job.strategy not in ("fsdp2", "hsdp"):
         return
-    from pipeline.parallel.fsdp2 import refuse_ties
+    from pipeline.parallel.fsdp2 import refuse_unshardable
 
     try:
-        refuse_ties(G)
-        refuse_ties(D)
+        refuse_unshardable(G)
+        refuse_unshardable(D)
     except UserError as error:
-        yield would_fail("tied weights", str(error))
+        yield would_fail("sharding", str(error))
 
 
 def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:

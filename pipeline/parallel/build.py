@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
@@ -52,11 +50,3 @@ def _wrapped(
 
         return ZeroEngine(network, player, ranks, batch)
     return ReplicatedEngine(network, player, ranks, batch, example)
-
-
-def whole_copy(network: nn.Module) -> nn.Module:
-    """A copy of a network that no strategy has wrapped yet, also of one whose tensors have no memory
-    (launch/doctor/memory.py), for which copy.deepcopy fails on its own."""
-    copies: dict[int, torch.Tensor] = {id(b): b.detach().clone() for b in network.buffers()}
-    copies |= {id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in network.parameters()}
-    return copy.deepcopy(network, copies)

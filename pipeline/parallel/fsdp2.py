@@ -128,7 +128,7 @@ def _shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
     would halve what is gathered, but it casts norms too, and BatchNorm refuses bf16 weights with fp32
     statistics.
     """
-    refuse_ties(module)
+    refuse_unshardable(module)
     mesh = _mesh(ranks)
     # By default the root stays gathered, and a pass without gradients would leave stale weights in it.
     for part in (*blocks_of(module), module):
@@ -169,11 +169,16 @@ def _at_the_end(of_pass: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(of_pass)
 
 
-def refuse_ties(module: nn.Module) -> None:
-    """Raise UserError for a parameter with two names: FSDP2 shards modules, and would hold it twice, or
-    gather it in one place and not in the other."""
+def refuse_unshardable(module: nn.Module) -> None:
+    """Raise UserError for a parameter without rows, and for one with two names: FSDP2 shards modules, and
+    would hold it twice, or gather it in one place and not in the other."""
     first: dict[int, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
+        if p.ndim == 0:
+            raise UserError(
+                f"The parameter {name} of {type(module).__name__} is a single number, which FSDP2 cannot "
+                "shard. Give it the shape [1], or train it under ddp, or under zero1, zero2 or zero3."
+            )
         if first.setdefault(id(p), name) != name:
             raise UserError(
                 f"{type(module).__name__} ties its parameters {first[id(p)]} and {name}, which FSDP2 cannot "

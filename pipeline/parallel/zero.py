@@ -8,7 +8,6 @@ stays off, and nothing here depends on how it stores gradients before the call.
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import nn
 from pipeline.config import UserError
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.copying import whole_copy
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings, latent_of
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
@@ -41,7 +41,7 @@ class ZeroEngine(Engine):
         super().__init__(module, player, ranks, batch)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
-        twin = copy.deepcopy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
+        twin = whole_copy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
         self._optimizer = make_optimizer(list(named.values()), player.optimizer)
         elements = sum(p.numel() for p in named.values())
         gc.freeze()  # `initialize` collects garbage several times, each 0.25 s for all that is there by now

@@ -44,8 +44,8 @@ class Tied(nn.Module):
 def test_tied_weights_fail_under_fsdp2_only() -> None:
     kind = f"D.kind={__name__}:Tied"
     for strategy in ("fsdp2", "hsdp"):
-        assert networks(job(kind, strategy=strategy))["tied weights"].verdict == "would fail"
-    assert "tied weights" not in networks(job(kind, strategy="zero2"))
+        assert networks(job(kind, strategy=strategy))["sharding"].verdict == "would fail"
+    assert "sharding" not in networks(job(kind, strategy="zero2"))
 
 
 @pytest.mark.parametrize(

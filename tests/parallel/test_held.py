@@ -12,10 +12,11 @@ from torch import nn
 from pipeline.config import Optimizer, UserError, WeightPenalty
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.copying import whole_copy
 from pipeline.parallel.ema import Ema
 from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment
-from pipeline.parallel.fsdp2 import refuse_ties
+from pipeline.parallel.fsdp2 import refuse_unshardable
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
@@ -62,13 +63,17 @@ def test_buckets_are_no_larger_than_the_player_and_can_be_set(stage):
     assert config(1000, reduce_bucket_size=5)["reduce_bucket_size"] == 5
 
 
-def test_fsdp2_refuses_tied_parameters():
+def test_fsdp2_refuses_what_it_cannot_shard():
     """Sharded twice, it would be trained as two parameters."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    refuse_ties(module)
+    refuse_unshardable(module)
     module[1].weight = module[0].weight
     with pytest.raises(UserError, match=r"0\.weight and 1\.weight"):
-        refuse_ties(module)
+        refuse_unshardable(module)
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(UserError, match=r"parameter scale of Sequential is a single number.* shape \[1\]"):
+        refuse_unshardable(module)
 
 
 def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():
@@ -137,3 +142,14 @@ def test_peak_memory_on_a_gpu_is_that_of_one_tick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: peaks.append(1e9))
     gpu = torch.device("cuda:0")
     assert [_peak_memory_gb(gpu), _peak_memory_gb(gpu)] == [3.0, 1.0]
+
+
+def test_a_copy_holds_nothing_of_its_network():
+    """Also of what a module computes from its parameters and keeps."""
+    network = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(3, 2)), nn.BatchNorm1d(2)).eval()
+    x = torch.randn(5, 3)
+    before, copied = network(x), whole_copy(network)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.zero_()
+    assert torch.equal(copied(x), before) and not torch.equal(network(x), before)
