@@ -29,7 +29,7 @@ class CompiledBlocks:
     """The blocks of a player, compiled beside their plain forward; `used` says which of the two computes."""
 
     def __init__(self, module: nn.Module, how: Compilation) -> None:
-        self.used, self.graphs = False, how.graphs
+        self.used, self.plain_attention, self.graphs = False, False, how.graphs
         _configure()
         # The same kernels whenever it is compiled, and eager code's dropout. Torch takes a mode or options.
         options: dict[str, Any] = {"deterministic": True, "fallback_random": True}
@@ -39,30 +39,49 @@ class CompiledBlocks:
                 layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign, no-untyped-call]
         for block in compiled_parts(module):
             plain: Callable[..., Any] = block.forward
-            fast = torch.compile(
-                plain,
-                dynamic=False,
-                backend=how.backend,
-                options=options if how.backend == "inductor" else None,
+            fast, other = (
+                torch.compile(
+                    each,
+                    dynamic=False,
+                    backend=how.backend,
+                    options=options if how.backend == "inductor" else None,
+                )
+                for each in (plain, _as_another(plain))
             )
-            block.forward = self._either(plain, fast)
+            block.forward = self._either(plain, fast, other)
 
-    def _either(self, plain: Callable[..., Any], fast: Callable[..., Any]) -> Callable[..., Any]:
+    def _either(
+        self, plain: Callable[..., Any], fast: Callable[..., Any], other: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """other: compiled where attention is computed by plain products. Compiled code keeps the attention of
+        its first call, and torch does not compile again for another."""
+
         def forward(*inputs: Any) -> Any:
-            return (fast if self.used else plain)(*inputs)
+            if not self.used:
+                return plain(*inputs)
+            return (other if self.plain_attention else fast)(*inputs)
 
         return forward
 
 
+def _as_another(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with code of its own, by which torch tells apart what it has compiled."""
+
+    def forward(*inputs: Any) -> Any:
+        return function(*inputs)
+
+    return forward
+
+
 @contextmanager
-def computing(*players: CompiledBlocks | None) -> Iterator[None]:
+def computing(*players: CompiledBlocks | None, plain_attention: bool = False) -> Iterator[None]:
     """A turn, in which these players' blocks compute by compiled code."""
     compiled = [player for player in players if player is not None]
     if any(player.graphs for player in compiled):
         # What a CUDA graph returned stays until the next mark: to the end of the turn.
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     for player in compiled:
-        player.used = True
+        player.used, player.plain_attention = True, plain_attention
     try:
         yield
     finally:

@@ -164,7 +164,8 @@ class Engine(abc.ABC):
         snapshot, self._finite = BufferSnapshot(self._buffers, frozen._buffers), None
         try:
             attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-            with attention, computing(None if twice else self.compiled, frozen.compiled):
+            ours = None if twice else self.compiled
+            with attention, computing(ours, frozen.compiled, plain_attention=twice):
                 yield
             if self._finite is not None:
                 snapshot.restore(unless=self._finite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import repeat
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 import torch
 from launches import run
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 
 from launch import selfcheck
 from launch.slurm.jobs import Resources
@@ -106,6 +109,37 @@ def test_a_block_computes_by_compiled_code_in_a_turn_and_only_there():
     assert torch.equal(module.blocks[0](x), plain)
     assert [name for name, _ in module.named_parameters()] == names
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(x, self.layers(x), x)
+
+
+def test_compiled_attention_is_that_of_the_turn():
+    """Plain products where a penalty differentiates twice, which may be so in the first update alone."""
+    torch._dynamo.reset()
+    module = nn.Sequential()
+    module.blocks = nn.Sequential(Attention(), nn.SiLU(), Attention())
+    blocks, x = CompiledBlocks(module, Compilation("aot_eager")), torch.randn(2, 2, 16, 8)
+
+    def operations(twice: bool) -> set[str]:
+        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+        with torch.no_grad(), attention, computing(blocks, plain_attention=twice):
+            module.blocks(x)
+            with profile() as seen:
+                module.blocks(x)
+        return {event.name for event in seen.events() if "flash" in event.name or "softmax" in event.name}
+
+    plain = operations(True)
+    assert plain and not any("flash" in name for name in plain)
+    fused = operations(False)
+    assert fused and all("flash" in name for name in fused)
+    assert operations(True) == plain
 
 
 def test_parts_that_are_compiled():
