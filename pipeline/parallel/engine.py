@@ -28,6 +28,7 @@ from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment, not_finite
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.moving_mean import MovingMean
+from pipeline.parallel.order import Order
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.seeding import seed_generators
 from pipeline.parallel.weight_penalty import LocalPenalty
@@ -74,6 +75,7 @@ class Engine(abc.ABC):
         self.forward_timer = ForwardTimer(ranks.device)
         self.loss_scale = LossScale(ranks.device) if ranks.precision == "fp16" else None
         self.moving_mean = MovingMean(ranks)  # for a penalty that compares with one
+        self.order: Order | None = None  # of layers, where it decides what is gathered
         self.compiled: CompiledBlocks | None = None  # set once the strategy has wrapped the network
         # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from pipeline.parallel.blocks import blocks_of
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
+from pipeline.parallel.order import Order
 from pipeline.parallel.ranks import Ranks
 
 # The step does nothing in place to what a network returns.
@@ -64,6 +65,7 @@ class Fsdp2Engine(MasterEngine):
             for name, shape in shapes.items()
         ]
         super().__init__(module, player, ranks, batch, masters, fragments)
+        self.order = Order(cast("list[nn.Module]", self._modules))
         self._last_round = True
         for fsdp_module in self._modules if batch.rounds > 1 else ():
             _follow(fsdp_module, partial(self._accumulated, fsdp_module))

@@ -24,6 +24,7 @@ from pipeline.parallel.copying import whole_copy
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings, latent_of
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
+from pipeline.parallel.order import Order, gathered_alone
 from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config, import_deepspeed, waiting_for
@@ -54,6 +55,7 @@ class ZeroEngine(Engine):
             )
         self._ds.optimizer.torch_autocast_gradscaler = None  # the loss scale is the engine's own
         self._twin = _sharing_tensors(twin, module)
+        self.order = Order(gathered_alone(module)) if self._stage == 3 else None
         self._flat, places = self._masters(named)
         start_momentum(self._optimizer, [self._flat])
         self._slices = [slice(offset, offset + count) for offset, _, count in places.values()]

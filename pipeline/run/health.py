@@ -13,7 +13,7 @@ from pipeline.run.report import Report, say
 from pipeline.run.stats import Reduced
 from pipeline.wording import counted, ranks_named
 
-BITS, FORWARD = "bits/", "forward"  # each rank's own figures: see session.of_this_rank
+BITS, FORWARD, ORDER = "bits/", "forward", "order/"  # each rank's own figures: see session.of_this_rank
 _PATIENCE = 25  # ticks in a row before a warning …
 _SOONEST = 5  # … or a quarter of a short run's, but at least these
 _SLOW = 1.5  # times the median rank
@@ -38,6 +38,7 @@ class Health:
         """Raises RunError when updates are not finite, or a rank trains something else."""
         self._count_skips(tick)
         self._compare_replicas(tick.each)
+        self._compare_orders(tick.each)
         self._suspect(
             "D has won",
             _has_won(tick.values),
@@ -149,6 +150,17 @@ class Health:
                     f"The copy of {name} on {at} differs from the others. A device or its memory fails, or "
                     "ranks run on unlike hardware. The same command continues from the newest checkpoint, "
                     "with equal copies; zero1 to zero3 and fsdp2 keep one copy of each weight."
+                )
+
+    def _compare_orders(self, each: Mapping[str, list[float]]) -> None:
+        """Ranks must gather the same layers at the same time, see pipeline/parallel/order.py."""
+        for key in (key for key in each if key.startswith(ORDER)):
+            if len(set(each[key])) > 1:
+                name = key.removeprefix(ORDER)
+                raise RunError(
+                    f"Ranks did not run the same layers of {name} in the same order. {self._ranks.strategy} "
+                    "gathers weights in that order, so they were mixed up since the last tick. Draw with "
+                    "none of torch's random numbers which layers run: they differ between ranks."
                 )
 
     def _find_stragglers(self, seconds: list[float]) -> None:

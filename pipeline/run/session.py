@@ -33,7 +33,7 @@ from pipeline.run.conclusion import conclude
 from pipeline.run.curves import Curves
 from pipeline.run.evaluate import from_latents
 from pipeline.run.flags import Flags
-from pipeline.run.health import BITS, FORWARD, BadImages, Health, slowest
+from pipeline.run.health import BITS, FORWARD, ORDER, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.images import agreed_images, made_at_once
 from pipeline.run.report import Report
@@ -223,9 +223,11 @@ class Session:
 
 
 def of_this_rank(gan: Gan, world: int) -> dict[str, float]:
-    """What is compared between ranks: their speed, and their copies of replicated players."""
+    """What is compared between ranks: their speed, their copies of replicated players, and the order in which
+    they ran the layers of sharded ones."""
     players = (gan.G, gan.D)
     found = {FORWARD: sum(p.forward_timer.take() for p in players)}
+    found |= {f"{ORDER}{p.player.name}": p.order.take() for p in players if p.order is not None}
     replicated = [p for p in players if world > 1 and p.copies > 1]
     return found | {f"{BITS}{p.player.name}": checksum([f.data for f in p.fragments]) for p in replicated}
 

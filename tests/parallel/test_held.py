@@ -18,6 +18,7 @@ from pipeline.parallel.forward_timing import ForwardTimer
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.fsdp2 import refuse_unshardable
 from pipeline.parallel.launched import read_launch
+from pipeline.parallel.order import Order, gathered_alone
 from pipeline.parallel.weight_penalty import LocalPenalty
 from pipeline.parallel.zero_settings import deepspeed_config
 from pipeline.run.health import FORWARD
@@ -78,9 +79,24 @@ def test_fsdp2_refuses_what_it_cannot_shard():
 
 def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():
     taken = []
-    player = SimpleNamespace(forward_timer=SimpleNamespace(take=lambda: taken.append(1) or 0.5), copies=1)
+    timer = SimpleNamespace(take=lambda: taken.append(1) or 0.5)
+    player = SimpleNamespace(forward_timer=timer, copies=1, order=None)
     found = of_this_rank(SimpleNamespace(G=player, D=player), world=1)
     assert found == {FORWARD: 1.0} and len(taken) == 2
+
+
+def test_the_order_of_layers_is_one_number():
+    layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    order, x = Order(gathered_alone(layers)), torch.ones(1, 2)
+
+    def ran(*numbers: int) -> float:
+        for number in numbers:
+            layers[number](x)
+        return order.take()
+
+    found = [ran(0, 1), ran(1, 0), ran(0), ran(0, 0), ran(0, 1, 2), ran(), ran(*range(3), *range(3))]
+    assert len(set(found)) == len(found) and ran(0, 1) == found[0] and ran() == 0
+    assert ran(*[2, 1] * 1000) < 2**48
 
 
 class Device:

@@ -10,7 +10,7 @@ import torch
 from pipeline.config import Run
 from pipeline.errors import RunError
 from pipeline.parallel.fragments import checksum
-from pipeline.run.health import BITS, FORWARD, Health, slowest
+from pipeline.run.health import BITS, FORWARD, ORDER, Health, slowest
 from pipeline.run.report import Report
 from pipeline.run.sample_grids import spread
 from pipeline.run.stats import Reduced
@@ -93,6 +93,12 @@ def test_parts_of_a_copy_are_compared_with_the_same_parts_of_the_others(warnings
         health(warnings, world=4, **hybrid).check(tick(each={f"{BITS}D": [5.0, 7.0, 5.0, 8.0]}))
     with pytest.raises(RunError, match="copy of D on rank 2 differs from the others"):
         health(warnings, world=6, **hybrid).check(tick(each={f"{BITS}D": [5.0, 7.0, 6.0, 7.0, 5.0, 7.0]}))
+
+
+def test_ranks_that_run_other_layers_end_the_run(warnings):
+    with pytest.raises(RunError, match=r"not run the same layers of G in the same order\. fsdp2 gathers"):
+        health(warnings, strategy="fsdp2").check(tick(each={f"{ORDER}G": [5.0, 5.0, 6.0]}))
+    health(warnings, strategy="fsdp2").check(tick(each={f"{ORDER}G": [5.0, 5.0, 5.0]}))
 
 
 def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
