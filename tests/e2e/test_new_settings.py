@@ -102,5 +102,5 @@ def test_changes_are_recorded_once_whatever_happens_in_between(place, monkeypatc
     ]  # fmt: skip
 
 
-def interrupted(*_):
+def interrupted(*_, **_more):
     raise KeyboardInterrupt
