@@ -58,8 +58,6 @@ def train(
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
-    if procs is not None:
-        processes.check_world(strategy or "ddp", procs)
     training = training_of(config, settings, gpu=processes.on_gpu())
     training.explain()
     config, settings = training.config, training.settings
