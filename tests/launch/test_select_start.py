@@ -173,6 +173,7 @@ def test_a_batch_that_one_candidate_cannot_divide_is_refused_with_its_name(tmp_p
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
     base, trials = selection(tmp_path)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="--jobs 2 x --procs 2 need a GPU each, but this machine has 2"):
         select_start.check(base, trials, LaunchOptions("ddp", 2), 2)
