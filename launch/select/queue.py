@@ -82,7 +82,7 @@ def _submit_arrays(
     texts = {file: Path(file).read_text("utf-8") for file in named.values()}
     slurm.refuse_credentials([word for trial in todo for word in trial.arguments])
     slurm.refuse_credentials([line for text in texts.values() for line in text.splitlines()])
-    copies = {file: str(place / name) for file, name in zip(texts, _COPIES, strict=False)}
+    copies = {file: str(place / copy) for file, copy in zip(texts, _COPIES, strict=False)}
     runs = _lines(todo, copies)
     collect = [_word(word, named, copies) for word in sys.argv[1:] if word != "--slurm"]
     arrays = [
