@@ -15,7 +15,7 @@ from pipeline.data.stream import training_batches
 SHARDS = [11, 7, 13, 20, 1]
 NAMES = [f"s-{number:04d}.tar" for number in range(len(SHARDS))]
 QUICK = Remote(stall_s=0.3, timeout_s=60.0)
-SOON = Remote(stall_s=0.3, timeout_s=1.0)
+SOON = Remote(stall_s=0.3, timeout_s=2.0)
 
 
 def consumed(index: Index, workers: int = 0, start: int = 0) -> list[tuple[int, int, int]]:
