@@ -55,7 +55,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
 NodeName=n1 NodeAddr={n1} CPUs=8 Gres=gpu:4
-NodeName=n2 NodeAddr={n2} CPUs=8 Gres=gpu:4
+NodeName=n2 NodeAddr={n2} CPUs=6 Gres=gpu:4
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0 PreemptMode=OFF
 PartitionName=urgent Nodes=n1,n2 PriorityTier=9 PreemptMode=OFF Hidden=YES
 PartitionName=spare Nodes=n1,n2 PreemptMode=REQUEUE Hidden=YES

@@ -69,6 +69,7 @@ def remote(project) -> Iterator[str]:
         {"SLURM_EXPORT_ENV": "NONE"},  # as after sbatch --export=NONE
         {"SBATCH_EXPORT": "SHARDGAN_VENV,SHARDGAN_LOCAL,ACCELERATE_USE_CPU,OMP_NUM_THREADS"},
         {"SBATCH_CPUS_PER_GPU": "2"},
+        {"SBATCH_EXCLUSIVE": "exclusive", "SHARDGAN_PROCS": "1"},  # whole nodes, of 8 CPUs and of 6
     ],
 )
 def test_whatever_sbatch_passes_on_and_however_cpus_were_asked_for(project, options) -> None:
