@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from pipeline.data.prepare.pictures import Fit
     from pipeline.data.prepare.summary import Summary
     from pipeline.data.prepare.writer import Options
+
+_NO_TERMINAL = 10_000  # columns of a log
 
 
 @click.command()
@@ -121,8 +125,10 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
             report=summaries.append,
         )
     _say(index)
+    width = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns
+    indented = textwrap.TextWrapper(width, "  ", "    ", break_long_words=False, break_on_hyphens=False)
     for line in (line for summary in summaries for line in summary.lines()):
-        click.echo(f"  {printable(line)}")
+        click.echo(indented.fill(printable(line)))
     return summaries[0] if summaries else None
 
 
