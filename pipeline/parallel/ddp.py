@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import CommonError
+from pipeline.errors import CommonError, UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings, poisoned
 from pipeline.parallel.fragments import Fragment
@@ -65,6 +65,17 @@ class ReplicatedEngine(MasterEngine):
         return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
     def collect_gradients(self) -> None:
+        """Raises UserError if a parameter took no part: DDP has then averaged no gradient of its bucket, and
+        would say so in the next update only."""
+        if self._ddp is not None:
+            try:
+                self._ddp._check_reducer_finalized()  # type: ignore[no-untyped-call]
+            except RuntimeError:
+                raise UserError(
+                    f"{self.player.name}: what {type(self.module).__name__} returned in this update did not "
+                    "depend on all of its parameters, and ddp can average no gradient that never comes. "
+                    "Let it depend on them, or train with --strategy fsdp2, zero1 or zero2."
+                ) from None
         for master in self._masters.values():
             if master.grad is None:  # the loss does not depend on it, but its penalty does
                 master.grad = torch.zeros_like(master)

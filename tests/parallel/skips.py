@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 from launch.selfcheck import parity
 from launch.selfcheck.parity import Case
 from pipeline.data.stream import Batch
-from pipeline.errors import CommonError
+from pipeline.errors import CommonError, UserError
 from pipeline.gan import dcgan
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
@@ -87,20 +87,26 @@ class Sometimes(dcgan.Generator):
         return self.last(images) if Sometimes.takes_part else images
 
 
-def idle(ranks: Ranks) -> list[bool] | str:
+def idle(ranks: Ranks) -> list[bool | str]:
     """Whether the layer moved in an update that it took part in, and in the two after it that it did not;
-    under ddp over several ranks, why that is refused."""
+    under ddp over several ranks, why that is refused: at the start, and then in the first such update."""
     case = Case("idle", ("G.kind=skips:Sometimes", *_SGD, "optim.G.momentum=0"))
-    Sometimes.takes_part = ranks.world == 1 or ranks.strategy != "ddp"
-    try:
-        gan, batches = parity.start(case, parity.initial_state(case), ranks)
-    except CommonError as error:
-        return str(error)
+    moved: list[bool | str] = []
+    if ranks.world > 1 and ranks.strategy == "ddp":
+        Sometimes.takes_part = False
+        try:
+            parity.start(case, parity.initial_state(case), ranks)
+        except CommonError as error:
+            moved.append(str(error))
+    Sometimes.takes_part = True
+    gan, batches = parity.start(case, parity.initial_state(case), ranks)
     layer = [f.data for f in gan.G.fragments if f.name.startswith("last.")]
-    moved = []
     for number, Sometimes.takes_part in enumerate((True, False, False)):
         before = [weights.clone() for weights in layer]
-        train_step(gan, batches, number * case.batch, Stats(ranks.device))
+        try:
+            train_step(gan, batches, number * case.batch, Stats(ranks.device))
+        except UserError as error:
+            return [*moved, str(error)]
         equal = all(torch.equal(a, b) for a, b in zip(before, layer, strict=True))
         moved.append(not all(ranks.gather_objects(equal)))
     return moved

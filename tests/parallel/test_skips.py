@@ -28,10 +28,13 @@ def test_a_layer_that_takes_no_part_in_an_update_stays(launched, name):
     """DeepSpeed's stage 3 would apply its last gradient again; DDP would wait for one, and is refused."""
     found = json.loads((launched(name) / "idle.json").read_text())
     if name in ("ddp-2", "ddp-3"):
-        assert found.startswith(
+        start, moved, later = found
+        assert start.startswith(
             "G: what Sometimes returns does not depend on its parameter last.weight and 1 more"
         )
-        assert "--strategy fsdp2" in found
+        assert moved is True  # in the update that it took part in
+        assert later.startswith("G: what Sometimes returned in this update did not depend on all of its")
+        assert all("--strategy fsdp2" in message for message in (start, later))
     else:
         assert found == [True, False, False]
 
