@@ -3,7 +3,8 @@
 The named cases of the parity matrix; some of them continued from the checkpoints that the launch before, of
 another strategy or world, left in EARLIER; the Dirac-GAN; a record of what passes between the ranks; a run
 that starts from another one; fp16; updates that are skipped; batch normalisation over all ranks; an
-index on several machines; compiled players; and, as it may end the training, a matrix with known mistakes.
+index on several machines; what FSDP2 gathers; compiled players; and, as it may end the training, a matrix
+with known mistakes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import compiled_pair
 import dirac
+import gathered
 import half
 import machines
 import mutant
@@ -47,6 +49,11 @@ def main(out: Path, earlier: Path | None, chosen: list[str]) -> None:
     found["overflow.json"], found["machines.json"] = half.train(ranks, out), machines.record(ranks, out)
     found["skips.json"], found["settled.json"] = skips.record(ranks), skips.settled(ranks)
     found["idle.json"] = skips.idle(ranks)
+    if ranks.strategy in ("fsdp2", "hsdp"):
+        found["gathered.json"] = {
+            "kept": gathered.record(ranks, keep=True),
+            "by block": gathered.record(ranks, keep=False),
+        }
     if f"{ranks.strategy}-{ranks.world}" in compiled_pair.WHERE:
         found["compiled.json"] = compiled_pair.record(ranks)
     if ranks.main:
