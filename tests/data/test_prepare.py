@@ -275,6 +275,19 @@ def test_shards_inside_their_source_change_nothing_when_it_is_read_again(
     assert contents(tmp_path / "again")["shard-000000.tar"] == before["shard-000000.tar"]
 
 
+def test_the_summary_fits_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{letter}-{letter}{letter}" for letter in "abcdefghij"]
+    for name in names:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "x.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = CliRunner().invoke(command, ["in", "out"]).output.splitlines()[1:]
+    assert max(map(len, lines)) <= 60 and all(line.startswith("  ") for line in lines)
+    said = ", ".join(f"{number} = {name} (1)" for number, name in enumerate(names))
+    assert said in " ".join(line.strip() for line in lines)
+
+
 def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) -> None:
     run = CliRunner().invoke(
         command, [str(pictures), str(tmp_path / "out"), "--size", "8", "--channels", "3"]

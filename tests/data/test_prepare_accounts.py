@@ -287,19 +287,6 @@ def test_the_next_line_to_type(tmp_path: Path) -> None:
     assert output.endswith(f"Next: shardgan train '{out}'\n")
 
 
-def test_the_summary_fits_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"{letter}-{letter}{letter}" for letter in "abcdefghij"]
-    for name in names:
-        (tmp_path / "in" / name).mkdir(parents=True)
-        (tmp_path / "in" / name / "x.png").write_bytes(png(PIXELS[:, :, 0]))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "60")
-    lines = run("in", "out", "--size", 8).output.splitlines()[1:]
-    assert max(map(len, lines)) <= 60 and all(line.startswith("  ") for line in lines)
-    said = ", ".join(f"{number} = {name} (1)" for number, name in enumerate(names))
-    assert said in " ".join(line.strip() for line in lines)
-
-
 def test_where_samples_come_from(pictures: Path, make_shards: MakeShards, tmp_path: Path) -> None:
     """sources.txt says it of folders, zips and shards, by paths inside the source alone."""
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
