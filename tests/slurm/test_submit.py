@@ -85,7 +85,7 @@ def dry_run(project, monkeypatch, *arguments: str) -> str:
 
 
 def test_a_dry_run_prints_what_slurm_takes_and_writes_nothing(project, monkeypatch):
-    options = ("--time", "1-12", "--partition", "main", "--account", "mine", "--cpus", "8")
+    options = ("--time", "1-12", "--partition", "main", "--account", "mine", "--cpus", "6")
     name = ODD.replace("odd", "dry")
     text = dry_run(
         project, monkeypatch, *options, f"run.name={name}", "--mixed_precision", "bf16", "--compile"
@@ -94,7 +94,7 @@ def test_a_dry_run_prints_what_slurm_takes_and_writes_nothing(project, monkeypat
     rendered = project.cluster.folder / "dry.sbatch"
     rendered.write_text(text)
     assert "to start at" in project.cluster.run("sbatch", "--test-only", str(rendered)).stderr
-    for line in ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=8", "--time=1-12", "--account=mine"):
+    for line in ("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=6", "--time=1-12", "--account=mine"):
         assert f"\n#SBATCH {line}\n" in text
     assert "export SHARDGAN_PRECISION=bf16\n" in text and "export SHARDGAN_COMPILE=inductor\n" in text
 
