@@ -47,7 +47,8 @@ KINDS = [
 
 
 def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+    wide = CliRunner(env={"COLUMNS": "1000"})  # its summary is not wrapped
+    result = wide.invoke(command, [str(argument) for argument in arguments])
     assert result.exit_code == 0, (result.output, result.exception)
     return result
 
