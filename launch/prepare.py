@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from pipeline.data.prepare.pictures import Fit
     from pipeline.data.prepare.summary import Summary
     from pipeline.data.prepare.writer import Options
-
-_NO_TERMINAL = 10_000  # columns of a log
 
 
 @click.command()
@@ -109,11 +106,11 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
 
     from pipeline.data.prepare import writer as data
     from pipeline.data.prepare.summary import Summary
-    from pipeline.wording import printable
+    from pipeline.wording import columns, printable
 
     console, summaries = Console(stderr=True), list[Summary]()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=None)
         index = data.prepare(
             source,
@@ -125,8 +122,7 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
             report=summaries.append,
         )
     _say(index)
-    width = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns
-    indented = textwrap.TextWrapper(width, "  ", "    ", break_long_words=False, break_on_hyphens=False)
+    indented = textwrap.TextWrapper(columns(), "  ", "    ", break_long_words=False, break_on_hyphens=False)
     for line in (line for summary in summaries for line in summary.lines()):
         click.echo(indented.fill(printable(line)))
     return summaries[0] if summaries else None

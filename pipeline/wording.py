@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+
+NO_TERMINAL = 10_000  # columns of a log
 
 
 def counted(number: int, noun: str) -> str:
@@ -34,6 +37,11 @@ def in_bytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:,.1f} GiB"
+
+
+def columns() -> int:
+    """Of the terminal ($COLUMNS, if set)."""
+    return shutil.get_terminal_size((NO_TERMINAL, 24)).columns
 
 
 def printable(text: str) -> str:

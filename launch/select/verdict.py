@@ -6,7 +6,6 @@ import dataclasses
 import io
 import math
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -18,9 +17,8 @@ from launch.select.choice import PAIRED, SEARCHED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import dump, load
 from pipeline.credentials import redacted
-from pipeline.wording import counted
+from pipeline.wording import NO_TERMINAL, columns, counted
 
-_NO_TERMINAL = 10_000  # columns of a log
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
 _NAME = 24  # letters of the first column until others are left out
 _NAMED = 5  # candidates in a sentence
@@ -33,9 +31,9 @@ def terminal(table: ScoreTable) -> str:
     from rich.markup import escape
     from rich.table import Table
 
-    width, out = shutil.get_terminal_size((_NO_TERMINAL, 24)).columns, io.StringIO()
+    width, out = columns(), io.StringIO()
     console = Console(file=out, width=width, color_system=None)
-    unbounded = console.options.update(width=_NO_TERMINAL)
+    unbounded = console.options.update(width=NO_TERMINAL)
     titles = _titles(table, others=[])
 
     def lines(left_out: Sequence[int], name: int | None, fold_all: bool = False) -> Table:
