@@ -6,6 +6,7 @@ ended one.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ from typing import NoReturn
 import psutil
 
 from pipeline import console
+from pipeline.garbage import importing
 from pipeline.run import stop
 
 _MOST_FILES = 65_536
@@ -74,6 +76,8 @@ def _launch() -> int:
     allow_connections()
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch resets their level
+    with importing():
+        importlib.import_module("accelerate")
     try:
         runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
     except Exception as error:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from pipeline.garbage import importing
+
 
 class LazyGroup(click.Group):
     """table: command → ("module:function", one line of help), in the order of the help."""
@@ -23,7 +25,8 @@ class LazyGroup(click.Group):
         if cmd_name not in self._table:
             return None
         module, _, function = self._table[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), function)
+        with importing():
+            command: click.Command = getattr(importlib.import_module(module), function)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -15,6 +15,7 @@ from launch import processes
 from launch.launcher import launch_from_here
 from launch.processes import STRATEGIES
 from pipeline import console
+from pipeline.garbage import importing
 from pipeline.run import stop
 from pipeline.wording import counted
 
@@ -52,11 +53,12 @@ def train(
     """
     if not dry_run:  # before seconds of imports
         click.echo(f"starting {_processes(procs, strategy)} …")
-    from launch.argument import training_of
-    from pipeline.config import dump, load
-    from pipeline.gan.compatible import check_objective
-    from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
+    with importing():
+        from launch.argument import training_of
+        from pipeline.config import dump, load
+        from pipeline.gan.compatible import check_objective
+        from pipeline.parallel.batch import batch_shape
+        from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
     training = training_of(config, settings, gpu=processes.on_gpu())
     training.explain()

@@ -1,5 +1,6 @@
 """What runs inside a rank."""
 
+import gc
 import signal
 import sys
 
@@ -10,3 +11,4 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, si
 shadows.refuse(shadows.on_the_path())
 if "pipeline.train" in sys.orig_argv:  # python -m pipeline.train: a signal waits until train.py can answer it
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    gc.disable()  # until all is imported: see garbage.py

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from pipeline import console, loop
+from pipeline import console, garbage, loop
 from pipeline.borrowed import borrowed
 from pipeline.config import Config, load
 from pipeline.errors import CommonError, UserError
@@ -145,5 +145,6 @@ def _refuse(error: Exception, status: int = 2, show: bool = True) -> int:
 
 
 if __name__ == "__main__":
+    garbage.imported()
     console.take()
     console.end_process(_main(None, StopSignals()))  # it listens for signals to the end

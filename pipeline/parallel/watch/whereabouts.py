@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import sysconfig
@@ -15,6 +14,8 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 import torch
+
+from pipeline.garbage import uncollected
 
 _ROOT = str(Path(__file__).resolve().parents[3]) + os.sep
 _LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
@@ -98,14 +99,9 @@ def _stacks(threads: Iterable[threading.Thread]) -> list[list[Spot]]:
     and a finalizer let the thread that is looked at run on: the frame is gone then, and Python crashes. In
     sys._current_frames it waits forever (github.com/python/cpython/issues/106883).
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with uncollected():
         frames = sys._current_frames()
         return [list(_outwards(frames.get(thread.ident or 0))) for thread in threads]
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _outwards(frame: FrameType | None) -> Iterator[Spot]:
