@@ -104,8 +104,8 @@ def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Co
 
 
 def _run(config: Config, launch: Launch, batch: BatchShape, signals: StopSignals) -> tuple[bool, Path]:
-    """Whether the run is finished, rather than stopped, and its folder."""
-    with Watch(launch, config.run.timeout_s) as watch, ExitStack() as held, batch.explaining_shortage():
+    """Whether the run is finished, rather than stopped, and its folder, held until its end is recorded."""
+    with ExitStack() as held, Watch(launch, config.run.timeout_s) as watch, batch.explaining_shortage():
         return _train(config, launch, batch, watch, signals, held)
 
 

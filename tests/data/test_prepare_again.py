@@ -181,6 +181,8 @@ def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_pat
     processes = begun(pictures, tmp_path / "out", said)
     for process in processes:
         process.suspend()
+        while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):  # not at once, if busy
+            time.sleep(0.001)
     try:
         prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
         made = contents(tmp_path / "out")

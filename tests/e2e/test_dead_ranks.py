@@ -203,7 +203,10 @@ def test_a_killed_rank_and_a_launcher_that_restarts(jobs):
     output = broken.ended.output
     assert broken.ended.status == 0, output
     assert broken.left_over == []
-    assert re.search(rf"error: rank 1 \([^,]+, pid {broken.pid}\) is gone: killed", output), output
+    found = re.search(rf"error: (rank 1 \([^,]+, pid {broken.pid}\) is gone: killed.*)", output)
+    assert found, output
+    assert [row["event"] for row in broken.run.events] == ["start", "error", "start"]
+    assert broken.run.events[1]["text"] == found[1]
     assert "Traceback" not in output
     assert_same(broken.run, jobs["unbroken"]())
 
