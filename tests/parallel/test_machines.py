@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
-from launches import LAUNCHES
+from launches import EVERYWHERE, LAUNCHED
 from machines import PER_MACHINE
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_one_rank_of_each_machine_looks_at_the_shards(launched, name):
     found, world = json.loads((launched(name) / "machines.json").read_text()), int(name[-1])
     assert found["looked"] == [int(rank % PER_MACHINE == 0) for rank in range(world)]
     assert found["same"] == [3] * world
 
 
-@pytest.mark.parametrize("name", [name for name in LAUNCHES if name.endswith("-3")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if name.endswith("-3")]
+)
 def test_machines_that_see_other_data_are_refused_by_all_ranks(launched, name):
     found = json.loads((launched(name) / "machines.json").read_text())
     differ = "OUT/shards is not the same data on all machines of this run: their indices differ."
@@ -25,7 +27,7 @@ def test_machines_that_see_other_data_are_refused_by_all_ranks(launched, name):
     assert found["absent"][0].startswith("rank 2: There are no shards at OUT/absent")
 
 
-@pytest.mark.parametrize("name", LAUNCHES)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_ranks_with_one_error_are_named_together(launched, name):
     found, world = json.loads((launched(name) / "machines.json").read_text()), int(name[-1])
     expected = {1: "", 2: "rank 1: no disk"}.get(world, f"ranks 1 to {world - 1}: no disk")

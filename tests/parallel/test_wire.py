@@ -7,12 +7,10 @@ from collections import Counter
 
 import pytest
 import wire
-from launches import LAUNCHES
+from launches import SEVERAL
 
 from pipeline.config import load
 from pipeline.parallel import theory
-
-SEVERAL = [name for name in LAUNCHES if not name.endswith("-1")]
 
 
 def recorded(launched, name):
