@@ -164,6 +164,24 @@ def test_an_index_that_says_too_little(local: Index, server: FaultyServer) -> No
         load_index(server.url)
 
 
+def test_what_the_folders_index_says_of_the_whole_is_kept(local: Index, server: FaultyServer) -> None:
+    """Of one that says too little of its shards; one that cannot be read is made anew."""
+    path = local.root / "index.json"
+    path.write_text(
+        json.dumps({"name": "pets", "classes": ["cat", "dog"], "license": "CC0", "shardlist": []})
+    )
+    with pytest.raises(UserError, match="lists shards"):
+        load_index(server.url)
+    for train in (f"{server.url}/{NAMES[0]}", server.url):
+        build_index(train)
+        index = load_index(train)
+        assert (index.name, index.class_names, index.license) == ("pets", ("cat", "dog"), "CC0")
+    path.write_text("{")
+    said: list[str] = []
+    assert build_index(server.url, said.append).shards == local.shards
+    assert any("index.json" in line and line.endswith("A new one is made here.") for line in said)
+
+
 def test_a_broken_shard_is_not_indexed(local: Index, server: FaultyServer, cache: Path) -> None:
     data = (local.root / NAMES[1]).read_bytes()
     (local.root / NAMES[1]).write_bytes(data[:1536])

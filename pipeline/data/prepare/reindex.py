@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Announce, Index, in_threads, index_of, index_shards, not_empty
@@ -19,18 +21,16 @@ _TRANSFERS = 8  # at once
 def build_index(train: str, announce: Announce = lambda _: None, remote: Remote | None = None) -> Index:
     """Walk every shard and write index.json and sidecars.
 
-    What an index.json there says of the whole (name, classes) is kept. `train` must be a folder, or a URL,
-    whose shards are all fetched once and whose index is kept on this machine. Raises UserError as load_index
-    does.
+    What an index.json there says of the whole (name, classes, licence) is kept. `train` must be a folder, or
+    a URL, whose shards are all fetched once and whose index is kept on this machine. Raises UserError as
+    load_index does.
     """
     if is_url(train):
         return _build_remote(train, announce, remote or Remote())
     location = _locate(train, announce)
-    ours = ("wids_version", "name", "shardlist")
-    kept = {key: value for key, value in location.record.items() if key not in ours}
     shards = tuple(index_shards(location.root, {url: {} for url in location.urls}, announce))
     index = not_empty(index_of(location.root, location.record, shards))
-    write_record(index.root, index.name, shards, kept)
+    write_record(index.root, index.name, shards, _of_the_whole(location.record))
     for line in describe(index.passed_over("without_image"), index.passed_over("unusable")):
         announce(line)
     return index
@@ -47,14 +47,30 @@ def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
         )
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
     found = tuple(in_threads(lambda name: shards.index(name, announce), names, _TRANSFERS))
-    index = not_empty(index_of(shards.home, {}, found, shards))
+    published = _published(shards, announce)
+    index = not_empty(index_of(shards.home, published, found, shards))
     before = {} if listed is None else read_record(shards.home)
     others = {e["url"]: entry_shard(e) for e in before.get("shardlist", ()) if is_complete(e)}
     every = others | {shard.url: shard for shard in found}
     whole = listed is None or (bool(before) and before.get(WHOLE, True))
     extra = {} if whole else {WHOLE: False}
-    write_record(index.root, index.name, [every[name] for name in sorted(every)], extra)
+    every_shard = [every[name] for name in sorted(every)]
+    write_record(index.root, index.name, every_shard, _of_the_whole(published) | extra)
     return index
+
+
+def _published(shards: RemoteShards, announce: Announce) -> dict[str, Any]:
+    try:
+        return shards.published(announce)
+    except UserError as error:  # unfit, or the server refuses what it does not have
+        announce(f"{error} A new one is made here.")
+        return {}
+
+
+def _of_the_whole(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What an index.json says of the whole, apart from the name, in whatever shards it lies."""
+    ours = ("wids_version", "name", "shardlist", WHOLE)
+    return {key: value for key, value in record.items() if key not in ours}
 
 
 def _locate(train: str, announce: Announce) -> Location:

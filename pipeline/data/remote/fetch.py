@@ -60,6 +60,10 @@ class RemoteShards:
         listed = {entry["url"] for entry in ours.get("shardlist", ())}
         if ours and (ours.get(WHOLE, True) if names is None else listed.issuperset(names)):
             return ours
+        return self.published(tell)
+
+    def published(self, tell: Callable[[str], None]) -> dict[str, Any]:
+        """The folder's own index.json; {} if none."""
         try:
             data = read(self.folder, INDEX, Patience(self.settings), most=_LARGEST_INDEX, tell=tell)
         except FileNotFoundError:
