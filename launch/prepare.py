@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,10 +132,10 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
 def make_again(source: str, out: str, options: Options) -> None:
     """Prepare images for a training, if they are not prepared yet.
 
-    Raises UserError as `show`, and if they have changed since.
+    Raises UserError as `show`, if they have changed since, and if other images are where theirs would be.
     """
     from pipeline.data.prepare import writer
-    from pipeline.data.prepare.earlier import ChangedSourceError
+    from pipeline.data.prepare.earlier import ChangedSourceError, TakenError
     from pipeline.data.record import INDEX
 
     if not (Path(out) / INDEX).is_file():
@@ -148,6 +149,13 @@ def make_again(source: str, out: str, options: Options) -> None:
             "and give a new run.name if there is a run of this name (or run.new_data=true to continue that "
             f"run with them). To train on those from before: shardgan train {out}, or runs/NAME to resume a "
             "run."
+        ) from None
+    except TakenError:
+        size = f" --size {options.size}" if options.size else ""
+        raise UserError(
+            f"{out} was made of other images, or in another way. To train on {source}, give its shards "
+            f"another folder: shardgan prepare {shlex.quote(source)} OUT{size}, then shardgan train OUT. To "
+            f"train on what is there: shardgan train {shlex.quote(out)}."
         ) from None
 
 

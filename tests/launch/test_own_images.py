@@ -293,6 +293,21 @@ def test_changed_images_are_refused():
     assert said.endswith("shardgan train photos-32px, or runs/NAME to resume a run.")
 
 
+def test_a_folder_and_a_zip_of_one_name_with_other_images():
+    """Their shards would have one name too."""
+    pictures("photos", *[(32, 32)] * 3)
+    training_of("photos", [], gpu=False).prepare()
+    pictures("photos", *[(32, 32)] * 2, first=10)
+    shutil.make_archive("photos", "zip", "photos")
+    with pytest.raises(UserError) as refused:
+        training_of("photos.zip", ["run.name=zipped"], gpu=False).prepare()
+    assert str(refused.value) == (
+        "photos-32px was made of other images, or in another way. To train on photos.zip, give its shards "
+        "another folder: shardgan prepare photos.zip OUT --size 32, then shardgan train OUT. To train on "
+        "what is there: shardgan train photos-32px."
+    )
+
+
 def test_a_dry_run_prepares_nothing(here):
     pictures("photos", *[(40, 40, 3)] * 3)
     shown = CliRunner().invoke(train, ["photos", "--dry-run", "--procs", "1"], catch_exceptions=False)

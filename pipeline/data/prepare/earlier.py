@@ -25,6 +25,13 @@ class ChangedSourceError(UserError):
         self.how = how
 
 
+class TakenError(UserError):
+    """A folder is there, of other images or made in another way."""
+
+    def __init__(self, target: Path) -> None:
+        super().__init__(f"{target} is there already. Give the name of a new folder, or remove that one.")
+
+
 Recipe = dict[str, Any]  # where the images come from, and how they are written
 
 
@@ -53,7 +60,7 @@ def made_before(target: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> di
             moved = {"source": recipe["source"], "path": recipe["path"]}
             if dict(defaults) | before | moved == recipe:
                 return record
-    raise _in_use(target)
+    raise TakenError(target)
 
 
 def _older(before: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -79,13 +86,9 @@ def refuse_changed(
     if not files or files.get("fingerprint") == fingerprint:
         return
     if not is_same_place(before, recipe):
-        raise _in_use(target)
+        raise TakenError(target)
     if more := count - files["images"]:
         changed = f"{source} has {counted(abs(more), 'image')} {'more' if more > 0 else 'fewer'} than"
     else:
         changed = f"the images of {source} have other names, sizes, times or labels than"
     raise ChangedSourceError(target, changed)
-
-
-def _in_use(target: Path) -> UserError:
-    return UserError(f"{target} is there already. Give the name of a new folder, or remove that one.")
