@@ -188,7 +188,7 @@ def test_several_runs_are_compared(tmp_path):
     two = write_run(tmp_path / "two", "penalty.l2=0.1", scores=(3.0, 0.5))
     parsed = Parsed(page([one, two]))
     assert "They differ in penalty.l2." in parsed.words
-    assert "KID at the end, the best first: two 0.5, one 2, for 50 generated images" in parsed.words
+    assert "KID when last scored, the best first: two 0.5 at kimg 1, one 2 at kimg 2, for 50" in parsed.words
     charts = {d["title"]: d for d in parsed.data if isinstance(d, dict) and "traces" in d}
     assert [trace["name"] for trace in charts["KID"]["traces"]] == ["one", "two"]
     assert charts["KID"]["traces"][0]["x"] == [0, 1, 2] and charts["KID"]["traces"][0]["y"] == [3, 1, 2]
@@ -196,6 +196,17 @@ def test_several_runs_are_compared(tmp_path):
     assert charts["Loss, without penalties: G"]["traces"][0]["y"] == [None] * 4, "JSON has no nan"
     (two / "reference.json").write_text('{"heldout": {"images": 51, "features": ["efflite0", "1"]}}')
     assert "They were scored against different images, and do not compare." in Parsed(page([one, two])).words
+
+
+def test_runs_scored_at_other_times_are_compared(tmp_path):
+    """A run that was stopped may have been scored before it had trained."""
+    one = write_run(tmp_path / "one", scores=(3.0,))
+    two = write_run(tmp_path / "two", scores=(4.0, 3.8, 3.6, 3.4, 3.2))
+    words = Parsed(page([one, two])).words
+    assert "KID when last scored, the best first: one 3 at kimg 0, two 3.2 at kimg 4, for 50" in words
+    assert "3 at kimg 0 (3)" in words and "3.2 (3.2)" in words
+    three = write_run(tmp_path / "three", scores=(4.0, 3.8, 3.6, 3.4, 3.0))
+    assert "KID at the end, the best first: three 3, two 3.2, for 50" in Parsed(page([two, three])).words
 
 
 def test_scores_against_other_images_are_not_put_in_order(tmp_path):

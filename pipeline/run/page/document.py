@@ -144,13 +144,23 @@ def _conclusion(runs: Sequence[Facts]) -> str:
     scored = [score for facts in runs if (score := facts.leading_score)]
     if len(scored) < len(runs) or len({score.chart for score in scored}) > 1:
         return "These runs have no score in common to be compared by."
-    order = sorted(zip(scored, runs, strict=True), key=lambda pair: pair[0].last[1])
-    ends = ", ".join(f"{facts.name} {score.last[1]:.4g}" for score, facts in order)
-    label = f"{scored[0].label} at the end, the best first"
+    ends = _last_scores(sorted(zip(scored, runs, strict=True), key=lambda pair: pair[0].last[1]))
     about = [facts.history.reference.get("heldout") for facts in runs]
     if any(other != about[0] for other in about):
-        return f"{label}: {ends}. They were scored against different images, and do not compare."
-    return f"{label}: {ends}{runs[0].against}."
+        return f"{ends}. They were scored against different images, and do not compare."
+    return f"{ends}{runs[0].against}."
+
+
+def _last_scores(order: Sequence[tuple[Score, Facts]]) -> str:
+    """The best first, and at which kimg it was where a run has gone on since."""
+    each = [(f"{facts.name} {score.last[1]:.4g}", f"at kimg {score.last[0]:g}") for score, facts in order]
+    when = "when last scored"
+    if all(score.last[0] == facts.kimg for score, facts in order):
+        when = "at the end"
+    elif len({at for _, at in each}) == 1:
+        when = each[0][1]
+    values = [f"{text} {at}" if when == "when last scored" else text for text, at in each]
+    return f"{order[0][0].label} {when}, the best first: {', '.join(values)}"
 
 
 def _wrong(facts: Facts) -> str:
