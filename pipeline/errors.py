@@ -4,16 +4,16 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """What the user can fix: shown as one message without a traceback, exit status 2."""
+    """What the user can fix: shown as one message without a traceback."""
+
+    status = 2  # exit status
 
 
 class CommonError(UserError):
     """A UserError that every rank raises: only the main rank shows it."""
 
-    status = 2
-
 
 class RunError(CommonError):
-    """Ends a run that began well, whatever the user gave it: exit status 1."""
+    """Ends a run that began well, whatever the user gave it."""
 
     status = 1

@@ -58,15 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def in_this_process(path: str, overrides: Sequence[str] = (), precision: Precision = "no") -> Path:
     """Train as `main` does, for a caller whose process this is; returns the run folder.
 
-    Raises UserError (RunError among them) instead of showing it, and KeyboardInterrupt once a run that was
-    stopped by Ctrl-C is saved.
+    Raises UserError (RunError among them) instead of showing it, and again the signal that stopped the run.
     """
-    with closing(StopSignals()) as signals, borrowed():
+    with closing(StopSignals(borrowed=True)) as signals, borrowed():
         os.environ |= {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_DYNAMO_BACKEND": "no"}
         provide_home()
         completed, folder = _run(*_read(path, overrides, signals), signals)
-    if signals.interrupted and not completed:
-        raise KeyboardInterrupt
+    if not completed:
+        signals.raise_again()
     return folder
 
 
@@ -88,8 +87,7 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     except CommonError as error:
         return _refuse(error, error.status, show=rank == 0)
     except UserError as error:
-        status = getattr(error, "status", 2)
-        return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, status)
+        return _refuse(UserError(f"rank {rank}: {error}") if launch.world > 1 else error, error.status)
     return INTERRUPTED if signals.interrupted and not completed and launch.strategy == "single" else 0
 
 

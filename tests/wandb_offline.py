@@ -30,6 +30,7 @@ class OfflineRun:
     summary: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)  # chart or glob → its x axis
     finished: bool = False
+    status: int | None = None  # that W&B shows as finished (0) or failed
     files: Path = Path()  # what pictures' paths are relative to
 
 
@@ -60,7 +61,7 @@ def _apply(run: OfflineRun, record: Record) -> None:
         case "metric":
             run.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         case "exit":
-            run.finished = True
+            run.finished, run.status = True, record.exit.exit_code
 
 
 def _items(items: Any) -> dict[str, Any]:

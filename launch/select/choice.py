@@ -205,8 +205,8 @@ def _in_order(key: str, arms: Sequence[Arm]) -> list[str]:
 
 
 def _error(values: Iterable[tuple[int, float]]) -> float:
-    """Standard error of the mean of (fold, value), over folds: trainings of one fold, which differ by seed,
-    have their images in common, so their mean is one observation."""
+    """Standard error of the mean of (fold, value), over folds, each the mean of its seeds: trainings share
+    most of their images, so more seeds are not taken for more observations. (Each seed has its own folds.)"""
     by_fold: dict[int, list[float]] = {}
     for fold, value in values:
         by_fold.setdefault(fold, []).append(value)

@@ -85,6 +85,7 @@ def _submit_arrays(
     copies = {file: str(place / copy) for file, copy in zip(texts, _COPIES, strict=False)}
     runs = _lines(todo, copies)
     collect = [_word(word, named, copies) for word in sys.argv[1:] if word != "--slurm"]
+    collect.append(f"run.name={name}")  # which else would be that of the copied config
     arrays = [
         slurm.render(
             name, place, ["array.sbatch", str(place / _runs(number))], resources, array=f"1-{size}%{throttle}"

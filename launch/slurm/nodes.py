@@ -1,7 +1,8 @@
 """Inside a Slurm allocation, before training: can these nodes train together? Called by slurm/node.sh.
 
 `plan WORLD CONFIG …` runs on the first node: checks what can be checked there, writes the node's fingerprint
-to a file, prints the run folder, that file, the address to meet at, a free port and the signal to stop by.
+to a file, prints the run folder, that file, the address to meet at, a free port, the signal to stop by, and
+whether the run is "finished" or "unfinished".
 `check FILE CONFIG …` runs on every node and compares it with that fingerprint.
 """
 
@@ -39,11 +40,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
-    """The run folder, this node's fingerprint in it, where to meet (address, port), the signal to stop by."""
+def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str, str]:
+    """The run folder, this node's fingerprint in it, where to meet (address, port), the signal to stop by,
+    and whether the run is finished."""
     from launch.processes import check_space, shards
     from pipeline.parallel.batch import batch_shape
-    from pipeline.run.folder import check_same
+    from pipeline.run.folder import check_same, finished
 
     if not config.run.resume:
         raise UserError(
@@ -65,7 +67,8 @@ def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str]:
         write(file, json.dumps(_fingerprint(config), indent=1))
     except OSError as error:
         raise UserError(f"{file.parent} cannot be written ({error.strerror}). Set run.out.") from None
-    return folder, file, node_name(), _port(), config.run.stop_signal
+    state = "finished" if finished(folder, config) else "unfinished"
+    return folder, file, node_name(), _port(), config.run.stop_signal, state
 
 
 def check(config: Config, first: Path) -> None:

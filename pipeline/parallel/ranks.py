@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from pipeline.errors import CommonError, UserError
+from pipeline.errors import CommonError, RunError, UserError
 from pipeline.heap import keep_freed_memory
 from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, settle_nccl
@@ -113,7 +113,8 @@ class Ranks:
         self.progress.moves += 1
         value, failure = _broadcast(make, self.main, 0, self._control)
         if failure is not None:
-            raise CommonError(failure)
+            text, status = failure
+            raise RunError(text) if status == RunError.status else CommonError(text)
         return value  # type: ignore[return-value]
 
     def broadcast_on_machine(self, make: Callable[[], T]) -> T:
@@ -123,7 +124,7 @@ class Ranks:
         first, group = self._machine
         value, failure = _broadcast(make, self.rank == first, first, group)
         if failure is not None:
-            raise UserError(failure)
+            raise UserError(failure[0])
         return value  # type: ignore[return-value]
 
     @cached_property
@@ -182,15 +183,15 @@ class Ranks:
 
 def _broadcast(
     make: Callable[[], T], makes: bool, source: int, group: dist.ProcessGroup | None
-) -> tuple[T | None, str | None]:
-    """What `make` returns where `makes`, on all ranks of the group, or its UserError's text: one broadcast of
-    a size and one of the bytes."""
+) -> tuple[T | None, tuple[str, int] | None]:
+    """What `make` returns where `makes`, on all ranks of the group, or its UserError's text and exit status:
+    one broadcast of a size and one of the bytes."""
     answer: list[Any] = [None, None]
     if makes:
         try:
             answer[0] = make()
         except UserError as error:
-            answer[1] = str(error)
+            answer[1] = str(error), error.status
     if group is not None:
         dist.broadcast_object_list(answer, src=source, group=group)
     return answer[0], answer[1]

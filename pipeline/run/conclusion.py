@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.durable import write
+from pipeline.errors import RunError, UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run import events
 from pipeline.run.curves import CURVES, draw_run
@@ -40,7 +41,10 @@ def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
 
 def _finish(folder: Path, state: State, report: Report) -> None:
     report.still_ours()
-    export(folder, folder / "export")
+    try:
+        export(folder, folder / "export")
+    except UserError as error:  # a run that began well
+        raise RunError(str(error)) from None
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     report.extra(CURVES, lambda: draw_run(folder))
@@ -51,6 +55,6 @@ def _finish(folder: Path, state: State, report: Report) -> None:
 
 def _mark(file: Path, state: State) -> None:
     try:
-        file.write_text(f"{state.cur_nimg}\n")
+        write(file, f"{state.cur_nimg}\n")
     except OSError as error:
-        raise UserError(f"{file} could not be written: {why(error)}") from None
+        raise RunError(f"{file} could not be written: {why(error)}") from None

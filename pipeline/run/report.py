@@ -109,7 +109,8 @@ class MainReport(Report):
         self._terminal = Lines(total_nimg, cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
         self._unwritten: list[Row] = []  # what a full or failing disk did not take
-        self._failing = False
+        self._failing = False  # the disk
+        self._failed = False  # the run
         self.still_ours()
         self._forget_after(reported if cur_nimg else -1)
         resend(folder, tracker, reported)
@@ -134,6 +135,7 @@ class MainReport(Report):
         try:
             yield
         except Exception as error:
+            self._failed = True
             if world == 1 or isinstance(error, CommonError):
                 self._record("error", text=str(error) or type(error).__name__)
             raise
@@ -204,7 +206,7 @@ class MainReport(Report):
         self._write()
         if self._unwritten:
             self.warn("Metrics not written", f"{self._metrics} stays incomplete{self._missing()}.")
-        self._tracker.finish()
+        self._tracker.finish(self._failed)
 
     def _write(self, durably: bool = False) -> None:
         """Append the waiting rows; what the disk does not take waits for the next time."""

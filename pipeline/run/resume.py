@@ -100,7 +100,7 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     gan.draws.version = by.draws
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
-        saved = _moved(folder, saved, state, start.config.run.new_data)
+        saved = on_other_data(folder, saved, state, start.config.run.new_data)
         ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
         if ranks.main:
             say("warning: resumes on other data: new scores do not compare with earlier ones")
@@ -136,7 +136,7 @@ def refuse_other_rounds(folder: Path, saved: SavedBy, gan: Gan) -> None:
     )
 
 
-def _moved(folder: Path, saved: State, state: State, new_data: bool) -> State:
+def on_other_data(folder: Path, saved: State, state: State, new_data: bool) -> State:
     """The saved state on the data of `state`. Raises CommonError if that is not wanted or impossible."""
     if not new_data:
         raise CommonError(
@@ -148,7 +148,20 @@ def _moved(folder: Path, saved: State, state: State, new_data: bool) -> State:
         raise CommonError(
             f"{folder} knows {counted(saved.num_classes, 'class')}, these data {state.num_classes}."
         )
+    _refuse_other_numbers(folder, saved, state)
     return saved.moved_to(state)
+
+
+def _refuse_other_numbers(folder: Path, saved: State, state: State) -> None:
+    """Raises CommonError if a class has another number: labels follow the order of the folders' names."""
+    known, now = ({name: n for n, name in enumerate(s.classes)} for s in (saved, state))
+    for name, number in known.items():
+        if now.get(name, number) != number:
+            raise CommonError(
+                f"{folder} knows class {name!r} as number {number}, in these data it is number {now[name]}: "
+                "classes are numbered in the order of their names. Prepare the images under names in the "
+                "order of before, or start over with run.resume=false."
+            )
 
 
 def where_to_resume(folder: Path) -> str:

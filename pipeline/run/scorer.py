@@ -79,12 +79,12 @@ class Scorer:
         if name is None:
             return False
         score, best = scores[name], state.best
-        if best is not None and not math.isfinite(best[0]):
-            best = None
+        if best is not None and not (math.isfinite(best[0]) and state.best_of in (name, None)):
+            best = None  # or of another metric, which score.metrics named until now
         self._health.compare_score(name.removeprefix("Metrics/"), score, best)
         better = math.isfinite(score) and (best is None or score < best[0])
         if better:
-            state.best = (score, state.cur_nimg)
+            state.best, state.best_of = (score, state.cur_nimg), name
         return better
 
     def _interrupt(self, _: object, batches: tuple[Tensor, ...]) -> None:

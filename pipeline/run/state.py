@@ -19,6 +19,7 @@ class State:
     wandb_id: str | None = None
     reported: int = 0  # cur_nimg up to which all due ticks, scores and sample grids are done
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
+    best_of: str | None = None  # the chart of that score; None of older runs
     bad: list[str] = field(default_factory=list)  # unusable training images, on any rank, and why
     in_a_row: dict[str, int] = field(default_factory=dict)  # suspicion → ticks in a row: see Health
     adaptive: dict[str, float] = field(default_factory=dict)  # AdaptiveP.state(), where p is adaptive

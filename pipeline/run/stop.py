@@ -51,16 +51,19 @@ class StopSignals:
         on_stop: Callable[[int], None] = lambda _: None,
         on_kill: Callable[[], None] = lambda: None,
         on_tick: Callable[[], None] = lambda: None,
+        borrowed: bool = False,
     ) -> None:
         """further: names of signals, as "USR1". The callbacks run in the listening thread.
+        borrowed: the process belongs to a caller and outlives the training, so run.grace does not end it.
 
         on_stop: called once, with the first signal. on_kill: called before a second Ctrl-C ends this process.
         on_tick: called about twice a second, and after each signal.
         """
         self.received: str | None = None  # why this process must stop, as "on SIGTERM"
-        self.interrupted = False  # by Ctrl-C
+        self.number: int | None = None  # of the signal that it must stop by
         self._on_stop, self._on_kill, self._on_tick = on_stop, on_kill, on_tick
         self._grace_s: float | None = None
+        self._borrowed = borrowed
         self._joining = False
         self._asked_s = 0.0  # since it was asked to stop
         self._ctrl_c: float | None = None
@@ -79,14 +82,15 @@ class StopSignals:
             _of_this_process.add(self)
         self._thread = threading.Thread(target=self._listen, name="stop-signals", daemon=True)
         self._thread.start()
-        if self._installed:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        if self._installed:  # others, which would end this process, stay pending until `configure` knows them
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._handlers)
 
     def configure(self, chosen: str, grace_s: float) -> None:
         """chosen: one more signal, as "USR1". grace_s: the process ends this many seconds after it."""
         if self._installed:
             self._handle(signal.Signals[f"SIG{chosen}"])
-        self._grace_s = grace_s
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        self._grace_s = None if self._borrowed else grace_s
 
     @contextmanager
     def joining(self, alone: bool = False) -> Iterator[None]:
@@ -103,9 +107,19 @@ class StopSignals:
         self._grace_s = None
 
     @property
+    def interrupted(self) -> bool:
+        """By Ctrl-C."""
+        return self.number == signal.SIGINT
+
+    @property
     def status(self) -> int:
         """Exit status of a process that was stopped before it began."""
         return INTERRUPTED if self.interrupted else TERMINATED
+
+    def raise_again(self) -> None:
+        """Once closed: raise the signal that was heard, if any, for whoever handled it before."""
+        if self.number is not None:
+            signal.raise_signal(self.number)
 
     def close(self) -> None:
         """Stop listening, with the handlers as they were before."""
@@ -129,7 +143,7 @@ class StopSignals:
 
     def _listen(self) -> None:
         # The main thread may hold them for its children.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, list(self._handlers))
         last = time.monotonic()
         while not self._closed.is_set():
             try:
@@ -160,8 +174,7 @@ class StopSignals:
 
     def _stop(self, number: int, reason: str) -> None:
         if self.received is None:
-            self.interrupted = number == signal.SIGINT
-            self.received = reason
+            self.number, self.received = number, reason
             self._on_stop(number)
 
     def _give_up(self) -> None:

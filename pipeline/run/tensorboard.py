@@ -64,10 +64,10 @@ class TensorBoard(Tracker):
     def pause(self) -> None:
         self._other.pause()
 
-    def finish(self) -> None:
+    def finish(self, failed: bool = False) -> None:
         self._try(EventFile.close)
         self._events = None
-        self._other.finish()
+        self._other.finish(failed)
 
     def abandon(self) -> None:
         self._try(EventFile.close)

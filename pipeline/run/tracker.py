@@ -65,8 +65,11 @@ class Tracker:
     def pause(self) -> None:
         """Wait, in bounded time, until what was given is taken: between many calls at once."""
 
-    def finish(self) -> None:
-        """Send what is left, in bounded time. Call it on every way out; later calls do nothing."""
+    def finish(self, failed: bool = False) -> None:
+        """Send what is left, in bounded time. Call it on every way out; later calls do nothing.
+
+        failed: an error ends this process, and W&B is to show that.
+        """
 
     def abandon(self) -> None:
         """Send nothing more: another process trains the run."""
@@ -130,7 +133,7 @@ class WandbTracker(Tracker):
         self.where = to_upload if run.offline else str(run.url)
         self._run, self._tracked, self._folder, self._announce = run, tracked, folder, announce
         self._last = tracked.has
-        self._open, self._failed = True, False
+        self._open, self._failed, self._status = True, False, 0
         self._pending: queue.Queue[Send | None] = queue.Queue(_MOST_PENDING)
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
@@ -164,10 +167,10 @@ class WandbTracker(Tracker):
         if self._open and not self._failed and not taken.wait(_FINISH_S) and not self._failed:
             self._fail(TimeoutError(f"it takes nothing for {_FINISH_S:g} s"))
 
-    def finish(self) -> None:
+    def finish(self, failed: bool = False) -> None:
         if not self._open:
             return
-        self._open = False
+        self._open, self._status = False, int(failed)
         with suppress(queue.Full):
             self._pending.put(None, timeout=1)
         self._thread.join(_FINISH_S + _TEARDOWN_S)
@@ -193,7 +196,7 @@ class WandbTracker(Tracker):
         while send := self._pending.get():
             if not self._failed:
                 self._try(send)
-        self._try(_finish)
+        self._try(lambda run: _finish(run, self._status))
 
     def _try(self, send: Send) -> None:
         try:
@@ -267,8 +270,8 @@ def _init(
     return run
 
 
-def _finish(run: wandb.Run) -> None:
-    run.finish()
+def _finish(run: wandb.Run, status: int) -> None:
+    run.finish(exit_code=status)
     if run.offline:  # finish() returns before the file is written; the service ends afterwards
         _end_service()
 

@@ -131,9 +131,11 @@ def test_a_rank_that_waits_for_others_says_so_and_can_be_stopped(place):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_stopped_while_it_starts(place, world):
-    """By two signals as soon as the processes that train are there, which have not got far."""
-    line = ["pairs.yaml", "--procs", str(world), f"run.name=early-{world}", "run.total_kimg=90"]
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGTERM), (signal.SIGUSR1,)], ids=["two", "USR1"])
+def test_stopped_while_it_starts(place, world, signals):
+    """As soon as the processes that train are there, which have not got far."""
+    name = f"early-{world}-{len(signals)}"
+    line = ["pairs.yaml", "--procs", str(world), f"run.name={name}", "run.total_kimg=90"]
     started = Started(shardgan("train", *line), place)
 
     def training() -> list[psutil.Process]:
@@ -144,8 +146,8 @@ def test_stopped_while_it_starts(place, world):
 
     started.until(lambda: len(training()) == world)
     left = training()
-    os.killpg(started.process.pid, signal.SIGINT)
-    os.killpg(started.process.pid, signal.SIGTERM)
+    for number in signals:
+        os.killpg(started.process.pid, number)
     ended = started.wait()
     assert ended.status in (0, 130) and "Traceback" not in ended.output, ended.output
     assert "error" not in ended.output and gone(left)

@@ -145,7 +145,9 @@ def losses(run: Path) -> list[float]:
     return [row["Loss/G/loss"] for row in rows if "Loss/G/loss" in row]
 
 
-def test_ctrl_c_is_raised_once_the_run_is_saved(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_is_raised_again_once_the_run_is_saved(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tick = Session.tick
 
     def interrupted(*arguments: Any) -> None:
@@ -157,6 +159,14 @@ def test_ctrl_c_is_raised_once_the_run_is_saved(config: Path, monkeypatch: pytes
         shardgan.train(config, SETTINGS | {"run.name": "stopped", "run.total_kimg": 1000})
     stopped = config.parent / "stopped"
     assert (stopped / "STOPPED").exists() and list((stopped / "checkpoints").glob("[0-9]*"))
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    monkeypatch.setattr(Session, "tick", lambda *of: (signal.raise_signal(signal.SIGTERM), tick(*of)))
+    try:
+        shardgan.train(config, SETTINGS | {"run.name": "ended", "run.total_kimg": 1000})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] and (config.parent / "ended" / "STOPPED").exists()
 
 
 def test_several_processes_print_here(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ from pipeline.errors import CommonError
 from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 from pipeline.parallel.batch import BatchShape
 from pipeline.run.checkpoint import SavedBy
-from pipeline.run.resume import refuse_other_rounds
+from pipeline.run.resume import on_other_data, refuse_other_rounds
+from pipeline.run.state import State
 
 FOLDER = Path("runs/photos")
 
@@ -41,3 +42,17 @@ def test_rounds_that_other_ranks_cannot_have_name_the_ranks_that_can():
     three = gan(BatchShape(8, 1, 3), SyncBatchNorm2d(2), nn.Identity())
     with pytest.raises(CommonError, match=r"8 processes cannot have 2 rounds .* as before \(2\)"):
         refuse_other_rounds(FOLDER, SavedBy("ddp", 2, 2), three)
+
+
+def test_classes_keep_their_numbers_on_other_data():
+    """Labels follow the order of names: one that is renamed may move all others."""
+
+    def of(*names: str) -> State:
+        return State(cur_nimg=64, label_frequencies=[0.5] * len(names), class_names=[*names], best=(0.5, 64))
+
+    moved = on_other_data(FOLDER, of("cats", "dogs"), of("cats", "hounds"), True)
+    assert (moved.cur_nimg, moved.class_names, moved.best) == (64, ["cats", "hounds"], None)
+    with pytest.raises(CommonError, match="knows class 'dogs' as number 1, in these data it is number 0"):
+        on_other_data(FOLDER, of("cats", "dogs"), of("dogs", "kittens"), True)
+    with pytest.raises(CommonError, match="knows 2 classes, these data 3"):
+        on_other_data(FOLDER, of("cats", "dogs"), of("cats", "dogs", "owls"), True)

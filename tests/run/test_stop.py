@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import queue
 import signal
 import subprocess
 import sys
@@ -168,15 +169,17 @@ def test_what_nohup_has_set_is_kept(listening):
     assert process.ask(RECEIVED) == "('on SIGTERM', False)"
 
 
-def test_signals_wait_for_a_process_that_is_held():
-    """As a rank starts: nothing is lost before it listens, and nothing ends it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signals_wait_for_a_process_that_is_held(number):
+    """As a rank starts: nothing is lost before it listens, nor before it knows run.stop_signal, and nothing
+    ends it."""
     held = subprocess.Popen(
         [sys.executable, "-c", HELD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert held.stdout is not None and held.stdout.readline() == "held\n"
-    held.send_signal(signal.SIGTERM)
-    assert held.communicate("go on\n", timeout=60)[0] == "on SIGTERM\n"
+    held.send_signal(number)
+    assert held.communicate("go on\n", timeout=60)[0] == f"on {number.name}\n"
 
 
 HELD = """
@@ -186,6 +189,7 @@ stop.hold()
 print("held", flush=True)
 input()
 signals = stop.StopSignals()
+signals.configure("USR2", 90)
 while signals.received is None:
     time.sleep(0.01)
 print(signals.received)
@@ -211,6 +215,26 @@ def test_grace_runs_out_with_a_word(listening):
         "error: asked to stop (on SIGUSR2), and not done within run.grace = 0.2 s. The same command "
         "continues from the newest checkpoint.\n"
     )
+
+
+def test_a_process_that_is_a_callers_is_not_ended_but_gets_the_signal_again():
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    asked: list[int] = []
+    ticks: queue.Queue[bool] = queue.Queue()
+    try:
+        signals = StopSignals(borrowed=True, on_stop=asked.append, on_tick=lambda: ticks.put(bool(asked)))
+        signals.configure("USR2", 0.0)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        seen = 0
+        while seen < 3:  # at the first of them another process would have ended
+            seen += ticks.get(timeout=60)
+        signals.close()
+        assert heard == []
+        signals.raise_again()
+        assert heard == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_what_joins_others_is_ended_in_the_middle_of_it(listening):

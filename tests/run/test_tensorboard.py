@@ -30,7 +30,7 @@ class Noting(Tracker):
     def image(self, key, path, step, caption):
         self.calls.append(key)
 
-    def finish(self):
+    def finish(self, failed=False):
         self.calls.append("finish")
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ import pytest
 from PIL import Image
 
 from pipeline.config import Config, load
+from pipeline.errors import RunError
 from pipeline.run import tracker as tracker_module
+from pipeline.run.report import MainReport
 from pipeline.run.resend import resend
 from pipeline.run.tracker import Tracker, WandbTracker, open_tracker
 from pipeline.run.wandb_files import Tracked
@@ -129,6 +132,17 @@ def refusing_server(monkeypatch):
         server.shutdown()
 
 
+@pytest.mark.parametrize("failed", [False, True])
+def test_wandb_shows_whether_a_run_failed(tmp_path, failed):
+    report = MainReport(tmp_path, open_tracker(config(), tmp_path, None, print), 1000, 0)
+    with suppress(RunError), closing(report), report.kept(1):
+        report.row(64, {"a": 1.0})
+        if failed:
+            raise RunError("training has diverged")
+    (run,) = offline_runs(tmp_path)
+    assert (run.finished, run.status) == (True, int(failed))
+
+
 def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refusing_server):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(tracker_module, "_INIT_S", 5.0)
@@ -187,7 +201,7 @@ def test_a_run_of_many_ticks_is_sent_at_the_speed_that_wandb_takes_it(tmp_path, 
     monkeypatch.setattr(WandbTracker, "pause", pause)
     monkeypatch.setattr(tracker_module, "_MOST_PENDING", 1500)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"cur_nimg": {at}, "x": 1}}\n' for at in range(5000)))
-    run = SimpleNamespace(log=log, finish=lambda: None, offline=False, url="", dir="")
+    run = SimpleNamespace(log=log, finish=lambda exit_code: None, offline=False, url="", dir="")
     tracker = WandbTracker(run, Tracked("id", online=True, has=-1), tmp_path, said.append)
     resend(tmp_path, tracker, 4500)
     tracker.finish()

@@ -76,19 +76,20 @@ def test_trials_whose_submission_is_interrupted_do_not_run(said, monkeypatch: py
 
 
 def test_jobs_read_copies_of_what_the_command_names(said, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files may be edited, and published configs are not where a job's code is."""
+    """The files may be edited, and published configs are not where a job's code is. The selection keeps the
+    name that follows from the config's, not its copy's."""
     Path("arms.yaml").write_text("none: []\nsome: [penalty.l2=1]\n")
-    words = ["select", "tiny.yaml", "run.name=a", "run.out=runs", "score.images=20", "--slurm"]
+    words = ["select", "tiny.yaml", "run.out=runs", "score.images=20", "--slurm"]
     monkeypatch.setattr("sys.argv", ["shardgan", *words, "--arms=arms.yaml"])
     ended = CliRunner().invoke(select, sys.argv[2:])
     assert ended.exit_code == 0, ended.output
-    place = Path("runs/a/slurm").absolute()
+    place = Path("runs/tiny/slurm").absolute()
     for file, copy in (("tiny.yaml", "config.yaml"), ("arms.yaml", "arms.yaml")):
         assert (place / copy).read_text() == Path(file).read_text()
     lines = (place / "runs.txt").read_text().splitlines()
     assert len(lines) == 6 and all(line.startswith(f"{place}/config.yaml ") for line in lines)
-    collects = f"select {place}/config.yaml run.name=a run.out=runs score.images=20 --arms={place}/arms.yaml"
-    assert f"{collects} --collect" in (place / "collect.sbatch").read_text()
+    collects = f"select {place}/config.yaml run.out=runs score.images=20 --arms={place}/arms.yaml"
+    assert f"{collects} run.name=tiny --collect" in (place / "collect.sbatch").read_text()
 
 
 def test_a_line_break_would_be_another_line(said) -> None:

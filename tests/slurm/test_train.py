@@ -55,3 +55,16 @@ def test_caches_are_on_each_nodes_own_disk(cluster, preempted):
 
 def test_no_process_is_left(project, preempted):
     assert project.left_behind() == []
+
+
+def test_a_longer_training_that_fails_is_not_done(project, preempted):
+    """The marker of the shorter one is still there."""
+    run = project.run("ddp-2")
+    for file in run.path.glob("checkpoints/*/*.safetensors"):
+        file.write_bytes(b"")
+    line = ("slurm/train.sbatch", "configs/tiny.yaml", "run.name=ddp-2", "track.wandb=true")
+    longer = project.sbatch("--nodes=2", *line, "run.total_kimg=9")
+    assert project.cluster.ended(longer)["JobState"] == "FAILED", project.log(longer)
+    assert run.done and "checkpoint" in project.log(longer)
+    again = project.sbatch("--nodes=2", *line)
+    assert project.cluster.ended(again)["JobState"] == "COMPLETED", project.log(again)

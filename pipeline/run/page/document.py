@@ -152,7 +152,7 @@ def _conclusion(runs: Sequence[Facts]) -> str:
 
 
 def _last_scores(order: Sequence[tuple[Score, Facts]]) -> str:
-    """The best first, and at which kimg it was where a run has gone on since."""
+    """The best first; with their kimg if a run has trained on after its last score."""
     each = [(f"{facts.name} {score.last[1]:.4g}", f"at kimg {score.last[0]:g}") for score, facts in order]
     when = "when last scored"
     if all(score.last[0] == facts.kimg for score, facts in order):

@@ -1,0 +1,32 @@
+"""Which checkpoint is the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+from pipeline.run.scorer import Scorer
+from pipeline.run.state import State
+
+
+def is_best(state: State, metrics: list[str], **scores: float) -> tuple[bool, object]:
+    """And what the score was compared with."""
+    health = Mock()
+    config = SimpleNamespace(score=SimpleNamespace(metrics=metrics))
+    scorer = Scorer(config, Path(), *[Mock()] * 4, health, Mock())  # type: ignore[arg-type]
+    better = scorer.is_best(state, {f"Metrics/{name}_efflite0": value for name, value in scores.items()})
+    return better, health.compare_score.call_args.args[2]
+
+
+def test_scores_of_one_metric_are_compared():
+    """score.metrics may change from one start to the next."""
+    state = State(cur_nimg=100)
+    assert is_best(state, ["kid"], kid=0.3) == (True, None)
+    state.cur_nimg = 200
+    assert is_best(state, ["kid"], kid=0.4) == (False, (0.3, 100))
+    assert is_best(state, ["fd", "kid"], fd=40.0, kid=0.2) == (True, None)
+    assert is_best(state, ["fd", "kid"], fd=41.0, kid=0.1) == (False, (40.0, 200))
+    assert is_best(state, ["kid"], kid=0.5) == (True, None)
+    older = State(cur_nimg=300, best=(0.2, 100))  # which did not note the metric
+    assert is_best(older, ["kid"], kid=0.3) == (False, (0.2, 100))
