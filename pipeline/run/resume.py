@@ -93,6 +93,11 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     if found is None:
         if start.source is not None:
             source.finish(start.config, start.source, gan)
+            if ranks.main and start.source.was_split_otherwise(state):
+                say(
+                    f"warning: {start.source.where} was trained on images that are held out here, so scores "
+                    "flatter this run: give it the same run.seed, data.holdout, data.folds and data.fold"
+                )
         return state, stats
     ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)

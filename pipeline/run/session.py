@@ -181,6 +181,7 @@ class Session:
         if completed:
             self._health.check_end()
         conclude(self._folder, state, self._report, self._ranks, self._signals.received, completed)
+        self._signals.concluded()
 
     # Pieces of the above
 

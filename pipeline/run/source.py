@@ -41,6 +41,11 @@ class Source:
     files: Mapping[str, Path]  # network → its file; of a run, none
     run: tuple[Config, Path, State] | None = None  # a run's config, its checkpoint and that one's state
 
+    def was_split_otherwise(self, state: State) -> bool:
+        """Whether it is a run on the data of `state` that other images were held out of, as far as known."""
+        theirs = self.run[2] if self.run is not None else state
+        return theirs.data == state.data and theirs.plan != state.plan
+
     def tensors(self, network: str) -> dict[str, Tensor]:
         """Parameters and buffers of "G", "G_ema" or "D", by name; {} if the source has no such network.
 

@@ -64,7 +64,7 @@ class StopSignals:
         self._on_stop, self._on_kill, self._on_tick = on_stop, on_kill, on_tick
         self._grace_s: float | None = None
         self._borrowed = borrowed
-        self._joining = False
+        self._joining = self._alone = self._concluded = False
         self._asked_s = 0.0  # since it was asked to stop
         self._ctrl_c: float | None = None
         self._launcher = _launcher()
@@ -96,11 +96,15 @@ class StopSignals:
     def joining(self, alone: bool = False) -> Iterator[None]:
         """While this rank waits for others, who may never come (alone: there are none): a signal ends it in a
         second or two, with status INTERRUPTED or TERMINATED. The launcher then ends the others."""
-        self._joining = not alone
+        self._joining, self._alone = not alone, alone
         try:
             yield
         finally:
             self._joining, self._asked_s = False, 0.0
+
+    def concluded(self) -> None:
+        """The run is saved and its end recorded: to be ended by run.grace is no error any more."""
+        self._concluded = True
 
     def done(self) -> None:
         """The run has ended: run.grace no longer applies."""
@@ -181,6 +185,8 @@ class StopSignals:
         if self._joining and self._asked_s > 1.0:
             _end(self.status)
         elif not self._joining and self._grace_s is not None and self._asked_s >= self._grace_s:
+            if self._concluded:  # W&B, say, has not taken all yet
+                _end(INTERRUPTED if self.interrupted and self._alone else 0)
             what = f"asked to stop ({self.received}), and not done within run.grace = {self._grace_s:g} s"
             # The scheduler is about to kill this process: end with a message instead.
             _end(1, f"error: {what}. The same command continues from the newest checkpoint.\n")

@@ -58,6 +58,7 @@ def test_it_starts_where_the_other_ended_and_resumes_without_it(place, signals_k
     still = ["optim.G.lr=1e-30", "optim.D.lr=1e-30", f"run.init={lost}", "D.freeze=1", "run.seed=5"]
     assert train(place, "started", "run.total_kimg=0.012", *still) == 0
     said = capfd.readouterr().out
+    assert "was trained on images that are held out here, so scores flatter this run" in said, "another seed"
     assert f"G starts with 13 of its 13 tensors from {lost} at kimg 0.036\n" in said, said
     assert f"D starts with 8 of its 8 tensors from {lost} at kimg 0.036\n" in said, said
     run = RunFolder(place / "runs" / "started")
@@ -128,6 +129,11 @@ def test_the_command_refuses_before_it_starts_a_process(place, monkeypatch):
     ):
         result = CliRunner().invoke(launch.train.train, [*line, setting])
         assert isinstance(result.exception, UserError) and said in str(result.exception)
+
+
+def test_a_source_of_the_same_split_has_seen_nothing_that_is_held_out(place, capfd):
+    assert train(place, "same", "run.total_kimg=0.012", f"run.init={place / 'runs' / 'source'}") == 0
+    assert "warning" not in capfd.readouterr().out
 
 
 def test_moments_need_a_run_to_start_from(place):

@@ -46,7 +46,7 @@ def test_differences_are_taken_within_folds(tmp_path):
 
 
 def test_seeds_of_a_fold_are_one_observation(tmp_path):
-    """They have their images in common: more seeds do not make folds more."""
+    """Trainings share most of their images: more seeds do not make folds more."""
     _, trials = selection(tmp_path, folds=3, seeds=2)
     assert [t.fold for t in trials[::2]] == [0, 1, 2, 0, 1, 2]  # of each arm, seed by seed
     of_folds, of_seeds, gains = np.array([1.0, 4.0, 7.0]), np.array([0.3, -0.3]), np.array([0.1, 0.4, 0.1])

@@ -217,6 +217,20 @@ def test_grace_runs_out_with_a_word(listening):
     )
 
 
+@pytest.mark.parametrize(
+    ("alone", "number", "status"),
+    [(True, signal.SIGTERM, 0), (True, signal.SIGINT, 130), (False, signal.SIGINT, 0)],
+)
+def test_a_run_that_is_saved_has_not_failed_because_its_process_takes_longer(
+    listening, alone, number, status
+):
+    process = listening()
+    process.ask(f"signals.configure('USR2', 0.2), signals.joining(alone={alone}).__enter__()")
+    process.ask("setattr(signals, '_joining', False), signals.concluded()")
+    process.process.send_signal(number)
+    assert process.process.wait(30) == status and process.process.stderr.read() == ""
+
+
 def test_a_process_that_is_a_callers_is_not_ended_but_gets_the_signal_again():
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))

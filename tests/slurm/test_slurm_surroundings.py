@@ -98,7 +98,8 @@ def test_options_for_srun_reach_every_step(project) -> None:
     assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
     assert project.cluster.ended(collecting)["JobState"] == "COMPLETED", project.log(collecting)
     seen = marks.read_text().splitlines()
-    assert sorted(seen)[:5] == [f"{job} n1"] * 3 + [f"{job} n2"] * 2 and seen[5:] == [f"{collecting} n1"]
+    assert sorted(seen[:5]) == [f"{job} n1"] * 3 + [f"{job} n2"] * 2
+    assert seen[5:] in ([f"{collecting} n1"], [f"{collecting} n2"])
 
 
 def test_a_submitted_job_in_an_image_on_shards_that_only_the_login_node_knows(project, image, remote) -> None:
