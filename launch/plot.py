@@ -35,14 +35,23 @@ def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
     One run's picture is also in its folder, as curves.png.
     """
     from pipeline.run import curves
+    from pipeline.run.comparison import references_apart
     from pipeline.run.history import read_histories
     from pipeline.run.panels import panels_of
+    from pipeline.run.terminal import is_score
 
     histories = read_histories(runs)
     panels = _chosen(charts, histories) if charts else panels_of(histories)
     if not panels:
         raise UserError("There is nothing to draw: the runs have no rows of training yet.")
     write(curves.plot(histories, panels), out)
+    alone = [
+        history for history in histories if history.candidate == history.name
+    ]  # no trials of a selection
+    if any(is_score(chart) for panel in panels for _, chart in panel.lines) and (
+        apart := references_apart(alone)
+    ):
+        click.echo(f"note: these runs were {apart}", err=True)
 
 
 def write(figure: Figure, out: Path) -> None:

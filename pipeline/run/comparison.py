@@ -87,6 +87,15 @@ def settings_apart(histories: Sequence[History]) -> dict[str, tuple[str, ...]]:
     return of_both_players(differing(each))
 
 
+def references_apart(histories: Sequence[History]) -> str:
+    """That runs were scored against different references, and in which respect; empty if they were not."""
+    each = [history.reference.get("heldout", {}) for history in histories]
+    keys = dict.fromkeys(key for about in each for key in about)
+    differing = [key for key in keys if any(about.get(key) != each[0].get(key) for about in each)]
+    which = ", ".join(_MEANING.get(key, key) for key in differing)
+    return f"scored against different references ({which}), so scores do not compare." if which else ""
+
+
 def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:
     """The number of each run's group, within which scores compare; and in which respect groups differ."""
     seen: list[dict[str, Any]] = []
@@ -95,13 +104,8 @@ def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:
         about = history.reference.get("heldout", {})
         seen += [] if about in seen else [about]
         groups.append(seen.index(about))
-    if len(seen) == 1:
-        return groups, []
-    keys = dict.fromkeys(key for about in seen for key in about)
-    differing = [key for key in keys if any(about.get(key) != seen[0].get(key) for about in seen)]
-    which = ", ".join(_MEANING.get(key, key) for key in differing)
-    letters = ", ".join(map(_letter, range(len(seen))))
-    return groups, [f"{letters}: scored against different references ({which}), so scores do not compare."]
+    letters, apart = ", ".join(map(_letter, range(len(seen)))), references_apart(histories)
+    return groups, [f"{letters}: {apart}"] if apart else []
 
 
 def _letter(group: int) -> str:

@@ -18,7 +18,7 @@ from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
-from pipeline.run.folder import evaluated, reference_of
+from pipeline.run.folder import CHANGES, data_since, evaluated, reference_of
 from pipeline.run.references import fingerprints
 from pipeline.run.rows import Row, rows
 from pipeline.run.state import State
@@ -71,7 +71,7 @@ def save(folder: Path, facts: Exported) -> None:
 
 def facts_of(run: Path, config: Config, state: State) -> Exported:
     """The facts of a checkpoint; less of them if the run's data are no longer where they were."""
-    scores, against = _scores(run, state.cur_nimg)
+    scores, against = scores_of(run, state.cur_nimg)
     facts = Exported(
         str(config.run.name),
         state.cur_nimg,
@@ -102,7 +102,7 @@ def _index(config: Config, state: State) -> Index | None:
     return index if index.fingerprint == state.data else None
 
 
-def _scores(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]:
+def scores_of(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]:
     """The scores of a checkpoint, and the fingerprints of what they are against: of the last `shardgan
     evaluate`, else of training."""
     trained = {"against": fingerprints(reference_of(run))}
@@ -114,5 +114,7 @@ def _scores(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]
 
 
 def _rows(run: Path, more: Row) -> Iterator[Row]:
+    """Those since the run has its present data."""
     with suppress(OSError):
-        yield from (row | more for row in reversed(rows(run / "metrics.jsonl")))
+        since = data_since(rows(run / CHANGES))
+        yield from (row | more for row in reversed(rows(run / "metrics.jsonl")) if row["cur_nimg"] > since)

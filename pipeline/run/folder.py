@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from pipeline.config import Config, Ema, Run, UserError, dump, load, without_ram
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.report import say
-from pipeline.run.rows import append, rows
+from pipeline.run.rows import Row, append, rows
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
 CHANGES = "changes.jsonl"  # settings that changed in mid-run: cur_nimg, key, old, new
+DATA = "data"  # the key there of a move to other data, or to another split of them
+
+_SHOWN = 16  # digits of a fingerprint
 
 # What may change when a run is resumed: how long, how often, where and how fast, not what is trained.
 # Schedules last for the burn-in, and augmentation that adapts does so once per tick.
@@ -231,6 +234,24 @@ def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
         if row != last.get(key):  # else a start that was killed before it could write config.yaml has
             append(file, row)
         say(f"{key}: {old!r} → {new!r} from kimg {cur_nimg / 1000:g} on")
+
+
+def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
+    """Scores of a run that continues on other data are against other images from cur_nimg on: a line in
+    changes.jsonl, and none of what they are against. old, new: fingerprints. Raises UserError."""
+    row = {"cur_nimg": cur_nimg, "key": DATA, "old": old[:_SHOWN], "new": new[:_SHOWN]}
+    try:
+        (folder / REFERENCE).unlink(missing_ok=True)
+        if not rows(folder / CHANGES) or row != rows(folder / CHANGES)[-1]:  # else a start since did no more
+            append(folder / CHANGES, row)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None
+
+
+def data_since(recorded: Iterable[Row]) -> int:
+    """The cur_nimg after which a run has its present data, by the lines of changes.jsonl; −1 if it always
+    had. Earlier scores do not compare."""
+    return max((int(row["cur_nimg"]) for row in recorded if row.get("key") == DATA), default=-1)
 
 
 def finished(folder: Path, config: Config) -> bool:

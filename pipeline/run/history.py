@@ -15,7 +15,7 @@ import yaml
 
 from pipeline.credentials import all_redacted
 from pipeline.errors import UserError
-from pipeline.run.folder import CHANGES, begun, evaluated, flattened, reference_of
+from pipeline.run.folder import CHANGES, begun, data_since, evaluated, flattened, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.rows import Row, rows
 from pipeline.run.terminal import is_score
@@ -78,11 +78,20 @@ class History:
         places, values = self._points.get(chart, ([], []))
         return Score(places[-1], values[-1]) if places else None
 
-    def lowest(self, chart: str) -> Score | None:
-        """The lowest finite point of a chart, and the first of equal ones; None if it has none."""
+    @cached_property
+    def data_since(self) -> int:
+        """The cur_nimg after which it has its present data; −1 if it always had. Earlier scores do not
+        compare."""
+        return data_since(self.changes)
+
+    def finite(self, chart: str) -> list[Score]:
+        """The finite points of a score's chart since the run has its present data."""
         points = zip(*self._points.get(chart, ([], [])), strict=True)
-        finite = (Score(place, value) for place, value in points if math.isfinite(value))
-        return min(finite, key=lambda score: score.value, default=None)
+        return [Score(at, value) for at, value in points if math.isfinite(value) and at > self.data_since]
+
+    def lowest(self, chart: str) -> Score | None:
+        """The lowest of the finite points, and the first of equal ones; None if there are none."""
+        return min(self.finite(chart), key=lambda score: score.value, default=None)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

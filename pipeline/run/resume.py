@@ -17,7 +17,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint, source
 from pipeline.run.checkpoint import SavedBy
-from pipeline.run.folder import REFERENCE, finished
+from pipeline.run.folder import finished, leave_data
 from pipeline.run.report import say
 from pipeline.run.resend import catch_up
 from pipeline.run.source import Source
@@ -105,8 +105,9 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     gan.draws.version = by.draws
     saved = checkpoint.read_state(found)
     if (saved.plan, saved.data) != (state.plan, state.data):
-        saved = on_other_data(folder, saved, state, start.config.run.new_data)
-        ranks.broadcast_from_main(lambda: (folder / REFERENCE).unlink(missing_ok=True))
+        before, saved = saved, on_other_data(folder, saved, state, start.config.run.new_data)
+        moved = (before.data, saved.data) if before.data != saved.data else (before.plan, saved.plan)
+        ranks.broadcast_from_main(lambda: leave_data(folder, before.cur_nimg, *moved))
         if ranks.main:
             say("warning: resumes on other data: new scores do not compare with earlier ones")
     saved.class_names = state.class_names  # older checkpoints have none

@@ -155,3 +155,19 @@ def test_the_command_draws_chosen_charts(tmp_path, monkeypatch):
             CliRunner().invoke(command, ["a", *arguments], catch_exceptions=False)
     refused = CliRunner().invoke(command, ["a", "--out", "x.doc"])
     assert refused.exit_code == 2 and "has to end in .png" in refused.output
+
+
+def test_the_command_says_where_scores_do_not_compare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "l2=0,seed=0,fold=0", "l2=0,seed=0,fold=1"):  # folds differ on purpose
+        about = {"images": 50, "plan": name}
+        (a_run(tmp_path / name) / "reference.json").write_text(json.dumps({"heldout": about}))
+    said = "these runs were scored against different references (images held out), so scores do not compare"
+    for runs, charts, found in [
+        (["a", "b"], "Metrics/*", True),
+        (["a", "b"], "Loss/D/loss", False),
+        (["a"], "Metrics/*", False),
+        (["l2=0,seed=0,fold=0", "l2=0,seed=0,fold=1"], "Metrics/*", False),
+    ]:
+        done = CliRunner().invoke(command, [*runs, "--charts", charts], catch_exceptions=False)
+        assert done.exit_code == 0 and (said in done.output) == found, runs

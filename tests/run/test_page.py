@@ -21,6 +21,7 @@ from runs_on_paper import write_events, write_run
 from pipeline.credentials import anonymous
 from pipeline.errors import UserError
 from pipeline.run import events
+from pipeline.run.exported import scores_of
 from pipeline.run.history import read_history
 from pipeline.run.page import document
 from pipeline.run.page.document import PAGE, page, write, write_beside
@@ -196,6 +197,21 @@ def test_several_runs_are_compared(tmp_path):
     assert charts["Loss, without penalties: G"]["traces"][0]["y"] == [None] * 4, "JSON has no nan"
     (two / "reference.json").write_text('{"heldout": {"images": 51, "features": ["efflite0", "1"]}}')
     assert "They were scored against different images, and do not compare." in Parsed(page([one, two])).words
+
+
+def test_scores_on_other_data_are_not_mixed(tmp_path):
+    run = write_run(tmp_path / "one", scores=(3.0, 0.5, 2.0, 1.5, 1.75))
+    (run / "changes.jsonl").write_text('{"cur_nimg": 2000, "key": "data", "old": "a1", "new": "b2"}\n')
+    words = Parsed(page([run])).words
+    assert (
+        "KID did not fall from 1.5, and ended at 1.75, for 50 generated images against 50 held-out" in words
+    )
+    assert (
+        "never trained on in" not in words and "Other data: a1 → b2; earlier scores do not compare" in words
+    )
+    history = read_history(run)
+    assert str(history.lowest("Metrics/kid_efflite0")) == "1.5 at kimg 3"
+    assert [scores_of(run, at)[0].get("Metrics/kid_efflite0") for at in (1000, 3000)] == [None, 1.5]
 
 
 def test_runs_scored_at_other_times_are_compared(tmp_path):

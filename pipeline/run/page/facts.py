@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 from pipeline.config import Config, UserError
 from pipeline.credentials import anonymous
 from pipeline.run.events import EVENTS
-from pipeline.run.folder import DONE, begun, flattened
+from pipeline.run.folder import DATA, DONE, begun, flattened
 from pipeline.run.history import History
 from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
@@ -144,8 +143,9 @@ class Facts:
         if not (fakes and about.get("images")):
             return ""
         of = f", in features of {anonymous(str(features))}" if features else ""
-        made = counted(int(fakes), "generated image")
-        return f", for {made} against {about['images']:,} held-out images that were never trained on{of}"
+        made, moved = counted(int(fakes), "generated image"), self.history.data_since >= 0
+        never = "" if moved else " that were never trained on"  # the split of other data may hold out others
+        return f", for {made} against {about['images']:,} held-out images{never}{of}"
 
     @property
     def settings(self) -> list[Setting]:
@@ -200,7 +200,12 @@ class Facts:
 
     def _changed(self) -> Iterator[tuple[int, str]]:
         for row in self.history.changes:
-            yield row["cur_nimg"], f"Setting changed: {row.get('key')}: {row.get('old')} → {row.get('new')}"
+            what = f"{row.get('key')}: {row.get('old')} → {row.get('new')}"
+            moved = row["key"] == DATA
+            yield (
+                row["cur_nimg"],
+                f"Other {what}; earlier scores do not compare" if moved else f"Setting changed: {what}",
+            )
 
     def _counts(self) -> Iterator[tuple[str, str]]:
         # Between two updates of G, D has loss.D_steps.
@@ -222,8 +227,8 @@ class Facts:
         return f" ({epochs:.3g} epochs)" if epochs else ""
 
     def _score(self, chart: str) -> Score | None:
-        metric, points = metric_of(chart), zip(*self.history.series(chart), strict=True)
-        values = [(kimg, value) for kimg, value in points if math.isfinite(value)]
+        metric = metric_of(chart)
+        values = [(score.cur_nimg / 1000, score.value) for score in self.history.finite(chart)]
         if metric is None or not values:
             return None
         best = None
