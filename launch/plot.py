@@ -45,12 +45,9 @@ def plot(runs: tuple[Path, ...], out: Path, charts: str | None) -> None:
     if not panels:
         raise UserError("There is nothing to draw: the runs have no rows of training yet.")
     write(curves.plot(histories, panels), out)
-    alone = [
-        history for history in histories if history.candidate == history.name
-    ]  # no trials of a selection
-    if any(is_score(chart) for panel in panels for _, chart in panel.lines) and (
-        apart := references_apart(alone)
-    ):
+    scored = any(is_score(chart) for panel in panels for _, chart in panel.lines)
+    alone = [run for run in histories if run.candidate == run.name]  # folds of a selection are to differ
+    if scored and (apart := references_apart(alone)):
         click.echo(f"note: these runs were {apart}", err=True)
 
 

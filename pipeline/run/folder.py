@@ -242,7 +242,7 @@ def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
     row = {"cur_nimg": cur_nimg, "key": DATA, "old": old[:_SHOWN], "new": new[:_SHOWN]}
     try:
         (folder / REFERENCE).unlink(missing_ok=True)
-        if not rows(folder / CHANGES) or row != rows(folder / CHANGES)[-1]:  # else a start since did no more
+        if row not in rows(folder / CHANGES)[-1:]:  # else the last start did no more than that
             append(folder / CHANGES, row)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None
