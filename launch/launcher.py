@@ -77,7 +77,7 @@ def _launch() -> int:
     for name in ("multiprocessing.api", "agent.server.api"):  # the latter: another node's launcher left first
         logging.getLogger(f"torch.distributed.elastic.{name}").disabled = True  # torch resets their level
     with importing():
-        importlib.import_module("accelerate")
+        importlib.import_module("accelerate")  # and torch
     try:
         runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
     except Exception as error:

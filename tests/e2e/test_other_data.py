@@ -52,7 +52,6 @@ def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
     assert said.count("warning: ") == 1 and "do not compare" in said
     assert found.rows[: len(rows)] == rows and found.rows[-1]["cur_nimg"] == 600
     (moved,) = [json.loads(line) for line in (found.path / "changes.jsonl").read_text().splitlines()]
-    assert (moved["cur_nimg"], moved["key"]) == (rows[-1]["cur_nimg"], "data") and moved["old"] != moved[
-        "new"
-    ]
+    assert (moved["cur_nimg"], moved["key"]) == (rows[-1]["cur_nimg"], "data")
+    assert moved["old"] != moved["new"]
     assert train(place, 0.72, other) == 0  # from here on they are the run's

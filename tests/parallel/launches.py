@@ -22,8 +22,16 @@ TWO_BY_TWO = frozenset((  # what four ranks train by default: two copies, each o
     "sync-batch-r1", "r3gan",
 ))  # fmt: skip
 FEW = ("single-1", "ddp-2", "fsdp2-2", "zero3-3")  # where the objective's and families' cases are trained
-LAUNCHED = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE]
-SEVERAL = [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if not name.endswith("-1")]
+
+
+def launched_in(*worlds: int, strategies: tuple[str, ...] = processes.STRATEGIES) -> list:
+    """The launches of these worlds and strategies, as parameters of a test."""
+    chosen = [f"{strategy}-{world}" for strategy in strategies for world in worlds]
+    return [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if name in chosen]
+
+
+LAUNCHED = launched_in(1, 2, 3, 4)
+SEVERAL = launched_in(2, 3, 4)
 
 
 def marks_of(name: str, case: Case) -> tuple[pytest.MarkDecorator, ...]:

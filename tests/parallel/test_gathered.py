@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from launches import EVERYWHERE
+from launches import launched_in
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if name[:-2] in ("fsdp2", "hsdp")],
-)
+@pytest.mark.parametrize("name", launched_in(1, 2, 3, 4, strategies=("fsdp2", "hsdp")))
 def test_no_rank_holds_more_than_a_block_if_blocks_are_gathered_for_every_pass(launched, name):
     found = json.loads((launched(name) / "gathered.json").read_text())
     for player in "GD":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from launches import EVERYWHERE, LAUNCHED
+from launches import LAUNCHED, launched_in
 from machines import PER_MACHINE
 
 
@@ -16,9 +16,7 @@ def test_one_rank_of_each_machine_looks_at_the_shards(launched, name):
     assert found["same"] == [3] * world
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=marks) for name, marks in EVERYWHERE if name.endswith("-3")]
-)
+@pytest.mark.parametrize("name", launched_in(3))
 def test_machines_that_see_other_data_are_refused_by_all_ranks(launched, name):
     found = json.loads((launched(name) / "machines.json").read_text())
     differ = "OUT/shards is not the same data on all machines of this run: their indices differ."

@@ -200,12 +200,10 @@ class Facts:
 
     def _changed(self) -> Iterator[tuple[int, str]]:
         for row in self.history.changes:
-            what = f"{row.get('key')}: {row.get('old')} → {row.get('new')}"
+            text = f"{row.get('key')}: {row.get('old')} → {row.get('new')}"
             moved = row["key"] == DATA
-            yield (
-                row["cur_nimg"],
-                f"Other {what}; earlier scores do not compare" if moved else f"Setting changed: {what}",
-            )
+            text = f"Other {text}; earlier scores do not compare" if moved else f"Setting changed: {text}"
+            yield row["cur_nimg"], text
 
     def _counts(self) -> Iterator[tuple[str, str]]:
         # Between two updates of G, D has loss.D_steps.
