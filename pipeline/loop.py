@@ -17,7 +17,7 @@ from pipeline.step import train_step
 def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run, session: Session) -> bool:
     """Train from where `state` stands to run.total_kimg; False if asked to stop before, state saved."""
     total = math.ceil(run.total_kimg * 1000)
-    if state.cur_nimg == 0 and not session.begin(gan, evaluate=run.eval_kimg <= run.total_kimg):
+    if not session.begin(gan, state.cur_nimg, evaluate=run.eval_kimg <= run.total_kimg):
         return False
     session.clock.start(state.cur_nimg)
     reals = session.timed(reals)

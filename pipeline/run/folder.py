@@ -17,6 +17,7 @@ from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.report import say
 from pipeline.run.rows import Row, append, rows
+from pipeline.run.saved_grids import reals_of
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -238,10 +239,12 @@ def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
 
 def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
     """Scores of a run that continues on other data are against other images from cur_nimg on: a line in
-    changes.jsonl, and none of what they are against. old, new: fingerprints. Raises UserError."""
+    changes.jsonl, and none of what they are against, nor of what samples compare with. old, new:
+    fingerprints. Raises UserError."""
     row = {"cur_nimg": cur_nimg, "key": DATA, "old": old[:_SHOWN], "new": new[:_SHOWN]}
     try:
         (folder / REFERENCE).unlink(missing_ok=True)
+        reals_of(folder).unlink(missing_ok=True)
         if row not in rows(folder / CHANGES)[-1:]:  # else the last start did no more than that
             append(folder / CHANGES, row)
     except OSError as error:

@@ -31,8 +31,9 @@ class SampleGrids:
         returned there. The last grid is LATEST too."""
         return self._save("Samples/fakes", make, self._free_name(cur_nimg), draws, cur_nimg)
 
-    def reals(self, heldout: HeldOutImages, images: Images, draws: Draws) -> None:
-        """Held-out images, once: where classes have columns, in the same ones, white where there is none."""
+    def reals(self, heldout: HeldOutImages, images: Images, draws: Draws, cur_nimg: int) -> None:
+        """Held-out images, of a new run or where no grid shows these: where classes have columns, in the same
+        ones, white where there is none."""
         labels = draws.grid(GRID)[1] if self._titles(draws) else None
 
         def make() -> Tensor:
@@ -43,7 +44,7 @@ class SampleGrids:
             shown[~there] = 255
             return shown
 
-        self._save("Samples/reals", make, REALS, draws, 0)
+        self._save("Samples/reals", make, REALS, draws, cur_nimg)
 
     def _titles(self, draws: Draws) -> tuple[str, ...]:
         return column_titles(draws.grid(GRID)[1], draws.grid_columns(GRID), self._names)
@@ -63,7 +64,7 @@ class SampleGrids:
         images: Tensor | None = None
         self._report.still_ours()
         with self._ranks.raise_together():
-            if self._ranks.main:
+            if self._ranks.main and (name != REALS or not (cur_nimg and path.exists())):
                 images = make()
                 shown = images[: whole_rows(len(images), columns)]
                 notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # if it is sent to W&B later

@@ -21,7 +21,7 @@ from pipeline.config import Config
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
 from pipeline.data.stream import Batch
-from pipeline.errors import RunError
+from pipeline.errors import CommonError, RunError
 from pipeline.gan import schedules
 from pipeline.parallel.compiled import during_update
 from pipeline.parallel.engine import Engine
@@ -78,10 +78,12 @@ class Session:
         self._saved: float | None = None  # when a save last began
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
 
-    def begin(self, gan: Gan, evaluate: bool) -> bool:
-        """Before the first update: sample grids and scores. False if asked to stop meanwhile."""
+    def begin(self, gan: Gan, cur_nimg: int, evaluate: bool) -> bool:
+        """Before the first update: sample grids and, of a new run, scores. False if asked to stop meanwhile."""
         if self._heldout.size:
-            self._grids.reals(self._heldout, self._images, gan.draws)
+            self._grids.reals(self._heldout, self._images, gan.draws, cur_nimg)
+        if cur_nimg:
+            return True
         self.snapshot(gan, 0)
         scores = self.evaluate(gan) if evaluate else {}
         if scores:
@@ -112,7 +114,7 @@ class Session:
     def tick(self, gan: Gan, state: State, stats: Stats, scores: Mapping[str, float]) -> None:
         """Report what was accumulated since the last tick: one row, one point in every chart.
 
-        Raises RunError when the figures say that the run cannot continue.
+        Raises CommonError, or RunError of its kind, when what is reported says that the run cannot continue.
         """
         with self._progress.during("reporting"):
             reduced = self._reduce(gan, state.cur_nimg, stats)
@@ -124,10 +126,10 @@ class Session:
             self.clock.start(state.cur_nimg)
             try:
                 self._health.check(reduced)
-            except RunError:
+                self._bad.check()
+            except CommonError:
                 self._saver.finish()  # the save under way is from before
                 raise
-            self._bad.check()
             self.new_best |= self._scorer.is_best(state, scores)
 
     def snapshot(self, gan: Gan, cur_nimg: int) -> None:

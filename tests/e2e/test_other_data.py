@@ -40,12 +40,14 @@ def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
     other = f"data.train={place / 'other'}"
     found = RunFolder(place / "runs" / "adam")
     rows, config = found.rows, (found.path / "config.yaml").read_text()
+    reals = (found.path / "samples" / "reals.png").read_bytes()
     capfd.readouterr()
     assert train(place, 0.6, other) == 2
     said = "".join(capfd.readouterr())
     assert said.count("error: ") == 1, said
     assert "was trained on other data" in said and "run.new_data=true" in said
     assert found.rows == rows and (found.path / "config.yaml").read_text() == config
+    assert (found.path / "samples" / "reals.png").read_bytes() == reals
     assert train(place, 0.6, other, "run.new_data=true") == 0
     said = "".join(capfd.readouterr())
     assert found.done, said
@@ -54,4 +56,5 @@ def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
     (moved,) = [json.loads(line) for line in (found.path / "changes.jsonl").read_text().splitlines()]
     assert (moved["cur_nimg"], moved["key"]) == (rows[-1]["cur_nimg"], "data")
     assert moved["old"] != moved["new"]
+    assert (found.path / "samples" / "reals.png").read_bytes() != reals, "what new samples compare with"
     assert train(place, 0.72, other) == 0  # from here on they are the run's
