@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
+from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.parallel.hybrid import shards_of
 from pipeline.run import stop
 
@@ -32,28 +33,16 @@ _GRACE_S = 40.0  # for a launcher to end its workers: it gives them 30
 def default_procs(strategy: str | None, batch_size: int) -> int:
     """Processes on this machine if the user names no number: one per GPU, or up to four on a CPU, as far as
     the batch can be divided over so many."""
-    import torch
-
     if strategy == "single":
         return 1
-    most = (torch.cuda.device_count() if on_gpu() else 0) or min(cores(), 4)
+    most = gpus() or min(cores(), 4)
     return next(procs for procs in range(most, 0, -1) if batch_size % procs == 0)
-
-
-def on_gpu() -> bool:
-    """Whether a training on this machine would be on GPUs."""
-    import torch
-
-    return bool(torch.cuda.device_count()) and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 def check_gpus(procs: int | None) -> None:
     """Raises UserError if a training here would be on GPUs, of which there are fewer than `procs`."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    if on_gpu() and (procs or 1) > gpus:
-        raise UserError(f"--procs {procs}, but this machine has {gpus} GPUs.")
+    if 0 < (found := gpus()) < (procs or 1):
+        raise UserError(f"--procs {procs}, but this machine has {found} GPUs.")
 
 
 def check_strategy(strategy: str, procs: int) -> None:
@@ -89,9 +78,7 @@ def training(
 
     Raises UserError for what cannot be compiled here.
     """
-    import torch
-
-    environment = environment_of(procs, on_cpu=not torch.cuda.device_count())
+    environment = environment_of(procs, on_cpu=not on_gpu())
     module = ["pipeline.train", *arguments]
     if compiled:
         check_compiling(strategy)

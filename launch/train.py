@@ -16,6 +16,7 @@ from launch.launcher import launch_from_here
 from launch.processes import STRATEGIES
 from pipeline import console
 from pipeline.garbage import importing
+from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.run import stop
 from pipeline.wording import counted
 
@@ -60,7 +61,7 @@ def train(
         from pipeline.parallel.batch import batch_shape
         from pipeline.run.folder import as_begun, check_same, finished, refuse_running, under_a_free_name
 
-    training = training_of(config, settings, gpu=processes.on_gpu())
+    training = training_of(config, settings, gpu=on_gpu())
     training.explain()
     config, settings = training.config, training.settings
     resolved = load(config, settings)
@@ -92,12 +93,10 @@ def train(
 
 
 def _default_procs(strategy: str | None, batch_size: int) -> int:
-    import torch
-
     procs = processes.default_procs(strategy, batch_size)
-    if strategy != "single" and procs < (gpus := torch.cuda.device_count()) and processes.on_gpu():
+    if strategy != "single" and procs < (found := gpus()):
         why = f"data.batch_size={batch_size} cannot be divided equally over more"
-        click.echo(f"note: {procs} of {gpus} GPUs train: {why}", err=True)
+        click.echo(f"note: {procs} of {found} GPUs train: {why}", err=True)
     return procs
 
 
@@ -108,7 +107,7 @@ def _show_line(strategy: str, procs: int, precision: str, compiled: bool, argume
     module = ["pipeline.train", *map(redacted, arguments)]
     options = processes.COMPILED if compiled else ()
     line = processes.launch_line(strategy, procs, precision, module, *options)
-    variables = "" if processes.on_gpu() else "ACCELERATE_USE_CPU=1 "
+    variables = "" if on_gpu() else "ACCELERATE_USE_CPU=1 "
     if compiled and strategy.startswith("zero"):  # for which Accelerate drops its own option
         variables += "ACCELERATE_DYNAMO_BACKEND=inductor "
     click.echo(f"{variables}{shlex.join(['accelerate', 'launch', *line])}")

@@ -25,14 +25,15 @@ def borrowed() -> Iterator[None]:
     """Inside, `is_borrowed`. Afterwards environment, random state and cuDNN's settings are as before, and
     freed memory is given back."""
     token = _is_borrowed.set(True)
-    environment, deterministic = dict(os.environ), torch.backends.cudnn.deterministic
+    environment, cudnn = dict(os.environ), torch.backends.cudnn
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         _is_borrowed.reset(token)
-        torch.backends.cudnn.deterministic = deterministic
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,6 +45,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):
         order = {folder: place for place, (folder, _) in enumerate(SHARED)}
         items.sort(key=lambda item: order.get(group_of(item.nodeid.partition("::")[0]), len(order)))
+
+
+@pytest.fixture
+def gpus_here(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Called with a number: as if this machine had so many GPUs, which training may use."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+
+    return pretend
 
 
 @pytest.fixture(autouse=True)

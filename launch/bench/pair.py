@@ -24,6 +24,7 @@ from pipeline.config import Config, UserError, load
 from pipeline.data.stream import Batch
 from pipeline.gan.resnet import Discriminator
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan, build
@@ -133,7 +134,7 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
     with tempfile.TemporaryDirectory(prefix="shardgan-") as folder:
         out = Path(folder) / "out.json"
         line = [module[0], str(out), *module[1:], *pair]
-        ended = launch(strategy, world, line, on_cpu=not torch.cuda.is_available())
+        ended = launch(strategy, world, line, on_cpu=not on_gpu())
         if ended.returncode or not out.exists():
             why = "\n".join(reasons(ended.stdout + ended.stderr))
             raise UserError(f"{strategy} on {world} processes failed ({ended.returncode}):\n{why}")

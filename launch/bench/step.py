@@ -30,7 +30,8 @@ from pipeline.data.plan import split_of
 from pipeline.data.stream import Batch, training_batches
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import Compilation, check_compilation
-from pipeline.parallel.launched import Launch, on_gpu
+from pipeline.parallel.gpus import on_gpu
+from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import build
 from pipeline.run.reals import checked_index

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import click
 
-from launch import processes
 from launch.processes import STRATEGIES
+from pipeline.parallel.gpus import on_gpu
 
 _POSITIVE = click.FloatRange(0, min_open=True)
 
@@ -58,7 +58,7 @@ def doctor(
 
     table = None
     try:
-        training = training_of(config, settings, gpu=processes.on_gpu())
+        training = training_of(config, settings, gpu=on_gpu())
         training.explain()
         config, settings = training.config, training.settings
         machine = Machine(

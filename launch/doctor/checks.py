@@ -14,10 +14,11 @@ from rich.console import Console
 from launch.doctor import data, memory, networks, place, surroundings
 from launch.doctor.finding import Finding, Job, Machine, ok, warning, would_fail
 from launch.doctor.forecast import Costs
-from launch.processes import ACCELERATE_FILES, default_procs, on_gpu, shards
+from launch.processes import ACCELERATE_FILES, default_procs, shards
 from pipeline.config import Config, UserError
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import Compilation, check_compilation
+from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.run.folder import check_same, finished
 from pipeline.wording import counted
@@ -84,7 +85,7 @@ def _config(job: Job) -> Iterator[Finding]:
 def launcher(job: Job) -> Iterator[Finding]:
     """The strategy's Accelerate file, and processes that it can start."""
     path = ACCELERATE_FILES / f"{job.strategy}.yaml"
-    gpus = 0 if job.machine.remote else torch.cuda.device_count()
+    here = 0 if job.machine.remote else gpus()
     try:
         kind = yaml.safe_load(path.read_text())["distributed_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
@@ -98,12 +99,12 @@ def launcher(job: Job) -> Iterator[Finding]:
         yield would_fail("launcher", text, "Choose another --strategy.")
     elif undivided := _undivided(job):
         yield would_fail("launcher", undivided)
-    elif 0 < gpus < job.gpus and job.nodes == 1:
-        text = f"{job.gpus} processes, but this machine has {counted(gpus, 'GPU')}"
+    elif 0 < here < job.gpus and job.nodes == 1:
+        text = f"{job.gpus} processes, but this machine has {counted(here, 'GPU')}"
         yield warning("launcher", text, "Lower --gpus, unless another machine is meant.")
     else:
         copies = f" of {job.world // job.shards} x {job.shards} ranks" if job.strategy == "hsdp" else ""
-        device = torch.device("cuda" if gpus else "cpu")
+        device = torch.device("cuda" if here else "cpu")
         precision = arithmetic(job.precision, device)
         yield ok("launcher", f"{job.strategy}{copies}, precision {precision}: {path.name}")
         if job.nodes == 1 and job.machine == Machine() and (slow := emulated(job.precision, device)):

@@ -17,11 +17,11 @@ from launch.doctor.alone import second_update
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
 from launch.doctor.place import moments_of
-from launch.processes import on_gpu
 from pipeline.config import Config, UserError
 from pipeline.gan.frozen import sizes
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
+from pipeline.parallel.gpus import on_gpu
 from pipeline.wording import counted, in_bytes
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory that tracing cannot see

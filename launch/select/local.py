@@ -11,11 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
-from launch.processes import ask_to_stop, cores, kill, on_gpu, start, training
+from launch.processes import ask_to_stop, cores, kill, start, training
 from launch.select.trials import LaunchOptions, Trial
 from pipeline.config import UserError
 from pipeline.lock import LOCK, Lock, take
 from pipeline.parallel.environment import threads
+from pipeline.parallel.gpus import gpus
 from pipeline.run.stop import StopSignals
 
 Say = Callable[[str], None]
@@ -64,20 +65,17 @@ def shares(launch: LaunchOptions, jobs: int) -> list[dict[str, str]]:
 
     Raises UserError if there are GPUs, but not one for each process.
     """
-    import torch
-
     each = threads(os.environ) or max(1, cores() // (jobs * launch.procs))
     share = {"OMP_NUM_THREADS": str(each)}
-    gpus = torch.cuda.device_count()
-    if not on_gpu():
+    if not (found := gpus()):
         return [share] * jobs
-    if jobs * launch.procs > gpus:
+    if jobs * launch.procs > found:
         raise UserError(
-            f"--jobs {jobs} x --procs {launch.procs} need a GPU each, but this machine has {gpus}. Lower one "
-            "of them."
+            f"--jobs {jobs} x --procs {launch.procs} need a GPU each, but this machine has {found}. Lower "
+            "one of them."
         )
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(number) for number in range(gpus)]
+    names = given.split(",") if given else [str(number) for number in range(found)]
     parts = [names[slot * launch.procs : (slot + 1) * launch.procs] for slot in range(jobs)]
     return [share | {"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
 

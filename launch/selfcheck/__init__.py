@@ -21,6 +21,7 @@ import click
 
 from launch import processes
 from launch.processes import STRATEGIES, cores
+from pipeline.parallel.gpus import gpus
 
 if TYPE_CHECKING:
     import torch
@@ -59,21 +60,20 @@ def selfcheck(strategies: str | None, procs: int | None, mixed_precision: str) -
     Prints the worst error of each strategy and exits 1 if any is beyond rounding: paste the table into bug
     reports.
     """
-    import torch
     from rich.console import Console
 
     chosen = processes.parse_strategies(strategies) if strategies else list(STRATEGIES)
     processes.check_gpus(procs)
-    gpus = torch.cuda.device_count()
+    here = gpus()
     console, table, failures, missed = Console(), _table(mixed_precision), [], False
     with tempfile.TemporaryDirectory(prefix="shardgan-selfcheck-") as folder:
         for strategy in chosen:
-            world = 1 if strategy == "single" else procs or gpus or (4 if strategy == "hsdp" else 2)
+            world = 1 if strategy == "single" else procs or here or (4 if strategy == "hsdp" else 2)
             out = Path(folder) / strategy
             out.mkdir()
             with console.status(f"{strategy}, {world} process{'es' * (world > 1)} …"):
                 errors, failure = train_and_judge(
-                    strategy, world, out, "cuda" if gpus else "cpu", mixed_precision
+                    strategy, world, out, "cuda" if here else "cpu", mixed_precision
                 )
             failures += [failure] if failure else []
             missed |= any(error > tolerance(column, mixed_precision) for column, error in errors.items())

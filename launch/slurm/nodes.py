@@ -21,6 +21,7 @@ from pipeline.config import Config, UserError, load
 from pipeline.credentials import redacted
 from pipeline.durable import write
 from pipeline.parallel.environment import flag
+from pipeline.parallel.gpus import gpus
 
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
@@ -122,10 +123,9 @@ def _check_gpus(procs: int) -> None:
         return
     import torch
 
-    gpus = torch.cuda.device_count()
-    if gpus < procs:
+    if (found := gpus()) < procs:
         raise UserError(
-            f"{procs} processes, but torch {torch.__version__} can use {gpus} GPUs here. Ask for as many by "
+            f"{procs} processes, but torch {torch.__version__} can use {found} GPUs here. Ask for as many by "
             "--gpus-per-node, or lower SHARDGAN_PROCS; if they are there (`nvidia-smi -L`), install a torch "
             "that fits the node's driver (bash launch/setup.sh). ACCELERATE_USE_CPU=1 trains on CPUs."
         )

@@ -14,6 +14,7 @@ from launch import processes
 from launch.argument import training_of
 from pipeline.config import load
 from pipeline.errors import RunError, UserError
+from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import Precision, Strategy
 from pipeline.run.folder import under_a_free_name
 from pipeline.run.stop import INTERRUPTED
@@ -35,7 +36,7 @@ def train(
     if precision not in get_args(Precision):
         raise UserError(f"mixed_precision={precision}: there is {', '.join(get_args(Precision))}.")
     overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
-    training = training_of(str(config), overrides, gpu=processes.on_gpu())
+    training = training_of(str(config), overrides, gpu=on_gpu())
     if procs == 1 and strategy in (None, "single"):
         training.explain()
         training.prepare()

@@ -237,7 +237,7 @@ class Engine(abc.ABC):
                 if self.in_first_copy:
                     flat[fragment.start : fragment.start + piece.numel()] = piece.reshape(-1)
                 piece = self.ranks.sum(flat)
-            yield fragment.name, piece.view(fragment.shape)
+            yield fragment.name, piece.to(self.ranks.device).view(fragment.shape)  # from the CPU if offloaded
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 or fp16 arithmetic over fp32 masters if the launcher asks for it."""

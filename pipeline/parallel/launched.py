@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from pipeline.errors import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
 from pipeline.parallel.environment import flag, place_of, started_alone
+from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.hybrid import read_shards
 from pipeline.parallel.zero_settings import read_settings
 
@@ -43,11 +44,6 @@ class Launch:
     def check(self, rounds: int) -> None:
         """Raises UserError for what this machine cannot do. rounds: of an update."""
         check_compilation(self.compilation, self.strategy, rounds, on_gpu())
-
-
-def on_gpu() -> bool:
-    """Whether this process trains on a GPU."""
-    return torch.cuda.is_available() and not flag(os.environ, "ACCELERATE_USE_CPU")
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
@@ -96,11 +92,13 @@ def arithmetic(precision: str, device: torch.device) -> str:
 
 
 def emulated(precision: str, device: torch.device) -> str:
-    """What to know of a precision that this CPU computes without instructions for it; empty for others.
+    """What to know of a precision that this device computes without instructions for it; empty for others.
 
     On a CPU with AVX2 alone, networks of configs/ take 8 to 16 times as long in bf16 as in float32
     (`python tests/benchmarks/low_precision.py CONFIG …`).
     """
+    if device.type == "cuda" and precision == "bf16" and not torch.cuda.is_bf16_supported(False):
+        return "this GPU has no instructions for bf16, which torch emulates: use --mixed_precision fp16"
     names = _INSTRUCTIONS.get(precision)
     if device.type != "cpu" or names is None or any(torch.cpu.get_capabilities().get(n) for n in names):
         return ""

@@ -19,7 +19,8 @@ from pipeline.errors import CommonError, RunError, UserError
 from pipeline.heap import keep_freed_memory
 from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, settle_nccl
-from pipeline.parallel.launched import Launch, launcher_store, on_gpu
+from pipeline.parallel.gpus import on_gpu
+from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.polls import Polls
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.wording import ranks_named
@@ -35,6 +36,9 @@ class Ranks:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
         clear_for(os.environ, alone=launch.strategy == "single")
         settle_nccl(os.environ, timeout.total_seconds())
+        if launch.world == 1:  # which talks to no other GPU; Accelerate insists on some pairs of cards
+            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
+            os.environ.setdefault("NCCL_IB_DISABLE", "1")
         # Else every rank connects to every other, in each group, by addresses from the launcher's store:
         # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
         os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
@@ -53,7 +57,8 @@ class Ranks:
         self.shards = launch.shards or (1 if launch.strategy == "ddp" else launch.world)
         self.timeout = timeout  # of collectives
         self.device: torch.device = state.device
-        torch.backends.cudnn.deterministic = True  # a resumed run ends with the bits of an unbroken one
+        # A resumed run ends with the bits of an unbroken one: no kernel is chosen by its time.
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         if self.device.type == "cpu":
             keep_freed_memory()
         # Control flags must not queue behind gradients: they have a group of their own.

@@ -46,7 +46,7 @@ class Extractor(nn.Module, abc.ABC):
             return torch.empty(0, self.dim, device=images.device)
         # On a CPU, activations of larger batches fall out of its caches, which halves the speed.
         parts = torch.split(images, 32 if images.device.type == "cpu" else 512)
-        with torch.autocast(images.device.type, enabled=False), _ieee_convolutions():
+        with torch.autocast(images.device.type, enabled=False), _ieee():
             return torch.cat([self.extract(part.float().expand(-1, 3, -1, -1)) for part in parts])
 
     @abc.abstractmethod
@@ -129,15 +129,18 @@ class Inception(Extractor):
 
 
 @contextmanager
-def _ieee_convolutions() -> Iterator[None]:
-    """Switches off TF32, cuDNN's default for float32, which keeps 10 bits of the mantissa."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+def _ieee() -> Iterator[None]:
+    """Switches off TF32, cuDNN's default for float32 and others' choice for products of matrices, which keeps
+    10 bits of the mantissa."""
+    kinds = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
     try:
         yield
     finally:
-        convolutions.fp32_precision = before
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
 
 
 def load_features(name: str) -> Extractor:

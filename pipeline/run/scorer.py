@@ -60,7 +60,7 @@ class Scorer:
                 self._extractor.register_forward_pre_hook(self._interrupt)
             real = references(self._config, self._extractor, self._index, self._ranks, self._images)
             self._ranks.broadcast_from_main(lambda: keep_to(self._reference, real))
-            return evaluate_generator(
+            scores = evaluate_generator(
                 gan.G_ema.module(),
                 gan.draws,
                 real,
@@ -70,6 +70,8 @@ class Scorer:
                 self._images,
                 made_at_once(self._config.data.size, self._config.data.batch_gpu),
             )
+            # Ranks must agree on what is best to the last bit, whatever their GPUs make of the same features.
+            return self._ranks.broadcast_from_main(lambda: scores)
         except _Interrupted:
             return None
 

@@ -79,7 +79,7 @@ class Session:
         self.new_best = False  # the last tick's score was the best so far, and no checkpoint holds it yet
 
     def begin(self, gan: Gan, cur_nimg: int, evaluate: bool) -> bool:
-        """Before the first update: sample grids and, of a new run, scores. False if asked to stop meanwhile."""
+        """Before the first update: grids and, of a new run, scores. False if asked to stop meanwhile."""
         if self._heldout.size:
             self._grids.reals(self._heldout, self._images, gan.draws, cur_nimg)
         if cur_nimg:

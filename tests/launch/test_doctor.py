@@ -8,12 +8,11 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import wandb
 from click.testing import CliRunner, Result
 from doctored import GOOD, job
@@ -85,8 +84,8 @@ def test_the_defaults_are_those_of_train() -> None:
     assert job_of(settings, strategy="single").world == 1
 
 
-def test_more_processes_than_gpus_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+def test_more_processes_than_gpus_here(gpus_here: Callable[[int], None]) -> None:
+    gpus_here(1)
     (found,) = checks.launcher(job())
     assert found.verdict == "warning" and "2 processes, but this machine has 1 GPU" in found.text
 

@@ -67,7 +67,9 @@ def allocated(turn: Callable[[], object]) -> int:
     return most
 
 
-def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_follows_rounds_and_strategy(
+    monkeypatch: pytest.MonkeyPatch, gpus_here: Callable[[int], None]
+) -> None:
     def found(asked: Job) -> Finding:
         return next(
             doctor_memory.examine(
@@ -99,8 +101,7 @@ def test_memory_follows_rounds_and_strategy(monkeypatch: pytest.MonkeyPatch) -> 
     class Small:
         total_memory = 1 << 16
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    gpus_here(1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Small)
     too_much = found(job())
     assert too_much.verdict == "would fail" and "batch_gpu" in too_much.remedy

@@ -217,9 +217,10 @@ def test_a_job_on_other_machines_is_not_judged_by_this_machine(monkeypatch: pyte
         (0, 1, 64, 1),
     ],
 )
-def test_a_batch_is_divided_over_as_many_processes_as_it_can(monkeypatch, gpus, cpus, batch, expected):
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+def test_a_batch_is_divided_over_as_many_processes_as_it_can(
+    monkeypatch, gpus_here, gpus, cpus, batch, expected
+):
+    gpus_here(gpus)
     monkeypatch.setattr(processes, "cores", lambda: cpus)
     assert processes.default_procs(None, batch) == processes.default_procs("fsdp2", batch) == expected
     assert processes.default_procs("single", batch) == 1

@@ -69,8 +69,8 @@ def test_cores_are_shared_by_all_processes_at_a_time(cores, monkeypatch):
     assert select_local.shares(LaunchOptions(), 2) == [{"OMP_NUM_THREADS": "5"}] * 2
 
 
-def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_every_trial_at_a_time_has_gpus_of_its_own(cores, monkeypatch, gpus_here):
+    gpus_here(4)
     alone = [share["CUDA_VISIBLE_DEVICES"] for share in select_local.shares(LaunchOptions(), 3)]
     assert alone == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
@@ -91,9 +91,9 @@ def train(tmp_path, trials, ended, monkeypatch, code: str, jobs: int, said: list
         return select_local.train(trials, LaunchOptions(), jobs, folder, said.append, ended)
 
 
-def test_what_begins_is_shown_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch):
+def test_what_begins_is_shown_and_each_is_a_run_of_its_own(tmp_path, cores, monkeypatch, gpus_here):
     _, trials = selection(tmp_path)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus_here(2)
     monkeypatch.setenv("WANDB_RUN_ID", "one-for-all")
     said, ended = [], []
     train(tmp_path, trials, lambda trial, _: ended.append(trial), monkeypatch, WRITES, 2, said)

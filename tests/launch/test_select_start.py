@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 from click.testing import CliRunner
 from launching import run, shardgan
 from selections import CONFIG, finish, refer, selection
@@ -171,10 +170,9 @@ def test_a_batch_that_one_candidate_cannot_divide_is_refused_with_its_name(tmp_p
         select_start.check(base, trials, LaunchOptions("ddp", 2), 1)
 
 
-def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
+def test_more_processes_than_gpus_are_refused(tmp_path, gpus_here):
     base, trials = selection(tmp_path)
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    gpus_here(2)
     with pytest.raises(UserError, match="--jobs 2 x --procs 2 need a GPU each, but this machine has 2"):
         select_start.check(base, trials, LaunchOptions("ddp", 2), 2)
     select_start.check(base, trials, LaunchOptions("ddp", 2), None)  # on other machines

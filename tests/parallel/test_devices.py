@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +11,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
+from pipeline.borrowed import borrowed
 from pipeline.config import Data, Optimizer, WeightPenalty
 from pipeline.data import workers
+from pipeline.errors import UserError
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.engine import PlayerSettings
+from pipeline.parallel.engine import Engine, PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
-from pipeline.parallel.launched import arithmetic, emulated
+from pipeline.parallel.gpus import gpus, on_gpu
+from pipeline.parallel.launched import arithmetic, emulated, read_launch
+from pipeline.parallel.ranks import Ranks
 from pipeline.parallel.watch.whereabouts import Progress
 from pipeline.parallel.zero import ZeroEngine
 from pipeline.run import reals
@@ -97,13 +102,52 @@ def test_a_run_says_where_float32_is_not(
         ("bf16", "cpu", {"neon": True, "bf16": True}, False),
         ("fp16", "cpu", {"avx512_bf16": True}, True),
         ("no", "cpu", {}, False),
-        ("bf16", "cuda", {}, False),
+        ("fp16", "cuda", {}, False),
     ],
 )
 def test_a_run_says_that_its_precision_is_slow_on_this_cpu(monkeypatch, precision, device, has, said):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
     text = emulated(precision, torch.device(device))
     assert bool(text) is said and (not said or text.startswith(f"{precision} is slow on this CPU"))
+
+
+@pytest.mark.parametrize(("native", "said"), [(False, True), (True, False)])
+def test_a_run_says_that_its_precision_is_slow_on_this_gpu(monkeypatch, native, said):
+    """Before Ampere; what torch calls supported includes that it emulates."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    assert ("--mixed_precision fp16" in emulated("bf16", torch.device("cuda"))) is said
+
+
+def test_gpus_that_torch_counts_but_cannot_use_are_refused(monkeypatch, gpus_here):
+    """As with an old driver, which would quietly be a training on CPUs."""
+    gpus_here(2)
+    assert gpus() == 2 and on_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"cannot use this machine's GPUs \(2\).*driver is too old"):
+        on_gpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    assert gpus() == 0 and not on_gpu()
+
+
+def test_a_callers_settings_of_cudnn_are_theirs_again(monkeypatch, alone):
+    """Training needs kernels that are the same every time, which cuDNN does not choose by their speed."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    with borrowed():
+        Ranks(read_launch({}), timedelta(seconds=10))
+        assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+
+
+@pytest.mark.parametrize(("world", "copies"), [(1, 1), (2, 2)])
+def test_whole_weights_are_on_the_device_where_their_parts_are_offloaded(world, copies):
+    """meta stands for a GPU."""
+    ranks = SimpleNamespace(world=world, device=torch.device("meta"))
+    fragment = SimpleNamespace(name="w", shape=torch.Size([2, 3]), start=0)
+    engine = SimpleNamespace(ranks=ranks, copies=copies, fragments=[fragment])
+    ((name, whole),) = Engine.whole(engine, [torch.zeros(6)])
+    assert (name, whole.shape, whole.device.type) == ("w", (2, 3), "meta")
 
 
 @pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])

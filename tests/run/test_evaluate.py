@@ -82,6 +82,24 @@ def test_features_do_not_depend_on_company_channels_or_precision(real, extractor
         assert torch.equal(extractor(images), together)
 
 
+def test_features_are_never_computed_in_tf32():
+    """Nor a user's own, which may have layers other than convolutions, in a process that allows it."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+
+    class Linear(Extractor):
+        def extract(self, pixels):
+            seen.append((matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
+            return pixels.flatten(1)
+
+    try:
+        matmul.fp32_precision = "tf32"
+        Linear("linear", "", 12)(torch.zeros(1, 1, 2, 2, dtype=torch.uint8))
+        assert seen == [("ieee", "ieee")] and matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_images_of_any_size_are_taken(real, extractor):
     images = real[0][:8]
     large = F.interpolate(images.float(), 131, mode="bicubic", antialias=True).clamp(0, 255)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+from pipeline.run import scorer
 from pipeline.run.scorer import Scorer
 from pipeline.run.state import State
 
@@ -14,9 +15,20 @@ def is_best(state: State, metrics: list[str], **scores: float) -> tuple[bool, ob
     """And what the score was compared with."""
     health = Mock()
     config = SimpleNamespace(score=SimpleNamespace(metrics=metrics))
-    scorer = Scorer(config, Path(), *[Mock()] * 4, health, Mock())  # type: ignore[arg-type]
-    better = scorer.is_best(state, {f"Metrics/{name}_efflite0": value for name, value in scores.items()})
+    judge = Scorer(config, Path(), *[Mock()] * 4, health, Mock())  # type: ignore[arg-type]
+    better = judge.is_best(state, {f"Metrics/{name}_efflite0": value for name, value in scores.items()})
     return better, health.compare_score.call_args.args[2]
+
+
+def test_all_ranks_go_by_the_scores_of_one(monkeypatch, tmp_path):
+    """GPUs may differ in the last bits, and what is best is saved by all of them together."""
+    for name in ("load_features", "references", "keep_to", "made_at_once"):
+        monkeypatch.setattr(scorer, name, Mock())
+    monkeypatch.setattr(scorer, "evaluate_generator", lambda *_: {"Metrics/kid_efflite0": 0.3})
+    ranks = SimpleNamespace(device="cpu", broadcast_from_main=lambda make: {"from": "rank 0", **make()})
+    monkeypatch.setattr(scorer, "keep_to", lambda *_: {})
+    mine = Scorer(Mock(), tmp_path, Mock(), ranks, *[Mock()] * 4)  # type: ignore[arg-type]
+    assert mine.evaluate(Mock()) == {"from": "rank 0", "Metrics/kid_efflite0": 0.3}
 
 
 def test_scores_of_one_metric_are_compared():

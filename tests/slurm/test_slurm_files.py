@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -233,11 +234,10 @@ def test_a_file_system_that_lags(settings: Config, job: None, monkeypatch: pytes
         nodes.check(settings, description)
 
 
-def test_gpus_that_torch_cannot_use(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+def test_gpus_that_torch_cannot_use(settings: Config, job: None, gpus_here: Callable[[int], None]) -> None:
     _, description, *_ = nodes.plan(settings, 2)
     nodes.check(settings, description)  # on CPUs, as the environment of the tests asks for
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    gpus_here(1)
     with pytest.raises(UserError, match=r"2 processes, but torch \S+ can use 1 GPUs here\. Ask for as many"):
         nodes.check(settings, description)
 
