@@ -36,6 +36,13 @@ class Training:
         for note in self.notes:
             click.echo(note, err=True)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the shards that it is to make of images are there."""
+        from pipeline.data.record import INDEX
+
+        return self.preparation is None or (Path(self.preparation.out) / INDEX).is_file()
+
     def prepare(self) -> None:
         """Make the shards of its images, if they are not there. Raises UserError, also for changed images."""
         if self.preparation is None:

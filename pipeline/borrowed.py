@@ -21,20 +21,29 @@ def is_borrowed() -> bool:
 
 
 @contextmanager
+def environment_kept() -> Iterator[None]:
+    """Afterwards environment variables are as before, whatever libraries inside have set."""
+    environment = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+@contextmanager
 def borrowed() -> Iterator[None]:
     """Inside, `is_borrowed`. Afterwards environment, random state and cuDNN's settings are as before, and
     freed memory is given back."""
     token = _is_borrowed.set(True)
-    environment, cudnn = dict(os.environ), torch.backends.cudnn
+    cudnn = torch.backends.cudnn
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices):
+        with environment_kept(), torch.random.fork_rng(devices):
             yield
     finally:
         _is_borrowed.reset(token)
         cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
         return_freed_memory()

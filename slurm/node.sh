@@ -45,7 +45,11 @@ case $venv in
         python=$(find "$unpacked" -maxdepth 3 -path '*/bin/python' | head -n 1)
         [ -n "$python" ] || fail "$venv holds no bin/python"
         ;;
-    ?*) python=$venv/bin/python ;;
+    ?*)
+        python=$venv/bin/python
+        # A system's Python may have no such name there.
+        [[ -x $python || $venv != "${VIRTUAL_ENV-}" ]] || python=${SHARDGAN_PYTHON:-$python}
+        ;;
     *) python=python3 ;;
 esac
 if [[ -n $SHARDGAN_CONTAINER || $SHARDGAN_SRUN == *--container* ]]; then
@@ -72,14 +76,15 @@ case ${ACCELERATE_USE_CPU,,} in
     1 | true | yes) export DS_ACCELERATOR=cpu OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} ;;
     *) unset DS_ACCELERATOR ;;
 esac
-# Variables of other launchers, from the shell that submitted the job; srun itself sets those of MPI.
+# Variables of other launchers, and of a W&B service, from the shell that submitted the job; srun itself sets those of
+# MPI.
 for name in $(compgen -e); do
     case $name in
         ACCELERATE_USE_CPU) ;;
         RANK | LOCAL_RANK | GROUP_RANK | ROLE_RANK | NODE_RANK | CROSS_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE | \
             GROUP_WORLD_SIZE | ROLE_WORLD_SIZE | LOCAL_SIZE | CROSS_SIZE | ROLE_NAME | MASTER_ADDR | MASTER_PORT | \
             FORK_LAUNCHED | TORCHELASTIC_* | PET_* | OMPI_* | PMI_* | PMIX_* | MV2_* | MPI_LOCALNRANKS | \
-            MPI_LOCALRANKID | ACCELERATE_* | FSDP_* | MEGATRON_LM_* | PARALLELISM_CONFIG_*) unset "$name" ;;
+            MPI_LOCALRANKID | WANDB_SERVICE | ACCELERATE_* | FSDP_* | MEGATRON_LM_* | PARALLELISM_CONFIG_*) unset "$name" ;;
     esac
 done
 export SHARDGAN_PROCS=${SHARDGAN_PROCS:-${SLURM_GPUS_ON_NODE:-1}}

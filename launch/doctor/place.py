@@ -126,9 +126,9 @@ def moments_of(optimizer: Optimizer) -> int:
 
 def rendezvous(job: Job) -> Iterator[Finding]:
     """Do the nodes' names resolve, and is the port free here?"""
-    nodes = allocated()
-    if job.machine.remote and not nodes:
+    if job.machine.remote:  # than what is allocated to this process, if anything is
         return
+    nodes = allocated()
     hosts = nodes or [socket.gethostname()]
     lost = [host for host in hosts if not _resolves(host)]
     if lost:
@@ -150,7 +150,7 @@ def rendezvous(job: Job) -> Iterator[Finding]:
 
 def processors(job: Job) -> Iterator[Finding]:
     """In an allocation: enough for processes and loaders? By default many clusters give one."""
-    cpus, workers = allocated_cpus(), job.config.data.workers
+    cpus, workers = None if job.machine.remote else allocated_cpus(), job.config.data.workers
     needed = job.gpus * (1 + workers)
     if cpus is not None and cpus < needed:
         text = f"{counted(cpus, 'CPU')} per node for {job.gpus} processes with {workers} loaders each"

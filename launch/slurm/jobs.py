@@ -118,11 +118,14 @@ def render(
         **more,
         "chdir": str(Path.cwd()),
         "output": f"{folder}/{'%A_%a' if 'array' in more else '%j'}.log",
+        "open-mode": "append",
+        "signal": "B:USR1@120",
+        **({} if "no-requeue" in (user or {}) else {"requeue": None}),
         **(user or {}),
     }
     variables = {"SHARDGAN_CODE": f"{folder}/code", "SHARDGAN_INDEX": f"{folder}/{_INDEX}"}
     # The Python of this process, unless SHARDGAN_VENV or a container brings another.
-    variables |= {"VIRTUAL_ENV": sys.prefix, **resources.environment()}
+    variables |= {"VIRTUAL_ENV": sys.prefix, "SHARDGAN_PYTHON": sys.executable, **resources.environment()}
     script, *arguments = line
     # As in train.sbatch: all variables reach the step, and CPUs are counted in one way.
     step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK\n"
@@ -132,9 +135,6 @@ def render(
             "#!/usr/bin/env bash",
             f"# Made by shardgan {version('shardgan')} for {getpass.getuser()}: {_this_command()}",
             *(f"#SBATCH {_option(key, value, _quoted)}" for key, value in options.items()),
-            "#SBATCH --open-mode=append",
-            "#SBATCH --signal=B:USR1@120",
-            "#SBATCH --requeue",
             *(f"export {key}={_exported(value)}" for key, value in variables.items()),
             f'{step} bash "$SHARDGAN_CODE/slurm/{script}" {shlex.join(arguments)}',
             "",

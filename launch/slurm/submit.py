@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,7 @@ from launch.processes import STRATEGIES, shards
 
 if TYPE_CHECKING:
     from launch.slurm.jobs import Resources
+    from launch.training import Training
     from pipeline.config import Config
 
 
@@ -99,7 +101,7 @@ def submit(
     if not dry_run:
         jobs.check(batch)
         training.prepare()
-    _examine(resolved, run, resources, read=check == "full")
+    _examine(training, resolved, run, resources, read=check == "full")
     if dry_run:
         click.echo(batch.text, nl=False)
         return
@@ -118,7 +120,7 @@ def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:
         f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
         f"  run     {run}\n"
         f"  log     {log}\n"
-        f"  follow  tail -F {log}\n"
+        f"  follow  tail -F {shlex.quote(str(log))}\n"
         f"          squeue --jobs {job} --start\n"
         f"  stop    scancel --batch --signal=TERM {job}     saves first; the same command resumes"
     )
@@ -136,15 +138,20 @@ def _enough(cpus: int | None, procs: int, workers: int) -> int:
     return cpus or needed
 
 
-def _examine(config: Config, run: Path, resources: Resources, read: bool) -> None:
-    """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before.
+def _examine(training: Training, config: Config, run: Path, resources: Resources, read: bool) -> None:
+    """Show what is not ok to `shardgan doctor`. The data of a run that has begun have been read before; on a
+    dry run there may be none yet.
 
     read: every byte of the shards.
     """
+    if not training.prepared:
+        click.echo("note: not checked, as the images are not prepared yet", err=True)
+        return
     from rich.console import Console
 
     from launch.doctor.checks import bar, examine, job_of
     from launch.doctor.finding import Machine, fails, show
+    from pipeline.borrowed import environment_kept
     from pipeline.parallel.batch import batch_shape
     from pipeline.run.folder import check_same
     from pipeline.run.reals import checked_index
@@ -159,7 +166,7 @@ def _examine(config: Config, run: Path, resources: Resources, read: bool) -> Non
     how = (resources.strategy, resources.precision, Machine(remote=True))  # not on this one, for login
     job = job_of(config, resources.nodes, resources.procs, *how)
     click.echo(f"Checking everything first{'; all shards are read' if read else ''} …", err=True)
-    with bar() as progress:
+    with bar() as progress, environment_kept():  # what W&B and inductor set there is of this machine
         found, _ = examine(job, progress, read)
     if remarkable := [finding for finding in found if finding.verdict != "ok"]:
         show(remarkable, Console(stderr=True))

@@ -11,6 +11,7 @@ import io
 import os
 import queue
 import secrets
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -129,8 +130,8 @@ class WandbTracker(Tracker):
 
     def __init__(self, run: wandb.Run, tracked: Tracked, folder: Path, announce: Announce) -> None:
         super().__init__(tracked.run_id)
-        to_upload = f"offline; to upload it: wandb sync {folder}/wandb/offline-run-*"
-        self.where = to_upload if run.offline else str(run.url)
+        files = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+        self.where = f"offline; to upload it: wandb sync {files}" if run.offline else str(run.url)
         self._run, self._tracked, self._folder, self._announce = run, tracked, folder, announce
         self._last = tracked.has
         self._open, self._failed, self._status = True, False, 0

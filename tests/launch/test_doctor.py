@@ -22,7 +22,7 @@ from launch.doctor import checks
 from launch.doctor import networks as doctor_networks
 from launch.doctor import place as doctor_place
 from launch.doctor.checks import examine, job_of
-from launch.doctor.finding import Finding, fails
+from launch.doctor.finding import Finding, Machine, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
 
@@ -186,6 +186,17 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = doctor_place.versions(job())
     assert found.verdict == "warning" and "selfcheck" in found.remedy
     assert "deepspeed 0.19.99, tested is 0.19.8" in found.text
+
+
+def test_an_allocation_says_nothing_of_a_job_on_other_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a job is submitted from within another one."""
+    monkeypatch.setattr(doctor_place, "allocated", lambda: ["here"])
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    two = job(nodes=2)
+    assert [f.verdict for f in doctor_place.rendezvous(two)] == ["would fail"]
+    assert [f.verdict for f in doctor_place.processors(two)] == ["warning"]
+    elsewhere = replace(two, machine=Machine(remote=True))
+    assert [*doctor_place.rendezvous(elsewhere), *doctor_place.processors(elsewhere)] == []
 
 
 def test_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,9 @@ def test_asked_to_make_room_while_it_is_still_starting(project):
     wait = f"case $* in *launch.launcher*) until [ -e {go} ]; do sleep 0.1; done ;; esac"
     hold.write_text(f'#!/bin/sh\n{wait}\nexec "$@"\n')
     hold.chmod(0o755)
-    job = Job(project, "early", LONG, SHARDGAN_CONTAINER=str(hold))
+    # As if submitted from within an element of an array, whose variables it inherits.
+    inherited = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1"}
+    job = Job(project, "early", LONG, SHARDGAN_CONTAINER=str(hold), **inherited)
 
     def runs(command: str) -> bool:
         return any(command in line for line in project.left_behind())

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from launching import FASHION, ROOT
+from PIL import Image
 
 from launch.select import candidates as select_candidates
 from launch.select import queue as select_queue
@@ -105,7 +106,9 @@ def test_what_is_asked_for_wins_over_the_users_variables(said) -> None:
     for option in ("--time=10", "--partition=long", "--job-name=a", "--cpus-per-task=", "--output="):
         assert option in array and option in after
     assert "--array=1-4%1" in array and "--dependency=afterany:17" in after and "--array" not in after
-    assert "--account" not in array and "--signal" not in array
+    assert "--account" not in array
+    for option in ("--requeue", "--signal=B:USR1@120", "--open-mode=append"):
+        assert option in array and option in after
 
 
 def test_no_secret_is_in_the_files_of_an_array(said) -> None:
@@ -155,6 +158,38 @@ def test_what_submit_says(said, arguments: list[str], texts: list[str]) -> None:
     line = ["tiny.yaml", "--nodes", "1", "--gpus", "2", "--dry-run", *arguments]
     result = CliRunner().invoke(submit, line)
     assert all(text in result.stderr + str(result.exception) for text in texts)
+
+
+def test_nothing_that_the_check_sets_here_reaches_the_job(said, tmp_path, monkeypatch) -> None:
+    """Such as the socket of this machine's W&B service, and a folder for compiled code."""
+    (Path(os.environ["PATH"].split(":")[0]) / "sbatch").write_text(
+        f"#!/bin/bash\nenv > {tmp_path}/env\necho 17\n"
+    )
+    line = ["tiny.yaml", "track.wandb=true", "--nodes", "1", "--gpus", "0", "--check", "quick", "--compile"]
+    before = {*os.environ}
+    CliRunner().invoke(submit, line, catch_exceptions=False)
+    there = {name.partition("=")[0] for name in (tmp_path / "env").read_text().splitlines()}
+    of_shells = {"_", "SHLVL", "PWD", "OLDPWD", "COLUMNS", "LINES"}
+    assert "PATH" in there and there - before <= of_shells, there - before
+
+
+def test_a_dry_run_of_images_that_are_not_prepared(said, tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(60):
+        Image.new("L", (8, 8), number).save(folder / f"{number}.png")
+    line = [str(folder), "--nodes", "1", "--gpus", "0", "--dry-run"]
+    ended = CliRunner().invoke(submit, line, catch_exceptions=False)
+    assert ended.exit_code == 0 and ended.stdout.startswith("#!/usr/bin/env bash")
+    assert (
+        "not checked, as the images are not prepared yet" in ended.stderr and not (tmp_path / "runs").exists()
+    )
+
+
+def test_the_user_may_forbid_requeues(said) -> None:
+    batch = slurm.render("a", Path("runs"), ["train.sbatch"], slurm.Resources(), {"no-requeue": None})
+    assert "--no-requeue" in batch.options and "--requeue" not in batch.options
+    assert "#SBATCH --no-requeue" in batch.text and "#SBATCH --requeue" not in batch.text
 
 
 def test_what_follows_two_dashes_goes_to_sbatch(said, monkeypatch) -> None:
