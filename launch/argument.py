@@ -14,7 +14,7 @@ from launch.installed import config_path
 from launch.training import Training, of_run
 from pipeline.credentials import redacted
 from pipeline.data.prepare.listing import EXTENSIONS
-from pipeline.errors import UserError
+from pipeline.errors import UserError, readable
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -24,12 +24,18 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
 
     Only looks. Raises UserError for what can be none of it, or could be several.
     """
-    path = Path(argument).expanduser()
+    if not argument:
+        raise UserError("What to train on is empty. (Is a shell variable unset?)")
     if "://" in argument:
         raise UserError(
             f"{redacted(argument)} is not on this machine. Give a config, with the shards as data.train: "
             "shardgan train CONFIG data.train=URL data.size=N"
         )
+    with readable(argument):
+        return _of_path(argument, Path(argument).expanduser(), settings, gpu)
+
+
+def _of_path(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
     if path.is_dir():
         return _of_folder(argument, path, settings, gpu)
     if (path.is_file() and argument.lower().endswith(".tar")) or _is_zip(path):

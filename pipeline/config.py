@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.config_layers import Layer, expand_shorthands, explain, read_file, read_override
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
+from pipeline.errors import readable as readable
 from pipeline.setting_types import Norm as Norm
 from pipeline.setting_types import PenaltyOn as PenaltyOn
 from pipeline.setting_types import Schedulable as Schedulable

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """What the user can fix: shown as one message without a traceback."""
@@ -17,3 +20,12 @@ class RunError(CommonError):
     """Ends a run that began well, whatever the user gave it."""
 
     status = 1
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Raises UserError, instead of OSError, for what the system does not let us look at. what: a path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or what} cannot be read: {error.strerror or error}.") from None

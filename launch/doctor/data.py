@@ -206,7 +206,8 @@ def pictures(job: Job, index: Index) -> Iterator[Finding]:
     # Of remote shards only of the one that has been fetched; those before it are empty.
     end = index.sizes[_to_fetch(index)] if index.remote else index.num_samples
     picked = np.unique(np.linspace(0, end - 1, _DECODED).astype(np.int64))
-    decoder, stages = Decode(data), load_stages(data.stages)
+    decoder = Decode(data, index.num_classes if data.conditional else None)
+    stages = load_stages(data.stages)
     for sample in _read(job, index, picked):
         modes[_what(sample)] += 1
         try:

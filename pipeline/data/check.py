@@ -79,7 +79,9 @@ def odd_labels(index: Index, max_bad: int) -> list[tuple[str, str]]:
     `max_bad` samples lack one, or too many classes are empty."""
     there = {label for shard in index.shards for label in shard.labels}
     if not there:
-        raise UserError(f"data.conditional=true, but the shards in {index.where} have no labels (.cls).")
+        raise UserError(
+            f"data.conditional=true, but the shards in {index.where} have no labels. A label is {LABEL}."
+        )
     found = []
     missing = {shard.url: shard.nsamples - sum(shard.labels.values()) for shard in index.shards}
     if count := sum(missing.values()):

@@ -14,7 +14,7 @@ from typing import Any
 
 from braceexpand import braceexpand  # comes with webdataset, which reads brace lists by it
 
-from pipeline.config import UserError
+from pipeline.config import UserError, readable
 from pipeline.data.record import INDEX, REBUILD, file_size, read_record
 from pipeline.wording import did_you_mean
 
@@ -71,7 +71,13 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def look(train: str) -> Location:
-    """What there is, without a look into index.json. Raises UserError if there is nothing."""
+    """What there is, without a look into index.json. Raises UserError if there is nothing, or one may not
+    look."""
+    with readable(train):
+        return _look(train)
+
+
+def _look(train: str) -> Location:
     if train.startswith("pipe:"):
         raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
     root = Path(train).expanduser().absolute()

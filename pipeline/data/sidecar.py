@@ -105,6 +105,16 @@ def has_other_labels(path: Path, shard: str, table: SampleTable) -> bool:
     return any(s.label >= 0 and known.get(s.key, s.label) != s.label for s in samples if not s.problem())
 
 
+def has_odd_labels(path: Path, shard: str) -> bool:
+    """Whether any of the first samples of a shard has a label that is no number of a class. False if they
+    cannot be read."""
+    try:
+        _, samples, _ = _walk(path, shard, most=_FIRST)
+    except (UserError, OSError):
+        return False
+    return any(s.labels and s.label < 0 for s in samples)
+
+
 def _walk(
     path: Path, shard: str, at_last_dot: Collection[str] = (), most: float = math.inf
 ) -> tuple[TarReader, Collection[Sample], PassedOver]:

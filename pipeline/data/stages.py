@@ -59,7 +59,7 @@ def load_stages(names: Sequence[str]) -> tuple[Stage, ...]:
 
 def apply(stages: Sequence[Stage], sample: Sample) -> Sample:
     """One sample sent through the stages by itself."""
-    samples: Iterable[Sample] = [sample]
+    samples: Iterable[Sample] = iter([sample])
     for stage in stages:
         samples = stage(samples)
     changed = next(iter(samples), None)

@@ -14,6 +14,8 @@ import pytest
 from tiny_shards import MakeShards, png, write_tar
 
 from pipeline.config import UserError
+from pipeline.data.prepare.known import KNOWN
+from pipeline.data.prepare.source import Arrays
 from pipeline.data.prepare.summary import Summary
 from pipeline.data.prepare.writer import Options, prepare
 
@@ -116,6 +118,7 @@ def test_labels_far_apart_are_numbered_anew(tmp_path: Path) -> None:
         ('{"labels": [["00000/img00000000.png", 1.0]]}', "is no number of a class"),
         ('{"labels": [["00000/img00000000.png", true]]}', "is no number of a class"),
         ('{"labels": [["00000/img00000000.png", -1]]}', "is no number of a class"),
+        ('{"labels": [["00000/img00000000.png", "0"]]}', "is no number of a class .*: '0'"),
         ('{"labels": [["00000/img00000000.png", 1000000]]}', "is no number of a class"),
         ('{"labels": [["elsewhere.png", 1]]}', "a label for none of its images"),
         ('{"labels": []}', "a label for none of its images"),
@@ -164,6 +167,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
         (["0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9"], "sorted as text, so class 2 need not be"),
         (["Cats", "cats", "dogs"], "Cats, cats differ in upper and lower case only"),
         (["00", "01", "02"], "numbered like parts"),
+        (["Test", "train", "val"], "look like parts of a data set"),
         (["n01440764", "n01443537"], ""),
         (["1999", "2004", "2011"], ""),
     ],
@@ -234,3 +238,31 @@ def test_folders_in_a_tar(tmp_path: Path) -> None:
     assert not found and said[-1].startswith(
         "warning: the folders photos/cat, photos/dog of the shards are not taken for classes."
     )
+
+
+def test_labels_of_shards_that_are_no_numbers_or_lacking(tmp_path: Path) -> None:
+    members = [(f"{n}.{end}", data) for n in range(6) for end, data in (("cls", b"cat"), ("png", IMAGE))]
+    write_tar(tmp_path / "text" / "s.tar", members)
+    _, said, found = prepared(tmp_path / "text")
+    assert not found and said[-1] == (
+        "warning: the labels (.cls) of shard s.tar are no numbers of classes. A label is a file KEY.cls that "
+        "holds one whole number from 0 to 999,999."
+    )
+    (tmp_path / "out").rename(tmp_path / "first")
+    write_tar(tmp_path / "some" / "s.tar", [("a.png", IMAGE), ("b.cls", b"0"), ("b.png", IMAGE)])
+    _, said, found = prepared(tmp_path / "some")
+    assert found == {"s.tar/b": 0} and said[-1].startswith("warning: 1 image without a label, the first a. A")
+
+
+def test_labels_that_nobody_wants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of shards and of known data sets, which bring their own."""
+    write_tar(tmp_path / "x" / "s.tar", [("a.cls", b"3"), ("a.png", IMAGE)])
+    summary, _, found = prepared(tmp_path / "x", classes="none")
+    assert not found and not summary.index.num_classes
+    two = Arrays("two", np.zeros((2, 8, 8), np.uint8), np.array([0, 1]), ("a", "b"))
+    monkeypatch.setitem(KNOWN, "two", lambda announce: two)
+    assert not prepare("two", str(tmp_path / "two"), Options(classes="none"), workers=1).num_classes
+    for source in (str(tmp_path / "x"), "two"):
+        with pytest.raises(UserError, match="--classes path is for folders and zips of images"):
+            prepare(source, str(tmp_path / "by-path"), Options(classes="path"), workers=1)
+    assert not (tmp_path / "by-path").exists()

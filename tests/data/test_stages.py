@@ -139,6 +139,7 @@ def test_stages_that_change_the_order(
     stream = batches(index, plan, stages=(f"stages_of_mine:{stage}",), workers=workers)
     with pytest.raises(UserError, match=message):
         next(stream)
+    check_images(index, Data(size=SIZE, channels=1, stages=("stages_of_mine:ending",)))  # right for one
     with pytest.raises(UserError, match="gave nothing for sample"):
         check_images(index, Data(size=SIZE, channels=1, stages=("stages_of_mine:none",)))
 

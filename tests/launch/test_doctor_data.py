@@ -258,6 +258,21 @@ def test_images_that_cannot_be_decoded(folder: Path) -> None:
     assert examine(folder, "data.max_bad=100")["images"].verdict == "warning"
 
 
+def test_images_that_lack_a_label_count_with_those_that_are_damaged(folder: Path) -> None:
+    """As they do in a run: 6 and 6 are more than 10, neither is."""
+
+    def spoilt(name: str, old: bytes) -> bytes:
+        if name.endswith(tuple(f"{n}3.png" for n in range(6))):
+            return old[:150]
+        return b"no number" if name.endswith(tuple(f"{n}4.cls" for n in range(6))) else old
+
+    rewrite(folder / "shard-000001.tar", spoilt)
+    build_index(str(folder))
+    unlabelled = examine(folder, "data.conditional=true")
+    assert examine(folder)["images"].verdict == "warning" == unlabelled["labels"].verdict
+    assert unlabelled["images"].verdict == "would fail"
+
+
 def test_decoded_images_that_do_not_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "data.cache" not in examine(folder)
     before = len(list(Path("/proc/self/fd").iterdir()))

@@ -100,7 +100,7 @@ def open_source(
     if path.is_dir():
         return _open_folder(path, source, classes, announce, without)
     if source.lower().endswith(".tar"):
-        return Shards(all_images(source, announce))
+        return Shards(all_images(source, announce), classes)
     try:
         return _open_zip(path, source, classes)
     except UserError:
@@ -121,10 +121,10 @@ def _open_folder(
     root = path.absolute()
     tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
     if tars and listed:
-        return Shards(all_images(source, announce))
+        return Shards(all_images(source, announce), classes)
     listing = list_folder(root, without)
     if (tars or listed) and all(name.lower().endswith(ARRAY) for name in listing.images):
-        return Shards(all_images(source, announce))
+        return Shards(all_images(source, announce), classes)
     _refuse_none(listing, source)
     labels = label(listing, classes, source, lambda name: _read_file(root / name, _LARGEST_LABELS))
     return Folder(root, listing, labels)

@@ -20,6 +20,7 @@ from pipeline.wording import counted, printable
 
 Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no
 _FEW = 3  # names in a message
+_PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,13 @@ class Labels:
 
 def unlabelled(count: int, *remarks: str) -> Labels:
     return Labels(np.full(count, -1, np.int64), remarks=remarks)
+
+
+def chosen(labels: Labels, by: Classes, source: str) -> Labels:
+    """Labels that images come with, or none of them. Raises UserError if folders are to name the classes."""
+    if by == "path":
+        raise UserError(f"--classes path is for folders and zips of images; {source} has labels of its own.")
+    return labels if by == "top" else unlabelled(len(labels.values))
 
 
 def label(listing: Listing, by: Classes, source: str, read: Callable[[str], bytes]) -> Labels:
@@ -119,6 +127,11 @@ def _about_names(classes: tuple[str, ...], counts: list[int]) -> list[str]:
                 "folder names are sorted as text, so class 2 need not be folder 2: index.json lists "
                 "the names."
             )
+    if len(classes) > 1 and all(name.lower() in _PARTS for name in classes):
+        warnings.append(
+            f"the folders {some(classes)} look like parts of a data set, but are taken for classes. Prepare "
+            "one of them, or give --classes none."
+        )
     spellings = Counter(name.lower() for name in classes)
     if alike := [name for name in classes if spellings[name.lower()] > 1]:
         warnings.append(f"{some(alike)} differ in upper and lower case only, and are classes each.")
@@ -166,7 +179,7 @@ def _entries(labels: object, what: str, way_out: str) -> dict[str, int]:
         if value is not None and not (type(value) is int and 0 <= value <= LARGEST_LABEL):
             raise UserError(
                 f"{what}: the label of {name} is no number of a class (0 to {LARGEST_LABEL:,}): "
-                f"{str(value)[:40]}. {way_out}"
+                f"{repr(value)[:40]}. {way_out}"
             )
         given["/".join(parts(name.replace("\\", "/")))] = -1 if value is None else value
     return given

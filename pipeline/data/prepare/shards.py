@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.data.index import Announce, Index, local_index, not_empty
-from pipeline.data.prepare.labels import renumbered, some
+from pipeline.data.prepare.labels import Classes, chosen, renumbered, some
 from pipeline.data.prepare.listing import LeftOut
 from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.prepare.source import Stored
 from pipeline.data.reader import BadSampleError, Reader, image_of
 from pipeline.data.record import shard_of
-from pipeline.data.samples import PassedOver
-from pipeline.data.sidecar import SampleTable, scan_all_images
+from pipeline.data.samples import LABEL, PassedOver, shown
+from pipeline.data.sidecar import SampleTable, has_odd_labels, scan_all_images
+from pipeline.wording import counted
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,30 @@ def all_images(train: str, announce: Announce = lambda _: None) -> Index:
 class Shards(Stored):
     """The images and labels of shards; whatever else their samples hold is left behind."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, classes: Classes = "top") -> None:
+        """Raises UserError for classes by folders."""
         self._index, self._reader = index, Reader(index, len(index.shards))
         tables = [index.table(shard) for shard in range(len(index.shards))]
         values = np.concatenate([table.label for table in tables])
         labelled = renumbered(values, index.class_names, "the shards")
-        if values.max() < 0:
-            keys = (table.key(row) for table in tables for row in range(len(table)))
-            labelled = replace(labelled, warnings=_about_folders(keys))
+        keys = (table.key(row) for table in tables for row in range(len(table)))
+        lacking = int((values < 0).sum())
+        if lacking == len(values):
+            first = index.shards[0].url
+            odd = has_odd_labels(index.path(0), first)
+            text = f"the labels (.cls) of shard {first} are no numbers of classes. A label is {LABEL}."
+            labelled = replace(labelled, warnings=(text,) if odd else _about_folders(keys))
+        elif lacking:
+            first = next(key for key, value in zip(keys, values, strict=True) if value < 0)
+            text = f"{counted(lacking, 'image')} without a label, the first {shown(first)}"
+            labelled = replace(labelled, warnings=(f"{text}. A label is {LABEL}.",))
         left_out = [
             item
             for shard, table in zip(index.shards, tables, strict=True)
             for kind, what in (("no image", table.without_image), ("unusable", table.unusable))
             for item in _passed_over(shard.url, kind, what)
         ]
-        super().__init__(index.name, labelled, left_out)
+        super().__init__(index.name, chosen(labelled, classes, index.name), left_out)
 
     def fingerprint(self) -> str:
         return self._index.fingerprint

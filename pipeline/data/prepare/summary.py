@@ -47,7 +47,8 @@ class Summary:
             count = sum(item.count for item in self.left_out)
             yield f"left out: {count:,} ({by_kind(self.left_out)}), listed in {_SKIPPED}"
         if self.images.tables:
-            yield f"not read: {some(self.images.tables)} (labels are taken from folders or dataset.json)"
+            tables = some(self.images.tables)
+            yield f"not read: {tables} (labels are taken from folders, or `labels` of a dataset.json)"
         if copies := self.facts.get("copies"):
             are = "image is a copy" if copies == 1 else "images are copies"
             yield f"{copies:,} {are} of another one: --dedupe leaves them out"

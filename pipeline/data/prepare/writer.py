@@ -23,7 +23,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from pipeline.config import UserError
+from pipeline.config import UserError, readable
 from pipeline.data import sidecar
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
@@ -31,6 +31,7 @@ from pipeline.data.prepare.duplicates import count_copies, first_of_each
 from pipeline.data.prepare.earlier import files_of, is_same_place, made_before, refuse_changed, where_from
 from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.known import KNOWN
+from pipeline.data.prepare.labels import Classes, chosen
 from pipeline.data.prepare.listing import LeftOut
 from pipeline.data.prepare.made import make, none_can_be_read, resolve
 from pipeline.data.prepare.pictures import LeftOutError
@@ -76,17 +77,16 @@ def prepare(
     (leaving nothing behind), or the disk is full.
     """
     options = replace(options, background=_colour(options.background))
-    target = Path(out).expanduser().absolute()
+    with readable(out):
+        target = _target(out)
     place = {"source": source} if source in KNOWN else where_from(source)
     recipe = {**place, **asdict(options)}
-    before = made_before(target, recipe, asdict(Options()))
-    gone = source in KNOWN or not Path(source).expanduser().exists()
-    if before and gone and is_same_place(before, recipe):
-        return _is_there(target, announce)
-    if source in KNOWN:
-        images: Source = KNOWN[source](announce)
-    else:
-        images = open_source(source, options.classes, announce, without=target)
+    with readable(source):
+        before = made_before(target, recipe, asdict(Options()))
+        gone = source in KNOWN or not Path(source).expanduser().exists()
+        if before and gone and is_same_place(before, recipe):
+            return _is_there(target, announce)
+        images = _open(source, options.classes, announce, target)
     fingerprint = images.fingerprint()
     if before:
         refuse_changed(target, source, before, recipe, len(images), fingerprint)
@@ -113,6 +113,24 @@ def prepare(
     return index
 
 
+def _target(out: str) -> Path:
+    """Where the shards are to be: a link's target. Raises UserError for what no folder can be renamed to."""
+    target = Path(out).expanduser().absolute()
+    if target.is_symlink():
+        target = target.resolve()
+    if os.path.ismount(target):
+        raise UserError(f"{out} is where a disk is mounted; give a folder in it: {Path(out) / 'NAME'}.")
+    return target
+
+
+def _open(source: str, classes: Classes, announce: Callable[[str], None], target: Path) -> Source:
+    if source not in KNOWN:
+        return open_source(source, classes, announce, without=target)
+    images = KNOWN[source](announce)
+    images.labelled = chosen(images.labelled, classes, source)
+    return images
+
+
 def _describe_all(
     folder: Path,
     images: Source,
@@ -125,10 +143,10 @@ def _describe_all(
     """Write index.json, sources.txt and skipped.txt; returns what is in the latter."""
     skipped = [LeftOut(item.name, item.kind, item.reason) for shard in written for item in shard.skipped]
     others = [*copies, *images.left_out]
-    list_left_out(folder, skipped, others, announce)
     shards = [result.shard for result in written if result.shard.nsamples]
     if not shards:
         raise none_can_be_read(images, skipped[0].reason)
+    list_left_out(folder, skipped, others, announce)
     write_origins(folder, _origins(images, jobs, written))
     classes = {"classes": list(images.labelled.classes)} if images.labelled.classes else {}
     write_record(folder, images.name, shards, extra | classes)
