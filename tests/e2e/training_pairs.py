@@ -23,7 +23,6 @@ def start(name: str, number: int, gate: int, arguments: list[str]) -> int:
     log = os.open(f"{name}-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    train.STARTED_BY = os.getppid()
     os.read(gate, 1)
     return end_process(train.main([*arguments, f"run.name={name}"]))
 
