@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_it_says_where_the_log_is_and_how_to_follow_and_stop(project, submitted)
     job, said, *_ = submitted
     assert f"Job {job}: {ODD}, zero2 on 2 nodes x 2 processes" in said
     log = project.run(ODD).path / "slurm" / "1" / f"{job}.log"
-    assert f"tail -F {log}" in said and log.read_text() == project.log(job)
+    assert f"tail -F {shlex.quote(str(log))}\n" in said and log.read_text() == project.log(job)
     assert f"scancel --batch --signal=TERM {job}" in said
 
 
