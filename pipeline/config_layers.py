@@ -103,7 +103,9 @@ def expand_shorthands(layer: Layer) -> Layer:
     both = {key: penalty[key] for key in _OF_BOTH if key in penalty}
     rest = {key: value for key, value in penalty.items() if key not in both}
     for player in ("G", "D") if both else ():
-        rest[player] = both | (rest.get(player) or {})
+        own = rest.get(player)
+        if own is None or isinstance(own, dict):  # else it is ${penalty.G}, or no section, which is refused
+            rest[player] = both | (own or {})
     return {**layer, "penalty": rest}
 
 
@@ -183,7 +185,7 @@ def _number(written: str, value: Any) -> Any:
             return kind(written)
         except ValueError:
             continue
-    plain = isinstance(value, bool) or written.lstrip("+-")[:2].lower() in ("0x", "0o", "0b", ".i", ".n")
+    plain = written.lstrip("+-")[:2].lower() in ("0x", "0o", "0b", ".i", ".n")
     return value if plain else written
 
 

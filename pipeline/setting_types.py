@@ -19,6 +19,8 @@ Norm = Literal["batch", "sync_batch", "group", "instance", "none"]
 # auto: effective for a player that has a layer with a weight_gain, else weights (gan/penalised.py)
 PenaltyOn = Literal["auto", "weights", "all", "effective"]
 
+_LONGEST_NAME = 255  # bytes, of a file's name
+
 Schedulable = float | tuple[float, float]  # a constant, or [from, to] along the cosine of run.burn_in_kimg
 
 
@@ -55,7 +57,7 @@ def _one_in(value: Any) -> float:
         share = float(numerator) / float(denominator) if slash else float(value)
     except (TypeError, ValueError, ZeroDivisionError):
         share = 0.0
-    k = round(1 / share) if 0 < share <= 1 else 0
+    k = round(1 / share) if 1e-9 < share <= 1 else 0
     if not k or not math.isclose(k * share, 1, rel_tol=1e-6):
         raise ValueError("must be 1, 1/2, 1/3 or another 1/k")
     return 1 / k
@@ -67,6 +69,8 @@ OneIn = Annotated[float, BeforeValidator(_one_in)]
 def plain_name(name: str | None) -> str | None:
     if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
+    if name is not None and len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(f"must be shorter: file names have at most {_LONGEST_NAME} bytes")
     if name is not None and not name.isprintable():
         raise ValueError("has characters that cannot be printed, or are not in this shell's locale")
     return name

@@ -92,6 +92,15 @@ def test_a_shorthand_may_be_a_schedule_and_a_later_layer_wins(tmp_path):
     assert found.penalty.r1.gamma == (1.0, 0.0)
 
 
+def test_a_shorthand_beside_a_player_that_is_no_section(tmp_path):
+    found = config.load(
+        written(tmp_path, 'data: {train: x}\npenalty: {l2: 0.1, G: {l1: 0.2}, D: "${penalty.G}"}\n')
+    )
+    assert found.penalty.G == found.penalty.D and (found.penalty.D.l2, found.penalty.D.l1) == (0.1, 0.2)
+    with pytest.raises(UserError, match=r"penalty.G: is a section"):
+        config.load(written(tmp_path, "data: {train: x}\npenalty: {l2: 0.1, G: 0.5}\n"))
+
+
 def test_on_is_that_of_both_players_unless_one_has_its_own(tmp_path):
     assert [p.on for p in (load().penalty.G, load().penalty.D)] == ["auto", "auto"]
     text = "data: {train: x}\npenalty: {on: all, G: {on: effective}}\n"
@@ -141,6 +150,10 @@ def test_null_is_no_value_where_there_may_be_none(setting):
         ("run.name=''", "must be a plain folder name"),
         ("run.name='  '", "must be a plain folder name"),
         ("run.name=a/b", "must be a plain folder name"),
+        (f"run.name={'λ' * 128}", "must be shorter: file names have at most 255 bytes"),
+        ("penalty.l2=on", "(found 'on')"),  # which YAML takes for True, and that is 1
+        ("run.seed=true", "Input should be a valid integer"),
+        ("penalty.r1.fraction=1e-320", "another 1/k"),
         ("run.name=a\nb", "cannot be printed"),
         ("run.name=\udcce\udca9", "cannot be printed"),
         ("run.timeout_s=1:30", "should be a valid number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import yaml
@@ -35,11 +36,11 @@ def card(config: Config, facts: Exported) -> str:
         *([f"![{_picture(config)}](samples.png)"] if "samples.png" in facts.files else []),
         _what(config, facts),
         *_classes(facts),
-        *_scores(facts),
+        *_scores(config, facts),
         *_plain(config, facts),
         _ours(config, facts),
         _files(config, facts),
-        _licence(facts),
+        _licence(config, facts),
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -64,9 +65,15 @@ def _what(config: Config, facts: Exported) -> str:
     classes = f", each of one of {counted(facts.num_classes, 'class')}" if facts.num_classes else ""
     owned = counted(facts.training_images, "image") if facts.training_images else "the images"
     apart = f" ({facts.heldout_images:,} more were held out)" if facts.heldout_images else ""
+    trained = f"D was shown {facts.cur_nimg:,} of them, counting repeats."
+    if facts.data_since >= 0:
+        now = facts.cur_nimg - facts.data_since
+        trained = f"D was shown {now:,} of them, counting repeats, after {facts.data_since:,} of other data."
+    if config.run.init is not None:
+        trained += f" It began with the weights of `{public(Path(str(config.run.init)).name)}`."
     return f"""
 A generator G and a discriminator D of {data.size}x{data.size} {colour}{classes}, trained by ShardGAN on
-{owned} of `{public(str(data.train))}`{apart}. D was shown {facts.cur_nimg:,} of them, counting repeats.
+{owned} of `{public(str(data.train))}`{apart}. {trained}
 
 Networks: G `{config.G.kind}`, D `{config.D.kind}`. Loss: `{config.loss.kind}`. L2 penalties:
 λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`."""
@@ -83,7 +90,12 @@ def _classes(facts: Exported) -> Iterator[str]:
     yield f"| c | class |\n|---:|---|\n{rows}"
 
 
-def _scores(facts: Exported) -> Iterator[str]:
+def _began_otherwise(config: Config, facts: Exported) -> bool:
+    """Whether the weights have seen other data than these, or another split of them."""
+    return facts.data_since >= 0 or config.run.init is not None
+
+
+def _scores(config: Config, facts: Exported) -> Iterator[str]:
     rows = [
         f"| `{chart.removeprefix('Metrics/')}` | {metric.help}, {_better(metric)} | {value:.5g} "
         f"| {_counts(chart, facts.scores or {})} |"
@@ -96,9 +108,10 @@ def _scores(facts: Exported) -> Iterator[str]:
     lines = ["| score | what | value | of |", "|---|---|---:|---|", *rows]
     yield "\n".join(lines)
     if reference := (facts.against or {}).get("heldout"):
+        never = "" if _began_otherwise(config, facts) else " and were never trained on"
         yield (
-            "Held-out images come from the same data and were never trained on. Scores compare only if they "
-            f"are\nagainst the same images, processed alike; these have the fingerprint `{reference}`."
+            f"Held-out images come from the same data{never}. Scores compare only if they\nare against the "
+            f"same images, processed alike; these have the fingerprint `{reference}`."
         )
 
 
@@ -206,12 +219,14 @@ Weights are whole and float32, named as in the modules. z is standard normal, an
 to 1, white.{latents * config.data.latents}"""
 
 
-def _licence(facts: Exported) -> str:
+def _licence(config: Config, facts: Exported) -> str:
     of_data = (
         f"The training images' licence, according to their index: {one_line(facts.license)}."
         if facts.license
-        else "The licence of the training images is not recorded."
+        else "The licence of the training images is not known here."
     )
+    if _began_otherwise(config, facts):
+        of_data += "\nThat of images that it was trained on before these is not part of this card."
     return f"""
 ## Licence
 

@@ -18,7 +18,8 @@ from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
-from pipeline.run.folder import CHANGES, data_since, evaluated, reference_of
+from pipeline.run.changes import CHANGES, data_since
+from pipeline.run.folder import evaluated, reference_of
 from pipeline.run.references import fingerprints
 from pipeline.run.rows import Row, rows
 from pipeline.run.state import State
@@ -44,6 +45,7 @@ class Exported:
     license: str | None = None  # of the training images: `license` in their index.json
     scores: dict[str, float] | None = None  # of this very checkpoint, by chart name
     against: dict[str, str] | None = None  # fingerprints of the real images of these scores
+    data_since: int = -1  # the cur_nimg after which it was trained on these data; −1: from the start
     files: tuple[str, ...] = ()
     format: Literal[1] = 1
 
@@ -79,6 +81,7 @@ def facts_of(run: Path, config: Config, state: State) -> Exported:
         list(state.classes),
         scores=scores,
         against=against,
+        data_since=_data_since(run),
     )
     index = _index(config, state)
     if index is None:
@@ -116,5 +119,11 @@ def scores_of(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str
 def _rows(run: Path, more: Row) -> Iterator[Row]:
     """Those since the run has its present data."""
     with suppress(OSError):
-        since = data_since(rows(run / CHANGES))
+        since = _data_since(run)
         yield from (row | more for row in reversed(rows(run / "metrics.jsonl")) if row["cur_nimg"] > since)
+
+
+def _data_since(run: Path) -> int:
+    with suppress(OSError):
+        return data_since(rows(run / CHANGES))
+    return -1

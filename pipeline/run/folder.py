@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from pydantic import TypeAdapter
 from pipeline.config import Config, Ema, Run, UserError, dump, load, without_rampup
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
+from pipeline.run.changes import CHANGES, DATA
 from pipeline.run.report import say
-from pipeline.run.rows import Row, append, rows
+from pipeline.run.rows import append, rows
 from pipeline.run.saved_grids import reals_of
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
-CHANGES = "changes.jsonl"  # settings that changed in mid-run: cur_nimg, key, old, new
-DATA = "data"  # the key there of a move to other data, or to another split of them
 
 _SHOWN = 16  # digits of a fingerprint
 
@@ -249,12 +248,6 @@ def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
             append(folder / CHANGES, row)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None
-
-
-def data_since(recorded: Iterable[Row]) -> int:
-    """The cur_nimg after which a run has its present data, by the lines of changes.jsonl; −1 if it always
-    had. Earlier scores do not compare."""
-    return max((int(row["cur_nimg"]) for row in recorded if row.get("key") == DATA), default=-1)
 
 
 def finished(folder: Path, config: Config) -> bool:

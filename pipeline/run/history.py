@@ -15,7 +15,8 @@ import yaml
 
 from pipeline.credentials import all_redacted
 from pipeline.errors import UserError
-from pipeline.run.folder import CHANGES, begun, data_since, evaluated, flattened, reference_of
+from pipeline.run.changes import CHANGES, data_since
+from pipeline.run.folder import begun, evaluated, flattened, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.rows import Row, rows
 from pipeline.run.terminal import is_score
@@ -74,9 +75,11 @@ class History:
         return [chart for chart in found if chart]
 
     def last(self, chart: str) -> Score | None:
-        """The last point of a chart; None if it has none."""
+        """The last point of a chart; None if it has none, of a score: since the run has its present data."""
         places, values = self._points.get(chart, ([], []))
-        return Score(places[-1], values[-1]) if places else None
+        if not places or (is_score(chart) and places[-1] <= self.data_since):
+            return None
+        return Score(places[-1], values[-1])
 
     @cached_property
     def data_since(self) -> int:

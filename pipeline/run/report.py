@@ -15,6 +15,7 @@ from pipeline.durable import sync
 from pipeline.errors import CommonError
 from pipeline.lock import LockLostError
 from pipeline.run import events
+from pipeline.run.changes import CHANGES, data_since
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
 from pipeline.run.state import State
@@ -241,9 +242,10 @@ class MainReport(Report):
             raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
 
     def _score_changes(self) -> Iterator[str]:
-        """Each score, first and last."""
+        """Each score, first and last on the present data."""
         try:
-            found = rows(self._metrics)
+            since = data_since(rows(self._folder / CHANGES))
+            found = [row for row in rows(self._metrics) if row["cur_nimg"] > since]
         except OSError as error:
             yield f"not shown, as {self._metrics} cannot be read: {error}"
             return

@@ -15,7 +15,7 @@ from pipeline.errors import CommonError
 from pipeline.parallel.batch_norm import has_sync_batch_norm
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.run import checkpoint, source
+from pipeline.run import checkpoint, events, source
 from pipeline.run.checkpoint import SavedBy
 from pipeline.run.folder import finished, leave_data
 from pipeline.run.report import say
@@ -78,7 +78,8 @@ def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Star
             + "\nBring one back, or start over under a new name with run.resume=false."
         )
     for complaint in complaints if ranks.main else ():
-        say(f"warning: {complaint}; falling back")
+        at = 0 if found is None else int(found.name)
+        _warn(folder, at, "Damaged checkpoint", f"{complaint}; falling back")
     first = ranks.broadcast_from_main(lambda: source.check_init(config, folder, state.num_classes))
     return Start(config, ranks, found, first)
 
@@ -94,10 +95,9 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
         if start.source is not None:
             source.finish(start.config, start.source, gan)
             if ranks.main and start.source.was_split_otherwise(state):
-                say(
-                    f"warning: {start.source.where} was trained on images that are held out here, so scores "
-                    "flatter this run: give it the same run.seed, data.holdout, data.folds and data.fold"
-                )
+                what = f"{start.source.where} was trained on images that are held out here, so scores flatter"
+                what += " this run: give it the same run.seed, data.holdout, data.folds and data.fold"
+                _warn(folder, 0, "Held-out images were seen", what)
         return state, stats
     ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)
@@ -168,6 +168,12 @@ def _refuse_other_numbers(folder: Path, saved: State, state: State) -> None:
                 "classes are numbered in the order of their names. Prepare the images under names in the "
                 "order of before, or start over with run.resume=false."
             )
+
+
+def _warn(folder: Path, cur_nimg: int, title: str, text: str) -> None:
+    """Before there is a report."""
+    say(f"warning: {text}")
+    events.record(folder, "warning", cur_nimg, title=title, text=text)
 
 
 def where_to_resume(folder: Path) -> str:

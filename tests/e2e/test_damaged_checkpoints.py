@@ -11,6 +11,7 @@ from launching import accelerate as launch
 
 import pipeline.train
 from pipeline.run.checkpoint import newest_intact
+from pipeline.run.rows import rows
 
 FILES = [
     "D-00000.safetensors",
@@ -91,6 +92,8 @@ def test_a_run_falls_back_says_so_and_ends_at_the_same_weights(worlds, tmp_path,
     output = capfd.readouterr().out
     fallen = [line for line in output.splitlines() if line.startswith("warning:") and "falling back" in line]
     assert len(fallen) == 2 and all("D-00000.safetensors" in line for line in fallen)
+    kept = [row["text"] for row in rows(copy.path / "events.jsonl") if row["event"] == "warning"]
+    assert [f"warning: {text}" for text in kept] == fallen
     assert largest_difference(copy.exported(), worlds.sgd[1].exported()) <= 1e-6
     assert [r["cur_nimg"] for r in copy.rows] == [r["cur_nimg"] for r in worlds.sgd[1].rows]
     # The damaged ones have not been taken for the newest, of which so many are kept.

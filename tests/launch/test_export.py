@@ -146,13 +146,31 @@ def test_a_card_of_classes_own_networks_and_latents():
     settings = config.load(None, ["data.train=d", "data.channels=4", "data.decoder=vae:VAE", "G.kind=mine:G"])
     text = card(settings, FACTS)
     assert "| 0 | cat |\n| 1 | a\\|b |" in text and "classes=0, or a name" in text
-    assert "licence of the training images is not recorded" in text
+    assert "licence of the training images is not known here" in text
     assert "latents = G(z, c)  # float32 [16, 4, 32, 32]" in text and "clamp" not in text
     assert "`mine:G` must be importable too" in text
     assert "what makes images of them is not among the files: `vae:VAE`" in text
     assert "samples.png" not in text and "onnx" in text.split("---")[1]
     many = replace(FACTS, classes=[f"name {n}" for n in range(1000)], label_frequencies=[1.0] * 1000)
     assert "names of the 1,000 classes are in `export.json`" in card(settings, many)
+
+
+def test_a_card_of_weights_that_have_seen_other_images():
+    """Of other data, or of another split of these."""
+    scored = replace(FACTS, training_images=60, license="CC0", scores={"Metrics/kid_efflite0": 0.25})
+    scored = replace(scored, against={"heldout": "abc"})
+    plain, init = (
+        config.load(None, ["data.train=d", f"run.init={source}"]) for source in ("null", "/me/runs/old")
+    )
+    words = {name: " ".join(card(*given).split()) for name, given in {
+        "plain": (plain, scored), "init": (init, scored), "moved": (plain, replace(scored, data_since=400)),
+    }.items()}  # fmt: skip
+    assert "the same data and were never trained on. Scores" in words["plain"]
+    for name in ("init", "moved"):
+        assert "the same data. Scores" in words[name] and "never trained on" not in words[name]
+        assert "CC0. That of images that it was trained on before these is not part" in words[name]
+    assert "shown 1,000 of them, counting repeats. It began with the weights of `old`." in words["init"]
+    assert "shown 600 of them, counting repeats, after 400 of other data." in words["moved"]
 
 
 def test_a_later_export_replaces_an_earlier_one_whole(run, tmp_path, monkeypatch):

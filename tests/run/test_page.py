@@ -211,7 +211,25 @@ def test_scores_on_other_data_are_not_mixed(tmp_path):
     )
     history = read_history(run)
     assert str(history.lowest("Metrics/kid_efflite0")) == "1.5 at kimg 3"
+    assert str(history.last("Metrics/kid_efflite0")) == "1.75 at kimg 4"
+    old = write_run(tmp_path / "old", scores=(3.0, 0.5))
+    shutil.copy(run / "changes.jsonl", old)
+    assert read_history(old).last("Metrics/kid_efflite0") is None
     assert [scores_of(run, at)[0].get("Metrics/kid_efflite0") for at in (1000, 3000)] == [None, 1.5]
+
+
+def test_a_run_that_began_with_others_weights_may_have_seen_the_held_out_images(tmp_path):
+    assert "never trained on" in page([write_run(tmp_path / "plain")])
+    assert "never trained on" not in page([write_run(tmp_path / "one", "run.init=runs/old")])
+
+
+def test_a_failure_names_no_machine(tmp_path):
+    run = write_run(tmp_path / "one")
+    text = "rank 1 (node-7.my.org, pid 28571) is gone. Last seen at kimg 3, in an update."
+    (run / "events.jsonl").write_text(
+        json.dumps({"cur_nimg": 3000, "time": 1e9, "event": "error", "text": text}) + "\n"
+    )
+    assert "Failed: rank 1 is gone. Last seen at kimg 3" in Parsed(page([run])).words
 
 
 def test_runs_scored_at_other_times_are_compared(tmp_path):

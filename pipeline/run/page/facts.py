@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +11,9 @@ from typing import Any
 
 from pipeline.config import Config, UserError
 from pipeline.credentials import anonymous
+from pipeline.run.changes import DATA
 from pipeline.run.events import EVENTS
-from pipeline.run.folder import DATA, DONE, begun, flattened
+from pipeline.run.folder import DONE, begun, flattened
 from pipeline.run.history import History
 from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
@@ -19,6 +21,7 @@ from pipeline.run.rows import rows
 from pipeline.run.wandb_mode import public
 from pipeline.wording import counted, in_time, setting
 
+_HOST = re.compile(r"(?<=\d) \([^(),]+, pid \d+\)")  # behind the number of a rank
 _UNSAID = {
     "run.name",
     "run.out",
@@ -143,8 +146,9 @@ class Facts:
         if not (fakes and about.get("images")):
             return ""
         of = f", in features of {anonymous(str(features))}" if features else ""
-        made, moved = counted(int(fakes), "generated image"), self.history.data_since >= 0
-        never = "" if moved else " that were never trained on"  # the split of other data may hold out others
+        made, started = counted(int(fakes), "generated image"), self.history.settings.get("run.init")
+        # The split of other data, or of another run, may hold out others.
+        never = "" if started or self.history.data_since >= 0 else " that were never trained on"
         return f", for {made} against {about['images']:,} held-out images{never}{of}"
 
     @property
@@ -192,7 +196,7 @@ class Facts:
             elif row.get("event") == "stop":
                 yield row["cur_nimg"], f"Stopped {row.get('reason')}"
             elif row.get("event") == "error":
-                yield row["cur_nimg"], f"Failed: {row.get('text')}"
+                yield row["cur_nimg"], f"Failed: {_HOST.sub('', str(row.get('text')))}"
             elif row.get("event") == "start":
                 if begun_before:
                     yield row["cur_nimg"], "Started again, and resumed from here"
