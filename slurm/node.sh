@@ -48,7 +48,7 @@ case $venv in
     ?*)
         python=$venv/bin/python
         # A system's Python may have no such name there.
-        [[ -x $python || $venv != "${VIRTUAL_ENV-}" ]] || python=${SHARDGAN_PYTHON:-$python}
+        [[ -x $python || -n ${SHARDGAN_VENV-} ]] || python=${SHARDGAN_PYTHON:-$python}
         ;;
     *) python=python3 ;;
 esac
