@@ -43,7 +43,7 @@ def of_gpu(job: Job) -> int | None:
     """Bytes of a GPU's memory: as said, else of one here that would be trained on."""
     if job.machine.gpu_memory:
         return job.machine.gpu_memory
-    there = on_gpu() and not job.machine.remote
+    there = not job.machine.remote and on_gpu()
     return torch.cuda.get_device_properties(0).total_memory if there else None
 
 

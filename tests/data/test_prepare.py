@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -19,7 +18,6 @@ from click.testing import CliRunner
 from PIL import Image
 from tiny_shards import MakeShards, contents, png, sample_of, write_tar
 
-from launch.argument import training_of
 from launch.prepare import prepare as command
 from pipeline.config import Data, UserError
 from pipeline.data.index import load_index
@@ -256,47 +254,6 @@ def test_what_cannot_be_prepared(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*")), "nothing is left behind"
 
 
-def test_a_link_stands_for_where_it_leads(pictures: Path, tmp_path: Path) -> None:
-    """On whatever disk that is; all is written there."""
-    (tmp_path / "disk" / "there").mkdir(parents=True)
-    for name, target in (("link", "disk/there"), ("dangling", "disk/new")):
-        (tmp_path / name).symlink_to(target)
-        for _ in range(2):
-            prepare(str(pictures), str(tmp_path / name), Options(size=8), workers=1)
-        assert (tmp_path / name).is_symlink() and (tmp_path / target / "index.json").is_file()
-    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["new", "there"]
-
-
-@pytest.mark.parametrize(
-    ("out", "message"),
-    [
-        ("/proc", "^/proc is where a disk is mounted; give a folder in it: /proc/NAME.$"),
-        ("x" * 300, "too long"),
-    ],
-)
-def test_what_cannot_be_written_to(pictures: Path, tmp_path: Path, out: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        prepare(str(pictures), str(tmp_path / out), Options(size=8), workers=1)
-
-
-def test_what_the_system_does_not_let_us_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a colleague's folder; whatever is called with it."""
-
-    def stat(path: Path, **_: object) -> os.stat_result:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "stat", stat)
-    where = str(tmp_path / "locked" / "x")
-    calls = (
-        lambda: prepare(where, str(tmp_path / "out"), Options()),
-        lambda: load_index(where),
-        lambda: training_of(where, [], gpu=False),
-    )
-    for call in calls:
-        with pytest.raises(UserError, match=r"^\S+ cannot be read: Permission denied\.$"):
-            call()
-
-
 def test_a_known_data_set_that_is_misspelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"called fashion_mnist[.] Did you mean fashion-mnist[?]$"):
@@ -353,12 +310,6 @@ def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) ->
         [str(pictures), "x", "--size", "0"],
     ):
         assert CliRunner().invoke(command, arguments).exit_code == 2
-    for call in (
-        lambda: command.main(["", "x"], standalone_mode=False),
-        lambda: training_of("", [], gpu=False),
-    ):
-        with pytest.raises(UserError, match=r"is empty\. \(Is a shell variable unset\?\)"):
-            call()  # not the current folder
 
 
 def test_the_images_in_the_repository(tmp_path: Path) -> None:
