@@ -62,7 +62,9 @@ def run(tmp_path_factory):
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "my-gan"
     result = CliRunner().invoke(command, [str(run), "--out", str(out)], catch_exceptions=False)
-    assert [line.split()[0] for line in result.output.splitlines()] == [str(out / name) for name in FILES]
+    *files, last = result.output.splitlines()
+    assert [line.split()[0] for line in files] == [str(out / name) for name in FILES]
+    assert last == f"G_ema, G and D after 0.12 kimg: {out}/"
     return out
 
 
