@@ -166,14 +166,15 @@ def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> 
 def _moving(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> str:
     from pipeline.run import layouts
     from pipeline.run.animation import FPS, save_animation
-    from pipeline.run.grid import tile
+    from pipeline.run.grid import fitting, tile
 
     seed, seeds = wanted.seed_for(sampler), wanted.seeds or []
     layout = layouts.loops(sampler, seed, wanted.count, seeds, classes)
     frames, n, _ = layout.z.shape
     least = max(56, 224 // -(-n // layout.columns))  # a single small image is enlarged more
     images = layout.frames(sampler, wanted.truncation)
-    save_animation((tile(one, layout.columns, layout.titles, least) for one in images), out)
+    pictures = (tile(one, layout.columns, layout.titles, least) for one in images)
+    save_animation((fitting(picture, out) for picture in pictures), out)
     return f"{frames:,} frames ({frames / FPS:g} s) of {counted(n, 'image')}"
 
 
