@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from launch.push import push as command
 from pipeline.config import UserError
 from pipeline.run.export import export, load_exported
+from pipeline.run.generator import load
 from pipeline.run.hub import fetch, is_repository, push
 
 ROOT = Path(__file__).parents[2]
@@ -146,3 +147,16 @@ def test_what_is_a_folder_here_is_no_repository(tmp_path, monkeypatch):
     assert not any(map(is_repository, ("runs", "./runs", "../my-gan", "~/my-gan", "/tmp/my-gan", "a/b/c")))
     (tmp_path / "somebody").mkdir()  # as `runs`, in which a run is misspelt
     assert not is_repository(NAME)
+
+
+def test_a_run_that_is_not_here_is_said_before_what_the_hub_says(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/photos is not a run folder"):
+        load(Path("runs/photos"))
+    assert hub.asked == []
+    first = "^There is no folder runs/photos here; as a repository: "
+    with pytest.raises(UserError, match=f"{first}There is no runs/photos on the Hub"):
+        load("runs/photos")
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    with pytest.raises(UserError, match=f"{first}Loading runs/photos from the Hugging Face Hub needs"):
+        load("runs/photos")
