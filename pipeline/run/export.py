@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from pipeline.config import Config, UserError, dump, load
 from pipeline.credentials import all_redacted, public
 from pipeline.durable import save_tensors, whole, write
+from pipeline.errors import readable
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import programs
@@ -121,16 +123,32 @@ def _refuse_taken(out: Path) -> None:
 
     Hidden files do not count, as a repository that was just cloned has some.
     """
-    own = "Give the export a folder of its own."
+    own = "Give the export a folder of its own, by another --out."
     if (out / "checkpoints").exists():
         raise UserError(f"{out} is a run folder. {own}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file. {own}")
-    begun = (out / FILE, out / f"{NETWORKS[0]}.safetensors")  # the latter alone: an export that was killed
-    if out.is_dir() and not any(file.exists() for file in begun):
+    if (out / FILE).exists():
+        try:
+            read(out)
+        except UserError:
+            raise UserError(f"{out / FILE} was not written by an export of ShardGAN. {own}") from None
+    elif (out / f"{NETWORKS[0]}.safetensors").exists():  # alone: perhaps an export that was killed
+        if not _is_our_card(out / CARD):
+            raise UserError(f"{out / CARD} is not the card of an export of ShardGAN. {own}")
+    elif out.is_dir():
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if names:
             raise UserError(f"{out} holds files that are no export, such as {names[0]}. {own}")
+
+
+def _is_our_card(card: Path) -> bool:
+    """Whether a model card is one of an export, by its first lines, or is not there."""
+    if not card.exists():
+        return True
+    with readable(str(card)):
+        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    return bool(front and re.search(r"^library_name: *shardgan *$", front[1], re.MULTILINE))
 
 
 def _begin(out: Path) -> None:

@@ -199,10 +199,34 @@ def test_files_of_someone_else_are_left_alone(run, tmp_path):
         export(run, out / "README.md")
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"export.json": '{"theirs": 1}'}, r"export\.json was not written by"),
+        ({"export.json": "{"}, r"export\.json was not written by"),
+        ({}, r"README\.md is not the card of an export"),
+        (
+            {"README.md": "---\nlibrary_name: diffusers\n---\nlibrary_name: shardgan\n"},
+            r"README\.md is not the",
+        ),
+    ],
+)
+def test_a_file_of_the_same_name_makes_no_export(run, tmp_path, files, named):
+    files = {"G_ema.safetensors": "theirs", "README.md": "theirs", "config.yaml": "theirs"} | files
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{named} .*ShardGAN\. Give .* another --out\.$"):
+        export(run, tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files
+
+
 def test_an_export_that_was_killed_is_written_again_also_into_a_repository(run, tmp_path):
     (tmp_path / ".gitattributes").write_text("")
     export(run, tmp_path)
     (tmp_path / "export.json").unlink()
+    export(run, tmp_path)
+    for name in ("export.json", "README.md"):
+        (tmp_path / name).unlink()
     export(run, tmp_path)
     assert read(tmp_path).files[0] == "G_ema.safetensors"  # the last to be removed
 
