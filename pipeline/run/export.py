@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config import Config, UserError, dump, load
-from pipeline.credentials import all_redacted, public
+from pipeline.credentials import all_redacted, public, redacted
 from pipeline.durable import save_tensors, whole, write
 from pipeline.errors import readable
 from pipeline.gan.networks import build_D, build_G
@@ -77,7 +77,7 @@ def load_exported(folder: Path) -> tuple[nn.Module, Config, Exported]:
 
 
 class Written(NamedTuple):
-    """What `export` has written, and what it could not, and why."""
+    """What `export` has written, and what it could not or does not know, and why."""
 
     files: list[Path]
     remarks: list[str]
@@ -106,9 +106,12 @@ def export(
             files.append(f"{name}.safetensors")
             with whole(out / files[-1]) as partial:
                 save_tensors(tensors, partial, {"format": "pt", "cur_nimg": str(state.cur_nimg)})
+        if facts.training_images is None:
+            remarks.append(_without_data(config))
         if complete:
-            made, remarks = write_portable(networks["G_ema"], config, state, out, onnx)
+            made, unwritten = write_portable(networks["G_ema"], config, state, out, onnx)
             files += made
+            remarks += unwritten
         facts = replace(facts, files=(*files, "config.yaml", CARD, FILE))
         write(out / "config.yaml", _public_settings(config))
         write(out / CARD, card(config, facts))
@@ -116,6 +119,14 @@ def export(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {why(error)}") from None
     return Written([out / name for name in facts.files], remarks)
+
+
+def _without_data(config: Config) -> str:
+    """Why the card lacks what the index of the run's data says."""
+    return (
+        f"The run's data are not at {redacted(str(config.data.train))}, seen from here, or are others now, "
+        "so the card lacks their number and licence; export again from where they are."
+    )
 
 
 def _refuse_taken(out: Path) -> None:

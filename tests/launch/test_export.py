@@ -21,6 +21,7 @@ from launch.export import export as command
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.credentials import public
+from pipeline.run import export as export_module
 from pipeline.run import programs
 from pipeline.run.card import card
 from pipeline.run.export import export, load_exported, load_generator
@@ -186,6 +187,21 @@ def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypa
     with pytest.raises(UserError, match=r"--onnx needs onnxscript: pip install 'shardgan\[onnx\]'"):
         export(run, tmp_path / "out", complete=True, onnx=True)
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_card_lacks_without_the_data_is_a_remark(run, tmp_path, monkeypatch):
+    assert export(run, tmp_path / "whole").remarks == []
+    moved = shutil.copytree(run, tmp_path / "moved")
+    settings = yaml.safe_load((moved / "config.yaml").read_text())
+    settings["data"]["train"] = "data/photos"
+    (moved / "config.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(export_module, "write_portable", lambda *_: ([], ["G_ema.pt2 is not written"]))
+    remarks = export(moved, tmp_path / "out", complete=True).remarks
+    assert remarks == [
+        "The run's data are not at data/photos, seen from here, or are others now, so the card lacks their "
+        "number and licence; export again from where they are.",
+        "G_ema.pt2 is not written",
+    ]
 
 
 def test_files_of_someone_else_are_left_alone(run, tmp_path):
