@@ -72,9 +72,11 @@ def test_an_export_is_published_in_private_and_loads_from_the_hub(hub, exported)
 def test_a_card_edited_by_its_author_is_published_without_credentials(hub, exported):
     with (exported / "README.md").open("a") as card:
         card.write("Images of <https://me:secret@host/photos?token=secret>\n")
+        card.write("as in [a paper](https://host/abs?id=7#results), page 2\n")
     push(exported, NAME, public=True)
     repository = hub.repositories[NAME]
     assert not repository.private and b"<https://host/photos>" in repository.files["README.md"]
+    assert b"(https://host/abs?id=7#results), page 2\n" in repository.files["README.md"]
     assert not any(b"secret" in content for content in repository.files.values())
 
 
