@@ -23,10 +23,12 @@ def export(run: Path, out: Path, checkpoint: str, onnx: bool) -> None:
     """
     from pipeline.config import load
     from pipeline.run.export import export as write
+    from pipeline.run.exported import read
 
     files, remarks = write(run, out, checkpoint, complete=True, onnx=onnx)
     for file in files:
         click.echo(f"{file}  {file.stat().st_size:,} bytes")
+    click.echo(f"G_ema, G and D after {read(out).cur_nimg / 1000:g} kimg: {out}/")
     for remark in remarks:
         click.echo(remark)
     if decoder := load(run / "config.yaml").data.decoder:

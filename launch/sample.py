@@ -59,6 +59,10 @@ class _Wanted:
         if self.seeds is not None and (self.seed is not None or self.count is not None):
             raise UserError("--seeds says which and how many: leave out --seed and --count.")
 
+    def seed_for(self, sampler: Sampler) -> int:
+        """Of all latents, where no --seeds name them: by default those of the run's own grids."""
+        return sampler.seed if self.seed is None else self.seed
+
     def numbers(self, sampler: Sampler, known: Sequence[str]) -> list[int]:
         """The classes asked for; none: all. known: the names of all."""
         names = [name for text in self.classes for name in ([text] if text in known else text.split(","))]
@@ -85,7 +89,11 @@ class _Wanted:
     type=click.IntRange(min=1),
     help="Without --seeds, how many images; default: whole rows of at most 64, or 16 that move.",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="Without --seeds, of all latents; default: 0.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    help="Without --seeds, of all latents; default: run.seed, which gives those of the run's own grids.",
+)
 @click.option(
     "--interpolate",
     is_flag=True,
@@ -144,7 +152,7 @@ def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> 
     from pipeline.run import layouts
     from pipeline.run.grid import save_grid
 
-    seed, seeds = wanted.seed or 0, wanted.seeds or []
+    seed, seeds = wanted.seed_for(sampler), wanted.seeds or []
     if wanted.interpolate:
         layout = layouts.rows(sampler, seed, wanted.count, seeds, classes)
     elif seeds:
@@ -158,13 +166,15 @@ def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> 
 def _moving(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> str:
     from pipeline.run import layouts
     from pipeline.run.animation import FPS, save_animation
-    from pipeline.run.grid import tile
+    from pipeline.run.grid import fitting, tile
 
-    layout = layouts.loops(sampler, wanted.seed or 0, wanted.count, wanted.seeds or [], classes)
+    seed, seeds = wanted.seed_for(sampler), wanted.seeds or []
+    layout = layouts.loops(sampler, seed, wanted.count, seeds, classes)
     frames, n, _ = layout.z.shape
     least = max(56, 224 // -(-n // layout.columns))  # a single small image is enlarged more
     images = layout.frames(sampler, wanted.truncation)
-    save_animation((tile(one, layout.columns, layout.titles, least) for one in images), out)
+    pictures = (tile(one, layout.columns, layout.titles, least) for one in images)
+    save_animation((fitting(picture, out) for picture in pictures), out)
     return f"{frames:,} frames ({frames / FPS:g} s) of {counted(n, 'image')}"
 
 

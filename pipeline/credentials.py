@@ -6,6 +6,16 @@ import re
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
+
+_USER = re.compile(  # a URL's user and password, which may contain any character; host:8080/a@b has none
+    r"""(?<=://)(?:[^\s/?#:)>"\[\]]*:(?!\d*(?:[/?#)>"\]\s]|$))(?:(?!://)\S)*@|[^\s/?#:)>"\[\]]*@)"""
+)
+_SECRET = re.compile(  # names of what a query may hold; not keyword, author, design
+    r"token|secret|passw|pwd|credential|signature|^x-(?:amz|goog)-|^googleaccessid$|key(?:[-_]?(?:pair[-_]?)?id)?$"
+    r"|(?:^|[-_.])(?:sig|pass|jwt|hmac|auth(?:orization)?)$",
+    re.IGNORECASE,
+)
 
 
 def redacted(url: str) -> str:
@@ -35,6 +45,29 @@ def scrubbed(text: str) -> str:
     A URL ends at a quote or a bracket, unless an @ follows: a password may contain any character.
     """
     return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
+
+
+def shareable(text: str) -> str:
+    """A text for other people, such as a model card: of its URLs only what lets someone in is removed.
+
+    A link keeps the rest of its query, and its fragment. A URL ends where Markdown or HTML may end it.
+    """
+    return re.sub(r"\w+://[^\s)>\"\]]*", lambda url: _without_secrets(url[0]), _USER.sub("", text))
+
+
+def _without_secrets(url: str) -> str:
+    """A URL without the parts of its query or fragment that look secret; a text's own mark after it stays."""
+    shown, *rest = re.split("([?#]|&(?:amp;)?)", url)
+    mark, after = "", ""
+    for separator, part in zip(rest[::2], rest[1::2], strict=True):
+        mark = mark if mark and separator[0] == "&" else separator  # ? of a part that was removed
+        name, given, value = part.partition("=")
+        if given and _SECRET.search(unquote(name)):
+            end = re.search("[<'`].*$|[.,:;!*]+$", value)
+            after = end[0] if end else ""
+        else:
+            shown, mark, after = shown + mark + part, "", ""
+    return shown + after
 
 
 def public(setting: str) -> str:

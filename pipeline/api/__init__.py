@@ -30,7 +30,7 @@ def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
 
     Args:
         source: a run folder, a folder that `shardgan export` wrote, or what `shardgan push` published on the
-            Hugging Face Hub, USER/NAME or USER/NAME@REVISION.
+            Hugging Face Hub, USER/NAME or USER/NAME@REVISION as a str (a Path is a folder).
         checkpoint: of a run: "newest", "best" (by the run's own score), or a kimg.
 
     Returns G_ema as a torch.nn.Module on the CPU, in eval mode, its weights without gradients: z float32

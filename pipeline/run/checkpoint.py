@@ -19,6 +19,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,12 +84,16 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
     """The checkpoint that a person asks for: "newest" intact, "best" by the run's score, or a kimg.
 
     wanted: a number or its text; the whole kimg of one that is kept suffices (150 for cur_nimg 150,016).
-    Raises UserError if it is not kept, or not intact; the message names those that are there.
+    Warns of each newer one that is damaged where the newest is wanted, as an older one is used then. Raises
+    UserError if it is not kept, or not intact; the message names those that are there.
     """
     newest, complaints = newest_intact(folder)
     if newest is None:
         raise UserError("\n".join([f"{folder.parent} holds no intact checkpoint yet.", *complaints]))
     if wanted == "newest":
+        for complaint in complaints:
+            older = f"the older one of kimg {int(newest.name) / 1000:g} is used instead"
+            print(f"warning: {complaint}; {older}.", file=sys.stderr, flush=True)
         return newest
     kept = find(folder)
     there = f"{folder.parent} keeps kimg {', '.join(f'{nimg / 1000:g}' for nimg in reversed(kept))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.config import Config, UserError, dump, load
-from pipeline.credentials import all_redacted, public
+from pipeline.credentials import all_redacted, public, redacted
 from pipeline.durable import save_tensors, whole, write
+from pipeline.errors import readable
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
 from pipeline.run import programs
@@ -75,7 +77,7 @@ def load_exported(folder: Path) -> tuple[nn.Module, Config, Exported]:
 
 
 class Written(NamedTuple):
-    """What `export` has written, and what it could not, and why."""
+    """What `export` has written, and what it could not or does not know, and why."""
 
     files: list[Path]
     remarks: list[str]
@@ -104,9 +106,12 @@ def export(
             files.append(f"{name}.safetensors")
             with whole(out / files[-1]) as partial:
                 save_tensors(tensors, partial, {"format": "pt", "cur_nimg": str(state.cur_nimg)})
+        if facts.training_images is None:
+            remarks.append(_without_data(config))
         if complete:
-            made, remarks = write_portable(networks["G_ema"], config, state, out, onnx)
+            made, unwritten = write_portable(networks["G_ema"], config, state, out, onnx)
             files += made
+            remarks += unwritten
         facts = replace(facts, files=(*files, "config.yaml", CARD, FILE))
         write(out / "config.yaml", _public_settings(config))
         write(out / CARD, card(config, facts))
@@ -116,21 +121,45 @@ def export(
     return Written([out / name for name in facts.files], remarks)
 
 
+def _without_data(config: Config) -> str:
+    """Why the card lacks what the index of the run's data says."""
+    return (
+        f"The run's data are not at {redacted(str(config.data.train))}, seen from here, or are others now, "
+        "so the card lacks their number and licence; export again from where they are."
+    )
+
+
 def _refuse_taken(out: Path) -> None:
     """Raise UserError if `out` holds what is not ours: README.md and config.yaml might be someone's own.
 
     Hidden files do not count, as a repository that was just cloned has some.
     """
-    own = "Give the export a folder of its own."
+    own = "Give the export a folder of its own, by another --out."
     if (out / "checkpoints").exists():
         raise UserError(f"{out} is a run folder. {own}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file. {own}")
-    begun = (out / FILE, out / f"{NETWORKS[0]}.safetensors")  # the latter alone: an export that was killed
-    if out.is_dir() and not any(file.exists() for file in begun):
+    if (out / FILE).exists():
+        try:
+            read(out)
+        except UserError:
+            raise UserError(f"{out / FILE} was not written by an export of ShardGAN. {own}") from None
+    elif (out / f"{NETWORKS[0]}.safetensors").exists():  # alone: perhaps an export that was killed
+        if not _is_our_card(out / CARD):
+            raise UserError(f"{out / CARD} is not the card of an export of ShardGAN. {own}")
+    elif out.is_dir():
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if names:
             raise UserError(f"{out} holds files that are no export, such as {names[0]}. {own}")
+
+
+def _is_our_card(card: Path) -> bool:
+    """Whether a model card is one of an export, by its first lines, or is not there."""
+    if not card.exists():
+        return True
+    with readable(str(card)):
+        front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    return bool(front and re.search(r"^library_name: *shardgan *$", front[1], re.MULTILINE))
 
 
 def _begin(out: Path) -> None:

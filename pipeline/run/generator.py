@@ -67,11 +67,20 @@ def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
     checkpoint: of a run: see `load_run`. Raises UserError as `load_generator`, `load_exported` and `fetch`.
     """
     folder = Path(source).expanduser()
-    on_the_hub = is_repository(str(source))
+    on_the_hub = isinstance(source, str) and is_repository(source)  # a Path names a folder
     if not on_the_hub and not (folder / FILE).is_file():
         network, config, state = load_generator(folder, checkpoint)
         return Generator(network, config, state.label_frequencies, state.classes, state.cur_nimg)
     if checkpoint != "newest":
         raise UserError(f"{source} is an export, which holds one checkpoint: leave out checkpoint.")
-    network, config, facts = load_exported(fetch(str(source)) if on_the_hub else folder)
+    network, config, facts = load_exported(_fetched(str(source)) if on_the_hub else folder)
     return Generator(network, config, facts.label_frequencies, facts.classes, facts.cur_nimg)
+
+
+def _fetched(repository: str) -> Path:
+    """`fetch`, whose errors say first that there is no such folder: runs/photos may be a run, too, if the
+    current folder is the wrong one."""
+    try:
+        return fetch(repository)
+    except UserError as error:
+        raise UserError(f"There is no folder {repository} here; as a repository: {error}") from None

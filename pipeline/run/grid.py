@@ -13,11 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from pipeline.config import UserError
 from pipeline.durable import whole
 from pipeline.run.saved_grids import GAP, PLEASANT, STEP, scale_of
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name of the file
 LATEST = "latest.png"  # in samples/ of a run: a copy of the last grid, for a viewer that stays open
+_LARGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}  # pixels along a side
 _OPTIONS: dict[str, dict[str, Any]] = {
     "PNG": {"optimize": True},
     "JPEG": {"quality": 95, "subsampling": 0},
@@ -82,6 +84,18 @@ def column_titles(c: Tensor | None, columns: int, names: Sequence[str]) -> tuple
     return tuple(names[int(label)] for label in c[:columns])
 
 
+def fitting(picture: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
+    """The picture. Raises UserError if it is larger than a file of the path's suffix can be."""
+    height, width = picture.shape[:2]
+    largest = _LARGEST.get(path.suffix.lower())
+    if largest is not None and max(height, width) > largest:
+        raise UserError(
+            f"{path}: a picture of {width:,} × {height:,} pixels is too large for {path.suffix}, which has "
+            f"at most {largest:,} along a side. Use .png, fewer seeds, or --images for separate files."
+        )
+    return picture
+
+
 def save_grid(
     images: Tensor,
     path: Path,
@@ -91,7 +105,8 @@ def save_grid(
 ) -> None:
     """Write `tile(images, columns, titles)`, whole or not at all, in the format of the path's suffix.
 
-    notes: text stored in a PNG. Raises ValueError for a suffix that is not in FORMATS, OSError.
+    notes: text stored in a PNG. Raises ValueError for a suffix that is not in FORMATS, UserError as
+    `fitting`, OSError.
     """
     if (kind := FORMATS.get(path.suffix.lower())) is None:
         raise ValueError(f"{path.name} does not end in {', '.join(FORMATS)}")
@@ -101,5 +116,6 @@ def save_grid(
         step = images.shape[-2] * scale_of(min(images.shape[-2:])) + GAP
         for name, note in {STEP: str(step), **(notes or {})}.items():
             info.add_text(name, note)
+    picture = Image.fromarray(fitting(tile(images, columns, titles), path))
     with whole(path) as partial:
-        Image.fromarray(tile(images, columns, titles)).save(partial, format=kind, **options)
+        picture.save(partial, format=kind, **options)

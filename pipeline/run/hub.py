@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
-from pipeline.credentials import scrubbed
+from pipeline.credentials import scrubbed, shareable
 from pipeline.plugins import require
 from pipeline.run.exported import FILE, NAMES, read
 from pipeline.wording import one_line
@@ -98,7 +98,10 @@ def _there(hub: Any, api: Any, repository: str, public: bool) -> tuple[set[str],
 
 
 def _content(file: Path) -> Path | bytes:
-    return scrubbed(file.read_text("utf-8")).encode() if file.suffix in _TEXTS else file
+    if file.suffix not in _TEXTS:
+        return file
+    clean = shareable if file.suffix == ".md" else scrubbed  # a card's links are to work
+    return clean(file.read_text("utf-8")).encode()
 
 
 @contextmanager

@@ -67,15 +67,15 @@ class Decoded(Images):
 class FirstChannels(Images):
     """Of latents without a decoder: their first three channels, from −2 to 2 standard deviations of each.
 
-    For a look at them only; they are no images to score.
+    Of each in the image itself, whatever the others. For a look at them only; they are no images to score.
     """
 
-    version = "no images"
+    version = "no images, each by itself"  # once over all that were made together
 
     def __call__(self, made: Tensor) -> Tensor:
         shown = made[:, : 3 if made.shape[1] >= 3 else 1].float()
-        mean = shown.mean((0, 2, 3), keepdim=True)
-        deviation = shown.std((0, 2, 3), correction=0, keepdim=True)
+        mean = shown.mean((2, 3), keepdim=True)
+        deviation = shown.std((2, 3), correction=0, keepdim=True)
         return to_uint8((shown - mean) / (2 * deviation.clamp(min=1e-6)))
 
 

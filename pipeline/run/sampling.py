@@ -40,6 +40,7 @@ class Sampler:
         unconditional. Raises UserError if data.decoder cannot be used."""
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.G, self.z_dim = G.to(self.device), config.G.z_dim
+        self.seed = config.run.seed  # by which the run drew the latents of its own grids
         self.frequencies = None if frequencies is None else list(frequencies)
         self.names = tuple(names or map(str, range(len(frequencies or ()))))
         self._decode = images_of(config.data, self.device)

@@ -55,16 +55,18 @@ def score_run(
         data: where the run's data are now, if they were moved.
         checkpoint: see `load_run`.
 
-    Raises UserError as `load_run` does, and if the data are not there or others than those of training.
+    Raises UserError as `load_run` does, for counts below 2, and if the data are not there or others than
+    those of training.
     """
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UserError(f"There is no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
+    _check_counts(images, train_images)
     G, config, state = load_generator(run, checkpoint)
     score = replace(
         config.score,
         metrics=tuple(metrics),  # type: ignore[arg-type]  # known ones
         features=features or config.score.features,
-        images=images or config.score.images,
+        images=config.score.images if images is None else images,
         train_images=config.score.train_images if train_images is None else train_images,
     )
     config = replace(config, score=score, data=replace(config.data, train=data or config.data.train))
@@ -77,6 +79,13 @@ def score_run(
     entry = {"cur_nimg": state.cur_nimg, "time": now, **scores, "against": fingerprints}
     _append(run / "scores.json", entry)
     return scores, state.cur_nimg
+
+
+def _check_counts(images: int | None, train_images: int | None) -> None:
+    """train_images: 0 means none, as in the config."""
+    for name, count in (("images", images), ("train_images", train_images or None)):
+        if count is not None and count < 2:
+            raise UserError(f"{name}={count}: scores compare at least 2 images. Leave it out for the run's.")
 
 
 def _scores(

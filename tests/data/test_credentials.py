@@ -9,7 +9,7 @@ import pytest
 from launch.slurm.jobs import refuse_credentials
 from pipeline import config
 from pipeline.config import UserError
-from pipeline.credentials import redacted, scrubbed
+from pipeline.credentials import redacted, scrubbed, shareable
 from pipeline.data.prepare.writer import Options, prepare
 
 
@@ -40,6 +40,64 @@ def test_a_message_without_credentials_stays(text: str) -> None:
 def test_two_urls_without_a_blank_between() -> None:
     text = '{"u":"https://me:word@h/a","v":"https://me:word@h2/b?sig=1"}'
     assert scrubbed(text) == '{"u":"https://h/a","v":"https://h2/b"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[a paper](https://host/abs?id=7&v=2#section-3), and https://host/x?keyword=gan, too",
+        '<a href="https://host:8080/a?author=me&amp;design=2#token">it</a> <https://host/a@b>',
+        "![a picture](https://host/it's.png?raw=true) [1]: https://host/d?page=2&",
+        "(https://host) me@host, [x](s3://bucket/a@b.tar), https://[::1]:80/a@b",
+    ],
+)
+def test_a_link_that_lets_nobody_in_stays_whole(text: str) -> None:
+    assert shareable(text) == text
+
+
+@pytest.mark.parametrize(
+    "password", ["word", "wo'rd", "wo)rd", 'wo"rd', "wo<>rd", "wo/rd", "wo@rd", "wo#?'rd"]
+)
+def test_a_password_in_a_link(password: str) -> None:
+    assert shareable(f"[it](https://me:{password}@host:80/d?a=1#b).") == "[it](https://host:80/d?a=1#b)."
+    assert (
+        shareable(f"<https://me@my.org:{password}@host/d> https://word@host")
+        == "<https://host/d> https://host"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token",
+        "access_token",
+        "key",
+        "api-key",
+        "apiKey",
+        "sig",
+        "SIGNATURE",
+        "client_secret",
+        "password",
+        "X-Amz-Credential",
+        "x-goog-date",
+        "AWSAccessKeyId",
+        "Key-Pair-Id",
+        "X%2DAmz%2DSignature",
+        "auth",
+    ],
+)
+def test_a_secret_in_a_link(name: str) -> None:
+    for around in ("[it]({})", "<{}>", "see {}, and", "`{}`", "<a href='{}'>it</a>", "{}"):
+        for query, shown in [
+            ("?{}=word", ""),
+            ("?a=1&{}=wo.rd%2F==&b=2#c", "?a=1&b=2#c"),
+            ("?{}=word&amp;b=2", "?b=2"),
+            ("?{}=word#c", "#c"),
+            ("#{}=word", ""),
+            ("?to=s3://b?{}=word", "?to=s3://b"),
+        ]:
+            link = around.format(f"https://host/d{query.format(name)}")
+            assert shareable(link) == around.format(f"https://host/d{shown}")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from launch.export import export as command
 from pipeline import config
 from pipeline.config import UserError
 from pipeline.credentials import public
+from pipeline.run import export as export_module
 from pipeline.run import programs
 from pipeline.run.card import card
 from pipeline.run.export import export, load_exported, load_generator
@@ -62,7 +63,9 @@ def run(tmp_path_factory):
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "my-gan"
     result = CliRunner().invoke(command, [str(run), "--out", str(out)], catch_exceptions=False)
-    assert [line.split()[0] for line in result.output.splitlines()] == [str(out / name) for name in FILES]
+    *files, last = result.output.splitlines()
+    assert [line.split()[0] for line in files] == [str(out / name) for name in FILES]
+    assert last == f"G_ema, G and D after 0.12 kimg: {out}/"
     return out
 
 
@@ -204,6 +207,21 @@ def test_without_the_packages_of_onnx_nothing_is_written(run, tmp_path, monkeypa
     assert not [*tmp_path.iterdir()]
 
 
+def test_what_a_card_lacks_without_the_data_is_a_remark(run, tmp_path, monkeypatch):
+    assert export(run, tmp_path / "whole").remarks == []
+    moved = shutil.copytree(run, tmp_path / "moved")
+    settings = yaml.safe_load((moved / "config.yaml").read_text())
+    settings["data"]["train"] = "data/photos"
+    (moved / "config.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(export_module, "write_portable", lambda *_: ([], ["G_ema.pt2 is not written"]))
+    remarks = export(moved, tmp_path / "out", complete=True).remarks
+    assert remarks == [
+        "The run's data are not at data/photos, seen from here, or are others now, so the card lacks their "
+        "number and licence; export again from where they are.",
+        "G_ema.pt2 is not written",
+    ]
+
+
 def test_files_of_someone_else_are_left_alone(run, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
@@ -215,10 +233,34 @@ def test_files_of_someone_else_are_left_alone(run, tmp_path):
         export(run, out / "README.md")
 
 
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"export.json": '{"theirs": 1}'}, r"export\.json was not written by"),
+        ({"export.json": "{"}, r"export\.json was not written by"),
+        ({}, r"README\.md is not the card of an export"),
+        (
+            {"README.md": "---\nlibrary_name: diffusers\n---\nlibrary_name: shardgan\n"},
+            r"README\.md is not the",
+        ),
+    ],
+)
+def test_a_file_of_the_same_name_makes_no_export(run, tmp_path, files, named):
+    files = {"G_ema.safetensors": "theirs", "README.md": "theirs", "config.yaml": "theirs"} | files
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{named} .*ShardGAN\. Give .* another --out\.$"):
+        export(run, tmp_path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == files
+
+
 def test_an_export_that_was_killed_is_written_again_also_into_a_repository(run, tmp_path):
     (tmp_path / ".gitattributes").write_text("")
     export(run, tmp_path)
     (tmp_path / "export.json").unlink()
+    export(run, tmp_path)
+    for name in ("export.json", "README.md"):
+        (tmp_path / name).unlink()
     export(run, tmp_path)
     assert read(tmp_path).files[0] == "G_ema.safetensors"  # the last to be removed
 

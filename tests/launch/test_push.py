@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from launch.push import push as command
 from pipeline.config import UserError
 from pipeline.run.export import export, load_exported
+from pipeline.run.generator import load
 from pipeline.run.hub import fetch, is_repository, push
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +72,11 @@ def test_an_export_is_published_in_private_and_loads_from_the_hub(hub, exported)
 def test_a_card_edited_by_its_author_is_published_without_credentials(hub, exported):
     with (exported / "README.md").open("a") as card:
         card.write("Images of <https://me:secret@host/photos?token=secret>\n")
+        card.write("as in [a paper](https://host/abs?id=7#results), page 2\n")
     push(exported, NAME, public=True)
     repository = hub.repositories[NAME]
     assert not repository.private and b"<https://host/photos>" in repository.files["README.md"]
+    assert b"(https://host/abs?id=7#results), page 2\n" in repository.files["README.md"]
     assert not any(b"secret" in content for content in repository.files.values())
 
 
@@ -146,3 +149,16 @@ def test_what_is_a_folder_here_is_no_repository(tmp_path, monkeypatch):
     assert not any(map(is_repository, ("runs", "./runs", "../my-gan", "~/my-gan", "/tmp/my-gan", "a/b/c")))
     (tmp_path / "somebody").mkdir()  # as `runs`, in which a run is misspelt
     assert not is_repository(NAME)
+
+
+def test_a_run_that_is_not_here_is_said_before_what_the_hub_says(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^runs/photos is not a run folder"):
+        load(Path("runs/photos"))
+    assert hub.asked == []
+    first = "^There is no folder runs/photos here; as a repository: "
+    with pytest.raises(UserError, match=f"{first}There is no runs/photos on the Hub"):
+        load("runs/photos")
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    with pytest.raises(UserError, match=f"{first}Loading runs/photos from the Hugging Face Hub needs"):
+        load("runs/photos")

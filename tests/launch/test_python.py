@@ -109,6 +109,9 @@ def test_evaluate_gives_the_score_of_training(run: Path) -> None:
     assert scores["efflite0_fake_images"] == 20 and environment == dict(os.environ)
     with pytest.raises(UserError, match="There is no metric 'kit'"):
         shardgan.evaluate(run, ["kit"])
+    for name, count in (("images", 1), ("images", 0), ("train_images", 1), ("train_images", -2)):
+        with pytest.raises(UserError, match=rf"^{name}={count}: scores compare at least 2 images\."):
+            shardgan.evaluate(run, **{name: count})
 
 
 def test_a_second_training_leaves_this_process_as_it_was(config: Path, run: Path) -> None:

@@ -27,7 +27,7 @@ SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
 SETTINGS = (
     "run.total_kimg=0.064 run.tick_kimg=0.032 run.eval_kimg=0.064 data.size=28 data.channels=1 "
     "data.workers=0 data.batch_size=32 data.conditional=true G.width=8 D.width=8 score.images=20 "
-    "ema.kimg=0.02 track.wandb=false run.name=brief"
+    "ema.kimg=0.02 track.wandb=false run.name=brief run.seed=7"
 )
 
 
@@ -100,6 +100,17 @@ def test_sample_writes_the_same_sheet_for_the_same_seed(run, tmp_path):
         sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
     assert sheets[0].shape == (16 + 2 * 58 + 2, 10 * 58 + 2)  # a column for each of the ten classes
     assert np.array_equal(sheets[0], sheets[1]) and not np.array_equal(sheets[0], sheets[2])
+
+
+def test_without_a_seed_the_latents_are_those_of_the_runs_own_grids(run, tmp_path):
+    call(sample, run, "--out", tmp_path / "own.png")
+    call(sample, run, "--out", tmp_path / "zero.png", "--seed", 0)
+    own, zero, latest = (
+        np.asarray(Image.open(path)).astype(int)
+        for path in (tmp_path / "own.png", tmp_path / "zero.png", run / "samples" / "latest.png")
+    )
+    assert own.shape == latest.shape and np.abs(own - latest).max() <= 1  # rounding
+    assert np.abs(zero - latest).max() > 1
 
 
 def test_a_runs_own_grids_have_a_class_in_each_column(run):

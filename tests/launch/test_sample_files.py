@@ -206,6 +206,7 @@ def test_files_of_several_classes_and_folders_of_others(trained, tmp_path, monke
         ("--out x.png --classes 3", "no class 3: classes are from 0 to 2"),
         ("--out x.png --classes shirts", "did you mean 'shirt'"),
         ("--out x.png --truncation 0.7", "latent w"),
+        ("--out x.webp --seeds 0-290 --classes 0,1", "too large for .webp"),
     ],
 )
 def test_what_does_not_go_together_is_refused(trained, tmp_path, monkeypatch, arguments, message):

@@ -114,3 +114,21 @@ def test_a_chosen_checkpoint_is_there_whole_and_the_only_one(tmp_path):
     with pytest.raises(UserError, match="1536 is damaged"):
         checkpoint.chosen(folder, 1.536)
     assert checkpoint.chosen(folder, 1.024).name == "1024"
+
+
+def test_an_older_checkpoint_is_used_with_a_warning_only(tmp_path, capsys):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for nimg in (1_024, 1_536, 2_048):
+        kept(folder, nimg)
+    assert checkpoint.chosen(folder).name == "2048" and capsys.readouterr() == ("", "")
+    for nimg in (2_048, 1_536):
+        (folder / str(nimg) / "state.json").write_text("{}")
+    assert checkpoint.chosen(folder).name == "1024"
+    out, warnings = capsys.readouterr()
+    assert out == "" and warnings.splitlines() == [
+        f"warning: checkpoint {folder}/{nimg} is damaged (state.json is not what was written); "
+        "the older one of kimg 1.024 is used instead."
+        for nimg in (2_048, 1_536)
+    ]
+    assert checkpoint.chosen(folder, 1.024).name == "1024" and capsys.readouterr() == ("", "")

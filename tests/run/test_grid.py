@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.config import UserError
 from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
 from pipeline.run.grid import column_titles, save_grid, tile, whole_rows
@@ -54,6 +55,16 @@ def test_quantisation_rounds_clamps_and_inverts_the_reading_of_stored_images():
 def test_what_no_format_is_named_by_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\.png"):
         save_grid(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), tmp_path / "x.gif", columns=2)
+
+
+@pytest.mark.parametrize(("suffix", "fit"), [("webp", 282), ("jpg", 1129), ("JPEG", 1129)])
+def test_a_picture_too_large_for_its_format_is_refused(tmp_path, suffix, fit):
+    path, images = tmp_path / "tall" / f"x.{suffix}", torch.zeros(fit + 1, 1, 28, 28, dtype=torch.uint8)
+    with pytest.raises(UserError, match=rf"is too large for \.{suffix}, .* Use \.png, fewer seeds, or"):
+        save_grid(images, path, columns=1)
+    assert not path.parent.exists()
+    save_grid(images[:fit], path, columns=1)
+    save_grid(images, path.with_suffix(".png"), columns=1)
 
 
 def test_sheets_of_one_kimg_stand_side_by_side(tmp_path):

@@ -69,7 +69,7 @@ def test_images_do_not_depend_on_how_many_are_made_at_once(labels):
         seen.append(len(z))
         return (z if c is None else z + c[:, None]).view(-1, 4, 2, 2)
 
-    z, shown = torch.randn(9, 16), FirstChannels()  # which compares all that it is given
+    z, shown = torch.randn(9, 16), FirstChannels()
     all_at_once = from_latents(G, z, labels, CPU, shown)(1, 7)
     in_parts = from_latents(G, z, labels, CPU, shown, at_once=3)(1, 7)
     assert seen == [7, 3, 3, 1] and torch.equal(in_parts, all_at_once)
@@ -125,6 +125,7 @@ def test_without_a_decoder_the_first_channels_are_shown(channels, shown):
     assert found.shape == (64, shown, 8, 8) and found.dtype == torch.uint8
     pixels = found.float()
     assert abs(pixels.mean() - 127.5) < 2 and abs(pixels.std() - 127.5 / 2) < 4
+    assert torch.equal(images(latents[3:5]), found[3:5]), "an image depends on its latent alone"
     assert torch.equal(images(torch.ones(1, channels, 1, 1)), torch.full((1, shown, 1, 1), 128).byte())
 
 
