@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.select.candidates import Arm
 from pipeline.config import Config, UserError, dump, load
+from pipeline.run import checkpoint
 from pipeline.run.folder import DONE, as_begun, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself sets in each trial.
@@ -186,10 +187,18 @@ def _check_folder(trial: Trial) -> None:
     except UserError as error:  # its last line is the remedy for a single run
         what = str(error).splitlines()[:-1]
         raise UserError("\n".join([*what, "Give the selection another run.name."])) from None
+    due, saved = _length(trial.config), checkpoint.find(trial.folder / "checkpoints")
     if trial.done:
-        found, due = float((trial.folder / DONE).read_text().split()[0]), _length(trial.config)
+        found = float((trial.folder / DONE).read_text().split()[0])
         changes = [f"run.total_kimg: {found / 1000:g} → {due / 1000:g}"] if found != due else []
         refuse(f"{trial.name} is finished, at another length", changes)
+    elif saved and saved[0] > due:  # it would be resumed, end at once and be scored there
+        kimg = f"{saved[0] / 1000:g}"
+        refuse(
+            f"{trial.name} is already at kimg {kimg}",
+            [f"run.total_kimg: {due / 1000:g}"],
+            f"Set run.total_kimg to at least {kimg}",
+        )
 
 
 def _length(config: Config) -> int:

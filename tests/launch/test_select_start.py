@@ -36,6 +36,17 @@ def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
     assert not longer[1].done  # and is resumed
 
 
+def test_an_interrupted_trial_is_not_compared_at_a_shorter_length_than_it_has(tmp_path):
+    _, trials = selection(tmp_path)
+    checkpoints = trials[1].folder / "checkpoints"
+    (checkpoints / "16").mkdir(parents=True)
+    (checkpoints / "48").mkdir()
+    with pytest.raises(UserError, match=r"l2=1,seed=0,fold=0 is already at kimg 0.048 .*at least 0.048, or"):
+        selection(tmp_path, "run.total_kimg=0.032")
+    selection(tmp_path, "run.total_kimg=0.048")
+    selection(tmp_path, "run.total_kimg=0.128")
+
+
 def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp_path):
     """Without ema.rampup, which it did not have: else scores would not compare."""
     _, trials = selection(tmp_path)
