@@ -18,7 +18,7 @@ from pipeline.run.folder import DONE, as_begun, check_same, finished
 _FIXED = (
     *("run.total_kimg", "score", "data.train", "data.size", "data.channels", "data.decoder"),
     *("data.stages", "data.window", "data.holdout", "data.folds", "data.fold"),
-    *("run.name", "run.out", "run.seed", "run.resume"),
+    *("run.name", "run.out", "run.seed", "run.resume", "run.new_settings", "run.new_data"),
 )
 _SCORES = 5  # of a trial along its way, the last at its end
 _IMAGES_PER_SCORED = 20  # shown to D between two scores, for each image that a score generates
@@ -85,6 +85,12 @@ def trials(
             "run.resume=false: the trials of a selection are always resumed. To start over, leave it out and "
             "give the selection another run.name."
         )
+    for key in ("new_settings", "new_data"):
+        if getattr(base.run, key):
+            raise UserError(
+                f"run.{key}=true: all trials of a selection are trained alike, from start to end. "
+                "Leave it out, and give a selection with other settings or data another run.name."
+            )
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)

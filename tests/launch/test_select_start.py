@@ -115,6 +115,16 @@ def test_settings_of_another_selection_ask_for_another_name(tmp_path):
         selection(tmp_path, "run.resume=false")
 
 
+@pytest.mark.parametrize("key", ["run.new_settings", "run.new_data"])
+def test_trials_do_not_change_in_mid_run(tmp_path, key):
+    _, trials = selection(tmp_path)
+    finish(trials[0])
+    with pytest.raises(UserError, match=f"{key}=true: .* another run.name"):
+        selection(tmp_path, f"{key}=true", "penalty.G.l1=0.1")
+    with pytest.raises(UserError, match=f"{key} cannot differ between trials"):
+        selection(tmp_path, grid=[f"{key}=false,true"])
+
+
 def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
     base, trials = selection(tmp_path, "score.metrics=[fd]")
     finish(trials[0])
