@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from pipeline.plugins import require
 _FILE = "search.json"
 _RANDOM = 5  # candidates with a score before TPE has anything to go by
 _ATTEMPTS = 50  # at a candidate that was not there before
+_COMBINATIONS = 200  # of ends that are checked, so that it takes seconds
 
 
 @dataclass
@@ -70,9 +73,13 @@ class Search:
         files.write(self.folder / _FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def propose(self, rows: Sequence[Row]) -> list[Arm]:
-        """The next candidates, now that those in `rows` have ended; none at the end of the search."""
+        """The next candidates, now that those in `rows` have ended; none at the end of the search.
+
+        Raises UserError for one that the config does not take.
+        """
         more = self._next(rows)
         if more:
+            self.trials_of(more)  # what the config refuses is not written down, to be read at every start
             self.candidates += more
             self.write()
         return more
@@ -135,6 +142,22 @@ class Search:
                 yield values, score
 
 
+def _check_ends(config: str, settings: Sequence[str], axes: Sequence[Axis]) -> None:
+    """Raises UserError, before anything starts, for ends that the config does not take together."""
+    ends = [axis.ends for axis in axes]
+    if math.prod(map(len, ends)) <= _COMBINATIONS:
+        combinations = list(product(*ends))
+    else:
+        draw = random.Random(0)
+        combinations = [tuple(map(draw.choice, ends)) for _ in range(_COMBINATIONS)]
+    for combination in combinations:
+        arm = arm_of({axis.key: end for axis, end in zip(axes, combination, strict=True)})
+        try:
+            load(config, [*settings, *arm.settings])
+        except UserError as error:
+            raise UserError(f"The search may propose {arm.name}. {error}") from None
+
+
 def search(
     config: str, settings: Sequence[str], ranges: Sequence[str], count: int, jobs: int, folds: int, seeds: int
 ) -> tuple[Config, Search]:
@@ -145,9 +168,7 @@ def search(
     require("optuna", "search", "--search tpe")
     base = load(config, settings)
     axes = axes_of(ranges, base)
-    for axis in axes:
-        for end in axis.ends:
-            load(config, [*settings, f"{axis.key}={end}"])
+    _check_ends(config, settings, axes)
     own = {axis.key: axis.spelled(own_value(axis.key, base) or axis.ends[0]) for axis in axes}
     folder = Path(base.run.out) / str(base.run.name)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from launch.select.candidates import Arm
 from pipeline.config import Config, UserError, dump, load
+from pipeline.run import checkpoint
 from pipeline.run.folder import DONE, as_begun, check_same, finished
 
 # Settings that decide what scores are against, and those that select itself sets in each trial.
 _FIXED = (
     *("run.total_kimg", "score", "data.train", "data.size", "data.channels", "data.decoder"),
     *("data.stages", "data.window", "data.holdout", "data.folds", "data.fold"),
-    *("run.name", "run.out", "run.seed", "run.resume"),
+    *("run.name", "run.out", "run.seed", "run.resume", "run.new_settings", "run.new_data"),
 )
 _SCORES = 5  # of a trial along its way, the last at its end
 _IMAGES_PER_SCORED = 20  # shown to D between two scores, for each image that a score generates
@@ -84,6 +85,12 @@ def trials(
             "run.resume=false: the trials of a selection are always resumed. To start over, leave it out and "
             "give the selection another run.name."
         )
+    for key in ("new_settings", "new_data"):
+        if getattr(base.run, key):
+            raise UserError(
+                f"run.{key}=true: all trials of a selection are trained alike, from start to end. "
+                "Leave it out, and give a selection with other settings or data another run.name."
+            )
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)
@@ -186,10 +193,18 @@ def _check_folder(trial: Trial) -> None:
     except UserError as error:  # its last line is the remedy for a single run
         what = str(error).splitlines()[:-1]
         raise UserError("\n".join([*what, "Give the selection another run.name."])) from None
+    due, saved = _length(trial.config), checkpoint.find(trial.folder / "checkpoints")
     if trial.done:
-        found, due = float((trial.folder / DONE).read_text().split()[0]), _length(trial.config)
+        found = float((trial.folder / DONE).read_text().split()[0])
         changes = [f"run.total_kimg: {found / 1000:g} → {due / 1000:g}"] if found != due else []
         refuse(f"{trial.name} is finished, at another length", changes)
+    elif saved and saved[0] > due:  # it would be resumed, end at once and be scored there
+        kimg = f"{saved[0] / 1000:g}"
+        refuse(
+            f"{trial.name} is already at kimg {kimg}",
+            [f"run.total_kimg: {due / 1000:g}"],
+            f"Set run.total_kimg to at least {kimg}",
+        )
 
 
 def _length(config: Config) -> int:

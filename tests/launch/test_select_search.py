@@ -208,6 +208,31 @@ def test_what_cannot_be_searched_is_refused(tmp_path, ranges, message):
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"]
 
 
+def test_ends_that_do_not_fit_together_are_refused_before_anything_starts(tmp_path):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    given = (str(tmp_path / "job.yaml"), [f"run.out={tmp_path}", "optim.G.kind=adamw"])
+    ranges = ("penalty.G.l2=0..1", "optim.G.decoupled_decay=0..0.1")
+    with pytest.raises(UserError, match=r"may propose penalty.G.l2=1, .*decay=0.1. .*do not fit together"):
+        search(*given, ranges, 3, 1, 2, 1)
+    needed = ("penalty.l2=0..1", "augment.p=0.1..0.5", "augment.ops=[flip],[shift]")  # no one without another
+    search(*given, needed, 3, 1, 2, 1)
+
+
+def test_a_proposal_that_the_config_refuses_is_not_written_down(tmp_path):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    given = (str(tmp_path / "job.yaml"), [f"run.out={tmp_path}", "run.name=mine"])
+    _, found = search(*given, RANGE, 3, 1, 2, 1)
+    found.read()
+
+    def refuses(arms):
+        raise UserError("no such candidate")
+
+    found.trials_of = refuses
+    with pytest.raises(UserError, match="no such candidate"):
+        found.propose([])
+    assert not (tmp_path / "mine" / "search.json").exists() and len(found.candidates) == 1
+
+
 def test_without_optuna_one_line_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(UserError, match=r"--search tpe needs optuna: pip install 'shardgan\[search\]'"):

@@ -36,6 +36,17 @@ def test_trials_of_another_length_are_not_put_beside_new_ones(tmp_path):
     assert not longer[1].done  # and is resumed
 
 
+def test_an_interrupted_trial_is_not_compared_at_a_shorter_length_than_it_has(tmp_path):
+    _, trials = selection(tmp_path)
+    checkpoints = trials[1].folder / "checkpoints"
+    (checkpoints / "16").mkdir(parents=True)
+    (checkpoints / "48").mkdir()
+    with pytest.raises(UserError, match=r"l2=1,seed=0,fold=0 is already at kimg 0.048 .*at least 0.048, or"):
+        selection(tmp_path, "run.total_kimg=0.032")
+    selection(tmp_path, "run.total_kimg=0.048")
+    selection(tmp_path, "run.total_kimg=0.128")
+
+
 def test_trials_beside_those_that_an_older_version_trained_are_trained_alike(tmp_path):
     """Without ema.rampup, which it did not have: else scores would not compare."""
     _, trials = selection(tmp_path)
@@ -102,6 +113,16 @@ def test_settings_of_another_selection_ask_for_another_name(tmp_path):
     assert "another run.name" in str(refused.value) and "resume" not in str(refused.value)
     with pytest.raises(UserError, match=r"run.resume=false: .* another run.name"):
         selection(tmp_path, "run.resume=false")
+
+
+@pytest.mark.parametrize("key", ["run.new_settings", "run.new_data"])
+def test_trials_do_not_change_in_mid_run(tmp_path, key):
+    _, trials = selection(tmp_path)
+    finish(trials[0])
+    with pytest.raises(UserError, match=f"{key}=true: .* another run.name"):
+        selection(tmp_path, f"{key}=true", "penalty.G.l1=0.1")
+    with pytest.raises(UserError, match=f"{key} cannot differ between trials"):
+        selection(tmp_path, grid=[f"{key}=false,true"])
 
 
 def test_finished_trials_without_the_score_to_choose_by_are_named(tmp_path):
