@@ -67,8 +67,7 @@ def write(
     choice = table.choice
     assert choice is not None
     best = load(path, [*overrides, *choice.arm.settings])
-    name = f"{load(path, overrides).run.name}-best"
-    best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=name))
+    best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=f"{folder.name}-best"))
     head = f"# {choice.arm.name}: chosen by `shardgan select`, see {folder}/report.md\n"
     files.write(folder / "best.yaml", head + dump(best))
     files.write(folder / "report.md", markdown(table, trials))
