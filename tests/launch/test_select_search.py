@@ -20,6 +20,7 @@ from launch.select import verdict as select_verdict
 from launch.select.candidates import arm_of
 from launch.select.choice import SEARCHED
 from launch.select.search import search
+from launch.select.searched import searched
 from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions, Trial
 from pipeline.config import UserError
@@ -142,6 +143,8 @@ def test_a_setting_that_is_null_is_so_in_the_first_candidate(searching):
     config = found.trials[0].config
     assert config.optim.G.clip is None and config.data.batch_gpu is None
     assert all(4 <= int(candidate["data.batch_gpu"]) <= 16 for candidate in rest)
+    ticks = searched(found._table()).axes[1].get_xticklabels()
+    assert "null" not in [tick.get_text() for tick in ticks], "it makes no names of numbers"
 
 
 def test_a_value_written_otherwise_is_not_tried_again(searching):
