@@ -95,6 +95,16 @@ def read_override(text: str, section: type) -> Layer:
     return layer
 
 
+def is_setting(key: str, section: type) -> bool:
+    """Whether section, a dataclass, has this setting; not so for options of a user's class."""
+    return _hint(section, key.split(".")) is not None
+
+
+def is_whole(key: str, section: type) -> bool:
+    """Whether it is a setting whose values are whole numbers, or null."""
+    return _kinds(_hint(section, key.split("."))) - {type(None)} == {int}
+
+
 def expand_shorthands(layer: Layer) -> Layer:
     """penalty.l2 → penalty.G.l2 and penalty.D.l2, in each layer, so that a later layer still wins."""
     penalty = layer.get("penalty")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from launch.installed import config_path
 from launch.processes import STRATEGIES, check_strategy
 from launch.select.choice import RULES
 from pipeline.config import UserError
+
+if TYPE_CHECKING:
+    from launch.select.candidates import Arm
 
 
 @click.command()
@@ -95,7 +99,6 @@ def select(
     which the last counts. The same command again resumes. The results are in OUT/NAME: report.md, pictures,
     table.json, table.csv, and best.yaml, ready to train.
     """
-    from launch.select import candidates as select_candidates
     from launch.select.choice import SEARCHED
     from launch.select.search import search as new_search
     from launch.select.selection import Selection
@@ -109,13 +112,13 @@ def select(
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
     launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
-    with nullcontext(config) if collect else as_it_is(config, settings) as config:
+    candidates = [] if search else _candidates(grid, arms)
+    with nullcontext(config) if collect else as_it_is(config, settings, candidates) as config:
         searched = None
         if search and count:
             base, searched = new_search(config, settings, grid, count, jobs, folds, seeds)
             found, rule = searched.read(), SEARCHED
         else:
-            candidates = select_candidates.grid(grid) if arms is None else select_candidates.arms(Path(arms))
             base, found = trials(config, settings, candidates, folds, seeds)
         selection = Selection(base, found, launch, (config, settings), click.echo, rule, searched)
         if collect:
@@ -127,11 +130,17 @@ def select(
             selection.train(jobs)
 
 
-@contextmanager
-def as_it_is(config: str, settings: tuple[str, ...]) -> Iterator[str]:
-    """A copy of a config file while trials are trained from it: someone may edit the file meanwhile."""
-    from pipeline.config import load
+def _candidates(grid: tuple[str, ...], arms: str | None) -> list[Arm]:
+    from launch.select import candidates as select_candidates
 
-    load(config, settings)  # its messages name the file
+    return select_candidates.grid(grid) if arms is None else select_candidates.arms(Path(arms))
+
+
+@contextmanager
+def as_it_is(config: str, settings: tuple[str, ...], candidates: Sequence[Arm]) -> Iterator[str]:
+    """A copy of a config file while trials are trained from it: someone may edit the file meanwhile."""
+    from launch.select.trials import load_base
+
+    load_base(config, settings, candidates)  # its messages name the file
     with TemporaryDirectory(prefix="shardgan-") as folder:
         yield shutil.copyfile(Path(config).expanduser(), str(Path(folder, Path(config).name)))

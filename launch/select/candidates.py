@@ -32,9 +32,9 @@ class Arm:
 
     @property
     def slug(self) -> str:
-        """The name as part of a folder's; a long one is cut and ends in a hash."""
+        """The name as part of a folder's, which no dot may begin; a long one is cut and ends in a hash."""
         changes = [f"{key}={in_time(key, value, 'to')}" for key, value in self.values.items()]
-        slug = re.sub(r"[^\w.=+,-]+", "_", (", ".join(changes) or self.name).replace(", ", ","))
+        slug = re.sub(r"[^\w.=+,-]+", "_", (", ".join(changes) or self.name).replace(", ", ",")).lstrip(".")
         if len(slug.encode()) <= _LONGEST:
             return slug
         digest = hashlib.sha256(slug.encode()).hexdigest()[:8]
@@ -121,6 +121,11 @@ def _split(values: str, axis: str) -> list[str]:
         node = yaml.compose(listed, yaml.SafeLoader)
     except yaml.YAMLError:
         node = None
+    if node is None and "${" in values:
+        raise UserError(
+            f"--grid {axis}: a value with ${{ must be in quotes, as in \"KEY='${{section.key}}',0\"; or a "
+            "bracket or quote is not closed."
+        )
     if node is None or values.rstrip().endswith(","):
         raise UserError(
             f"--grid {axis}: a value is missing beside a comma, or a bracket or quote is not closed."

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.select.candidates import grid, is_range, shortest
 from launch.select.choice import LAMBDA
 from pipeline.config import Config, UserError
-from pipeline.config_layers import from_yaml
+from pipeline.config_layers import from_yaml, is_setting, is_whole
 
 _DECADE = 10.0  # HIGH / LOW from which on a range is searched in log
 _DIGITS = 4  # of a proposed value
@@ -127,9 +127,11 @@ def axes_of(texts: Sequence[str], base: Config) -> list[Axis]:
 
 
 def own_value(key: str, base: Config) -> str | None:
-    """A setting of the config as one would write it; None if it is not set there."""
+    """A setting of the config as one would write it; None for an option that is not set there."""
     found = _lookup(key, base)
-    if found is None or isinstance(found, str):
+    if found is None:
+        return "null" if is_setting(key, Config) else None
+    if isinstance(found, str):
         return found
     return shortest(repr(found)) if isinstance(found, float) else json.dumps(found)
 
@@ -151,8 +153,15 @@ def _axis(text: str, base: Config) -> Axis:
     if not (math.isfinite(high - low) and low < high):
         raise UserError(f"--grid {text}: {values} is not LOW..HIGH with LOW < HIGH, as in 1e-6..1e-1.")
     whole = all(re.fullmatch(r"[+-]?\d+", end) for end in written)
+    return Range(key, (), low, high, whole and _holds_whole(key, base))
+
+
+def _holds_whole(key: str, base: Config) -> bool:
+    """By the setting's type, as it may be null now; an option of a user's class has none but its value's."""
+    if is_setting(key, Config):
+        return is_whole(key, Config)
     now = _lookup(key, base)
-    return Range(key, (), low, high, whole and isinstance(now, int) and not isinstance(now, bool))
+    return isinstance(now, int) and not isinstance(now, bool)
 
 
 def _meaning(written: str) -> object:

@@ -84,8 +84,12 @@ def _failures(axes: Axes, places: Sequence[float]) -> None:
 
 
 def _places(axes: Axes, key: str, rows: Sequence[Row]) -> list[float]:
-    """Where the values of a key are drawn: numbers in log if they span a decade or more, with 0 on the left;
-    anything else evenly."""
+    """Where the values of a key are drawn: numbers in log if they span a decade or more, with 0 on the left,
+    and null, which the first candidate may have, nowhere; anything else evenly."""
+    numbered = [row for row in rows if row.arm.values[key] != "null"]
+    if len(rows) - 1 == len(numbered) > 0 and all(row.arm.number(key) is not None for row in numbered):
+        places = iter(_places(axes, key, numbered))
+        return [math.nan if row.arm.values[key] == "null" else next(places) for row in rows]
     values = [row.arm.number(key) for row in rows]
     found = [value for value in values if value is not None]
     if len(found) < len(values):

@@ -21,11 +21,14 @@ from pipeline.data.stream import check_images
 from pipeline.gan.networks import check_networks
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import check_compiled
+from pipeline.run import checkpoint
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.folder import reference_of
 from pipeline.run.images import Images, images_of
 from pipeline.run.references import differences
 from pipeline.run.report import say
+from pipeline.run.resume import first_state
+from pipeline.run.source import open_source
 
 _COMMON = "selection.json"
 
@@ -89,6 +92,7 @@ def check(base: Config, trials: Sequence[Trial], launch: LaunchOptions, jobs: in
     images = images_of(base.data, torch.device("cpu"))
     if todo:
         _check_networks(todo, index)
+        _warn_of_sources(todo, index)
     _check_references(trials, index, _features(base.score.features), images)
 
 
@@ -102,6 +106,22 @@ def _check_networks(todo: Sequence[Trial], index: Index) -> None:
         except UserError as error:
             refused.append(error)
     raise refused[-1]
+
+
+def _warn_of_sources(todo: Sequence[Trial], index: Index) -> None:
+    """Say once if trials are to start from a run that was trained on what they hold out. Raises UserError if
+    what run.init names is not there."""
+    new = [t for t in todo if t.config.run.init and not checkpoint.find(t.folder / "checkpoints")]
+    for init in dict.fromkeys(str(trial.config.run.init) for trial in new):
+        source = open_source(init)
+        mine = {trial.place: trial.config for trial in new if trial.config.run.init == init}
+        states = (first_state(config, index, split_of(config, index)) for config in mine.values())
+        if any(map(source.was_split_otherwise, states)):
+            say(
+                f"warning: {source.where} may have been trained on images that trials hold out, so scores "
+                "flatter all candidates that start from it: compare them with one another alone, or set "
+                "run.init to a run on other data"
+            )
 
 
 def _features(name: str) -> Extractor:

@@ -78,7 +78,7 @@ def trials(
 
     Raises UserError, before anything is started, for an arm that cannot be trained or compared.
     """
-    base = load(path, overrides)
+    base = load_base(path, overrides, candidates)
     folder = Path(base.run.out) / str(base.run.name)
     if not base.run.resume:
         raise UserError(
@@ -100,6 +100,17 @@ def trials(
         # The selection began without ema.rampup: trials with it would not compare with those.
         found = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
     return base, found
+
+
+def load_base(path: str, overrides: Sequence[str], candidates: Sequence[Arm]) -> Config:
+    """The config without what candidates change; with the settings of the first, if it is valid only with a
+    value of theirs, as augment.ops is with augment.p. Raises UserError."""
+    try:
+        return load(path, overrides)
+    except UserError:
+        if not candidates:
+            raise
+        return load(path, [*overrides, *candidates[0].settings])
 
 
 def _trials(

@@ -67,8 +67,7 @@ def write(
     choice = table.choice
     assert choice is not None
     best = load(path, [*overrides, *choice.arm.settings])
-    name = f"{load(path, overrides).run.name}-best"
-    best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=name))
+    best = dataclasses.replace(best, run=dataclasses.replace(best.run, name=f"{folder.name}-best"))
     head = f"# {choice.arm.name}: chosen by `shardgan select`, see {folder}/report.md\n"
     files.write(folder / "best.yaml", head + dump(best))
     files.write(folder / "report.md", markdown(table, trials))
@@ -149,9 +148,21 @@ def _reason(table: ScoreTable, best: Row, choice: Row) -> str:
     if key is None or len(best.outcomes) == 1:
         return "which has the best mean"
     within = "within one standard error of"
-    if choice.arm == best.arm:
-        return f"which has the best mean; no larger {key} is {within} it, by the {table.rule} rule"
-    return f"the largest {key} {within} the best mean ({best.arm.name}), by the {table.rule} rule"
+    largest = (
+        f"; it is the largest {key} tried, so try larger ones" if _is_largest(choice, table.rows) else ""
+    )
+    if choice.arm != best.arm:
+        reason = f"the largest {key} {within} the best mean ({best.arm.name}), by the {table.rule} rule"
+        return reason + largest
+    if _is_largest(choice, table.comparable):
+        return f"which has the best mean{largest or f'; no larger {key} could be compared'}"
+    return f"which has the best mean; no larger {key} is {within} it, by the {table.rule} rule"
+
+
+def _is_largest(choice: Row, rows: Sequence[Row]) -> bool:
+    """Whether none of these candidates, of one λ, has a larger one."""
+    values = {row.arm: row.arm.number(next(iter(row.arm.values))) or 0 for row in rows}
+    return values[choice.arm] == max(values.values())
 
 
 def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:

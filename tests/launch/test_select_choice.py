@@ -235,6 +235,14 @@ def test_a_long_name_still_makes_a_folder():
     names = [Arm(f"{'λ' * 200} {n}", (), {}).slug for n in range(2)]
     assert names[0] != names[1] and max(len(name.encode()) for name in names) <= 200
     assert Arm("λ = 1", (), {}).slug == "λ_=_1"
+    assert Arm(".x/y", (), {}).slug == "x_y"
+
+
+def test_a_value_that_refers_to_another_setting_stands_in_quotes(tmp_path):
+    with pytest.raises(UserError, match=r"must be in quotes, as in \"KEY='\$\{section.key\}',0\""):
+        select_candidates.grid(["penalty.r2.gamma=${penalty.r1.gamma},0"])
+    _, trials = selection(tmp_path, "penalty.r1.gamma=2", grid=["penalty.r2.gamma='${penalty.r1.gamma}',0"])
+    assert [trial.config.penalty.r2.gamma for trial in trials[:2]] == [2, 0]
 
 
 def test_the_window_of_shuffling_decides_what_is_held_out(tmp_path):

@@ -234,3 +234,23 @@ def test_the_table_fits_the_terminal(tmp_path, monkeypatch, grid, columns):
         assert all(row.arm.label in table for row in found.rows) and "0.0 min" in table
     words = "".join(word for arm in arms for word in arm.label.split())
     assert set(words) <= set(table)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [
+        ({"0": [1.0, 1.1], "0.1": [2.0, 2.1]}, "the best mean; no larger penalty.l2 is within one"),
+        (
+            {"0": [2.0, 2.1], "0.1": [1.0, 1.1]},
+            "best mean; it is the largest penalty.l2 tried, so try larger",
+        ),
+        (
+            {"0": [1.0, 2.0], "0.1": [1.1, 1.95]},
+            "rule; it is the largest penalty.l2 tried, so try larger ones",
+        ),
+        ({"0": [1.0, 1.1], "0.1": [None, None]}, "best mean; no larger penalty.l2 could be compared."),
+    ],
+)
+def test_nothing_is_said_of_larger_values_that_were_not_tried(tmp_path, scores, reason):
+    said = select_verdict.sentences(choose(tmp_path, scores))[0]
+    assert reason in said and ("no larger" in said) != ("try larger" in said)

@@ -43,6 +43,20 @@ def test_a_config_that_is_edited_meanwhile_changes_no_trial(tmp_path, monkeypatc
     assert widths == [8] * 4 and config.load("runs/mine/best.yaml").G.width == 8
 
 
+def test_a_config_that_needs_what_candidates_set(tmp_path, monkeypatch):
+    """How often is what is tried: augment.ops alone is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(CONFIG + "augment: {ops: [flip]}\n")
+    monkeypatch.setattr(select_local._Crew, "_call", lambda self, trial, *_: finish(trial) or 0)
+    monkeypatch.setattr("launch.select.start.check", lambda *_: None)
+    ended = CliRunner().invoke(select, ["job.yaml", "--grid", "augment.p=0,0.3", "--folds", "2"])
+    assert ended.exit_code == 0, ended.output
+    best = config.load("runs/job/best.yaml")
+    assert best.run.name == "job-best" and best.augment.p == 0
+    ended = CliRunner().invoke(select, ["job.yaml", "--grid", "G.width=4,8", "--folds", "2"])
+    assert "augment.ops: how often?" in str(ended.exception)
+
+
 class Ended:
     """In the place of a training."""
 

@@ -20,6 +20,7 @@ from launch.select import verdict as select_verdict
 from launch.select.candidates import arm_of
 from launch.select.choice import SEARCHED
 from launch.select.search import search
+from launch.select.searched import searched
 from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions, Trial
 from pipeline.config import UserError
@@ -134,6 +135,18 @@ def test_other_keys_are_the_config_s_own_without_penalty(searching):
     assert all(1e-4 <= float(candidate["optim.G.lr"]) <= 1e-2 for candidate in rest)
 
 
+def test_a_setting_that_is_null_is_so_in_the_first_candidate(searching):
+    ranges = ("penalty.l2=1e-6..1e-1", "optim.G.clip=0.1..10", "data.batch_gpu=4..16", "D.norm=none,group")
+    found = searching(ranges, count=4, jobs=4, score=lambda trial: 1.0)
+    first, *rest = proposed(found)
+    assert (first["optim.G.clip"], first["data.batch_gpu"]) == ("null", "null")
+    config = found.trials[0].config
+    assert config.optim.G.clip is None and config.data.batch_gpu is None
+    assert all(4 <= int(candidate["data.batch_gpu"]) <= 16 for candidate in rest)
+    ticks = searched(found._table()).axes[1].get_xticklabels()
+    assert "null" not in [tick.get_text() for tick in ticks], "it makes no names of numbers"
+
+
 def test_a_value_written_otherwise_is_not_tried_again(searching):
     """The config's own is false; and a search of an earlier version may have begun with it so written."""
     ranges = ("G.checkpoint=False,True", "penalty.l2=0,1", "G.width=8..9")
@@ -178,6 +191,8 @@ def test_no_more_is_to_come_than_there_is(tmp_path, ranges, batches):
         ("D.dropout=0.1..0.5", False, False),
         ("G.width=4..64", True, True),
         ("G.width=4..8", False, True),
+        ("data.batch_gpu=4..8", False, True),  # null in the config
+        ("optim.G.clip=1..8", False, False),
     ],
 )
 def test_a_range_of_a_decade_is_searched_in_log(tmp_path, text, log, whole):

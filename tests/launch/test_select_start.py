@@ -22,6 +22,8 @@ from pipeline.data.index import load_index
 from pipeline.data.plan import split_of
 from pipeline.run.features import load_features
 from pipeline.run.images import PLAIN
+from pipeline.run.resume import first_state
+from pipeline.run.source import Source
 
 # The same command, later
 
@@ -204,6 +206,31 @@ def test_bad_data_end_the_command_with_one_message(tmp_path):
     ended = run(shardgan("select", "job.yaml", "data.train=/nowhere", "--grid", "penalty.l2=0,1"), tmp_path)
     assert ended.status == 2 and ended.output.count("error:") == 1 and "/nowhere" in ended.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_source_that_was_split_otherwise_is_said_once(tmp_path, monkeypatch, capsys):
+    base, trials = selection(tmp_path, "run.init=runs/source")
+    index, said = load_index(base.data.train), "may have been trained on images that trials hold out"
+
+    def state(trial):
+        return first_state(trial.config, index, split_of(trial.config, index))
+
+    source = Source("runs/source at kimg 1", {}, (base, tmp_path, state(trials[0])))
+    monkeypatch.setattr(select_start, "open_source", lambda init: source)
+    select_start.check(base, trials, LaunchOptions(), 1)
+    assert capsys.readouterr().out.count(said) == 1, "fold 1 of it was trained on"
+    alike = [trial for trial in trials if trial.fold == trials[0].fold]
+    select_start.check(base, alike, LaunchOptions(), 1)
+    for trial in trials[2:]:
+        (trial.folder / "checkpoints" / "16").mkdir(parents=True)
+    select_start.check(base, trials, LaunchOptions(), 1)
+    assert said not in capsys.readouterr().out
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path):
+    base, trials = selection(tmp_path, "run.init=/nowhere")
+    with pytest.raises(UserError, match=r"run.init=/nowhere: there is no run"):
+        select_start.check(base, trials, LaunchOptions(), 1)
 
 
 # Jobs in the queue
