@@ -95,9 +95,11 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
         if start.source is not None:
             source.finish(start.config, start.source, gan)
             if ranks.main and start.source.was_split_otherwise(state):
-                what = f"{start.source.where} was trained on images that are held out here, so scores flatter"
-                what += " this run: give it the same run.seed, data.holdout, data.folds and data.fold"
-                _warn(folder, 0, "Held-out images were seen", what)
+                text = (
+                    f"{start.source.where} was trained on images that are held out here, so scores flatter "
+                    "this run: give it the same run.seed, data.holdout, data.folds and data.fold"
+                )
+                _warn(folder, 0, "Held-out images were seen", text)
         return state, stats
     ranks.progress.doing = "loading a checkpoint"
     by = checkpoint.saved_by(found)
