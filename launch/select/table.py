@@ -13,6 +13,7 @@ from typing import Any
 from launch.select import files
 from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
+from launch.select.verdict import conclusion
 from pipeline.config import Config, UserError
 from pipeline.run.folder import reference_of
 from pipeline.run.metrics import METRICS, leading_chart
@@ -77,6 +78,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
         "minimum": best.arm.name if best else None,
         "chosen": chosen.arm.name if chosen else None,
         "one_standard_error": chosen.arm.name if chosen else None,  # the former name of "chosen"
+        "conclusion": conclusion(table),
         "by_budget": [{"kimg": kimg, "chosen": row.arm.name} for kimg, row in table.by_budget],
         "rows": [
             {

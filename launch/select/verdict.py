@@ -122,6 +122,11 @@ def _failures(table: ScoreTable) -> list[tuple[str, str]]:
     return [failure for row in table.rows for failure in row.failures.items()]
 
 
+def conclusion(table: ScoreTable) -> list[str]:
+    """The choice and the rule it follows, in sentences."""
+    return [*sentences(table), *([_rule(table)] if table.choice else [])]
+
+
 def sentences(table: ScoreTable) -> list[str]:
     """The choice, in words that claim no more than the trials show."""
     best, choice = table.minimum, table.choice
@@ -252,8 +257,7 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         "error over folds, each the mean of its seeds, and `minus` the mean difference over trials of the "
         "same fold and seed.",
         "",
-        *sentences(table),
-        _rule(table),
+        *conclusion(table),
         "",
         _line(titles),
         f"|{'---|' * len(titles)}",

@@ -188,13 +188,14 @@ def test_what_is_written_of_a_candidate_is_what_is_compared(tmp_path):
     assert [row["mean"] for row in written] == pytest.approx([1.5, 1.4])
     assert [row["finished"] for row in written] == [3, 2] and len(written[0]["by_trial"]) == 3
     assert "penalty.l2=0,3,1.5,0.5," in (tmp_path / "mine" / "table.csv").read_text()
-    page = Selection(tmp_path / "mine")
-    assert page.conclusion == "Chosen: penalty.l2=1, by the trials so far."
+    said = " ".join(select_verdict.conclusion(found))
+    assert Selection(tmp_path / "mine").conclusion == said and "The paired rule: " in said
+    assert "Not done: 1 trial, which may change the choice." in said
     given = [f"run.out={tmp_path}", "run.name=mine"]
     select_verdict.write(tmp_path / "mine", found, trials, str(tmp_path / "job.yaml"), given)
-    assert Selection(tmp_path / "mine").conclusion.startswith("Chosen: penalty.l2=1, ")
-    select_table.write(tmp_path / "mine", replace(found, rows=[found.rows[0]]), base, trials)
-    assert Selection(tmp_path / "mine").conclusion == "Chosen: penalty.l2=0.", "not what was chosen before"
+    now = replace(found, rows=[*found.rows[:1], replace(found.rows[1], pending=["a", "b"])])
+    select_table.write(tmp_path / "mine", now, base, trials)
+    assert "Not done: 2 trials" in Selection(tmp_path / "mine").conclusion, "not what report.md still says"
 
 
 def test_small_differences_are_not_shown_as_none():

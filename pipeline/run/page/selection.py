@@ -1,4 +1,4 @@
-"""What a page says of a selection (`shardgan select`), read from its table.json, report.md and trials."""
+"""What a page says of a selection (`shardgan select`), read from its table.json and trials."""
 
 from __future__ import annotations
 
@@ -66,20 +66,11 @@ class Selection:
         keys = dict.fromkeys(text.partition("=")[0] for row in self.rows for text in row.settings)
         return ", ".join(keys) or "settings"
 
-    @cached_property
+    @property
     def conclusion(self) -> str:
-        """The sentences of report.md, which claim no more than the trials show; it is written later than the
-        table."""
-        try:
-            paragraphs = (self.folder / "report.md").read_text("utf-8").split("\n\n")
-        except (OSError, UnicodeDecodeError):
-            paragraphs = []
-        begins = f"Chosen: {self.chosen}, "
-        found = next((p for p in paragraphs if p.startswith(begins)), "").replace("\n", " ")
-        if self.chosen is None:
-            found = "Nothing is chosen yet: there is no trial that all candidates have finished."
-        so_far = ", by the trials so far" if any(row.pending for row in self.rows) else ""
-        return anonymous(found or f"Chosen: {self.chosen}{so_far}.")
+        """Sentences that claim no more than the trials show."""
+        formerly = [f"Chosen: {self.chosen}." if self.chosen else "Nothing is chosen yet."]
+        return anonymous(" ".join(self._table.get("conclusion", formerly)))
 
     @cached_property
     def example(self) -> Facts:
