@@ -82,7 +82,9 @@ def reason(error: Exception, given: str) -> str:
     """Why `given` cannot be read; for a URL without quoting it, as that may be a password."""
     if "://" in given:
         return "write a URL in quotes, and $ in a password as %24."
-    return " ".join(str(error).split())
+    text = str(error).partition("\n    full_key: ")[0]  # OmegaConf's; the key is in the message already
+    unknown = re.fullmatch("Interpolation key '(.+)' not found", text)
+    return f"${{{unknown[1]}}} is none of the settings given." if unknown else " ".join(text.split())
 
 
 def anonymous(text: str) -> str:

@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from pipeline.setting_types import (
     BelowOne,
     Count,
+    Kimg,
     NonNegative,
     Norm,
     OneIn,
@@ -36,12 +37,12 @@ class Run:
     name: Annotated[str | None, AfterValidator(plain_name)] = None  # None: the config file's stem
     out: Place = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    total_kimg: Positive = 1000.0  # thousands of real images shown to D
-    burn_in_kimg: NonNegative = 0.0  # every setting given as [from, to] moves along one cosine of this length
-    tick_kimg: Positive = 4.0  # a line in metrics.jsonl and a point in every chart
-    snapshot_kimg: Positive = 50.0  # a grid of generated images
-    checkpoint_kimg: Positive = 50.0
-    eval_kimg: Positive = 100.0  # scores on held-out images
+    total_kimg: Kimg = 1000.0  # thousands of real images shown to D
+    burn_in_kimg: Annotated[NonNegative, Field(le=1e12)] = 0.0  # length of the cosine of every [from, to]
+    tick_kimg: Kimg = 4.0  # a line in metrics.jsonl and a point in every chart
+    snapshot_kimg: Kimg = 50.0  # a grid of generated images
+    checkpoint_kimg: Kimg = 50.0
+    eval_kimg: Kimg = 100.0  # scores on held-out images
     keep: Count = 2  # newest checkpoints kept, and the one with the best score
     max_failed_saves: Annotated[int, Field(ge=0)] = 3  # in a row before the run ends
     max_skipped: Annotated[int, Field(ge=0)] = 10  # non-finite updates of a player, in a tick or in a row

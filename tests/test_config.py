@@ -241,6 +241,17 @@ def test_a_file_without_sections_is_no_config(text, tmp_path):
         config.load(written(tmp_path, text))
 
 
+def test_a_reference_to_nothing_is_named():
+    with pytest.raises(UserError, match=r"G\.width cannot be read: \$\{no\.such\} is none of the settings"):
+        load("G.width=${no.such}")
+
+
+@pytest.mark.parametrize("key", ["total", "burn_in", "tick", "snapshot", "checkpoint", "eval"])
+def test_a_length_is_a_number_of_images_that_can_be_counted(key):
+    with pytest.raises(UserError, match=rf"run\.{key}_kimg: Input should be less than or equal to"):
+        load(f"run.{key}_kimg=1e306")
+
+
 def test_a_folder_is_no_config_file(tmp_path):
     with pytest.raises(UserError, match="is a folder, where a config file"):
         config.load(tmp_path)
