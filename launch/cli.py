@@ -40,8 +40,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Exit status: 0 done, or stopped by a scheduler's signal; 130 stopped by Ctrl-C; 2 bad input (one
-    message); 1 anything else."""
+    """Exit status: 0 done, or stopped by a scheduler's signal; 130 stopped by Ctrl-C; 2 what the user
+    can fix (one message); 1 any other failure."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see launch/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     console.take()

@@ -149,11 +149,15 @@ def _notes(
         why = "not all are labelled" if seen.labelled < seen.images else "so few images each"
         why = preset.why_not_conditional if seen.conditional else why
         yield f"classes are ignored, {why}: data.conditional=true trains on them all the same"
-    if seen.images < presets.FEW and not _gives("augment.", settings):
+    if _gives("augment.", settings):
+        return
+    if seen.images < presets.FEW:
         yield (
             f"augmentation is on ({preset.few_about}): of fewer than {presets.FEW:,} images D soon knows "
             "every one"
         )
+    elif preset.many_about:
+        yield f"augmentation is on ({preset.many_about})"
 
 
 def _options(argument: str, path: Path, size: int) -> Options:

@@ -15,7 +15,8 @@ class Preset:
     """config: a file in configs/; about: what it is, in a few words.
 
     sizes: for each size of images that it has (pixels), the settings that differ there; largest: the largest
-    size that it chooses by itself. few: settings for fewer than FEW images, and `few_about` in words.
+    size that it chooses by itself. few: settings for fewer than FEW images, and `few_about` in words;
+    many_about: the augmentation of more images, in words; "" for none.
     why_not_conditional: why it trains on classes only where that is asked for; "" where it does by itself.
     """
 
@@ -25,6 +26,7 @@ class Preset:
     largest: int
     few: tuple[str, ...]
     few_about: str
+    many_about: str = ""
     why_not_conditional: str = ""
 
     @property
@@ -82,4 +84,5 @@ GPU = Preset(
     largest=256,
     few=("augment.p=[0,0.6]",),  # about as for CIFAR-10 (0.55); from 0.8 on it shows in the images (Karras)
     few_about="up to p = 0.6",
+    many_about="up to p = 0.3",
 )

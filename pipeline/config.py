@@ -63,7 +63,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
         try:
             run = dataclasses.replace(config.run, name=name)
         except ValidationError:
-            raise UserError(f"{path}: no run can be called {name!r}. Set run.name.") from None
+            raise UserError(f"{path}: {name!r}, the file's name, cannot be a run's. Set run.name.") from None
         config = dataclasses.replace(config, run=run)
     if config.run.init is not None and config.ema.rampup == Ema().rampup:
         config = without_rampup(config)  # with it the first update would replace the source's G_ema by G

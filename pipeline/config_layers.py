@@ -80,7 +80,7 @@ def read_override(text: str, section: type) -> Layer:
     key, equals, value = text.partition("=")
     shown = scrubbed(redacted(text))
     if not equals or not key or key.startswith("-"):
-        raise UserError(f"`{shown}` is not a setting of the form section.key=value.")
+        raise UserError(f"`{shown}` is not a setting: write section.key=value, as in penalty.l2=1e-3.")
     if not value.strip():
         raise UserError(f"`{shown}` has no value. (Is a shell variable unset?)")
     if _is_text(_hint(section, key.split("."))):

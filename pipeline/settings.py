@@ -137,7 +137,8 @@ class Discriminator:
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
-    """The adversarial loss. `minimax` is the article's, `nonsaturating` Goodfellow's practical form."""
+    """The adversarial loss. `minimax` is the objective of Goodfellow et al. (2014), `nonsaturating` their
+    practical form."""
 
     kind: Literal["minimax", "nonsaturating", "hinge", "least_squares", "relativistic", "wasserstein"] = (
         "nonsaturating"

@@ -131,7 +131,7 @@ def passed_over(job: Job, index: Index) -> Iterator[Finding]:
 def _passed_over(what: PassedOver, noun: str) -> str:
     reasons = what.reasons[:_REASONS]
     more = [f"… and {what.count - len(reasons):,} more"] if 0 < len(reasons) < what.count else []
-    return "\n".join([f"{counted(what.count, noun)} passed over", *reasons, *more])
+    return "\n".join([f"{counted(what.count, noun)} skipped", *reasons, *more])
 
 
 def labels(job: Job, index: Index) -> Iterator[Finding]:

@@ -27,9 +27,9 @@ class _BeforeDashes(click.Command):
         return super().parse_args(ctx, args[:at])
 
 
-@click.command(cls=_BeforeDashes, options_metavar="[OPTIONS] [-- SBATCH_OPTIONS]")
+@click.command(cls=_BeforeDashes)
 @click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
-@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("settings", nargs=-1, metavar="[KEY=VALUE]... [-- SBATCH_OPTIONS]")
 @click.option("--nodes", type=click.IntRange(min=1), required=True)
 @click.option("--gpus", type=click.IntRange(min=0), required=True, help="Per node; 0: train on CPUs.")
 @click.option("--procs", type=click.IntRange(min=1), help="Processes per node. Default: one per GPU, else 1.")

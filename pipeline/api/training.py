@@ -30,11 +30,11 @@ def train(
 ) -> Path:
     """See `shardgan.train`."""
     if procs < 1:
-        raise UserError(f"procs={procs}: at least one process.")
+        raise UserError(f"procs={procs}: give 1 or more.")
     if strategy not in (None, *get_args(Strategy)):
-        raise UserError(f"strategy={strategy}: there is {', '.join(get_args(Strategy))}.")
+        raise UserError(f"strategy={strategy}: choose one of {', '.join(get_args(Strategy))}.")
     if precision not in get_args(Precision):
-        raise UserError(f"mixed_precision={precision}: there is {', '.join(get_args(Precision))}.")
+        raise UserError(f"mixed_precision={precision}: choose one of {', '.join(get_args(Precision))}.")
     overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
     training = training_of(str(config), overrides, gpu=on_gpu())
     if procs == 1 and strategy in (None, "single"):
@@ -96,4 +96,6 @@ def _plain(value: Any) -> Any:
     try:
         return value.item()
     except (AttributeError, ValueError, RuntimeError):
-        raise UserError(f"{value!r} is no value of a setting.") from None
+        raise UserError(
+            f"{value!r} cannot be a setting: give a number, a text, a list, true, false or None."
+        ) from None

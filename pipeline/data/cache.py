@@ -49,7 +49,9 @@ class Cache:
             with Path(path).open("r+b") as file:
                 memory = mmap.mmap(file.fileno(), n * (_LABEL + pixels * dtype.itemsize + _FLAG))
         except OSError as error:
-            raise UserError(f"data.cache=ram: shared memory cannot be opened ({error.strerror}).") from None
+            raise UserError(
+                f"data.cache=ram: shared memory cannot be opened ({error.strerror}). Set data.cache=none."
+            ) from None
         weakref.finalize(self, release, path)
         self._labels = np.frombuffer(memory, np.int64, n)
         images = np.frombuffer(memory, dtype, n * pixels, offset=n * _LABEL)

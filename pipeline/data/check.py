@@ -39,7 +39,10 @@ def check_images(index: Index, data: Data) -> float:
     data.conditional, and too little room for remote shards.
     """
     if data.stages and data.cache != "none":
-        raise UserError("data.cache=ram keeps decoded images, so data.stages would see each only once.")
+        raise UserError(
+            "data.cache=ram keeps decoded images, so data.stages would see each only once. Leave one of them "
+            "out."
+        )
     if index.remote:
         index.remote.check_room([shard.filesize for shard in index.shards], data.window)
     remarks(index, data)
@@ -68,7 +71,7 @@ def check_passed_over(index: Index, max_bad: int) -> list[str]:
         )
     if without.count > index.num_samples + unusable.count:
         raise UserError(
-            f"{counted(without.count, 'sample')} in {index.where} without an image, only "
+            f"{counted(without.count, 'sample')} in {index.where} without an image, and only "
             f"{index.num_samples:,} with one.{without.first} {REPAIR}"
         )
     return describe(without, unusable)

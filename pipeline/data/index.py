@@ -204,7 +204,9 @@ def not_empty(index: Index) -> Index:
         return index
     unusable, without = index.passed_over("unusable"), index.passed_over("without_image")
     if not unusable.count + without.count:
-        raise UserError(f"There are no samples in the shards of {index.where}.")
+        raise UserError(
+            f"There are no samples in the shards of {index.where}. Make them with `shardgan prepare`."
+        )
     raise UserError(
         f"There are no images in the shards of {index.where} that can be used, of "
         f"{counted(unusable.count + without.count, 'sample')}."

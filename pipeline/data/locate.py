@@ -64,9 +64,11 @@ def expand_braces(pattern: str) -> list[str]:
     try:
         names = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError:
-        raise UserError(f"{pattern} is not a brace list: a brace is not closed.") from None
+        raise UserError(
+            f"{pattern} is not a brace list, such as {{000000..000099}}.tar: a brace is not closed."
+        ) from None
     if len(names) > _MOST_SHARDS:
-        raise UserError(f"{pattern} stands for more than {_MOST_SHARDS} shards.")
+        raise UserError(f"{pattern} stands for more than {_MOST_SHARDS} shards. Is a number too long?")
     return names
 
 
@@ -112,7 +114,9 @@ def refuse_none(found: Location) -> None:
     paths = sorted(found.root.iterdir())
     for path in paths:
         if path.name.lower().endswith(_SUFFIX) and path.is_symlink() and not path.exists():
-            raise UserError(f"shard {path} is a link to {path.readlink()}, which is not there.")
+            raise UserError(
+                f"shard {path} is a link to {path.readlink()}, which is not there. Remove it or mend it."
+            )
     if found.urls:
         return
     if packed := [path.name for path in paths if _COMPRESSED.search(path.name)]:
@@ -145,5 +149,7 @@ def _expand(pattern: str) -> list[Path]:
             anchor = Path(path.anchor)
             paths += [found for found in anchor.glob(str(path.relative_to(anchor))) if _is_shard(found)]
         elif len(names) > 1:
-            raise UserError(f"shard {name} is missing, although {pattern} lists it.")
+            raise UserError(
+                f"shard {name} is missing, although {pattern} lists it. Fetch it, or correct the list."
+            )
     return paths

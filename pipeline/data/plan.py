@@ -59,7 +59,7 @@ class Split:
         self._starts: Ints = np.cumsum(counts) - counts
         total = int(counts.sum())
         if folds is not None and total < folds:
-            raise UserError(f"{total} samples cannot be cut into {folds} folds (data.folds).")
+            raise UserError(f"{total} samples cannot be cut into {folds} folds. Lower data.folds.")
         self._wanted = 0 if folds is not None else _wanted(total, holdout)
         order = permutation(len(counts), seed, _SPLIT_SHARDS)
         shards = _fold_shards(counts, order, folds, fold) if folds else _some(counts, order, self._wanted)
@@ -73,7 +73,9 @@ class Split:
         """The plan of what is trained on. Raises UserError if that is nothing."""
         plan = Plan(self, _TRAINING)
         if not plan.size:
-            raise UserError("There is nothing to train on: no samples, or all of them are held out.")
+            raise UserError(
+                "There is nothing to train on: no samples, or all are held out. Lower data.holdout."
+            )
         return plan
 
     def heldout(self) -> HeldOutPlan:

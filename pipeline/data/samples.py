@@ -45,9 +45,7 @@ def describe(without_image: PassedOver, unusable: PassedOver) -> list[str]:
     """A line for each kind of sample that is passed over."""
     kinds = ((without_image, "without an image"), (unusable, "with an image that cannot be used"))
     return [
-        f"{counted(what.count, 'sample')} {text} passed over.{what.first}"
-        for what, text in kinds
-        if what.count
+        f"{counted(what.count, 'sample')} {text} skipped.{what.first}" for what, text in kinds if what.count
     ]
 
 

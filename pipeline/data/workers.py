@@ -107,7 +107,10 @@ class Loader(Iterator[Any]):
     def _what_happened(self) -> str | None:
         """Why an item did not come, if that is because of a worker."""
         if self._patience.lost:
-            return f"The data workers have not made a batch within {_TIMEOUT_S:g} s, and were ended."
+            return (
+                f"The data workers have not made a batch within {_TIMEOUT_S:g} s, and were ended. Is storage "
+                "slow, or a stage of data.stages stuck?"
+            )
         by_sentinel = {process.sentinel: process for process in self._processes}
         if not (ready := wait(by_sentinel, timeout=1) if by_sentinel else []):
             return None

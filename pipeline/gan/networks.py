@@ -129,7 +129,10 @@ def _arguments(config: Config, player: Player, num_classes: int) -> dict[str, An
     if player == "G":
         given["z_dim"] = config.G.z_dim
     if clash := given.keys() & section.options.keys():
-        raise UserError(f"{player}.options: {', '.join(sorted(clash))} are set by the rest of the config.")
+        raise UserError(
+            f"{player}.options: {', '.join(sorted(clash))} are set by the rest of the config. Remove them "
+            "there."
+        )
     return given | section.options
 
 
@@ -148,7 +151,9 @@ def _keys_of_family(section: Generator | Discriminator, player: Player) -> dict[
             found[key] = value
         elif value != getattr(default, key):
             having = ", ".join(families) or "no network"
-            raise UserError(f"{player}.{key}={value}: {section.kind} has no such key; {having} has.")
+            raise UserError(
+                f"{player}.{key}={value}: {section.kind} does not take it, only {having}. Leave it out."
+            )
     return found
 
 
@@ -179,7 +184,9 @@ def _check_shape(
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != list(due):
         what = "images" if player == "G" else "logits"
-        raise UserError(f"{_title(config, player)} gives {found} for {list(given)}; {what} are {list(due)}.")
+        raise UserError(
+            f"{_title(config, player)} returns {found} for {list(given)}; {what} must be {list(due)}."
+        )
     penalty = config.penalty.G if player == "G" else config.penalty.D
     check_penalty(player, module, penalty, penalised(module, penalty.on))
     if player == "D":

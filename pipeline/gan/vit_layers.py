@@ -92,7 +92,8 @@ def heads_of(width: int, heads: int | None) -> int:
     if width % (4 * heads):
         raise UserError(
             f"width={width}: vit cannot divide it into heads={heads} of a multiple of 4 channels, half of "
-            f"whose pairs turn with a token's row and half with its column. Try width={4 * heads} times any."
+            f"whose pairs turn with a token's row and half with its column. Give a width that is "
+            f"a multiple of {4 * heads}, or other heads."
         )
     return heads
 

@@ -73,7 +73,7 @@ class ReplicatedEngine(MasterEngine):
             except RuntimeError:
                 raise UserError(
                     f"{self.player.name}: what {type(self.module).__name__} returned in this update did not "
-                    "depend on all of its parameters, and ddp can average no gradient that never comes. "
+                    "depend on all of its parameters, and ddp cannot average a missing gradient. "
                     "Let it depend on them, or train with --strategy fsdp2, zero1 or zero2."
                 ) from None
         for master in self._masters.values():
@@ -105,7 +105,7 @@ class ReplicatedEngine(MasterEngine):
             more = f" and {len(idle) - 1} more" * (len(idle) > 1)
             raise CommonError(
                 f"{self.player.name}: what {type(self.module).__name__} returns does not depend on its "
-                f"parameter {idle[0]}{more}, and ddp can average no gradient that never comes. Remove it, "
+                f"parameter {idle[0]}{more}, and ddp cannot average a missing gradient. Remove it, "
                 "freeze it (requires_grad_(False)), or train with --strategy fsdp2, zero1 or zero2."
             )
 

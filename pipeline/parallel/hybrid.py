@@ -18,8 +18,8 @@ def read_shards(env: Mapping[str, str], world: int) -> int:
     for kind in ("TP", "CP", "SP"):
         if whole_number(env, f"PARALLELISM_CONFIG_{kind}_SIZE", 1) > 1:
             raise UserError(
-                f"parallelism_config_{kind.lower()}_size: players are sharded and replicated, and not "
-                "divided otherwise. Leave it at 1."
+                f"parallelism_config_{kind.lower()}_size: players can be sharded and replicated, but "
+                "not divided in other ways. Leave it at 1."
             )
     shards, copies = (
         whole_number(env, f"PARALLELISM_CONFIG_DP_{kind}_SIZE", 1) for kind in ("SHARD", "REPLICATE")

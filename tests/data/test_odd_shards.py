@@ -52,7 +52,7 @@ def test_failed_downloads_are_counted_and_every_image_is_trained_on(downloaded: 
     assert index.sizes == (27, 27)
     said = remarks(index, DATA)
     assert said == [
-        "6 samples without an image passed over. The first: shard s-0.tar, byte 14336: sample '00007' has no "
+        "6 samples without an image skipped. The first: shard s-0.tar, byte 14336: sample '00007' has no "
         "image (png, jpg, jpeg, webp, npy), only json."
     ]
     entries = json.loads((downloaded / "index.json").read_text())["shardlist"]
@@ -81,7 +81,9 @@ def test_samples_without_an_image_may_be_half_of_all(tmp_path: Path) -> None:
     write_tar(tmp_path / "d" / "x.tar", texts + images)
     check_images(load_index(str(tmp_path / "d")), replace(DATA, max_bad=0))
     write_tar(tmp_path / "e" / "x.tar", texts + images[:2])
-    with pytest.raises(UserError, match=r"3 samples in .* without an image, only 2 with one.* sample 't0'"):
+    with pytest.raises(
+        UserError, match=r"3 samples in .* without an image, and only 2 with one.* sample 't0'"
+    ):
         check_images(load_index(str(tmp_path / "e")), DATA)
 
 
@@ -91,7 +93,7 @@ def test_images_that_cannot_be_used_count_against_max_bad(tmp_path: Path) -> Non
     index, plan = open_all(tmp_path / "d")
     check_images(index, replace(DATA, max_bad=1))
     said = remarks(index, replace(DATA, max_bad=1))
-    assert len(said) == 1 and said[0].startswith("1 sample with an image that cannot be used passed over")
+    assert len(said) == 1 and said[0].startswith("1 sample with an image that cannot be used skipped")
     with pytest.raises(
         UserError, match=r"1 sample in .* more than data.max_bad=0.*'b' has 2 images .*prepare"
     ):

@@ -51,8 +51,8 @@ def test_trained_on_and_resumed(odd, signals_kept, capfd, monkeypatch):
     assert pipeline.train.main(["odd.yaml", "run.name=at_once"]) == 0
     said = capfd.readouterr().out
     for once in (
-        "2 samples without an image passed over.",
-        "1 sample with an image that cannot be used passed over.",
+        "2 samples without an image skipped.",
+        "1 sample with an image that cannot be used skipped.",
         "warning: 1 of the 102 samples has no label",
     ):
         assert said.count(once) == 1, once

@@ -89,9 +89,9 @@ def test_a_family_takes_the_keys_that_its_class_names(plain_family):
 
 
 def test_a_key_that_a_family_does_not_name_is_refused_with_those_that_do(plain_family):
-    with pytest.raises(UserError, match=r"^D\.norm=none: plain has no such key; dcgan, resnet has\.$"):
+    with pytest.raises(UserError, match=r"^D\.norm=none: plain does not take it, only dcgan, resnet\. Leave"):
         build_D(config("D.kind=plain", "D.norm=none"), 0)
-    with pytest.raises(UserError, match=r"^G\.depth=2: plain has no such key; .*resnet.* has\.$"):
+    with pytest.raises(UserError, match=r"^G\.depth=2: plain does not take it, only .*resnet.*\. Leave"):
         check_networks(config("G.kind=plain", "G.depth=2"), 0)
 
 
@@ -180,8 +180,8 @@ def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("mynets.nets:TwoAxes", r"gives \[2, 1\] .* logits are \[2\]"),
-        ("mynets.nets:Tuple", r"gives tuple .* logits are \[2\]"),
+        ("mynets.nets:TwoAxes", r"returns \[2, 1\] .* logits must be \[2\]"),
+        ("mynets.nets:Tuple", r"returns tuple .* logits must be \[2\]"),
         ("mynets.nets:Fails", r"RuntimeError: .*nets\.py, line 38"),
         ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 50"),
         ("mynets.nets:G", r"TypeError: .*z_dim"),
@@ -213,7 +213,9 @@ def test_images_of_the_wrong_size(users):
     (Path("mynets") / "wrong.py").write_text(
         USERS.replace("(channels, size, size)", "(channels, size * size, 1)")
     )
-    with pytest.raises(UserError, match=r"gives \[2, 3, 1024, 1\] for \[2, 8\]; images are \[2, 3, 32, 32\]"):
+    with pytest.raises(
+        UserError, match=r"returns \[2, 3, 1024, 1\] for \[2, 8\]; images must be \[2, 3, 32, 32\]"
+    ):
         check_networks(config("G.kind=mynets.wrong:G"), 0)
 
 

@@ -307,10 +307,10 @@ def test_from_the_config():
 @pytest.mark.parametrize(
     ("settings", "refused"),
     [
-        (["G.norm=none"], r"G\.norm=none: r3gan has no such key"),
-        (["D.spectral_norm=true"], r"D\.spectral_norm=True: r3gan has no such key"),
-        (["D.blocks=1"], r"D\.blocks=1: r3gan has no such key; dcgan has"),
-        (["G.kind=dcgan", "G.max_width=64"], r"G\.max_width=64: dcgan has no such key"),
+        (["G.norm=none"], r"G\.norm=none: r3gan does not take it"),
+        (["D.spectral_norm=true"], r"D\.spectral_norm=True: r3gan does not take it"),
+        (["D.blocks=1"], r"D\.blocks=1: r3gan does not take it, only dcgan"),
+        (["G.kind=dcgan", "G.max_width=64"], r"G\.max_width=64: dcgan does not take it"),
         (["data.size=48"], r"data\.size=48: r3gan has no network"),
         (["G.kind=dcgan", "G.blocks=1", "G.spectral_norm=true"], "kernel of zeros"),
     ],

@@ -217,8 +217,8 @@ def test_a_start_that_is_neither_small_nor_large():
         (["G.depth=3"], r"G\.depth=3: vit has fewer blocks than G\.outputs=4"),
         (["D.patch=5"], r"patch=5 does not divide data\.size=28. Set it to 1, 2, 4 for vit"),
         (["D.heads=3"], r"width=64: vit cannot divide it into heads=3"),
-        (["G.heads=32"], r"Try width=128 times any"),
-        (["D.norm=none"], r"D\.norm=none: vit has no such key; .*dcgan"),
+        (["G.heads=32"], r"a multiple of 128"),
+        (["D.norm=none"], r"D\.norm=none: vit does not take it, only .*dcgan"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, message):

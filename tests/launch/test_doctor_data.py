@@ -203,7 +203,7 @@ def test_what_is_passed_over_is_said_with_its_reason(folder: Path) -> None:
             tar.addfile(info, io.BytesIO(data))
     build_index(str(folder))
     found = examine(folder)
-    assert found["no image"].verdict == "ok" and found["no image"].text.startswith("10 samples passed over\n")
+    assert found["no image"].verdict == "ok" and found["no image"].text.startswith("10 samples skipped\n")
     assert "only cls" in found["no image"].text and found["no image"].text.endswith("… and 7 more")
     assert (
         found["odd samples"].verdict == "warning" and "has 2 images (png, jpg)" in found["odd samples"].text

@@ -216,13 +216,15 @@ def test_every_preset_has_networks_at_each_of_its_sizes(preset):
     assert load(configs() / preset.config, preset.at(as_written.data.size)) == as_written
 
 
-def test_few_images_are_augmented_and_many_are_not(monkeypatch):
+def test_whether_images_are_augmented_is_said(monkeypatch):
+    """Few always are; many with the preset for GPUs alone."""
     pictures("photos", *[(32, 32, 3)] * 4)
     few = training_of("photos", [], gpu=False)
     assert config_of(few).augment.target == 0.6 and "augmentation is on" in few.notes[-1]
     monkeypatch.setattr(presets, "FEW", 4)
     many = training_of("photos", [], gpu=False)
     assert config_of(many).augment.target is None and "augmentation" not in many.notes[-1]
+    assert training_of("photos", [], gpu=True).notes[-1] == "augmentation is on (up to p = 0.3)"
     gpu = config_of(training_of("photos", ["G.width=64"], gpu=True))
     assert (gpu.G.kind, gpu.G.width, gpu.D.width) == ("r3gan", 64, 384)
 

@@ -190,16 +190,16 @@ def test_settings_may_be_numbers_of_other_libraries(config: Path) -> None:
     wrong = {"data.batch_size": np.int64(-1), "penalty.l2": np.float32(0.5), "run.name": torch.tensor(7)}
     with pytest.raises(UserError, match=r"data.batch_size: Input should be greater than"):
         shardgan.train(config, wrong)
-    with pytest.raises(UserError, match=r"array\(\[1, 2\]\) is no value of a setting"):
+    with pytest.raises(UserError, match=r"array\(\[1, 2\]\) cannot be a setting"):
         shardgan.train(config, {"penalty.l2": np.array([1, 2])})
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"procs": 0}, "procs=0: at least one"),
-        ({"strategy": "zero4"}, "strategy=zero4: there is single, ddp, "),
-        ({"mixed_precision": "fp8", "procs": 2}, "mixed_precision=fp8: there is no, bf16, fp16"),
+        ({"procs": 0}, "procs=0: give 1 or more"),
+        ({"strategy": "zero4"}, "strategy=zero4: choose one of single, ddp, "),
+        ({"mixed_precision": "fp8", "procs": 2}, "mixed_precision=fp8: choose one of no, bf16, fp16"),
     ],
 )
 def test_options_that_there_are_not_are_refused_in_words(config: Path, options: Any, said: str) -> None:

@@ -268,7 +268,7 @@ def _filesystem(scheme: str) -> Any:
         return fsspec.filesystem(scheme, **options)
     except ImportError:
         raise UserError(
-            f"{scheme}:// needs one package more: pip install {_PACKAGES.get(scheme, scheme)}"
+            f"{scheme}:// needs another package: pip install {_PACKAGES.get(scheme, scheme)}"
         ) from None
 
 
