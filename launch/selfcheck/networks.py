@@ -1,5 +1,5 @@
-"""Networks of the parity matrix beside our own: with parameters that do not train, with tied ones, with a
-latent, with equalised learning rates."""
+"""Networks of the parity matrix beside our own: with parameters that do not train, with tied ones, with
+buffers, with a latent, with equalised learning rates."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ class FrozenDiscriminator(dcgan.Discriminator):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.blocks[0].requires_grad_(False)
+
+
+class PretrainedGenerator(dcgan.Generator):
+    """A plain one."""
+
+
+class PretrainedDiscriminator(dcgan.Discriminator):
+    """Looks at images through features that another training has made, in eval mode with their statistics
+    (Projected GANs do). Its logits grow from pass to pass, by a buffer that each pass replaces."""
+
+    scale: Tensor
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        channels = arguments["channels"]
+        norm = nn.BatchNorm2d(channels)
+        norm.running_mean, norm.running_var = torch.full((channels,), 0.3), torch.full((channels,), 2.0)
+        self.features = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU())
+        self.features.requires_grad_(False).eval()
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        logits: Tensor = super().forward(x + self.features(x), c) * self.scale
+        self.scale = 0.9 * self.scale + 0.1
+        return logits
 
 
 class Threefold(nn.Module):

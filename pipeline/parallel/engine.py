@@ -25,7 +25,7 @@ from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.buffers import Buffers, BufferSnapshot
 from pipeline.parallel.compiled import CompiledBlocks, computing
 from pipeline.parallel.forward_timing import ForwardTimer
-from pipeline.parallel.fragments import Fragment, not_finite
+from pipeline.parallel.fragments import Fragment, finite
 from pipeline.parallel.loss_scale import LossScale
 from pipeline.parallel.moving_mean import MovingMean
 from pipeline.parallel.order import Order
@@ -275,7 +275,7 @@ class Engine(abc.ABC):
     def skipping(self, squares: torch.Tensor) -> torch.Tensor:
         """The optimizer's found_inf, fp32 1.0 or 0.0: whether an update with this squared gradient norm, the
         same on all ranks, is skipped."""
-        self._finite = squares < torch.inf  # false for NaN; isfinite takes five launches
+        self._finite = finite(squares)
         self._found_inf = torch.logical_not(self._finite, out=torch.empty_like(self._found_inf))
         scale = self.loss_scale
         self._squares = squares if scale is None else scale.update(squares, self._found_inf)
@@ -290,7 +290,7 @@ class Engine(abc.ABC):
     def outcome(self, penalties: Mapping[str, torch.Tensor], now: Rates) -> dict[str, Contribution]:
         """Charts of the update that `skipping` has decided on. An overflow that the loss scale answers by
         halving is not charted as skipped."""
-        skipped = self._found_inf if self.loss_scale is None else not_finite(self._squares)
+        skipped = self._found_inf if self.loss_scale is None else ~finite(self._squares)
         on_all = {"norm": self._squares, "skipped": skipped}
         section, world = f"Gradients/{self.player.name}", float(self.ranks.world)
         factors = self.penalty.factors(now)

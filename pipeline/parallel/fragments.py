@@ -44,9 +44,12 @@ def squares_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_square_sum(_flat(t)) for t in tensors])
 
 
-def not_finite(squares: torch.Tensor) -> torch.Tensor:
-    """Whether a sum of squares is infinite or NaN; no host sync. isfinite takes five launches, this two."""
-    return ~(squares < torch.inf)
+def finite(squares: torch.Tensor) -> torch.Tensor:
+    """Whether a sum of squares is a number that float32 holds; no host sync. isfinite takes five launches.
+
+    On GPUs sums of fp64 are finite far beyond that, where Adam's fp32 moments would be infinite for good.
+    """
+    return squares < torch.finfo(torch.float32).max
 
 
 def checksum(tensors: Sequence[torch.Tensor]) -> float:

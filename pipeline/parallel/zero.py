@@ -127,7 +127,6 @@ class ZeroEngine(Engine):
             gathered.__enter__()
             self._gathered = gathered
         self._ds.optimizer.clear_backward_seen_flag()  # or a round would overwrite the one before
-        self._twin.train(self.module.training)
         output: torch.Tensor = self._twin(*inputs)
         return output
 
@@ -215,14 +214,12 @@ class ZeroEngine(Engine):
 
 def _sharing_tensors(twin: nn.Module, module: nn.Module) -> nn.Module:
     """twin, a copy of the network, with its very parameters and buffers; also when a backward pass computes
-    a checkpointed block again."""
-    tensors = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    for name, tensor in tensors:
+    a checkpointed block again. Buffers are one dictionary, as a forward may replace them."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         owner, _, own_name = name.rpartition(".")
-        setattr(twin.get_submodule(owner), own_name, tensor)
+        setattr(twin.get_submodule(owner), own_name, parameter)
+    for name, layer in module.named_modules():
+        twin.get_submodule(name)._buffers = layer._buffers
     return twin
 
 
