@@ -1,4 +1,5 @@
-"""Files that appear whole or not at all, and last, also on file systems that lack something."""
+"""Files that appear whole or not at all, and last, also on file systems that lack something; and patience
+with those that are away for a moment."""
 
 from __future__ import annotations
 
@@ -6,10 +7,11 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +19,13 @@ if TYPE_CHECKING:
 # What a file system answers that has no fsync, of files or (some FUSE and SMB mounts) of folders.
 _LACKING = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _LACKING_FOR_FOLDERS = _LACKING | {errno.EACCES, errno.EPERM, errno.EBADF, errno.EISDIR}
+
+_T = TypeVar("_T")
+_PAUSES_S = (0.0, 1.0, 2.0, 4.0, 8.0, 15.0)  # between tries: a file server may be away for half a minute
+_LASTING = frozenset((
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM,
+    errno.EMFILE,
+))  # fmt: skip
 
 
 @contextmanager
@@ -75,3 +84,15 @@ def sync(path: Path) -> None:
     except OSError as error:
         if error.errno not in lacking:
             raise
+
+
+def patiently(act: Callable[[], _T]) -> _T:
+    """`act`, tried for half a minute while it raises an OSError that may pass. Raises the last one."""
+    for pause in _PAUSES_S:
+        try:
+            return act()
+        except OSError as error:
+            if error.errno in _LASTING:
+                raise
+        time.sleep(pause)
+    return act()

@@ -14,6 +14,7 @@ from pipeline.gan.adaptive import AdaptiveP
 from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Drawn, Draws, Samples
 from pipeline.gan.frozen import constants_of
+from pipeline.gan.images import is_channels_last
 from pipeline.gan.losses import Adversarial, adversarial
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised, resolved
@@ -96,7 +97,8 @@ def build(
         penalty: WeightPenalty = getattr(config.penalty, name)
         penalty = replace(penalty, on=resolved(network, penalty.on))
         constants = constants_of(network, config.D.freeze) if name == "D" and ranks.main else {}
-        player = PlayerSettings(name, optimizer, penalty, penalised(network, penalty.on), constants)
+        covered, last = penalised(network, penalty.on), is_channels_last(network)
+        player = PlayerSettings(name, optimizer, penalty, covered, last, constants)
         return build_engine(network, player, ranks, batch, (inputs[name], c))
 
     G, D = engine("G"), engine("D")

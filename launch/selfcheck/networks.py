@@ -1,10 +1,11 @@
 """Networks of the parity matrix beside our own: with parameters that do not train, with tied ones, with
-buffers, with a latent, with equalised learning rates."""
+a latent, with equalised learning rates, and one with all that networks of users do besides."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,27 +29,39 @@ class FrozenDiscriminator(dcgan.Discriminator):
         self.blocks[0].requires_grad_(False)
 
 
-class PretrainedGenerator(dcgan.Generator):
+class OwnGenerator(dcgan.Generator):
     """A plain one."""
 
 
-class PretrainedDiscriminator(dcgan.Discriminator):
-    """Looks at images through features that another training has made, in eval mode with their statistics
-    (Projected GANs do). Its logits grow from pass to pass, by a buffer that each pass replaces."""
+class OwnDiscriminator(nn.Module):
+    """What networks of users do: it looks at images through features that another training has made, in eval
+    mode with their statistics (Projected GANs), has constants drawn by NumPy, a mask with infinities, a
+    kernel of five axes, a buffer that each pass replaces and one that comes in the first, and takes images
+    apart with `view`."""
 
     scale: Tensor
+    mask: Tensor
+    constants: Tensor
+    seen: Tensor
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        channels = arguments["channels"]
+    def __init__(self, *, channels: int, **_: Any) -> None:
+        super().__init__()
         norm = nn.BatchNorm2d(channels)
         norm.running_mean, norm.running_var = torch.full((channels,), 0.3), torch.full((channels,), 2.0)
         self.features = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU())
         self.features.requires_grad_(False).eval()
+        self.kernel = nn.Parameter(0.2 * torch.randn(1, 5, channels, 4, 4))
+        self.to_logit = nn.Linear(5 * 7 * 7, 1)
         self.register_buffer("scale", torch.tensor(0.5))
+        self.register_buffer("constants", torch.from_numpy(numpy.random.randn(5 * 7 * 7)).float())
+        self.register_buffer("mask", torch.full((7, 7), -torch.inf).triu(1))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        logits: Tensor = super().forward(x + self.features(x), c) * self.scale
+        if not hasattr(self, "seen"):
+            self.register_buffer("seen", torch.ones((), device=x.device), persistent=False)
+        rows = F.silu(F.conv2d(x + self.features(x), self.kernel[0], stride=4)) @ self.mask.softmax(1)
+        flat = rows.view(len(x), -1) + self.constants
+        logits: Tensor = self.to_logit(F.silu(flat)).flatten() * self.scale * self.seen
         self.scale = 0.9 * self.scale + 0.1
         return logits
 

@@ -170,14 +170,14 @@ def cases(world: int = 1, strategy: str = "single", thorough: bool = False) -> l
         **families.CASES,
         "freeze": ("D.freeze=1", "loss.kind=relativistic", *slopes("gamma=0.7", "interval=1")),
         "frozen": networks("launch.selfcheck.networks", "Frozen"),
-        "pretrained": (*networks("launch.selfcheck.networks", "Pretrained"), *R1),
+        "own": (*networks("launch.selfcheck.networks", "Own"), *R1),
         "tied": networks("launch.selfcheck.networks", "Tied"),
     }
     if strategy in ("fsdp2", "hsdp"):
         del special["tied"]
     for name, settings in special.items():
         # Every forward pass changes u and v of spectral norm, and buffers: rounds change the training.
-        rounds = 1 if "spectral" in name or name == "pretrained" else 2
+        rounds = 1 if "spectral" in name or name == "own" else 2
         by_round = name == "fraction" or "sync-batch" in name  # every second image of a rank's; all ranks'
         images = shared * (1 + (name == "fraction")) if by_round else batch
         found.append(Case(name, (*SGD, *_PENALTIES["l2"], *settings), rounds, images))

@@ -45,6 +45,7 @@ from pipeline.data.remote.fetch import RemoteShards, is_verifiable
 from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
 from pipeline.data.sidecar import SampleTable
+from pipeline.durable import patiently
 from pipeline.wording import counted
 
 Announce = Callable[[str], None]
@@ -134,7 +135,7 @@ class Index:
         if self.remote:
             return self.remote.open(self.shards[shard])
         try:
-            return os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            return patiently(lambda: os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             raise unreadable(self.root, self.shards[shard].url, error) from None
 

@@ -18,6 +18,7 @@ from pipeline.data.index import Index
 from pipeline.data.plan import Plan
 from pipeline.data.samples import image_extension
 from pipeline.data.sidecar import SampleTable
+from pipeline.durable import patiently
 
 Sample = dict[str, Any]  # as webdataset has it: __key__, __url__, and bytes by extension
 
@@ -36,8 +37,9 @@ class Reader:
     A window of shards stays open, so that none is opened twice while the plan goes through a window.
     """
 
-    def __init__(self, index: Index, window: int) -> None:
-        self._index = index
+    def __init__(self, index: Index, window: int, patient: bool = True) -> None:
+        """patient: read again for half a minute what a disk fails to read."""
+        self._index, self._patient = index, patient
         self._limit = _may_open(window)
         self._open: OrderedDict[int, tuple[int, SampleTable]] = OrderedDict()
 
@@ -68,12 +70,15 @@ class Reader:
             os.close(self._open.popitem()[1][0])
 
     def _read_anew(self, shard: int, size: int, offset: int, what: str) -> bytes:
-        """Once more, from the file opened again: a network disk may have dropped it (ESTALE)."""
-        with suppress(OSError):
-            os.close(self._open.pop(shard)[0])
-        file, _ = self._shard(shard)
+        """Again, from the file opened again: a network disk may have dropped it (ESTALE), or be away."""
+
+        def once() -> bytes:
+            with suppress(OSError):
+                os.close(self._open.pop(shard)[0])
+            return _pread(self._shard(shard)[0], size, offset)
+
         try:
-            return _pread(file, size, offset)
+            return patiently(once) if self._patient else once()
         except OSError as error:
             raise BadSampleError(f"{what} cannot be read: {error.strerror or error}.") from None
 
@@ -109,7 +114,7 @@ class Replacements:
         if not self._allowed:
             raise error
         self._found.append(str(error))
-        reader = Reader(self._index, self._plan.window)
+        reader = Reader(self._index, self._plan.window, patient=False)  # the bad one has been waited for
         try:
             for attempt in range(_TRIES):
                 shard, row = self._plan.replacement(position, attempt)

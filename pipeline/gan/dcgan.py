@@ -36,6 +36,7 @@ class Generator(nn.Module):
     Raises UserError for a size it does not have, and for blocks with spectral norm.
     """
 
+    channels_last = True  # see images.py
     bounded = True  # see check_reach
 
     def __init__(
@@ -81,6 +82,8 @@ class Discriminator(nn.Module):
     inner product of the class's embedding with the features summed over positions. blocks: R3GAN's, after the
     last layer. Raises UserError for a size it does not have, and for blocks with spectral norm.
     """
+
+    channels_last = True  # see images.py
 
     def __init__(
         self,

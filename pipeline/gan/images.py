@@ -6,7 +6,13 @@ Latents are floats in the shards too, and are taken as they are.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def is_channels_last(network: nn.Module) -> bool:
+    """Whether kernels and images are channels last in memory, as GPUs compute convolutions fastest: if the
+    network's class says so, `channels_last = True`. Others may take them apart with `view`."""
+    return bool(getattr(network, "channels_last", False))
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -18,10 +21,12 @@ from pipeline.gan import dcgan, r3gan, resnet, stylegan2, vit
 from pipeline.gan.compatible import check_layers, check_path
 from pipeline.gan.draws import derive_seed
 from pipeline.gan.frozen import freeze
+from pipeline.gan.images import is_channels_last
 from pipeline.gan.penalised import check_penalty, penalised
 from pipeline.plugins import import_class, reason
 
 Player = Literal["G", "D"]
+_CPU = torch.device("cpu")
 
 FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
     {
@@ -50,17 +55,19 @@ def build_D(config: Config, num_classes: int) -> nn.Module:
     return _build(config, "D", num_classes)
 
 
-def check_networks(config: Config, num_classes: int) -> None:
+def check_networks(config: Config, num_classes: int, device: torch.device | None = None) -> None:
     """Refuse networks that do not exist or do not fit the data, cheaply and before any process is spawned.
 
     Builds G and D without memory or arithmetic (meta device), and passes a batch of two through a user's own
-    network, on the CPU if it cannot run on meta. Raises UserError if a network cannot be built, if G's images
-    are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty covers nothing.
+    network, on the CPU if it cannot run on meta, else on `device`, a rank's, as it may have kernels for GPUs
+    alone. (Another process leaves such a network to the ranks.) Raises UserError if a network cannot be
+    built, if G's images are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty
+    covers nothing.
     """
     data = config.data
     image = (2, data.channels, data.size, data.size)
-    _check_shape(config, "G", num_classes, given=(2, config.G.z_dim), due=image)
-    _check_shape(config, "D", num_classes, given=image, due=(2,))
+    _check_shape(config, "G", num_classes, given=(2, config.G.z_dim), due=image, device=device)
+    _check_shape(config, "D", num_classes, given=image, due=(2,), device=device)
 
 
 def check_reach(config: Config, largest: float) -> None:
@@ -77,15 +84,29 @@ def check_reach(config: Config, largest: float) -> None:
 
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _made(config, player), _arguments(config, player, num_classes)
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the accelerators too.
-        torch.default_generator.manual_seed(derive_seed(config.run.seed, "weights", player))
+    with torch.device("cpu"), _seeded(derive_seed(config.run.seed, "weights", player)):
         try:
             return network(**arguments)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the global generators of torch (on the CPU), NumPy and Python, as a user's network may draw from
+    any of them, and restores them."""
+    ours, numpys = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+            numpy.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(ours)
+        numpy.random.set_state(numpys)
 
 
 def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
@@ -96,9 +117,16 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
         module = network(**arguments)
         if player == "D":
             freeze(module, config.D.freeze)
+            if not is_channels_last(module):
+                module.register_forward_pre_hook(_with_contiguous_images)
         return module
 
     return make
+
+
+def _with_contiguous_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    images, *others = inputs
+    return (images.contiguous(), *others)
 
 
 def _class_of(config: Config, player: Player) -> type[nn.Module]:
@@ -162,7 +190,12 @@ def _named(kind: str, player: Player) -> Mapping[str, inspect.Parameter]:
 
 
 def _check_shape(
-    config: Config, player: Player, num_classes: int, given: tuple[int, ...], due: tuple[int, ...]
+    config: Config,
+    player: Player,
+    num_classes: int,
+    given: tuple[int, ...],
+    due: tuple[int, ...],
+    device: torch.device | None,
 ) -> None:
     network, arguments = _made(config, player), _arguments(config, player, num_classes)
     path = player == "G" and config.penalty.path.weight > 0
@@ -172,15 +205,18 @@ def _check_shape(
         if player == "D":
             check_layers(config, module)
         return
-    try:
-        module, out = _forward(network, arguments, given, "meta", path)
-    except UserError:
-        raise
-    except Exception:  # perhaps only because meta has no arithmetic
+    for where in dict.fromkeys((torch.device("meta"), _CPU, device or _CPU)):
         try:
-            module, out = _forward(network, arguments, given, "cpu", path)
-        except Exception as error:
-            raise UserError(f"{_title(config, player)} cannot be built and run: {reason(error)}") from error
+            module, out = _forward(network, arguments, given, where, path)
+            break
+        except UserError:
+            raise
+        except Exception as error:  # perhaps only because meta has no arithmetic, or a kernel is for GPUs
+            problem = error
+    else:
+        if device is None and torch.cuda.is_available():
+            return
+        raise UserError(f"{_title(config, player)} cannot be built and run: {reason(problem)}") from problem
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if found != list(due):
         what = "images" if player == "G" else "logits"
@@ -199,10 +235,11 @@ def _forward(
     network: Callable[..., nn.Module],
     arguments: dict[str, Any],
     given: tuple[int, ...],
-    device: str,
+    device: torch.device,
     gradient: bool,
 ) -> tuple[nn.Module, Any]:
-    with torch.device(device), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradient):
+    drawn_on = [device] if device.type == "cuda" else []
+    with torch.device(device), torch.random.fork_rng(devices=drawn_on), torch.set_grad_enabled(gradient):
         labels = torch.zeros(given[0], dtype=torch.int64) if arguments["num_classes"] else None
         module = network(**arguments)
         return module, module(torch.zeros(given), labels)

@@ -31,6 +31,8 @@ class Generator(nn.Module):
     the class beside z. depth: blocks per resolution. Raises UserError for a size it does not have.
     """
 
+    channels_last = True  # see images.py
+
     def __init__(
         self,
         *,
@@ -73,6 +75,8 @@ class Discriminator(nn.Module):
     A conditional D's logit is the inner product of features and the class's embedding, without a part that
     all classes share. depth: blocks per resolution. Raises UserError for a size it does not have.
     """
+
+    channels_last = True  # see images.py
 
     def __init__(
         self,

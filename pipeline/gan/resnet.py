@@ -37,6 +37,7 @@ class Generator(nn.Module):
     UserError for a size it does not have.
     """
 
+    channels_last = True  # see images.py
     bounded = True  # see check_reach
 
     def __init__(
@@ -89,6 +90,8 @@ class Discriminator(nn.Module):
     the class's embedding (Miyato & Koyama 2018, eq. 3). depth: residual blocks per resolution. Raises
     UserError for a size it does not have.
     """
+
+    channels_last = True  # see images.py
 
     def __init__(
         self,

@@ -39,6 +39,8 @@ class Generator(nn.Module):
     training, forward sets `latent` [N, layers, z_dim], all w. Raises UserError for a size it does not have.
     """
 
+    channels_last = True  # see images.py
+
     def __init__(
         self,
         *,
@@ -111,6 +113,8 @@ class Discriminator(nn.Module):
     A conditional D has a logit for each class, and says that of the image's (Mescheder et al. 2018, as the
     authors' code). Raises UserError for a size it does not have.
     """
+
+    channels_last = True  # see images.py
 
     def __init__(
         self,

@@ -43,6 +43,8 @@ class Generator(nn.Module):
     checkpoint: of a block's activations, keep its inputs alone. Raises UserError for sizes that do not fit.
     """
 
+    channels_last = True  # see images.py
+
     latent: Tensor
 
     def __init__(
@@ -133,6 +135,8 @@ class Discriminator(nn.Module):
     The logit is linear in the class token; a conditional D adds the token's inner product with the class's
     embedding (Miyato & Koyama 2018, eq. 3). Arguments as of G. Raises UserError for sizes that do not fit.
     """
+
+    channels_last = True  # see images.py
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ them to what they were at the beginning of the turn, decided on the device like 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import is_
 
 import torch
@@ -33,6 +34,14 @@ class Buffers:
         if buffer is None or buffer.device.type != self._nothing.device.type or not _dense(buffer):
             return self._nothing
         return buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
+
+
+@torch.no_grad()
+def fill_buffers(network: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy buffers of another network of this class. One that has come or grown in its passes stays out."""
+    for name, buffer in network.named_buffers():
+        if name in values and values[name].shape == buffer.shape:
+            buffer.copy_(values[name])
 
 
 class BufferSnapshot:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.errors import CommonError, UserError
 from pipeline.parallel.batch import BatchShape
+from pipeline.parallel.buffers import BufferSnapshot
 from pipeline.parallel.engine import PlayerSettings, poisoned
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
@@ -34,7 +35,9 @@ class ReplicatedEngine(MasterEngine):
         example: tuple[torch.Tensor | None, ...],
     ) -> None:
         """example: inputs of a small batch, to settle DDP's buckets before a checkpoint is loaded."""
-        module.to(ranks.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(ranks.device)
+        if player.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         masters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         fragments = [
             Fragment(name, 0, p.shape, p.detach(), player.penalised.get(name, 0.0))
@@ -89,13 +92,12 @@ class ReplicatedEngine(MasterEngine):
         """
         if self._ddp is None:
             return
-        buffers = {name: b.clone() for name, b in self.module.named_buffers()}
+        snapshot = BufferSnapshot(self._buffers)
         with self.autocast():
             self._refuse_idle(self.module(*example))
             self.forward(*example).sum().backward()  # type: ignore[no-untyped-call]
         self.zero_grad()
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(buffers[name])
+        snapshot.restore()
 
     def _refuse_idle(self, output: torch.Tensor) -> None:
         """Raises CommonError unless the output depends on all parameters: DDP waits for every gradient."""

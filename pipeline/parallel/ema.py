@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pipeline.parallel.batch_norm import pooled_buffers
+from pipeline.parallel.buffers import fill_buffers
 from pipeline.parallel.engine import Engine
 
 
@@ -36,9 +37,7 @@ class Ema:
         with torch.no_grad():
             for name, tensor in self.engine.whole(self.averages):
                 named[name].data = tensor.clone(memory_format=torch.contiguous_format)
-            buffers = dict(self._module.named_buffers())
-            for name, value in pooled_buffers(self.engine.module, self.engine.ranks).items():
-                buffers[name].copy_(value)
+            fill_buffers(self._module, pooled_buffers(self.engine.module, self.engine.ranks))
         return self._module
 
     def _release(self) -> None:

@@ -52,6 +52,7 @@ class PlayerSettings:
     optimizer: Optimizer
     penalty: WeightPenalty
     penalised: Mapping[str, float]  # parameters the penalty covers, and factors (gan/penalised.py)
+    channels_last: bool = False  # its kernels in memory, where a rank holds them whole
     # On the main rank: the whole parameters, on the CPU, that the config freezes, for checkpoints.
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -80,6 +81,7 @@ class Engine(abc.ABC):
         # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module, ranks.device)
+        self._kept = {name: b.shape for name, b in module.named_buffers() if b.isfinite().all()}
         self._finite: torch.Tensor | None = None  # whether this turn's update was finite; None before it
         self._found_inf = torch.zeros((), device=ranks.device)  # the opposite, as optimizers take it
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)  # gradient norm to chart
@@ -263,9 +265,11 @@ class Engine(abc.ABC):
         self.load_moments([{k: t for k, t in s.items() if not k.startswith(ours)} for s in states])
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What training changes in this rank's network besides its fragments. Parameters that the network's
-        class does not train are not included: it makes the same ones every time."""
-        return {name: buffer.detach() for name, buffer in self.module.named_buffers()}
+        """What training changes in this rank's network besides its fragments. Not included is what its class
+        makes the same every time: parameters that it does not train, and buffers that are infinite from the
+        start (attention masks), that come in a forward pass, or that grow there (caches)."""
+        buffers = self.module.named_buffers()
+        return {name: b.detach() for name, b in buffers if b.shape == self._kept.get(name)}
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """This rank's part of the squared gradient norm → the whole, the same on every rank, so that all clip

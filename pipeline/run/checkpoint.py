@@ -182,8 +182,8 @@ def load(checkpoint: Path, players: list[Engine], G_ema: Ema, ranks: Ranks) -> N
             load_moments(engine, read)
             engine.masters_changed()
             live = engine.buffers()
-            for name, value in buffers.items():
-                live[name].copy_(value)
+            for name in buffers.keys() & live.keys():
+                live[name].copy_(buffers[name])
             if engine is G_ema.engine:
                 for fragment, average in zip(engine.fragments, G_ema.averages, strict=True):
                     piece = read("ema", fragment.name, fragment.start, average.numel())

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from pipeline.durable import save_tensors, whole, write
 from pipeline.errors import readable
 from pipeline.gan.networks import build_D, build_G
 from pipeline.parallel.batch_norm import pooled
+from pipeline.parallel.buffers import fill_buffers
 from pipeline.run import programs
 from pipeline.run.card import card
 from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
@@ -189,8 +189,5 @@ def load_network(name: Network, config: Config, found: Path, state: State) -> nn
         raise UserError(f"{found} holds another {player} than the run's config.yaml describes.")
     pieces.fill(kind, network)
     pieces.fill("constant", network)
-    buffers = dict(network.named_buffers())
-    with torch.no_grad():
-        for key, value in pooled(network, read_buffers(found, player)).items():
-            buffers[key].copy_(value)
+    fill_buffers(network, pooled(network, read_buffers(found, player)))
     return network.requires_grad_(False).eval()

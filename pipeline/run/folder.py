@@ -252,10 +252,22 @@ def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether the run in this folder trained as far as the config asks, which may be further than before."""
+    return _marked(folder / DONE) >= 1000 * config.run.total_kimg
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether checkpoints were there: the run has ended, or the folder is a link to what is gone."""
+    checkpoints = folder / "checkpoints"
+    lost = checkpoints.is_symlink() and not checkpoints.exists()
+    return lost or any(_marked(folder / name) > 0 for name in (DONE, STOPPED))
+
+
+def _marked(file: Path) -> float:
+    """cur_nimg in a marker of a run's end; 0 if there is none."""
     try:
-        return float((folder / DONE).read_text().split()[0]) >= 1000 * config.run.total_kimg
+        return float(file.read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return False
+        return 0.0
 
 
 def _fixed(config: Config) -> dict[str, Any]:

@@ -77,13 +77,10 @@ class HeldOutImages:
         augmentation = gan.augmentation("heldout", cur_nimg, mine)
         if augmentation is not None:
             augmentation = augmentation.to(self._ranks.device)
-        buffers = {name: b.clone() for name, b in D.module.named_buffers()}
         seed_generators(0, self._ranks.device)
-        with torch.no_grad(), D.autocast():
+        with D.unobserved(), D.autocast():
             images = gan.augment(to_float(self._batch.images), augmentation)
             logits = D.module(images, self._batch.labels)
-        for name, buffer in D.module.named_buffers():
-            buffer.copy_(buffers[name])
         stats.mean("Loss/scores/heldout", logits.float().mean())
 
     def _first(self, count: int, rank: int, world: int) -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pipeline.config import Config
 from pipeline.data.cache import Cache, reserve
 from pipeline.data.check import check_images
@@ -17,11 +19,12 @@ from pipeline.run.report import Report, say
 from pipeline.run.state import State
 
 
-def checked_index(config: Config, announce: bool) -> Index:
-    """The index of the training data, checked against the config. Raises UserError."""
+def checked_index(config: Config, announce: bool, device: torch.device | None = None) -> Index:
+    """The index of the training data, checked against the config. device: the rank's, for
+    `check_networks`. Raises UserError."""
     assert config.data.train is not None
     index = load_index(config.data.train, say if announce else lambda _: None, config.data.remote)
-    check_networks(config, index.num_classes if config.data.conditional else 0)
+    check_networks(config, index.num_classes if config.data.conditional else 0, device)
     check_reach(config, check_images(index, config.data))
     return index
 
@@ -35,9 +38,11 @@ def agreed_data(config: Config, ranks: Ranks) -> tuple[Index, Split]:
     first: list[Index] = []
     with ranks.raise_together():  # the main rank first: it may have to build what the others then read
         if ranks.main:
-            first.append(checked_index(config, announce=True))
+            first.append(checked_index(config, True, ranks.device))
     with ranks.raise_together():
-        index = ranks.broadcast_on_machine(lambda: first.pop() if first else checked_index(config, False))
+        index = ranks.broadcast_on_machine(
+            lambda: first.pop() if first else checked_index(config, False, ranks.device)
+        )
     fingerprint = ranks.broadcast_from_main(lambda: index.fingerprint)
     if any(ranks.poll_any(index.fingerprint != fingerprint)()):
         raise CommonError(

@@ -17,7 +17,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint, events, source
 from pipeline.run.checkpoint import SavedBy
-from pipeline.run.folder import finished, leave_data
+from pipeline.run.folder import finished, has_saved, leave_data
 from pipeline.run.report import say
 from pipeline.run.resend import catch_up
 from pipeline.run.source import Source
@@ -68,10 +68,14 @@ class Start:
 
 
 def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Start:
-    """state: that of a new run. Raises CommonError if the run has checkpoints, but no intact one, or if it is
-    new and run.init cannot be used."""
+    """state: that of a new run. Raises CommonError if the run has or had checkpoints, but no intact one, or
+    if it is new and run.init cannot be used."""
     ranks.progress.doing = "looking for a checkpoint"
     found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
+    if found is None and not complaints and ranks.broadcast_from_main(lambda: has_saved(folder)):
+        complaints = [
+            f"{folder / 'checkpoints'} is empty or gone, although the run has saved. Is a disk missing?"
+        ]
     if found is None and complaints:
         raise CommonError(
             "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])

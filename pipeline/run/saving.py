@@ -30,6 +30,7 @@ from pipeline.run.state import State
 Tensors = dict[str, torch.Tensor]
 Lines = dict[str, Any]  # of the manifest: file name → bytes and SHA-256
 Phase = Literal["idle", "writing", "finishing"]
+Best = tuple[tuple[float, int] | None, str | None]
 
 
 class Saver:
@@ -47,6 +48,7 @@ class Saver:
         self._state, self._rounds, self._draws = State(), 1, VERSION
         self.steps = 0  # grows with every change of phase, on all ranks alike
         self.failures = 0  # in a row
+        self.best: Best = None, None  # of the newest checkpoint on disk: its state's best and best_of
         if ranks.main:
             for left in folder.glob(".partial-*"):  # by a job that was killed while writing
                 shutil.rmtree(left, ignore_errors=True)
@@ -71,6 +73,11 @@ class Saver:
         self._start(lambda: _write(self._partial, contents, self._still_ours))
 
     @property
+    def cur_nimg(self) -> int:
+        """Of the checkpoint that is being written, or was last."""
+        return self._state.cur_nimg
+
+    @property
     def flags(self) -> tuple[bool, bool]:
         """This rank's (busy, failed), to be combined over all ranks."""
         job = self._job
@@ -90,7 +97,7 @@ class Saver:
             return self._give_up(error)
         if self._phase == "finishing":
             self._enter("idle")
-            self.failures = 0
+            self.failures, self.best = 0, (self._state.best, self._state.best_of)
             return None
         lines = self._ranks.gather_on_main(job.result() if job else {})
         self._enter("finishing")
@@ -112,7 +119,7 @@ class Saver:
 
     @property
     def _partial(self) -> Path:
-        return self._folder / f".partial-{self._state.cur_nimg}"
+        return self._folder / f".partial-{self.cur_nimg}"
 
     def _enter(self, phase: Phase) -> None:
         self._phase, self.steps = phase, self.steps + 1

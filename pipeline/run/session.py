@@ -45,7 +45,10 @@ from pipeline.run.stats import Reduced, Stats
 from pipeline.run.stop import StopSignals
 from pipeline.wording import counted
 
-_MAKE_ROOM = "Make room, and run the same command again: it continues from the newest intact one."
+_CONTINUE = (
+    "Make room, or mend what else the warnings name, and run the same command again: it continues from the "
+    "newest intact one."
+)
 
 
 class Session:
@@ -64,9 +67,10 @@ class Session:
     ) -> None:
         """state: its lists of what was found so far are added to."""
         self._config, self._folder, self._ranks, self._report = config, folder, ranks, report
-        self._signals, self._progress, self.clock = signals, ranks.progress, Clock()
+        self._signals, self._progress, self.clock, self._state = signals, ranks.progress, Clock(), state
         self._train_size = split.training().size
         self._saver = Saver(folder / "checkpoints", ranks, config.run.keep, report.still_ours)
+        self._saver.best = state.best, state.best_of
         self._flags = Flags(ranks, signals, self._saver, self._heed)
         self._grids = SampleGrids(folder, ranks, report, index.classes)
         self._curves = Curves(folder, report)
@@ -173,7 +177,7 @@ class Session:
         with self._off_the_clock("saving a checkpoint"):
             self._heed(self._saver.finish())
         if self._saver.failures:
-            raise RunError(f"The last checkpoint could not be written. {_MAKE_ROOM}")
+            raise RunError(f"The last checkpoint could not be written. {_CONTINUE}")
 
     def conclude(self, state: State, completed: bool) -> None:
         """Leave the marker that says how the run ended; export the networks of a completed one.
@@ -210,13 +214,17 @@ class Session:
         }
 
     def _heed(self, complaints: list[str]) -> None:
-        """One failed save is no reason to stop; several in a row are."""
+        """One failed save is no reason to stop; several in a row are.
+
+        If it held the best score, the best is again the one before, which no later save may then delete."""
+        if complaints and self._state.best and self._state.best[1] == self._saver.cur_nimg:
+            self._state.best, self._state.best_of = self._saver.best
         for complaint in complaints:
             self._report.warn("Checkpoint not written", f"{complaint} Training continues; earlier ones stay.")
         if self._saver.failures > self._config.run.max_failed_saves:
             raise RunError(
                 f"{counted(self._saver.failures, 'checkpoint')} in a row could not be written "
-                f"(run.max_failed_saves = {self._config.run.max_failed_saves}). {_MAKE_ROOM}"
+                f"(run.max_failed_saves = {self._config.run.max_failed_saves}). {_CONTINUE}"
             )
 
     @contextmanager

@@ -104,11 +104,13 @@ def test_more_than_max_bad_stop_the_run(damaged: tuple[Index, Plan], workers: in
         stream(*damaged, steps=8, max_bad=0, workers=workers)
 
 
-@pytest.mark.parametrize(("fails", "bad"), [(1, 0), (99, 1)])
+@pytest.mark.parametrize(("fails", "bad"), [(1, 0), (6, 0), (99, 1)])
 def test_a_disk_that_fails_to_read_one_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int, bad: int
 ) -> None:
-    """Once (a network disk that dropped the open file), and always (a bad sector)."""
+    """A few times (a network disk that was away), and always (a bad sector)."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
     write_tar(tmp_path / "s-0.tar", [(f"0-{row}.png", image_of(0, row)) for row in range(8)])
     index, plan = open_all(tmp_path)
     offset, left, read = int(index.table(0).offset[3]), fails, os.pread
@@ -127,6 +129,7 @@ def test_a_disk_that_fails_to_read_one_image(
     assert said == ({message} if bad else set())
     assert ((0, 3) in {sample_of(image) for image in images(batches).numpy()}) is not bool(bad)
     assert left == 0 or bad
+    assert sum(pauses) == {1: 0, 6: 15, 99: 30}[fails], "replacements are not waited for"
     if bad:
         with pytest.raises(UserError, match="'0-3' cannot be read: Input/output error"):
             stream(index, plan, steps=2, max_bad=0)

@@ -161,12 +161,12 @@ class Started:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait(self) -> Ended:
+    def wait(self, deadline: float = DEADLINE) -> Ended:
         try:
-            status = self.process.wait(DEADLINE)
+            status = self.process.wait(deadline)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
-            raise AssertionError(f"still running after {DEADLINE:g} s:\n{self.output}") from None
+            raise AssertionError(f"still running after {deadline:g} s:\n{self.output}") from None
         return Ended(status, self.output)
 
     def until(self, happened: Callable[[], bool]) -> Started:

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from launching import ADAM, ROOT, RunFolder, Started, identical, rows_written, run, shardgan, without_clocks
+from launching import (
+    ADAM,
+    DEADLINE,
+    ROOT,
+    RunFolder,
+    Started,
+    identical,
+    rows_written,
+    run,
+    shardgan,
+    without_clocks,
+)
 from no_flock import without_flock
 
 from launch.cli import cli
@@ -63,7 +74,8 @@ def test_of_two_that_start_together_one_trains(worlds, folder, procs, flock):
 def test_of_two_that_start_together_one_trains_twenty_times(worlds, folder, flock):
     """Forked, and let go at the same moment."""
     pairs = [sys.executable, str(ROOT / "tests" / "e2e" / "training_pairs.py"), "20", "adam.yaml"]
-    ended = run([*pairs, "track.wandb=true"], folder, **({} if flock else without_flock(folder)))
+    started = Started([*pairs, "track.wandb=true"], folder, **({} if flock else without_flock(folder)))
+    ended = started.wait(2 * DEADLINE)
     assert ended.status == 0 and ended.output.splitlines() == ["0 2"] * 20, ended.output
     for n in range(20):
         logs = [(folder / f"pair-{n}-{number}.log").read_text() for number in range(2)]

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 from torch import nn
 
+from pipeline.config import load
 from pipeline.errors import CommonError
 from pipeline.gan.sync_batch_norm import SyncBatchNorm2d
 from pipeline.parallel.batch import BatchShape
 from pipeline.run.checkpoint import SavedBy
-from pipeline.run.resume import on_other_data, refuse_other_rounds
+from pipeline.run.resume import find_start, on_other_data, refuse_other_rounds
 from pipeline.run.state import State
 
 FOLDER = Path("runs/photos")
+RANKS: Any = SimpleNamespace(main=True, progress=SimpleNamespace(), broadcast_from_main=lambda make: make())
 
 
 def gan(batch: BatchShape, G: nn.Module, D: nn.Module) -> Any:
@@ -56,3 +58,19 @@ def test_classes_keep_their_numbers_on_other_data():
         on_other_data(FOLDER, of("cats", "dogs"), of("dogs", "kittens"), True)
     with pytest.raises(CommonError, match="knows 2 classes, these data 3"):
         on_other_data(FOLDER, of("cats", "dogs"), of("cats", "dogs", "owls"), True)
+
+
+@pytest.mark.parametrize("gone", ["removed", "an unmounted disk"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path, gone):
+    """Its rows and grids would be overwritten, without a word."""
+    if gone == "removed":
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "STOPPED").write_text("512\n")
+    else:
+        (tmp_path / "checkpoints").symlink_to(tmp_path / "disk" / "run")
+    with pytest.raises(CommonError, match=r"(?s)holds no intact checkpoint .*checkpoints is empty or gone"):
+        find_start(load(None, ["data.train=x"]), tmp_path, State(), RANKS)
+
+
+def test_a_run_that_has_not_saved_yet_starts(tmp_path):
+    assert find_start(load(None, ["data.train=x"]), tmp_path, State(), RANKS).checkpoint is None

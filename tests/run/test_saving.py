@@ -1,7 +1,9 @@
-"""What a save copies: every tensor once, to host memory, and nothing on the device."""
+"""What a save copies: every tensor once, to host memory, and nothing on the device. And what it deletes."""
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 from pipeline.gan.draws import VERSION
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
-from pipeline.run import checkpoint
+from pipeline.run import checkpoint, saving
+from pipeline.run.checkpoint import find
 from pipeline.run.saving import Saver
+from pipeline.run.session import Session
 from pipeline.run.state import State
 
 RANKS: Any = SimpleNamespace(
     rank=0, world=1, main=True, strategy="single", barrier=lambda: None,
-    gather_on_main=lambda value: [value], poll_any=lambda *flags: lambda: list(flags),
+    gather_on_main=lambda value: [value], gather_objects=lambda value: [value],
+    poll_any=lambda *flags: lambda: list(flags),
 )  # fmt: skip
 
 
@@ -105,3 +110,36 @@ def test_on_a_cpu_everything_is_copied_once_and_stored_in_the_order_of_the_whole
     assert stored["exp_avg/conv.weight@0"].shape == (8 * 4 * 9,)
     assert stored["step/conv.weight"].shape == ()
     assert load_file(tmp_path / "12" / "buffers-00000.safetensors")["G/running_mean"].shape == (8,)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, monkeypatch):
+    """Else the next save would delete the one before, as if a better one were kept."""
+    engine, state = player("cpu"), State()
+    session: Any = SimpleNamespace(_saver=Saver(tmp_path, RANKS, keep=1), _state=state, _report=Said())
+    session._config = SimpleNamespace(run=SimpleNamespace(max_failed_saves=3))
+
+    def save(nimg: int, score: float | None = None) -> list[str]:
+        state.cur_nimg = nimg
+        if score is not None:
+            state.best, state.best_of = (score, nimg), "Metrics/kid"
+        session._saver.begin([engine], averages_of(engine), state)
+        complaints: list[str] = session._saver.finish()
+        Session._heed(session, complaints)
+        return complaints
+
+    assert save(100, 0.5) == [] == save(200)
+    with monkeypatch.context() as disk:
+        disk.setattr(saving, "sync", fails)
+        assert "No space left" in save(300, 0.4)[0]
+    assert state.best == (0.5, 100)
+    assert save(400) == [] and sorted(find(tmp_path)) == [100, 400]
+    assert save(500, 0.45) == [] == save(600) and sorted(find(tmp_path)) == [500, 600]
+
+
+class Said:
+    def warn(self, *_: object) -> None:
+        """Of a checkpoint that is not written."""
+
+
+def fails(_: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
