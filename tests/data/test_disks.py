@@ -1,24 +1,28 @@
-"""Disks of this machine that are full or gone while shards are fetched: named."""
+"""Disks of this machine that are full or gone while shards are fetched: waited for, or named."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty_server import FaultyServer
 from fsspec.implementations.http import HTTPFileSystem
-from remote_shards import QUICK
+from remote_shards import QUICK, SOON, shards_kept
 
 from pipeline.config import UserError
 from pipeline.data.index import load_index
-from pipeline.data.remote import transfer
+from pipeline.data.remote import shard_cache, transfer
 from pipeline.data.remote.disk import linked
 
+PLENTY = 10**12
 GET = HTTPFileSystem._get_file
 
 
@@ -40,6 +44,58 @@ def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, float], list[str]]:
         return asked
 
     return fill
+
+
+def free(monkeypatch: pytest.MonkeyPatch, *room: int) -> list[int]:
+    """What the disk has free, each time it is asked; the last for good."""
+    left = list(room)
+    answer = lambda _: SimpleNamespace(free=left.pop(0) if len(left) > 1 else left[0])  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", answer)
+    return left
+
+
+def test_room_that_other_transfers_will_fill_is_not_free(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they have written counts no more, but for a file that is only as long as it will be."""
+    index, claimed = load_index(server.url, remote=QUICK), 10**6
+    first, second = (index.shards[shard].filesize for shard in (1, 2))
+    (cache / "shards").mkdir()
+    with (cache / "shards" / f"{'b' * 64}.{claimed}.part").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.truncate(claimed)
+        for room, kept in ((first + claimed - 1, 0), (first + claimed, 1)):
+            free(monkeypatch, room)
+            index.fetch_ahead(1, {index.shards[1].sha256}, threading.Event())
+            assert len(shards_kept(cache)) == kept
+        other.write(bytes(claimed))
+        other.flush()
+        os.fsync(other)
+        free(monkeypatch, second)
+        index.fetch_ahead(2, {index.shards[1].sha256}, threading.Event())
+        assert len(shards_kept(cache)) == 2
+
+
+def test_a_shard_that_is_needed_waits_for_room_on_a_full_disk(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, full: Callable[[str, float], list[str]]
+) -> None:
+    """Without asking the server again before there is some."""
+    monkeypatch.setattr(shard_cache, "_FULL_S", 0.01)
+    index = load_index(server.url, remote=QUICK)
+    asked, left = full("s-0002.tar", 1), free(monkeypatch, PLENTY, 0, 0, PLENTY, -1)
+    os.close(index.open(2))
+    assert len(asked) == 2 and left == [-1]
+
+
+def test_a_disk_that_stays_full_ends_the_wait_in_time(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch, full: Callable[[str, float], list[str]]
+) -> None:
+    monkeypatch.setattr(shard_cache, "_FULL_S", 0.01)
+    index = load_index(server.url, remote=SOON)
+    asked, left = full("s-0002.tar", 10**9), free(monkeypatch, PLENTY, 0, 0, 0)
+    with pytest.raises(UserError, match=r"s-0002.tar cannot be fetched: No space .*; see data.remote.folder"):
+        index.open(2)
+    assert len(asked) == 1 and left == [0]
 
 
 @pytest.mark.parametrize("removing", [False, True])
