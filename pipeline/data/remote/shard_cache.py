@@ -103,7 +103,8 @@ class ShardCache:
             return None
         if _lock(file, fcntl.LOCK_SH) and _is_at(file, path):
             if os.fstat(file).st_size == shard.filesize:
-                os.utime(file)
+                with suppress(PermissionError):  # another user's, in a common cache
+                    os.utime(file)
                 return file
             path.unlink(missing_ok=True)  # cut by a crash of the machine or a full disk
         os.close(file)
@@ -145,7 +146,7 @@ class ShardCache:
         used, unwritten, removable = 0, 0, []
         for entry in self.folder.iterdir():
             if part := _PART.fullmatch(entry.name):
-                if not _remove_unused(entry):  # it can be removed if its process was killed
+                if not _removed(entry):  # it can be removed if its process was killed
                     used += int(part[1])
                     with suppress(FileNotFoundError):  # it is whole by now
                         # Not st_size: gcsfs makes a file as long as it will be before it writes it.
@@ -161,7 +162,7 @@ class ShardCache:
         for _, freed, entry in sorted(removable):
             if max(excess, lack) <= 0:
                 break
-            if _remove_unused(entry):
+            if _removed(entry):
                 excess, lack = excess - freed, lack - freed
         return excess, lack
 
@@ -169,7 +170,7 @@ class ShardCache:
     def _locked(self, patience: Patience) -> Iterator[None]:
         """Only one process makes room at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = _common_lock(self.folder / ".lock")
         try:
             while not _lock(file, fcntl.LOCK_EX):
                 if patience.over:
@@ -206,6 +207,16 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
+def _common_lock(path: Path) -> int:
+    """A file for locks that every user of a common cache can take, whatever the umask of the first."""
+    with suppress(FileNotFoundError):
+        return _opened(path)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with suppress(PermissionError):  # on file systems without modes
+        os.fchmod(file, 0o666)
+    return file
+
+
 def _is_at(file: int, path: Path) -> bool:
     """Whether an open file is still the one at a path."""
     with suppress(FileNotFoundError):
@@ -226,3 +237,10 @@ def _remove_unused(path: Path) -> bool:
         return True
     finally:
         os.close(file)
+
+
+def _removed(path: Path) -> bool:
+    """As _remove_unused; what only another user may remove stays."""
+    with suppress(PermissionError):
+        return _remove_unused(path)
+    return False
