@@ -1,4 +1,4 @@
-"""What users of one machine share: the cache of remote shards."""
+"""What users of one machine share: the cache of remote shards, that of indexes, a folder of shards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tiny_shards import MakeShards
 
 from pipeline.config import Remote
-from pipeline.data.record import Shard
+from pipeline.data.index import load_index
+from pipeline.data.record import Shard, places, sidecar_list
 from pipeline.data.remote.shard_cache import ShardCache
 from pipeline.data.remote.transfer import Patience
 
@@ -71,3 +73,36 @@ def test_users_share_a_cache_of_shards(tmp_path: Path, mode: int) -> None:
     assert stat.S_IMODE((kept / ".lock").stat().st_mode) == 0o666
     names = sorted(path.name[:1] for path in kept.glob("*.tar"))
     assert names == (["a", "b", "c"] if mode & stat.S_ISVTX else ["b", "c"])
+
+
+@pytest.mark.parametrize("closed", ["index", "index/*", "index/*/.shardgan"])
+def test_a_cache_of_indexes_that_may_not_be_looked_into_is_as_if_empty(
+    make_shards: MakeShards, cache: Path, closed: str
+) -> None:
+    root = make_shards([3])
+    index = load_index(str(root))
+    place = places(root)[1]
+    (place / ".shardgan").mkdir(parents=True)
+    cache.chmod(0o755)
+    (found,) = cache.glob(closed)
+    found.chmod(0o700)
+
+    def look() -> None:
+        assert load_index(str(root)) == index
+        assert sidecar_list(root)("s-0000.tar") and not sidecar_list(root)("s-0001.tar")
+
+    assert as_user(JOE, look, root, cache) == ""
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o600])
+def test_who_may_read_a_shard_may_read_what_is_written_beside_it(make_shards: MakeShards, mode: int) -> None:
+    """Whatever the umask of the one who was first to look at it."""
+    root = make_shards([3, 2])
+    for shard in root.glob("*.tar"):
+        shard.chmod(mode)
+    os.umask(0o077)
+    load_index(str(root))
+    folder = root / ".shardgan"
+    for path in (root / "index.json", *(folder / f"s-000{number}.tar.npz" for number in (0, 1))):
+        assert stat.S_IMODE(path.stat().st_mode) == mode, path
+    assert stat.S_IMODE(folder.stat().st_mode) == {0o644: 0o755, 0o640: 0o750, 0o600: 0o700}[mode]
