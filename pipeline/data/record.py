@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -75,7 +77,9 @@ def sidecar_list(root: Path) -> Callable[[str], bool]:
 
     @cache
     def names(folder: Path) -> frozenset[str]:
-        return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+        with suppress(PermissionError):  # the cache of another user: as if it were empty
+            return frozenset(path.name for path in folder.iterdir()) if folder.is_dir() else frozenset()
+        return frozenset()
 
     def has_sidecar(url: str) -> bool:
         paths = (sidecar_path(place, url) for place in both)
@@ -97,7 +101,16 @@ def scan_shard(root: Path, url: str, filesize: int, sha256: str | None) -> Sampl
     except OSError as error:
         raise unreadable(root, url, error) from None
     sidecar.check(table, url, filesize, sha256)
-    _write_somewhere(root, lambda place: sidecar.save(table, sidecar_path(place, url)))
+
+    def write(place: Path) -> None:
+        path = sidecar_path(place, url)
+        sidecar.save(table, path)
+        for made in (path, *path.parents):
+            if made == place:
+                break
+            _let_read(made, place / url)
+
+    _write_somewhere(root, write)
     return table
 
 
@@ -151,7 +164,22 @@ def write_record(root: Path, name: str, shards: Sequence[Shard], extra: Mapping[
     """Write index.json; `extra` goes into it as it is."""
     record = {"wids_version": 1, "name": name, **extra, "shardlist": [_entry(shard) for shard in shards]}
     text = json.dumps(record, indent=1) + "\n"
-    _write_somewhere(root, lambda place: durable.write(place / INDEX, text))
+
+    def write(place: Path) -> None:
+        with durable.whole(place / INDEX) as partial:
+            partial.write_bytes(text.encode())
+            for shard in shards[:1]:
+                _let_read(partial, place / shard.url)
+
+    _write_somewhere(root, write)
+
+
+def _let_read(path: Path, shard: Path) -> None:
+    """Let those read a file or folder who may read the shard it is beside, whatever our umask."""
+    with suppress(OSError):  # no shard in our cache; a folder of someone else's; a disk without modes
+        readers = stat.S_IMODE(shard.stat().st_mode) & 0o444
+        mode = stat.S_IMODE(path.stat().st_mode)
+        path.chmod(mode | readers | (readers >> 2 if path.is_dir() else 0))
 
 
 def _entry(shard: Shard) -> dict[str, Any]:
@@ -174,7 +202,11 @@ def record_time(root: Path) -> int:
 
 def _newest_record(root: Path) -> Path | None:
     """The newer one of two: read-only data may have been indexed again in our cache."""
-    paths = [path for place in places(root) if (path := place / INDEX).exists()]
+    paths = []
+    for place in places(root):
+        with suppress(PermissionError):  # the cache of another user: as if it were empty
+            if (path := place / INDEX).exists():
+                paths.append(path)
     return max(paths, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,10 +218,10 @@ def _read_extra(data: bytes) -> dict[str, Any]:
     }
 
 
-def load(path: Path) -> SampleTable | None:
-    """The sidecar at `path`; None if there is none that this version can read, and it must be built."""
+def load(source: Path | BinaryIO) -> SampleTable | None:
+    """A sidecar; None if there is none that this version can read, and it must be built."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(source, allow_pickle=False) as file:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.zip.infolist()):
                 return None  # not from `save`: it may have any size when unpacked
             if int(file["version"]) != _VERSION:

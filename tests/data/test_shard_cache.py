@@ -27,6 +27,7 @@ from pipeline.config import Data, Remote, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Split
 from pipeline.data.reader import BadSampleError, Reader
+from pipeline.data.remote import transfer
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stream import check_images, heldout_batches, label_frequencies
 
@@ -126,6 +127,7 @@ def test_a_protocol_that_removes_what_it_could_not_fetch(
             raise
 
     monkeypatch.setattr(HTTPFileSystem, "_get_file", get_or_remove)
+    monkeypatch.setattr(transfer, "_REMOVING", ("http",))
     index = load_index(server.url, remote=QUICK)
     server.hurt(NAMES[2], fault)
     reader, here = Reader(index, 2), Reader(local, 2)

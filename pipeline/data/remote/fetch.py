@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,9 +147,7 @@ class RemoteShards:
             data = read(self.folder, name, patience, most=_LARGEST_SIDECAR)
         except (FileNotFoundError, UserError):
             return None  # without it the shard is walked
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / "sidecar").write_bytes(data)
-            table = sidecar.load(Path(scratch) / "sidecar")
+        table = sidecar.load(io.BytesIO(data))
         if table is None or (table.sha256, table.filesize) != (shard.sha256, shard.filesize):
             return None
         self._keep(table, shard.url)

@@ -21,9 +21,11 @@ from uuid import uuid4
 
 from pipeline.config import UserError
 from pipeline.data.record import Shard
+from pipeline.data.remote.disk import FullDiskError
 from pipeline.data.remote.transfer import Patience
 
 _POLL_S = 0.05
+_FULL_S = 1.0  # how often a full disk is looked at
 # Names of this cache's own files. All others in the folder stay.
 _WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
 _PART = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.(\d{1,19})\.part", re.ASCII)
@@ -40,29 +42,34 @@ class ShardCache:
     def open(self, shard: Shard, fetch: Fetch, patience: Patience) -> int:
         """A file descriptor of the shard, fetched if need be. The file is not removed while it is open.
 
-        Fetches even if the cache is full of shards that are being read. Raises UserError, also if another
-        process takes too long to fetch the shard.
+        Fetches even if the cache is full of shards that are being read. If the disk is full it waits for
+        room: other processes may give some back. Raises UserError, also if another process takes too long to
+        fetch the shard.
         """
+        full: FullDiskError | None = None
         while True:
             with self._complaints():
-                file = self._held(shard)
-                if file is None and (part := self._claim(shard, needed=True, keep=(), patience=patience)):
-                    file = self._fill(part, shard, fetch)
+                file, room = self._held(shard), full is not None
+                if file is None and (part := self._claim(shard, patience, bounded=False, room=room)):
+                    try:
+                        file = self._fill(part, shard, fetch)
+                    except FullDiskError as error:
+                        full = error
             if file is not None:
                 return file
             if patience.over:
-                raise UserError(
+                raise full or UserError(
                     f"shard {shard.url}: another process has been fetching it into {self.folder} for "
                     f"{patience.timeout_s:g} s (data.remote.timeout_s)."
                 )
-            patience.pause(_POLL_S)
+            patience.pause(_FULL_S if full else _POLL_S)
 
     def ahead(self, shard: Shard, fetch: Fetch, patience: Patience, keep: Collection[str]) -> None:
         """Fetch a shard for later, unless another process does, or there is no room without removing one of
         `keep` (SHA-256)."""
         with self._complaints():
             here = self.path(shard).exists()
-            part = None if here else self._claim(shard, needed=False, keep=keep, patience=patience)
+            part = None if here else self._claim(shard, patience, keep, bounded=True, room=True)
             if part is not None:
                 os.close(self._fill(part, shard, fetch))
 
@@ -96,21 +103,24 @@ class ShardCache:
             return None
         if _lock(file, fcntl.LOCK_SH) and _is_at(file, path):
             if os.fstat(file).st_size == shard.filesize:
-                os.utime(file)
+                with suppress(PermissionError):  # another user's, in a common cache
+                    os.utime(file)
                 return file
             path.unlink(missing_ok=True)  # cut by a crash of the machine or a full disk
         os.close(file)
         return None
 
     def _claim(
-        self, shard: Shard, needed: bool, keep: Collection[str], patience: Patience
+        self, shard: Shard, patience: Patience, keep: Collection[str] = (), *, bounded: bool, room: bool
     ) -> tuple[int, Path] | None:
-        """The right and the room to fetch a shard; None if it is here, or being fetched, or does not fit."""
+        """The right to fetch a shard; None if it is here, or being fetched, or does not fit into the limit
+        (if `bounded`) or on the disk (if `room`)."""
         with self._locked(patience):
             path = self.folder / f"{shard.sha256}.{shard.filesize}.part"
             if self.path(shard).exists() or not _remove_unused(path):
                 return None
-            if not self._make_room(shard.filesize, keep) and not needed:
+            excess, lack = self._make_room(shard.filesize, keep)
+            if (bounded and excess > 0) or (room and lack > 0):
                 return None
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             if _lock(file, fcntl.LOCK_EX):
@@ -130,32 +140,37 @@ class ShardCache:
         fcntl.flock(file, fcntl.LOCK_SH)  # does not wait: others lock a new file for an instant at most
         return file
 
-    def _make_room(self, size: int, keep: Collection[str]) -> bool:
-        """Remove the least recently read until `size` more bytes fit; False if they do not."""
-        used, removable = 0, []
+    def _make_room(self, size: int, keep: Collection[str]) -> tuple[int, int]:
+        """Remove the least recently read until `size` more bytes fit. Returns how many are still too many for
+        the limit, and for the disk."""
+        used, unwritten, removable = 0, 0, []
         for entry in self.folder.iterdir():
             if part := _PART.fullmatch(entry.name):
-                if not _remove_unused(entry):  # it can be removed if its process was killed
+                if not _removed(entry):  # it can be removed if its process was killed
                     used += int(part[1])
+                    with suppress(FileNotFoundError):  # it is whole by now
+                        # Not st_size: gcsfs makes a file as long as it will be before it writes it.
+                        unwritten += max(0, int(part[1]) - entry.stat().st_blocks * 512)
             elif _WHOLE.fullmatch(entry.name):
                 status = entry.stat()
                 used += status.st_size
                 if entry.stem not in keep:
                     removable.append((status.st_mtime_ns, status.st_size, entry))
-        # The disk may have less room than the limit.
-        excess = max(used + size - self._limit, size - shutil.disk_usage(self.folder).free)
+        excess = used + size - self._limit
+        # The disk may have less room than the limit, and transfers under way will fill some of it.
+        lack = size + unwritten - shutil.disk_usage(self.folder).free
         for _, freed, entry in sorted(removable):
-            if excess <= 0:
+            if max(excess, lack) <= 0:
                 break
-            if _remove_unused(entry):
-                excess -= freed
-        return excess <= 0
+            if _removed(entry):
+                excess, lack = excess - freed, lack - freed
+        return excess, lack
 
     @contextmanager
     def _locked(self, patience: Patience) -> Iterator[None]:
         """Only one process makes room at a time."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = _common_lock(self.folder / ".lock")
         try:
             while not _lock(file, fcntl.LOCK_EX):
                 if patience.over:
@@ -192,6 +207,16 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
+def _common_lock(path: Path) -> int:
+    """A file for locks that every user of a common cache can take, whatever the umask of the first."""
+    with suppress(FileNotFoundError):
+        return _opened(path)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    with suppress(PermissionError):  # on file systems without modes
+        os.fchmod(file, 0o666)
+    return file
+
+
 def _is_at(file: int, path: Path) -> bool:
     """Whether an open file is still the one at a path."""
     with suppress(FileNotFoundError):
@@ -212,3 +237,10 @@ def _remove_unused(path: Path) -> bool:
         return True
     finally:
         os.close(file)
+
+
+def _removed(path: Path) -> bool:
+    """As _remove_unused; what only another user may remove stays."""
+    with suppress(PermissionError):
+        return _remove_unused(path)
+    return False

@@ -8,13 +8,12 @@ passing errors are retried at growing intervals, others are raised at once, and 
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ from fsspec.callbacks import Callback
 
 from pipeline.config import Remote, UserError
 from pipeline.credentials import scrubbed
+from pipeline.data.remote.disk import disk_named, linked, scratch_folder
 from pipeline.data.remote.urls import RemoteFolder
 
 _T = TypeVar("_T")
@@ -31,7 +31,8 @@ _T = TypeVar("_T")
 _LOOK_S = 0.1  # how often a transfer is looked at
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CACHE = "see data.remote.folder and data.remote.gb"
+_REMOVING = ("gs",)  # whose library removes what it fails to fetch
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 
 
@@ -87,23 +88,28 @@ def download(
     most: int | None,
     check: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = lambda _: None,
+    advice: str = _CACHE,
 ) -> None:
     """Fetch one file, of at most so many bytes, into `target`; `check` may raise WrongBytesError afterwards.
 
-    Raises UserError, naming the file and what was wrong, FileNotFoundError if there is no such file, and
-    StoppedError.
+    Raises UserError, naming the file and what was wrong (with `advice` if that is the disk of `target`),
+    FileNotFoundError if the server has no such file, and StoppedError.
     """
+    what = folder.show(name)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        # Under another name: gcsfs removes what it fails to fetch, and `target` may be open and locked.
-        link = Path(scratch) / "link"
+    def checked() -> None:
+        with disk_named(what, advice):
+            check()
+
+    # Under another name if it may be removed, since `target` may be open and locked.
+    with scratch_folder() if folder.scheme in _REMOVING else nullcontext() as scratch:
 
         async def get(filesystem: Any, progress: Callback) -> None:
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.absolute())
-            await filesystem._get_file(folder.url(name), str(link), callback=progress)
+            path = linked(scratch / "link", target) if scratch else target
+            with disk_named(what, advice):
+                await filesystem._get_file(folder.url(name), str(path), callback=progress)
 
-        _persist(folder, name, get, patience, most, check, tell)
+        _persist(folder, name, get, patience, most, checked, tell)
 
 
 def read(
@@ -115,10 +121,12 @@ def read(
     tell: Callable[[str], None] = lambda _: None,
 ) -> bytes:
     """The contents of a small file. Raises as download does."""
-    with tempfile.TemporaryDirectory() as scratch:
-        target = Path(scratch) / "file"
-        download(folder, name, target, patience, most=most, tell=tell)
-        return target.read_bytes()
+    with scratch_folder() as scratch:
+        target = scratch / "file"
+        advice = f"set TMPDIR ({scratch.parent}) to a folder on a disk with room"
+        download(folder, name, target, patience, most=most, tell=tell, advice=advice)
+        with disk_named(folder.show(name), advice):
+            return target.read_bytes()
 
 
 def names_in(folder: RemoteFolder, patience: Patience, tell: Callable[[str], None]) -> set[str]:
@@ -278,8 +286,6 @@ def _problem(error: Exception) -> tuple[str, bool]:
     status = next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
     if isinstance(error, _StalledError):
         return text, True
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return f"{error.strerror} on this machine; see data.remote.folder and data.remote.gb", False
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         return (
             f"not allowed ({status or text}). Credentials come from the URL or ~/.netrc (https), or from "
