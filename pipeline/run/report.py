@@ -236,8 +236,11 @@ class MainReport(Report):
     def _forget_after(self, reported: int) -> None:
         """Drop rows from after the checkpoint: the resumed run writes them again."""
         try:
-            rows(self._metrics, lambda text: self.say(f"warning: {text}"))
-            keep(self._metrics, lambda row: row["cur_nimg"] <= reported)
+            keep(
+                self._metrics,
+                lambda row: row["cur_nimg"] <= reported,
+                complain=lambda text: self.say(f"warning: {text}"),
+            )
         except OSError as error:
             raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
 
