@@ -48,9 +48,11 @@ class Tracker:
     No method raises, and but for `pause` and `finish` none waits for W&B.
     """
 
+    tracks = False
+
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id  # for `open_tracker` when the run is resumed, so that it stays one W&B run
-        self.where = ""  # where to find the tracked run, in one line; empty if it is not tracked
+        self.where = ""  # the tracked run, for people, in one line
 
     def log(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
         """Points in charts. step: cur_nimg, never falling; ignored if W&B has that step already.
@@ -131,6 +133,8 @@ class WandbTracker(Tracker):
     Announces the first failure and sends nothing after it: W&B then lacks only the end, where the next start
     continues.
     """
+
+    tracks = True
 
     def __init__(self, run: wandb.Run, tracked: Tracked, folder: Path, announce: Announce) -> None:
         super().__init__(tracked.run_id)

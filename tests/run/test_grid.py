@@ -15,7 +15,6 @@ from pipeline.run.grid import column_titles, save_grid, tile, whole_rows
 from pipeline.run.report import MainReport, Report
 from pipeline.run.sample_grids import SampleGrids
 from pipeline.run.saved_grids import first_images, grids_of, opened, shown_at
-from pipeline.run.tracker import Tracker
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -144,7 +143,7 @@ def test_a_grid_that_is_too_large_to_read_keeps_no_run_from_starting(tmp_path, m
     save_grid(torch.zeros(64, 1, 64, 64, dtype=torch.uint8), path, 8, notes=notes)
     assert [cur_nimg for cur_nimg, _ in grids_of(tmp_path)] == [1000]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64**2)
-    MainReport(tmp_path, Tracker(), 8000, 1000).close()
+    MainReport(tmp_path, [], 8000, 1000).close()
     assert grids_of(tmp_path) == [] and opened(path) is None and first_images(path, 64, 2) is None
 
 

@@ -23,7 +23,6 @@ from pipeline.run import score_run
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.rows import append, keep, rows
-from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
 
@@ -43,7 +42,7 @@ def full_at(size: int) -> Iterator[None]:
 
 
 def report(folder: Path, cur_nimg: int = 0) -> MainReport:
-    return MainReport(folder, Tracker(), 1000, cur_nimg)
+    return MainReport(folder, [], 1000, cur_nimg)
 
 
 def nimgs(folder: Path) -> list[int]:

@@ -37,7 +37,7 @@ def train(folder: Path, run_id: str | None, start: int, stop: int) -> tuple[str 
     """One start from the checkpoint of `start`, which holds run_id; the id afterwards, and what was said."""
     said: list[str] = []
     tracker = open_tracker(CONFIG, folder, run_id, said.append)
-    report = MainReport(folder, tracker, 1000, start)
+    report = MainReport(folder, [tracker], 1000, start)
     for step in range(start + 1, stop + 1):
         report.row(step, {"a": step / 2})
     report.close()
