@@ -19,6 +19,10 @@ from typing import Any
 WELL, FAILING, SILENT = "well", "failing", "silent"  # answers; says 500; accepts and never answers
 
 
+class GoneError(Exception):
+    """Of a run that was deleted."""
+
+
 @dataclass
 class ServedRun:
     """One run as its page shows it."""
@@ -44,6 +48,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, ServedRun] = {}
+        self.deleted: set[str] = set()  # ids that are never given again
         self.mood = WELL
         self.received: list[bytes] = []  # bodies of all requests
         self._changed = threading.Condition()
@@ -75,6 +80,12 @@ class WandbServer:
     def close(self) -> None:
         if self._http is not None:
             self.die()
+
+    def delete(self, run_id: str) -> None:
+        """As somebody does in the browser."""
+        with self._changed:
+            del self.runs[run_id]
+            self.deleted.add(run_id)
 
     def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
         """Wait until a request makes `happened` true."""
@@ -128,6 +139,8 @@ class WandbServer:
 
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
         name, inserted = given["name"], given["name"] not in self.runs
+        if name in self.deleted:
+            raise GoneError(f"run me/p/{name} was previously created and deleted; try a new run name")
         run = self.runs.setdefault(name, ServedRun())
         run.name, run.project = given.get("displayName") or run.name, given.get("project") or run.project
         run.group, run.tags = given.get("groupName") or run.group, given.get("tags") or run.tags
@@ -212,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             status, answer = 200, owner.answer(self.path, body)
+        except GoneError as error:
+            status, answer = 409, {"errors": [{"message": str(error), "path": ["upsertBucket"]}]}
         except LookupError as error:
             status, answer = (500 if owner.mood == FAILING else 404), {"error": str(error)}
         data = json.dumps(answer).encode()

@@ -154,7 +154,7 @@ class Ours:
         self._stats = Stats(self.device, reports=self._gan.D.batch.rounds)
         with _no_output():
             tracker = open_tracker(config, folder, None, lambda _: None)
-            self._report = MainReport(folder, tracker, round(config.run.total_kimg * 1000), 0)
+            self._report = MainReport(folder, [tracker], round(config.run.total_kimg * 1000), 0)
         self._session = Session(
             config, folder, self._index, split, self._ranks, self._report, signals, self._state
         )

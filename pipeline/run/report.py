@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,12 +92,12 @@ class Report:
 
 
 class MainReport(Report):
-    """Writes metrics.jsonl, sends to the tracker, and shows a progress bar or plain lines."""
+    """Writes metrics.jsonl, sends to the trackers, and shows a progress bar or plain lines."""
 
     def __init__(
         self,
         folder: Path,
-        tracker: Tracker,
+        trackers: Sequence[Tracker],
         total_nimg: int,
         cur_nimg: int,
         reported: int | None = None,
@@ -106,7 +106,7 @@ class MainReport(Report):
         """check: of the run folder's lock.
         reported: up to where rows and sample grids are done (None: cur_nimg); later rows are dropped."""
         reported = cur_nimg if reported is None else reported
-        self._tracker, self._check, self._cur_nimg = tracker, check, cur_nimg
+        self._trackers, self._check, self._cur_nimg = trackers, check, cur_nimg
         self._terminal = Lines(total_nimg, cur_nimg)
         self._folder, self._metrics = folder, folder / "metrics.jsonl"
         self._unwritten: list[Row] = []  # what a full or failing disk did not take
@@ -114,7 +114,8 @@ class MainReport(Report):
         self._failed = False  # the run
         self.still_ours()
         self._forget_after(reported if cur_nimg else -1)
-        resend(folder, tracker, reported)
+        for tracker in trackers:
+            resend(folder, tracker, reported)
         if sys.stdout.isatty():
             self._terminal = Bar(total_nimg, cur_nimg)
 
@@ -124,7 +125,8 @@ class MainReport(Report):
     def warn(self, title: str, text: str) -> None:
         self.say(f"warning: {text}")
         self._record("warning", title=title, text=text)
-        self._tracker.alert(title, text)
+        for tracker in self._trackers:
+            tracker.alert(title, text)
 
     def _record(self, event: str, **what: str) -> None:
         with suppress(LockLostError):  # else the folder is another process's, to which this did not happen
@@ -145,14 +147,16 @@ class MainReport(Report):
         try:
             self._check()
         except LockLostError:
-            self._tracker.abandon()
+            for tracker in self._trackers:
+                tracker.abandon()
             raise
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
         self.still_ours()
         self._unwritten.append({"cur_nimg": cur_nimg, "time": round(time.time(), 3), **values})
         self._write()
-        self._tracker.log(values, cur_nimg)
+        for tracker in self._trackers:
+            tracker.log(values, cur_nimg)
         self._terminal.row(cur_nimg, values)
 
     def flush(self) -> None:
@@ -166,11 +170,12 @@ class MainReport(Report):
         self._terminal.working(text)
 
     def image(self, key: str, path: Path, cur_nimg: int) -> None:
-        self._tracker.image(key, path, cur_nimg, caption(cur_nimg))
+        for tracker in self._trackers:
+            tracker.image(key, path, cur_nimg, caption(cur_nimg))
 
     def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
         try:
-            path = draw() if self._tracker.where else None
+            path = draw() if any(tracker.tracks for tracker in self._trackers) else None
         except OSError as error:  # no reason to stop
             self.warn("Picture not written", f"The picture {key} could not be written: {error}.")
         else:
@@ -186,7 +191,8 @@ class MainReport(Report):
             self.warn("File not written", f"{name} could not be written: {reason}.")
 
     def summary(self, values: Mapping[str, float]) -> None:
-        self._tracker.summary(values)
+        for tracker in self._trackers:
+            tracker.summary(values)
 
     def conclude(self, cur_nimg: int) -> None:
         grids = sorted((self._folder / "samples").glob("fakes*.png"))
@@ -195,7 +201,7 @@ class MainReport(Report):
             "page": str(page) if (page := self._folder / "report.html").exists() else "",
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
-            "W&B": self._tracker.where,
+            "W&B": "".join(tracker.where for tracker in self._trackers),
             "scores": "; ".join(self._score_changes()),
         }
         self._terminal.close()
@@ -207,7 +213,8 @@ class MainReport(Report):
         self._write()
         if self._unwritten:
             self.warn("Metrics not written", f"{self._metrics} stays incomplete{self._missing()}.")
-        self._tracker.finish(self._failed)
+        for tracker in self._trackers:
+            tracker.finish(self._failed)
 
     def _write(self, durably: bool = False) -> None:
         """Append the waiting rows; what the disk does not take waits for the next time."""
@@ -236,8 +243,11 @@ class MainReport(Report):
     def _forget_after(self, reported: int) -> None:
         """Drop rows from after the checkpoint: the resumed run writes them again."""
         try:
-            rows(self._metrics, lambda text: self.say(f"warning: {text}"))
-            keep(self._metrics, lambda row: row["cur_nimg"] <= reported)
+            keep(
+                self._metrics,
+                lambda row: row["cur_nimg"] <= reported,
+                complain=lambda text: self.say(f"warning: {text}"),
+            )
         except OSError as error:
             raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
 
@@ -276,7 +286,6 @@ def open_report(
     state.wandb_id = ranks.broadcast_from_main(lambda: tracker.run_id)
     still_ours()
     events.record(folder, "start", state.cur_nimg, **events.environment(ranks))
-    if config.track.tensorboard:
-        tracker = TensorBoard(tracker, folder, say)
+    trackers = [tracker, TensorBoard(folder, say)] if config.track.tensorboard else [tracker]
     total = round(config.run.total_kimg * 1000)
-    return MainReport(folder, tracker, total, state.cur_nimg, state.reported, still_ours)
+    return MainReport(folder, trackers, total, state.cur_nimg, state.reported, still_ours)

@@ -14,6 +14,7 @@ from pipeline.config import Config, UserError
 from pipeline.lock import take
 from pipeline.run.grid import LATEST
 from pipeline.run.rows import Row, rows
+from pipeline.run.saved_grids import UNREADABLE
 from pipeline.run.tracker import Announce, Tracker, open_tracker
 from pipeline.run.wandb_files import recall
 
@@ -68,5 +69,5 @@ def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[i
 def _pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:
     """cur_nimg, chart and file of each picture in samples/ that a run has written there."""
     for path in sorted({*folder.glob("samples/*.png")} - {folder / "samples" / LATEST}):
-        with suppress(OSError, KeyError, ValueError), Image.open(path) as picture:
+        with suppress(*UNREADABLE, KeyError), Image.open(path) as picture:
             yield int(picture.info["cur_nimg"]), picture.info["chart"], path

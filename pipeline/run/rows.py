@@ -7,11 +7,12 @@ readers skip that row.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,16 @@ _PATIENCE_S = 1.0
 _TAIL = 64 * 1024  # bytes read at once in search of the last whole row
 
 Row = dict[str, Any]
+Complain = Callable[[str], object]
 
 
-def rows(file: Path, complain: Callable[[str], object] = lambda _: None) -> list[Row]:
+def rows(file: Path, complain: Complain = lambda _: None) -> list[Row]:
     """Every whole row in order; none if there is no file.
 
     complain: gets a line for each row that is not a JSON object with `cur_nimg`. Raises OSError if the file
     cannot be read.
     """
-    found = []
-    for number, line in enumerate(_content(file).split(b"\n"), 1):
-        row = _parse(line)
-        if row is not None:
-            found.append(row)
-        elif line:
-            complain(f"{file}, line {number} is damaged and is skipped: {_shown(line)}")
-    return found
+    return [row for _, row in _parsed(file, _content(file), complain)]
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:
@@ -59,11 +54,11 @@ def append(file: Path, row: Mapping[str, Any]) -> None:
         os.close(file_number)  # on network file systems a write may fail here
 
 
-def keep(file: Path, wanted: Callable[[Row], bool]) -> None:
-    """Keep only whole rows that are wanted. Raises OSError."""
+def keep(file: Path, wanted: Callable[[Row], bool], complain: Complain = lambda _: None) -> None:
+    """Keep only whole rows that are wanted. complain: as for `rows`. Raises OSError."""
     content = _content(file)
-    lines = ((line, _parse(line)) for line in content.splitlines(keepends=True))
-    kept = b"".join(line for line, row in lines if row is not None and line.endswith(b"\n") and wanted(row))
+    lines = _parsed(file, content, complain)
+    kept = b"".join(line for line, row in lines if line.endswith(b"\n") and wanted(row))
     if kept == content:
         return
     if content.startswith(kept):  # needs no space, of which a full disk has none
@@ -120,6 +115,16 @@ def _content(file: Path) -> bytes:
         return b""
 
 
+def _parsed(file: Path, content: bytes, complain: Complain) -> Iterator[tuple[bytes, Row]]:
+    """Each line of the file's content that is a row, and the row."""
+    for number, line in enumerate(io.BytesIO(content), 1):
+        row = _parse(line)
+        if row is not None:
+            yield line, row
+        elif line != b"\n":
+            complain(f"{file}, line {number} is damaged and is skipped: {_shown(line)}")
+
+
 def _parse(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
@@ -132,5 +137,5 @@ def _parse(line: bytes) -> Row | None:
 
 
 def _shown(line: bytes) -> str:
-    text = line.decode(errors="replace").replace("\0", "")
+    text = line.decode(errors="replace").replace("\0", "").removesuffix("\n")
     return text if len(text) <= 60 else f"{text[:60]}…"

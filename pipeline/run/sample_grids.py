@@ -16,7 +16,8 @@ from pipeline.run.images import Images
 from pipeline.run.report import Report
 from pipeline.run.saved_grids import REALS, shown_at
 
-GRID = 64  # images in a grid, of which whole rows are shown
+GRID = 64  # images in a grid, of which whole rows are shown: as many as fit into …
+_MOST_PIXELS = 80_000_000  # Pillow warns above 89 million, and reads no picture of twice that
 
 
 class SampleGrids:
@@ -66,7 +67,8 @@ class SampleGrids:
         with self._ranks.raise_together():
             if self._ranks.main and (name != REALS or not (cur_nimg and path.exists())):
                 images = make()
-                shown = images[: whole_rows(len(images), columns)]
+                fit = max(1, _MOST_PIXELS // images.shape[-2:].numel())
+                shown = images[: whole_rows(min(len(images), fit), columns)]
                 notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # if it is sent to W&B later
                 try:
                     save_grid(shown, path, columns, self._titles(draws), notes)

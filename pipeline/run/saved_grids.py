@@ -9,6 +9,8 @@ from PIL import Image
 GAP = 2  # white pixels between images and around a grid
 STEP = "step"  # a note in a grid: from one row of images to the next, in pixels
 REALS = "reals.png"  # in samples/: held-out images
+# A grid that cannot be read; one of too many pixels was written by a version that set no limit.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 PLEASANT = 56  # pixels; smaller images are enlarged until no side is shorter
 
 
@@ -33,7 +35,7 @@ def shown_at(path: Path) -> int | None:
     try:
         with Image.open(path) as picture:
             return int(picture.info["cur_nimg"])
-    except (OSError, KeyError, ValueError, SyntaxError):
+    except (*UNREADABLE, KeyError):
         return None
 
 
@@ -42,7 +44,7 @@ def opened(path: Path) -> Image.Image | None:
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         return None
 
 
@@ -53,7 +55,7 @@ def first_images(path: Path, size: int, rows: int, columns: int | None = None) -
     try:
         with Image.open(path) as picture:
             written, grid = picture.info.get(STEP), picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         return None
     step = int(written) if written else size * scale_of(size) + GAP
     head = (grid.height - GAP) % step  # of titles

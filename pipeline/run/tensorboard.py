@@ -31,14 +31,14 @@ def check_tensorboard(config: Config) -> None:
 
 
 class TensorBoard(Tracker):
-    """Writes to an event file what goes to another tracker. Announces the first failure and writes nothing
-    after it."""
+    """Writes to an event file. Announces the first failure and writes nothing after it."""
 
-    def __init__(self, other: Tracker, folder: Path, announce: Announce) -> None:
+    tracks = True
+
+    def __init__(self, folder: Path, announce: Announce) -> None:
         """folder: the run's."""
-        super().__init__(other.run_id)
-        self.where = other.where
-        self._other, self._announce = other, announce
+        super().__init__()
+        self._announce = announce
         self._events: EventFile | None = None
         try:
             self._events = EventFile(folder / "tensorboard")
@@ -48,31 +48,17 @@ class TensorBoard(Tracker):
             announce(f"TensorBoard: tensorboard --logdir {folder}")
 
     def log(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
-        self._other.log(values, step, at)
         self._try(lambda events: events.scalars(values, step, at))
 
     def image(self, key: str, path: Path, step: int, caption: str) -> None:
-        self._other.image(key, path, step, caption)
         self._try(lambda events: events.picture(key, path, step))
-
-    def summary(self, values: Mapping[str, float]) -> None:
-        self._other.summary(values)
-
-    def alert(self, title: str, text: str) -> None:
-        self._other.alert(title, text)
-
-    def pause(self) -> None:
-        self._other.pause()
 
     def finish(self, failed: bool = False) -> None:
         self._try(EventFile.close)
         self._events = None
-        self._other.finish(failed)
 
     def abandon(self) -> None:
-        self._try(EventFile.close)
-        self._events = None
-        self._other.abandon()
+        self.finish()
 
     def _try(self, write: Callable[[EventFile], None]) -> None:
         if self._events is not None:

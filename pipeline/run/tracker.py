@@ -29,13 +29,15 @@ if TYPE_CHECKING:
     import wandb
 
 Announce = Callable[[str], None]
-Resume = Literal["allow", "never"]  # whether W&B may know of the run already
+Resume = Literal["allow", "must", "never"]  # whether W&B may know of the run already
 Send = Callable[["wandb.Run"], object]
 
 _INIT_S = 45.0  # for the server to open a run; afterwards the run is kept offline instead
+_DELETED_S = 10.0  # for one that lacks the run: of a deleted one, the client asks until time is up
 _FINISH_S = 60.0  # for the server to receive the rest at the end; the next start sends what is missing
 _TEARDOWN_S = 15.0  # for W&B's processes to end after that
 _MOST_PENDING = 20_000  # messages; more means that W&B does not take them
+_DELETED = "previously created and deleted"  # in the server's words
 _LATER = "Start the same command again to send what is missing."
 _X_AXIS = "Progress/kimg"
 
@@ -46,9 +48,11 @@ class Tracker:
     No method raises, and but for `pause` and `finish` none waits for W&B.
     """
 
+    tracks = False
+
     def __init__(self, run_id: str | None = None) -> None:
         self.run_id = run_id  # for `open_tracker` when the run is resumed, so that it stays one W&B run
-        self.where = ""  # where to find the tracked run, in one line; empty if it is not tracked
+        self.where = ""  # the tracked run, for people, in one line
 
     def log(self, values: Mapping[str, float], step: int, at: float | None = None) -> None:
         """Points in charts. step: cur_nimg, never falling; ignored if W&B has that step already.
@@ -104,18 +108,20 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
             announce(f"W&B cannot be reached ({reason}). {_LATER}")
             return Tracker(run_id)
         try:
-            run, known = _open(config, folder, known, attempt, new)
-            tracked = _opened(run, folder, known)
+            run, opened = _open(config, folder, known, attempt, new)
+            tracked = _opened(run, folder, opened)
         except Exception as error:
             reason = _one_line(error)
             with suppress(Exception):
                 _end_service()  # which keeps the run's id in use
             continue
         tracker = WandbTracker(run, tracked, folder, announce)
+        if tracked.replaces != known.replaces:
+            announce(f"W&B: run {known.run_id} was deleted there; a new run gets everything.")
         announce(f"W&B: {tracker.where}{f' ({reason})' if reason else ''}")
-        wanted = os.environ.get("WANDB_RUN_ID", known.run_id)
-        if wanted != known.run_id:
-            announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {known.run_id}.")
+        wanted = os.environ.get("WANDB_RUN_ID", tracked.run_id)
+        if wanted not in (tracked.run_id, *tracked.replaces):
+            announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {tracked.run_id}.")
         return tracker
     announce(f"W&B is off: {reason}")
     return Tracker(run_id)
@@ -127,6 +133,8 @@ class WandbTracker(Tracker):
     Announces the first failure and sends nothing after it: W&B then lacks only the end, where the next start
     continues.
     """
+
+    tracks = True
 
     def __init__(self, run: wandb.Run, tracked: Tracked, folder: Path, announce: Announce) -> None:
         super().__init__(tracked.run_id)
@@ -212,18 +220,38 @@ class WandbTracker(Tracker):
 
 
 def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> tuple[wandb.Run, Tracked]:
-    """The run, and what is known of it. new: if W&B has a run of its id, that is another one."""
+    """The run, and what is known of it: under another id if W&B deleted the run, or has another of its id.
+
+    new: if W&B has a run of its id, that is another one.
+    """
     from wandb.errors import UsageError
 
     try:
-        return _init(config, folder, known, mode, "never" if new else "allow"), known
-    except UsageError:
-        if not new:
+        return _of_this_id(config, folder, known, mode, new), known
+    except Exception as error:
+        deleted = _DELETED in str(error)
+        if not deleted and not (new and isinstance(error, UsageError)):
             raise
+    with suppress(Exception):
+        _end_service()  # which keeps the id in use
+    replaces = [*known.replaces, known.run_id] if deleted else known.replaces
+    known = replace(known, run_id=secrets.token_hex(4), has=-1, complete=[], replaces=replaces)
+    return _init(config, folder, known, mode, "never"), known
+
+
+def _of_this_id(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> wandb.Run:
+    """The run that this id names. "must" is answered at once, where "allow" alone would ask about a deleted
+    run for `_INIT_S`."""
+    from wandb.errors import UsageError
+
+    if not known.online:
+        return _init(config, folder, known, mode, "never" if new else "allow")
+    try:
+        return _init(config, folder, known, mode, "must")
+    except UsageError:  # the server does not have it (any more)
         with suppress(Exception):
-            _end_service()  # which keeps the other run's id in use
-        known = replace(known, run_id=secrets.token_hex(4))
-        return _init(config, folder, known, mode, "never"), known
+            _end_service()
+        return _init(config, folder, known, mode, "allow", _DELETED_S)
 
 
 def _opened(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
@@ -245,7 +273,7 @@ def _log_picture(run: wandb.Run, key: str, content: bytes, step: int, caption: s
 
 
 def _init(
-    config: Config, folder: Path, known: Tracked, mode: Mode, resume: Literal["allow", "never"]
+    config: Config, folder: Path, known: Tracked, mode: Mode, resume: Resume, patience: float | None = None
 ) -> wandb.Run:
     import wandb
 
@@ -261,7 +289,7 @@ def _init(
         settings=wandb.Settings(
             console="off",
             silent=True,
-            init_timeout=_INIT_S,
+            init_timeout=patience or _INIT_S,
             finish_timeout=_FINISH_S,
             finish_timeout_raises=True,
         ),

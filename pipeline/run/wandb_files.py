@@ -23,6 +23,7 @@ class Tracked:
     project: str | None = None
     entity: str | None = None
     complete: list[str] = field(default_factory=list)  # offline folders that a job closed
+    replaces: list[str] = field(default_factory=list)  # ids that W&B deleted, which older checkpoints have
 
 
 def remember(folder: Path, tracked: Tracked) -> None:
@@ -45,7 +46,7 @@ def find_run(folder: Path, run_id: str | None) -> tuple[Tracked, bool]:
     """
     known = recall(folder)
     new = known is None and run_id is None
-    if known is None or run_id not in (None, known.run_id):
+    if known is None or run_id not in (None, known.run_id, *known.replaces):
         known = Tracked(run_id or _new_id(folder), online=False, has=-1)
     online = known.online
     for run in _offline(folder, known.run_id):

@@ -13,7 +13,6 @@ from pipeline.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.report import MainReport
 from pipeline.run.state import State
-from pipeline.run.tracker import Tracker
 
 
 def write(folder: Path, text: str) -> Path:
@@ -45,7 +44,7 @@ def test_a_row_that_was_put_off_by_a_stop_is_written_once(tmp_path):
     """The checkpoint of a stop has rows up to 120; the job that resumed wrote row 240 and was killed."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(f'{{"cur_nimg": {nimg}, "x": 1}}\n' for nimg in (0, 120, 240)))
-    MainReport(tmp_path, Tracker(), 480, cur_nimg=240, reported=120).row(240, {"x": 2})
+    MainReport(tmp_path, [], 480, cur_nimg=240, reported=120).row(240, {"x": 2})
     assert metrics.read_text().count('"cur_nimg": 240') == 1 and '"x": 2' in metrics.read_text()
     assert '"cur_nimg": 0' in metrics.read_text()
 

@@ -17,7 +17,6 @@ from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, plot
 from pipeline.run.history import read_histories
 from pipeline.run.panels import panels_of
 from pipeline.run.report import MainReport, Report
-from pipeline.run.tracker import Tracker
 
 KID = "Metrics/kid_efflite0"
 LOSSES = ("Loss/G/adversarial", "Loss/D/adversarial", "Loss/D/loss")
@@ -131,7 +130,7 @@ def test_drawing_takes_a_hundredth_of_the_time_at_most(tmp_path):
 def test_what_cannot_be_drawn_is_a_warning(tmp_path, capfd):
     run = a_run(tmp_path / "run")
     (run / CURVES).mkdir()  # nothing can be written there
-    report = MainReport(run, Tracker(), 8000, 8000)
+    report = MainReport(run, [], 8000, 8000)
     report.extra(CURVES, lambda: draw_run(run))
     assert "warning: curves.png could not be written" in capfd.readouterr().out
     report.close()

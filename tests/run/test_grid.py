@@ -10,10 +10,11 @@ from PIL import Image
 from pipeline.config import UserError
 from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
+from pipeline.run import sample_grids
 from pipeline.run.grid import column_titles, save_grid, tile, whole_rows
-from pipeline.run.report import Report
+from pipeline.run.report import MainReport, Report
 from pipeline.run.sample_grids import SampleGrids
-from pipeline.run.saved_grids import shown_at
+from pipeline.run.saved_grids import first_images, grids_of, opened, shown_at
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -102,6 +103,48 @@ def test_titles_are_of_columns_that_hold_one_class_each():
     for c, columns in [(None, 2), (torch.tensor([2, 0, 1, 0]), 2), (torch.tensor([1, 1, 1, 1]), 2)]:
         assert column_titles(c, columns, names) == ()
     assert [whole_rows(*pair) for pair in [(64, 10), (64, 8), (4, 10), (10, 10)]] == [60, 64, 4, 10]
+
+
+@pytest.mark.parametrize(
+    ("classes", "fit", "columns", "rows"),
+    [
+        (0, 64, 8, 8),
+        (0, 63, 8, 7),
+        (0, 20, 8, 2),
+        (0, 5, 5, 1),
+        (3, 20, 3, 6),
+        (16, 20, 16, 1),
+        (16, 5, 5, 1),
+    ],
+)
+def test_a_grid_of_large_images_has_as_many_as_can_be_read_again(
+    tmp_path, monkeypatch, classes, fit, columns, rows
+):
+    """Whole rows of them, else one shorter row; a column still is a class, under its name."""
+    assert Image.MAX_IMAGE_PIXELS is not None and sample_grids._MOST_PIXELS < Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(sample_grids, "_MOST_PIXELS", fit * 64**2)
+    sheets = SampleGrids(tmp_path, OneRank(), Report(), [str(n) for n in range(classes)])
+    levels = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 1, 64, 64)
+    made = sheets.fakes(lambda: levels, Draws(0, 4, [1.0] * classes if classes else None), 1000)
+    assert made is levels, "all are compared with held-out ones"
+    path = tmp_path / "samples" / "latest.png"
+    head = 16 if classes else 0
+    assert Image.open(path).size == (columns * 66 + 2, rows * 66 + 2 + head)
+    shown = first_images(path, 64, rows, columns)
+    assert shown is not None
+    found = np.asarray(shown)[2 + 32 :: 66, 2 + 32 :: 66, 0]
+    assert found.flatten().tolist() == list(range(rows * columns))
+
+
+def test_a_grid_that_is_too_large_to_read_keeps_no_run_from_starting(tmp_path, monkeypatch):
+    """As an earlier version wrote it."""
+    path = tmp_path / "samples" / "fakes000001.png"
+    notes = {"chart": "Samples/fakes", "cur_nimg": "1000"}
+    save_grid(torch.zeros(64, 1, 64, 64, dtype=torch.uint8), path, 8, notes=notes)
+    assert [cur_nimg for cur_nimg, _ in grids_of(tmp_path)] == [1000]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64**2)
+    MainReport(tmp_path, [], 8000, 1000).close()
+    assert grids_of(tmp_path) == [] and opened(path) is None and first_images(path, 64, 2) is None
 
 
 class OneRank:

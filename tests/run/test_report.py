@@ -12,7 +12,6 @@ from pipeline.errors import RunError
 from pipeline.run.events import EVENTS
 from pipeline.run.report import MainReport
 from pipeline.run.rows import rows
-from pipeline.run.tracker import Tracker
 from pipeline.wording import counted
 
 VALUES = {
@@ -48,7 +47,7 @@ def bars(terminal: Terminal) -> list[str]:
 )
 def test_the_bar_and_the_score_fit_into_a_narrow_terminal(tmp_path, monkeypatch, columns, shown, left_out):
     terminal = terminal_of(columns, monkeypatch)
-    report = MainReport(tmp_path, Tracker(), 1_000_000, 0)
+    report = MainReport(tmp_path, [], 1_000_000, 0)
     report.row(123_400, VALUES)
     report.close()
     line = bars(terminal)[-1]
@@ -59,7 +58,7 @@ def test_the_bar_and_the_score_fit_into_a_narrow_terminal(tmp_path, monkeypatch,
 
 def test_of_many_scores_the_first_stays(tmp_path, monkeypatch):
     terminal = terminal_of(60, monkeypatch)
-    report = MainReport(tmp_path, Tracker(), 1_000_000, 0)
+    report = MainReport(tmp_path, [], 1_000_000, 0)
     others = {f"Metrics/{name}_efflite0": 0.25 for name in ("precision", "recall", "density", "coverage")}
     report.row(123_400, VALUES | others)
     report.close()
@@ -69,7 +68,7 @@ def test_of_many_scores_the_first_stays(tmp_path, monkeypatch):
 
 def test_the_bar_says_what_happens_between_updates(tmp_path, monkeypatch):
     terminal = terminal_of(100, monkeypatch)
-    report = MainReport(tmp_path, Tracker(), 1_000_000, 0)
+    report = MainReport(tmp_path, [], 1_000_000, 0)
     report.row(123_400, VALUES)
     report.row(127_400, {key: VALUES[key] for key in VALUES if "Metrics" not in key})  # the score stays
     with report.during("drawing samples"):
@@ -85,7 +84,7 @@ def test_a_warning_has_a_colour_where_the_terminal_may_have_one(tmp_path, monkey
     terminal = terminal_of(100, monkeypatch)
     if no_color:
         monkeypatch.setenv("NO_COLOR", "1")
-    report = MainReport(tmp_path, Tracker(), 1_000_000, 0)
+    report = MainReport(tmp_path, [], 1_000_000, 0)
     report.warn("Slow", "a disk is slow")
     report.close()
     assert ("\x1b[33mwarning: a disk is slow" in terminal.getvalue()) is not no_color
@@ -107,7 +106,7 @@ def test_one_is_not_many():
     ],
 )
 def test_an_error_that_ends_the_run_is_kept(tmp_path, world, error, kept):
-    report = MainReport(tmp_path, Tracker(), 1000, 60)
+    report = MainReport(tmp_path, [], 1000, 60)
     with pytest.raises(type(error)), report.kept(world):
         raise error
     found = [*rows(tmp_path / EVENTS)] if (tmp_path / EVENTS).exists() else []

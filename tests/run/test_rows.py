@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -22,7 +23,6 @@ from pipeline.run import score_run
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up
 from pipeline.run.rows import append, keep, rows
-from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
 
@@ -42,7 +42,7 @@ def full_at(size: int) -> Iterator[None]:
 
 
 def report(folder: Path, cur_nimg: int = 0) -> MainReport:
-    return MainReport(folder, Tracker(), 1000, cur_nimg)
+    return MainReport(folder, [], 1000, cur_nimg)
 
 
 def nimgs(folder: Path) -> list[int]:
@@ -168,6 +168,20 @@ def test_forgetting_needs_no_room(tmp_path):
     with full_at(10):
         keep(file, lambda row: row["cur_nimg"] < 2)
     assert nimgs(tmp_path) == [0, 1]
+
+
+def test_what_is_forgotten_for_damage_is_said_in_one_reading(tmp_path):
+    """Of a run of millions of rows, a second one would take long."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"cur_nimg": 0}\n\n{"cur_n\n{"cur_nimg": 1}\n{"cur_nimg": 2}\n{"cur_nimg": 1')
+    with patch.object(json, "loads", wraps=json.loads) as parsed:
+        said: list[str] = []
+        keep(file, lambda row: row["cur_nimg"] < 2, said.append)
+    assert parsed.call_count == 6 and nimgs(tmp_path) == [0, 1]
+    assert said == [
+        f'{file}, line 3 is damaged and is skipped: {{"cur_n',
+        f'{file}, line 6 is damaged and is skipped: {{"cur_nimg": 1',
+    ]
 
 
 def test_a_row_that_another_process_is_writing_is_left_whole(tmp_path, monkeypatch):

@@ -34,9 +34,8 @@ class Noting(Tracker):
         self.calls.append("finish")
 
 
-def start(folder: Path, cur_nimg: int, said: list[str], other: Tracker | None = None) -> MainReport:
-    tracker = TensorBoard(other or Tracker(), folder, said.append)
-    return MainReport(folder, tracker, 8000, cur_nimg)
+def start(folder: Path, cur_nimg: int, said: list[str], *others: Tracker) -> MainReport:
+    return MainReport(folder, [*others, TensorBoard(folder, said.append)], 8000, cur_nimg)
 
 
 def grid(folder: Path, report: MainReport, cur_nimg: int) -> bytes:
@@ -84,7 +83,7 @@ def test_every_step_is_there_once_after_a_kill(tmp_path):
 
 
 def test_it_is_complete_if_switched_on_late_and_w_and_b_gets_everything(tmp_path):
-    early = MainReport(tmp_path, Tracker(), 8000, 0)
+    early = MainReport(tmp_path, [], 8000, 0)
     early.row(1000, {"Loss/D/loss": 1.0})
     early.close()
     other = Noting()
@@ -96,18 +95,35 @@ def test_it_is_complete_if_switched_on_late_and_w_and_b_gets_everything(tmp_path
     assert other.calls == [1000, 2000, "Samples/fakes", "finish"]
 
 
-def test_a_full_disk_ends_only_the_event_file(tmp_path):
+def test_what_is_drawn_for_trackers_is_drawn_for_it_alone(tmp_path):
+    (tmp_path / "samples").mkdir()
+    drawn: list[Path] = []
+
+    def draw() -> Path:
+        drawn.append(tmp_path / "samples" / "spectra.png")
+        save_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), drawn[-1], 2)
+        return drawn[-1]
+
+    for report in (MainReport(tmp_path, [Tracker()], 8000, 0), start(tmp_path, 0, [], Tracker())):
+        assert not drawn, "nothing is tracked"
+        report.picture("Weights/spectra", draw, 1000)
+        report.close()
+    assert len(drawn) == 1 and [image.step for image in shown(tmp_path).Images("Weights/spectra")] == [1000]
+
+
+def test_a_full_disk_ends_only_the_event_file(tmp_path, capsys):
+    """With capsys, what is printed goes to memory, which the limit leaves alone."""
     said: list[str] = []
     other = Noting()
-    tracker = TensorBoard(other, tmp_path, said.append)
+    report = start(tmp_path, 0, said, other)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
         for step in range(200):
-            tracker.log({"Loss/D/loss": 1.0}, step)
+            report.row(step, {"Loss/D/loss": 1.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    tracker.finish()
+    report.close()
     assert other.calls == [*range(200), "finish"]
     assert len(said) == 2 and "training continues without it: OSError" in said[1]
     assert 10 < len(shown(tmp_path).Scalars("Loss/D/loss")) < 200
@@ -116,7 +132,7 @@ def test_a_full_disk_ends_only_the_event_file(tmp_path):
 def test_where_nothing_can_be_written_training_continues(tmp_path):
     (tmp_path / "tensorboard").write_text("a file")
     said: list[str] = []
-    tracker = TensorBoard(Tracker(), tmp_path, said.append)
+    tracker = TensorBoard(tmp_path, said.append)
     tracker.log({"a": 1.0}, 1)
     tracker.finish()
     assert len(said) == 1 and "FileExistsError" in said[0]

@@ -137,7 +137,7 @@ def refusing_server(monkeypatch):
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_wandb_shows_whether_a_run_failed(tmp_path, failed):
-    report = MainReport(tmp_path, open_tracker(config(), tmp_path, None, print), 1000, 0)
+    report = MainReport(tmp_path, [open_tracker(config(), tmp_path, None, print)], 1000, 0)
     with suppress(RunError), closing(report), report.kept(1):
         report.row(64, {"a": 1.0})
         if failed:

@@ -63,7 +63,7 @@ class Job:
         folder.mkdir(exist_ok=True)
         (folder / "samples").mkdir(exist_ok=True)
         self.tracker = open_tracker(CONFIG, folder, None, self.said.append)
-        self.report = MainReport(folder, self.tracker, TOTAL * 100, start * 100)
+        self.report = MainReport(folder, [self.tracker], TOTAL * 100, start * 100)
 
     def train(self, start: int, stop: int) -> Job:
         """Ticks start … stop - 1, whose values are a function of the tick, as in a resumed run."""
