@@ -104,15 +104,22 @@ def _plain_png(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | Non
 
 def _plain_jpeg(data: bytes, size: int, channels: int) -> NDArray[np.uint8] | None:
     """By simplejpeg, if installed; None if this is not a JPEG, or one for Pillow: with metadata (it may be
-    rotated), in CMYK, or in colour but wanted in grey, which Pillow weighs after the conversion to RGB."""
+    rotated), in CMYK, in colour but wanted in grey, which Pillow weighs after the conversion to RGB, or
+    damaged: whether a part of it will do is then the same with and without simplejpeg."""
     if simplejpeg is None or not data.startswith(b"\xff\xd8") or b"Exif\0" in data or b"ns.adobe.com" in data:
         return None
-    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
     if (width, height) != (size, size):
         raise WrongSizeError(width, height)
     if space != "Gray" and (space != "YCbCr" or channels == 1):
         return None
-    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB")
+    except ValueError:
+        return None
     return pixels
 
 

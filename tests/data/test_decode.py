@@ -135,6 +135,13 @@ def test_damaged_jpegs_are_refused(either: str) -> None:
         decode(data, 32, 3)
 
 
+def test_whether_a_damaged_jpeg_will_do_is_up_to_one_decoder(either: str) -> None:
+    """A scan that ends too soon, with the mark of the end: a grey rest is decoded, or nobody decodes it."""
+    data = encode(Image.fromarray(noise(64, 64, 3)), "JPEG")
+    cut = data[: len(data) // 2] + b"\xff\xd9"
+    assert np.array_equal(decode(cut, 64, 3), np.asarray(Image.open(io.BytesIO(cut))).transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_pictures_come_out_upright(either: str, kind: str, orientation: int) -> None:

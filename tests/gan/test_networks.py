@@ -1,9 +1,11 @@
 """From config to networks: seeds, a user's own classes, and what is refused."""
 
+import random
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,8 @@ def test_a_key_that_a_family_does_not_name_is_refused_with_those_that_do(plain_f
 
 
 USERS = """
+import random
+import numpy
 import torch
 from torch import nn
 
@@ -121,6 +125,22 @@ class NotOnMeta(D):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         self.scale = float(self.out.weight.abs().max())
+
+class Drawn(D):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("drawn", torch.tensor([numpy.random.rand(), random.random()]))
+
+class OnGPUs(D):
+    def forward(self, x, c):
+        if x.device.type != "cuda":
+            raise RuntimeError("flash attention is for GPUs")
+        return super().forward(x, c)
+
+class Fourier(D):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.spectrum = nn.Parameter(torch.ones(3, dtype=torch.complex64))
 
 class TwoAxes(D):
     def forward(self, x, c):
@@ -177,13 +197,47 @@ def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
     check_networks(config("D.kind=mynets.nets:NotOnMeta"), 0)
 
 
+def test_weights_that_a_class_draws_by_numpy_or_python_are_those_of_the_seed_too(users):
+    """On each rank, and when a run is resumed."""
+    first, second, other = (
+        build_D(config("D.kind=mynets.nets:Drawn", f"run.seed={n}"), 0) for n in (1, 1, 2)
+    )
+    assert same(first, second) and not torch.equal(first.drawn, other.drawn)
+    random.seed(5), numpy.random.seed(5)
+    expected = random.random(), numpy.random.rand()
+    random.seed(5), numpy.random.seed(5)
+    build_D(config("D.kind=mynets.nets:Drawn"), 0)
+    assert (random.random(), numpy.random.rand()) == expected
+
+
+def test_a_network_for_gpus_alone_is_left_to_the_ranks_that_have_them(users, monkeypatch):
+    settings = config("D.kind=mynets.nets:OnGPUs")
+    with pytest.raises(UserError, match="cannot be built and run: RuntimeError: flash attention is for GPUs"):
+        check_networks(settings, 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_networks(settings, 0)
+    with pytest.raises(UserError, match="flash attention"):
+        check_networks(settings, 0, torch.device("cpu"))  # of a rank
+
+
+def test_images_are_contiguous_for_a_class_that_does_not_ask_for_channels_last(users):
+    """Ours ask. Many others take images apart with `view`."""
+    images, seen = torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last), []
+    for kind, contiguous in (("mynets.nets:D", True), ("dcgan", False)):
+        D = build_D(config(f"D.kind={kind}"), 0)
+        D.forward = lambda x, c: seen.append(x.is_contiguous())
+        D(images, None)
+        assert seen.pop() is contiguous
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        ("mynets.nets:Fourier", r"its parameter spectrum is torch\.complex64"),
         ("mynets.nets:TwoAxes", r"returns \[2, 1\] .* logits must be \[2\]"),
         ("mynets.nets:Tuple", r"returns tuple .* logits must be \[2\]"),
-        ("mynets.nets:Fails", r"RuntimeError: .*nets\.py, line 38"),
-        ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 50"),
+        ("mynets.nets:Fails", r"RuntimeError: .*nets\.py, line 56"),
+        ("mynets.nets:Raises", r"RuntimeError: out of luck .*nets\.py, line 68"),
         ("mynets.nets:G", r"TypeError: .*z_dim"),
         ("mynets.nets:Missing", r"AttributeError: .*Missing"),
         ("mynets.missing:D", r"cannot be imported: ModuleNotFoundError: .*mynets\.missing"),

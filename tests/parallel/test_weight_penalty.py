@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config import WeightPenalty
 from pipeline.gan.schedules import Rates
-from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.fragments import Fragment, finite
 from pipeline.parallel.weight_penalty import LocalPenalty
 
 FACTORS = {
@@ -61,3 +61,9 @@ def test_it_is_that_of_autograd(factors, l2, l1):
     assert found["penalty"] == pytest.approx(sum(float(g.square().sum()) for g in due), rel=1e-7)
     for whole, *parts in zip(due, *gradients, strict=True):
         torch.testing.assert_close(torch.cat(parts) - 1, whole.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_float32_cannot_hold_is_not_finite():
+    """On GPUs squares are summed in float64; Adam's second moments of such a gradient are float32."""
+    squares = torch.tensor([0, 3.3e38, 3.5e38, 1e44, torch.inf, torch.nan], dtype=torch.float64)
+    assert finite(squares).tolist() == [True, True, False, False, False, False]
