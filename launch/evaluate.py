@@ -31,8 +31,12 @@ from pipeline.run.score_run import score_run
 @click.option(
     "--features", metavar="NAME", help="efflite0, inception:PATH, module:Class; default: the run's."
 )
-@click.option("--images", type=click.IntRange(min=2), help="Generated and held out; default: as in training.")
-@click.option("--train-images", type=click.IntRange(min=2), help="Compare with so many training images too.")
+@click.option(
+    "--images", type=click.IntRange(min=2), help="How many, generated and held out. Default: score.images."
+)
+@click.option(
+    "--train-images", type=click.IntRange(min=2), help="Compare with this many training images too."
+)
 @click.option("--data", metavar="SHARDS", help="Where the run's data are now, if they were moved.")
 @checkpoint_option
 def evaluate(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", type=UserPath())
-@click.argument("images", metavar="IMAGE…", type=UserPath(), nargs=-1, required=True)
+@click.argument("images", metavar="IMAGE...", type=UserPath(), nargs=-1, required=True)
 @click.option("--out", type=UserPath(), help="The folder to write to. Default: RUN/projected.")
 @click.option("--class", "label", metavar="CLASS", help="By number or name. Default: all are tried.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the search.")

@@ -12,7 +12,7 @@ from launch.paths import UserPath
 @click.command()
 @click.argument("export", type=UserPath())
 @click.argument("repository", metavar="USER/NAME")
-@click.option("--public", is_flag=True, help="For everybody to see. Default: private.")
+@click.option("--public", is_flag=True, help="Make the repository public. Default: private.")
 @click.option("--replace", is_flag=True, help="Overwrite an export that is there.")
 def push(export: Path, repository: str, public: bool, replace: bool) -> None:
     """Publish EXPORT, a folder that `shardgan export` wrote, as USER/NAME on the Hugging Face Hub.

@@ -10,7 +10,7 @@ from launch.paths import UserPath
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RUN…")
+@click.argument("runs", nargs=-1, required=True, type=UserPath(), metavar="RUN...")
 @click.option("--out", type=UserPath(), help="The page to write. Default: report.html in RUN, if it is one.")
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write a page of the run folder RUN, of several to compare, or of a selection's folder.

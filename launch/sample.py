@@ -87,17 +87,17 @@ class _Wanted:
 @click.option(
     "--count",
     type=click.IntRange(min=1),
-    help="Without --seeds, how many images; default: whole rows of at most 64, or 16 that move.",
+    help="Without --seeds, how many images; default: whole rows of at most 64, or 16 for an animation.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
-    help="Without --seeds, of all latents; default: run.seed, which gives those of the run's own grids.",
+    help="Without --seeds, the seed of the latents; default: run.seed, as in the run's own grids.",
 )
 @click.option(
     "--interpolate",
     is_flag=True,
-    help="Rows of images, each from one latent to another; animations do so without it.",
+    help="Rows of images, each from one latent to another; animations always are.",
 )
 @click.option(
     "--classes",

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 @click.argument("config", type=click.Path(), metavar="CONFIG|FOLDER|ZIP|RUN")
 @click.argument("settings", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
-@click.option("--procs", type=click.IntRange(min=1), help="Default: one per GPU; on a CPU up to 4.")
+@click.option(
+    "--procs", type=click.IntRange(min=1), help="Processes. Default: one per GPU; without GPUs up to 4."
+)
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="By torch.compile (inductor), block by block.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the networks with torch.compile.")
 @click.option("--dry-run", is_flag=True, help="Print the command and the resolved config; start nothing.")
 def train(
     config: str,

@@ -22,10 +22,10 @@ _POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="As in `shardgan train`.")
 @click.option("--live", is_flag=True, help="Also start the processes: do they meet, and how fast are they?")
-@click.option("--tflops", type=_POSITIVE, metavar="T", help="That a GPU reaches in training.")
-@click.option("--bandwidth", type=_POSITIVE, metavar="GB/S", help="That a GPU sends to others of its node.")
-@click.option("--network", type=_POSITIVE, metavar="GB/S", help="That a node sends to others.")
-@click.option("--gpu_memory", type=_POSITIVE, metavar="GIB", help="Default: that of a GPU here.")
+@click.option("--tflops", type=_POSITIVE, metavar="T", help="10^12 FLOP/s that a GPU reaches in training.")
+@click.option("--bandwidth", type=_POSITIVE, metavar="GB/S", help="What a GPU sends to others of its node.")
+@click.option("--network", type=_POSITIVE, metavar="GB/S", help="What a node sends, over all its adapters.")
+@click.option("--gpu_memory", type=_POSITIVE, metavar="GIB", help="Of a GPU. Default: this machine's.")
 def doctor(
     config: str,
     settings: tuple[str, ...],

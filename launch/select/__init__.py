@@ -42,11 +42,9 @@ if TYPE_CHECKING:
     help="Candidates of a --search, λ = 0 among them; each is trained on every fold and seed.",
 )
 @click.option(
-    "--folds", type=click.IntRange(min=2), default=3, show_default=True, help="Parts held out in turn."
+    "--folds", type=click.IntRange(min=2), default=3, show_default=True, help="Each is held out in turn."
 )
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Trainings of each fold."
-)
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Seeds per fold.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Trials at a time.")
 @click.option(
     "--strategy", type=click.Choice(STRATEGIES), default="single", show_default=True, help="Of each trial."
@@ -57,8 +55,10 @@ if TYPE_CHECKING:
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile each trial, as in `shardgan train`.")
 @click.option("--slurm", is_flag=True, help="Trials as a Slurm job array, --jobs at once, each on one node.")
-@click.option("--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="Of a --slurm trial.")
-@click.option("--time", "limit", help="Of one stretch of a --slurm trial, which requeues itself until done.")
+@click.option(
+    "--gpus", type=click.IntRange(min=0), default=0, show_default=True, help="GPUs of each --slurm trial."
+)
+@click.option("--time", "limit", help="Limit of each --slurm job, which requeues itself until done.")
 @click.option("--partition", help="For --slurm. Default: the cluster's.")
 @click.option("--account", help="For --slurm. Default: yours.")
 @click.option(

@@ -39,7 +39,9 @@ class _BeforeDashes(click.Command):
 @click.option("--strategy", type=click.Choice(STRATEGIES), help="Default: ddp (one process: single).")
 @click.option("--mixed_precision", type=click.Choice(["no", "bf16", "fp16"]), default="no", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="As in `shardgan train`.")
-@click.option("--time", help="Limit of one stretch, as sbatch takes it; the job requeues itself until DONE.")
+@click.option(
+    "--time", help="Limit of each job, as sbatch takes it; it requeues itself until the run is DONE."
+)
 @click.option("--partition", help="Default: the cluster's.")
 @click.option("--account", help="Default: yours.")
 @click.option(

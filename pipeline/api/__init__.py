@@ -34,9 +34,12 @@ def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
         checkpoint: of a run: "newest", "best" (by the run's own score), or a kimg.
 
     Returns G_ema as a torch.nn.Module on the CPU, in eval mode, its weights without gradients: z float32
-    [N, G.z_dim] → images float32 [N, C, H, W] in [-1, 1]. Its class names are G.classes.
+    [N, G.z_dim] and, if it is conditional, c int64 [N] → images float32 [N, C, H, W] in [-1, 1], of
+    data.channels and data.size; a G of latents returns latents, which have no bounds. Its class names are
+    G.classes.
 
-    Raises UserError (a ValueError) if there is no such run, export or checkpoint.
+    Raises UserError (a ValueError) if there is no such run, export or checkpoint, and ImportError if a file
+    of yours would be imported in place of one of ours.
     """
     shadows.refuse_import()
     from pipeline.run.generator import load
@@ -55,10 +58,13 @@ def sample(
     An image is a function of its seed, class and truncation alone; `shardgan sample --seeds` makes the same.
 
     Args:
+        G: what `load` has returned, on any device. Of a G of latents, data.decoder makes the images.
+        seeds: N whole numbers in [0, 2³²), one or more.
         classes: one for all, or one per seed, by number or name. Default: drawn by the seeds.
         truncation: ψ, less variety for better images below 1; for families with a latent w (stylegan2).
 
-    Raises UserError (a ValueError) for a seed outside [0, 2³²), a class or truncation that G does not have.
+    Raises UserError (a ValueError) for a seed outside [0, 2³²), none, or a class or truncation that G does
+    not have; TypeError for another module.
     """
     if not hasattr(G, "sampler"):
         raise TypeError(f"sample takes a G that shardgan.load has loaded, not {G!r:.60}")
@@ -79,16 +85,19 @@ def train(
     Args:
         config: a YAML file, or the name of a published one, such as "fashion-mnist"; or a folder of images, a
             zip of one, a folder of shards, or a run to continue.
-        settings: override the config, as in {"penalty.l2": 1e-3, "data.train": "data/photos"}.
-        procs: processes. One: this one, so `G.kind` may name a class of a notebook, "__main__:MyG".
-            Several are started, and end with this one; their output is printed here.
+        settings: override the config, as in {"penalty.l2": 1e-3, "data.train": "data/photos"}: numbers,
+            texts, lists, booleans and None.
+        procs: processes (the command's default is one per GPU). One: this one, so `G.kind` may name a class
+            of a notebook, "__main__:MyG". Several are started, and end with this one; their output is printed
+            here.
         strategy: single, ddp, fsdp2, hsdp, zero1, zero2 or zero3. Default: ddp; for one process single.
         mixed_precision: no, bf16 or fp16.
 
     Returns the run folder. A finished run is left as it is.
 
-    Raises UserError (a ValueError) for what you can mend; its message says how. Raises KeyboardInterrupt
-    after Ctrl-C, or "interrupt" in a notebook, once the run is saved.
+    Raises UserError (a ValueError): for what you can fix its message says how; a training that fails after
+    its start raises one too (RunError). A signal that asks to stop is raised again once the run is saved:
+    KeyboardInterrupt after Ctrl-C, or "interrupt" in a notebook. ImportError as `load`.
     """
     shadows.refuse_import()
     from .training import train
@@ -109,11 +118,19 @@ def prepare(
     dedupe: bool = False,
     workers: int | None = None,
 ) -> Path:
-    """Make tar shards with an index of images, as `shardgan prepare` does, whose help explains the options.
+    """Make tar shards of images, with an index, as `shardgan prepare` does.
 
     Args:
         source: a folder of images, a zip of one, WebDataset shards, "fashion-mnist" or "cifar10".
         out: the folder to make; the same call again leaves it as it is.
+        size: pixels of the square images. Default: as they are, all alike.
+        fit: how an image of another shape gets to size: crop, pad or stretch. Default: as suits the source.
+        background: the colour behind transparency and around padding: white, black or #rrggbb.
+        channels: 1 (grey) or 3. Default: as each image is.
+        per_shard: images in a shard.
+        classes: "top" (folders at the top), "path" (whole paths) or "none".
+        dedupe: leave copies out.
+        workers: processes. Default: one per core.
 
     Returns `out`. Raises UserError (a ValueError) as the command does.
     """
@@ -141,6 +158,7 @@ def evaluate(
     """Scores of a run's G_ema against held-out images, as `shardgan evaluate` does: {"kid_efflite0": …}.
 
     Args:
+        run: its folder.
         metrics: kid, fd, pr, dc and nn, as a list or separated by commas.
         features: efflite0, inception:PATH or module:Class. Default: the run's.
         images: generated and held out. Default: as in training, which gives the score of metrics.jsonl.
@@ -148,7 +166,9 @@ def evaluate(
         data: where the run's data are now, if they were moved.
         checkpoint: "newest", "best" (by the run's own score), or a kimg.
 
-    They are added to scores.json in the run folder. Raises UserError (a ValueError) as the command does.
+    Returns a number per score, some metrics having several; NaN where one is not defined. They are added to
+    scores.json in the run folder. Computed on a GPU if there is one. Raises UserError (a ValueError) as the
+    command does.
     """
     shadows.refuse_import()
     from pathlib import Path
