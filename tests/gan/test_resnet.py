@@ -215,7 +215,7 @@ def test_from_the_config_with_a_seed_of_its_own():
 
 @pytest.mark.parametrize("player", ["G", "D"])
 def test_depth_is_refused_where_it_means_nothing(player):
-    with pytest.raises(UserError, match=rf"{player}\.depth=2: dcgan has no such key"):
+    with pytest.raises(UserError, match=rf"{player}\.depth=2: dcgan does not take it"):
         check_networks(config(f"{player}.kind=dcgan", f"{player}.depth=2"), 0)
 
 
