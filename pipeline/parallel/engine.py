@@ -81,7 +81,7 @@ class Engine(abc.ABC):
         # Unfreezing after the other player's turn must not touch parameters that never train.
         self._trainable = [p for p in module.parameters() if p.requires_grad]
         self._buffers = Buffers(module, ranks.device)
-        self._kept = {name: b.shape for name, b in module.named_buffers() if b.isfinite().all()}
+        self._first = {name: (b.shape, b.isfinite().all()) for name, b in module.named_buffers()}
         self._finite: torch.Tensor | None = None  # whether this turn's update was finite; None before it
         self._found_inf = torch.zeros((), device=ranks.device)  # the opposite, as optimizers take it
         self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)  # gradient norm to chart
@@ -268,8 +268,12 @@ class Engine(abc.ABC):
         """What training changes in this rank's network besides its fragments. Not included is what its class
         makes the same every time: parameters that it does not train, and buffers that are infinite from the
         start (attention masks), that come in a forward pass, or that grow there (caches)."""
-        buffers = self.module.named_buffers()
-        return {name: b.detach() for name, b in buffers if b.shape == self._kept.get(name)}
+        found = {}
+        for name, buffer in self.module.named_buffers():
+            shape, finite = self._first.get(name, (None, False))
+            if buffer.shape == shape and finite:
+                found[name] = buffer.detach()
+        return found
 
     def agreed(self, squares: torch.Tensor, penalties: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """This rank's part of the squared gradient norm → the whole, the same on every rank, so that all clip
