@@ -28,6 +28,7 @@ from pipeline.wording import counted, in_bytes
 Players = tuple[nn.Module, nn.Module]  # G and D
 
 _SMALL = 16  # images in a BatchNorm's batch
+_MANY_TICKS = 20_000  # 100 MB of metrics.jsonl, each after a look at held-out images
 
 
 def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None, list[Finding]]:
@@ -164,12 +165,19 @@ def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """How much does a failing node lose, and how much of a run goes into scores?"""
+    """How much does a failing node lose, and how much of a run goes into reports and scores?"""
     run, score = job.config.run, job.config.score
     if run.checkpoint_kimg > run.total_kimg / 4:
         text = f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg"
         text += ": a node that fails loses up to that much (a signal saves first)"
         yield warning("checkpoints", text, "Lower run.checkpoint_kimg.")
+    if (ticks := run.total_kimg / run.tick_kimg) > _MANY_TICKS:
+        text = (
+            f"{ticks:,.0f} ticks of {run.tick_kimg:g} kimg: each is a line in metrics.jsonl and a look of D "
+            "at held-out images"
+        )
+        enough = math.ceil(run.total_kimg / _MANY_TICKS)
+        yield warning("ticks", text, f"Set run.tick_kimg={enough} or more.")
     if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
         share = score.images / (run.eval_kimg * 1000)
         text = (

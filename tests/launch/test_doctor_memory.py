@@ -11,10 +11,14 @@ import torch
 from doctored import GOOD, PENALISED, VIT, job
 from torch.profiler import ProfilerActivity, profile
 
+from launch import presets
 from launch.doctor import alone
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job, Machine
+from launch.installed import configs
+from pipeline import config
+from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import emulated
 
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
@@ -52,6 +56,29 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     # Convolutions in emulated bf16 need more yet, which doctor says apart.
     most = 2.2 if emulated(precision, torch.device("cpu")) else doctor_memory.WORK_SPACE
     assert measured / most < traced < 1.05 * measured
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "gpus", "precision", "most"),
+    [
+        *((f"r3gan-{of}", None, 8, "bf16", 64) for of in ("imagenet64", "imagenet32", "ffhq256")),
+        ("own-gpu", 128, 1, "no", 24),
+        ("own-gpu", 256, 1, "no", 24),
+    ],
+)
+def test_a_round_of_what_is_published_fits_its_gpus(
+    name: str, size: int | None, gpus: int, precision: str, most: int
+) -> None:
+    """most: GiB of a GPU. On more ranks a round has no more images."""
+    settings = ["data.train=x", *([] if size is None else [f"data.size={size}", *presets.GPU.at(size)])]
+    asked = Job(config.load(configs() / f"{name}.yaml", settings), 1, gpus, "ddp", precision)
+    num_classes = 1000 * asked.config.data.conditional
+    images = batch_shape(asked.config.data, gpus).images
+    assert batch_shape(asked.config.data, 8 * gpus).images <= images
+    active = doctor_memory.activations(asked.config, images, precision, num_classes)
+    held = doctor_memory.states(asked, doctor_networks.build_players(asked, num_classes))
+    _, high = doctor_memory.in_all(held, active)
+    assert doctor_memory.fits(high, most * 2**30), high / 2**30
 
 
 def allocated(turn: Callable[[], object]) -> int:

@@ -12,6 +12,8 @@ from torch import nn
 
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
+from launch.installed import configs
+from pipeline import config
 from pipeline.gan.networks import build_G
 
 LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
@@ -57,6 +59,7 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
         (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
         (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
+        (["run.tick_kimg=0.04"], "ddp", "ticks", ["25,000 ticks of 0.04 kimg"]),
     ],
 )  # fmt: skip
 def test_traps(settings: list[str], strategy: str, check: str, words: list[str]) -> None:
@@ -126,6 +129,17 @@ def test_no_trap_without_cause() -> None:
     assert "through all of its kernels" in found["weight penalty"].text
     assert set(networks(job())) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
+
+
+PUBLISHED = sorted(path for path in configs().glob("*.yaml") if path.stem != "alternatives")
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_published_configs_report_as_often_as_is_sensible(file: Path) -> None:
+    asked = Job(config.load(file, ["data.train=x"]), 1, 8, "ddp", "bf16")
+    nothing = nn.Identity()
+    found = [finding.check for finding in doctor_networks.cadence(asked, nothing, nothing)]
+    assert "ticks" not in found
 
 
 def test_what_a_run_is_to_start_from_is_looked_for(tmp_path: Path) -> None:
