@@ -93,14 +93,16 @@ def states(job: Job, players: Players) -> dict[str, int]:
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if frozen := frozen_G + frozen_D:
-        sharded = job.strategy in ("fsdp2", "hsdp", "zero3")
-        held["frozen weights"] = 4 * frozen / (job.shards if sharded else 1)
+        # FSDP2 keeps them gathered for the turn, as all others, beside the rank's part.
+        whole = 0 if job.strategy == "zero3" else 1
+        parts = 1 / job.shards if job.strategy in ("fsdp2", "hsdp", "zero3") else 0
+        held["frozen weights"] = 4 * frozen * (whole + parts)
     if job.strategy.startswith("zero"):
         buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
         held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)
     if job.strategy == "zero3":
         held["gradients"] += 4 * max(G, D) / job.world  # the stepping player's, once more
-        held["gathered, at most"] = 4 * (G + D)
+        held["gathered, at most"] = 4 * (G + D + frozen)
     return {name: round(size) for name, size in held.items()}
 
 

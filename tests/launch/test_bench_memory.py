@@ -18,6 +18,7 @@ from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
 from launch.doctor.networks import build_players
 from pipeline.config import UserError, WeightPenalty, load
+from pipeline.gan.frozen import sizes
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.schedules import Rates
 from pipeline.parallel import theory
@@ -127,6 +128,16 @@ def test_fsdp2_holds_and_sends_what_it_should():
     job = Job(pair.config_of(found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
     forecast = doctor_memory.states(job, build_players(job, 0))
     assert forecast == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
+
+
+@pytest.mark.long
+def test_frozen_layers_are_held_as_forecast():
+    """The main rank, which is measured, has copies of them besides, for checkpoints and never on a GPU."""
+    found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5", "D.freeze=3")
+    job = Job(pair.config_of(found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
+    _, D = players = build_players(job, 0)
+    forecast, copies = doctor_memory.states(job, players), 4 * sizes(D)[1]
+    assert sum(held(found).values()) - copies == pytest.approx(sum(forecast.values()), rel=0.01)
 
 
 @pytest.mark.long

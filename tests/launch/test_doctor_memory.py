@@ -123,7 +123,10 @@ def test_memory_follows_rounds_and_strategy(
     players = doctor_networks.build_players(frozen, 0)
     kept = 4 * sum(p.numel() for p in players[1].blocks[0].parameters())  # type: ignore[operator, union-attr]
     assert doctor_memory.states(frozen, players)["frozen weights"] == kept > 0
-    assert doctor_memory.states(replace(frozen, strategy="fsdp2"), players)["frozen weights"] == kept / 4
+    of = {s: doctor_memory.states(replace(frozen, strategy=s), players) for s in ("fsdp2", "zero3")}
+    assert of["fsdp2"]["frozen weights"] == kept + kept / 4, "gathered, beside the part of a rank"
+    assert of["zero3"]["frozen weights"] == kept / 4
+    assert of["zero3"]["gathered, at most"] == 4 * sum(p.numel() for of in players for p in of.parameters())
 
     class Small:
         total_memory = 1 << 16
