@@ -138,3 +138,20 @@ def test_memory_follows_rounds_and_strategy(
     assert found(replace(job(), machine=Machine(remote=True))).verdict == "ok"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     assert found(job()).verdict == "ok", "which would not train on it"
+
+
+def test_what_is_known_is_compared_where_activations_are_not() -> None:
+    """ZeRO 3's gathered weights are the most that it may need, so they decide nothing."""
+    players = doctor_networks.build_players(job(), 0)
+
+    def found(strategy: str, memory: float) -> Finding:
+        asked = replace(job(strategy=strategy), machine=Machine(gpu_memory=round(memory)))
+        return next(doctor_memory.examine(asked, players, "an error"))
+
+    for strategy in ("ddp", "zero3"):
+        held = doctor_memory.states(job(strategy=strategy), players)
+        least = sum(size for name, size in held.items() if name != "gathered, at most")
+        small, enough = found(strategy, 0.9 * least), found(strategy, 1.1 * least)
+        assert small.verdict == "would fail" and "narrower" in small.remedy
+        assert enough.verdict == "ok" and "in all at least" in enough.text
+        assert "cannot be traced (an error); a GPU has" in enough.text
