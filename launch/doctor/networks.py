@@ -46,7 +46,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None
     found = [large, *initial_weights(job, num_classes)]
     for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
-    return (G, D), flops, [*found, *scale.examine(job, num_classes, flops and flops[:2])]
+    return (G, D), flops, [*found, *scale.examine(job, num_classes, (G, D), flops and flops[:2])]
 
 
 def measured(job: Job, num_classes: int, G: nn.Module, D: nn.Module) -> tuple[Flops | None, Finding]:
@@ -127,7 +127,11 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """What training would refuse or remark on."""
     try:
-        check_objective(job.config, batch_shape(job.config.data, job.world).images, job.precision)
+        images = batch_shape(job.config.data, job.world).images
+    except UserError:  # which `batch` reports
+        images = 0  # divisible by anything
+    try:
+        check_objective(job.config, images, job.precision)
     except UserError as error:
         yield would_fail("objective", str(error))
         return

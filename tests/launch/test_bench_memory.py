@@ -9,8 +9,10 @@ import subprocess
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses.fake_tensor import FakeTensor
 
 from launch.bench import bench, pair
+from launch.bench import memory as bench_memory
 from launch.bench.memory import held, in_theory
 from launch.bench.meter import living, storages
 from launch.bench.penalty import Clocked
@@ -97,6 +99,19 @@ def test_theory_of_what_is_sent():
     assert [sent(s, "loss.D_steps=2") for s in ("ddp", "zero1", "zero2", "fsdp2")] == [6, 6, 6, 4 + 5]
     assert [sent(s, rounds=2) for s in ("ddp", "zero1", "zero2", "fsdp2")] == [4, 4, 6, 6]
     assert [sent(s, frozen=0.25) for s in ("ddp", "zero2", "fsdp2", "zero3")] == [4, 4, 7, 14]
+
+
+def test_theory_builds_no_network_in_memory(monkeypatch):
+    built = []
+
+    def build(*arguments):
+        built.append(build_D(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(bench_memory, "build_D", build)
+    job = {"strategy": "ddp", "world": 2, "shards": None, "parameters_G": 3, "parameters_D": 3}
+    in_theory(job | {"settings": [pair.NO_CONFIG, *pair.settings(1e4, 32, batch=2)]})
+    assert all(isinstance(p, FakeTensor) for p in built[0].parameters())
 
 
 def test_a_clocked_penalty_is_the_penalty():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.doctor import alone, flops, memory, scale
+from launch.doctor import alone, flops, memory, networks, scale
 from launch.doctor.finding import Job
 from pipeline.config import load
 from pipeline.gan.penalised import penalised
@@ -125,7 +125,8 @@ def test_kernels_whose_scale_does_not_matter_are_found():
 
 def test_a_finding_for_each_player_with_a_penalty():
     def found(*settings, cost=(1.0, 1.0)):
-        return [*scale.examine(Job(config(*settings), 1, 1, "single", "no"), 0, cost)]
+        asked = Job(config(*settings), 1, 1, "single", "no")
+        return [*scale.examine(asked, 0, networks.build_players(asked, 0), cost)]
 
     assert not found()
     G, D = found("penalty.l2=[1,0]", "run.burn_in_kimg=1", "D.norm=batch", "D.spectral_norm=true")
@@ -133,8 +134,27 @@ def test_a_finding_for_each_player_with_a_penalty():
     assert "λ_D on weights" in D.text and "(blocks.0.conv, blocks.1.conv, blocks.2.conv and 1 more)" in D.text
     (large,) = found("penalty.D.l1=1", cost=(1e12, 1e12))
     assert large.verdict == "ok" and "too large to try" in large.text
+    (uncounted,) = found("penalty.D.l1=1", "D.norm=batch", cost=None)
+    assert uncounted.verdict == "warning" and "undoes the scale" in uncounted.text
     kinds = [
         f"{p}.kind=launch.selfcheck.networks:Equalised{who}"
         for p, who in (("G", "Generator"), ("D", "Discriminator"))
     ]
     assert "λ_G on effective acts" in found("penalty.l2=1", "data.channels=1", *kinds)[0].text
+
+
+def test_what_is_too_large_or_breaks_is_not_built_here(monkeypatch):
+    asked = Job(config("penalty.D.l1=1"), 1, 1, "single", "no")
+    players = networks.build_players(asked, 0)
+
+    def found(cost):
+        (finding,) = scale.examine(asked, 0, players, cost)
+        return finding.text
+
+    def refuse(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(scale, "build_D", refuse)
+    assert "too large to try" in found((1e12, 1e12)) and "not tried" in found((1.0, 1.0))
+    monkeypatch.setattr(scale, "_LARGEST", 10)
+    assert "too large to try" in found(None)

@@ -80,6 +80,15 @@ def test_an_objective_that_training_refuses(settings: list[str], precision: str,
     assert found.verdict == "would fail" and word in found.text
 
 
+def test_a_batch_that_cannot_be_divided_hides_nothing_of_the_objective() -> None:
+    """That it cannot is for the check of the batch to say."""
+    odd = ["data.batch_size=13", "penalty.r1.gamma=1", "penalty.r1.fraction=1/4"]
+    assert "objective" not in networks(job(*odd))
+    refused = networks(job(*odd, "penalty.r2.gamma=1", precision="fp16"))["objective"]
+    assert refused.verdict == "would fail" and "penalty.r2 under fp16" in refused.text
+    assert "interval=16" in networks(job(*odd, "loss.kind=relativistic"))["objective"].text
+
+
 def test_what_a_run_remarks_on_is_a_warning() -> None:
     found = networks(job("penalty.r1.gamma=1", "loss.kind=relativistic"))["objective"]
     assert found.verdict == "warning" and "interval=16" in found.text
