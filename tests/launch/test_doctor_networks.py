@@ -22,6 +22,9 @@ QUARTER = ["penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4"]
 FROZEN = ["D.kind=resnet", "D.width=8", "D.freeze=1"]
 CHECKPOINTED = [f"{player}.{key}" for player in "GD" for key in ("kind=resnet", "width=8", "checkpoint=true")]
 
+_OF_STYLEGAN2 = ("kind=stylegan2", "checkpoint=true", "norm=batch")
+STYLEGAN2 = [f"{player}.{key}" for player in "GD" for key in _OF_STYLEGAN2]
+
 
 def config(*settings):
     common = ["data.train=x", "data.size=32", "G.norm=none", "D.norm=none", "G.width=16", "D.width=16"]
@@ -64,6 +67,13 @@ def test_stylegan2_takes_what_is_counted_by_hand():
         (*FROZEN, *EXACT),
         (*FROZEN, *EXACT, *QUARTER, "penalty.wgan_gp.weight=1"),
         (*FROZEN, *DIFFERENCE, "D.checkpoint=true"),
+        (*CHECKPOINTED, *EXACT),
+        (*CHECKPOINTED, *EXACT, *QUARTER, "penalty.wgan_gp.weight=1"),
+        (*FROZEN, *EXACT, "D.checkpoint=true"),
+        (*FROZEN, *EXACT, *QUARTER, "D.checkpoint=true"),
+        (*STYLEGAN2, *EXACT),
+        (*STYLEGAN2, "penalty.path.weight=1", "penalty.path.interval=1"),
+        (*STYLEGAN2, *EXACT, "D.freeze=1"),
     ],
 )
 def test_training_is_what_an_update_does(settings):
@@ -82,6 +92,9 @@ def test_lazy_penalties_and_several_steps_are_averaged():
     assert k("penalty.r1.gamma=1") == (4, 8 + 3 / 16)
     assert k("penalty.path.weight=2") == (4.75, 8)
     assert k("loss.D_steps=2") == (1 + 3 / 2, 6 + 2 / 2)
+    again = ("G.kind=stylegan2", "D.kind=stylegan2", "G.checkpoint=true", "D.checkpoint=true")
+    assert k(*again, "penalty.r1.gamma=1", "penalty.path.weight=2") == (1 + 4 + 4 / 4, 8 + 3 + 4 / 16)
+    assert k(*again, "penalty.wgan_gp.weight=2") == (1 + 4, 8 + 3 + 8)
 
 
 def test_a_number_of_flops_is_readable():
