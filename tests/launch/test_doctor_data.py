@@ -246,23 +246,6 @@ def test_settings_that_do_not_suit_the_data(
     assert found.verdict == verdict and word in found.text
 
 
-@pytest.mark.parametrize(
-    ("settings", "way"),
-    [
-        ([], ", data.xflip, or"),
-        (["data.xflip=true"], ", augment.ops, or"),
-        (["data.channels=4", "G.kind=r3gan", "score.metrics=[]"], ", augment.ops, or"),  # latents
-        (["data.xflip=true", "augment.ops=[shift]", "augment.p=0.1"], "images, or"),
-    ],
-)
-def test_what_makes_more_of_few_images_is_something_that_can_be_set(
-    folder: Path, settings: list[str], way: str
-) -> None:
-    asked = job(folder, "data.batch_size=64", *settings)
-    found = next(doctor_data.split(asked, load_index(str(folder))))
-    assert found.verdict == "warning" and f"{way} a larger λ_D" in found.remedy
-
-
 def test_images_that_cannot_be_decoded(folder: Path) -> None:
     """Their CRC is right: they were written so."""
     rewrite(

@@ -10,10 +10,12 @@ from doctored import GOOD, VIT, job
 from safetensors.torch import save_file
 from torch import nn
 
+from launch.doctor import data as doctor_data
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
 from launch.installed import configs
 from pipeline import config
+from pipeline.data.index import load_index
 from pipeline.gan.networks import build_G
 
 LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
@@ -130,6 +132,21 @@ def test_a_transformer_s_learning_rate_falls_with_its_width(lr: str, said: bool)
     if said:
         assert "optim.D.lr=0.0002" in found["learning rate"].text
         assert "optim.D.lr=0.0016" in str(found["learning rate"].remedy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ([], ", data.xflip, or"),
+        (["data.xflip=true"], ", augment.ops, or"),
+        (["data.channels=4", "G.kind=r3gan", "score.metrics=[]"], ", augment.ops, or"),  # latents
+        (["data.xflip=true", "augment.ops=[shift]", "augment.p=0.1"], "images, or"),
+    ],
+)
+def test_what_makes_more_of_few_images_is_something_that_can_be_set(settings: list[str], way: str) -> None:
+    asked = job("data.batch_size=64", *settings)
+    found = next(doctor_data.split(asked, load_index(str(asked.config.data.train))))
+    assert found.verdict == "warning" and f"{way} a larger λ_D" in found.remedy
 
 
 def test_no_trap_without_cause() -> None:
