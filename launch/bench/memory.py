@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from launch.bench import pair, table
@@ -60,7 +61,7 @@ def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
     job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
     config = pair.config_of(found["settings"])
-    with torch.device("meta"):
+    with FakeTensorMode():
         _, frozen = sizes(build_D(config, 0))
     rounds = batch_shape(config.data, found["world"]).rounds
     update, shards = theory.update_of(config, rounds, frozen), found["shards"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
-from pipeline.config import UserError
+from pipeline.config import Config, UserError
 from pipeline.data.cache import release, reserve
 from pipeline.data.check import SHUFFLE, check_passed_over, odd_labels, refuse_other_kind, unlike
 from pipeline.data.decode import FORMATS, dtype_of
@@ -183,8 +183,8 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
         yield warning("split", f"{text}: a batch shows some images more than once", remedy)
     elif updates < _FEW_UPDATES:
         each = training // job.world
-        remedy = "D will memorise them: use more images, data.xflip, or a larger λ_D."
-        yield warning("split", f"{text}, {each:,} images per rank", remedy)
+        ways = ", ".join(["use more images", *_to_vary(config), "or a larger λ_D"])
+        yield warning("split", f"{text}, {each:,} images per rank", f"D will memorise them: {ways}.")
     else:
         yield ok("split", text)
     if odd := unlike(index, parts):
@@ -196,6 +196,13 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
             else "nothing is held out: there will be no score"
         )
         yield warning("hold-out", text, "Scores of few images are noisy: raise data.holdout.")
+
+
+def _to_vary(config: Config) -> list[str]:
+    """The setting that makes more of few images, if it is not set: a mirrored latent is no latent."""
+    if not (config.data.latents or config.data.xflip):
+        return ["data.xflip"]
+    return [] if config.augment.ops else ["augment.ops"]
 
 
 def pictures(job: Job, index: Index) -> Iterator[Finding]:

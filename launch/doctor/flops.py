@@ -54,15 +54,15 @@ def of_training(config: Config, G: float, D: float, frozen: float = 0.0) -> floa
     """FLOPs of training per real image shown to D, given those of `forward`; lazy penalties at their average.
 
     A backward pass is two forward passes, or one if it differentiates with respect to images alone; that of a
-    first layer is less, so networks of few layers take less than this. Checkpointing runs each pass with a
-    gradient once more.
+    first layer is less, so networks of few layers take less than this. Checkpointing runs each pass once
+    more whenever it is differentiated.
     """
     steps, penalty = config.loss.D_steps, config.penalty
     again_G, again_D = int(config.G.checkpoint), int(config.D.checkpoint)
     turn_of_D = G + _turn(config, again_D, trains=True) * (D - frozen)
     turn_of_D += _turn(config, again_D, trains=False) * frozen
     turn_of_G = (3 + again_G) * G + (2 + again_D + (config.loss.kind == "relativistic")) * D
-    turn_of_G += 3 / penalty.path.interval * G if penalty.path.weight else 0.0
+    turn_of_G += (3 + again_G) / penalty.path.interval * G if penalty.path.weight else 0.0
     return turn_of_D + turn_of_G / steps
 
 
@@ -74,7 +74,7 @@ def _turn(config: Config, again: int, trains: bool) -> float:
     whose own has both halves in convolutions.
     """
     penalty = config.penalty
-    plain, exact, own = (3 + again, 3, 6 + again) if trains else (1, 4 + again, 5 + again)
+    plain, exact, own = (3 + again, 3 + again, 6 + 2 * again) if trains else (1, 4 + 2 * again, 5 + 2 * again)
 
     def slope(given: R1) -> float:
         if not is_used(given.gamma):

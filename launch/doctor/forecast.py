@@ -47,6 +47,7 @@ class Forecast:
     compute: float | None  # seconds
     network: float | None  # seconds
     possible: bool = True  # whether the strategy can train these networks
+    countable: bool = True  # whether their FLOPs are known
 
     @property
     def seconds(self) -> float | None:
@@ -68,6 +69,7 @@ def forecasts(job: Job, costs: Costs) -> list[Forecast]:
         return []
     (G, _), (D, frozen) = map(sizes, costs.players)
     update, compute = theory.update_of(job.config, rounds, frozen), _compute(job, costs)
+    there = memory.of_gpu(job)
     found = []
     for strategy in STRATEGIES[1:] if job.world > 1 else STRATEGIES[:1]:
         of_it = replace(job, strategy=strategy)
@@ -76,6 +78,7 @@ def forecasts(job: Job, costs: Costs) -> list[Forecast]:
         held, active = memory.states(of_it, costs.players), costs.activations
         sent = theory.sent(strategy, job.world, G, D, update, shards)
         over = theory.over_copies(strategy, job.world, G, D, update, shards)
+        too_large = active is None and there is not None and memory.at_least(held) > there
         found.append(
             Forecast(
                 strategy,
@@ -83,7 +86,8 @@ def forecasts(job: Job, costs: Costs) -> list[Forecast]:
                 sent=sent,
                 compute=compute,
                 network=_network(of_it, shards, sent - over, over),
-                possible=not any(tied(of_it, *costs.players)),
+                possible=not too_large and not any(tied(of_it, *costs.players)),
+                countable=costs.flops is not None,
             )
         )
     return found
@@ -145,7 +149,8 @@ def examine(job: Job, found: Sequence[Forecast]) -> Iterator[Finding]:
     chosen = choose(found, there)
     if chosen is None:
         text = f"none is sure to fit into {in_bytes(there or 0)} per GPU"
-        yield warning("strategy", text, "Lower data.batch_gpu: more rounds of fewer images.")
+        remedy = "Lower data.batch_gpu (more rounds of fewer images), use more GPUs, or narrower networks."
+        yield warning("strategy", text, remedy)
         return
     if job.world == 1:
         if chosen.seconds is not None:
@@ -163,7 +168,7 @@ def examine(job: Job, found: Sequence[Forecast]) -> Iterator[Finding]:
         share = f"{chosen.efficiency:.0%} of {job.world} ranks that send nothing"
         text += f"; {_rate(job, chosen)} images/s, {share}{_asked(job, chosen, found)}"
     else:
-        text += f". For times: {_missing(job)}"
+        text += f". {_missing(job, chosen)}"
     yield ok("strategy", text)
 
 
@@ -184,11 +189,13 @@ def _asked(job: Job, chosen: Forecast, found: Sequence[Forecast]) -> str:
     return f"; {job.strategy} would take {own / chosen.seconds:.2f} times as long"
 
 
-def _missing(job: Job) -> str:
-    """The options that would tell what is not known."""
+def _missing(job: Job, chosen: Forecast) -> str:
+    """The options that would make times known, or why none does."""
+    if not chosen.countable:
+        return "Times are not known, as the FLOPs of these networks cannot be counted"
     given = {"--tflops": job.machine.flops, "--bandwidth": job.machine.bandwidth}
     given |= {"--network": job.machine.network} if job.nodes > 1 else {}
-    return f"{', '.join(name for name, value in given.items() if not value)}, or --live"
+    return f"For times: {', '.join(name for name, value in given.items() if not value)}, or --live"
 
 
 def table(job: Job, found: Sequence[Forecast]) -> Table | None:

@@ -28,6 +28,8 @@ WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory
 _FULL = 0.95  # of a GPU's memory, at most
 _ZERO_BUCKET = 4 * 2**24  # bytes of gradients that DeepSpeed reduces at once (parallel/zero_settings.py)
 _REMEDY = "Lower data.batch_gpu (more rounds of fewer images), or choose a strategy that shards more."
+_OF_STATES = "Choose a strategy that shards more, use more GPUs, or make the networks narrower."
+_AT_MOST = "gathered, at most"
 
 
 def traced(job: Job, num_classes: int) -> int | str:
@@ -54,26 +56,33 @@ def examine(job: Job, players: Players, active: int | str) -> Iterator[Finding]:
         images = batch_shape(job.config.data, job.world).images
     except UserError:
         return
-    text = ", ".join(f"{name} {in_bytes(size)}" for name, size in held.items())
+    text = f"per rank: {', '.join(f'{name} {in_bytes(size)}' for name, size in held.items())}"
     if isinstance(active, str):
-        yield ok("memory", f"per rank: {text}; activations cannot be traced ({active})")
-        return
-    low, high = in_all(held, active)
-    text = (
-        f"per rank: {text}, activations of {counted(images, 'image')} {in_bytes(active)}: in all "
-        f"{in_bytes(low)} to {in_bytes(high)}, as kernels need"
-    )
+        low = high = at_least(held)
+        text += f": in all at least {in_bytes(low)}; activations cannot be traced ({active})"
+    else:
+        low, high = in_all(held, active)
+        text += (
+            f", activations of {counted(images, 'image')} {in_bytes(active)}: in all "
+            f"{in_bytes(low)} to {in_bytes(high)}, as kernels need"
+        )
     there = of_gpu(job)
     if there is None:
         yield ok("memory", text)
         return
     text += f"; a GPU {'' if job.machine.gpu_memory else 'here '}has {in_bytes(there)}"
+    remedy = _OF_STATES if isinstance(active, str) else _REMEDY
     if low > there:
-        yield would_fail("memory", text, _REMEDY)
+        yield would_fail("memory", text, remedy)
     elif not fits(high, there):
-        yield warning("memory", text, _REMEDY)
+        yield warning("memory", text, remedy)
     else:
         yield ok("memory", text)
+
+
+def at_least(held: dict[str, int]) -> int:
+    """Bytes on a rank whatever the images need. held: from `states`."""
+    return sum(size for name, size in held.items() if name != _AT_MOST)
 
 
 def in_all(held: dict[str, int], active: int) -> tuple[int, int]:
@@ -93,14 +102,16 @@ def states(job: Job, players: Players) -> dict[str, int]:
     moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
     held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
     if frozen := frozen_G + frozen_D:
-        sharded = job.strategy in ("fsdp2", "hsdp", "zero3")
-        held["frozen weights"] = 4 * frozen / (job.shards if sharded else 1)
+        # FSDP2 keeps them gathered for the turn, as all others, beside the rank's part.
+        whole = 0 if job.strategy == "zero3" else 1
+        parts = 1 / job.shards if job.strategy in ("fsdp2", "hsdp", "zero3") else 0
+        held["frozen weights"] = 4 * frozen * (whole + parts)
     if job.strategy.startswith("zero"):
         buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
         held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)
     if job.strategy == "zero3":
         held["gradients"] += 4 * max(G, D) / job.world  # the stepping player's, once more
-        held["gathered, at most"] = 4 * (G + D)
+        held[_AT_MOST] = 4 * (G + D + frozen)
     return {name: round(size) for name, size in held.items()}
 
 

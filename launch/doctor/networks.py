@@ -28,6 +28,7 @@ from pipeline.wording import counted, in_bytes
 Players = tuple[nn.Module, nn.Module]  # G and D
 
 _SMALL = 16  # images in a BatchNorm's batch
+_MANY_TICKS = 20_000  # 100 MB of metrics.jsonl, each after a look at held-out images
 
 
 def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None, list[Finding]]:
@@ -45,7 +46,7 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None
     found = [large, *initial_weights(job, num_classes)]
     for check in (tied, batch_norm, objective, gathered_whole, learning_rate, cadence):
         found += check(job, G, D)
-    return (G, D), flops, [*found, *scale.examine(job, num_classes, flops and flops[:2])]
+    return (G, D), flops, [*found, *scale.examine(job, num_classes, (G, D), flops and flops[:2])]
 
 
 def measured(job: Job, num_classes: int, G: nn.Module, D: nn.Module) -> tuple[Flops | None, Finding]:
@@ -126,7 +127,11 @@ def batch_norm(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 def objective(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """What training would refuse or remark on."""
     try:
-        check_objective(job.config, batch_shape(job.config.data, job.world).images, job.precision)
+        images = batch_shape(job.config.data, job.world).images
+    except UserError:  # which `batch` reports
+        images = 0  # divisible by anything
+    try:
+        check_objective(job.config, images, job.precision)
     except UserError as error:
         yield would_fail("objective", str(error))
         return
@@ -164,12 +169,19 @@ def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """How much does a failing node lose, and how much of a run goes into scores?"""
+    """How much does a failing node lose, and how much of a run goes into reports and scores?"""
     run, score = job.config.run, job.config.score
     if run.checkpoint_kimg > run.total_kimg / 4:
         text = f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg"
         text += ": a node that fails loses up to that much (a signal saves first)"
         yield warning("checkpoints", text, "Lower run.checkpoint_kimg.")
+    if (ticks := run.total_kimg / run.tick_kimg) > _MANY_TICKS:
+        text = (
+            f"{ticks:,.0f} ticks of {run.tick_kimg:g} kimg: each is a line in metrics.jsonl and a look of D "
+            "at held-out images"
+        )
+        enough = math.ceil(run.total_kimg / _MANY_TICKS)
+        yield warning("ticks", text, f"Set run.tick_kimg={enough} or more.")
     if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
         share = score.images / (run.eval_kimg * 1000)
         text = (

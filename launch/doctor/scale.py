@@ -7,7 +7,7 @@ with W, for every s > 0. There λ‖W‖² only keeps W small, which makes steps
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +23,23 @@ _LONGEST = 2e10  # FLOPs of an image, that are tried: a few seconds
 _ZERO = 1e-6  # cosine between W and the gradient; rounding gives 1e-12, other kernels 1e-5 and more
 
 
-def examine(job: Job, num_classes: int, flops: tuple[float, float] | None) -> Iterator[Finding]:
-    """A finding per player with a weight penalty. flops: of an image, forward, if they could be counted."""
-    for name, build, cost in zip("GD", (build_G, build_D), flops or (0.0, 0.0), strict=True):
+def examine(
+    job: Job, num_classes: int, players: Sequence[nn.Module], flops: tuple[float, float] | None
+) -> Iterator[Finding]:
+    """A finding per player with a weight penalty. players: G and D, which need no memory; flops: of an image,
+    forward, if they could be counted."""
+    for name, player, build, cost in zip("GD", players, (build_G, build_D), flops or (0, 0), strict=True):
         penalty: WeightPenalty = getattr(job.config.penalty, name)
         if not (is_used(penalty.l2) or is_used(penalty.l1)):
             continue
-        network = build(job.config, num_classes)
-        parameters, on = dict(network.named_parameters()), resolved(network, penalty.on)
-        covered = {key for key in penalised(network, on) if parameters[key].requires_grad}
+        parameters, on = dict(player.named_parameters()), resolved(player, penalty.on)
+        covered = {key for key in penalised(player, on) if parameters[key].requires_grad}
         sizes = {key: parameters[key].numel() for key in covered}
-        if flops is None or cost > _LONGEST or sum(sizes.values()) > _LARGEST:
+        if cost > _LONGEST or sum(p.numel() for p in parameters.values()) > _LARGEST:
             yield ok("weight penalty", f"λ_{name} on {on}: too large to try here which kernels a norm undoes")
             continue
         try:
+            network = build(job.config, num_classes)
             free = undone(network, covered, _inputs(job, name, num_classes))
         except Exception as error:  # a user's network may do anything
             yield ok("weight penalty", f"λ_{name} on {on}: not tried which kernels a norm undoes ({error})")

@@ -9,8 +9,10 @@ import subprocess
 import pytest
 import torch
 from click.testing import CliRunner
+from torch._subclasses.fake_tensor import FakeTensor
 
 from launch.bench import bench, pair
+from launch.bench import memory as bench_memory
 from launch.bench.memory import held, in_theory
 from launch.bench.meter import living, storages
 from launch.bench.penalty import Clocked
@@ -18,6 +20,7 @@ from launch.doctor import memory as doctor_memory
 from launch.doctor.finding import Job
 from launch.doctor.networks import build_players
 from pipeline.config import UserError, WeightPenalty, load
+from pipeline.gan.frozen import sizes
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.schedules import Rates
 from pipeline.parallel import theory
@@ -98,6 +101,19 @@ def test_theory_of_what_is_sent():
     assert [sent(s, frozen=0.25) for s in ("ddp", "zero2", "fsdp2", "zero3")] == [4, 4, 7, 14]
 
 
+def test_theory_builds_no_network_in_memory(monkeypatch):
+    built = []
+
+    def build(*arguments):
+        built.append(build_D(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(bench_memory, "build_D", build)
+    job = {"strategy": "ddp", "world": 2, "shards": None, "parameters_G": 3, "parameters_D": 3}
+    in_theory(job | {"settings": [pair.NO_CONFIG, *pair.settings(1e4, 32, batch=2)]})
+    assert all(isinstance(p, FakeTensor) for p in built[0].parameters())
+
+
 def test_a_clocked_penalty_is_the_penalty():
     weights = torch.randn(7, 5)
     fragments = [Fragment("w", 0, weights.shape, weights, penalised=True)]
@@ -127,6 +143,16 @@ def test_fsdp2_holds_and_sends_what_it_should():
     job = Job(pair.config_of(found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
     forecast = doctor_memory.states(job, build_players(job, 0))
     assert forecast == {name: pytest.approx(size, rel=0.02) for name, size in measured.items()}
+
+
+@pytest.mark.long
+def test_frozen_layers_are_held_as_forecast():
+    """The main rank, which is measured, has copies of them besides, for checkpoints and never on a GPU."""
+    found = run("memory", "--strategies", "fsdp2", "--procs", "2", "--params", "3e5", "D.freeze=3")
+    job = Job(pair.config_of(found["settings"]), nodes=1, gpus=2, strategy="fsdp2", precision="no")
+    _, D = players = build_players(job, 0)
+    forecast, copies = doctor_memory.states(job, players), 4 * sizes(D)[1]
+    assert sum(held(found).values()) - copies == pytest.approx(sum(forecast.values()), rel=0.01)
 
 
 @pytest.mark.long

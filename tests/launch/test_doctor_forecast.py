@@ -11,7 +11,7 @@ from doctored import GOOD, job
 from rich.console import Console
 from torch import nn
 
-from launch.doctor import forecast, live, networks
+from launch.doctor import forecast, live, memory, networks
 from launch.doctor.finding import Job, Machine
 from launch.doctor.flops import Flops, of_training
 from launch.doctor.forecast import Costs, Forecast
@@ -87,6 +87,31 @@ def test_without_speeds_it_sends_least_and_options_are_named() -> None:
     assert not list(forecast.examine(alone, forecast.forecasts(alone, costs(alone))))
     assert "images/s: an update in" in text_of(replace(alone, machine=FAST))
     assert not forecast.forecasts(job(procs=3), costs(job(procs=3)))  # 20 images
+
+
+def test_without_activations_a_strategy_whose_states_do_not_fit_is_left_out() -> None:
+    asked = replace(job(procs=4), machine=FAST)
+    untraced = replace(costs(asked), activations=None)
+    least = {
+        strategy: memory.at_least(memory.states(replace(asked, strategy=strategy), untraced.players))
+        for strategy in ("ddp", "zero1")
+    }
+    small = replace(asked, machine=replace(FAST, gpu_memory=sum(least.values()) // 2))
+    found = forecast.forecasts(small, untraced)
+    assert [each.strategy for each in found if not each.possible] == ["ddp"]
+    assert next(forecast.examine(small, found)).text.startswith("zero1, if it fits: none is faster")
+    nowhere = replace(asked, machine=replace(FAST, gpu_memory=2**10))
+    (finding,) = forecast.examine(nowhere, forecast.forecasts(nowhere, untraced))
+    assert finding.verdict == "warning" and "none is sure to fit" in finding.text
+
+
+def test_why_times_are_not_known_is_said_where_no_option_helps() -> None:
+    for asked in (job(), replace(job(), machine=FAST)):
+        found = forecast.forecasts(asked, replace(costs(asked), flops=None))
+        (finding,) = forecast.examine(asked, found)
+        assert finding.text.endswith(
+            ". Times are not known, as the FLOPs of these networks cannot be counted"
+        )
 
 
 def test_hsdp_is_forecast_where_it_has_several_copies_to_share() -> None:

@@ -11,10 +11,14 @@ import torch
 from doctored import GOOD, PENALISED, VIT, job
 from torch.profiler import ProfilerActivity, profile
 
+from launch import presets
 from launch.doctor import alone
 from launch.doctor import memory as doctor_memory
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job, Machine
+from launch.installed import configs
+from pipeline import config
+from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import emulated
 
 SGD = [f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "momentum=0.9", "clip=1")]
@@ -52,6 +56,29 @@ def test_activations_are_those_measured(settings: list[str], precision: str) -> 
     # Convolutions in emulated bf16 need more yet, which doctor says apart.
     most = 2.2 if emulated(precision, torch.device("cpu")) else doctor_memory.WORK_SPACE
     assert measured / most < traced < 1.05 * measured
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "gpus", "precision", "most"),
+    [
+        *((f"r3gan-{of}", None, 8, "bf16", 64) for of in ("imagenet64", "imagenet32", "ffhq256")),
+        ("own-gpu", 128, 1, "no", 24),
+        ("own-gpu", 256, 1, "no", 24),
+    ],
+)
+def test_a_round_of_what_is_published_fits_its_gpus(
+    name: str, size: int | None, gpus: int, precision: str, most: int
+) -> None:
+    """most: GiB of a GPU. On more ranks a round has no more images."""
+    settings = ["data.train=x", *([] if size is None else [f"data.size={size}", *presets.GPU.at(size)])]
+    asked = Job(config.load(configs() / f"{name}.yaml", settings), 1, gpus, "ddp", precision)
+    num_classes = 1000 * asked.config.data.conditional
+    images = batch_shape(asked.config.data, gpus).images
+    assert batch_shape(asked.config.data, 8 * gpus).images <= images
+    active = doctor_memory.activations(asked.config, images, precision, num_classes)
+    held = doctor_memory.states(asked, doctor_networks.build_players(asked, num_classes))
+    _, high = doctor_memory.in_all(held, active)
+    assert doctor_memory.fits(high, most * 2**30), high / 2**30
 
 
 def allocated(turn: Callable[[], object]) -> int:
@@ -96,7 +123,10 @@ def test_memory_follows_rounds_and_strategy(
     players = doctor_networks.build_players(frozen, 0)
     kept = 4 * sum(p.numel() for p in players[1].blocks[0].parameters())  # type: ignore[operator, union-attr]
     assert doctor_memory.states(frozen, players)["frozen weights"] == kept > 0
-    assert doctor_memory.states(replace(frozen, strategy="fsdp2"), players)["frozen weights"] == kept / 4
+    of = {s: doctor_memory.states(replace(frozen, strategy=s), players) for s in ("fsdp2", "zero3")}
+    assert of["fsdp2"]["frozen weights"] == kept + kept / 4, "gathered, beside the part of a rank"
+    assert of["zero3"]["frozen weights"] == kept / 4
+    assert of["zero3"]["gathered, at most"] == 4 * sum(p.numel() for of in players for p in of.parameters())
 
     class Small:
         total_memory = 1 << 16
@@ -108,3 +138,20 @@ def test_memory_follows_rounds_and_strategy(
     assert found(replace(job(), machine=Machine(remote=True))).verdict == "ok"
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     assert found(job()).verdict == "ok", "which would not train on it"
+
+
+def test_what_is_known_is_compared_where_activations_are_not() -> None:
+    """ZeRO 3's gathered weights are the most that it may need, so they decide nothing."""
+    players = doctor_networks.build_players(job(), 0)
+
+    def found(strategy: str, memory: float) -> Finding:
+        asked = replace(job(strategy=strategy), machine=Machine(gpu_memory=round(memory)))
+        return next(doctor_memory.examine(asked, players, "an error"))
+
+    for strategy in ("ddp", "zero3"):
+        held = doctor_memory.states(job(strategy=strategy), players)
+        least = sum(size for name, size in held.items() if name != "gathered, at most")
+        small, enough = found(strategy, 0.9 * least), found(strategy, 1.1 * least)
+        assert small.verdict == "would fail" and "narrower" in small.remedy
+        assert enough.verdict == "ok" and "in all at least" in enough.text
+        assert "cannot be traced (an error); a GPU has" in enough.text

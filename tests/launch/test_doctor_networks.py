@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from launch.doctor import alone, flops, memory, scale
+from launch.doctor import alone, flops, memory, networks, scale
 from launch.doctor.finding import Job
 from pipeline.config import load
 from pipeline.gan.penalised import penalised
@@ -21,6 +21,9 @@ DIFFERENCE = [*EXACT, "penalty.r1.sigma=0.1", "penalty.r2.sigma=0.1", "penalty.r
 QUARTER = ["penalty.r1.fraction=1/4", "penalty.r2.fraction=1/4"]
 FROZEN = ["D.kind=resnet", "D.width=8", "D.freeze=1"]
 CHECKPOINTED = [f"{player}.{key}" for player in "GD" for key in ("kind=resnet", "width=8", "checkpoint=true")]
+
+_OF_STYLEGAN2 = ("kind=stylegan2", "checkpoint=true", "norm=batch")
+STYLEGAN2 = [f"{player}.{key}" for player in "GD" for key in _OF_STYLEGAN2]
 
 
 def config(*settings):
@@ -64,6 +67,13 @@ def test_stylegan2_takes_what_is_counted_by_hand():
         (*FROZEN, *EXACT),
         (*FROZEN, *EXACT, *QUARTER, "penalty.wgan_gp.weight=1"),
         (*FROZEN, *DIFFERENCE, "D.checkpoint=true"),
+        (*CHECKPOINTED, *EXACT),
+        (*CHECKPOINTED, *EXACT, *QUARTER, "penalty.wgan_gp.weight=1"),
+        (*FROZEN, *EXACT, "D.checkpoint=true"),
+        (*FROZEN, *EXACT, *QUARTER, "D.checkpoint=true"),
+        (*STYLEGAN2, *EXACT),
+        (*STYLEGAN2, "penalty.path.weight=1", "penalty.path.interval=1"),
+        (*STYLEGAN2, *EXACT, "D.freeze=1"),
     ],
 )
 def test_training_is_what_an_update_does(settings):
@@ -82,6 +92,9 @@ def test_lazy_penalties_and_several_steps_are_averaged():
     assert k("penalty.r1.gamma=1") == (4, 8 + 3 / 16)
     assert k("penalty.path.weight=2") == (4.75, 8)
     assert k("loss.D_steps=2") == (1 + 3 / 2, 6 + 2 / 2)
+    again = ("G.kind=stylegan2", "D.kind=stylegan2", "G.checkpoint=true", "D.checkpoint=true")
+    assert k(*again, "penalty.r1.gamma=1", "penalty.path.weight=2") == (1 + 4 + 4 / 4, 8 + 3 + 4 / 16)
+    assert k(*again, "penalty.wgan_gp.weight=2") == (1 + 4, 8 + 3 + 8)
 
 
 def test_a_number_of_flops_is_readable():
@@ -125,7 +138,8 @@ def test_kernels_whose_scale_does_not_matter_are_found():
 
 def test_a_finding_for_each_player_with_a_penalty():
     def found(*settings, cost=(1.0, 1.0)):
-        return [*scale.examine(Job(config(*settings), 1, 1, "single", "no"), 0, cost)]
+        asked = Job(config(*settings), 1, 1, "single", "no")
+        return [*scale.examine(asked, 0, networks.build_players(asked, 0), cost)]
 
     assert not found()
     G, D = found("penalty.l2=[1,0]", "run.burn_in_kimg=1", "D.norm=batch", "D.spectral_norm=true")
@@ -133,8 +147,27 @@ def test_a_finding_for_each_player_with_a_penalty():
     assert "λ_D on weights" in D.text and "(blocks.0.conv, blocks.1.conv, blocks.2.conv and 1 more)" in D.text
     (large,) = found("penalty.D.l1=1", cost=(1e12, 1e12))
     assert large.verdict == "ok" and "too large to try" in large.text
+    (uncounted,) = found("penalty.D.l1=1", "D.norm=batch", cost=None)
+    assert uncounted.verdict == "warning" and "undoes the scale" in uncounted.text
     kinds = [
         f"{p}.kind=launch.selfcheck.networks:Equalised{who}"
         for p, who in (("G", "Generator"), ("D", "Discriminator"))
     ]
     assert "λ_G on effective acts" in found("penalty.l2=1", "data.channels=1", *kinds)[0].text
+
+
+def test_what_is_too_large_or_breaks_is_not_built_here(monkeypatch):
+    asked = Job(config("penalty.D.l1=1"), 1, 1, "single", "no")
+    players = networks.build_players(asked, 0)
+
+    def found(cost):
+        (finding,) = scale.examine(asked, 0, players, cost)
+        return finding.text
+
+    def refuse(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(scale, "build_D", refuse)
+    assert "too large to try" in found((1e12, 1e12)) and "not tried" in found((1.0, 1.0))
+    monkeypatch.setattr(scale, "_LARGEST", 10)
+    assert "too large to try" in found(None)

@@ -10,8 +10,12 @@ from doctored import GOOD, VIT, job
 from safetensors.torch import save_file
 from torch import nn
 
+from launch.doctor import data as doctor_data
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
+from launch.installed import configs
+from pipeline import config
+from pipeline.data.index import load_index
 from pipeline.gan.networks import build_G
 
 LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
@@ -57,6 +61,7 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
         (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
         (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
+        (["run.tick_kimg=0.04"], "ddp", "ticks", ["25,000 ticks of 0.04 kimg"]),
     ],
 )  # fmt: skip
 def test_traps(settings: list[str], strategy: str, check: str, words: list[str]) -> None:
@@ -75,6 +80,15 @@ def test_traps(settings: list[str], strategy: str, check: str, words: list[str])
 def test_an_objective_that_training_refuses(settings: list[str], precision: str, word: str) -> None:
     found = networks(job(*settings, precision=precision))["objective"]
     assert found.verdict == "would fail" and word in found.text
+
+
+def test_a_batch_that_cannot_be_divided_hides_nothing_of_the_objective() -> None:
+    """That it cannot is for the check of the batch to say."""
+    odd = ["data.batch_size=13", "penalty.r1.gamma=1", "penalty.r1.fraction=1/4"]
+    assert "objective" not in networks(job(*odd))
+    refused = networks(job(*odd, "penalty.r2.gamma=1", precision="fp16"))["objective"]
+    assert refused.verdict == "would fail" and "penalty.r2 under fp16" in refused.text
+    assert "interval=16" in networks(job(*odd, "loss.kind=relativistic"))["objective"].text
 
 
 def test_what_a_run_remarks_on_is_a_warning() -> None:
@@ -120,12 +134,38 @@ def test_a_transformer_s_learning_rate_falls_with_its_width(lr: str, said: bool)
         assert "optim.D.lr=0.0016" in str(found["learning rate"].remedy)
 
 
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ([], ", data.xflip, or"),
+        (["data.xflip=true"], ", augment.ops, or"),
+        (["data.channels=4", "G.kind=r3gan", "score.metrics=[]"], ", augment.ops, or"),  # latents
+        (["data.xflip=true", "augment.ops=[shift]", "augment.p=0.1"], "images, or"),
+    ],
+)
+def test_what_makes_more_of_few_images_is_something_that_can_be_set(settings: list[str], way: str) -> None:
+    asked = job("data.batch_size=64", *settings)
+    found = next(doctor_data.split(asked, load_index(str(asked.config.data.train))))
+    assert found.verdict == "warning" and f"{way} a larger λ_D" in found.remedy
+
+
 def test_no_trap_without_cause() -> None:
     found = networks(job("penalty.D.l2=1e-4"))
     assert set(found) == {"networks", "weight penalty"} and found["weight penalty"].verdict == "ok"
     assert "through all of its kernels" in found["weight penalty"].text
     assert set(networks(job())) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
+
+
+PUBLISHED = sorted(path for path in configs().glob("*.yaml") if path.stem != "alternatives")
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_published_configs_report_as_often_as_is_sensible(file: Path) -> None:
+    asked = Job(config.load(file, ["data.train=x"]), 1, 8, "ddp", "bf16")
+    nothing = nn.Identity()
+    found = [finding.check for finding in doctor_networks.cadence(asked, nothing, nothing)]
+    assert "ticks" not in found
 
 
 def test_what_a_run_is_to_start_from_is_looked_for(tmp_path: Path) -> None:
