@@ -223,18 +223,22 @@ def _check_shape(
         raise UserError(
             f"{_title(config, player)} returns {found} for {list(given)}; {what} must be {list(due)}."
         )
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise UserError(
-                f"{_title(config, player)}: its parameter {name} is {parameter.dtype}; what trains must be "
-                "torch.float32 (a complex one: two real ones, and torch.view_as_complex)."
-            )
+    _check_dtypes(_title(config, player), module)
     penalty = config.penalty.G if player == "G" else config.penalty.D
     check_penalty(player, module, penalty, penalised(module, penalty.on))
     if player == "D":
         check_layers(config, module)
     if path:
         check_path(config, module, out)
+
+
+def _check_dtypes(title: str, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise UserError(
+                f"{title}: its parameter {name} is {parameter.dtype}; what trains must be torch.float32 (a "
+                "complex one: two real ones, and torch.view_as_complex)."
+            )
 
 
 def _forward(
