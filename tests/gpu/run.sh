@@ -6,4 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD:$PWD/tests/gpu:$PWD/tests/benchmarks${PYTHONPATH:+:$PYTHONPATH}" WANDB_MODE=offline
-exec "${PYTHON:-python3}" -u tests/gpu/suite.py "$@"
+python=${PYTHON:-python3}
+"$python" -c "import torch" 2> /dev/null || {
+    echo "error: $python has no torch: activate an environment that has it (launch/setup.sh makes one), or set PYTHON." >&2
+    exit 2
+}
+exec "$python" -u tests/gpu/suite.py "$@"
