@@ -270,8 +270,8 @@ class Engine(abc.ABC):
         start (attention masks), that come in a forward pass, or that grow there (caches)."""
         found = {}
         for name, buffer in self.module.named_buffers():
-            shape, finite = self._first.get(name, (None, False))
-            if buffer.shape == shape and finite:
+            shape, was_finite = self._first.get(name, (None, False))
+            if buffer.shape == shape and was_finite:
                 found[name] = buffer.detach()
         return found
 
