@@ -87,7 +87,8 @@ def _optimizers(kind: str, *keys: str) -> tuple[str, ...]:
 
 
 SGD = _optimizers("sgd", "lr=0.02", "momentum=0.5")
-ADAM = _optimizers("adam", "lr=1e-3")
+# A larger eps than the default: Adam divides by the size of gradients, and those near zero are rounding.
+ADAM = _optimizers("adam", "lr=1e-3", "eps=1e-3")
 CLIPPED = ("optim.G.clip=0.5", "optim.D.clip=0.3")
 _PENALTIES: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -103,7 +104,7 @@ OBJECTIVE = frozenset((
 ))  # fmt: skip
 FAMILIES = frozenset(families.CASES)  # likewise
 THOROUGH = frozenset(("difference-small", *(f"{name}-once" for name in OBJECTIVE)))
-_SCHEDULES = (  # They end after update 4 of 5. A larger eps: Adam divides by the size of gradients near zero.
+_SCHEDULES = (  # They end after update 4 of 5.
     *_optimizers("adam", "momentum=0", "eps=1e-4", "lr=[1e-3,2.5e-4]", "betas=[[0.0,0.5],[0.9,0.99]]"),
     *("penalty.G.l2=[2e-3,1e-4]", "penalty.D.l2=[1e-4,3e-3]", "penalty.D.l1=[3e-4,0]"),
     *("penalty.r1.gamma=[1,0.1]", "penalty.r1.interval=2", "ema.kimg=[0,0.05]", "run.burn_in_kimg=0.048"),
