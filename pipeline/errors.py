@@ -22,6 +22,12 @@ class RunError(CommonError):
     status = 1
 
 
+class StoppedError(CommonError):
+    """A signal came before there was anything to save."""
+
+    status = 0
+
+
 @contextmanager
 def readable(what: str) -> Iterator[None]:
     """Raises UserError, instead of OSError, for what the system does not let us look at. what: a path."""

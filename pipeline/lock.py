@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.errors import UserError
+from pipeline.errors import StoppedError, UserError
 from pipeline.holder import Holder, flock, read_holder
 
 LOCK = ".lock"
@@ -115,7 +115,8 @@ def take(
 
     wait: for a process that is at work there (always for an earlier attempt of the same job).
     say: gets, once, what is waited for. stopped: whether to wait no longer.
-    Raises HeldError if another process is at work there, UserError if the folder cannot be written.
+    Raises HeldError if another process is at work there, StoppedError if `stopped` says so while it waits,
+    UserError if the folder cannot be written.
     """
     folder = folder.absolute()
     place, pulse = folder / LOCK, _Pulse()
@@ -133,7 +134,7 @@ def take(
             if holder and (state == "at work" or pulse.beats) and not waiting:
                 raise HeldError(folder, holder)
             if stopped():
-                raise UserError(f"Stopped while waiting for {folder}, in use by {holder or 'another'}.")
+                raise StoppedError(f"Stopped while waiting for {folder}, in use by {holder or 'another'}.")
             pulse.explain(folder, holder, waiting, say)
             time.sleep(_POLL_S)
     except OSError as error:

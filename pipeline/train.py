@@ -25,7 +25,7 @@ from pathlib import Path
 from pipeline import console, garbage, loop
 from pipeline.borrowed import borrowed
 from pipeline.config import Config, load
-from pipeline.errors import CommonError, UserError
+from pipeline.errors import CommonError, StoppedError, UserError
 from pipeline.folders import provide_home
 from pipeline.gan.compatible import check_objective
 from pipeline.parallel.batch import BatchShape, batch_shape
@@ -84,6 +84,9 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
         completed, _ = _run(config, launch, batch, signals)
     except JobEndedError:
         return 1
+    except StoppedError as error:
+        _refuse(error, show=rank == 0)
+        completed = False
     except CommonError as error:
         return _refuse(error, error.status, show=rank == 0)
     except UserError as error:
@@ -92,8 +95,7 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
 
 
 def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Config, Launch, BatchShape]:
-    launch = read_launch()
-    config = load(path, overrides)
+    launch, config = read_launch(), load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)
     launch.check(batch.rounds)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from pipeline.errors import CommonError, RunError, UserError
+from pipeline.errors import CommonError, RunError, StoppedError, UserError
 from pipeline.heap import keep_freed_memory
 from pipeline.holder import kernel, pid_namespace
 from pipeline.parallel.environment import clear_for, settle_nccl
@@ -119,7 +119,8 @@ class Ranks:
         value, failure = _broadcast(make, self.main, 0, self._control)
         if failure is not None:
             text, status = failure
-            raise RunError(text) if status == RunError.status else CommonError(text)
+            kinds = {kind.status: kind for kind in (RunError, StoppedError)}
+            raise kinds.get(status, CommonError)(text)
         return value  # type: ignore[return-value]
 
     def broadcast_on_machine(self, make: Callable[[], T]) -> T:

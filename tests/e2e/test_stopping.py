@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,8 @@ from launching import (
 )
 
 from launch.processes import free_port
+from pipeline.holder import Holder
+from pipeline.lock import LOCK
 
 STOPPING = Path(__file__).parent / "stopping.py"
 CONFIG = f"""{COMMON}
@@ -128,6 +131,22 @@ def test_a_rank_that_waits_for_others_says_so_and_can_be_stopped(place):
     ended = started.until(lambda: "Waiting at 127.0.0.1" in started.output).ctrl_c()
     assert ended.status == 130 and "Traceback" not in ended.output, ended.output
     assert "RANK=0 of WORLD_SIZE=4" in ended.output
+
+
+@pytest.mark.parametrize(("procs", "number", "status"), [("1", signal.SIGINT, 130), ("2", signal.SIGTERM, 0)])
+def test_stopped_while_the_folder_may_be_another_machines(place, procs, number, status):
+    """A stop is no failure, which a batch system would not start again."""
+    lock = place / "runs" / f"held-{procs}" / LOCK / "1"
+    lock.parent.mkdir(parents=True)
+    holder = asdict(Holder(str(lock), flocked=False)) | {"kernel": "another machine's"}
+    lock.write_text(f"{json.dumps(holder)}\n")
+    line = ["pairs.yaml", "--procs", procs, f"run.name=held-{procs}"]
+    started = Started(shardgan("train", *line), place)
+    started.until(lambda: "waiting for a sign of life" in started.output)
+    os.killpg(started.process.pid, number)
+    ended = started.wait()
+    assert ended.status == status and "Traceback" not in ended.output, ended.output
+    assert "Stopped while waiting for" in ended.output
 
 
 @pytest.mark.parametrize("world", [1, 2])

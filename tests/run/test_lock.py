@@ -16,6 +16,7 @@ from no_flock import ERRORS
 
 from pipeline import holder, lock
 from pipeline.config import UserError
+from pipeline.errors import StoppedError
 from pipeline.lock import LOCK, HeldError, LockLostError, take
 
 FORK = multiprocessing.get_context("fork")
@@ -273,7 +274,7 @@ def test_ranks_that_are_started_again_wait_for_those_before(tmp_path, other, mon
 
 def test_waiting_can_be_given_up(tmp_path, other):
     other()
-    with pytest.raises(UserError, match=r"Stopped while waiting for .* in use by pid"):
+    with pytest.raises(StoppedError, match=r"Stopped while waiting for .* in use by pid"):
         take(tmp_path / "run", lambda _: None, wait=True, stopped=lambda: True)
 
 
