@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -10,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 READMES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("[a-z]*/README.md"))]
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_python_can_read_them(readme: str) -> None:
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL):
+        ast.parse(block)
 
 
 @pytest.mark.parametrize("readme", READMES)
