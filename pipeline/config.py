@@ -18,7 +18,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.config_layers import Layer, expand_shorthands, explain, read_file, read_override
+from pipeline.config_layers import (
+    Layer,
+    expand_shorthands,
+    explain,
+    read_file,
+    read_override,
+    refuse_resolvers,
+)
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
 from pipeline.errors import readable as readable
@@ -72,6 +79,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 
 def _validated(layers: Iterable[Layer]) -> Config:
+    refuse_resolvers(layers := [*layers])
     merged = OmegaConf.merge(*(OmegaConf.create(expand_shorthands(layer)) for layer in layers))
     return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from pipeline.wording import did_you_mean
 
 Layer = dict[str, Any]
 _OF_BOTH = ("l2", "l1", "on")  # keys of penalty.G and penalty.D that may be given once, as penalty.l2
+_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _NULL = ("null", "Null", "NULL", "~")
 
 
@@ -62,6 +64,18 @@ def from_yaml(text: str) -> object:
     if isinstance(lone, str):  # of a number OmegaConf raises AssertionError, and it takes a word for a key
         return lone
     return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def refuse_resolvers(value: object) -> None:
+    """Raises UserError for ${oc.env:NAME} and its like in any text of a layer. They would put what only this
+    machine knows, perhaps a key, into config.yaml and all that is made from it."""
+    if isinstance(value, str) and (found := _RESOLVER.search(value)):
+        raise UserError(
+            f"{found[0]}…}} cannot stand in a config: ${{section.key}}, another setting, can, and in a path "
+            "on this machine $NAME, a variable of the environment."
+        )
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        refuse_resolvers(part)
 
 
 def why_not_yaml(error: Exception, text: str) -> str:

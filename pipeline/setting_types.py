@@ -78,12 +78,14 @@ def plain_name(name: str | None) -> str | None:
 
 
 def _place(text: str) -> str:
-    """A local path with `~` and `$VARIABLE` expanded; a URL unchanged."""
+    """A local path with `~` and `$VARIABLE` expanded, as config.yaml will show it; a URL unchanged."""
     if "://" in text:
         plain = text if "@" in text else text.replace(" ", "-")  # S3 keys may contain blanks, logins may not
         if not re.fullmatch(r"\w+://((?!://)[^\s\x00-\x1f])+", plain):
             raise ValueError("is neither a path nor one URL")
         return text
+    if secret := re.search(r"\$\{?(\w*(KEY|TOKEN|SECRET|PASSW)\w*)", text):
+        raise ValueError(f"the variable {secret[1]} seems to be a secret, which no path may hold")
     path = os.path.expandvars(text)
     if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
         raise ValueError(f"the variable {unset[0]} is not set")

@@ -133,8 +133,24 @@ def test_a_setting_that_is_none(setting: str, tmp_path: Path) -> None:
 def test_a_setting_that_is_no_url_is_shown() -> None:
     with pytest.raises(UserError, match=r"`data.size=\[x` cannot be read: while parsing a flow sequence"):
         config.load(None, ["data.size=[x"])
-    with pytest.raises(UserError, match=r"data.train cannot be read: .*NOSUCH' not found"):
-        config.load(None, ["data.train=${oc.env:NOSUCH}/faces"])
+
+
+@pytest.mark.parametrize(
+    "setting", ["data.train=http://host/${oc.env:MY_KEY}/d", "track.tags=[a, '${ oc.env:MY_KEY,none}']"]
+)
+def test_a_config_reads_no_environment(setting: str, monkeypatch, tmp_path: Path) -> None:
+    """It may be someone else's, and what it says ends in config.yaml, in W&B, or at a server."""
+    monkeypatch.setenv("MY_KEY", "secret")
+    with pytest.raises(UserError, match=r"\$\{ ?oc.env:…\} cannot stand in a config") as caught:
+        config.load(None, [setting])
+    assert "secret" not in str(caught.value)
+    key, value = setting.split("=", 1)
+    section, name = key.split(".")
+    (tmp_path / "theirs.yaml").write_text(f"{section}:\n  {name}: {value}")
+    with pytest.raises(UserError, match="cannot stand in a config"):
+        config.load(tmp_path / "theirs.yaml", ["data.train=none"] if name != "train" else [])
+    with pytest.raises(UserError, match=r"run.out.*the variable MY_KEY seems to be a secret"):
+        config.load(None, ["data.train=none", "run.out=$MY_KEY/runs"])
 
 
 def test_prepare_refuses_a_url(tmp_path: Path) -> None:
