@@ -109,7 +109,7 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
 
     from pipeline.data.prepare import writer as data
     from pipeline.data.prepare.summary import Summary
-    from pipeline.wording import columns, printable
+    from pipeline.wording import columns, one_line
 
     console, summaries = Console(stderr=True), list[Summary]()
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -127,7 +127,7 @@ def show(source: str, out: str, options: Options, workers: int | None = None) ->
     _say(index)
     indented = textwrap.TextWrapper(columns(), "  ", "    ", break_long_words=False, break_on_hyphens=False)
     for line in (line for summary in summaries for line in summary.lines()):
-        click.echo(indented.fill(printable(line)))
+        click.echo(indented.fill(one_line(line)))
     return summaries[0] if summaries else None
 
 

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import queue
+import re
 import select
 import signal
 import sys
@@ -58,10 +59,14 @@ def take() -> None:
 
 
 def show_error(error: object) -> None:
-    """`error: …` on standard error, red where that is a terminal with colours (https://no-color.org)."""
+    """`error: …` on standard error, red where that is a terminal with colours (https://no-color.org).
+
+    It may quote names of files and what a server said, which must not steer the terminal.
+    """
     wanted = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
     sign = "\x1b[31merror:\x1b[0m" if wanted and sys.stderr.isatty() else "error:"
-    print(sign, error, file=sys.stderr, flush=True)
+    text = re.sub(r"[^\n\x20-\x7e\xa0-\U0010ffff]", lambda c: f"\\x{ord(c[0]):02x}", str(error))
+    print(sign, text, file=sys.stderr, flush=True)
 
 
 def settle() -> None:

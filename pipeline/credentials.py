@@ -19,15 +19,22 @@ _SECRET = re.compile(  # names of what a query may hold; not keyword, author, de
 
 
 def redacted(url: str) -> str:
-    """A URL without user, password, tokens and signature; other texts unchanged."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    host = re.split("[/?#]", rest, maxsplit=1)[0]
-    if "@" not in host and "@" in rest and re.search(r"^[^[].*:(?!\d*$)", host):
-        return redacted(f"{scheme}://{rest.rpartition('@')[2]}")  # what follows : is a password with a slash
-    path = re.split("[?#]", rest, maxsplit=1)[0][len(host) :]
-    return f"{scheme}://{host.rpartition('@')[2]}{path}"
+    """A URL, or several in a text, without user, password, tokens and signature; other texts unchanged."""
+    return _redacted(scrubbed(url))
+
+
+def _redacted(url: str) -> str:
+    """As `redacted`, of a text that begins with a URL: what follows it counts as part of it."""
+    shown = ""
+    while "://" in url:
+        scheme, _, rest = url.partition("://")
+        host = re.split("[/?#]", rest, maxsplit=1)[0]
+        if "@" not in host and "@" in rest and re.search(r"^[^[].*:(?!\d*$)", host):
+            url = f"{scheme}://{rest.rpartition('@')[2]}"  # what follows : is a password with a slash
+            continue
+        path = re.split("[?#]", rest, maxsplit=1)[0][len(host) :]
+        shown, url = f"{shown}{scheme}://", f"{host.rpartition('@')[2]}{path}"  # which may hold another one
+    return shown + url
 
 
 def all_redacted(value: Any, by: Callable[[str], str] = redacted) -> Any:
@@ -44,7 +51,7 @@ def scrubbed(text: str) -> str:
 
     A URL ends at a quote or a bracket, unless an @ follows: a password may contain any character.
     """
-    return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: redacted(url[0]), text)
+    return re.sub(r"\w+://(?:(?:(?!://)\S)*@)?[^\s'\"<>]*", lambda url: _redacted(url[0]), text)
 
 
 def shareable(text: str) -> str:

@@ -46,7 +46,7 @@ from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
 from pipeline.data.sidecar import SampleTable
 from pipeline.durable import patiently
-from pipeline.wording import counted
+from pipeline.wording import counted, one_line
 
 Announce = Callable[[str], None]
 PassedOverKind = Literal["without_image", "unusable"]
@@ -194,9 +194,10 @@ def index_of(
 ) -> Index:
     """`record`: index.json, for the names."""
     folder = Path(remote.folder.path) if remote else root
-    classes = tuple(str(name) for name in record.get("classes", ()))
-    terms = str(record["license"]) if record.get("license") else None
-    return Index(str(record.get("name") or folder.name), root, tuple(shards), classes, remote, terms)
+    classes = tuple(one_line(str(name)) for name in record.get("classes", ()))
+    terms = one_line(str(record["license"])) if record.get("license") else None
+    name = one_line(str(record.get("name") or folder.name))
+    return Index(name, root, tuple(shards), classes, remote, terms)
 
 
 def not_empty(index: Index) -> Index:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ WHOLE = "whole"  # in an index.json made here of remote shards: false if of some
 REBUILD = "run `shardgan prepare --index-only` on the folder"
 _SIDECARS = ".shardgan"
 _LARGEST_FILE = 2**63 - 1
+_UNFIT = {"Cc", "Cf", "Zl", "Zp"}  # kinds of letters that steer a terminal, or break a line of text
 _PASSED_OVER = ("without_image", "unusable")  # in index.json only if there are any
 
 
@@ -68,6 +70,9 @@ def places(root: Path) -> tuple[Path, Path]:
 
 
 def sidecar_path(place: Path, url: str) -> Path:
+    """Raises UserError if it would be outside the place."""
+    if not is_name(url):
+        raise UserError(f"{url!r} cannot be the name of a shard inside a folder. Rename it.")
     return place / _SIDECARS / f"{url}.npz"
 
 
@@ -244,7 +249,7 @@ def _check_entry(path: str, entry: object) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("url"), str):
         raise UserError(f"{path}: an entry of `shardlist` has no `url`.")
     url = entry["url"]
-    if not _is_name(url):
+    if not is_name(url):
         raise UserError(f"{path}: {url!r} is not the name of a shard inside the folder.")
     for key, most in (
         ("filesize", _LARGEST_FILE),
@@ -262,10 +267,12 @@ def _check_entry(path: str, entry: object) -> None:
         raise UserError(f"{path}: `labels` of {url} does not map classes to counts of its samples.")
 
 
-def _is_name(url: str) -> bool:
-    """Whether `url` can be the name of a file inside a folder."""
+def is_name(url: str) -> bool:
+    """Whether `url` can be the name of a file inside a folder, and be shown."""
     path = PurePosixPath(url)
-    if path.is_absolute() or ".." in path.parts or "\0" in url or "://" in url:
+    if path.is_absolute() or ".." in path.parts or "://" in url:
+        return False
+    if any(unicodedata.category(letter) in _UNFIT for letter in url):
         return False
     try:
         return bool(os.fsencode(url))

@@ -170,15 +170,15 @@ class TarReader:
             return {"path": _text(data.rstrip(b"\0"))}
         if header[156:157] == _GNU_LINK:
             return {}
-        values = {}
-        while data:
-            length, _, _ = data.partition(b" ")
-            record = data[: int(length)] if length.isdigit() and len(length) < 9 else b""
+        values, at = dict[str, str](), 0
+        while at < len(data):
+            length = data[at : max(at, data.find(b" ", at, at + 9))]
+            record = data[at : at + int(length)] if length.isdigit() else b""
             if not record.endswith(b"\n") or b"=" not in record:
                 raise self.error(start, "damaged: an extended header that cannot be read.")
             key, _, value = record[len(length) + 1 : -1].partition(b"=")
             values[_text(key)] = _text(value)
-            data = data[len(record) :]
+            at += len(record)
         return values
 
     def _finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,17 +71,17 @@ def _what(config: Config, facts: Exported) -> str:
         now = facts.cur_nimg - facts.data_since
         trained = f"D was shown {now:,} of them, counting repeats, after {facts.data_since:,} of other data."
     if config.run.init is not None:
-        trained += f" It began with the weights of `{public(Path(str(config.run.init)).name)}`."
+        trained += f" It began with the weights of {_code(public(Path(str(config.run.init)).name))}."
     return f"""
 A generator G and a discriminator D of {data.size}x{data.size} {colour}{classes}, trained by ShardGAN on
-{owned} of `{public(str(data.train))}`{apart}. {trained}
+{owned} of {_code(public(str(data.train)))}{apart}. {trained}
 
-Networks: G `{config.G.kind}`, D `{config.D.kind}`. Loss: `{config.loss.kind}`. L2 penalties:
+Networks: G {_code(config.G.kind)}, D {_code(config.D.kind)}. Loss: {_code(config.loss.kind)}. L2 penalties:
 λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`."""
 
 
 def _classes(facts: Exported) -> Iterator[str]:
-    names = [one_line(name).replace("|", "\\|") for name in facts.classes]
+    names = [_escaped(name) for name in facts.classes]
     if not names or names == [str(label) for label in range(len(names))]:
         return
     if len(names) > _MOST_NAMED:
@@ -88,6 +89,19 @@ def _classes(facts: Exported) -> Iterator[str]:
         return
     rows = "\n".join(f"| {label} | {name} |" for label, name in enumerate(names))
     yield f"| c | class |\n|---:|---|\n{rows}"
+
+
+def _escaped(text: str) -> str:
+    """Words of a data set's maker: shown as they are, without becoming HTML, a link or a picture."""
+    return re.sub(r"([\\`*_\[\]()!<>&|~])", r"\\\1", one_line(text))
+
+
+def _code(text: str) -> str:
+    """A span of code, whatever the text holds."""
+    if "`" not in text:
+        return f"`{one_line(text)}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {one_line(text)} {fence}"
 
 
 def _began_otherwise(config: Config, facts: Exported) -> bool:
@@ -184,7 +198,7 @@ def _made(config: Config) -> tuple[str, str, str, str]:
 
 
 def _ours(config: Config, facts: Exported) -> str:
-    own = ", ".join(f"`{kind}`" for kind in dict.fromkeys((config.G.kind, config.D.kind)) if ":" in kind)
+    own = ", ".join(_code(kind) for kind in dict.fromkeys((config.G.kind, config.D.kind)) if ":" in kind)
     needs = f"\nIts networks are not ShardGAN's own: {own} must be importable too.\n" if own else ""
     classes = "; classes=0, or a name: one class alone" if facts.num_classes else ""
     shape = "C, H, W" if config.data.latents else _made(config)[1]
@@ -206,7 +220,7 @@ def _files(config: Config, facts: Exported) -> str:
     decoder = config.data.decoder
     latents = (
         f"\n\nG makes latents, and what makes images of them is not among the files: "
-        f"{f'`{decoder}`' if decoder else 'no decoder was set'}."
+        f"{_code(decoder) if decoder else 'no decoder was set'}."
     )
     return f"""
 ## Files
@@ -221,7 +235,7 @@ to 1, white.{latents * config.data.latents}"""
 
 def _licence(config: Config, facts: Exported) -> str:
     of_data = (
-        f"The training images' licence, according to their index: {one_line(facts.license)}."
+        f"The training images' licence, according to their index: {_escaped(facts.license)}."
         if facts.license
         else "The licence of the training images is not known here."
     )

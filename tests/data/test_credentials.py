@@ -37,6 +37,22 @@ def test_a_message_without_credentials_stays(text: str) -> None:
     refuse_credentials([text])
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("see https://a:b@h and https://c:word@h", "see https://h and https://h"),
+        ("see https://h/x then https://u:word@h/y", "see https://h/x then https://h/y"),
+        ("https://a:b@h and https://c:wo?rd@h", "https://h and https://h"),
+        ("{https://u:p@h/a.tar,https://u:word@h/b.tar}", "{https://h/a.tar,https://h/b.tar}"),
+        ("https://h/a.tar::https://u:word@h/b.tar", "https://h/a.tar::https://h/b.tar"),
+        ("https://u:word with blanks@h/d", "https://h/d"),
+        ("x://u:word@h/" * 3000, "x://h/" * 3000),
+    ],
+)
+def test_every_url_of_a_text_is_redacted(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+
+
 def test_two_urls_without_a_blank_between() -> None:
     text = '{"u":"https://me:word@h/a","v":"https://me:word@h2/b?sig=1"}'
     assert scrubbed(text) == '{"u":"https://h/a","v":"https://h2/b"}'

@@ -241,3 +241,26 @@ def test_an_index_whose_counts_are_none(make_shards: MakeShards, key: str) -> No
     (root / "index.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=f"`{key}` of s-0000.tar is not a whole number"):
         load_index(str(root))
+
+
+def test_names_in_an_index_can_be_shown(make_shards: MakeShards) -> None:
+    root = make_shards([3, 3], classes=2)
+    load_index(str(root))
+    record = json.loads((root / "index.json").read_text())
+    record |= {"classes": ["a\x1b]0;b\x07", "c\nd"], "license": "\x1b[2Jfree", "name": "e\x9bf"}
+    (root / "index.json").write_text(json.dumps(record))
+    index = load_index(str(root))
+    assert index.classes == ("a\\x1b]0;b\\x07", "c\\nd")
+    assert (index.license, index.name) == ("\\x1b[2Jfree", "e\\x9bf")
+    for unfit in ("\x1b[2J", "\n", "\x9b", "\u202e", "\u2028"):
+        record["shardlist"][0]["url"] = f"a{unfit}.tar"
+        (root / "index.json").write_text(json.dumps(record))
+        with pytest.raises(UserError, match="is not the name of a shard inside the folder") as caught:
+            load_index(str(root))
+        assert str(caught.value).isprintable()
+
+
+def test_a_shard_may_have_any_name_that_can_be_shown(make_shards: MakeShards) -> None:
+    root = make_shards([3])
+    next(root.glob("*.tar")).rename(root / "é\u3000\xa0\U0001f642.tar")
+    assert build_index(str(root)).num_samples == load_index(str(root)).num_samples == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_shards import MakeShards
 
-from pipeline.config import Remote
+from pipeline.config import Remote, UserError
 from pipeline.data.index import load_index
 from pipeline.data.record import Shard, places, sidecar_list
 from pipeline.data.remote.shard_cache import ShardCache
@@ -106,3 +106,23 @@ def test_who_may_read_a_shard_may_read_what_is_written_beside_it(make_shards: Ma
     for path in (root / "index.json", *(folder / f"s-000{number}.tar.npz" for number in (0, 1))):
         assert stat.S_IMODE(path.stat().st_mode) == mode, path
     assert stat.S_IMODE(folder.stat().st_mode) == {0o644: 0o755, 0o640: 0o750, 0o600: 0o700}[mode]
+
+
+def test_links_that_others_put_into_a_cache_are_not_followed(tmp_path: Path) -> None:
+    """Neither to make a file of ours, nor to write to one."""
+    kept, ours = tmp_path / "kept", tmp_path / "ours"
+    kept.mkdir()
+    ours.write_text("precious")
+    (kept / ".lock").symlink_to(tmp_path / "new")
+    cache, shard = ShardCache(kept, 2000), SHARDS[0]
+    fetch = lambda part: part.write_bytes(bytes(1000))  # noqa: E731
+    for target in (tmp_path / "new", ours):
+        (kept / ".lock").unlink()
+        (kept / ".lock").symlink_to(target)
+        with pytest.raises(UserError, match="Remote shards cannot be kept in"):
+            cache.open(shard, fetch, Patience(Remote(timeout_s=2.0)))
+    (kept / ".lock").unlink()
+    (kept / f"{shard.sha256}.{shard.filesize}.part").symlink_to(ours)
+    os.close(cache.open(shard, fetch, Patience(Remote(timeout_s=2.0))))
+    assert ours.read_text() == "precious" and stat.S_IMODE(ours.stat().st_mode) == 0o644
+    assert not (tmp_path / "new").exists() and cache.path(shard).stat().st_size == 1000

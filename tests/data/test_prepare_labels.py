@@ -192,6 +192,22 @@ def test_a_class_whose_name_is_not_utf8(tmp_path: Path) -> None:
     "\n".join(summary.lines()).encode()  # can be printed
 
 
+def test_names_that_would_steer_a_terminal(tmp_path: Path) -> None:
+    source = write(tmp_path / "x.zip", [("b/1.png", IMAGE), ("c\x1b]0;d\x07/1.png", IMAGE)])
+    summary, said, _ = prepared(source)
+    assert summary.index.classes == ("b", "c\\x1b]0;d\\x07")
+    assert all(line.isprintable() for line in (*summary.lines(), *said))
+
+
+@pytest.mark.parametrize("place", ["x.zip", "x"])
+def test_a_dataset_json_far_larger_than_the_images_need(tmp_path: Path, place: str) -> None:
+    """Read, lists take 30 times the bytes of their text."""
+    labels = b'{"labels": [' + b"[]," * (3 << 20) + b"[]]}"
+    source = write(tmp_path / place, [("a.png", IMAGE), ("dataset.json", labels)])
+    with pytest.raises(UserError, match=r"dataset\.json of .* cannot be read: larger than 8 MiB"):
+        prepared(source)
+
+
 def test_odd_members_of_a_zip(tmp_path: Path) -> None:
     """One listed twice is one image; links and ways out of the zip are left out; hidden is hidden."""
     link = zipfile.ZipInfo("link.png")

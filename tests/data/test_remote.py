@@ -10,10 +10,13 @@ import pytest
 from faulty_server import FaultyServer, serving
 from remote_shards import NAMES, QUICK, SOON, consumed, shards_kept
 
-from pipeline.config import UserError
+from pipeline.config import Remote, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.prepare.reindex import build_index
 from pipeline.data.reader import Reader
+from pipeline.data.record import sidecar_path
+from pipeline.data.remote.fetch import RemoteShards
+from pipeline.data.remote.urls import RemoteFolder
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (1, 37)])
@@ -212,6 +215,9 @@ def test_brace_lists_and_single_shards(local: Index, server: FaultyServer) -> No
         ("https://host/{a,b}", "one folder"),
         ("https://host/{a.tar,b.tgz}", "one folder"),
         ("https://host/{a", "not a brace list"),
+        ("https://host/d/..%2F..%2Fx.tar", "leads out of its folder"),
+        ("https://host/d/{a,..%2Fb}.tar", "leads out of its folder"),
+        ("https://host/d/a%1b%5b2J.tar", "cannot be shown"),
     ],
 )
 def test_urls_that_are_none(train: str, message: str) -> None:
@@ -250,3 +256,30 @@ def test_netrc(local: Index, server: FaultyServer, tmp_path: Path, monkeypatch: 
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert load_index(server.url).shards == local.shards
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "d%2F..%2F..%2Fx.tar", "%2Fetc%2Fx.tar", "..%2Fx.tar", "d%2Fx.tar", "..", "d/x.tar", "a%5Cb.tar",
+        "a%0Ab.tar", "a%1b%5d0;x%07.tar", "a%C2%9B.tar", "%E2%80%AEx.tar", "a%00.tar",
+    ],
+)  # fmt: skip
+def test_a_listing_names_plain_files_alone(name: str) -> None:
+    assert RemoteFolder("http", "host/d/").name(f"http://host/d/{name}") is None
+
+
+def test_a_key_of_a_bucket_is_a_plain_name() -> None:
+    folder = RemoteFolder("s3", "bucket/d/")
+    assert folder.name("bucket/d/a%2Fb.tar") == "a%2Fb.tar"
+    assert folder.name("bucket/d/../x.tar") is folder.name("bucket/d/a\x1b[2J.tar") is None
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/x.tar", "a\x1b.tar", ""])
+def test_no_file_is_written_for_an_unfit_name(tmp_path: Path, cache: Path, name: str) -> None:
+    shards = RemoteShards(RemoteFolder("http", "localhost:1/d/"), Remote(timeout_s=1.0))
+    with pytest.raises(UserError, match="cannot be the name of a shard"):
+        shards.index(name, print)
+    with pytest.raises(UserError, match="cannot be the name of a shard"):
+        sidecar_path(tmp_path, name)
+    assert not list(cache.glob("*"))

@@ -9,6 +9,7 @@ import lzma
 import random
 import re
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,19 @@ def test_a_size_in_an_extended_header_that_is_none(tmp_path: Path, size: bytes) 
     extended = header(b"%o" % len(record), b"x") + record.ljust(512, b"\0")
     with pytest.raises(UserError, match=r"shard x\.tar, byte 0: damaged: the member's size is not a number"):
         scan_bytes(tmp_path, extended + header(b"0") + bytes(1024))
+
+
+def test_an_extended_header_takes_linear_time(tmp_path: Path) -> None:
+    """Of the largest size, with records as short as may be. It took more than 20 s."""
+    records = b"4 =\n" * (1 << 18)
+    data = header(b"%o" % len(records), b"x") + records + header(b"0") + bytes(1024)
+    before = time.process_time()
+    scan_bytes(tmp_path, data)
+    assert time.process_time() - before < 10
+
+
+@pytest.mark.parametrize("records", [b"4 =\n4 =", b"4=\n ", b" 4 =\n", b"000000004 =\n", b"0 =\n", b"x"])
+def test_an_extended_header_that_cannot_be_read(tmp_path: Path, records: bytes) -> None:
+    data = header(b"%o" % len(records), b"x") + records.ljust(512, b"\0") + header(b"0") + bytes(1024)
+    with pytest.raises(UserError, match="an extended header that cannot be read"):
+        scan_bytes(tmp_path, data)

@@ -158,6 +158,20 @@ def test_a_card_of_classes_own_networks_and_latents():
     assert "names of the 1,000 classes are in `export.json`" in card(settings, many)
 
 
+def test_names_in_a_card_are_words_and_nothing_else():
+    settings = config.load(None, ["data.train=/home/me/my photos/a`b"])
+    names = [
+        "<img src=x onerror=alert(1)>",
+        "![t](https://h/x.png) [click](javascript:alert(1)) `c` _d_ *e*\n",
+    ]
+    text = card(settings, replace(FACTS, classes=names, license="MIT\n\n[login](https://h) <b>"))
+    assert "| 0 | \\<img src=x onerror=alert\\(1\\)\\> |\n" in text
+    assert "| 1 | \\!\\[t\\]\\(https://h/x.png\\) \\[click\\]\\(javascript:alert\\(1\\)\\) \\`c\\`" in text
+    assert "\\_d\\_ \\*e\\*\\\\n |" in text
+    assert "index: MIT\\\\n\\\\n\\[login\\]\\(https://h\\) \\<b\\>." in text
+    assert "of `` a`b ``" in text and "my photos" not in text
+
+
 def test_a_card_of_weights_that_have_seen_other_images():
     """Of other data, or of another split of these."""
     scored = replace(FACTS, training_images=60, license="CC0", scores={"Metrics/kid_efflite0": 0.25})

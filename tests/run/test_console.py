@@ -164,3 +164,10 @@ def test_an_error_is_red_where_a_terminal_has_colours(monkeypatch, at_terminal, 
     monkeypatch.setattr(sys, "stderr", stream)
     console.show_error("no such file")
     assert stream.getvalue() == ("\x1b[31merror:\x1b[0m" if red else "error:") + " no such file\n"
+
+
+def test_an_error_does_not_steer_the_terminal(capsys):
+    console.show_error("of a\x1b]0;b\x07\x9b2J\r\x7f.tar\n  λ, \xa0 and \U0001f642 stay")
+    assert capsys.readouterr().err == (
+        "error: of a\\x1b]0;b\\x07\\x9b2J\\x0d\\x7f.tar\n  λ, \xa0 and \U0001f642 stay\n"
+    )

@@ -216,6 +216,8 @@ def test_passwords_in_urls_stay_here(tmp_path):
     values = public(config(urls))
     assert values["data"]["train"] == "https://host/{0..9}.tar"
     assert public(config("data.train=a?b@c"))["data"]["train"] == "a?b@c"
+    several = public(config("G.kind=m:C", "G.options.url='see https://a:b@h and https://c:SECOND@h'"))
+    assert several["G"]["options"]["url"] == "see https://h and https://h"
 
 
 def test_rows_survive_sigterm_to_the_whole_process_group(tmp_path):

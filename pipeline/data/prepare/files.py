@@ -23,7 +23,8 @@ from pipeline.data.record import INDEX
 from pipeline.data.tar import LARGEST_MEMBER
 from pipeline.wording import did_you_mean
 
-_LARGEST_LABELS = 128 << 20  # bytes of a dataset.json
+_LABELS_OF_ONE = 1 << 10  # bytes of a dataset.json for each image, path included …
+_LABELS_OF_OTHERS = 8 << 20  # … and for images that are not there; read, it takes 30 times its size
 
 
 class Folder(Stored):
@@ -126,7 +127,8 @@ def _open_folder(
     if (tars or listed) and all(name.lower().endswith(ARRAY) for name in listing.images):
         return Shards(all_images(source, announce), classes)
     _refuse_none(listing, source)
-    labels = label(listing, classes, source, lambda name: _read_file(root / name, _LARGEST_LABELS))
+    most = _largest_labels(listing)
+    labels = label(listing, classes, source, lambda name: _read_file(root / name, most))
     return Folder(root, listing, labels)
 
 
@@ -134,8 +136,13 @@ def _open_zip(path: Path, source: str, classes: Classes) -> Stored:
     file = zipfile.ZipFile(path)
     listing, members = list_zip(file.infolist())
     _refuse_none(listing, source)
-    labels = label(listing, classes, source, lambda name: _read_member(file, members[name], _LARGEST_LABELS))
+    most = _largest_labels(listing)
+    labels = label(listing, classes, source, lambda name: _read_member(file, members[name], most))
     return Zip(path.absolute(), file, listing, members, labels)
+
+
+def _largest_labels(listing: Listing) -> int:
+    return _LABELS_OF_OTHERS + _LABELS_OF_ONE * len(listing.images)
 
 
 def _refuse_none(listing: Listing, source: str) -> None:

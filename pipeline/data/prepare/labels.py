@@ -16,7 +16,7 @@ from pipeline.config import UserError
 from pipeline.data.prepare.listing import LABELS, Listing, parts
 from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.samples import LARGEST_LABEL
-from pipeline.wording import counted, printable
+from pipeline.wording import counted, one_line
 
 Classes = Literal["top", "path", "none"]  # which folders name the class of an image: the first, all, no
 _FEW = 3  # names in a message
@@ -87,13 +87,14 @@ def _by_folders(listing: Listing, shared: int, by: Classes, source: str) -> Labe
     if not any(folders):
         return unlabelled(len(images))
     if not all(folders):
+        beside = one_line(images[folders.index(())])
         raise UserError(
             f"{source} has images both in sub-folders, which would be the classes, and beside them "
-            f"({images[folders.index(())]}). Put every image into a sub-folder, or give --classes none."
+            f"({beside}). Put every image into a sub-folder, or give --classes none."
         )
     numbers = {name: number for number, name in enumerate(sorted(set(folders)))}
     values = np.array([numbers[folder] for folder in folders], np.int64)
-    classes = tuple(printable("/".join(name)) for name in numbers)
+    classes = tuple(one_line("/".join(name)) for name in numbers)
     warnings = _about_names(classes, np.bincount(values).tolist())
     others = {folder[shared:end] for folder in _other_folders(listing, parts(images[0])[:shared])}
     lacking = sorted("/".join(name) for name in others - numbers.keys() if name)
@@ -157,7 +158,7 @@ def _by_dataset_json(images: Sequence[str], folder: str, data: bytes, source: st
         raise UserError(f"{LABELS} of {source} has a label for none of its images. {way_out}")
     warnings, remarks = list[str](), list[str]()
     if lacking:
-        first = images[int(np.flatnonzero(values < 0)[0])]
+        first = one_line(images[int(np.flatnonzero(values < 0)[0])])
         warnings.append(f"{counted(lacking, 'image')} without a label in {LABELS}, the first {first}")
     if given:
         are = "is" if len(given) == 1 else "are"
@@ -178,7 +179,7 @@ def _entries(labels: object, what: str, way_out: str) -> dict[str, int]:
         name, value = pair
         if value is not None and not (type(value) is int and 0 <= value <= LARGEST_LABEL):
             raise UserError(
-                f"{what}: the label of {name} is no number of a class (0 to {LARGEST_LABEL:,}): "
+                f"{what}: the label of {one_line(name)} is no number of a class (0 to {LARGEST_LABEL:,}): "
                 f"{repr(value)[:40]}. {way_out}"
             )
         given["/".join(parts(name.replace("\\", "/")))] = -1 if value is None else value
@@ -203,4 +204,4 @@ def renumbered(values: NDArray[np.int64], names: Sequence[str], origin: str) -> 
 
 def some(names: Sequence[str]) -> str:
     """The first few names."""
-    return ", ".join(names[:_FEW]) + ", …" * (len(names) > _FEW)
+    return ", ".join(map(one_line, names[:_FEW])) + ", …" * (len(names) > _FEW)

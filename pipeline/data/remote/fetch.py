@@ -115,7 +115,8 @@ class RemoteShards:
             )
 
     def index(self, url: str, tell: Callable[[str], None]) -> Shard:
-        """Fetch a shard that no index lists, and index it."""
+        """Fetch a shard that no index lists, and index it. Raises UserError if its name is unfit."""
+        sidecar_path(self.home, url)
         patience = Patience(self.settings)
 
         def make(path: Path) -> Shard:

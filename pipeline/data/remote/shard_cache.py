@@ -28,6 +28,7 @@ _POLL_S = 0.05
 _FULL_S = 1.0  # how often a full disk is looked at
 # Names of this cache's own files. All others in the folder stay.
 _WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW  # in a common cache another user's link may lead to a file of ours
 _PART = re.compile(r"(?:[0-9a-f]{32}|[0-9a-f]{64})\.(\d{1,19})\.part", re.ASCII)
 
 Fetch = Callable[[Path], None]  # makes the file there whole, or raises
@@ -78,7 +79,7 @@ class ShardCache:
         with self._complaints():
             with self._locked(patience):
                 path = self.folder / f"{uuid4().hex}.0.part"
-                file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
                 fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 shard = make(path)
@@ -122,7 +123,7 @@ class ShardCache:
             excess, lack = self._make_room(shard.filesize, keep)
             if (bounded and excess > 0) or (room and lack > 0):
                 return None
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
             if _lock(file, fcntl.LOCK_EX):
                 return file, path
             os.close(file)
@@ -202,16 +203,16 @@ def _lock(file: int, kind: int) -> bool:
 def _opened(path: Path) -> int:
     """For an exclusive lock, which NFS grants only to who may write."""
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return os.open(path, os.O_RDWR | _FLAGS)
     except PermissionError:  # another user's, in a common cache
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | _FLAGS)
 
 
 def _common_lock(path: Path) -> int:
     """A file for locks that every user of a common cache can take, whatever the umask of the first."""
     with suppress(FileNotFoundError):
         return _opened(path)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
     with suppress(PermissionError):  # on file systems without modes
         os.fchmod(file, 0o666)
     return file
@@ -225,7 +226,10 @@ def _is_at(file: int, path: Path) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file unless a process holds a lock on it."""
+    """Remove a file unless a process holds a lock on it. Of a link, itself."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return True
     try:
         file = _opened(path)
     except FileNotFoundError:

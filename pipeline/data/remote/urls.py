@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data.locate import expand_braces
+from pipeline.data.record import is_name
 
 SCHEMES = ("http", "https", "s3", "gs")
 
@@ -38,15 +39,18 @@ class RemoteFolder:
         return f"{self.scheme}://{self.login}{path}{quote(name)}{self.query}"
 
     def name(self, listed: str) -> str | None:
-        """The name of a file in the folder by its name in a listing; None if it is not in the folder."""
+        """The name of a file in the folder by its name in a listing; None if it is no plain name of one.
+
+        A server may list whatever it likes, and the name becomes one of a file on this machine.
+        """
         http = self.scheme in ("http", "https")
         # Links of a page come appended to the URL of the page, keys of a bucket without a scheme.
         starts = (self.url("").rstrip("/") + "/", self.url("").rpartition("?")[0]) if http else (self.path,)
         start = next((start for start in starts if start and listed.startswith(start)), None)
         if start is None:
             return None
-        name = listed[len(start) :].partition("?")[0] if http else listed[len(start) :]
-        return None if "/" in name else unquote(name) if http else name
+        name = unquote(listed[len(start) :].partition("?")[0]) if http else listed[len(start) :]
+        return name if is_name(name) and not re.search(r"[/\\]", name) else None
 
 
 def is_url(train: str) -> bool:
@@ -76,6 +80,8 @@ def locate_url(train: str) -> tuple[RemoteFolder, tuple[str, ...] | None]:
     names = {path[len(folder) + 1 :] for path in paths}
     if scheme in ("http", "https"):
         names = {unquote(name) for name in names}
+    if not all(map(is_name, names)):
+        raise UserError(f"{redacted(train)}: the name of a shard leads out of its folder or cannot be shown.")
     return RemoteFolder(scheme, f"{folder}/", login, query), tuple(sorted(names))
 
 
