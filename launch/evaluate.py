@@ -56,7 +56,7 @@ def evaluate(
     """
     scores, cur_nimg = score_run(
         run,
-        metrics.split(","),
+        [name.strip() for name in metrics.split(",")],
         features=features,
         images=images,
         train_images=train_images,

@@ -66,7 +66,8 @@ def _wanted(path: Path, settings: Sequence[str]) -> tuple[Run, Data]:
     """What the settings say of run and data; a run without a name has that of its data."""
     name = path.absolute().name if path.is_dir() else path.stem
     named = [] if _gives("run.name", settings) else [f"run.name={name}"]
-    ours = [text for text in settings if text.startswith(("run.", "data."))]
+    # those of score too, as some data are refused without score.metrics=[]
+    ours = [text for text in settings if text.startswith(("run.", "data.", "score."))]
     config = load(None, [*named, "data.train=.", *ours])
     return config.run, config.data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +20,28 @@ if TYPE_CHECKING:
     from pipeline.run.sampling import Sampler
 
 _PICTURES, _MOVING = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
+_RANGE = re.compile(r"(\d{1,99})(?:-(\d{1,99}))?")
+_LARGEST_SEED = 2**32 - 1  # pipeline.run.sampling's, which imports torch
+_MOST_SEEDS = 10_000_000  # in one command: their list alone takes 400 MB
+_MOST_PIXELS = 80_000_000  # of a picture: Pillow warns above 89 million, and reads none of twice that
 
 
 def seeds_of(text: str) -> list[int]:
     """The seeds of 0-31 or 3,7,10-12. Raises UserError."""
-    seeds: list[int] = []
+    ranges = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(first) <= int(last))):
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
             raise UserError(f"--seeds {text}: not numbers or ranges such as 0-31 or 3,7,10-12.")
-        seeds += range(int(first), int(last if dash else first) + 1)
-    return seeds
+        if last > _LARGEST_SEED:
+            raise UserError(f"--seeds {text}: seeds are from 0 to {_LARGEST_SEED}.")
+        ranges.append(range(first, last + 1))
+    if (number := sum(map(len, ranges))) > _MOST_SEEDS:  # before they take memory
+        raise UserError(
+            f"--seeds {text}: {number:,} seeds, more than {_MOST_SEEDS:,}: give them in several commands."
+        )
+    return [seed for one in ranges for seed in one]
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,25 @@ class _Wanted:
 
     def numbers(self, sampler: Sampler, known: Sequence[str]) -> list[int]:
         """The classes asked for; none: all. known: the names of all."""
-        names = [name for text in self.classes for name in ([text] if text in known else text.split(","))]
+        names = [name for text in self.classes for name in ([text] if text in known else _parts(text))]
         return list(dict.fromkeys(sampler.classes(names))) if names else []
+
+    def refuse_too_many(self, classes: int, size: int) -> None:
+        """Raises UserError for more images of size × size than one picture can show, before their latents
+        take memory. An animation along seeds shows one image for each class."""
+        along = self.out is not None and _moves(self.out, self.interpolate)
+        of_seeds = 0 if along else len(self.seeds or ()) * max(1, classes)
+        number = self.count or of_seeds
+        if self.out is not None and number * size**2 > _MOST_PIXELS:
+            raise UserError(
+                f"{number:,} images of {size} × {size} pixels are too many for one picture, which has at "
+                f"most {_MOST_PIXELS // size**2:,}. For more, --images DIR with --seeds makes separate files."
+            )
+
+
+def _parts(text: str) -> list[str]:
+    """What stands between commas, as people write them, with spaces or without."""
+    return [part.strip() for part in text.split(",")]
 
 
 @click.command()
@@ -131,6 +160,7 @@ def sample(run: Path, checkpoint: str, **options: Any) -> None:
     G, config, state = load_generator(run, checkpoint)
     sampler = Sampler(G, config, state.label_frequencies, state.classes)
     classes, after = wanted.numbers(sampler, state.classes), f"after {state.cur_nimg / 1000:g} kimg"
+    wanted.refuse_too_many(len(classes), config.data.size)
     if wanted.images is not None:
         files = _separate(sampler, wanted, classes, wanted.images, f"{config.run.name} {after}")
         click.echo(f"{counted(files, 'image')} {after}: {wanted.images}/")
@@ -160,7 +190,10 @@ def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> 
     else:
         layout = layouts.grid(sampler, seed, wanted.count, classes)
     save_grid(layout.images(sampler, wanted.truncation), out, layout.columns, layout.titles)
-    return counted(len(layout.z), "image")
+    made = len(layout.z)
+    if wanted.interpolate and wanted.count is not None and made != wanted.count:
+        return f"{made} ({made // layout.columns} rows of {layout.columns}) of {wanted.count} images"
+    return counted(made, "image")
 
 
 def _moving(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,9 @@ def plot(histories: Sequence[History], panels: Sequence[Panel]) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure, whole or not at all, in the format of the suffix. Raises OSError; ValueError for a
     format that matplotlib cannot write."""
-    with whole(path) as partial:
+    with whole(path) as partial, warnings.catch_warnings():
+        # a name in letters that matplotlib's font lacks is drawn as boxes: a warning per letter helps nobody
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from")
         figure.savefig(partial, format=path.suffix.lower().removeprefix(".") or "png")
 
 

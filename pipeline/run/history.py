@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -154,15 +155,28 @@ def read_history(folder: Path) -> History:
 def read_histories(folders: Iterable[Path]) -> list[History]:
     """The records of runs, each once; of a selection's folder, those of its trials. Names are made unique.
 
-    Files are passed over: runs/* names pictures beside the runs too. Raises UserError for a folder that is
-    neither, and if there are no runs.
+    Files are passed over: runs/* names pictures beside the runs too; so are, with a note, runs without
+    results if others have some. Raises UserError for a folder that is neither, and if there are no runs.
     """
     kept = (folder for folder in folders if not folder.is_file())
     runs = dict.fromkeys(run.resolve() for folder in kept for run in _runs(folder))
-    found = [read_history(run) for run in runs]
+    waiting = [run for run in runs if _has_not_begun(run)]
+    if len(waiting) == len(runs):
+        waiting = []  # nothing would remain: the first is refused
+    found = [read_history(run) for run in runs if run not in waiting]
     if not found:
         raise UserError("There are no runs to read.")
+    for run in waiting:
+        sys.stderr.write(f"note: {run} is left out: it has no results yet.\n")
     return _named_apart(found)
+
+
+def _has_not_begun(folder: Path) -> bool:
+    """Of a run that has its settings and no results: runs/* names it beside the others."""
+    try:
+        return (folder / "config.yaml").is_file() and not any(True for _ in rows(folder / "metrics.jsonl"))
+    except OSError:
+        return False  # read_history says why
 
 
 def trials_of(selection: Path) -> list[Path]:

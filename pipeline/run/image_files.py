@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.durable import write
-from pipeline.run.sampling import BATCH, Sampler
+from pipeline.run.sampling import BATCH, Sampler, refuse_truncation
 from pipeline.wording import why
 
 MADE_BY = "made_by.json"
@@ -40,6 +40,7 @@ def write_images(
     run: name and kimg, written to the folder for people. done: is given how many more files are there. Raises
     UserError for a folder of other images, or that cannot be written.
     """
+    refuse_truncation(truncation)  # before the folder is claimed for such images
     try:
         _claim(folder, sampler.made_of | {"truncation": truncation, "classes": sorted(classes)}, run)
         there = {path.name for path in folder.iterdir()}

@@ -7,6 +7,7 @@ a grid of another size is of other latents.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -22,6 +23,12 @@ from pipeline.run.images import images_of, made_at_once
 
 BATCH = 64  # images made at once
 LARGEST_SEED = 2**32 - 1
+
+
+def refuse_truncation(psi: float) -> None:
+    """Raise UserError for what is no ψ: of NaN the images would be noise, with no other sign of it."""
+    if not (math.isfinite(psi) and psi >= 0):
+        raise UserError(f"truncation {psi}: give a number from 0; 1 truncates nothing.")
 
 
 class Sampler:
@@ -79,8 +86,9 @@ class Sampler:
         """uint8 [≤ 64, 1 or 3, H, W] on the CPU, in the order of z [n, z_dim] and classes c [n].
 
         truncation: ψ of `Truncated`. The batch changes an image by rounding alone. Raises UserError if this G
-        cannot be truncated.
+        cannot be truncated, or for a ψ below 0 or not finite.
         """
+        refuse_truncation(truncation)
         G: Callable[[Tensor, Tensor | None], Tensor]
         G = self.G if truncation == 1 else Truncated(self.G, truncation)
         make = from_latents(G, z, c, self.device, self._decode, self._at_once)

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from launch import presets
+from launch import own_images, presets
 from launch.argument import training_of
 from launch.contents import look_at
 from launch.installed import config_path, configs
@@ -337,3 +337,10 @@ def test_a_look_reads_what_prepare_would_read():
     Path("in/cut.png").write_bytes(Path("in/0.png").read_bytes()[:200])
     seen = look_at(open_source("in", "top", lambda _: None), "in")
     assert (seen.sides, seen.size, seen.channels, seen.images) == ((10, 20, 20, 20, 20), None, 3, 5)
+
+
+def test_score_settings_that_the_data_need_are_heeded(tmp_path):
+    """Images of four channels cannot be scored: the refusal of them says score.metrics=[]."""
+    with pytest.raises(UserError, match=r"score\.metrics"):
+        own_images._wanted(tmp_path, ["data.channels=4"])
+    assert own_images._wanted(tmp_path, ["data.channels=4", "score.metrics=[]"])[1].channels == 4

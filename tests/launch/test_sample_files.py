@@ -134,7 +134,8 @@ def test_pictures_by_class_seed_and_interpolation(trained, tmp_path):
     for place, image in enumerate(expected):
         y, x = 2 + place // 2 * 58, 2 + place % 2 * 58
         assert np.abs(sheet[y : y + 56 : 2, x : x + 56 : 2].astype(int) - image).max() <= 1
-    assert "96 images" in call("--out", tmp_path / "r.png", "--count", 100, "--classes", 1, "--interpolate")
+    said = call("--out", tmp_path / "r.png", "--count", 100, "--classes", 1, "--interpolate")
+    assert "96 (12 rows of 8) of 100 images after" in said
     rows = np.asarray(Image.open(tmp_path / "r.png"), np.float64)
     tiles = rows[2:, 2:].reshape(12, 58, 8, 58).swapaxes(1, 2)[:, :, :56, :56]
     steps = np.abs(np.diff(tiles, axis=1)).mean(axis=(2, 3))
@@ -221,3 +222,40 @@ def test_a_home_folder_is_understood_where_the_shell_leaves_it(trained, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     call("--out=~/x.png", "--count", 4)
     assert (tmp_path / "x.png").exists()
+
+
+@in_grey
+@pytest.mark.parametrize("psi", ["nan", "inf"])
+def test_a_truncation_that_is_not_finite_leaves_nothing(trained, tmp_path, psi):
+    for where in (["--out", tmp_path / "a.png"], ["--images", tmp_path / "all"]):
+        with pytest.raises(UserError, match="give a number from 0"):
+            call(*where, "--seeds", "0-3", "--truncation", psi)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("0-4294967295", "4,294,967,296 seeds, more than"),
+        ("99999999999999999999-99999999999999999999999999", "from 0 to 4294967295"),
+        ("0,4294967296", "from 0 to 4294967295"),
+        ("5-3", "not numbers or ranges"),
+    ],
+)
+def test_seeds_are_checked_before_they_take_memory(seeds, message):
+    with pytest.raises(UserError, match=message):
+        command.seeds_of(seeds)
+
+
+@in_grey
+def test_more_images_than_a_picture_can_show_are_refused(trained, tmp_path):
+    for many in (["--count", 10**12], ["--count", 10**12, "--interpolate"], ["--seeds", "0-200000"]):
+        with pytest.raises(UserError, match=r"too many for one picture.*--images"):
+            call("--out", tmp_path / "a.png", *many)
+
+
+@in_grey
+def test_an_interpolation_says_how_many_of_the_images_it_made(trained, tmp_path):
+    wanted = ["--out", tmp_path / "a.png", "--interpolate", "--classes", "0, 1"]
+    assert "16 (2 rows of 8) of 20 images" in call(*wanted, "--count", 20)
+    assert call(*wanted, "--count", 16).startswith("16 images")

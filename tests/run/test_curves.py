@@ -13,7 +13,7 @@ from PIL import Image
 
 from launch.plot import plot as command
 from pipeline.config import UserError
-from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, plot
+from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, plot, save
 from pipeline.run.history import read_histories
 from pipeline.run.panels import panels_of
 from pipeline.run.report import MainReport, Report
@@ -170,3 +170,9 @@ def test_the_command_says_where_scores_do_not_compare(tmp_path, monkeypatch):
     ]:
         done = CliRunner().invoke(command, [*runs, "--charts", charts], catch_exceptions=False)
         assert done.exit_code == 0 and (said in done.output) == found, runs
+
+
+def test_names_in_letters_that_the_font_lacks_are_drawn_without_warnings(tmp_path, recwarn):
+    (run,) = read_histories([a_run(tmp_path / "試験")])
+    save(plot([run], panels_of([run])), tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists() and not [w for w in recwarn if "Glyph" in str(w.message)]

@@ -117,3 +117,14 @@ def test_what_is_no_run_is_refused(tmp_path):
         read_histories([tmp_path])
     with pytest.raises(UserError, match="no runs"):
         read_histories([])
+
+
+def test_a_run_without_results_is_left_out_beside_others(tmp_path, capsys):
+    waiting = tmp_path / "b"
+    waiting.mkdir()
+    (waiting / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match="has not begun"):
+        read_histories([waiting])
+    a_run(tmp_path / "a", '{"cur_nimg": 5}')
+    assert [run.name for run in read_histories(sorted(tmp_path.iterdir()))] == ["a"]
+    assert f"{waiting} is left out" in capsys.readouterr().err

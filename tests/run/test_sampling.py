@@ -89,3 +89,9 @@ def test_a_class_without_a_known_name_goes_by_its_number():
     assert State(label_frequencies=[0.5, 0.5]).classes == ("0", "1")
     assert State(label_frequencies=[0.5, 0.5], class_names=["a", "b"]).classes == ("a", "b")
     assert State().classes == ()
+
+
+@pytest.mark.parametrize("psi", [float("nan"), float("inf"), -1])
+def test_a_truncation_that_is_no_number_from_0_is_refused(tmp_path, psi):
+    with pytest.raises(UserError, match="give a number from 0"):
+        sampler(tmp_path).sample([1], truncation=psi)
