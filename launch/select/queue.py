@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import yaml
+
 from launch.select import files
 from launch.select.local import Say
 from launch.select.trials import LaunchOptions, Trial
@@ -22,6 +24,10 @@ from launch.slurm.jobs import Resources
 from pipeline.config import UserError
 
 _COPIES = ("config.yaml", "arms.yaml")
+_RESUMABLE = re.compile(  # slurm/train.sbatch's own words, and Slurm's when it ends a job
+    r"error: (this cluster does not requeue:|requeued \d+ times and )"
+    r"|slurmstepd: error: \*\*\* JOB .* CANCELLED AT "
+)
 
 
 def refuse_queued(folder: Path) -> None:
@@ -146,8 +152,8 @@ def failures(trials: Sequence[Trial], folder: Path) -> dict[str, str]:
         runs = folder / "slurm" / _runs(number)
         lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
         for place, words in enumerate(map(shlex.split, lines), 1):
-            named = (word.partition("=")[2].strip("'") for word in words if word.startswith("run.name='"))
-            name = next(named, "")
+            named = [word.partition("=")[2] for word in words if word.startswith("run.name=")]
+            name = str(yaml.safe_load(named[-1])) if named else ""  # the last is the trial's
             found.pop(name, None)  # of an earlier array
             if problem := _problem(runs.with_name(f"{job}_{place}.log")):
                 found[name] = problem
@@ -155,11 +161,13 @@ def failures(trials: Sequence[Trial], folder: Path) -> dict[str, str]:
 
 
 def _problem(log: Path) -> str:
-    """The first error in a log that ends with one; else it may be training, or wait to be resumed."""
+    """The first error in a log that ends with one; else it may be training, or wait to be resumed, as it does
+    when it was out of time."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     lines = [line for line in lines if line.strip()]
     errors = [line for line in lines if re.match(r"(\S+: )?error: ", line)]
-    return f"{errors[0]} ({log})" if errors and errors[-1] == lines[-1] else ""
+    failed = errors and errors[-1] == lines[-1] and not _RESUMABLE.match(lines[-1])
+    return f"{errors[0]} ({log})" if failed else ""
 
 
 def _ids(folder: Path) -> list[str]:

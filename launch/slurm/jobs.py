@@ -261,10 +261,17 @@ def queued(file: Path) -> tuple[str, str] | None:
 
 
 def state(job: str) -> str | None:
-    """PENDING, RUNNING … of a job in the queue; None if it has left the queue, or without Slurm."""
+    """PENDING, RUNNING … of a job in the queue; None if it has left the queue, or without Slurm.
+
+    Raises UserError if Slurm does not answer: to submit what is in the queue again would do harm.
+    """
     if shutil.which("squeue") is None:
         return None
     ended = _call("squeue", "--noheader", "--jobs", job, "--format=%T")
+    if ended.returncode and "Invalid job id" not in ended.stderr:
+        raise UserError(
+            f"Is job {job} still in the queue? squeue: {one_line(ended.stderr.strip())}. Try again."
+        )
     return ended.stdout.split()[0] if ended.returncode == 0 and ended.stdout.split() else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -259,6 +260,47 @@ def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
     (folder / "12_3.log").write_text("error: saving failed, tried again\nkimg 3\n")
     failed = select_queue.failures(trials, tmp_path / "mine")
     assert list(failed) == [trials[1].name] and "D cannot be built" in failed[trials[1].name]
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "error: this cluster does not requeue: submit again to resume",
+        "error: requeued 100 times and runs/a is not DONE: submit again to resume, or set SHARDGAN_REQUEUES",
+        "slurmstepd: error: *** JOB 12 ON c1 CANCELLED AT 2026-11-28T10:00:00 DUE TO TIME LIMIT ***",
+    ],
+)
+def test_jobs_out_of_time_have_not_failed(tmp_path, last):
+    """Nor is the name of the selection, which the user may have quoted, that of a trial."""
+    _, trials = selection(tmp_path)
+    folder = tmp_path / "mine" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "job").write_text("12 13\n")
+    lines = (f"job.yaml \"run.name='mine'\" \"run.name='{trial.name}'\"\n" for trial in trials)
+    (folder / "runs.txt").write_text("".join(lines))
+    (folder / "12_1.log").write_text("error: D cannot be built\n")
+    (folder / "12_2.log").write_text(f"error: saving failed, tried again\nkimg 3\n{last}\n")
+    assert list(select_queue.failures(trials, tmp_path / "mine")) == [trials[0].name]
+
+
+@pytest.mark.parametrize(
+    ("printed", "found"),
+    [
+        ("echo PENDING", "PENDING"),
+        ("true", None),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", None),
+        ("echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1", UserError),
+    ],
+)
+def test_a_slurm_that_does_not_answer_is_no_empty_queue(tmp_path, monkeypatch, printed, found):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{printed}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if found is UserError:
+        with pytest.raises(UserError, match=r"Is job 12 still in the queue.*Socket timed out"):
+            slurm.state("12")
+    else:
+        assert slurm.state("12") == found
 
 
 def test_a_published_config_by_its_bare_name(tmp_path, monkeypatch):
