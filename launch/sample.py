@@ -14,6 +14,7 @@ import click
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import UserError
+from pipeline.run.saved_grids import MOST_PIXELS
 from pipeline.wording import counted, why
 
 if TYPE_CHECKING:
@@ -21,21 +22,21 @@ if TYPE_CHECKING:
 
 _PICTURES, _MOVING = (".png", ".jpg", ".jpeg", ".webp"), (".gif", ".mp4")
 _RANGE = re.compile(r"(\d{1,99})(?:-(\d{1,99}))?")
-_LARGEST_SEED = 2**32 - 1  # pipeline.run.sampling's, which imports torch
 _MOST_SEEDS = 10_000_000  # in one command: their list alone takes 400 MB
-_MOST_PIXELS = 80_000_000  # of a picture: Pillow warns above 89 million, and reads none of twice that
 
 
 def seeds_of(text: str) -> list[int]:
     """The seeds of 0-31 or 3,7,10-12. Raises UserError."""
+    from pipeline.run.sampling import LARGEST_SEED
+
     ranges = []
     for part in text.split(","):
         found = _RANGE.fullmatch(part.strip())
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
             raise UserError(f"--seeds {text}: not numbers or ranges such as 0-31 or 3,7,10-12.")
-        if last > _LARGEST_SEED:
-            raise UserError(f"--seeds {text}: seeds are from 0 to {_LARGEST_SEED}.")
+        if last > LARGEST_SEED:
+            raise UserError(f"--seeds {text}: seeds are from 0 to {LARGEST_SEED}.")
         ranges.append(range(first, last + 1))
     if (number := sum(map(len, ranges))) > _MOST_SEEDS:  # before they take memory
         raise UserError(
@@ -86,10 +87,10 @@ class _Wanted:
         along = self.out is not None and _moves(self.out, self.interpolate)
         of_seeds = 0 if along else len(self.seeds or ()) * max(1, classes)
         number = self.count or of_seeds
-        if self.out is not None and number * size**2 > _MOST_PIXELS:
+        if self.out is not None and number * size**2 > MOST_PIXELS:
             raise UserError(
                 f"{number:,} images of {size} × {size} pixels are too many for one picture, which has at "
-                f"most {_MOST_PIXELS // size**2:,}. For more, --images DIR with --seeds makes separate files."
+                f"most {MOST_PIXELS // size**2:,}. For more, --images DIR with --seeds makes separate files."
             )
 
 

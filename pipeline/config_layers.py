@@ -27,7 +27,6 @@ from pipeline.wording import did_you_mean
 
 Layer = dict[str, Any]
 _OF_BOTH = ("l2", "l1", "on")  # keys of penalty.G and penalty.D that may be given once, as penalty.l2
-_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:")
 _NULL = ("null", "Null", "NULL", "~")
 
 
@@ -69,13 +68,23 @@ def from_yaml(text: str) -> object:
 def refuse_resolvers(value: object) -> None:
     """Raises UserError for ${oc.env:NAME} and its like in any text of a layer. They would put what only this
     machine knows, perhaps a key, into config.yaml and all that is made from it."""
-    if isinstance(value, str) and (found := _RESOLVER.search(value)):
+    if isinstance(value, str) and _has_resolver(value):
         raise UserError(
-            f"{found[0]}…}} cannot stand in a config: ${{section.key}}, another setting, can, and in a path "
-            "on this machine $NAME, a variable of the environment."
+            "${…:…}, as in ${oc.env:NAME}, cannot stand in a config: ${section.key}, another setting, can, "
+            "and in a path on this machine $NAME, a variable of the environment."
         )
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         refuse_resolvers(part)
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether a colon is within ${…}, however nested: a resolver's name may be another setting's value."""
+    depth = 0
+    for mark in re.findall(r"\$\{|[}:]", text):
+        if mark == ":" and depth:
+            return True
+        depth = max(0, depth + (mark == "${") - (mark == "}"))
+    return False
 
 
 def why_not_yaml(error: Exception, text: str) -> str:

@@ -272,7 +272,7 @@ def is_name(url: str) -> bool:
     path = PurePosixPath(url)
     if path.is_absolute() or ".." in path.parts or "://" in url:
         return False
-    if any(unicodedata.category(letter) in _UNFIT for letter in url):
+    if not url.isprintable() and any(unicodedata.category(letter) in _UNFIT for letter in url):
         return False
     try:
         return bool(os.fsencode(url))

@@ -14,10 +14,9 @@ from pipeline.run.grid import LATEST, column_titles, save_grid, whole_rows
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.images import Images
 from pipeline.run.report import Report
-from pipeline.run.saved_grids import REALS, shown_at
+from pipeline.run.saved_grids import MOST_PIXELS, REALS, shown_at
 
 GRID = 64  # images in a grid, of which whole rows are shown: as many as fit into …
-_MOST_PIXELS = 80_000_000  # Pillow warns above 89 million, and reads no picture of twice that
 
 
 class SampleGrids:
@@ -67,7 +66,7 @@ class SampleGrids:
         with self._ranks.raise_together():
             if self._ranks.main and (name != REALS or not (cur_nimg and path.exists())):
                 images = make()
-                fit = max(1, _MOST_PIXELS // images.shape[-2:].numel())
+                fit = max(1, MOST_PIXELS // images.shape[-2:].numel())
                 shown = images[: whole_rows(min(len(images), fit), columns)]
                 notes = {"chart": key, "cur_nimg": str(cur_nimg)}  # if it is sent to W&B later
                 try:

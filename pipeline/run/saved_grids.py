@@ -8,6 +8,7 @@ from PIL import Image
 
 GAP = 2  # white pixels between images and around a grid
 STEP = "step"  # a note in a grid: from one row of images to the next, in pixels
+MOST_PIXELS = 80_000_000  # Pillow warns above 89 million, and reads no picture of twice that
 REALS = "reals.png"  # in samples/: held-out images
 # A grid that cannot be read; one of too many pixels was written by a version that set no limit.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -152,12 +152,18 @@ def test_a_setting_that_is_no_url_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["data.train=http://host/${oc.env:MY_KEY}/d", "track.tags=[a, '${ oc.env:MY_KEY,none}']"]
+    "setting",
+    [
+        "data.train=http://host/${oc.env:MY_KEY}/d",
+        "track.tags=[a, '${ oc.env:MY_KEY,none}']",
+        "track.group=${${track.entity}:MY_KEY}",
+        "track.group=${oc.${track.entity}:MY_KEY}",
+    ],
 )
 def test_a_config_reads_no_environment(setting: str, monkeypatch, tmp_path: Path) -> None:
     """It may be someone else's, and what it says ends in config.yaml, in W&B, or at a server."""
     monkeypatch.setenv("MY_KEY", "secret")
-    with pytest.raises(UserError, match=r"\$\{ ?oc.env:…\} cannot stand in a config") as caught:
+    with pytest.raises(UserError, match="cannot stand in a config") as caught:
         config.load(None, [setting])
     assert "secret" not in str(caught.value)
     key, value = setting.split("=", 1)

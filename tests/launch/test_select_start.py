@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -248,13 +249,19 @@ def test_trials_in_the_queue_are_not_trained_here_too(tmp_path, monkeypatch):
     select_queue.refuse_queued(tmp_path)
 
 
-def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
+def submitted(tmp_path, *words):
+    """The trials of a selection as array 12, words before the name of each, and the folder of its logs."""
     _, trials = selection(tmp_path)
     folder = tmp_path / "mine" / "slurm"
     folder.mkdir(parents=True)
     (folder / "job").write_text("12 13\n")
-    lines = (f"job.yaml \"run.name='{trial.name}'\"\n" for trial in trials)
-    (folder / "runs.txt").write_text("".join(lines))
+    lines = (shlex.join(["job.yaml", *words, f"run.name='{trial.name}'"]) for trial in trials)
+    (folder / "runs.txt").write_text("\n".join(lines))
+    return trials, folder
+
+
+def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
+    trials, folder = submitted(tmp_path)
     finish(trials[0])
     (folder / "12_2.log").write_text("error: D cannot be built\nerror: job 12 ended before it was DONE\n")
     (folder / "12_3.log").write_text("error: saving failed, tried again\nkimg 3\n")
@@ -272,12 +279,7 @@ def test_failed_jobs_are_not_taken_for_waiting_ones(tmp_path):
 )
 def test_jobs_out_of_time_have_not_failed(tmp_path, last):
     """Nor is the name of the selection, which the user may have quoted, that of a trial."""
-    _, trials = selection(tmp_path)
-    folder = tmp_path / "mine" / "slurm"
-    folder.mkdir(parents=True)
-    (folder / "job").write_text("12 13\n")
-    lines = (f"job.yaml \"run.name='mine'\" \"run.name='{trial.name}'\"\n" for trial in trials)
-    (folder / "runs.txt").write_text("".join(lines))
+    trials, folder = submitted(tmp_path, "run.name='mine'")
     (folder / "12_1.log").write_text("error: D cannot be built\n")
     (folder / "12_2.log").write_text(f"error: saving failed, tried again\nkimg 3\n{last}\n")
     assert list(select_queue.failures(trials, tmp_path / "mine")) == [trials[0].name]

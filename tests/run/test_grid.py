@@ -121,8 +121,8 @@ def test_a_grid_of_large_images_has_as_many_as_can_be_read_again(
     tmp_path, monkeypatch, classes, fit, columns, rows
 ):
     """Whole rows of them, else one shorter row; a column still is a class, under its name."""
-    assert Image.MAX_IMAGE_PIXELS is not None and sample_grids._MOST_PIXELS < Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(sample_grids, "_MOST_PIXELS", fit * 64**2)
+    assert Image.MAX_IMAGE_PIXELS is not None and sample_grids.MOST_PIXELS < Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(sample_grids, "MOST_PIXELS", fit * 64**2)
     sheets = SampleGrids(tmp_path, OneRank(), Report(), [str(n) for n in range(classes)])
     levels = torch.arange(64, dtype=torch.uint8).view(64, 1, 1, 1).expand(-1, 1, 64, 64)
     made = sheets.fakes(lambda: levels, Draws(0, 4, [1.0] * classes if classes else None), 1000)
