@@ -30,7 +30,7 @@ train "$@" run.name="${without#runs/}" penalty.l2=0
 cat <<TEXT
 
 Look at runs/strip.png, and open $run/report.html in a browser. Try next:
-  $shardgan sample $run --out more.png --count 100 --interpolate
+  $shardgan sample $run --out more.png --count 96 --interpolate
   $shardgan select configs/lambda.yaml --grid penalty.l2=0,1e-3:1:4 --folds 3      a pair in which λ shows
   $shardgan train configs/cifar10.yaml          after: $shardgan prepare cifar10 data/cifar10
 TEXT
