@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean, stdev
+from statistics import fmean, variance
 
 from launch.select.candidates import Arm
 from launch.select.trials import Trial
@@ -46,8 +46,8 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over folds; nan for fewer than two."""
-        return _error((o.trial.fold, o.score) for o in self.outcomes)
+        """Standard error of the mean over folds; nan if no seed has two."""
+        return _error((o.trial.seed, o.score) for o in self.outcomes)
 
     @property
     def seconds(self) -> float:
@@ -69,7 +69,7 @@ class Row:
         folds."""
         theirs = {o.place: o.score for o in other.outcomes}
         both = [o for o in self.outcomes if o.place in theirs]
-        differences = [(o.trial.fold, o.score - theirs[o.place]) for o in both]
+        differences = [(o.trial.seed, o.score - theirs[o.place]) for o in both]
         return (fmean(d for _, d in differences) if both else math.nan), _error(differences)
 
 
@@ -205,10 +205,11 @@ def _in_order(key: str, arms: Sequence[Arm]) -> list[str]:
 
 
 def _error(values: Iterable[tuple[int, float]]) -> float:
-    """Standard error of the mean of (fold, value), over folds, each the mean of its seeds: trainings share
-    most of their images, so more seeds are not taken for more observations. (Each seed has its own folds.)"""
-    by_fold: dict[int, list[float]] = {}
-    for fold, value in values:
-        by_fold.setdefault(fold, []).append(value)
-    means = [fmean(of_fold) for of_fold in by_fold.values()]
-    return stdev(means) / len(means) ** 0.5 if len(means) > 1 else math.nan
+    """Standard error of the mean of (seed, value), a value for each fold: that of the folds of one seed, as a
+    root mean square over seeds. Each seed cuts the data into folds of its own, and all trainings share most
+    of their images, so more seeds are not taken for more observations."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        by_seed.setdefault(seed, []).append(value)
+    squared = [variance(of_seed) / len(of_seed) for of_seed in by_seed.values() if len(of_seed) > 1]
+    return math.sqrt(fmean(squared)) if squared else math.nan

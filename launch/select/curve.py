@@ -126,7 +126,7 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
             bar(place, row, row.against(best)[1], label=label, **look)
         if choice and row.arm == choice.arm:
             points([place], [row.mean], "o", ms=13, mfc="none", mec=MARK, zorder=4, label="chosen")
-    if best and table.penalty and len(best.outcomes) > 1:
+    if best and table.penalty and not math.isnan(best.error):
         limit = best.mean if paired else best.mean + best.error
         label = "best mean" if paired else "best mean + its standard error"
         (axes.axhline if upright else axes.axvline)(limit, color=MARK, lw=0.8, ls="--", label=label)

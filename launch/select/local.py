@@ -6,7 +6,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,13 +30,27 @@ def hold(folder: Path, trials: Sequence[Trial], say: Say) -> Lock:
     """
     lock = take(folder, say, wait=True)
     try:
-        for trial in trials:
-            if (trial.folder / LOCK).exists():
-                take(trial.folder, say, wait=True).release()
+        _wait_for([trial.folder for trial in trials if (trial.folder / LOCK).exists()], say)
     except BaseException:
         lock.release()
         raise
     return lock
+
+
+def _wait_for(folders: Sequence[Path], say: Say) -> None:
+    """For all at the same time: a lock that a crash left on another machine takes most of a minute."""
+    given_up = threading.Event()
+
+    def wait(folder: Path) -> None:
+        take(folder, say, wait=True, stopped=given_up.is_set).release()
+
+    with ThreadPoolExecutor(max(1, len(folders))) as pool:
+        try:
+            for one in as_completed([pool.submit(wait, folder) for folder in folders]):
+                one.result()
+        except BaseException:
+            given_up.set()
+            raise
 
 
 def train(

@@ -105,7 +105,7 @@ def _submit_arrays(
         partition=resources.partition,
         account=resources.account,
     )
-    line = ["node.sh", "python", "launch.cli", *collect, "--collect"]
+    line = ["node.sh", "python", "launch.cli", collect[0], "--collect", *collect[1:]]  # "--" may be in it
     after = slurm.render(f"{name}-collect", place, line, one)
     for each in (arrays[0], after):
         slurm.check(each)

@@ -15,7 +15,7 @@ from launch.select.choice import PAIRED, Outcome, Row, ScoreTable
 from launch.select.trials import Trial
 from launch.select.verdict import conclusion
 from pipeline.config import Config, UserError
-from pipeline.run.folder import reference_of
+from pipeline.run.folder import finished_at, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.references import differences
 from pipeline.run.report import say
@@ -93,7 +93,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
                 else None,
                 "by_trial": {o.trial.name: o.score for o in row.outcomes},
                 "by_kimg": [_point(kimg, then) for kimg, then in lines[row.arm].items()],
-                "charts": {name: _number(row.chart(name)) for name in _charts(row)},
+                "charts": {name: _number(seen[row.arm].chart(name)) for name in _charts(seen[row.arm])},
                 "seconds": round(row.seconds, 1),
                 "failed": dict(row.failures),
                 "not_done": list(row.pending),
@@ -136,10 +136,10 @@ def _metric(base: Config) -> str:
 
 
 def _read(trial: Trial, metric: str) -> Outcome | None:
-    """A finished trial's last score; None if it was never scored."""
+    """A finished trial's score; None if it was not scored at its end."""
     lines = rows(trial.folder / "metrics.jsonl", say)
     scored = [(row, chart) for row in lines if (chart := leading_chart([metric], row))]
-    if not scored:
+    if not scored or scored[-1][0]["cur_nimg"] < finished_at(trial.folder):
         return None
     seconds, before = 0.0, 0
     for row in lines:

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.select.candidates import Arm
 from pipeline.config import Config, UserError, dump, load
 from pipeline.run import checkpoint
-from pipeline.run.folder import DONE, as_begun, check_same, finished
+from pipeline.run.folder import as_begun, check_same, finished, finished_at
 
 # Settings that decide what scores are against, and those that select itself sets in each trial.
 _FIXED = (
@@ -206,7 +206,7 @@ def _check_folder(trial: Trial) -> None:
         raise UserError("\n".join([*what, "Give the selection another run.name."])) from None
     due, saved = _length(trial.config), checkpoint.find(trial.folder / "checkpoints")
     if trial.done:
-        found = float((trial.folder / DONE).read_text().split()[0])
+        found = finished_at(trial.folder)
         changes = [f"run.total_kimg: {found / 1000:g} → {due / 1000:g}"] if found != due else []
         refuse(f"{trial.name} is finished, at another length", changes)
     elif saved and saved[0] > due:  # it would be resumed, end at once and be scored there

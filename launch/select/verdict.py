@@ -141,8 +141,8 @@ def sentences(table: ScoreTable) -> list[str]:
         *_distances(table, best, choice),
         *_along_the_way(table),
     ]
-    if trials == 1:
-        lines.append("With one trial there is no standard error: this is no more than a first look.")
+    if math.isnan(best.error):
+        lines.append("With one fold per seed there is no standard error: this is no more than a first look.")
     if table.left_out:
         lines.append(f"Not compared, as trials of theirs failed: {_listed(table.left_out)}.")
     return [*lines, *to_come]
@@ -150,7 +150,7 @@ def sentences(table: ScoreTable) -> list[str]:
 
 def _reason(table: ScoreTable, best: Row, choice: Row) -> str:
     key = table.penalty
-    if key is None or len(best.outcomes) == 1:
+    if key is None or math.isnan(best.error):
         return "which has the best mean"
     within = "within one standard error of"
     largest = (
@@ -184,7 +184,7 @@ def _distances(table: ScoreTable, best: Row, choice: Row) -> list[str]:
         paired = dataclasses.replace(table, rule=PAIRED).choice
         if paired is not None and paired.arm != choice.arm:
             lines.append(f"The paired rule would choose {paired.arm.name}.")
-    if table.penalty is None and table.within and len(best.outcomes) > 1:
+    if table.penalty is None and table.within and not math.isnan(best.error):
         rule = "in pairs" if table.rule == SEARCHED else f"by the {table.rule} rule"
         lines.append(f"Within one standard error of it, {rule}: {_listed(table.within)}.")
     return lines
@@ -254,8 +254,8 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         f"`{command}`: {done} of {counted(len(trials), 'trial')} finished, each of "
         f"{config.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
         f"but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the standard "
-        "error over folds, each the mean of its seeds, and `minus` the mean difference over trials of the "
-        "same fold and seed.",
+        "error over the folds of a seed, and `minus` the mean difference over trials of the same fold and "
+        "seed.",
         "",
         *conclusion(table),
         "",

@@ -252,7 +252,12 @@ def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
 
 def finished(folder: Path, config: Config) -> bool:
     """Whether the run in this folder trained as far as the config asks, which may be further than before."""
-    return _marked(folder / DONE) >= 1000 * config.run.total_kimg
+    return finished_at(folder) >= 1000 * config.run.total_kimg
+
+
+def finished_at(folder: Path) -> float:
+    """cur_nimg at the end of a run that is finished; else 0."""
+    return _marked(folder / DONE)
 
 
 def has_saved(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -45,15 +46,34 @@ def test_differences_are_taken_within_folds(tmp_path):
     assert first.error > 2
 
 
-def test_seeds_of_a_fold_are_one_observation(tmp_path):
-    """Trainings share most of their images: more seeds do not make folds more."""
+def test_more_seeds_are_not_more_observations(tmp_path):
+    """Each seed cuts the data into folds of its own, so no fold of one belongs to a fold of another; and all
+    trainings share most of their images."""
     _, trials = selection(tmp_path, folds=3, seeds=2)
     assert [t.fold for t in trials[::2]] == [0, 1, 2, 0, 1, 2]  # of each arm, seed by seed
-    of_folds, of_seeds, gains = np.array([1.0, 4.0, 7.0]), np.array([0.3, -0.3]), np.array([0.1, 0.4, 0.1])
-    scores = (of_folds + of_seeds[:, None]).ravel()
-    first, second = table_of(trials, [[*scores], [*(scores - np.tile(gains, 2))]]).rows
-    assert first.error == pytest.approx(of_folds.std(ddof=1) / 3**0.5)
-    assert second.against(first) == (pytest.approx(-0.2), pytest.approx(gains.std(ddof=1) / 3**0.5))
+    scores, gains = np.array([[1.0, 4.0, 7.0], [5.0, 0.0, 1.0]]), np.array([[0.1, 0.4, 0.1], [0.3, 0.3, 0.0]])
+
+    def error(values: np.ndarray) -> float:
+        return np.sqrt((values.var(axis=1, ddof=1) / 3).mean())
+
+    for of_second in ([0, 1, 2], [2, 0, 1]):  # whatever its folds are called
+        ours, theirs = scores.copy(), scores - gains
+        ours[1], theirs[1] = ours[1][of_second], theirs[1][of_second]
+        first, second = table_of(trials, [[*ours.ravel()], [*theirs.ravel()]]).rows
+        assert first.error == pytest.approx(error(scores))
+        assert second.against(first) == (pytest.approx(-0.2), pytest.approx(error(gains)))
+    twice, _ = table_of(trials, [[*np.tile(scores[0], 2)], []]).rows
+    assert twice.error == pytest.approx(scores[0].std(ddof=1) / 3**0.5)
+
+
+def test_without_two_folds_of_a_seed_there_is_no_error(tmp_path):
+    """Nor is any spoken of: a trial of each failed in every seed."""
+    _, trials = selection(tmp_path, folds=2, seeds=2)
+    found = table_of(trials, [[1.0, None, 1.1, None], [1.2, None, 1.3, None]])
+    assert math.isnan(found.rows[0].error) and chosen(found) == ("0", "0")
+    said = " ".join(select_verdict.sentences(found))
+    assert "which has the best mean. Compared by 2 trials" in said and "within one standard error" not in said
+    assert "With one fold per seed there is no standard error" in said
 
 
 @pytest.mark.parametrize(
@@ -179,13 +199,14 @@ def test_what_is_shown_of_a_candidate_is_what_is_compared(tmp_path):
 def test_what_is_written_of_a_candidate_is_what_is_compared(tmp_path):
     """As on the terminal; the page draws what is written."""
     found = choose(tmp_path, {"0": [1.0, 2, 0], "1": [0.9, 1.9]})
-    trials = [o.trial for row in found.rows for o in row.outcomes]
-    base = trials[0].config
+    base, trials = selection(tmp_path, folds=3)
     for outcome in (o for row in found.rows for o in row.outcomes):
         finish(outcome.trial, outcome.score)
+    found = select_table.read_table(base, trials, {})
     select_table.write(tmp_path / "mine", found, base, trials)
     written = json.loads((tmp_path / "mine" / "table.json").read_text())["rows"]
     assert [row["mean"] for row in written] == pytest.approx([1.5, 1.4])
+    assert [row["charts"]["Metrics/kid_efflite0"] for row in written] == pytest.approx([1.5, 1.4])
     assert [row["finished"] for row in written] == [3, 2] and len(written[0]["by_trial"]) == 3
     assert "penalty.l2=0,3,1.5,0.5," in (tmp_path / "mine" / "table.csv").read_text()
     said = " ".join(select_verdict.conclusion(found))
@@ -206,7 +227,7 @@ def test_small_differences_are_not_shown_as_none():
 
 def test_one_of_a_thing_is_said_so(tmp_path):
     said = select_verdict.sentences(choose(tmp_path, {"0": [1.0], "1": [2.0]}))
-    assert "Compared by 1 trial of each candidate." in said[0] and "With one trial" in said[1]
+    assert "Compared by 1 trial of each candidate." in said[0] and "With one fold" in said[1]
     assert said[-1] == "Not done: 2 trials, which may change the choice."
 
 

@@ -173,15 +173,19 @@ def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
 
 def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_path):
     _, trials = selection(tmp_path)
-    held = {folder: take(folder, print) for folder in (tmp_path / "mine", trials[1].folder)}
+    held = {folder: take(folder, print) for folder in (tmp_path / "mine", *(t.folder for t in trials[1:]))}
     said: list[str] = []
 
     def say(text: str) -> None:
-        said.append(text)
-        next(lock for folder, lock in held.items() if text.startswith(f"{folder} ")).release()
+        said.append(text.split(" is in use by pid ")[0])
+        if len(said) == 1:  # of the selection
+            held[tmp_path / "mine"].release()
+        elif len(said) == len(held):  # all trials are waited for at once
+            for trial in trials[1:]:
+                held[trial.folder].release()
 
     with select_local.hold(tmp_path / "mine", trials, say) as lock:
-        assert [text.split(" is in use by pid ")[0] for text in said] == list(map(str, held))
+        assert said[0] == str(tmp_path / "mine") and sorted(said) == sorted(map(str, held))
         lock.check()
     with pytest.raises(LockLostError):
         lock.check()

@@ -81,8 +81,8 @@ def test_jobs_read_copies_of_what_the_command_names(said, monkeypatch: pytest.Mo
     """The files may be edited, and published configs are not where a job's code is. The selection keeps the
     name that follows from the config's, not its copy's."""
     Path("arms.yaml").write_text("none: []\nsome: [penalty.l2=1]\n")
-    words = ["select", "tiny.yaml", "run.out=runs", "score.images=20", "--slurm"]
-    monkeypatch.setattr("sys.argv", ["shardgan", *words, "--arms=arms.yaml"])
+    words = ["select", "--slurm", "--arms=arms.yaml", "tiny.yaml", "--", "run.out=runs", "score.images=20"]
+    monkeypatch.setattr("sys.argv", ["shardgan", *words])
     ended = CliRunner().invoke(select, sys.argv[2:])
     assert ended.exit_code == 0, ended.output
     place = Path("runs/tiny/slurm").absolute()
@@ -90,8 +90,8 @@ def test_jobs_read_copies_of_what_the_command_names(said, monkeypatch: pytest.Mo
         assert (place / copy).read_text() == Path(file).read_text()
     lines = (place / "runs.txt").read_text().splitlines()
     assert len(lines) == 6 and all(line.startswith(f"{place}/config.yaml ") for line in lines)
-    collects = f"select {place}/config.yaml run.out=runs score.images=20 --arms={place}/arms.yaml"
-    assert f"{collects} run.name=tiny --collect" in (place / "collect.sbatch").read_text()
+    collects = f"select --collect --arms={place}/arms.yaml {place}/config.yaml -- run.out=runs"
+    assert f"{collects} score.images=20 run.name=tiny" in (place / "collect.sbatch").read_text()
 
 
 def test_a_line_break_would_be_another_line(said) -> None:
