@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ def project(
     sampler = Sampler(G, config, state.label_frequencies, state.classes)
     wanted = None if label is None else sampler.classes([label])[0]
     targets = torch.stack([_read(path, config.data) for path in images])
+    for path, target in zip(images, targets, strict=True):
+        _refuse_others(_files(out, path)[0], path, _digest(target))
     _make(out)
     projector = Projector(
         G, config.G.z_dim, sampler.device, num_classes=state.num_classes, label=wanted, seed=seed
@@ -105,6 +108,26 @@ def _read(path: Path, data: Data) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def _digest(target: Tensor) -> str:
+    """SHA-256 of an image's pixels, as they are compared."""
+    return sha256(target.numpy().tobytes()).hexdigest()
+
+
+def _refuse_others(latent: Path, image: Path, digest: str) -> None:
+    """Raises UserError if the file holds the latent of another image of the same name."""
+    from safetensors import SafetensorError, safe_open
+
+    from pipeline.config import UserError
+
+    try:
+        with safe_open(latent, "pt") as file:
+            before = (file.metadata() or {}).get("image", digest)
+    except (OSError, SafetensorError):  # none is there, or a damaged one
+        return
+    if before != digest:
+        raise UserError(f"{latent} is of another image than {image}. Give another folder with --out.")
+
+
 def _make(out: Path) -> None:
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -130,9 +153,10 @@ def _project(
         found = projector.project(targets, lambda: bar.advance(bar.task_ids[0]))
         for path, target, one in zip(images, targets, found, strict=True):
             latent, picture, of_all = _files(out, path)
+            mine = notes | {"image": _digest(target)}
             strips.append(torch.cat([target[None], one.way]))
             with _writing(out):
-                _save(latent, one, notes)
+                _save(latent, one, mine)
                 save_grid(strips[-1], picture, len(strips[-1]))
             bar.stop()
             closer = f"{one.first / max(one.last, 1e-12):12.1f}"

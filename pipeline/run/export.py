@@ -23,7 +23,7 @@ from pipeline.parallel.buffers import fill_buffers
 from pipeline.run import programs
 from pipeline.run.card import card
 from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
-from pipeline.run.exported import CARD, FILE, Exported, facts_of, read, save
+from pipeline.run.exported import CARD, FILE, Exported, digest, facts_of, read, save
 from pipeline.run.folder import begun
 from pipeline.run.portable import write_portable
 from pipeline.run.state import State
@@ -97,6 +97,8 @@ def export(
     if onnx:
         programs.onnx_runtime()  # refused before anything is written
     _refuse_taken(out)
+    if complete:  # someone asked for it
+        _refuse_loss(out, config)
     networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     facts, files, remarks = facts_of(run, config, state), list[str](), list[str]()
     try:
@@ -115,7 +117,7 @@ def export(
         facts = replace(facts, files=(*files, "config.yaml", CARD, FILE))
         write(out / "config.yaml", _public_settings(config))
         write(out / CARD, card(config, facts))
-        save(out, facts)
+        save(out, replace(facts, card=digest(out / CARD)))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out} could not be written: {why(error)}") from None
     return Written([out / name for name in facts.files], remarks)
@@ -151,6 +153,19 @@ def _refuse_taken(out: Path) -> None:
         names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
         if names:
             raise UserError(f"{out} holds files that are no export, such as {names[0]}. {own}")
+
+
+def _refuse_loss(out: Path, config: Config) -> None:
+    """Raise UserError if `out` is an export of another run, or its model card was edited since."""
+    if not (out / FILE).exists():
+        return
+    earlier = read(out)
+    if earlier.name != config.run.name:
+        raise UserError(f"{out} is an export of another run, {earlier.name}. Give another --out.")
+    with readable(str(out / CARD)):
+        now = digest(out / CARD)
+    if earlier.card and now not in ("", earlier.card):
+        raise UserError(f"{out / CARD} has been edited. Move it away, or give another --out.")
 
 
 def _is_our_card(card: Path) -> bool:

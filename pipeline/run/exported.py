@@ -5,6 +5,7 @@ It is written last: a folder without it is no export, or one that was interrupte
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -47,6 +48,7 @@ class Exported:
     against: dict[str, str] | None = None  # fingerprints of the real images of these scores
     data_since: int = -1  # the cur_nimg after which it was trained on these data; −1: from the start
     files: tuple[str, ...] = ()
+    card: str = ""  # its SHA-256 as it was written
     format: Literal[1] = 1
 
     @property
@@ -64,6 +66,11 @@ def read(folder: Path) -> Exported:
             f"{folder} is no export: it has no readable {FILE}. `shardgan export RUN --out DIR` makes one."
         ) from None
     return replace(found, files=tuple(name for name in found.files if name in NAMES))
+
+
+def digest(card: Path) -> str:
+    """SHA-256 of a model card; "" if there is none. Raises OSError."""
+    return hashlib.sha256(card.read_bytes()).hexdigest() if card.exists() else ""
 
 
 def save(folder: Path, facts: Exported) -> None:

@@ -201,6 +201,33 @@ def test_a_later_export_replaces_an_earlier_one_whole(run, tmp_path, monkeypatch
     assert "G_ema.pt2" not in (out / "README.md").read_text() and "samples.png" not in read(out).files
 
 
+def test_what_someone_wrote_into_a_card_is_not_lost(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "write_portable", lambda *_: ([], []))
+    out, card_there = tmp_path / "out", tmp_path / "out" / "README.md"
+    for _ in range(2):
+        export(run, out, complete=True)
+    ours = card_there.read_text()
+    card_there.write_text(f"{ours}\nMIT, by me.\n")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"README\.md has been edited\. Move it away"):
+        export(run, out, complete=True)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    export(run, out)  # a run's own, at its end
+    assert card_there.read_text() == ours
+    card_there.unlink()
+    export(run, out, complete=True)
+
+
+def test_an_export_of_another_run_is_not_replaced(run, tmp_path):
+    export(run, tmp_path / "out")
+    other = shutil.copytree(run, tmp_path / "other")
+    settings = yaml.safe_load((other / "config.yaml").read_text())
+    settings["run"]["name"] = "other"
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(UserError, match="is an export of another run, format-2"):
+        export(other, tmp_path / "out", complete=True)
+
+
 def test_a_network_that_cannot_be_a_program_is_exported_without(run, tmp_path, monkeypatch):
     def refuse(G, draw):
         raise programs.UnfitError("of its nature")

@@ -157,6 +157,16 @@ def test_bad_input_is_one_message_and_nothing_is_written(run: Path, tmp_path: Pa
         call(run, good, "--out", text)
 
 
+def test_results_of_another_image_of_the_same_name_are_kept(run: Path, tmp_path: Path) -> None:
+    image, out = grey(tmp_path / "x.png", 9), tmp_path / "out"
+    for _ in range(2):
+        call(run, image, "--out", out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match=r"x\.safetensors is of another image than .*x\.png"):
+        call(run, grey(tmp_path / "other" / "x.png", 200), "--out", out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_run_on_latents_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     G, config, state = load_generator(run)
     config = replace(config, data=replace(config.data, channels=4))
