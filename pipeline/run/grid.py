@@ -58,7 +58,7 @@ def _head(titles: Sequence[str], step: int, width: int) -> npt.NDArray[np.uint8]
     """The line above a grid, uint8 [height, width]: each title in the middle of its `step` pixels, and cut
     where it is longer."""
     size = max(11, step // 16)
-    font = ImageFont.load_default(size)
+    font = _font(titles, size)
     head = Image.new("L", (width, size + 5), 255)
     draw = ImageDraw.Draw(head)
     for column, title in enumerate(titles):
@@ -68,6 +68,15 @@ def _head(titles: Sequence[str], step: int, width: int) -> npt.NDArray[np.uint8]
         left = GAP + column * step + (step - GAP - draw.textlength(text, font)) / 2
         draw.text((left, size + 2), text, fill=0, font=font, anchor="ls")
     return np.asarray(head)
+
+
+def _font(titles: Sequence[str], size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own, which is narrow; where it may lack letters, such as Greek, that of matplotlib."""
+    if all(map(str.isascii, titles)):
+        return ImageFont.load_default(size)
+    import matplotlib  # takes a moment
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def whole_rows(count: int, columns: int) -> int:

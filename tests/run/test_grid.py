@@ -97,6 +97,16 @@ def test_titles_stand_above_their_columns():
     assert grey.shape == titled.shape[:2]
 
 
+def test_titles_have_the_letters_of_european_languages():
+    """Not the box of a letter that is missing: the private one U+E000 is in no font."""
+    images = torch.zeros(8, 1, 28, 28, dtype=torch.uint8)
+    head = tile(images, 8, ("ж", "я", "λ", "Ω", "ß", "ő", "t", "\ue000"))[:16].reshape(16, -1)[:, 2:]
+    letters = [head[:, 58 * column : 58 * column + 56] for column in range(8)]
+    for place, letter in enumerate(letters):
+        assert (letter < 128).any(), place
+        assert not any(np.array_equal(letter, other) for other in letters[place + 1 :]), place
+
+
 def test_titles_are_of_columns_that_hold_one_class_each():
     names = ("a", "b", "c")
     assert column_titles(torch.tensor([2, 0, 2, 0]), 2, names) == ("c", "a")
