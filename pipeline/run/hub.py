@@ -116,5 +116,9 @@ def _one_message(hub: Any, repository: str) -> Iterator[None]:
     except hub.errors.RevisionNotFoundError:
         raise UserError(f"There is no such revision on the Hub: {repository}.") from None
     except (OSError, ValueError, hub.errors.HTTPError) as error:
+        if getattr(getattr(error, "response", None), "status_code", 0) == 401:
+            raise UserError(
+                "The Hugging Face Hub refuses your token: `hf auth login` again, or set another HF_TOKEN."
+            ) from None
         text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{repository}, Hugging Face Hub: {one_line(scrubbed(text))}") from None

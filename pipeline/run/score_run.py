@@ -14,7 +14,7 @@ from typing import cast
 from torch import nn
 
 from pipeline.config import Config, Score, UserError
-from pipeline.data.index import load_index
+from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
 from pipeline.gan.draws import Draws
@@ -32,6 +32,8 @@ from pipeline.run.state import State
 
 Shown = Callable[[Extractor, Score], AbstractContextManager[object]]
 """Around the work: shows how far it is."""
+
+_MOVED = " If the run's data were moved, say where they are: --data SHARDS, or data=SHARDS in Python."
 
 
 def score_run(
@@ -74,7 +76,11 @@ def score_run(
         raise UserError(
             f"{run} was trained on latents without data.decoder, and scores compare images: there are none."
         )
-    scores, fingerprints = _scores(G, config, state, shown)
+    try:
+        index = load_index(cast(str, config.data.train), say, config.data.remote)
+    except UserError as error:
+        raise UserError(f"{error}{'' if data else _MOVED}") from None
+    scores, fingerprints = _scores(G, config, state, index, shown)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"cur_nimg": state.cur_nimg, "time": now, **scores, "against": fingerprints}
     _append(run / "scores.json", entry)
@@ -89,11 +95,10 @@ def _check_counts(images: int | None, train_images: int | None) -> None:
 
 
 def _scores(
-    G: nn.Module, config: Config, state: State, shown: Shown
+    G: nn.Module, config: Config, state: State, index: Index, shown: Shown
 ) -> tuple[dict[str, float], dict[str, str]]:
     data, score = config.data, config.score
     extractor = load_features(score.features)
-    index = load_index(cast(str, data.train), say, data.remote)
     if (split_of(config, index).training().fingerprint, index.fingerprint) != (state.plan, state.data):
         raise UserError(
             f"{index.where} does not hold what this run was trained on, so images held out now may have been "

@@ -135,9 +135,10 @@ def test_without_a_token_an_export_or_the_client_nothing_is_asked(hub, exported,
 def test_a_refusal_of_the_hub_is_one_line(hub, exported, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody_else")
     for ask in (lambda: push(exported, NAME), lambda: fetch(NAME)):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(
+            UserError, match=r"^The Hugging Face Hub refuses your token: .*another HF_TOKEN\.$"
+        ):
             ask()
-        assert NAME in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(UserError, match="There is no somebody/my-gan on the Hub"):
         fetch(NAME)

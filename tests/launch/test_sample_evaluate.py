@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,16 @@ def test_evaluate_refuses_other_data_unknown_metrics_and_features(run, tmp_path)
     ]:
         with pytest.raises(UserError, match=message):
             call(evaluate, run, *wrong)
+    moved = shutil.copytree(run, tmp_path / "moved")
+    (moved / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(SHARDS), "/gone"))
+    with pytest.raises(
+        UserError, match=r"no shards at /gone.* were moved, say where they are: --data SHARDS"
+    ):
+        call(evaluate, moved)
+    with pytest.raises(UserError, match="no shards at /nor-here") as refused:
+        call(evaluate, moved, "--data", "/nor-here")
+    assert "were moved" not in str(refused.value)
+    assert "kid" in call(evaluate, moved, "--data", SHARDS)
 
 
 def test_sample_writes_the_same_sheet_for_the_same_seed(run, tmp_path):
