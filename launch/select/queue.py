@@ -138,6 +138,13 @@ def is_collecting(folder: Path) -> bool:
     return os.environ.get("SLURM_JOB_ID") in _ids(folder)[1::2]
 
 
+def listed_before(folder: Path) -> set[str]:
+    """In a job that collects: the trials of the arrays before it, all of whose tasks have ended."""
+    number = _ids(folder)[1::2].index(os.environ["SLURM_JOB_ID"])
+    files = (folder / "slurm" / _runs(array) for array in range(number + 1))
+    return {name for file in files for name in _names(file)}
+
+
 def write_next(todo: Sequence[Trial], folder: Path) -> None:
     """In a job that collects: list the trials of the array after it, if there is one. Raises UserError."""
     number = _ids(folder).index(os.environ["SLURM_JOB_ID"]) // 2 + 1
@@ -150,14 +157,19 @@ def failures(trials: Sequence[Trial], folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, job in enumerate(_ids(folder)[::2]):
         runs = folder / "slurm" / _runs(number)
-        lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
-        for place, words in enumerate(map(shlex.split, lines), 1):
-            named = [word.partition("=")[2] for word in words if word.startswith("run.name=")]
-            name = str(yaml.safe_load(named[-1])) if named else ""  # the last is the trial's
+        for place, name in enumerate(_names(runs), 1):
             found.pop(name, None)  # of an earlier array
             if problem := _problem(runs.with_name(f"{job}_{place}.log")):
                 found[name] = problem
     return {trial.name: found[trial.name] for trial in trials if not trial.done and trial.name in found}
+
+
+def _names(runs: Path) -> list[str]:
+    """Of the trials of an array, task by task."""
+    lines = runs.read_text("utf-8").splitlines() if runs.exists() else []
+    # The last run.name of a line is the trial's.
+    named = [[w.partition("=")[2] for w in shlex.split(line) if w.startswith("run.name=")] for line in lines]
+    return [str(yaml.safe_load(names[-1])) if names else "" for names in named]
 
 
 def _problem(log: Path) -> str:

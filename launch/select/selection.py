@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,8 +100,10 @@ class Selection:
             failed = table.failures(self.folder) | queue.failures(self.trials, self.folder)
             self.failures |= {name: problem for name, problem in failed.items() if name in waiting}
             if self.search and queue.is_collecting(self.folder):
-                self._propose()
-                queue.write_next([t for t in self.todo if t.name not in self.failures], self.folder)
+                ended = queue.listed_before(self.folder)  # undone without an error: cancelled, say
+                self._propose(ended)
+                over = ended | self.failures.keys()
+                queue.write_next([t for t in self.todo if t.name not in over], self.folder)
             found = self._conclude()
         if found.minimum is None and not any(row.pending for row in found.rows):
             raise click.ClickException(_nothing(found, self.folder))
@@ -109,9 +111,11 @@ class Selection:
     def _common(self) -> dict[str, object]:
         return start.common(self.trials, self.launch, self.search.axes if self.search else None)
 
-    def _propose(self) -> list[Trial]:
-        """The trials of the next candidates of a search, once those so far have ended."""
-        if self.search is None or any(trial.name not in self.failures for trial in self.todo):
+    def _propose(self, ended: Set[str] = frozenset()) -> list[Trial]:
+        """The trials of the next candidates of a search, once those so far are done, have failed or are among
+        the `ended`."""
+        over = ended | self.failures.keys()
+        if self.search is None or any(trial.name not in over for trial in self.todo):
             return []
         more = self.search.propose(self._table().rows)
         if not more:

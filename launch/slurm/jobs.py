@@ -290,16 +290,22 @@ def _exported(value: str) -> str:
     return value if value.startswith("${") else shlex.quote(value)
 
 
-def _partitions() -> str:
-    found = _call("sinfo", "--noheader", "--format=%R").stdout.split()
-    return f" Partitions here: {', '.join(dict.fromkeys(found))}." if found else ""
+def _hint(reason: str) -> str:
+    """What the cluster allows, where Slurm does not say."""
+    if "artition" in reason:
+        found = _call("sinfo", "--noheader", "--format=%R").stdout.split()
+        return f" Partitions here: {', '.join(dict.fromkeys(found))}." if found else ""
+    if "job array" in reason:
+        found = re.findall(r"MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config").stdout)
+        return f" Arrays here have fewer than {found[0]} jobs (MaxArraySize)." if found else ""
+    return ""
 
 
 def _sbatch(*arguments: str, text: str = "") -> str:
     ended = _call("sbatch", *arguments, text=text)
     if ended.returncode:
         reason = " ".join(re.sub(r"\b(sbatch|allocation failure): (error: )?", "", ended.stderr).split())
-        raise UserError(f"Slurm refused the job: {reason}.{_partitions() if 'artition' in reason else ''}")
+        raise UserError(f"Slurm refused the job: {reason}.{_hint(reason)}")
     return ended.stdout
 
 

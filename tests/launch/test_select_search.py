@@ -317,6 +317,28 @@ def test_the_job_before_an_array_lists_its_trials(tmp_path, searching, monkeypat
     assert proposed_in(folder) == proposed(searching(count=3, jobs=1, name="whole"))
 
 
+def test_a_task_that_was_cancelled_does_not_end_a_search(tmp_path, searching, monkeypatch):
+    """Nor does it count for or against its candidate; the same command trains it later."""
+    with pytest.raises(Killed):
+        searching(count=3, jobs=1, lives=0)
+    place = tmp_path / "mine" / "slurm"
+    place.mkdir()
+    (place / "job").write_text("11 12 13 14\n")
+    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+    base, found = search(*given, RANGE, 3, 1, 2, 1)
+    first = found.read()
+    (place / "runs.txt").write_text("".join(f"job.yaml run.name='{trial.name}'\n" for trial in first))
+    finish(first[0], score_of(first[0]))
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for _ in range(2):  # also requeued
+        base, found = search(*given, RANGE, 3, 1, 2, 1)
+        mine = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
+        mine.collect()
+        assert len(proposed_in(tmp_path / "mine")) == 2 and not mine.failures
+        listed = (place / "runs-2.txt").read_text().splitlines()
+        assert len(listed) == 2 and not any(trial.name in line for line in listed for trial in first)
+
+
 def proposed_in(folder: Path) -> list[dict[str, str]]:
     return json.loads((folder / "search.json").read_text())["candidates"]
 
