@@ -50,6 +50,7 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=2,sched_min
 KillWait={kill_wait}
 SlurmdTimeout=10
 MinJobAge=3600
+MaxArraySize=30
 ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE

@@ -7,6 +7,15 @@ import json
 import pytest
 
 
+def test_an_array_beyond_the_cluster_s_limit_names_it(project):
+    select = ["select", "configs/tiny.yaml", "run.name=many", "score.metrics=[kid]"]
+    select += ["score.images=16", "--grid", "penalty.l2=0", "--folds", "3", "--seeds", "10"]
+    ended = project.shardgan(*select, "--slurm")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    said = "Invalid job array specification. Arrays here have fewer than 30 jobs (MaxArraySize)."
+    assert said in " ".join(ended.stderr.split()), ended.stderr
+
+
 @pytest.mark.long
 def test_trials_are_jobs_and_the_last_job_makes_the_table(project):
     arguments = [
