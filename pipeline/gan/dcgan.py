@@ -27,8 +27,6 @@ from pipeline.gan.penalised import KERNEL_LAYERS
 from pipeline.gan.r3gan import Block, initialise_blocks
 
 SIZES = (28, 32, 64, 128)
-_BY_BATCH: tuple[Norm, ...] = ("batch", "sync_batch")
-_FIRST_IMAGES = 0.1  # of He's gain, in the kernel that makes images
 
 
 class Generator(nn.Module):
@@ -63,14 +61,8 @@ class Generator(nn.Module):
         self.project = nn.Linear(inputs, outwards[0] * self.start**2, bias=norm == "none")
         residual = _residual(blocks, outwards[0], activation, spectral_norm)
         ups = [Up(a, b, norm, activation, dropout) for a, b in pairwise(outwards[:-1])]
-        to_image = Up(outwards[-2], channels, norm, activation)
-        self.blocks = nn.Sequential(*residual, *ups, to_image)
+        self.blocks = nn.Sequential(*residual, *ups, Up(outwards[-2], channels, norm, activation))
         _initialise(self, norm, gain=math.sqrt(2))
-        if norm not in _BY_BATCH:
-            # Images that start as strong noise keep it for long, and D knows them by it: without this, KID of
-            # configs/paired.yaml is twice as high (configs/README.md, "How G should begin").
-            with torch.no_grad():
-                to_image.conv.weight.mul_(_FIRST_IMAGES)
         if spectral_norm:
             normalise_kernels(self)
 
@@ -202,7 +194,7 @@ def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
     without a norm images start almost grey, logits almost constant, and learning starts late. He's gain keeps
     the scale at any width; group and instance norm do not depend on it.
     """
-    if norm in _BY_BATCH:
+    if norm in ("batch", "sync_batch"):
         return 0.02
     if isinstance(layer, _ConvTransposeNd):  # with stride s, an output pixel sees k²/s² inputs per channel
         return gain / math.sqrt(layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride))

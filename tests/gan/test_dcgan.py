@@ -132,9 +132,7 @@ def test_other_starts_neither_vanish_nor_saturate(norm, width):
     G = Generator(z_dim=64, size=64, channels=3, width=width, norm=norm)
     D = Discriminator(size=64, channels=3, width=width, norm=norm)
     images = G(torch.randn(16, 64))
-    assert 0.02 < images.std(0).mean().item() < 0.2, "images of different z differ, and begin nearly grey"
-    G.blocks[-1].register_forward_hook(lambda _module, _inputs, out: 10 * out)
-    assert 0.2 < G(torch.randn(16, 64)).std(0).mean().item() < 0.8, "as all other layers, by He's gain"
+    assert 0.2 < images.std(0).mean().item() < 0.8, "images of different z must differ, tanh not be saturated"
     logits = D(torch.rand(16, 3, 1, 1) * torch.randn(16, 3, 64, 64))
     assert 0.02 < logits.std().item() < 3
 
