@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from pipeline.config import Config, UserError
+from pipeline.config import Config, Discriminator, Generator, UserError
 from pipeline.gan.schedules import is_used
 
 _COARSE = 0.03  # σ; at 0.01 bf16's rounding of the logits makes the penalty 1.9 times as large, here 1.1
@@ -109,8 +110,20 @@ def _of_fractions(config: Config, images: int) -> Iterator[str]:
             )
 
 
+def _without_effect(section: Generator | Discriminator) -> list[str]:
+    """Keys that are set, but are not given to a class of a user's own."""
+    if ":" not in section.kind:
+        return []
+    default = type(section)()
+    names = {field.name for field in dataclasses.fields(section)} - {"kind", "options", "z_dim", "freeze"}
+    return sorted(name for name in names if getattr(section, name) != getattr(default, name))
+
+
 def remarks(config: Config, precision: str) -> Iterator[str]:
-    """What to know about the objective, a line each."""
+    """What to know about the networks and the objective, a line each."""
+    for player, section in (("G", config.G), ("D", config.D)):
+        if unused := ", ".join(f"{player}.{key}" for key in _without_effect(section)):
+            yield f"{unused}: without effect on {section.kind}, which gets {player}.options: write them there"
     p = config.augment.p or 0.0
     if (highest := max(p) if isinstance(p, tuple) else p) > _LEAKS:
         yield (

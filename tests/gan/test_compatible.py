@@ -159,6 +159,12 @@ def test_all_problems_are_told_at_once():
         (("augment.ops=[flip]", "augment.p=0.8"), "no", []),
         ((R2, "penalty.r2.sigma=0.01"), "no", ["outweighs"]),
         ((R2, "penalty.r2.sigma=0.01"), "bf16", ["outweighs", "Use 0.03 or more"]),
+        (("G.kind=mine:G", "G.norm=none", "G.width=8"), "no", ["G.norm, G.width: without effect on mine:G"]),
+        (
+            ("G.kind=mine:G", "D.norm=none", "G.z_dim=8", "D.kind=mine:D", "D.freeze=1"),
+            "no",
+            ["D.norm: with"],
+        ),
     ],
 )
 def test_remarks(settings, precision, words):
