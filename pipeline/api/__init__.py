@@ -138,8 +138,9 @@ def prepare(
     from pathlib import Path
 
     from launch.prepare import show
-    from pipeline.data.prepare.source import Options
+    from pipeline.data.prepare.source import Options, refuse_count
 
+    refuse_count("workers", workers)
     options = Options(size, fit, channels, per_shard, classes, background, dedupe)
     show(str(source), str(out), options, workers)
     return Path(out)

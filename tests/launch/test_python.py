@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import shardgan
 import torch
+from PIL import Image
 
 from launch import processes
 from pipeline.api import training
@@ -205,6 +206,27 @@ def test_settings_may_be_numbers_of_other_libraries(config: Path) -> None:
 def test_options_that_there_are_not_are_refused_in_words(config: Path, options: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         shardgan.train(config, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fit": "tile"}, "fit='tile': choose one of None, crop, pad, stretch."),
+        ({"channels": 2}, "channels=2: choose one of None, 1, 3."),
+        ({"classes": "x"}, "classes='x': choose one of top, path, none."),
+        *(
+            ({name: value}, f"{name}={value!r}: give a whole number from 1.")
+            for name in ("size", "per_shard", "workers")
+            for value in (0, -1, "28", 1.5)
+        ),
+    ],
+)
+def test_prepare_refuses_what_there_is_not_in_words(tmp_path: Path, options: Any, said: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "in" / "a.png")
+    with pytest.raises(UserError) as refused:
+        shardgan.prepare(tmp_path / "in", tmp_path / "out", **options)
+    assert str(refused.value) == said and not (tmp_path / "out").exists()
 
 
 def test_sample_wants_what_load_returns() -> None:

@@ -146,6 +146,9 @@ def test_what_is_not_a_run_is_refused(tmp_path):
     for command, arguments in ((sample, ("--out", tmp_path / "x.png")), (evaluate, ())):
         with pytest.raises(UserError, match="not a run folder"):
             call(command, tmp_path, *arguments)
+    (tmp_path / "chosen" / "trials").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"chosen is a selection, not a run folder\. Its trials are runs: "):
+        call(evaluate, tmp_path / "chosen")
 
 
 def test_an_export_that_does_not_fit_is_one_message(run, tmp_path):

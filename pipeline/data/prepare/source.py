@@ -6,14 +6,23 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import UserError
 from pipeline.data.prepare.labels import Classes, Labels
 from pipeline.data.prepare.listing import LeftOut
 from pipeline.data.prepare.pictures import Fit, Latent, Look, Picture, look, open_picture
+
+
+def refuse_count(name: str, value: object) -> None:
+    """Raise UserError for what is no number from 1, nor None."""
+    if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
+        raise UserError(f"{name}={value!r}: give a whole number from 1.")
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,8 @@ class Options:
 
     background: what is under transparency and in padding: white, black or #rrggbb. None: white and black.
     dedupe: leave out images that are another one's copy as they are written.
+
+    Raises UserError for a value that there is not.
     """
 
     size: int | None = None
@@ -31,6 +42,14 @@ class Options:
     classes: Classes = "top"
     background: str | None = None
     dedupe: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"fit": (None, *get_args(Fit)), "channels": (None, 1, 3), "classes": get_args(Classes)}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise UserError(f"{name}={value!r}: choose one of {', '.join(map(str, known))}.")
+        for name in ("size", "per_shard"):
+            refuse_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
