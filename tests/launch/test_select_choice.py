@@ -134,17 +134,6 @@ def test_a_score_that_is_not_a_number_is_a_failure(tmp_path, score):
     select_table.write(tmp_path, found, base, trials)
 
 
-def test_a_score_along_the_way_does_not_stand_for_the_end(tmp_path):
-    """Where the last row was lost with a disk, say."""
-    base, trials = selection(tmp_path)
-    for trial in trials:
-        finish(trial)
-    (trials[0].folder / "DONE").write_text("80\n")
-    assert select_table.read_table(base, trials, {}).rows[0].failures == {trials[0].name: "it has no score"}
-    with pytest.raises(UserError, match="is finished without the score to choose by"):
-        select_table.check_scored(base, trials)
-
-
 def test_what_is_chosen_by_is_the_score_on_held_out_images(tmp_path):
     base, trials = selection(tmp_path, "score.metrics=[fd]")
     for trial in trials:

@@ -14,6 +14,7 @@ from launch.select import table as select_table
 from launch.select import verdict as select_verdict
 from launch.select.choice import PAIRED, UNPAIRED, ScoreTable
 from pipeline import config
+from pipeline.config import UserError
 from pipeline.run.page.selection import Selection
 
 
@@ -121,6 +122,15 @@ def test_without_a_trial_that_all_have_nothing_is_chosen(tmp_path):
         found = choose(tmp_path, scores)
         assert found.minimum is found.choice is None
         assert select_verdict.sentences(found)[0].startswith("Nothing to choose by yet")
+
+
+def test_a_score_along_the_way_does_not_stand_for_the_end(tmp_path):
+    base, trials = selection(tmp_path)
+    finish(trials[0])
+    (trials[0].folder / "DONE").write_text("80\n")
+    assert select_table.read_table(base, trials, {}).rows[0].failures == {trials[0].name: "it has no score"}
+    with pytest.raises(UserError, match="is finished without the score to choose by"):
+        select_table.check_scored(base, trials)
 
 
 # What has an order

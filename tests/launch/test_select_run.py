@@ -13,6 +13,7 @@ from selections import CONFIG, finish, selection
 
 from launch import processes
 from launch.select import local as select_local
+from launch.select import queue as select_queue
 from launch.select import select
 from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions
@@ -189,3 +190,17 @@ def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_pat
         lock.check()
     with pytest.raises(LockLostError):
         lock.check()
+
+
+def test_failures_are_those_of_all_arrays(tmp_path):
+    _, trials = selection(tmp_path)
+    folder = tmp_path / "mine" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "job").write_text("12 13 14 15\n")
+    for file, mine in (("runs.txt", trials[:2]), ("runs-2.txt", trials[1:3])):
+        (folder / file).write_text("".join(f"job.yaml \"run.name='{trial.name}'\"\n" for trial in mine))
+    for log in ("12_1.log", "12_2.log", "14_2.log"):
+        (folder / log).write_text(f"error: {log} is full\n")
+    failed = select_queue.failures(trials, tmp_path / "mine")
+    assert list(failed) == [trials[0].name, trials[2].name], "the second was trained again"
+    assert "14_2.log is full" in failed[trials[2].name]

@@ -14,7 +14,6 @@ from selections import CONFIG, finish, selection, table_of
 
 from launch.select import candidates as select_candidates
 from launch.select import local as select_local
-from launch.select import queue as select_queue
 from launch.select import start as select_start
 from launch.select import verdict as select_verdict
 from launch.select.candidates import arm_of
@@ -285,73 +284,64 @@ def test_the_best_mean_is_chosen_and_compared_with_none(tmp_path):
 # On Slurm: batches wait as arrays of jobs, whose trials are listed by the job before
 
 
-def test_the_job_before_an_array_lists_its_trials(tmp_path, searching, monkeypatch):
-    folder = tmp_path / "mine"
+def collect(folder: Path, monkeypatch: pytest.MonkeyPatch, job: str) -> Selection:
+    """What this job does for a search of three candidates, one after the other."""
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    given = (str(folder.parent / "job.yaml"), (f"run.out={folder.parent}", "run.name=mine"))
+    base, found = search(*given, RANGE, 3, 1, 2, 1)
+    mine = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
+    mine.collect()
+    return mine
+
+
+@pytest.fixture
+def submitted(tmp_path, searching) -> Path:
+    """The folder of such a search, whose first two trials are listed for job 11."""
     with pytest.raises(Killed):
         searching(count=3, jobs=1, lives=0)
+    folder = tmp_path / "mine"
     (folder / "slurm").mkdir()
     (folder / "slurm" / "job").write_text("11 12 13 14 15 16\n")
-    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+    _, found = search(str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"), RANGE, 3, 1, 2, 1)
+    lines = [f"job.yaml run.name='{trial.name}'\n" for trial in found.read()]
+    (folder / "slurm" / "runs.txt").write_text("".join(lines))
+    return folder
 
-    def collect(job: str) -> list[str]:
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-        base, found = search(*given, RANGE, 3, 1, 2, 1)
-        mine = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
-        mine.collect()
-        return sorted(path.name for path in (folder / "slurm").glob("runs*.txt"))
+
+def test_the_job_before_an_array_lists_its_trials(submitted, searching, monkeypatch):
+    def listed(job: str) -> list[str]:
+        nonlocal last
+        last = collect(submitted, monkeypatch, job)
+        return sorted(path.name for path in (submitted / "slurm").glob("runs-*.txt"))
 
     def end(file: str) -> None:
-        _, found = search(*given, RANGE, 3, 1, 2, 1)
-        for trial in found.read():
-            if not file or trial.name in (folder / "slurm" / file).read_text():
+        for trial in last.trials:
+            if trial.name in (submitted / "slurm" / file).read_text():
                 finish(trial, score_of(trial))
 
-    end("")
-    assert collect("99") == [], "someone who looks on a login node"
-    assert collect("12") == ["runs-2.txt"] and len(proposed_in(folder)) == 2
-    assert collect("12") == ["runs-2.txt"] and len(proposed_in(folder)) == 2, "requeued, it proposes no more"
+    last = collect(submitted, monkeypatch, "99")
+    end("runs.txt")
+    assert listed("99") == [], "someone who looks on a login node"
+    assert listed("12") == ["runs-2.txt"] and len(proposed_in(submitted)) == 2
+    assert listed("12") == ["runs-2.txt"] and len(proposed_in(submitted)) == 2, (
+        "requeued, it proposes no more"
+    )
     end("runs-2.txt")
-    assert collect("14") == ["runs-2.txt", "runs-3.txt"]
+    assert listed("14") == ["runs-2.txt", "runs-3.txt"]
     end("runs-3.txt")
-    assert collect("16") == ["runs-2.txt", "runs-3.txt"]
-    assert proposed_in(folder) == proposed(searching(count=3, jobs=1, name="whole"))
+    assert listed("16") == ["runs-2.txt", "runs-3.txt"]
+    assert proposed_in(submitted) == proposed(searching(count=3, jobs=1, name="whole"))
 
 
-def test_a_task_that_was_cancelled_does_not_end_a_search(tmp_path, searching, monkeypatch):
+def test_a_task_that_was_cancelled_does_not_end_a_search(submitted, monkeypatch):
     """Nor does it count for or against its candidate; the same command trains it later."""
-    with pytest.raises(Killed):
-        searching(count=3, jobs=1, lives=0)
-    place = tmp_path / "mine" / "slurm"
-    place.mkdir()
-    (place / "job").write_text("11 12 13 14\n")
-    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
-    base, found = search(*given, RANGE, 3, 1, 2, 1)
-    first = found.read()
-    (place / "runs.txt").write_text("".join(f"job.yaml run.name='{trial.name}'\n" for trial in first))
+    first = collect(submitted, monkeypatch, "99").trials
     finish(first[0], score_of(first[0]))
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
     for _ in range(2):  # also requeued
-        base, found = search(*given, RANGE, 3, 1, 2, 1)
-        mine = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
-        mine.collect()
-        assert len(proposed_in(tmp_path / "mine")) == 2 and not mine.failures
-        listed = (place / "runs-2.txt").read_text().splitlines()
+        assert not collect(submitted, monkeypatch, "12").failures and len(proposed_in(submitted)) == 2
+        listed = (submitted / "slurm" / "runs-2.txt").read_text().splitlines()
         assert len(listed) == 2 and not any(trial.name in line for line in listed for trial in first)
 
 
 def proposed_in(folder: Path) -> list[dict[str, str]]:
     return json.loads((folder / "search.json").read_text())["candidates"]
-
-
-def test_failures_are_those_of_all_arrays(tmp_path):
-    _, trials = selection(tmp_path)
-    folder = tmp_path / "mine" / "slurm"
-    folder.mkdir(parents=True)
-    (folder / "job").write_text("12 13 14 15\n")
-    for file, mine in (("runs.txt", trials[:2]), ("runs-2.txt", trials[1:3])):
-        (folder / file).write_text("".join(f"job.yaml \"run.name='{trial.name}'\"\n" for trial in mine))
-    for log in ("12_1.log", "12_2.log", "14_2.log"):
-        (folder / log).write_text(f"error: {log} is full\n")
-    failed = select_queue.failures(trials, tmp_path / "mine")
-    assert list(failed) == [trials[0].name, trials[2].name], "the second was trained again"
-    assert "14_2.log is full" in failed[trials[2].name]
