@@ -153,10 +153,9 @@ def _project(
         found = projector.project(targets, lambda: bar.advance(bar.task_ids[0]))
         for path, target, one in zip(images, targets, found, strict=True):
             latent, picture, of_all = _files(out, path)
-            mine = notes | {"image": _digest(target)}
             strips.append(torch.cat([target[None], one.way]))
             with _writing(out):
-                _save(latent, one, mine)
+                _save(latent, one, notes | {"image": _digest(target)})
                 save_grid(strips[-1], picture, len(strips[-1]))
             bar.stop()
             closer = f"{one.first / max(one.last, 1e-12):12.1f}"

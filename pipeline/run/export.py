@@ -39,9 +39,9 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
     checkpoint: "newest" (intact), "best" (by the run's own score), or a kimg. Raises UserError if it is not a
     run folder or does not keep this checkpoint.
     """
-    if (trials := run / "trials").is_dir() and not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is a selection, not a run folder. Its trials are runs: {trials}.")
     if not (run / "config.yaml").is_file():
+        if (trials := run / "trials").is_dir():
+            raise UserError(f"{run} is a selection, not a run folder. Its trials are runs: {trials}.")
         near = "" if run.exists() else did_you_mean(run)
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.{near}")
     if (run / FILE).is_file() and not (run / "checkpoints").exists():
