@@ -63,11 +63,16 @@ def _call() -> None:
     provide_home()
     try:
         cli.main(standalone_mode=False)
+        if why := console.lost():
+            raise click.ClickException(f"Standard output did not take everything: {why}.")
     except UserError as error:
         console.show_error(error)
         sys.exit(2)
+    except click.UsageError as error:
+        error.show()  # with the command's usage
+        sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        console.show_error(error.format_message())
         sys.exit(error.exit_code)
 
 

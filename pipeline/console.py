@@ -81,6 +81,15 @@ def settle() -> None:
             outlet.writer.wait(max(deadline - time.monotonic(), 0))
 
 
+def lost() -> str:
+    """Why standard output did not take everything written so far, a full disk say; "" if it did, or if whoever
+    reads it has had enough."""
+    settle()
+    outlet = getattr(sys.stdout, "buffer", None)
+    error = outlet.error if isinstance(outlet, _Outlet) else None
+    return "" if error is None or isinstance(error, BrokenPipeError) else error.strerror or str(error)
+
+
 def end_process(status: int) -> NoReturn:
     """End this process at once, after what it wrote is shown.
 
@@ -96,6 +105,7 @@ class _Outlet(io.RawIOBase):
 
     def __init__(self, name: str, fd: int, writer: _Writer) -> None:
         self.name, self._fd, self.writer = f"<{name}>", fd, writer
+        self.error: OSError | None = None  # the last of a write
 
     def writable(self) -> bool:
         return True
@@ -108,14 +118,25 @@ class _Outlet(io.RawIOBase):
 
     def write(self, data: ReadableBuffer, /) -> int:
         content = bytes(data)
-        self.writer.put(self._fd, content)
+        self.writer.put(self, content)
         return len(content)
+
+    def write_now(self, data: bytes) -> None:
+        """In the writer's thread."""
+        try:
+            while data:
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except BlockingIOError:  # whoever shares the console has made it non-blocking
+                    select.select([], [self._fd], [])
+        except OSError as error:
+            self.error = error
 
 
 class _Writer:
     """Writes in a thread of its own, in order."""
 
-    _waiting: queue.SimpleQueue[tuple[int, bytes, threading.Event]]
+    _waiting: queue.SimpleQueue[tuple[_Outlet, bytes, threading.Event]]
     _last: threading.Event  # set once the newest of them is written
     _started: bool
 
@@ -123,7 +144,7 @@ class _Writer:
         self._begin()
         os.register_at_fork(after_in_child=self._begin)  # threads are not forked, and locks as they were
 
-    def put(self, fd: int, data: bytes) -> None:
+    def put(self, outlet: _Outlet, data: bytes) -> None:
         """Returns once the data are written, or after a moment; at once while earlier data are stuck."""
         if not self._started:
             self._started = True
@@ -133,7 +154,7 @@ class _Writer:
             return
         stuck, self._last = not self._last.is_set(), threading.Event()
         last = self._last
-        self._waiting.put((fd, data, last))
+        self._waiting.put((outlet, data, last))
         if not stuck:
             last.wait(_MOMENT_S)
 
@@ -145,21 +166,12 @@ class _Writer:
         self._last.set()
 
     @staticmethod
-    def _work(waiting: queue.SimpleQueue[tuple[int, bytes, threading.Event]]) -> None:
+    def _work(waiting: queue.SimpleQueue[tuple[_Outlet, bytes, threading.Event]]) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # they are the main thread's
         while True:
-            fd, data, done = waiting.get()
-            with suppress(OSError):
-                _write(fd, data)
+            outlet, data, done = waiting.get()
+            outlet.write_now(data)
             done.set()
-
-
-def _write(fd: int, data: bytes) -> None:
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:  # whoever shares the console has made it non-blocking
-            select.select([], [fd], [])
 
 
 def _log_handlers() -> Iterator[logging.StreamHandler[io.TextIOBase]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -40,3 +41,21 @@ os.kill(os.getpid(), signal.SIGINT)
 """
     ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGINT and ended.stderr == ""
+
+
+@pytest.mark.parametrize(("stdout", "status"), [("/dev/full", 1), ("/dev/null", 0)])
+def test_results_that_a_full_disk_does_not_take_are_no_success(stdout, status):
+    with Path(stdout).open("w") as file:
+        ended = subprocess.run(
+            [SHARDGAN, "--version"], check=False, stdout=file, stderr=subprocess.PIPE, text=True
+        )
+    said = "error: Standard output did not take everything: No space left on device.\n"
+    assert (ended.returncode, ended.stderr) == (status, said if status else "")
+
+
+def test_a_reader_that_has_had_enough_is_no_failure():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        ended = subprocess.run([SHARDGAN, "--version"], check=False, stdout=closed, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, b"")
