@@ -82,8 +82,10 @@ def settle() -> None:
 
 
 def lost() -> str:
-    """Why standard output did not take everything written so far, a full disk say; "" if it did, or if whoever
-    reads it has had enough."""
+    """Why standard output did not take everything written so far, as on a full disk.
+
+    "" if it did, or if whoever reads it has had enough.
+    """
     settle()
     outlet = getattr(sys.stdout, "buffer", None)
     error = outlet.error if isinstance(outlet, _Outlet) else None
