@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from pipeline.gan import second_order
 from pipeline.gan.precision import wide
 
 _TINY = 1e-12
@@ -163,5 +164,4 @@ def root(squares: Tensor) -> Tensor:
 
 def _squared_norms(logits: Tensor, images: Tensor) -> Tensor:
     """‖∇D(x)‖² [N] for each image, to be differentiated again."""
-    (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
-    return wide(gradient).square().flatten(1).sum(1)
+    return wide(second_order.gradient(logits.sum(), images)).square().flatten(1).sum(1)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipeline.gan import gradient_penalty
+from pipeline.gan import gradient_penalty, second_order
 from pipeline.gan.precision import wide
 
 
@@ -60,5 +60,5 @@ class PathLength:
 def path_lengths(images: Tensor, latent: Tensor) -> Tensor:
     """‖J‖ [N] along random directions y, to be differentiated again."""
     y = gradient_penalty.noise(images.detach()) / math.sqrt(images[0, 0].numel())
-    (J,) = torch.autograd.grad(images, latent, y, create_graph=True)
+    J = second_order.gradient(images, latent, y)
     return gradient_penalty.root(wide(J).square().sum(-1).view(len(J), -1).mean(1))

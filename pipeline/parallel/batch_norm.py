@@ -33,8 +33,8 @@ def synchronise(module: nn.Module, world: int) -> None:
 
     Each sends two numbers per channel in a forward and in a backward, and four in a backward that is itself
     differentiated. They share the group of the gradients. The order of collectives is the same on all ranks:
-    forwards by the code; backwards because autograd runs, of the nodes that are ready, the one made last, and
-    all ranks make the same graph.
+    forwards by the code; backwards because autograd orders the nodes of a graph by when they were made
+    (gan/second_order.py), and all ranks make the same graph.
     """
     for layer in module.modules() if world > 1 else ():
         if isinstance(layer, SyncBatchNorm2d):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,11 @@ RESUMED = {  # trainings that are stopped and resumed: settings besides QUIET
     "dcgan": (*_kinds("dcgan"), "D.norm=none", "penalty.r1.gamma=1"),
     "r3gan": (*_kinds("r3gan"), *_RELATIVISTIC),
     "vit": (*_kinds("vit"), "G.outputs=1", "loss.kind=relativistic"),
+    "stylegan2": (*_kinds("stylegan2"), "penalty.path.weight=2", "penalty.path.interval=1"),
+}
+ORDERED = {  # by strategies under which ranks send what a backward yields in its order
+    "fsdp2": (*_kinds("dcgan"), "G.norm=sync_batch", "D.norm=sync_batch", "penalty.r1.gamma=1"),
+    "zero2": RESUMED["stylegan2"],
 }
 QUIET = (  # neither scored nor shown
     f"data.train={SHARDS}", "data.size=28", "data.channels=1", "data.batch_size=32", "run.tick_kimg=0.5",
@@ -91,20 +97,34 @@ def resume() -> Outcome:
     """Trainings from shards, stopped half-way and continued by the same command, to the same bits; with
     attention, whose fused kernels on a GPU add up in any order, that is only reported."""
     failures, figures = [], {}
-    with tempfile.TemporaryDirectory() as runs:
-        for name, kind in [(n, k) for n in RESUMED for k in ("no", "bf16")] if GPUS else [("dcgan", "no")]:
-            ends = []
-            for stops in ((2,), (1, 2)):
-                run = f"{name}-{kind}-{len(stops)}"
-                for kimg in stops:
-                    _train(runs, run, kind, *RESUMED[name], f"run.total_kimg={kimg}")
-                ends.append(_tensors(Path(runs) / run / "checkpoints"))
-            same = ends[0].keys() == ends[1].keys() and all(
-                torch.equal(t, ends[1][k]) for k, t in ends[0].items()
-            )
-            figures[f"{name}, {kind}"] = "the same bits" if same else "other bits"
-            failures += [] if same or name == "vit" else [f"{name}, {kind}: a resumed run has other bits"]
+    for name, kind in [(n, k) for n in RESUMED for k in ("no", "bf16")] if GPUS else [("dcgan", "no")]:
+        same = _same_resumed(*RESUMED[name], options=("--procs", "1", "--mixed_precision", kind))
+        figures[f"{name}, {kind}"] = "the same bits" if same else "other bits"
+        failures += [] if same or name == "vit" else [f"{name}, {kind}: a resumed run has other bits"]
     return failures, figures
+
+
+def resume_ranks(strategy: str) -> Outcome:
+    """The same on several ranks, of networks whose backward decides in which order ranks send."""
+    if GPUS == 1:
+        need(2)
+    same = _same_resumed(*ORDERED[strategy], options=("--procs", str(WORLD), "--strategy", strategy))
+    failures = [] if same else [f"{strategy}: a resumed run has other bits"]
+    return failures, {
+        "strategy": strategy,
+        "ranks": WORLD,
+        "resumed": "the same bits" if same else "other bits",
+    }
+
+
+def _same_resumed(*settings: str, options: Sequence[str]) -> bool:
+    ends = []
+    for stops in ((2,), (1, 2)):
+        with tempfile.TemporaryDirectory() as runs:
+            for kimg in stops:
+                _train(runs, *settings, f"run.total_kimg={kimg}", options=options)
+            ends.append(_tensors(Path(runs) / "resumed" / "checkpoints"))
+    return ends[0].keys() == ends[1].keys() and all(torch.equal(t, ends[1][k]) for k, t in ends[0].items())
 
 
 def _command(runs: str, name: str, *settings: str) -> list[str]:
@@ -114,8 +134,8 @@ def _command(runs: str, name: str, *settings: str) -> list[str]:
     return [sys.executable, "-m", "launch.cli", "train", str(config), *QUIET, *place, *settings]
 
 
-def _train(runs: str, name: str, kind: str, *settings: str) -> None:
-    line = [*_command(runs, name, *settings), "--procs", "1", "--mixed_precision", kind]
+def _train(runs: str, *settings: str, options: Sequence[str]) -> None:
+    line = [*_command(runs, "resumed", *settings), *options]
     ended = subprocess.run(line, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError((ended.stdout + ended.stderr)[-1500:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from exact import killed_rank, parity, precision, resume
+from exact import killed_rank, parity, precision, resume, resume_ranks
 from files import loader, saves
 from machine import Outcome, surroundings
 from updates import compiled, compiled_exact, memory, no_waits, speed, step
@@ -25,6 +25,7 @@ PARTS: dict[str, Part] = {
     "precision-bf16": partial(precision, "bf16"),
     "precision-fp16": partial(precision, "fp16"),
     **{f"parity-{s}": partial(parity, s) for s in ("ddp", "fsdp2", "zero3", "zero2", "zero1", "hsdp")},
+    **{f"resume-{s}": partial(resume_ranks, s) for s in ("fsdp2", "zero2")},
     "killed-rank": killed_rank,
     "memory": memory,
     "saves": saves,
