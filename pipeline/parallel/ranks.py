@@ -86,6 +86,15 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def confirm(self) -> None:
+        """Raises RuntimeError if collectives no longer work.
+
+        After an error NCCL ends a communicator but not the process: gradients since then may be garbage.
+        """
+        found = self.sum(torch.ones((), device=self.device)).item()
+        if found != self.world:
+            raise RuntimeError(f"a sum of ones over {self.world} ranks came out as {found:g}")
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Tensors of equal shape [n, …] from every rank → [world·n, …], in the order of the ranks."""
         self.progress.moves += 1

@@ -57,6 +57,7 @@ class Saver:
     def begin(self, players: Sequence[Engine], G_ema: Ema, state: State, draws: int = VERSION) -> None:
         """Copy everything and start writing it. The previous save must be finished. draws: their version."""
         assert self._phase == "idle"
+        self._ranks.confirm()
         self._rounds, self._draws = players[0].batch.rounds, draws
         # Copies, as training adds to these lists.
         self._state = dataclasses.replace(state, bad=[*state.bad], in_a_row={**state.in_a_row})

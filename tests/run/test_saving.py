@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.gan.draws import VERSION
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.fragments import Fragment
+from pipeline.parallel.ranks import Ranks
 from pipeline.run import checkpoint, saving
 from pipeline.run.checkpoint import find
 from pipeline.run.saving import Saver
@@ -23,7 +25,7 @@ from pipeline.run.session import Session
 from pipeline.run.state import State
 
 RANKS: Any = SimpleNamespace(
-    rank=0, world=1, main=True, strategy="single", barrier=lambda: None,
+    rank=0, world=1, main=True, strategy="single", barrier=lambda: None, confirm=lambda: None,
     gather_on_main=lambda value: [value], gather_objects=lambda value: [value],
     poll_any=lambda *flags: lambda: list(flags),
 )  # fmt: skip
@@ -88,6 +90,15 @@ def test_a_save_makes_nothing_on_the_device_and_one_copy_in_host_memory(tmp_path
         saver._start = lambda *_: None  # fake tensors cannot be written
         made = begin(saver, engine, averages)
         assert made.bytes == {"cpu": held(engine, averages)}
+
+
+def test_a_save_of_ranks_whose_collectives_no_longer_work_begins_nothing(tmp_path):
+    aborted: Any = SimpleNamespace(sum=lambda ones: ones * 3, world=2, device=torch.device("cpu"))
+    ranks: Any = SimpleNamespace(**{**vars(RANKS), "confirm": lambda: Ranks.confirm(aborted)})
+    saver, engine = Saver(tmp_path, ranks, keep=1), player("cpu")
+    with pytest.raises(RuntimeError, match="a sum of ones over 2 ranks came out as 3"):
+        begin(saver, engine, averages_of(engine))
+    assert saver.finish() == [] and not any(tmp_path.iterdir())
 
 
 def test_on_a_cpu_everything_is_copied_once_and_stored_in_the_order_of_the_whole_tensor(tmp_path):
