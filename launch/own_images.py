@@ -38,7 +38,10 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
         _refuse_inside(path, folder)
     seen = look_at(source, argument)
     preset = presets.GPU if gpu else presets.CPU
-    size = data.size if _gives("data.size", settings) else _size(argument, source, seen, preset)
+    if _gives("data.size", settings):
+        size = data.size
+    else:
+        size = _size(argument, source, seen, preset) if begun is None else begun.data.size
     preparation, train = None, argument
     if not isinstance(source, Shards):
         preparation = _preparation(argument, _beside(argument, path, size), _options(argument, path, size))

@@ -120,12 +120,14 @@ def _check_data(training: Training, config: Config, folder: Path) -> None:
     import torch
 
     from pipeline.gan.networks import check_networks
+    from pipeline.run.features import check_features
     from pipeline.run.images import images_of
     from pipeline.run.reals import checked_index
     from pipeline.run.source import check_init
     from pipeline.run.tensorboard import check_tensorboard
 
     check_tensorboard(config)
+    check_features(config.score)
     if training.preparation:  # a size that the networks do not have is not worth preparing
         check_networks(config, num_classes=0)
     training.prepare()

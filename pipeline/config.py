@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,24 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 
 def _validated(layers: Iterable[Layer]) -> Config:
     refuse_resolvers(layers := [*layers])
-    merged = OmegaConf.merge(*(OmegaConf.create(expand_shorthands(layer)) for layer in layers))
+    plain = [expand_shorthands(layer) for layer in layers]
+    try:
+        merged = OmegaConf.merge(*map(OmegaConf.create, plain))
+    except (
+        TypeError
+    ):  # a list for a section, or the other way round: the last one counts, and is judged below
+        merged = OmegaConf.create(reduce(_replacing, plain))
     return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
+
+
+def _replacing(before: Layer, after: Layer) -> Layer:
+    """`after` over `before`, in which only sections are merged."""
+    both = {
+        key: _replacing(before[key], value)
+        for key, value in after.items()
+        if isinstance(value, dict) and isinstance(before.get(key), dict)
+    }
+    return before | after | both
 
 
 def _is_invalid(layers: Iterable[Layer]) -> bool:

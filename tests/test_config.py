@@ -101,6 +101,20 @@ def test_a_shorthand_beside_a_player_that_is_no_section(tmp_path):
         config.load(written(tmp_path, "data: {train: x}\npenalty: {l2: 0.1, G: 0.5}\n"))
 
 
+@pytest.mark.parametrize(("given", "what"), [("run=[]", "run"), ("G=[]", "G"), ("G.options=[]", "G.options")])
+def test_a_list_over_a_section_that_the_file_fills_is_explained(tmp_path, given, what):
+    file = written(tmp_path, "data: {train: x}\nrun: {seed: 3}\nG: {options: {depth: 2}}\n")
+    with pytest.raises(UserError, match=rf"\n  {what}: "):
+        config.load(file, [given])
+    found = config.load(file, ["run.seed=5", "G.options.depth={x: 1}", "G.options.more=[1]"])
+    assert found.G.options == {"depth": {"x": 1}, "more": [1]} and found.run.seed == 5
+
+
+def test_a_list_in_a_file_gives_way_to_a_section(tmp_path):
+    file = written(tmp_path, "data: {train: x}\nG: {options: {sizes: [1, 2]}}\n")
+    assert config.load(file, ["G.options.sizes={x: 1}"]).G.options == {"sizes": {"x": 1}}
+
+
 def test_on_is_that_of_both_players_unless_one_has_its_own(tmp_path):
     assert [p.on for p in (load().penalty.G, load().penalty.D)] == ["auto", "auto"]
     text = "data: {train: x}\npenalty: {on: all, G: {on: effective}}\n"

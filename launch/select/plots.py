@@ -7,6 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from launch.select import files
 from launch.select.choice import SEARCHED, Row, ScoreTable
 from launch.select.curve import MOST, curve, new_figure
@@ -67,6 +69,10 @@ def weights(table: ScoreTable) -> Figure:
         which = wrapped(kernels.pop(), 40) if len(kernels) == 1 else "each one's largest kernel"
         norms.set(title=f"{player}: norm of each kernel", xlabel="kimg", yscale="log")
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
+        if not any(np.isfinite(line.get_ydata()).any() for line in shares.lines):
+            shares.text(0.5, 0.5, "no weight penalty", ha="center", va="center", transform=shares.transAxes)
+            shares.set(xticks=[], yticks=[])
+        spectrum.xaxis.get_major_locator().set_params(integer=True)
         spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
     legend_below(figure, lines[: len(rows)], rows, _LETTERS)
     return figure

@@ -34,6 +34,7 @@ class Selection:
     search: Search | None = None
     failures: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    ended: int = 0  # of which it has been said, or was known at the start
 
     @property
     def folder(self) -> Path:
@@ -93,6 +94,8 @@ class Selection:
 
     def collect(self) -> None:
         """Train nothing. Failures are known from the last call's table and from the logs of jobs."""
+        if not self.folder.is_dir():
+            raise UserError(f"There is nothing to collect: no selection has begun in {self.folder}.")
         now = self._common()
         self._check_same({"candidates": now["candidates"]})  # however they are trained
         with local.hold(self.folder, (), self.say):
@@ -153,6 +156,7 @@ class Selection:
             self.trials = self.search.read()  # what another select has proposed while this one waited
             self.search.write()
         table.write(self.folder, self._table(), self.base, self.trials)
+        self.ended = len(self.trials) - len(self.todo)
 
     def _table(self) -> ScoreTable:
         return table.read_table(self.base, self.trials, self.failures, self.rule)
@@ -171,7 +175,8 @@ class Selection:
         scores = [f"{now.score} {o.score:.4f}" for o in done if o.trial == trial]
         what = failed.get(trial.name) or ", ".join(scores)
         minutes = (time.monotonic() - self.began) / 60
-        count = f"[{len(done) + len(failed)}/{self._total}]"
+        self.ended += 1
+        count = f"[{self.ended}/{self._total}]"
         self.say(f"{count} {trial.name}: {what}  after {minutes:.1f} min")
 
     def _conclude(self) -> ScoreTable:

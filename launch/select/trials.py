@@ -20,6 +20,12 @@ _FIXED = (
     *("data.stages", "data.window", "data.holdout", "data.folds", "data.fold"),
     *("run.name", "run.out", "run.seed", "run.resume", "run.new_settings", "run.new_data"),
 )
+_HINTS = {
+    "run.seed": "use --seeds",
+    "data.folds": "use --folds",
+    "data.fold": "each fold is held out in turn",
+    "run.name": "each is named after its values",
+}
 _SCORES = 5  # of a trial along its way, the last at its end
 _IMAGES_PER_SCORED = 20  # shown to D between two scores, for each image that a score generates
 
@@ -91,6 +97,11 @@ def trials(
                 f"run.{key}=true: all trials of a selection are trained alike, from start to end. "
                 "Leave it out, and give a selection with other settings or data another run.name."
             )
+    if base.data.folds is not None:
+        raise UserError(
+            f"data.folds={base.data.folds}: `select` cuts the data by itself. Leave data.folds and data.fold "
+            "out (null in a config), and give --folds."
+        )
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)
@@ -188,7 +199,7 @@ def _check_comparable(base: Config, resolved: Mapping[Arm, Config]) -> None:
         if other != arm:
             raise UserError(f"{other.name} and {arm.name} are the same settings. Leave one of them out.")
         for key in (key for key in _FIXED if attrgetter(key)(base) != attrgetter(key)(config)):
-            hint = "use --seeds" if key == "run.seed" else "set it for all, behind CONFIG"
+            hint = _HINTS.get(key, "set it for all, behind CONFIG")
             raise UserError(
                 f"{arm.name}: {key} cannot differ between trials, whose scores would not compare; {hint}."
             )

@@ -35,8 +35,8 @@ class Truncated:
         """G: whole and in eval mode, such as G_ema. Raises UserError if it has no mapping and synthesis."""
         if not (callable(getattr(G, "mapping", None)) and callable(getattr(G, "synthesis", None))):
             raise UserError(
-                f"Truncation needs a G with a latent w: {type(G).__name__} has no mapping(z, c) and "
-                "synthesis(w), as stylegan2 has."
+                "Truncation needs a G with a latent w: this one has no mapping(z, c) and synthesis(w), as "
+                "stylegan2 has."
             )
         self._G, self._psi = cast(Mapped, G), psi
         self._means: dict[int | None, Tensor] = {}

@@ -24,7 +24,8 @@ _FILES = {
     "G_ema.safetensors": "the moving average of G: the one to sample from",
     "G.safetensors": "G itself, without averaging",
     "D.safetensors": "D, the discriminator",
-    "config.yaml": "the settings it was trained with; `shardgan train` takes them again",
+    "config.yaml": "the settings it was trained with; `shardgan train config.yaml data.train=FOLDER` takes "
+    "them again",
     "export.json": "what this card says, for programs",
 }
 

@@ -42,8 +42,9 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
     if not (run / "config.yaml").is_file():
         if (trials := run / "trials").is_dir():
             raise UserError(f"{run} is a selection, not a run folder. Its trials are runs: {trials}.")
-        near = "" if run.exists() else did_you_mean(run)
-        raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.{near}")
+        if not run.exists():
+            raise UserError(f"There is no {run}. Runs are in runs/<name>/.{did_you_mean(run)}")
+        raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
     if (run / FILE).is_file() and not (run / "checkpoints").exists():
         raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
     found = chosen(run / "checkpoints", checkpoint)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -114,13 +114,28 @@ def _index(config: Config, state: State) -> Index | None:
 
 def scores_of(run: Path, cur_nimg: int) -> tuple[dict[str, float], dict[str, str]]:
     """The scores of a checkpoint, and the fingerprints of what they are against: of the last `shardgan
-    evaluate`, else of training."""
+    evaluate`, else of training. Further ones, of earlier calls, if they are of as many images against the
+    same."""
     trained = {"against": fingerprints(reference_of(run))}
+    scores: dict[str, float] = {}
+    against: dict[str, str] = {}
     for found in (*evaluated(run), *_rows(run, trained)):
-        scores = {key: value for key, value in found.items() if key.startswith("Metrics/")}
-        if scores and found.get("cur_nimg") == cur_nimg:
-            return scores, found.get("against", {})
-    return {}, {}
+        more = {key: value for key, value in found.items() if key.startswith("Metrics/")}
+        if not more or found.get("cur_nimg") != cur_nimg:
+            continue
+        if not scores:
+            scores, against = more, found.get("against", {})
+        elif _agree(against, found.get("against", {})) and _agree(_counts(scores), _counts(more)):
+            scores, against = more | scores, found.get("against", {}) | against
+    return scores, against
+
+
+def _counts(scores: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in scores.items() if key.endswith("_images")}
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(other.get(key, value) == value for key, value in one.items())
 
 
 def _rows(run: Path, more: Row) -> Iterator[Row]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.config import UserError
+from pipeline.config import Score, UserError
 from pipeline.plugins import import_class
 
 
@@ -112,7 +112,7 @@ class Inception(Extractor):
         try:
             content = file.read_bytes()
         except OSError as error:
-            raise UserError(f"score.features=inception:{file} cannot be read: {error}") from None
+            raise UserError(f"score.features=inception:{file} cannot be read: {error.strerror}.") from None
         digest = hashlib.sha256(content).hexdigest()
         if digest != self.SHA256:  # before any of it is executed
             raise UserError(
@@ -160,6 +160,13 @@ def load_features(name: str) -> Extractor:
             "inception-2015-12-05.pt), or your own as package.module:Class."
         )
     return extractor.requires_grad_(False).eval()
+
+
+def check_features(score: Score) -> None:
+    """Raises UserError if a run's scores could not be computed; for our own features, which cannot fail so,
+    nothing is loaded."""
+    if score.metrics and score.features != Score().features:
+        load_features(score.features)
 
 
 def _own(kind: str) -> Extractor:

@@ -272,6 +272,9 @@ def test_a_run_of_other_data_is_not_resumed():
     assert config_of(training_of("b/photos", ["run.name=c"], gpu=False)).run.name == "c"
     moved = training_of("b/photos", ["run.new_data=true"], gpu=False)
     assert config_of(moved).data.train == "b/photos-32px" and moved.config == str(run / "config.yaml")
+    pictures("b/large/photos", *[(64, 64)] * 3)
+    large = training_of("b/large/photos", ["run.new_data=true"], gpu=False)
+    assert large.preparation.options.size == config_of(large).data.size == 32  # the run's
     Path("a/photos").rename("a/pictures")
     assert config_of(training_of("a/pictures", [], gpu=False)).run.name == "pictures"
     assert (

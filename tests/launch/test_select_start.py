@@ -17,6 +17,7 @@ from launch.select import select
 from launch.select import start as select_start
 from launch.select import table as select_table
 from launch.select.choice import PAIRED
+from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions
 from launch.slurm import jobs as slurm
 from pipeline.config import UserError
@@ -117,6 +118,21 @@ def test_settings_of_another_selection_ask_for_another_name(tmp_path):
     assert "another run.name" in str(refused.value) and "resume" not in str(refused.value)
     with pytest.raises(UserError, match=r"run.resume=false: .* another run.name"):
         selection(tmp_path, "run.resume=false")
+
+
+def test_folds_are_those_of_the_option_alone(tmp_path):
+    with pytest.raises(UserError, match=r"data.folds=5: .* give --folds"):
+        selection(tmp_path, "data.folds=5")
+    with pytest.raises(UserError, match=r"data.fold cannot differ .*; each fold is held out in turn"):
+        selection(tmp_path, grid=["data.fold=1,2"])
+
+
+def test_nothing_is_collected_of_what_has_not_begun(tmp_path):
+    base, trials = selection(tmp_path)
+    mine = Selection(base, trials, LaunchOptions(), ("job.yaml", ()), print, PAIRED)
+    with pytest.raises(UserError, match="nothing to collect"):
+        mine.collect()
+    assert not mine.folder.exists()
 
 
 @pytest.mark.parametrize("key", ["run.new_settings", "run.new_data"])

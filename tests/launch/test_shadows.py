@@ -137,6 +137,11 @@ def test_one_in_a_file_with_the_name_of_a_module_is_explained(mine: Path, name: 
         import_named(f"{name}:Net", "G.kind")
 
 
+def test_a_class_of_a_notebook_that_is_not_in_this_process_is_explained() -> None:
+    with pytest.raises(UserError, match=r"^G.kind: Net is not here, .*give mine:Net\.$"):
+        import_named("__main__:Net", "G.kind")
+
+
 def test_nobody_puts_a_folder_before_pythons_own() -> None:
     files = [path for top in ("pipeline", "launch") for path in (ROOT / top).rglob("*.py")]
     assert files and not [path for path in files if "sys.path.insert" in path.read_text()]

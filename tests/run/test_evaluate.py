@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline import config
-from pipeline.config import UserError
+from pipeline.config import Score, UserError
 from pipeline.data.index import load_index
 from pipeline.folders import cache_folder
 from pipeline.gan.draws import Draws
@@ -28,7 +28,7 @@ from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.run import evaluate, references, scores
 from pipeline.run import tensor_cache as cache
-from pipeline.run.features import Extractor, Inception, load_features
+from pipeline.run.features import Extractor, Inception, check_features, load_features
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 TRAIN = 205  # more than three ranks take in one batch, and more than are held out
@@ -295,8 +295,9 @@ def test_features_of_a_users_own(real, monkeypatch, tmp_path):
 
 def test_fid_is_said_of_the_canonical_file_only(real, alone, tmp_path, monkeypatch):
     file = tmp_path / "inception.pt"
-    with pytest.raises(UserError, match="cannot be read"):
-        load_features(f"inception:{file}")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        check_features(Score(features=f"inception:{file}"))
+    check_features(Score(features=f"inception:{file}", metrics=()))
     file.write_bytes(b"not the network")
     with pytest.raises(UserError, match=r"its SHA-256 is .*…, not f58cb9b6ec323ed6…"):
         load_features(f"inception:{file}")
