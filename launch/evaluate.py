@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,7 +72,7 @@ def evaluate(
 def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
     """A bar over the images that may pass through the extractor; cached features need not."""
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("", total=2 * score.images + training_images(score))
         counting = extractor.register_forward_hook(lambda _m, _i, out: progress.advance(task, len(out)))
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,6 +228,7 @@ def _separate(sampler: Sampler, wanted: _Wanted, classes: list[int], folder: Pat
 def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as progress:
+    columns, shown = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()), sys.stdout.isatty()
+    with Progress(*columns, transient=True, disable=not shown) as progress:
         task = progress.add_task("", total=total)
         yield lambda number: progress.advance(task, number)

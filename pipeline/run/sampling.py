@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -65,8 +66,10 @@ class Sampler:
         own scripts use); the class is drawn by its frequency in the training set. Raises UserError for a seed
         outside [0, 2³²).
         """
-        if wrong := [seed for seed in seeds if not 0 <= seed <= LARGEST_SEED]:
-            raise UserError(f"seed {wrong[0]}: seeds are from 0 to {LARGEST_SEED}.")
+        if isinstance(seeds, int):
+            raise UserError(f"seeds={seeds}: give several, as in range({seeds}), or [{seeds}] for one.")
+        if wrong := [s for s in seeds if not (isinstance(s, Integral) and 0 <= s <= LARGEST_SEED)]:
+            raise UserError(f"seed {wrong[0]}: seeds are whole numbers from 0 to {LARGEST_SEED}.")
         z, u = np.empty((len(seeds), self.z_dim), np.float32), np.empty(len(seeds))
         numbers = np.random.RandomState()  # a new one per seed would take longer than its numbers
         for i, seed in enumerate(seeds):

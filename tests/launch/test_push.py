@@ -154,7 +154,7 @@ def test_what_is_a_folder_here_is_no_repository(tmp_path, monkeypatch):
 
 def test_a_run_that_is_not_here_is_said_before_what_the_hub_says(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^runs/photos is not a run folder"):
+    with pytest.raises(UserError, match=r"^There is no runs/photos\."):
         load(Path("runs/photos"))
     assert hub.asked == []
     first = "^There is no folder runs/photos here; as a repository: "

@@ -49,9 +49,11 @@ def test_the_latents_are_those_of_numpys_frozen_stream(tmp_path):
     assert abs(many.mean()) < 0.03 and abs(many.std() - 1) < 0.03
     assert abs((labels == 0).float().mean() - 0.7) < 0.03 and (labels < 2).all()
     assert sampler(tmp_path, conditional=False).latents([3])[1] is None
-    for seed in (-1, 2**32):
-        with pytest.raises(UserError, match="seeds are from 0"):
+    for seed in (-1, 2**32, 1.5):
+        with pytest.raises(UserError, match="seeds are whole numbers from 0"):
             sampler(tmp_path).latents([0, seed])
+    with pytest.raises(UserError, match=r"as in range\(3\)"):
+        sampler(tmp_path).latents(3)
 
 
 def test_classes_by_number_and_name(tmp_path):
