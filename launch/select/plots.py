@@ -11,7 +11,7 @@ import numpy as np
 
 from launch.select import files
 from launch.select.choice import SEARCHED, Row, ScoreTable
-from launch.select.curve import MOST, curve, new_figure
+from launch.select.curve import MOST, curve, label_log, new_figure
 from launch.select.heat import heat
 from launch.select.learning import learning
 from launch.select.legend import height, legend_below, styles
@@ -71,9 +71,11 @@ def weights(table: ScoreTable) -> Figure:
         shares.set(title=f"{player}: penalty's share of the gradient", xlabel="kimg")
         if not any(np.isfinite(line.get_ydata()).any() for line in shares.lines):
             shares.text(0.5, 0.5, "no weight penalty", ha="center", va="center", transform=shares.transAxes)
-            shares.set(xticks=[], yticks=[])
+            shares.set(xticks=[], yticks=[], xlabel="")
         spectrum.xaxis.get_major_locator().set_params(integer=True)
         spectrum.set(title=f"{player}: singular values of\n{which}", xlabel="number", yscale="log")
+        label_log(norms)
+        label_log(spectrum)
     legend_below(figure, lines[: len(rows)], rows, _LETTERS)
     return figure
 
