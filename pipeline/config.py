@@ -84,9 +84,8 @@ def _validated(layers: Iterable[Layer]) -> Config:
     plain = [expand_shorthands(layer) for layer in layers]
     try:
         merged = OmegaConf.merge(*map(OmegaConf.create, plain))
-    except (
-        TypeError
-    ):  # a list for a section, or the other way round: the last one counts, and is judged below
+    except TypeError:
+        # A list for a section, or the other way round: the last one counts, and is judged below.
         merged = OmegaConf.create(reduce(_replacing, plain))
     return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
 

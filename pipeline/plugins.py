@@ -28,14 +28,12 @@ def import_named(name: str, title: str) -> Any:
             sys.path.append(folder)
     try:
         return getattr(importlib.import_module(module), attribute)
-    except AttributeError as error:
-        if module != "__main__":
-            raise UserError(f"{title} cannot be imported: {reason(error)}{_mistaken(module)}") from error
-        raise UserError(
-            f"{title}: {attribute} is not here, as the classes of a notebook or script are only in its own "
-            f"process. Put it in a file, mine.py say, and give mine:{attribute}."
-        ) from None
     except Exception as error:
+        if module == "__main__":
+            raise UserError(
+                f"{title}: {attribute} is not here, as the classes of a notebook or script are only in its own "
+                f"process. Put it in a file, mine.py say, and give mine:{attribute}."
+            ) from None
         raise UserError(f"{title} cannot be imported: {reason(error)}{_mistaken(module)}") from error
 
 

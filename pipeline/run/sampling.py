@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ class Sampler:
         """
         if isinstance(seeds, int):
             raise UserError(f"seeds={seeds}: give several, as in range({seeds}), or [{seeds}] for one.")
-        if wrong := [s for s in seeds if not (isinstance(s, Integral) and 0 <= s <= LARGEST_SEED)]:
+        if wrong := [s for s in seeds if not (hasattr(s, "__index__") and 0 <= s <= LARGEST_SEED)]:
             raise UserError(f"seed {wrong[0]}: seeds are whole numbers from 0 to {LARGEST_SEED}.")
         z, u = np.empty((len(seeds), self.z_dim), np.float32), np.empty(len(seeds))
         numbers = np.random.RandomState()  # a new one per seed would take longer than its numbers
