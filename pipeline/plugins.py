@@ -31,8 +31,8 @@ def import_named(name: str, title: str) -> Any:
     except Exception as error:
         if module == "__main__":
             raise UserError(
-                f"{title}: {attribute} is not here, as the classes of a notebook or script are only in its own "
-                f"process. Put it in a file, mine.py say, and give mine:{attribute}."
+                f"{title}: {attribute} is not here, as the classes of a notebook or script are only in its "
+                f"own process. Put it in a file, mine.py say, and give mine:{attribute}."
             ) from None
         raise UserError(f"{title} cannot be imported: {reason(error)}{_mistaken(module)}") from error
 

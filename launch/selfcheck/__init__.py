@@ -13,6 +13,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,11 +144,30 @@ def read(folder: Path, case: str) -> Trained:
 @lru_cache
 def expected(case: Case, device: str = "cpu") -> Trained:
     """A case trained by plain torch, once."""
-    from launch.selfcheck import parity, plain
+    from launch.selfcheck import plain
 
-    if device != "cpu":
-        parity.ieee()
-    return plain.train(case, device)
+    if device == "cpu":
+        return plain.train(case, device)
+    with _exact_kernels():
+        return plain.train(case, device)
+
+
+@contextmanager
+def _exact_kernels() -> Iterator[None]:
+    """On GPUs: full float32; and, inside, cuDNN's kernels chosen as pipeline/parallel/ranks.py does for the
+    training that is compared: such as add in a fixed order, and not by their time."""
+    import torch
+
+    from launch.selfcheck import parity
+
+    parity.ieee()
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def differences(trained: Trained, reference: Trained) -> Iterator[Difference]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from launches import Failed, launch
 from machine import GPUS, WORLD, Outcome
 
 
@@ -20,13 +21,12 @@ def loader() -> Outcome:
 
 def saves() -> Outcome:
     """How long a save keeps training waiting: tests/benchmarks/save.py."""
-    from launch import processes
-
     figures = {}
     for strategy in ("ddp", "fsdp2", "zero3"):
-        ended = processes.launch(strategy, WORLD, ["save", "20e6" if GPUS else "2e6"], on_cpu=not GPUS)
-        if ended.returncode:
-            return [f"{strategy}: {(ended.stdout + ended.stderr)[-800:]}"], figures
-        (said,) = (line for line in ended.stdout.splitlines() if line.startswith(f"{strategy} x{WORLD},"))
+        try:
+            printed = launch(strategy, WORLD, ["save", "20e6" if GPUS else "2e6"])
+        except Failed as reason:
+            return [str(reason)], figures
+        (said,) = (line for line in printed.splitlines() if line.startswith(f"{strategy} x{WORLD},"))
         figures[f"{strategy} x{WORLD}"] = said.partition(": ")[2]
     return [], figures

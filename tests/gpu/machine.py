@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import UserError
+from pipeline.parallel.gpus import gpus
+
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
-GPUS = torch.cuda.device_count()
+try:
+    GPUS = gpus()  # as trainings count them: none if ACCELERATE_USE_CPU asks for a CPU
+except UserError as unusable:  # every part would fail for this reason
+    sys.exit(f"error: {unusable}")
 WORLD = GPUS or 2
 DEVICE = "cuda" if GPUS else "cpu"
 

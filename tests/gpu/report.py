@@ -15,7 +15,9 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [", ".join(f"{name} {value}" for name, value in machine.items()), ""] if machine else []
     lines += ["| part | outcome | seconds | |", "|---|---|---:|---|"]
     for name, result in found.items():
-        why = str(result.get("why", "")).replace("\n", " ").replace("|", "\\|")[:300]
+        ranks = result.get("figures", {}).get("ranks")
+        why = str(result.get("why") or (f"ranks: {ranks}" if ranks else ""))
+        why = why.replace("\n", " ").replace("|", "\\|")[:300]
         lines.append(f"| {name} | {result['status']} | {result['seconds']:.0f} | {why} |")
     for name, result in found.items():
         if name != "surroundings" and result.get("figures"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import repeat
@@ -30,55 +32,86 @@ _WARM_UP = 4  # updates, in which everything is compiled, and recorded as a CUDA
 
 
 def no_waits() -> Outcome:
-    """One update of every family in which torch refuses whatever would make the host wait for the device."""
+    """Updates of every family in which torch refuses whatever would make the host wait for the device: where
+    penalties are lazy, one in which they are due and one in which they are not."""
     need(1)
     figures = {}
     for name in SIZES:
+        n = _interval(name)
+        turns = {", penalties due": 2 * n, ", none due": 2 * n + 1} if n > 1 else {"": 3}
         for kind in ("no", "bf16", "fp16"):
             update = _update(name, kind, images=4)
-            update()
-            update()  # everything is allocated and chosen
-            torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                update()
-                figures[f"{name}, {kind}"] = "none"
-            except RuntimeError as error:
-                figures[f"{name}, {kind}"] = str(error).splitlines()[0]
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+            for turn in (0, 1, n, n + 1):  # everything is allocated and chosen, with penalties and without
+                update(turn * 4)
+            figures |= {f"{name}, {kind}{due}": _waits(update, turn * 4) for due, turn in turns.items()}
     return [f"{name}: {said}" for name, said in figures.items() if said != "none"], figures
+
+
+def _waits(update: Callable[..., object], cur_nimg: int) -> str:
+    """What torch says if an update makes the host wait for the device, else "none"."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(cur_nimg)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "none"
 
 
 def speed() -> Outcome:
     """Images per second and the most memory of published settings, beside doctor's forecast."""
     need(1)
+    failures, figures = [], {}
+    for name, images in SIZES.items():
+        for kind in ("no", "bf16"):
+            gc.collect()  # nothing refers to the last network any more, even if it failed
+            torch.cuda.empty_cache()
+            what = f"{name}, {kind}, {images} images"
+            try:
+                figures[what] = _speed(name, kind, images)
+            except torch.cuda.OutOfMemoryError as error:
+                figures[what] = {"images/s": str(error).splitlines()[0]}
+            except Exception as error:
+                traceback.print_exc()  # into the log
+                failures.append(f"{what}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    return failures, figures
+
+
+def _speed(name: str, kind: str, images: int) -> dict[str, float]:
+    """Of one network: its update is referred to here alone, and is freed however this ends."""
     from launch.doctor.memory import activations
     from pipeline.config import load
 
-    figures = {}
-    for name, images in SIZES.items():
-        for kind in ("no", "bf16"):
-            gc.collect()
-            torch.cuda.empty_cache()
-            try:
-                update = _update(name, kind, images)
-                _seconds(update, times=1)  # optimizers make their moments
-                held = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                seconds = _seconds(update, times=5)
-            except torch.cuda.OutOfMemoryError as error:
-                figures[f"{name}, {kind}, {images} images"] = {"images/s": str(error).splitlines()[0]}
-                continue
-            peak = torch.cuda.max_memory_allocated() - held
-            config = load(str(ROOT / "configs" / f"{name}.yaml"), ("data.conditional=false",))
-            figures[f"{name}, {kind}, {images} images"] = {
-                "images/s": round(images / seconds, 1),
-                "peak beyond what is held, GiB": round(peak / 2**30, 2),
-                "forecast, GiB": round(activations(config, images, kind, 0) / 2**30, 2),
-            }
-            del update
-    return [], figures
+    interval = _interval(name)
+    update = _update(name, kind, images)
+    for turn in range(_WARM_UP):  # optimizers make their moments; penalties are due in the first
+        update(turn * images)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    # As many turns as make penalties due as often as in a run: the mean over them is a run's.
+    turns = math.ceil(5 / interval) * interval
+    seconds = _seconds(lambda turn: update((_WARM_UP + turn) * images), turns)
+    peak = torch.cuda.max_memory_allocated() - held
+    config = load(str(ROOT / "configs" / f"{name}.yaml"), ("data.conditional=false",))
+    return {
+        "images/s": round(images / seconds, 1),
+        "peak beyond what is held, GiB": round(peak / 2**30, 2),
+        "forecast, GiB": round(activations(config, images, kind, 0) / 2**30, 2),
+    }
+
+
+def _interval(name: str) -> int:
+    """Of how many updates of a published config one has all lazy penalties due; 1 if none is lazy."""
+    from pipeline.config import load
+    from pipeline.gan.schedules import is_used
+
+    penalty = load(str(ROOT / "configs" / f"{name}.yaml"), ("data.conditional=false",)).penalty
+    slopes = [slope for slope in (penalty.r1, penalty.r2) if is_used(slope.gamma)]
+    lazy = [*slopes, penalty.path] if penalty.path.weight else slopes
+    return math.lcm(*(each.interval for each in lazy))
 
 
 def memory() -> Outcome:
@@ -241,14 +274,12 @@ def _pair(
     return gan, lambda cur_nimg=0: train_step(gan, batches, cur_nimg, stats)
 
 
-def _seconds(update: Callable[[], object], times: int) -> float:
-    """The median of so many updates, after three."""
+def _seconds(update: Callable[[int], object], times: int) -> float:
+    """The mean of so many updates, each given its number."""
     from launch.bench.meter import clocked
 
-    for _ in range(3):
-        update()
     taken: list[float] = []
-    for _ in range(times):
+    for turn in range(times):
         with clocked(taken):
-            update()
-    return statistics.median(taken)
+            update(turn)
+    return statistics.mean(taken)

@@ -85,7 +85,7 @@ def test_an_export_is_loaded_as_its_run_is(run: Path) -> None:
     assert torch.equal(shardgan.sample(exported, range(8)), shardgan.sample(G, range(8)))
     with pytest.raises(UserError, match="is an export, which holds one checkpoint"):
         shardgan.load(run / "export", checkpoint="best")
-    with pytest.raises(UserError, match="There is no .*nothing"):
+    with pytest.raises(UserError, match=r"There is no .*nothing"):
         shardgan.load(run.parent / "nothing")
 
 
