@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from launches import Failed, launch, run
 from machine import DEVICE, GPUS, SHARDS, WORLD, Outcome, need
+from starting import Failed, launch, run
 
 if TYPE_CHECKING:
     from launch.selfcheck.parity import Case

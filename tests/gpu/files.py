@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from launches import Failed, launch
 from machine import GPUS, WORLD, Outcome
+from starting import Failed, launch
 
 
 def loader() -> Outcome:

@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 import report
-from launches import Failed
 from machine import Skipped
 from parts import PARTS
+from starting import Failed
 
 MINUTES = 9.0  # for all parts of one call
 MOST_S = {"compiled": 150.0}  # for a part

@@ -103,12 +103,12 @@ def test_a_part_that_the_end_cuts_short_is_for_the_next_call(suite, tmp_path, mo
 )
 def test_what_a_launch_said_is_in_the_log(monkeypatch, capsys, end, why):
     monkeypatch.syspath_prepend(GPU)
-    import launches
+    import starting
 
-    monkeypatch.setattr(launches, "_START", time.monotonic())
-    monkeypatch.setattr(launches, "_MOST_S", 5.0)
-    with pytest.raises(launches.Failed) as failed:
-        launches.run("it", [sys.executable, "-c", f"print('word\\n' * 3000, flush=True); {end}"])
+    monkeypatch.setattr(starting, "_START", time.monotonic())
+    monkeypatch.setattr(starting, "_MOST_S", 5.0)
+    with pytest.raises(starting.Failed) as failed:
+        starting.run("it", [sys.executable, "-c", f"print('word\\n' * 3000, flush=True); {end}"])
     assert str(failed.value).startswith(why)
     assert capsys.readouterr().err.count("word\n") == 3000
 

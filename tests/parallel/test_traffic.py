@@ -39,7 +39,8 @@ def expected(world: int) -> dict[str, float]:
     ring, some = 2 * others, others / world
     return {
         "data": 2 * ring + 4 * some + 3 * poll,  # which machines; index, fingerprint; whether all have them
-        "save": 2 * (ring + some) + 3 * poll,  # sums and files, on the main rank; bad images, written, done
+        # Whether collectives work; sums and files, on the main rank; bad images, written, done.
+        "save": 2 * some + 2 * (ring + some) + 3 * poll,
         "end": 2 * ring + 2 * some,  # why it ends; that it has
     }
 
