@@ -21,7 +21,7 @@ from pipeline.run.evaluate import from_latents
 from pipeline.run.export import load_generator
 from pipeline.run.grid import tile
 from pipeline.run.images import images_of, made_at_once
-from pipeline.run.panels import far_apart
+from pipeline.run.panels import far_apart, label_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,6 @@ _CPU = torch.device("cpu")
 INK, DARK, LIGHT, GREY, MARK = "#222222", "#1f4e79", "#9bb7d4", "#999999", "#c05020"
 _UNDER, _BESIDE = (3, 5), (12, 1)  # columns and rows of a candidate's images
 MOST = 12  # candidates of a search in a picture
-# How many times its lower end an axis' upper end is less than → digits that are labelled.
-_LABELLED = ((4, (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (30, (1, 2, 3, 5, 7)), (300, (1, 2, 5)))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -54,17 +52,6 @@ def readable(axes: Axes, means: Sequence[float], upright: bool = True, lowest: f
     if far_apart(means) and lowest > 0:
         (axes.set_yscale if upright else axes.set_xscale)("log")
         label_log(axes, upright)
-
-
-def label_log(axes: Axes, upright: bool = True) -> None:
-    """As many plain numbers as there is room for, once everything is drawn."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if upright else (axes.xaxis, axes.get_xlim())
-    digits = next((digits for most, digits in _LABELLED if high < most * low), (1,))
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def curve(table: ScoreTable) -> Figure:

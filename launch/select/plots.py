@@ -11,12 +11,13 @@ import numpy as np
 
 from launch.select import files
 from launch.select.choice import SEARCHED, Row, ScoreTable
-from launch.select.curve import MOST, curve, label_log, new_figure
+from launch.select.curve import MOST, curve, new_figure
 from launch.select.heat import heat
 from launch.select.learning import learning
 from launch.select.legend import height, legend_below, styles
 from launch.select.searched import searched
 from pipeline.run.curves import wrapped
+from pipeline.run.panels import label_log
 from pipeline.run.rows import rows
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.durable import whole
 from pipeline.run.history import History, read_history
-from pipeline.run.panels import Panel, is_news, panels_of
+from pipeline.run.panels import Panel, is_news, label_log, panels_of
 from pipeline.run.report import Report
 from pipeline.wording import counted
 
@@ -154,13 +154,8 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where one value is many times another, as the smaller ones would not be seen."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and min(finite) > 0 and max(finite) > 8 * min(finite):
-        from matplotlib.ticker import LogLocator, NullFormatter
-
         axes.set_yscale("log")
-        few = max(finite) < 300 * min(finite)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        label_log(axes)
 
 
 def _add_legend(figure: Figure, histories: Sequence[History], colours: dict[str, Any]) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pipeline.run.history import History
 from pipeline.run.metrics import metric_of
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _SETTINGS = "Progress/"  # charts of what applies: news only if it changes
+# How many times its lower end an axis' upper end is less than → digits that are labelled.
+_LABELLED = ((4, (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (30, (1, 2, 3, 5, 7)), (300, (1, 2, 5)))
 _SCORES = (("real", "Loss/scores/real"), ("fake", "Loss/scores/fake"), ("held-out", "Loss/scores/heldout"))
 
 
@@ -26,6 +32,17 @@ def far_apart(scores: Sequence[float]) -> bool:
     """Whether candidates' scores differ so much that they are shown in log, or a hopeless one would hide how
     the others differ."""
     return min(scores, default=0) > 0 and max(scores) > 2 * min(scores)
+
+
+def label_log(axes: Axes, upright: bool = True) -> None:
+    """Label a logarithmic axis, once everything is drawn, with as many plain numbers as there is room for."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if upright else (axes.xaxis, axes.get_xlim())
+    digits = next((digits for most, digits in _LABELLED if high < most * low), (1,))
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def panels_of(histories: Sequence[History]) -> list[Panel]:

@@ -19,6 +19,7 @@ from pipeline.durable import whole
 from pipeline.gan.networks import build_D, build_G
 from pipeline.run.checkpoint import Pieces, find, read_state
 from pipeline.run.folder import begun
+from pipeline.run.panels import label_log
 from pipeline.run.rows import append, rows
 
 _LARGEST = 3  # kernels of each player, by elements
@@ -76,6 +77,7 @@ def _draw_kernel(panel: Any, name: str, lines: Sequence[Mapping[str, Any]]) -> N
         values, shade = row.get(name, []), str(0.8 * (1 - number / len(lines)))
         panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
     panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")
+    label_log(panel)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.legend(frameon=False)
 
