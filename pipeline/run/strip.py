@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
-from pipeline.run.comparison import settings_apart
+from pipeline.run.comparison import references_apart, settings_apart
 from pipeline.run.curves import wrapped
 from pipeline.run.history import History
 from pipeline.run.panels import label_of
@@ -27,8 +27,8 @@ _WIDTH, _HEIGHT, _DPI = 3.0, 3.5, 100  # inches of a panel
 
 
 def draw(histories: Sequence[History]) -> Figure:
-    """A panel for real images, if all runs are scored against the same, and one for each run: of its newest
-    sample grid, with the settings that set it apart above and its last scores below.
+    """A panel for each run: its newest sample grid under the settings that set it apart. If all runs are
+    scored against the same images, real ones come first, and each run's last scores are below its grid.
 
     Raises UserError if there are more than MOST runs, or none of them has a sample grid.
     """
@@ -39,10 +39,12 @@ def draw(histories: Sequence[History]) -> Figure:
     images = [_images(history, newest(history.folder)) for history in histories]
     if not any(images):
         raise UserError("There is nothing to draw: the runs have no sample grids yet.")
-    panels = list(zip(images, _titles(histories), map(_scores, histories), strict=True))
-    if len({str(history.reference.get("heldout")) for history in histories}) == 1:
-        real = _images(histories[0], reals_of(histories[0].folder))
-        panels.insert(0, (real, "real images", ""))
+    titles, scores = _titles(histories), [""] * len(histories)
+    panels = []
+    if not references_apart(histories):
+        panels.append((_images(histories[0], reals_of(histories[0].folder)), "real images", ""))
+        scores = [_scores(history) for history in histories]
+    panels += zip(images, titles, scores, strict=True)
     rows = -(-len(panels) // _ACROSS)
     across = -(-len(panels) // rows)
     figure = Figure(figsize=(_WIDTH * across, _HEIGHT * rows), dpi=_DPI, layout="constrained")
