@@ -27,6 +27,7 @@ from pipeline.gan.penalised import KERNEL_LAYERS
 from pipeline.gan.r3gan import Block, initialise_blocks
 
 SIZES = (28, 32, 64, 128)
+_PAPERS_STD = 0.02  # of all kernels
 
 
 class Generator(nn.Module):
@@ -58,7 +59,8 @@ class Generator(nn.Module):
         outwards = [*reversed(hidden), channels]
         self.embed = nn.Embedding(num_classes, z_dim) if num_classes else None  # N(0, 1), as z is
         inputs = 2 * z_dim if num_classes else z_dim
-        self.project = nn.Linear(inputs, outwards[0] * self.start**2, bias=norm == "none")
+        layer = Projection if blocks and norm == "none" else nn.Linear
+        self.project = layer(inputs, outwards[0] * self.start**2, bias=norm == "none")
         residual = _residual(blocks, outwards[0], activation, spectral_norm)
         ups = [Up(a, b, norm, activation, dropout) for a, b in pairwise(outwards[:-1])]
         self.blocks = nn.Sequential(*residual, *ups, Up(outwards[-2], channels, norm, activation))
@@ -118,6 +120,22 @@ class Discriminator(nn.Module):
         if self.embed is not None:
             logits = logits + (features.sum((2, 3)) * self.embed(c)).sum(1)
         return logits
+
+
+class Projection(nn.Linear):
+    """gain · (Wz + b), W starting at the paper's 0.02 and the images at He's gain all the same.
+
+    Adam's step has one size for all weights. A layer of few inputs starts with large ones: without the gain
+    it would learn ten times as slowly as the convolutions, and images keep the noise that it starts with
+    (configs/README.md, "At which rates?"). A learning rate multiplier: Karras et al. 2019, app. C.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.weight_gain = math.sqrt(2 / inputs) / _PAPERS_STD
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.weight_gain * super().forward(z)
 
 
 class Up(nn.Module):
@@ -188,14 +206,14 @@ def _initialise(module: nn.Module, norm: Norm, gain: float) -> None:
 
 
 def _std(layer: nn.Module, norm: Norm, gain: float) -> float:
-    """0.02 as in the paper, under batch norm; else He et al. 2015's gain / √fan_in.
+    """0.02 as in the paper, under batch norm and where a gain follows; else He et al. 2015's gain / √fan_in.
 
     At 0.02 the signal shrinks from layer to layer, more so in narrow networks. Batch norm restores it;
     without a norm images start almost grey, logits almost constant, and learning starts late. He's gain keeps
     the scale at any width; group and instance norm do not depend on it.
     """
-    if norm in ("batch", "sync_batch"):
-        return 0.02
+    if norm in ("batch", "sync_batch") or isinstance(layer, Projection):
+        return _PAPERS_STD
     if isinstance(layer, _ConvTransposeNd):  # with stride s, an output pixel sees k²/s² inputs per channel
         return gain / math.sqrt(layer.in_channels * math.prod(layer.kernel_size) / math.prod(layer.stride))
     weight = layer.weight

@@ -8,6 +8,7 @@ from torch import nn
 
 from pipeline.config import UserError
 from pipeline.gan.dcgan import SIZES, Discriminator, Generator
+from pipeline.gan.penalised import penalised
 from pipeline.gan.r3gan import Block
 
 
@@ -138,6 +139,25 @@ def test_other_starts_neither_vanish_nor_saturate(norm, width):
 
 
 # With blocks of R3GAN
+
+
+def test_without_norms_the_layer_of_z_starts_as_before_and_learns_at_the_convolutions_pace():
+    torch.manual_seed(0)
+    shape = {"z_dim": 64, "size": 28, "channels": 1, "width": 32, "norm": "none"}
+    G, plain = Generator(blocks=1, **shape), Generator(**shape)
+    z = torch.randn(32, 64)
+    assert G.project.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert G.project(z).std().item() == pytest.approx(plain.project(z).std().item(), rel=0.05)
+    factors = penalised(G, "auto")
+    assert factors.pop("project.weight") == pytest.approx(math.sqrt(2 / 64) / 0.02)
+    assert set(factors.values()) == {1.0}
+    step = 0.001
+    before, (weights, biases) = G.project(z), (G.project.weight, G.project.bias)
+    with torch.no_grad():
+        weights.add_(step), biases.add_(step)
+    moved = math.sqrt(2 / 64) / 0.02 * step * (z.sum(1, keepdim=True) + 1)
+    torch.testing.assert_close(G.project(z) - before, moved.expand_as(before), atol=1e-5, rtol=0)
+    assert type(Generator(blocks=1, **shape | {"norm": "batch"}).project) is nn.Linear  # which has norms
 
 
 def hybrid(blocks, size=28, **options):
