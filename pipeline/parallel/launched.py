@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -13,10 +13,10 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
-from pipeline.parallel.environment import flag, place_of, started_alone
+from pipeline.parallel.environment import clear_for, flag, place_of, settle_nccl, started_alone
 from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.hybrid import read_shards
-from pipeline.parallel.zero_settings import read_settings
+from pipeline.parallel.zero_settings import read_settings, settle_deepspeed
 
 Strategy = Literal["single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -44,6 +44,23 @@ class Launch:
     def check(self, rounds: int) -> None:
         """Raises UserError for what this machine cannot do. rounds: of an update."""
         check_compilation(self.compilation, self.strategy, rounds, on_gpu())
+
+    def settle(self, environ: MutableMapping[str, str], timeout_s: float) -> None:
+        """Set all variables that ranks need; a second time changes nothing. timeout_s: of collectives.
+
+        To be called before threads start: glibc's getenv, in a thread that opens a connection, crashes while
+        another adds a variable.
+        """
+        clear_for(environ, alone=self.strategy == "single")
+        settle_nccl(environ, timeout_s)
+        if self.world == 1:  # which talks to no other GPU; Accelerate insists on some pairs of cards
+            environ.setdefault("NCCL_P2P_DISABLE", "1")
+            environ.setdefault("NCCL_IB_DISABLE", "1")
+        # Else every rank connects to every other, in each group, by addresses from the launcher's store:
+        # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
+        environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        if self.zero is not None:
+            settle_deepspeed(environ, on_gpu())
 
 
 def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:

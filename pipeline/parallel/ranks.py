@@ -18,7 +18,6 @@ from accelerate import PartialState
 from pipeline.errors import CommonError, RunError, StoppedError, UserError
 from pipeline.heap import keep_freed_memory
 from pipeline.holder import kernel, pid_namespace
-from pipeline.parallel.environment import clear_for, settle_nccl
 from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.polls import Polls
@@ -34,14 +33,7 @@ class Ranks:
 
     def __init__(self, launch: Launch, timeout: timedelta, progress: Progress | None = None) -> None:
         """Join the others. Raises UserError when the launcher's world and ours disagree."""
-        clear_for(os.environ, alone=launch.strategy == "single")
-        settle_nccl(os.environ, timeout.total_seconds())
-        if launch.world == 1:  # which talks to no other GPU; Accelerate insists on some pairs of cards
-            os.environ.setdefault("NCCL_P2P_DISABLE", "1")
-            os.environ.setdefault("NCCL_IB_DISABLE", "1")
-        # Else every rank connects to every other, in each group, by addresses from the launcher's store:
-        # 1,024 ranks read 8.8 GB from it per group and hold 1,023 sockets each.
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+        launch.settle(os.environ, timeout.total_seconds())
         self.progress = progress or Progress()  # for the watch
         with self.progress.during("joining the other ranks"), _said_if_long(launch):
             state = PartialState(cpu=not on_gpu(), timeout=timeout, **_meeting_place(launch, timeout))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -133,12 +132,16 @@ def waiting_for(timeout: timedelta) -> Iterator[None]:
         c10d._set_pg_timeout(timeout, group)
 
 
-def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed; on a CPU it compiles no kernel of its own (97 s) before it starts."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    if device.type == "cpu":
+def settle_deepspeed(environ: MutableMapping[str, str], gpus: bool) -> None:
+    environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
+    if not gpus:
         # Otherwise it runs `numactl` to count devices, once for every bucket of gradients.
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        environ.setdefault("LOCAL_SIZE", environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed; on a CPU it compiles no kernel of its own (97 s) before it starts. Call `settle_deepspeed`
+    before."""
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

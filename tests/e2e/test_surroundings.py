@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launching import COMMON, RunFolder, run, shardgan
+import pytest
+from launching import COMMON, RunFolder, accelerate, run, shardgan
 
 CONFIG = f"""{COMMON}
 run: {{total_kimg: 0.048, tick_kimg: 0.024, name: trained}}
@@ -54,3 +55,14 @@ def test_two_processes_with_networks_and_stages_of_ones_own(tmp_path: Path) -> N
     assert all(name in note for name in ("WORLD_SIZE", "PET_NNODES", "ACCELERATE_USE_FSDP"))
     ended = run(shardgan("evaluate", "runs/trained"), tmp_path, **shell)
     assert ended.status == 0, ended.output
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_no_variable_is_added_while_a_thread_may_look_one_up(tmp_path: Path, strategy: str) -> None:
+    """glibc's getenv crashes if the list of variables moves meanwhile: a rank was ended by SIGSEGV as the
+    ranks met."""
+    line = accelerate(2, file=f"{strategy}.yaml")[:-2]
+    ended = run([*line, str(Path(__file__).with_name("added_variables.py"))], tmp_path)
+    assert ended.status == 0, ended.output
+    for rank in range(2):
+        assert f"rank {rank} added ['SHARDGAN_SEEN']" in ended.output, ended.output

@@ -38,6 +38,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     texts: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr(Watch, "_print", lambda _, text: texts.put(text))
     monkeypatch.setattr(watch, "_abandon", lambda: None)
+    monkeypatch.setattr(Launch, "settle", lambda *_: None)  # the variables of the process that runs the tests
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(WORLD))
     return texts

@@ -71,7 +71,7 @@ class Watch:
         self.progress = Progress()
         self.last_words: Callable[[], str] = lambda: ""  # where the run can be continued from
         self.record: Callable[[str], None] = lambda text: None  # keeps why the job ends
-        self._rank, self._world, self._timeout_s = launch.rank, launch.world, timeout_s
+        self._launch, self._rank, self._world, self._timeout_s = launch, launch.rank, launch.world, timeout_s
         self._interval_s = min(1.0, timeout_s / 20)
         self._spread = _number("LOCAL_WORLD_SIZE", launch.world) < launch.world
         self._still, self._unheard, self._silent = (_Duration(timeout_s / 4) for _ in range(3))
@@ -92,6 +92,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self._world > 1:
+            self._launch.settle(os.environ, BACKSTOP.total_seconds())
             for thread in self._threads:
                 thread.start()
         return self
