@@ -126,7 +126,7 @@ class Projection(nn.Linear):
     """gain · (Wz + b), W starting at the paper's 0.02 and the images at He's gain all the same.
 
     Adam's step has one size for all weights. A layer of few inputs starts with large ones: without the gain
-    it would learn ten times as slowly as the convolutions, and images keep the noise that it starts with
+    it would learn several times as slowly as the convolutions, and images would keep its first noise
     (configs/README.md, "At which rates?"). A learning rate multiplier: Karras et al. 2019, app. C.
     """
 
