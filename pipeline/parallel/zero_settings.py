@@ -133,6 +133,7 @@ def waiting_for(timeout: timedelta) -> Iterator[None]:
 
 
 def settle_deepspeed(environ: MutableMapping[str, str], gpus: bool) -> None:
+    """Say where DeepSpeed is to run, which it reads when it is imported."""
     environ["DS_ACCELERATOR"] = "cuda" if gpus else "cpu"
     if not gpus:
         # Otherwise it runs `numactl` to count devices, once for every bucket of gradients.
