@@ -17,6 +17,7 @@ class Lines:
 
     def __init__(self, total_nimg: int, cur_nimg: int) -> None:
         self._total = total_nimg
+        self._decimals = 1 if total_nimg >= 1000 else 3  # a trial of a few updates
         self._last = (time.monotonic(), cur_nimg)
 
     def say(self, text: str) -> None:
@@ -27,7 +28,7 @@ class Lines:
         now, (then, before) = time.monotonic(), self._last
         self._last = now, cur_nimg
         status = "  ".join(_status(values).values())
-        text = f"kimg {cur_nimg / 1000:8.1f} / {self._total / 1000:g}  {status}"
+        text = f"kimg {cur_nimg / 1000:8.{self._decimals}f} / {self._total / 1000:g}  {status}"
         if cur_nimg > before:
             left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
             text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
@@ -52,7 +53,7 @@ class Bar(Lines):
         self._width = 24 if self._console.width >= _WIDE else 10
         self._bar = Progress(
             BarColumn(bar_width=self._width),
-            TextColumn("{task.completed:.1f}/{task.total:g} kimg"),
+            TextColumn(f"{{task.completed:.{self._decimals}f}}/{{task.total:g}} kimg"),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
             console=self._console,
@@ -68,7 +69,7 @@ class Bar(Lines):
         self._console.print(text, highlight=False, markup=False, soft_wrap=True, style=style)
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
-        kimg = 2 * len(f"{self._total / 1000:g}") + len(".0/ kimg 0:00:00 ")
+        kimg = 2 * len(f"{self._total / 1000:g}") + self._decimals + len("./ kimg 0:00:00 ")
         self._scores |= {key: value for key, value in values.items() if is_score(key)}
         status = _status({**values, **self._scores})
         self._row = _fitting(status, self._console.width - self._width - kimg - 3)

@@ -56,6 +56,19 @@ def test_the_bar_and_the_score_fit_into_a_narrow_terminal(tmp_path, monkeypatch,
     assert shown in line and left_out not in line
 
 
+def test_a_trial_of_a_few_updates_shows_where_it_is(tmp_path, monkeypatch, capsys):
+    report = MainReport(tmp_path, [], 50, 0)
+    report.row(48, VALUES)
+    report.close()
+    assert "kimg    0.048 / 0.05 " in capsys.readouterr().out
+    terminal = terminal_of(60, monkeypatch)
+    report = MainReport(tmp_path, [], 50, 0)
+    report.row(48, VALUES)
+    report.close()
+    line = bars(terminal)[-1]
+    assert len(line) <= 60 and "0.048/0.05 kimg" in line and "kid_efflite0 3.1234" in line
+
+
 def test_of_many_scores_the_first_stays(tmp_path, monkeypatch):
     terminal = terminal_of(60, monkeypatch)
     report = MainReport(tmp_path, [], 1_000_000, 0)
