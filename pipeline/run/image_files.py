@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.durable import write
+from pipeline.run.plain_png import bytes_of, plain_pngs
 from pipeline.run.sampling import BATCH, Sampler, refuse_truncation
 from pipeline.wording import why
 
@@ -86,7 +89,7 @@ def _write_missing(
     truncation: float,
     done: Callable[[int], None],
 ) -> None:
-    """Images are made here while threads write the last ones: zlib releases the interpreter's lock."""
+    """Images are made here while threads write the last ones, mostly without the interpreter's lock."""
     if not missing:
         return
     seeds, labels = zip(*missing.values(), strict=True)
@@ -111,13 +114,21 @@ def _write_missing(
 
 def _write(images: Tensor, folder: Path, names: Sequence[str]) -> int:
     """Returns how many."""
-    fits = images[0].numel() + images.shape[2] < 0.9 * _BLOCK  # and then needs no compressing
-    level = 0 if fits else _COMPRESSION
-    for image, name in zip(images.permute(0, 2, 3, 1).numpy(), names, strict=True):
-        encoded = BytesIO()  # Pillow is slower on a file
-        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-        picture.save(encoded, "PNG", compress_level=level)
+    for encoded, name in zip(_encoded(images.permute(0, 2, 3, 1).numpy()), names, strict=True):
         with open(partial := f"{folder}/.{name}.partial", "wb") as written:  # noqa: PTH123  Path is slower
-            written.write(encoded.getbuffer())
+            written.write(encoded)
         os.replace(partial, f"{folder}/{name}")  # noqa: PTH105
     return len(images)
+
+
+def _encoded(images: NDArray[np.uint8]) -> Iterator[bytes]:
+    """A PNG per image, of uint8 [N, H, W, C]; compressed where that saves a block."""
+    if bytes_of(*images.shape[1:]) < 0.9 * _BLOCK:
+        yield from plain_pngs(images)
+        return
+    for image in images:
+        encoded = BytesIO()  # Pillow is slower on a file
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
+            encoded, "PNG", compress_level=_COMPRESSION
+        )
+        yield encoded.getvalue()
