@@ -21,6 +21,7 @@ from pipeline.wording import NO_TERMINAL, columns, counted
 
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
 _NAME = 24  # letters of the first column until others are left out
+_NARROWEST = 8  # letters of it until numbers are broken
 _NAMED = 5  # candidates in a sentence
 
 
@@ -51,11 +52,12 @@ def terminal(table: ScoreTable) -> str:
             grid.add_row(*(escape(cells[i]) for i in shown))
         return grid
 
-    for left_out in ([], [_TIME], [_TIME, _DIFFERENCE]):
-        fits = console.measure(lines(left_out, _NAME), options=unbounded).maximum <= width
-        if fits:
-            break
-    console.print(lines(left_out, None, fold_all=not fits))
+    def fits(left_out: Sequence[int], name: int) -> bool:
+        return console.measure(lines(left_out, name), options=unbounded).maximum <= width
+
+    ways: tuple[list[int], ...] = ([], [_TIME], [_TIME, _DIFFERENCE])
+    left_out = next((way for way in ways if fits(way, _NAME)), ways[-1])
+    console.print(lines(left_out, None, fold_all=not fits(left_out, _NARROWEST)))
     failed = [f"failed: {name}: {problem}" for name, problem in _failures(table)]
     return "\n".join([*map(str.rstrip, out.getvalue().splitlines()), *failed, *sentences(table)])
 

@@ -243,9 +243,11 @@ def test_one_of_a_thing_is_said_so(tmp_path):
 
 # On a terminal
 
+MANY_FAILED = ["penalty.l2=0.000123456,0.0234567", "optim.G.lr=0.000123456", "penalty.r1.gamma=0.1234"]
 NAMES = {
     "short": ["penalty.l2=0,1e-3,0.01"],
     "two keys": ["penalty.G.l2=0,0.001,0.01", "penalty.D.l2=0,0.001,0.01,0.1"],
+    "many failed": MANY_FAILED,
     "long": ["D.norm=none,batch,group", "G.options={a: 123456789},{a: 123456780, bcdefghijklmnopqrstuvw: 2}"],
 }
 
@@ -256,6 +258,9 @@ def test_the_table_fits_the_terminal(tmp_path, monkeypatch, grid, columns):
     _, trials = selection(tmp_path, grid=grid)
     arms = {trial.arm: None for trial in trials}
     found = table_of(trials, [[4.8 + 0.1 * i, 5.0] for i in range(len(arms))])
+    if grid is MANY_FAILED:
+        (*others, last) = found.rows
+        found = replace(found, rows=[*others, replace(last, failures=dict.fromkeys("abcdefghijk", "ended"))])
     monkeypatch.setenv("COLUMNS", str(columns))
     text = select_verdict.terminal(found)
     table, _, _ = text.partition("\nChosen: ")
