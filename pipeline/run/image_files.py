@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.config import UserError
 from pipeline.durable import write
-from pipeline.run.plain_png import bytes_of, plain_pngs
+from pipeline.run.plain_png import END, bytes_of, plain_pngs
 from pipeline.run.sampling import BATCH, Sampler, refuse_truncation
 from pipeline.wording import why
 
@@ -39,7 +39,7 @@ def write_images(
     done: Callable[[int], None] = lambda _: None,
 ) -> None:
     """An image per seed, seed00000.png …, of a class drawn from it; with several classes one of each,
-    seed00000-class3.png … Files that are there already are kept: they were written whole.
+    seed00000-class3.png … Files that are there already, and whole, are kept.
 
     run: name and kimg, written to the folder for people. done: is given how many more files are there. Raises
     UserError for a folder of other images, or that cannot be written.
@@ -47,7 +47,7 @@ def write_images(
     refuse_truncation(truncation)  # before the folder is claimed for such images
     try:
         _claim(folder, sampler.made_of | {"truncation": truncation, "classes": sorted(classes)}, run)
-        there = {path.name for path in folder.iterdir()}
+        there = {path.name for path in folder.glob("*.png") if _is_whole(path)}
         labels: Sequence[int | None] = classes or [None]
         wanted = [(seed, label) for seed in dict.fromkeys(seeds) for label in labels]
         names = {name_of(*one, len(classes) > 1): one for one in wanted}
@@ -64,7 +64,7 @@ def name_of(seed: int, label: int | None, several: bool) -> str:
 
 
 def _claim(folder: Path, made_by: dict[str, Any], run: str) -> None:
-    """Make the folder, or find that its images are of the same kind; remove what a kill left."""
+    """Make the folder, or find that its images are of the same kind."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         before = json.loads((folder / MADE_BY).read_text("utf-8"))
@@ -78,8 +78,14 @@ def _claim(folder: Path, made_by: dict[str, Any], run: str) -> None:
     if differ := [key for key, value in made_by.items() if before.get(key) != value]:
         was = "; ".join(f"{key} {before.get(key)}, not {made_by[key]}" for key in differ)
         raise UserError(f"{folder} holds other images, of {before.get('run')} ({was}): give another folder.")
-    for left in folder.glob(".*.png.*"):
-        left.unlink(missing_ok=True)
+
+
+def _is_whole(path: Path) -> bool:
+    """Does it end as a PNG does? After a kill or a power failure the last files may not."""
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - len(END)))
+        return file.read() == END
 
 
 def _write_missing(
@@ -113,11 +119,10 @@ def _write_missing(
 
 
 def _write(images: Tensor, folder: Path, names: Sequence[str]) -> int:
-    """Returns how many."""
+    """Returns how many. In place: a rename would cost as much as the file itself (ext4)."""
     for encoded, name in zip(_encoded(images.permute(0, 2, 3, 1).numpy()), names, strict=True):
-        with open(partial := f"{folder}/.{name}.partial", "wb") as written:  # noqa: PTH123  Path is slower
+        with open(f"{folder}/{name}", "wb") as written:  # noqa: PTH123  Path is slower
             written.write(encoded)
-        os.replace(partial, f"{folder}/{name}")  # noqa: PTH105
     return len(images)
 
 

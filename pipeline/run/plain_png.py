@@ -13,7 +13,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 _GREY, _COLOUR = 0, 2
+END = _chunk(b"IEND", b"")  # the last bytes of every PNG
 
 
 def bytes_of(height: int, width: int, channels: int) -> int:
@@ -35,13 +41,9 @@ def plain_pngs(images: NDArray[np.uint8]) -> Iterator[bytes]:
     length = struct.pack(">I", len(zlib_start) + size + 4)
     start = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + length
     before = b"IDAT" + zlib_start
-    before_crc, end = zlib.crc32(before), _chunk(b"IEND", b"")
+    before_crc = zlib.crc32(before)
     for image in rows:
         pixels = image.tobytes()
         adler = struct.pack(">I", zlib.adler32(pixels))
         crc = struct.pack(">I", zlib.crc32(adler, zlib.crc32(pixels, before_crc)))
-        yield b"".join((start, before, pixels, adler, crc, end))
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        yield b"".join((start, before, pixels, adler, crc, END))

@@ -153,12 +153,18 @@ def test_separate_files_are_the_images_of_their_seeds_and_kept(trained, tmp_path
         pixels = np.asarray(Image.open(folder / f"seed{seed:05d}.png")).astype(int)
         expected = trained.sample([seed])[0].permute(1, 2, 0).squeeze().numpy()
         assert np.abs(pixels - expected).max() <= 1
-    (folder / "seed00003.png").write_bytes(b"kept as it is")
+    whole = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    kept = b"kept as it is" + whole["seed00003.png"][-12:]
+    (folder / "seed00003.png").write_bytes(kept)
     (folder / "seed00004.png").unlink()
-    (folder / ".seed00004.png.0a1b2c3d").write_bytes(b"left by a kill")
+    for seed, left in ((5, 0), (6, 8), (7, 100), (8, -1)):  # bytes that a kill or a full disk left
+        (folder / f"seed{seed:05d}.png").write_bytes(whole[f"seed{seed:05d}.png"][:left])
     call("--images", folder, "--seeds", "0-70")
     assert len([*folder.iterdir()]) == 72  # 71 images and made_by.json
-    assert (folder / "seed00003.png").read_bytes() == b"kept as it is"
+    there = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert there.pop("seed00003.png") == kept and there.pop("seed00070.png")
+    del whole["seed00003.png"]
+    assert there == whole
     assert "truncation" in json.loads((folder / "made_by.json").read_text())
 
 
