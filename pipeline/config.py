@@ -87,7 +87,8 @@ def _validated(layers: Iterable[Layer]) -> Config:
     except TypeError:
         # A list for a section, or the other way round: the last one counts, and is judged below.
         merged = OmegaConf.create(reduce(_replacing, plain))
-    return TypeAdapter(Config).validate_python(OmegaConf.to_container(merged, resolve=True))
+    values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    return TypeAdapter(Config).validate_python(values)
 
 
 def _replacing(before: Layer, after: Layer) -> Layer:

@@ -90,6 +90,8 @@ def reason(error: Exception, given: str) -> str:
     if "://" in given:
         return "write a URL in quotes, and $ in a password as %24."
     text = str(error).partition("\n    full_key: ")[0]  # OmegaConf's; the key is in the message already
+    if missing := re.search("Missing mandatory value: (.+)", text):
+        return f"??? stands for a value yet to be given ({missing[1]}). Give one, or leave the key out."
     unknown = re.fullmatch("Interpolation key '(.+)' not found", text)
     return f"${{{unknown[1]}}} is none of the settings given." if unknown else " ".join(text.split())
 

@@ -260,6 +260,21 @@ def test_a_reference_to_nothing_is_named():
         load("G.width=${no.such}")
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "missing"),
+    [
+        (["G.width=???"], r"G\.width", "width"),
+        (["G=???"], "G", "G"),
+        (["G.width=${D.width}", "D.width=???"], r"G\.width", r"D\.width"),
+    ],
+)
+def test_a_value_that_is_yet_to_be_given_is_no_default(settings, key, missing):
+    with pytest.raises(
+        UserError, match=rf"{key} cannot be read: \?\?\? stands for .* \({missing}\)\. Give one"
+    ):
+        load(*settings)
+
+
 @pytest.mark.parametrize("key", ["total", "burn_in", "tick", "snapshot", "checkpoint", "eval"])
 def test_a_length_is_a_number_of_images_that_can_be_counted(key):
     with pytest.raises(UserError, match=rf"run\.{key}_kimg: Input should be less than or equal to"):
