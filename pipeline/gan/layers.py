@@ -19,6 +19,15 @@ Activation = Literal["relu", "leaky_relu", "silu"]
 SLOPE = 0.2  # of leaky ReLUs (Radford et al. 2016, section 3)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Torch's, whose backward on a CPU (2.13) ends the process by SIGSEGV where its weights need a gradient and
+    channels-last features do not: after layers that are frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        only_weights = torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad
+        return super().forward(x.contiguous() if only_weights and x.device.type == "cpu" else x)
+
+
 def norm_layer(kind: Norm, channels: int) -> nn.Module:
     """The norm named `kind` in the config, for features [N, channels, H, W]; "none": the identity."""
     if kind == "batch":
@@ -28,7 +37,7 @@ def norm_layer(kind: Norm, channels: int) -> nn.Module:
     if kind == "instance":
         return nn.InstanceNorm2d(channels, affine=True)
     if kind == "group":
-        return nn.GroupNorm(_groups(channels), channels)
+        return GroupNorm(_groups(channels), channels)
     return nn.Identity()
 
 

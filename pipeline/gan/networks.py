@@ -115,6 +115,7 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
 
     def make(**arguments: Any) -> nn.Module:
         module = network(**arguments)
+        _unfold_buffers(module)
         if player == "D":
             freeze(module, config.D.freeze)
             if not is_channels_last(module):
@@ -122,6 +123,15 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
         return module
 
     return make
+
+
+def _unfold_buffers(module: nn.Module) -> None:
+    """Give expanded buffers, whose elements share memory, memory of their own: nothing can be copied into them
+    otherwise, by a resumed run or an export."""
+    for layer in module.modules():
+        for name, buffer in list(layer.named_buffers(recurse=False)):
+            if any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                setattr(layer, name, buffer.clone())
 
 
 def _with_contiguous_images(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -202,6 +212,7 @@ def _check_shape(
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             module = network(**arguments)
+        _unfold_buffers(module)
         if player == "D":
             check_layers(config, module)
         return

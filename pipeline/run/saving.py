@@ -66,7 +66,7 @@ class Saver:
             if engine.in_first_copy:
                 averages = G_ema.averages if engine is G_ema.engine else None
                 pieces = _pieces(engine, averages)
-                copies = {key: _copy(t).reshape(-1) if t.ndim else _copy(t) for key, t in pieces.items()}
+                copies = {key: _copy(t).reshape(-1) if "@" in key else _copy(t) for key, t in pieces.items()}
                 contents[f"{engine.player.name}-{self._ranks.rank:05d}"] = copies
         buffers = {f"{e.player.name}/{name}": _copy(b) for e in players for name, b in e.buffers().items()}
         contents[f"buffers-{self._ranks.rank:05d}"] = buffers

@@ -144,7 +144,7 @@ class Session:
             fakes = self._grids.fakes(lambda: make(0, GRID), gan.draws, cur_nimg)
             self._curves.draw_if_due()
         reals = self._heldout.images
-        if fakes is not None and reals is not None and cur_nimg:
+        if fakes is not None and reals is not None and len(reals) > 1 and cur_nimg:
             self._health.compare_diversity(spread(fakes), spread(self._images(reals)))
 
     def evaluate(self, gan: Gan) -> dict[str, float] | None:

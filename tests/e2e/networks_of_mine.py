@@ -38,6 +38,18 @@ class Critic(nn.Module):
         return self.layers(x).flatten()
 
 
+class Scaled(Critic):
+    """With a parameter of no dimensions, and a buffer whose elements share memory."""
+
+    def __init__(self, *, size: int, channels: int, num_classes: int, width: int) -> None:
+        super().__init__(size=size, channels=channels, num_classes=num_classes, width=width)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("ramp", torch.linspace(0.5, 1.5, size).expand(size, size))
+
+    def forward(self, x: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        return self.scale * super().forward(x * self.ramp, c)
+
+
 class Decoder(nn.Module):
     """Latents [N, 4, 14, 14] → images [N, 1, 28, 28]: the channels are the pixels of a square of four."""
 

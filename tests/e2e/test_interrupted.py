@@ -135,7 +135,7 @@ def of_three(tmp_path_factory, in_pairs) -> tuple[RunFolder, Interrupted]:
         ADAM.replace(
             "{width: 8, norm: none, z_dim: 32}", f"{{kind: '{MINE}:Painter', options: {{width: 512}}}}"
         )
-        .replace("{width: 8, norm: none}", f"{{kind: '{MINE}:Critic', options: {{width: 400}}}}")
+        .replace("{width: 8, norm: none}", f"{{kind: '{MINE}:Scaled', options: {{width: 400}}}}")
         .replace("colour, ", "")
         .replace(f"train: {FASHION}, size: 28, channels: 1", f"train: shards, {latents}")
         .replace("eval_kimg: 0.24", "eval_kimg: 0.6")
@@ -186,6 +186,8 @@ def test_a_users_own_networks_are_trained_and_exported(of_three):
     exported = unbroken.exported()
     assert exported["G"]["layers.2.weight"].shape == (512, 512)
     assert exported["D"]["layers.1.weight"].shape == (400, 784)
+    assert exported["D"]["scale"].shape == () and exported["D"]["scale"] != 1
+    assert torch.equal(exported["D"]["ramp"], torch.linspace(0.5, 1.5, 14).expand(14, 14))
     sizes = [t.numel() * 4 for t in exported["G"].values()]
     assert sum(sizes) > 2 << 20 and all(t.isfinite().all() for t in exported["G_ema"].values())
     sys.path.insert(0, str(Path(__file__).parent))

@@ -63,6 +63,18 @@ def test_exact_gradient_penalties_run_through_them():
     )
 
 
+def test_a_group_norm_may_come_first_of_what_trains():
+    """Its gradients, of images that need none, are those of images that need one."""
+    D = D_of("D.kind=resnet", "D.norm=group", "D.freeze=1")
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    found = []
+    for images in (x, x.requires_grad_()):
+        D.zero_grad()
+        D(images).sum().backward()
+        found.append([p.grad for p in D.parameters() if p.requires_grad])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
 def test_what_comes_before_the_blocks_and_what_they_share_is_frozen():
     D = OfBlocks(32, 3, 0)
     freeze(D, 0)
