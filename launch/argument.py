@@ -14,7 +14,7 @@ from launch.installed import config_path
 from launch.training import Training, of_run
 from pipeline.credentials import redacted
 from pipeline.data.prepare.listing import EXTENSIONS
-from pipeline.errors import UserError, readable
+from pipeline.errors import UserError, expanded, readable
 
 _ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -32,7 +32,7 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
             "shardgan train CONFIG data.train=URL data.size=N"
         )
     with readable(argument):
-        return _of_path(argument, Path(argument).expanduser(), settings, gpu)
+        return _of_path(argument, expanded(argument), settings, gpu)
 
 
 def _of_path(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:

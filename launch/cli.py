@@ -68,6 +68,9 @@ def _call() -> None:
     except UserError as error:
         console.show_error(error)
         sys.exit(2)
+    except PermissionError as error:  # of a look at a folder that is closed to this user
+        console.show_error(f"{error.filename} cannot be read or written: {error.strerror}.")
+        sys.exit(2)
     except click.UsageError as error:
         error.show()  # with the command's usage
         sys.exit(error.exit_code)

@@ -21,6 +21,7 @@ from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.shards import Shards
 from pipeline.data.prepare.source import Options, Stored
 from pipeline.data.record import INDEX, read_record
+from pipeline.errors import expanded
 from pipeline.run import checkpoint
 from pipeline.wording import counted
 
@@ -28,6 +29,10 @@ from pipeline.wording import counted
 def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Training:
     """A training on a folder or zip of images, or on shards. Raises UserError, having changed nothing."""
     _refuse_given("data.train", settings, f"the data are {argument} already; leave it out")
+    if "$" in argument:
+        raise UserError(
+            f"{argument}: in settings $ begins the name of a variable. Give the data another name."
+        )
     source = open_own(argument, path)
     run, data = _wanted(path, settings)
     folder = Path(run.out) / str(run.name)
@@ -90,7 +95,7 @@ def _resumed(argument: str, source: Stored, folder: Path, begun: Config, setting
         return of_run(folder, [f"data.train={argument}", *settings], notes)
     record = _record(train)
     same_files = (record.get("source") or {}).get("fingerprint") == source.fingerprint()
-    path = Path(argument).expanduser()
+    path = expanded(argument)
     # Shards that were removed are made again, where they were.
     removed = not record and _same_place(train, _beside(argument, path, begun.data.size))
     if not (_made_of(record, argument) or same_files or removed):
@@ -184,7 +189,7 @@ def _made_of(record: dict[str, Any], argument: str) -> bool:
 
 
 def _record(train: str) -> dict[str, Any]:
-    return read_record(Path(train).expanduser()) if Path(train).expanduser().is_dir() else {}
+    return read_record(expanded(train)) if expanded(train).is_dir() else {}
 
 
 def _beside(argument: str, path: Path, size: int) -> str:
@@ -206,7 +211,7 @@ def _data_of(folder: Path) -> str | None:
 
 
 def _same_place(one: str, other: str) -> bool:
-    return os.path.realpath(Path(one).expanduser()) == os.path.realpath(Path(other).expanduser())
+    return os.path.realpath(expanded(one)) == os.path.realpath(expanded(other))
 
 
 def _gives(key: str, settings: Iterable[str]) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from pipeline.errors import expanded
+
 DRAWINGS = (".png", ".svg", ".pdf")
 
 
@@ -17,10 +19,7 @@ class UserPath(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return Path(str(super().convert(value, param, ctx))).expanduser()
-        except RuntimeError:
-            self.fail(f"{value}: there is no such home folder; write the path out.", param, ctx)
+        return expanded(str(super().convert(value, param, ctx)))
 
 
 class DrawingPath(UserPath):

@@ -83,8 +83,8 @@ def prepare(
     With --index-only SOURCE is a folder of shards. At an https://, s3:// or gs:// URL they are fetched once,
     and the index is kept on this machine.
     """
-    if not source:
-        raise UserError("SOURCE is empty. (Is a shell variable unset?)")
+    if "" in (source, out):
+        raise UserError(f"{'OUT' if source else 'SOURCE'} is empty. (Is a shell variable unset?)")
     if index_only:
         _index_only(source, out)
         return

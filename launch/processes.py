@@ -167,7 +167,7 @@ def notes() -> list[str]:
 
 def check_space(out: Path, needed_mb: int = 64) -> None:
     """Raises UserError if there is no room for a first checkpoint in the folder of runs."""
-    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if os.path.exists(p))  # noqa: PTH110
     if not os.access(place, os.W_OK):
         raise UserError(f"The run folder would be in {place}, which is not writable. Set run.out.")
     free = shutil.disk_usage(place).free // 2**20

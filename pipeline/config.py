@@ -14,7 +14,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
@@ -29,6 +28,7 @@ from pipeline.config_layers import (
 )
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
+from pipeline.errors import expanded as expanded
 from pipeline.errors import readable as readable
 from pipeline.setting_types import Norm as Norm
 from pipeline.setting_types import PenaltyOn as PenaltyOn
@@ -118,7 +118,12 @@ def dump(config: Config) -> str:
     values: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
     if config.data.train is not None:
         values["data"]["train"] = redacted(config.data.train)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return as_yaml(values)
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """With quotes where `load` would take a text for something else, as '1e-3', which PyYAML leaves plain."""
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def _check(config: Config) -> None:

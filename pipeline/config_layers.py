@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from pipeline.credentials import reason, redacted, scrubbed
-from pipeline.errors import UserError
+from pipeline.errors import UserError, expanded
 from pipeline.wording import did_you_mean
 
 Layer = dict[str, Any]
@@ -46,7 +46,7 @@ def read_file(path: Path, section: type) -> Layer:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return expanded(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"There is no config file {path}.{did_you_mean(path)}") from None
     except IsADirectoryError:
@@ -154,12 +154,17 @@ def explain(error: ValidationError, defaults: object) -> Iterator[str]:
             yield scrubbed(f"  {where}: no such key{hint}")
         elif problem["type"] == "dataclass_type":
             known = ", ".join(_keys_of(defaults, path))
-            yield scrubbed(f"  {where}: is a section, with the keys {known} (found {problem['input']!r})")
+            yield scrubbed(f"  {where}: is a section, with the keys {known} ({_found(problem['input'])})")
         else:
             message = (
                 problem["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list, [a, b, …]")
             )
-            yield scrubbed(f"  {where}: {message} (found {problem['input']!r})")
+            yield scrubbed(f"  {where}: {message} ({_found(problem['input'])})")
+
+
+def _found(value: object) -> str:
+    """Of a URL that is not one nobody knows where its password ends."""
+    return "not shown, as it may hold a password" if "://" in (text := repr(value)) else f"found {text}"
 
 
 def _keys_of(defaults: object, path: list[str]) -> list[str]:

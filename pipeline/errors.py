@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -35,3 +37,11 @@ def readable(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or what} cannot be read: {error.strerror or error}.") from None
+
+
+def expanded(path: str | Path) -> Path:
+    """With `~` and `~name` as home folders. Raises UserError for someone who is unknown here."""
+    found = os.path.expanduser(path)  # noqa: PTH111, which would read ./~name as ~name
+    if found.startswith("~") and not os.path.exists(found):  # noqa: PTH110, which may raise
+        raise UserError(f"{path}: there is no such home folder; write the path out.")
+    return Path(found)

@@ -70,7 +70,7 @@ def _has_account() -> bool:
 
 
 def _can_be_written(folder: Path) -> bool:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # noqa: PTH110, raises
     return os.access(existing, os.W_OK)
 
 

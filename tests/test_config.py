@@ -74,6 +74,23 @@ SCHEDULES = {
 }
 
 
+def test_texts_among_the_options_of_a_network_stay_texts(tmp_path):
+    given = {
+        "a": "1e-3",
+        "b": "off",
+        "c": "007",
+        "d": "1:30",
+        "e": "1_000",
+        "f": "-.5",
+        "g": "null",
+        "h": "it's",
+    }
+    settings = [f'G.options.{key}="{text}"' for key, text in given.items()]
+    found = load(*settings)
+    assert found.G.options == given
+    assert config.load(written(tmp_path, config.dump(found))).G.options == given
+
+
 @pytest.mark.parametrize("setting", SCHEDULES)
 def test_schedules_are_read_alike_from_a_file_and_the_command_line(setting, tmp_path):
     key, _, value = setting.partition("=")
@@ -185,6 +202,20 @@ def test_what_cannot_be_meant_is_refused_in_one_line(setting, said):
         load(setting)
     assert said in str(refused.value)
     assert "Value error" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.train=https://user:S3 CRET@host/faces",
+        "run.out=https://user:S3 CRET@host/faces",
+        "data.train=pipe:curl -H 'Authorization: Bearer S3 CRET' https://host/faces",
+    ],
+)
+def test_a_password_with_a_blank_is_not_shown(setting):
+    with pytest.raises(UserError, match="may hold a password") as refused:
+        load(setting)
+    assert "CRET" not in str(refused.value) and "S3" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

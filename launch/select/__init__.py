@@ -15,6 +15,7 @@ from launch.installed import config_path
 from launch.processes import STRATEGIES, check_strategy
 from launch.select.choice import RULES
 from pipeline.config import UserError
+from pipeline.errors import expanded
 
 if TYPE_CHECKING:
     from launch.select.candidates import Arm
@@ -143,4 +144,4 @@ def as_it_is(config: str, settings: tuple[str, ...], candidates: Sequence[Arm]) 
 
     load_base(config, settings, candidates)  # its messages name the file
     with TemporaryDirectory(prefix="shardgan-") as folder:
-        yield shutil.copyfile(Path(config).expanduser(), str(Path(folder, Path(config).name)))
+        yield shutil.copyfile(expanded(config), str(Path(folder, Path(config).name)))

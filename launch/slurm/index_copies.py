@@ -18,6 +18,7 @@ from pipeline.data.locate import locate
 from pipeline.data.record import places
 from pipeline.data.remote.fetch import RemoteShards
 from pipeline.data.remote.urls import is_url, locate_url
+from pipeline.errors import expanded
 
 
 def keep(data: Data, folder: Path) -> None:
@@ -47,7 +48,7 @@ def _cached(data: Data) -> Path | None:
     try:
         if is_url(train):
             return RemoteShards(locate_url(train)[0], data.remote).home
-        folder = Path(train).expanduser().absolute()
+        folder = expanded(train).absolute()
         return places(folder if folder.is_dir() else locate(train).root)[1]
     except UserError:
         return None

@@ -35,7 +35,7 @@ def train(
         raise UserError(f"strategy={strategy}: choose one of {', '.join(get_args(Strategy))}.")
     if precision not in get_args(Precision):
         raise UserError(f"mixed_precision={precision}: choose one of {', '.join(get_args(Precision))}.")
-    overrides = [f"{key}={_text(value)}" for key, value in settings.items()]
+    overrides = [f"{key}={_text(value, '.options.' in key)}" for key, value in settings.items()]
     training = training_of(str(config), overrides, gpu=on_gpu())
     if procs == 1 and strategy in (None, "single"):
         training.explain()
@@ -86,9 +86,11 @@ def _shown(child: subprocess.Popen[bytes]) -> str:
     return "".join(error).removeprefix("error: ").strip()
 
 
-def _text(value: object) -> str:
-    """As settings are written on the command line."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=_plain)
+def _text(value: object, quoted: bool = False) -> str:
+    """As settings are written on the command line. quoted: also a text, for an option of a user's class,
+    whose type nothing else tells."""
+    value = str(value) if isinstance(value, Path) else value
+    return value if isinstance(value, str) and not quoted else json.dumps(value, default=_plain)
 
 
 def _plain(value: Any) -> Any:

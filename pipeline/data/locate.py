@@ -14,7 +14,7 @@ from typing import Any
 
 from braceexpand import braceexpand  # comes with webdataset, which reads brace lists by it
 
-from pipeline.config import UserError, readable
+from pipeline.config import UserError, expanded, readable
 from pipeline.data.record import INDEX, REBUILD, file_size, read_record
 from pipeline.wording import did_you_mean
 
@@ -82,7 +82,7 @@ def look(train: str) -> Location:
 def _look(train: str) -> Location:
     if train.startswith("pipe:"):
         raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
-    root = Path(train).expanduser().absolute()
+    root = expanded(train).absolute()
     if root.is_dir():
         with os.scandir(root) as entries:  # which know what is a file without a look at each
             return Location(root, tuple(sorted(e.name for e in entries if _is_shard(e))), whole=True)
@@ -142,7 +142,7 @@ def _expand(pattern: str) -> list[Path]:
     names = expand_braces(pattern)
     paths: list[Path] = []
     for name in names:
-        path = Path(name).expanduser().absolute()
+        path = expanded(name).absolute()
         if path.is_file():
             paths.append(path)
         elif glob.has_magic(name):

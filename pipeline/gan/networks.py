@@ -126,8 +126,8 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
 
 
 def _unfold_buffers(module: nn.Module) -> None:
-    """Give expanded buffers, whose elements share memory, memory of their own: nothing can be copied into them
-    otherwise, by a resumed run or an export."""
+    """Give expanded buffers, whose elements share memory, memory of their own: nothing can be copied into
+    them otherwise, by a resumed run or an export."""
     for layer in module.modules():
         for name, buffer in list(layer.named_buffers(recurse=False)):
             if any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):

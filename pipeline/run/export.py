@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from pipeline.config import Config, UserError, dump, load
+from pipeline.config import Config, UserError, as_yaml, dump, load
 from pipeline.credentials import all_redacted, public, redacted
 from pipeline.durable import save_tensors, whole, write
 from pipeline.errors import readable
@@ -195,7 +195,7 @@ def _begin(out: Path) -> None:
 def _public_settings(config: Config) -> str:
     """config.yaml without the folders of this machine."""
     values = all_redacted(yaml.safe_load(dump(config)), by=public)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return as_yaml(values)
 
 
 def load_network(name: Network, config: Config, found: Path, state: State) -> nn.Module:

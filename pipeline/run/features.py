@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.config import Score, UserError
+from pipeline.errors import expanded
 from pipeline.plugins import import_class
 
 
@@ -151,7 +152,7 @@ def load_features(name: str) -> Extractor:
     if name == "efflite0":
         extractor: Extractor = EfficientNetLite0()
     elif name.startswith("inception:"):
-        extractor = Inception(Path(name.removeprefix("inception:")).expanduser())
+        extractor = Inception(expanded(name.removeprefix("inception:")))
     elif ":" in name:
         extractor = _own(name)
     else:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, UserError
+from pipeline.errors import expanded
 from pipeline.run.checkpoint import Wanted
 from pipeline.run.export import load_exported, load_generator
 from pipeline.run.exported import FILE
@@ -66,7 +67,7 @@ def load(source: str | Path, checkpoint: Wanted = "newest") -> Generator:
 
     checkpoint: of a run: see `load_run`. Raises UserError as `load_generator`, `load_exported` and `fetch`.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     on_the_hub = isinstance(source, str) and is_repository(source)  # a Path names a folder
     if not on_the_hub and not (folder / FILE).is_file():
         network, config, state = load_generator(folder, checkpoint)

@@ -101,3 +101,16 @@ def test_cifar_files_of_both_kinds(tmp_path: Path) -> None:
     for read, name in [(known._read_npm_cifar, "npm.tgz"), (known._read_binary_cifar, "bin.tgz")]:
         images_, labels = read(tmp_path / name)
         assert (images_ == x.reshape(-1, 32, 32, 3)).all() and (labels == y.reshape(-1)).all()
+
+
+def test_of_two_that_fetch_at_once_the_slower_one_takes_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARDGAN_CACHE", str(tmp_path))
+
+    def fetch(folder: Path, _: object) -> None:
+        (folder / "data").write_text("mine")
+        (tmp_path / "faces").mkdir()  # by another process, meanwhile
+        (tmp_path / "faces" / "data").write_text("theirs")
+
+    found = known._fetched("Faces", "faces", (fetch,), print)
+    assert found == tmp_path / "faces" and (found / "data").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["faces"]

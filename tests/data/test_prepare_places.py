@@ -56,9 +56,32 @@ def test_what_the_system_does_not_let_us_look_at(tmp_path: Path, monkeypatch: py
             call()
 
 
+def test_a_home_folder_that_there_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    nowhere = "~nobody-of-that-name/x"
+    for call in (
+        lambda: prepare(nowhere, "out", Options()),
+        lambda: prepare("pictures", nowhere, Options()),
+        lambda: load_index(nowhere),
+        lambda: training_of(nowhere, [], gpu=False),
+    ):
+        with pytest.raises(UserError, match=r"^~nobody-of-that-name/x: there is no such home folder; write"):
+            call()
+
+
+def test_a_folder_whose_name_begins_as_a_home_folder(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures.rename("~pictures")
+    prepare("./~pictures", "./~out", Options(size=8), workers=1)
+    assert (tmp_path / "~out" / "index.json").is_file() and load_index("./~out").shards
+
+
 def test_an_empty_argument_is_not_the_current_folder() -> None:
     for call in (
         lambda: command.main(["", "x"], standalone_mode=False),
+        lambda: command.main(["x", ""], standalone_mode=False),
         lambda: training_of("", [], gpu=False),
     ):
         with pytest.raises(UserError, match=r"is empty\. \(Is a shell variable unset\?\)"):

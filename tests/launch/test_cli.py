@@ -30,6 +30,21 @@ def test_ctrl_c_in_any_command_is_one_word_and_130(monkeypatch, capfd, raised):
     assert capfd.readouterr().err == "stopped\n"
 
 
+def test_a_folder_that_is_closed_to_a_command_is_named(monkeypatch, capfd):
+    def refused(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/home/other/runs/x")
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli.cli, "main", refused)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    signal.signal(signal.SIGINT, handler)
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == (
+        "error: /home/other/runs/x cannot be read or written: Permission denied.\n"
+    )
+
+
 def test_ctrl_c_before_any_command_is_there():
     """While Python is still importing what the command needs."""
     script = f"""

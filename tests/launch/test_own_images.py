@@ -126,6 +126,11 @@ def test_a_run_is_not_put_into_its_own_images(here, monkeypatch):
     assert Path(training.preparation.out).parent == here
 
 
+def test_a_name_that_settings_would_change_is_refused(here):
+    pictures("A$AP", (9, 9))
+    assert refusal("A$AP").startswith("A$AP: in settings $ begins the name of a variable.")
+
+
 def test_configs_of_other_commands_are_found_by_name_too():
     assert config_path("lambda") == str(configs() / "lambda.yaml")
     assert config_path("lamda.yaml") == "lamda.yaml"  # the reader of files refuses it

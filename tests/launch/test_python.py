@@ -195,6 +195,18 @@ def test_settings_may_be_numbers_of_other_libraries(config: Path) -> None:
         shardgan.train(config, {"penalty.l2": np.array([1, 2])})
 
 
+def test_texts_stay_texts_as_options_of_a_network(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose types nothing else tells; other settings are as they are."""
+
+    def shown(_: str, overrides: list[str], **__: object) -> None:
+        raise UserError(" ".join(overrides))
+
+    monkeypatch.setattr("launch.argument.training_of", shown)
+    given = {"G.options.mode": "off", "G.options.n": 7, "D.options.p": Path("a"), "run.name": "007"}
+    with pytest.raises(UserError, match=r'^G.options.mode="off" G.options.n=7 D.options.p="a" run.name=007$'):
+        shardgan.train(config, given)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

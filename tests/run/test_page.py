@@ -310,6 +310,11 @@ def test_a_run_that_ends_has_its_page_and_a_trial_has_none(run, monkeypatch):
     assert write_beside(run) is None and not (run / PAGE).exists()
 
 
+def test_data_of_another_folder_are_named_alone(tmp_path):
+    words = Parsed(page([write_run(tmp_path / "x", "data.train=../../srv/secret/photos")])).words
+    assert "trained on …/photos with" in words and "secret" not in words
+
+
 def test_paths_lose_their_folders_and_other_texts_nothing():
     for text, kept in {
         "/home/me/runs/mine": "…/mine",

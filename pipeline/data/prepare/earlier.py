@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import UserError
+from pipeline.config import UserError, expanded
 from pipeline.credentials import redacted
 from pipeline.data.record import INDEX, read_record
 from pipeline.wording import counted
@@ -37,7 +37,7 @@ Recipe = dict[str, Any]  # where the images come from, and how they are written
 
 def where_from(source: str) -> dict[str, str]:
     """Where images come from: the name, and a digest of the path, which published data should not show."""
-    path = redacted(source) if "://" in source else os.path.realpath(Path(source).expanduser())
+    path = redacted(source) if "://" in source else os.path.realpath(expanded(source))
     return {"source": Path(path).name, "path": hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.config import UserError
+from pipeline.config import UserError, expanded
 from pipeline.credentials import redacted
 from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.labels import Classes, Labels, label
@@ -97,7 +97,7 @@ def open_source(
     """
     if "://" in source:
         raise UserError(f"{redacted(source)} is not on this machine; copy it here to prepare it.")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _open_folder(path, source, classes, announce, without)
     if source.lower().endswith(".tar"):

@@ -91,7 +91,11 @@ def _fetched(
                 problems.append(f"  {_reason(error)}")
                 announce(f"  … did not work: {_reason(error)}")
                 continue
-            fetched.replace(folder)
+            try:
+                fetched.replace(folder)
+            except OSError:
+                if not folder.exists():  # else another process was quicker
+                    raise
             return folder
     raise UserError("\n".join([f"{what} could not be fetched:", *problems]))
 

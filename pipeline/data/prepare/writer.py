@@ -23,7 +23,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from pipeline.config import UserError, readable
+from pipeline.config import UserError, expanded, readable
 from pipeline.data import sidecar
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
@@ -83,7 +83,7 @@ def prepare(
     recipe = {**place, **asdict(options)}
     with readable(source):
         before = made_before(target, recipe, asdict(Options()))
-        gone = source in KNOWN or not Path(source).expanduser().exists()
+        gone = source in KNOWN or not expanded(source).exists()
         if before and gone and is_same_place(before, recipe):
             return _is_there(target, announce)
         images = _open(source, options.classes, announce, target)
@@ -115,7 +115,7 @@ def prepare(
 
 def _target(out: str) -> Path:
     """Where the shards are to be: a link's target. Raises UserError for what no folder can be renamed to."""
-    target = Path(out).expanduser().absolute()
+    target = expanded(out).absolute()
     if target.is_symlink():
         target = target.resolve()
     if os.path.ismount(target):

@@ -241,7 +241,7 @@ class Facts:
 
 def _place(value: str) -> str:
     """A setting that may be a path of this machine, with spaces perhaps: then its last part."""
-    return f"…/{Path(value).name}" if value.startswith(("/", "~")) else anonymous(value)
+    return f"…/{Path(value).name}" if value.startswith(("/", "~", "..")) else anonymous(value)
 
 
 def _number(value: Any, otherwise: float = 0.0) -> float:
