@@ -69,7 +69,7 @@ def _call() -> None:
         console.show_error(error)
         sys.exit(2)
     except PermissionError as error:  # of a look at a folder that is closed to this user
-        console.show_error(f"{error.filename} cannot be read or written: {error.strerror}.")
+        console.show_error(f"{error.filename or 'A file'} cannot be read or written: {error.strerror}.")
         sys.exit(2)
     except click.UsageError as error:
         error.show()  # with the command's usage

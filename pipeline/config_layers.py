@@ -163,7 +163,7 @@ def explain(error: ValidationError, defaults: object) -> Iterator[str]:
 
 
 def _found(value: object) -> str:
-    """Of a URL that is not one nobody knows where its password ends."""
+    """What was given, unless it has a URL: of one that is not valid, nobody knows where its password ends."""
     return "not shown, as it may hold a password" if "://" in (text := repr(value)) else f"found {text}"
 
 

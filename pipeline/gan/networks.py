@@ -212,7 +212,6 @@ def _check_shape(
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
         with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
             module = network(**arguments)
-        _unfold_buffers(module)
         if player == "D":
             check_layers(config, module)
         return
