@@ -201,10 +201,10 @@ def test_texts_stay_texts_as_options_of_a_network(config: Path, monkeypatch: pyt
     def shown(_: str, overrides: list[str], **__: object) -> None:
         raise UserError(" ".join(overrides))
 
-    monkeypatch.setattr("launch.argument.training_of", shown)
+    monkeypatch.setattr(training, "training_of", shown)
     given = {"G.options.mode": "off", "G.options.n": 7, "D.options.p": Path("a"), "run.name": "007"}
     with pytest.raises(UserError, match=r'^G.options.mode="off" G.options.n=7 D.options.p="a" run.name=007$'):
-        shardgan.train(config, given)
+        training.train(config, given, 1, None, "no")
 
 
 @pytest.mark.parametrize(
