@@ -16,33 +16,31 @@ from launch import cli
 SHARDGAN = Path(sys.executable).parent / "shardgan"
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, click.Abort])
-def test_ctrl_c_in_any_command_is_one_word_and_130(monkeypatch, capfd, raised):
-    def interrupted(**_: object) -> None:
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped\n"),
+        (click.Abort(), 130, "stopped\n"),
+        (
+            PermissionError(13, "Permission denied", "/home/other/runs/x"),
+            2,
+            "error: /home/other/runs/x cannot be read or written: Permission denied.\n",
+        ),
+    ],
+)
+def test_what_ends_any_command_is_said_in_a_line(monkeypatch, capfd, raised, status, said):
+    """Ctrl-C, and a folder that is closed to this user."""
+
+    def ending(**_: object) -> None:
         raise raised
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli.cli, "main", interrupted)
+    monkeypatch.setattr(cli.cli, "main", ending)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     signal.signal(signal.SIGINT, handler)
-    assert ended.value.code == 130
-    assert capfd.readouterr().err == "stopped\n"
-
-
-def test_a_folder_that_is_closed_to_a_command_is_named(monkeypatch, capfd):
-    def refused(**_: object) -> None:
-        raise PermissionError(13, "Permission denied", "/home/other/runs/x")
-
-    handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(cli.cli, "main", refused)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    signal.signal(signal.SIGINT, handler)
-    assert ended.value.code == 2
-    assert capfd.readouterr().err == (
-        "error: /home/other/runs/x cannot be read or written: Permission denied.\n"
-    )
+    assert ended.value.code == status
+    assert capfd.readouterr().err == said
 
 
 def test_ctrl_c_before_any_command_is_there():

@@ -220,7 +220,9 @@ def test_scores_on_other_data_are_not_mixed(tmp_path):
 
 def test_a_run_that_began_with_others_weights_may_have_seen_the_held_out_images(tmp_path):
     assert "never trained on" in page([write_run(tmp_path / "plain")])
-    assert "never trained on" not in page([write_run(tmp_path / "one", "run.init=runs/old")])
+    other = page([write_run(tmp_path / "one", "run.init=runs/old", "data.train=../../srv/secret/photos")])
+    assert "never trained on" not in other
+    assert "trained on …/photos with" in other and "secret" not in other  # names no folders of this machine
 
 
 def test_a_failure_names_no_machine(tmp_path):
@@ -308,11 +310,6 @@ def test_a_run_that_ends_has_its_page_and_a_trial_has_none(run, monkeypatch):
     monkeypatch.setattr(document, "find_spec", lambda _: None)  # plotly is not installed
     (run / PAGE).unlink()
     assert write_beside(run) is None and not (run / PAGE).exists()
-
-
-def test_data_of_another_folder_are_named_alone(tmp_path):
-    words = Parsed(page([write_run(tmp_path / "x", "data.train=../../srv/secret/photos")])).words
-    assert "trained on …/photos with" in words and "secret" not in words
 
 
 def test_paths_lose_their_folders_and_other_texts_nothing():
