@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from copy import deepcopy
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from pipeline.config_layers import (
     Layer,
     expand_shorthands,
     explain,
-    read_file,
     read_override,
     refuse_resolvers,
 )
+from pipeline.config_layers import read_file as read_file  # `load` without what is not in the file
 from pipeline.credentials import reason, redacted
 from pipeline.errors import UserError as UserError  # part of this module, as the settings are
 from pipeline.errors import expanded as expanded
@@ -82,12 +83,15 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 def _validated(layers: Iterable[Layer]) -> Config:
     refuse_resolvers(layers := [*layers])
     plain = [expand_shorthands(layer) for layer in layers]
-    try:
-        merged = OmegaConf.merge(*map(OmegaConf.create, plain))
-    except TypeError:
-        # A list for a section, or the other way round: the last one counts, and is judged below.
-        merged = OmegaConf.create(reduce(_replacing, plain))
-    values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    nothing: Layer = {}
+    values: Any = deepcopy(reduce(_replacing, plain, nothing))  # layers are read once and kept
+    if any(mark in repr(plain) for mark in ("${", "???")):  # else nothing is left to OmegaConf, which is slow
+        try:
+            merged = OmegaConf.merge(*map(OmegaConf.create, plain))
+        except TypeError:
+            # A list for a section, or the other way round: the last one counts, and is judged below.
+            merged = OmegaConf.create(values)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     return TypeAdapter(Config).validate_python(values)
 
 

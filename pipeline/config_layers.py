@@ -12,7 +12,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -34,8 +34,7 @@ def read_file(path: Path, section: type) -> Layer:
     """The settings in a YAML file. section: the dataclass they belong to. Raises UserError."""
     text = _text_of(path)
     try:
-        values = from_yaml(text)
-        written = yaml.load(text, yaml.BaseLoader)  # builds texts, lists and dictionaries, nothing else
+        values, written = _parsed_once(text)
     except (yaml.YAMLError, OmegaConfBaseException, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {why_not_yaml(error, text)}") from None
     if not isinstance(values, dict):
@@ -59,10 +58,18 @@ def _text_of(path: Path) -> str:
 
 def from_yaml(text: str) -> object:
     """What a file's text holds. Raises as yaml and OmegaConf do, which refuses a key given twice."""
-    lone = yaml.load(text, yaml.BaseLoader)
-    if isinstance(lone, str):  # of a number OmegaConf raises AssertionError, and it takes a word for a key
-        return lone
-    return OmegaConf.to_container(OmegaConf.create(text))
+    return _parsed(text)[0]
+
+
+def _parsed(text: str) -> tuple[object, object]:
+    """What it holds, and the same with all scalars as text."""
+    written = yaml.load(text, yaml.BaseLoader)  # builds texts, lists and dictionaries, nothing else
+    if isinstance(written, str):  # of a number OmegaConf raises AssertionError, and it takes a word for a key
+        return written, written
+    return OmegaConf.to_container(OmegaConf.create(text)), written
+
+
+_parsed_once = lru_cache(maxsize=512)(_parsed)  # a selection reads its config for each of its trials
 
 
 def refuse_resolvers(value: object) -> None:

@@ -132,6 +132,36 @@ def test_a_list_in_a_file_gives_way_to_a_section(tmp_path):
     assert config.load(file, ["G.options.sizes={x: 1}"]).G.options == {"sizes": {"x": 1}}
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        ["G.options={a: 1}"],
+        ["G.options=null"],
+        ["G.options.sizes=[3]", "optim.G.betas=[0.5,0.9]"],
+        ["penalty.l2=2e-3"],
+    ],
+)
+def test_layers_are_laid_over_one_another_alike_with_and_without_references(tmp_path, later):
+    """Without any they are merged here, with one by OmegaConf."""
+    plain = (
+        "data: {train: x}\npenalty: {l2: 1.0e-3, G: {l1: 0.1}}\nG: {options: {sizes: [1, 2], b: {c: 3}}}\n"
+    )
+    found = []
+    for seed in ("3", '"${run.keep}"'):
+        file = written(tmp_path, f"{plain}run: {{keep: 3, seed: {seed}}}\n")
+        try:
+            found.append(config.load(file, later))
+        except UserError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+
+
+def test_two_configs_from_one_file_share_nothing(tmp_path):
+    file = written(tmp_path, "data: {train: x}\nG: {options: {sizes: [1, 2]}}\n")
+    config.load(file).G.options["sizes"].append(3)
+    assert config.load(file).G.options == {"sizes": [1, 2]}
+
+
 def test_on_is_that_of_both_players_unless_one_has_its_own(tmp_path):
     assert [p.on for p in (load().penalty.G, load().penalty.D)] == ["auto", "auto"]
     text = "data: {train: x}\npenalty: {on: all, G: {on: effective}}\n"

@@ -9,10 +9,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import TypeAdapter
 
-from pipeline.config import Config, Ema, Run, UserError, dump, load, without_rampup
+from pipeline.config import Config, Ema, Run, UserError, dump, load, read_file, without_rampup
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.changes import CHANGES, DATA
@@ -171,9 +170,10 @@ def evaluated(folder: Path) -> list[dict[str, Any]]:
 def as_begun(config: Config, folder: Path) -> Config:
     """The config; what it leaves open is as the run in `folder` began: `penalty.on: auto` is what it became,
     and ema.rampup is off if the run has none and it is not set now."""
-    if not (folder / "config.yaml").exists():
-        return config
-    before = begun(folder)
+    return _completed(config, begun(folder)) if (folder / "config.yaml").exists() else config
+
+
+def _completed(config: Config, before: Config) -> Config:
     if config.ema.rampup == Ema().rampup and not before.ema.rampup:
         config = without_rampup(config)
     penalty = config.penalty
@@ -191,8 +191,7 @@ def begun(folder: Path) -> Config:
         config = load(path)
     except UserError as error:
         raise UserError(f"{path} does not hold the settings of a run: {error}") from None
-    sections = yaml.safe_load(path.read_text("utf-8"))
-    return config if "rampup" in (sections.get("ema") or {}) else without_rampup(config)
+    return config if "rampup" in (read_file(path, Config).get("ema") or {}) else without_rampup(config)
 
 
 def check_same(config: Config, folder: Path) -> None:
@@ -215,7 +214,8 @@ def changes(config: Config, folder: Path) -> dict[str, tuple[Any, Any]]:
     """Dotted key → (old, new) of what is trained, where the run in `folder` differs from `config`."""
     if not (folder / "config.yaml").exists():
         return {}
-    before, now = _fixed(begun(folder)), _fixed(as_begun(config, folder))
+    as_it_began = begun(folder)
+    before, now = _fixed(as_it_began), _fixed(_completed(config, as_it_began))
     keys = dict.fromkeys([*before, *now])  # options of a user's class may come and go
     if before["augment.target"] is None:
         del keys["run.tick_kimg"]
