@@ -18,6 +18,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
 from pipeline.gan.draws import Draws
+from pipeline.lock import take
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import Wanted
@@ -115,11 +116,17 @@ def _scores(
 
 
 def _append(file: Path, entry: dict[str, object]) -> None:
-    """Add to the JSON list in `file`, atomically; warn if that fails."""
+    """Add to the JSON list in `file`, atomically, one process at a time; warn if that fails."""
+    turn = file.with_name(".scores")
     try:
-        write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
-    except OSError as error:  # another person's run, or one on a read-only disk
-        _warn(f"these scores could not be written to {file}: {error.strerror or error}.")
+        with take(turn, say, wait=True):
+            write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
+        with suppress(OSError):  # the next one is in it
+            turn.rmdir()
+    except OSError as error:  # a full disk
+        _warn(f"these scores are not kept: {file} cannot be written to: {error.strerror or error}.")
+    except UserError as error:  # another person's run, or one on a read-only disk
+        _warn(f"these scores are not kept: {error}")
 
 
 def _entries(file: Path) -> list[object]:

@@ -176,9 +176,8 @@ def test_a_run_that_cannot_be_written_is_scored_all_the_same(read_only):
     before = sorted(read_only.iterdir())
     result = CliRunner().invoke(evaluate, [str(read_only)], catch_exceptions=False)
     assert result.exit_code == 0 and "kid_efflite0" in result.stdout
-    assert result.stderr.splitlines()[-1] == (
-        f"warning: these scores could not be written to {read_only}/scores.json: Read-only file system."
-    )
+    why = f"{read_only}/.scores cannot be written to: Read-only file system."
+    assert result.stderr.splitlines()[-1] == f"warning: these scores are not kept: {why}"
     assert sorted(read_only.iterdir()) == before
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -159,6 +160,24 @@ def test_a_damaged_list_of_scores_is_kept_and_a_new_one_begun(tmp_path, capsys, 
     assert json.loads(file.read_text()) == [{"c": 1}, {"d": 2}]
     assert (tmp_path / "scores.damaged.json").read_bytes() == content
     assert capsys.readouterr().err.count("is damaged") == 1
+
+
+def test_scores_of_processes_that_end_together_are_all_kept(tmp_path):
+    file, context = tmp_path / "scores.json", multiprocessing.get_context("fork")
+    together = context.Barrier(6)
+    each = [context.Process(target=_append_together, args=(together, file, number)) for number in range(6)]
+    for process in each:
+        process.start()
+    for process in each:
+        process.join()
+    assert sorted(entry["n"] for entry in json.loads(file.read_text())) == sorted([*range(6)] * 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+def _append_together(together, file, number):
+    for _ in range(5):
+        together.wait()
+        score_run._append(file, {"n": number})
 
 
 def test_forgetting_needs_no_room(tmp_path):
