@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -49,9 +50,9 @@ def record(ranks: Ranks, keep: bool, checkpoint: bool = True) -> dict[str, dict[
     with patch.object(ranks, "keep_gathered", keep):
         gan, batches = parity.start(wanted, parity.initial_state(wanted), ranks)
         engines = {"G": gan.G, "D": gan.D}
-        with _Most(engines) as counted:
-            for update in range(_UPDATES):
-                counted.most.clear()
+        counted = _Most(engines)
+        for update in range(_UPDATES):
+            with counted if update == _UPDATES - 1 else nullcontext():  # a look after every operation is slow
                 train_step(gan, batches, update * wanted.batch, Stats(ranks.device))
     return {
         name: {**_sizes(engine, ranks.shards), "most": counted.most[name]} for name, engine in engines.items()
@@ -61,19 +62,22 @@ def record(ranks: Ranks, keep: bool, checkpoint: bool = True) -> dict[str, dict[
 class _Most(TorchDispatchMode):
     def __init__(self, engines: dict[str, Engine]) -> None:
         super().__init__()
-        self._engines = engines
+        self._places = {  # FSDP2 puts another tensor there when it gathers one
+            name: [m._parameters for m in engine.module.modules() if m._parameters]
+            for name, engine in engines.items()
+        }
         self.most: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for name, engine in self._engines.items():
-            now = sum(p.untyped_storage().nbytes() // p.element_size() for p in _whole(engine))
+        for name, places in self._places.items():
+            now = sum(p.untyped_storage().nbytes() // p.element_size() for p in _whole(places))
             self.most[name] = max(self.most.get(name, 0), now)
         return out
 
 
-def _whole(engine: Engine) -> Iterator[torch.Tensor]:
-    return (p for p in engine.module.parameters() if not isinstance(p, DTensor))
+def _whole(places: list[dict[str, torch.Tensor | None]]) -> Iterator[torch.Tensor]:
+    return (p for place in places for p in place.values() if p is not None and not isinstance(p, DTensor))
 
 
 def _sizes(engine: Engine, shards: int) -> dict[str, int]:
