@@ -83,8 +83,7 @@ def load(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
 def _validated(layers: Iterable[Layer]) -> Config:
     refuse_resolvers(layers := [*layers])
     plain = [expand_shorthands(layer) for layer in layers]
-    nothing: Layer = {}
-    values: Any = deepcopy(reduce(_replacing, plain, nothing))  # layers are read once and kept
+    values: Any = deepcopy(reduce(_replacing, plain, Layer()))  # layers are read once and kept
     if any(mark in repr(plain) for mark in ("${", "???")):  # else nothing is left to OmegaConf, which is slow
         try:
             merged = OmegaConf.merge(*map(OmegaConf.create, plain))

@@ -121,12 +121,12 @@ def _append(file: Path, entry: dict[str, object]) -> None:
     try:
         with take(turn, say, wait=True):
             write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
-        with suppress(OSError):  # the next one is in it
-            turn.rmdir()
     except OSError as error:  # a full disk
         _warn(f"these scores are not kept: {file} cannot be written to: {error.strerror or error}.")
     except UserError as error:  # another person's run, or one on a read-only disk
         _warn(f"these scores are not kept: {error}")
+    with suppress(OSError):  # it is not there, or the next one is in it
+        turn.rmdir()
 
 
 def _entries(file: Path) -> list[object]:

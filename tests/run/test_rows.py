@@ -164,7 +164,7 @@ def test_a_damaged_list_of_scores_is_kept_and_a_new_one_begun(tmp_path, capsys, 
 
 def test_scores_of_processes_that_end_together_are_all_kept(tmp_path):
     file, context = tmp_path / "scores.json", multiprocessing.get_context("fork")
-    together = context.Barrier(6)
+    together = context.Barrier(6, timeout=60)  # if one dies, the others do too
     each = [context.Process(target=_append_together, args=(together, file, number)) for number in range(6)]
     for process in each:
         process.start()
