@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from pipeline.config import Data, Remote, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Split
 from pipeline.data.reader import BadSampleError, Reader
-from pipeline.data.remote import transfer
+from pipeline.data.remote import shard_cache, transfer
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stream import check_images, heldout_batches, label_frequencies
 
@@ -110,6 +111,44 @@ def test_the_cache_keeps_to_its_bound_and_to_what_is_read(
     index.fetch_ahead(3, (), threading.Event())
     assert (cache / "shards" / f"{index.shards[3].sha256}.tar").exists()
     assert sum(path.stat().st_size for path in shards_kept(cache)) <= limit
+
+
+def test_a_shard_that_another_process_finishes_at_this_moment_is_not_fetched_again(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = load_index(server.url, remote=QUICK)
+    os.close(index.open(2))
+    [whole] = shards_kept(cache)
+    part = whole.rename(whole.with_name(f"{whole.stem}.{index.shards[2].filesize}.part"))
+    looked = shard_cache._remove_unused
+
+    def finished_before(path: Path) -> bool:
+        if path == part and part.exists():
+            part.rename(whole)
+        return looked(path)
+
+    monkeypatch.setattr(shard_cache, "_remove_unused", finished_before)
+    os.close(index.open(2))
+    assert whole.exists() and server.asked[NAMES[2]] == 1
+
+
+def test_a_copy_that_goes_while_room_is_made(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = load_index(server.url, remote=QUICK)
+    os.close(index.open(2))
+    [gone] = shards_kept(cache)
+    listed = Path.iterdir
+
+    def then_gone(folder: Path) -> Iterator[Path]:
+        entries = list(listed(folder))
+        if folder == gone.parent:
+            gone.unlink(missing_ok=True)
+        yield from entries
+
+    monkeypatch.setattr(Path, "iterdir", then_gone)
+    os.close(index.open(3))
+    assert not gone.exists()
 
 
 @pytest.mark.parametrize("fault", ["cut", "says more", "stall"])

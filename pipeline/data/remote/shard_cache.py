@@ -118,7 +118,8 @@ class ShardCache:
         (if `bounded`) or on the disk (if `room`)."""
         with self._locked(patience):
             path = self.folder / f"{shard.sha256}.{shard.filesize}.part"
-            if self.path(shard).exists() or not _remove_unused(path):
+            # In this order: a process that finishes at this moment renames the one to the other.
+            if not _remove_unused(path) or self.path(shard).exists():
                 return None
             excess, lack = self._make_room(shard.filesize, keep)
             if (bounded and excess > 0) or (room and lack > 0):
@@ -153,7 +154,10 @@ class ShardCache:
                         # Not st_size: gcsfs makes a file as long as it will be before it writes it.
                         unwritten += max(0, int(part[1]) - entry.stat().st_blocks * 512)
             elif _WHOLE.fullmatch(entry.name):
-                status = entry.stat()
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:  # a damaged copy, removed at this moment
+                    continue
                 used += status.st_size
                 if entry.stem not in keep:
                     removable.append((status.st_mtime_ns, status.st_size, entry))
