@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -27,6 +28,8 @@ from pipeline.plugins import import_class, reason
 
 Player = Literal["G", "D"]
 _CPU = torch.device("cpu")
+# In the errors of kernels, Triton, CUDA extensions and torch where no GPU is.
+_OF_GPUS = re.compile(r"cuda|nvidia|triton|\bgpus?\b|'CPU' backend|active drivers", re.IGNORECASE)
 
 FAMILIES: Mapping[str, Mapping[Player, type[nn.Module]]] = MappingProxyType(
     {
@@ -60,9 +63,10 @@ def check_networks(config: Config, num_classes: int, device: torch.device | None
 
     Builds G and D without memory or arithmetic (meta device), and passes a batch of two through a user's own
     network, on the CPU if it cannot run on meta, else on `device`, a rank's, as it may have kernels for GPUs
-    alone. (Another process leaves such a network to the ranks.) Raises UserError if a network cannot be
-    built, if G's images are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty
-    covers nothing.
+    alone. (Another process leaves such a network to the ranks: where there are GPUs, and where its error
+    says that it needs one, as on a cluster's login node.) Raises UserError if a network cannot be built, if
+    G's images are not [N, channels, size, size], if D's logits are not [N], or if a weight penalty covers
+    nothing.
     """
     data = config.data
     image = (2, data.channels, data.size, data.size)
@@ -224,7 +228,7 @@ def _check_shape(
         except Exception as error:  # perhaps only because meta has no arithmetic, or a kernel is for GPUs
             problem = error
     else:
-        if device is None and torch.cuda.is_available():
+        if device is None and (torch.cuda.is_available() or _OF_GPUS.search(str(problem))):
             return
         raise UserError(f"{_title(config, player)} cannot be built and run: {reason(problem)}") from problem
     found = list(out.shape) if isinstance(out, Tensor) else type(out).__name__

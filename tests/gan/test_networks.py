@@ -212,12 +212,14 @@ def test_weights_that_a_class_draws_by_numpy_or_python_are_those_of_the_seed_too
 
 def test_a_network_for_gpus_alone_is_left_to_the_ranks_that_have_them(users, monkeypatch):
     settings = config("D.kind=mynets.nets:OnGPUs")
+    check_networks(settings, 0)  # of a job, on a login node
     with pytest.raises(UserError, match="cannot be built and run: RuntimeError: flash attention is for GPUs"):
-        check_networks(settings, 0)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    check_networks(settings, 0)
-    with pytest.raises(UserError, match="flash attention"):
         check_networks(settings, 0, torch.device("cpu"))  # of a rank
+    mistaken = config("D.kind=mynets.nets:Fails")
+    with pytest.raises(UserError, match="cannot be built and run: RuntimeError: mat1 and mat2 shapes"):
+        check_networks(mistaken, 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # what would run there is not known here
+    check_networks(mistaken, 0)
 
 
 def test_images_are_contiguous_for_a_class_that_does_not_ask_for_channels_last(users):
