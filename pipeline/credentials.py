@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -99,7 +101,15 @@ def reason(error: Exception, given: str) -> str:
 def anonymous(text: str) -> str:
     """A text that may leave this machine: URLs without credentials, and no folders of this machine's.
 
-    Of an absolute path only the last part stays: /home/me/runs/mine becomes …/mine.
+    Of an absolute path only the last part stays: /home/me/runs/mine becomes …/mine. Its folders' names may
+    hold blanks if the path stands in quotes, or begins with the current folder or the user's home.
     """
     text = scrubbed(text).replace("file:///", "/")
+    text = re.sub(r"""(?<=(['"]))(?:~[\w.-]*)?/(?:[^/'"\n]+/)*(?=[^/'"\n]+\1)""", "…/", text)
+    places = [os.environ.get("HOME", "")]
+    with suppress(OSError):
+        places.append(str(Path.cwd()))
+    for folder in places:
+        if " " in folder:
+            text = text.replace(f"{folder}/", "/…/")
     return re.sub(r"(?<![\w/.<…])(?:~[\w.-]*)?/(?!/)(?:[^\s/'\",;:()\[\]<>]+/)*(?=[^\s/])", "…/", text)

@@ -312,12 +312,17 @@ def test_a_run_that_ends_has_its_page_and_a_trial_has_none(run, monkeypatch):
     assert write_beside(run) is None and not (run / PAGE).exists()
 
 
-def test_paths_lose_their_folders_and_other_texts_nothing():
+def test_paths_lose_their_folders_and_other_texts_nothing(tmp_path, monkeypatch):
+    (tmp_path / "my work").mkdir()
+    monkeypatch.chdir(tmp_path / "my work")
     for text, kept in {
         "/home/me/runs/mine": "…/mine",
         "(/tmp/x/y.png) or '~/z/w', and inception:/home/w.pt": "(…/y.png) or '…/w', and inception:…/w.pt",
         "file:///home/me/x s3://k:pw@h/p": "…/x s3://h/p",
         "data/x, 1/2, and/or, λ_G / λ_D": "data/x, 1/2, and/or, λ_G / λ_D",
+        "not found: '/srv/my data/x y.png'": "not found: '…/x y.png'",
+        "it's '/x' and isn't /y/z": "it's '…/x' and isn't …/z",
+        f"{tmp_path}/my work/runs/mine is full": "…/mine is full",
     }.items():
         assert anonymous(text) == kept
 
