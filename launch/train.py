@@ -79,9 +79,10 @@ def train(
         _show_line(strategy, procs, mixed_precision, compiled, given)
         click.echo(f"\n# the resolved config\n{dump(as_begun(resolved, folder))}", nl=False)
         return
-    check_same(named, folder)
-    if not finished(folder, named):
-        refuse_running(folder)
+    if resolved.run.resume:  # else a run that has just taken this name leaves the next one to this one
+        check_same(named, folder)
+        if not finished(folder, named):
+            refuse_running(folder)
     processes.check_space(Path(resolved.run.out))
     _check_data(training, resolved, folder)
     for note in processes.notes():

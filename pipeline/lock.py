@@ -11,13 +11,14 @@ Heartbeats are compared with each other, never with the clock of another machine
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ LOCK = ".lock"
 BEAT_S = 15.0
 _MISSED = 3.3  # heartbeats; after so many missed ones the holder is gone
 _POLL_S = 0.1
+_MAKING = 10  # attempts to make a folder that others remove
 _PATIENCE_S = 1.0  # of waiting; then say for what
 
 
@@ -123,10 +125,11 @@ def take(
     try:
         while True:
             _make(place)
-            numbers, path, holder = pulse.look(place)
+            numbers, path, content = _read(place)
+            holder = pulse.look(path, content)
             state = holder.state(path) if holder else "unknown"
             if not numbers or state == "gone" or (state == "unknown" and pulse.has_stopped):
-                if lock := _create(folder, numbers):
+                if lock := _create(folder, numbers, content):
                     return lock
                 time.sleep(random.uniform(0, _POLL_S))  # others try as well
                 continue
@@ -139,6 +142,17 @@ def take(
             time.sleep(_POLL_S)
     except OSError as error:
         raise UserError(f"{folder} cannot be written to: {error.strerror or error}.") from None
+
+
+@contextmanager
+def turn(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold a folder that is there for nothing else, and is removed again. say, errors: see `take`."""
+    try:
+        with take(folder, say, wait=True):
+            yield
+    finally:
+        with suppress(OSError):  # it is not there, or the next one is in it
+            folder.rmdir()
 
 
 def refuse_held(folder: Path) -> None:
@@ -157,8 +171,7 @@ class _Pulse:
         self._silent_s, self._explained = 0.0, False
         self.beats = False
 
-    def look(self, place: Path) -> tuple[list[int], Path, Holder | None]:
-        numbers, path, content = _read(place)
+    def look(self, path: Path, content: bytes) -> Holder | None:
         holder, now = read_holder(content), time.monotonic()
         if self._seen == (path, content):
             self._silent_s += min(now - self._last, 10 * _POLL_S)  # this process may have been suspended too
@@ -166,7 +179,7 @@ class _Pulse:
             before, self._seen, self._silent_s = self._seen, (path, content), 0.0
             self.beats = before is not None and before[0] == path and read_holder(before[1]) == holder
         self._last = now
-        return numbers, path, holder
+        return holder
 
     @property
     def has_stopped(self) -> bool:
@@ -182,14 +195,24 @@ class _Pulse:
 
 
 def _make(place: Path) -> None:
-    with suppress(FileExistsError):  # also if its holder removes it at this moment
-        if place.is_file():  # of an earlier version
-            place.unlink()
-        place.mkdir(parents=True, exist_ok=True)
+    """Raises FileNotFoundError where no folder can be."""
+    if place.parent.is_symlink() and not place.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, "it is a link that leads nowhere")
+    for left in reversed(range(_MAKING)):
+        try:
+            with suppress(FileExistsError):  # also if its holder removes it at this moment
+                if place.is_file():  # of an earlier version
+                    place.unlink()
+                place.mkdir(parents=True, exist_ok=True)
+            return
+        except FileNotFoundError:  # its holder may have removed the folder as well: see `turn`
+            if not left:
+                raise
 
 
-def _create(folder: Path, seen: list[int]) -> Lock | None:
-    """Take over from the holders of the lock files `seen`; None if others were faster."""
+def _create(folder: Path, seen: list[int], content: bytes) -> Lock | None:
+    """Take over from the holders of the lock files `seen`, of which the newest had this content; None if
+    others were faster."""
     number = max(seen, default=0) + 1
     path = folder / LOCK / str(number)
     try:
@@ -200,13 +223,15 @@ def _create(folder: Path, seen: list[int]) -> Lock | None:
         # Numbers restart when a folder was free: one that was not seen is of a process that came meanwhile.
         if not set(_numbers(folder / LOCK)) <= {*seen, number}:
             raise FileExistsError
+        if seen and (folder / LOCK / str(max(seen))).read_bytes() != content:  # nor is it the one seen
+            raise FileExistsError
         lock = Lock(folder, path, file)
         for earlier in seen:
             (folder / LOCK / str(earlier)).unlink(missing_ok=True)
     except OSError as error:
         os.close(file)
         path.unlink(missing_ok=True)
-        if isinstance(error, FileExistsError):
+        if isinstance(error, (FileExistsError, FileNotFoundError)):
             return None
         raise
     return lock

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     kept = run.keep + bool(job.config.score.metrics)  # the one with the best score
     needed = checkpoint * (kept + 1) + (64 << 20)  # the oldest is deleted when the newest is complete
     out = Path(run.out)
-    there = sum(path.stat().st_size for path in (out / str(run.name) / "checkpoints").rglob("*.safetensors"))
+    there = _bytes_in(out / str(run.name) / "checkpoints")
     text = f"a checkpoint is {in_bytes(checkpoint)}, {kept} are kept and one more is written"
     try:
         check_space(out, max(64, (needed - there) >> 20))
@@ -106,6 +107,16 @@ def space(job: Job, players: Players, index: Index | None) -> Iterator[Finding]:
     except UserError as error:
         yield would_fail("run folder", f"{text}: {in_bytes(needed)} are needed. {error}")
     yield from _cache(job, index)
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files in it, some of which a training may remove meanwhile."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
+    return total
 
 
 def _cache(job: Job, index: Index | None) -> Iterator[Finding]:

@@ -145,12 +145,16 @@ class Selection:
     def _check(self, jobs: int | None) -> None:
         """Everything that can be known before anything starts; jobs: None where other machines train."""
         self._check_same(self._common())
+        self._refuse_queued()
+        start.check(self.base, self.trials, self.launch, jobs)
+
+    def _refuse_queued(self) -> None:
         if self.todo or (self.search and self.search.batches):  # arrays of a search may still be to come
             queue.refuse_queued(self.folder)
-        start.check(self.base, self.trials, self.launch, jobs)
 
     def _begin(self) -> None:
         """Write what later calls must agree with, and a table without failures: these trials are retried."""
+        self._refuse_queued()  # again: another call may have submitted them while this one checked or waited
         start.write_common(self.folder, self._common())
         if self.search:
             self.trials = self.search.read()  # what another select has proposed while this one waited

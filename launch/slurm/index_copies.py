@@ -56,10 +56,12 @@ def _cached(data: Data) -> Path | None:
 
 def _copy(source: Path, target: Path, remedy: str) -> None:
     """Copy files that are missing or older there. They keep their times, as the newest index counts; other
-    jobs may do the same at once."""
+    jobs may do the same at once, and others write here: what begins with a dot is not whole yet."""
     try:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             copy = target / file.relative_to(source)
+            if file.name.startswith("."):
+                continue
             if copy.exists() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns:
                 continue
             with durable.whole(copy) as partial:

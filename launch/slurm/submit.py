@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ import click
 from launch.processes import STRATEGIES, shards
 
 if TYPE_CHECKING:
-    from launch.slurm.jobs import Resources
+    from launch.slurm.jobs import BatchJob, Resources
     from launch.training import Training
     from pipeline.config import Config
 
@@ -80,26 +81,25 @@ def submit(
     """
     from launch.argument import training_of
     from launch.slurm import jobs
-    from pipeline.config import dump, load
+    from pipeline.config import load
     from pipeline.run.folder import finished, under_a_free_name
 
     training = training_of(config, settings, gpu=gpus > 0)
     training.explain()
-    resolved = under_a_free_name(load(training.config, training.settings))
+    given = load(training.config, training.settings)
+    resolved = under_a_free_name(given)
     procs = procs or gpus or 1
     cpus = _enough(cpus, procs, resolved.data.workers)
     asked = (strategy, mixed_precision, time, partition, account, compiled)
     resources = jobs.Resources(nodes, gpus, procs, cpus, *asked)
-    run = (Path(resolved.run.out) / str(resolved.run.name)).absolute()
+    run = _run_of(resolved)
     if finished(run, resolved):
         click.echo(f"{run} is finished (its DONE file says so). Nothing to submit.")
         return
     _refuse_queued(run)
     jobs.refuse_credentials([str(resolved.data.train)])
-    number = next(n for n in count(1) if not (run / "slurm" / str(n)).exists())
-    folder = run / "slurm" / str(number)
-    line = ["train.sbatch", f"{folder}/config.yaml"]
-    batch = jobs.render(run.name, folder, line, resources, jobs.parse_options(sbatch))
+    options = jobs.parse_options(sbatch)
+    _, batch = _next_job(run, resources, options)
     if not dry_run:
         jobs.check(batch)
         training.prepare()
@@ -107,12 +107,39 @@ def submit(
     if dry_run:
         click.echo(batch.text, nl=False)
         return
-    jobs.write(folder / "config.yaml", dump(resolved))
-    jobs.keep(folder, [resolved.data])
-    with jobs.undisturbed():
-        job = jobs.submit(folder, batch)
-        jobs.record(run / "slurm" / "job", [job])
+    _submit(given, resources, options)
+
+
+def _submit(given: Config, resources: Resources, options: Mapping[str, str | None]) -> None:
+    """Submit what has been checked, or refuse what another has submitted meanwhile."""
+    from launch.slurm import jobs
+    from pipeline.config import dump
+    from pipeline.lock import turn
+    from pipeline.run.folder import under_a_free_name
+
+    with turn(_run_of(given).parent / ".submit", click.echo):
+        config = under_a_free_name(given)
+        run = _run_of(config)
+        _refuse_queued(run)
+        folder, batch = _next_job(run, resources, options)
+        jobs.write(folder / "config.yaml", dump(config))
+        jobs.keep(folder, [config.data])
+        with jobs.undisturbed():
+            job = jobs.submit(folder, batch)
+            jobs.record(run / "slurm" / "job", [job])
     _announce(job, run, folder / f"{job}.log", resources)
+
+
+def _run_of(config: Config) -> Path:
+    return (Path(config.run.out) / str(config.run.name)).absolute()
+
+
+def _next_job(run: Path, resources: Resources, options: Mapping[str, str | None]) -> tuple[Path, BatchJob]:
+    """The folder of a run's next job, which is not there yet, and its batch file."""
+    from launch.slurm.jobs import render
+
+    folder = next(f for n in count(1) if not (f := run / "slurm" / str(n)).exists())
+    return folder, render(run.name, folder, ["train.sbatch", f"{folder}/config.yaml"], resources, options)
 
 
 def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:

@@ -71,13 +71,16 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     Raises UserError if one cannot be read, which does not mean that it is damaged: a network disk may fail to
     answer for a while.
     """
-    complaints: list[str] = []
-    for nimg in find(folder):
-        problem = _problem(folder / str(nimg))
-        if problem is None:
-            return folder / str(nimg), complaints
-        complaints.append(f"checkpoint {folder / str(nimg)} is damaged ({problem})")
-    return None, complaints
+    while True:
+        complaints, kept = list[str](), find(folder)
+        for checkpoint in (folder / str(nimg) for nimg in kept):
+            problem = _problem(checkpoint)
+            if problem is None:
+                return checkpoint, complaints
+            if checkpoint.exists():  # else training has just removed it
+                complaints.append(f"checkpoint {checkpoint} is damaged ({problem})")
+        if find(folder) == kept:
+            return None, complaints
 
 
 def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
@@ -85,7 +88,8 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
 
     wanted: a number or its text; the whole kimg of one that is kept suffices (150 for cur_nimg 150,016).
     Warns of each newer one that is damaged where the newest is wanted, as an older one is used then. Raises
-    UserError if it is not kept, or not intact; the message names those that are there.
+    UserError if it is not kept, or not intact; the message names those that are there. Training may remove it
+    at any time.
     """
     newest, complaints = newest_intact(folder)
     if newest is None:
@@ -107,7 +111,7 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
     if len(matching) != 1:
         raise UserError(f"checkpoint {wanted}: {'several fit' if matching else 'none is kept'}. {there}.")
     found = folder / str(matching[0])
-    if problem := _problem(found):
+    if (problem := _problem(found)) and found.exists():
         raise UserError(f"checkpoint {wanted}: {found} is damaged ({problem}). {there}.")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -47,20 +48,33 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
     if (run / FILE).is_file() and not (run / "checkpoints").exists():
         raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
-    found = chosen(run / "checkpoints", checkpoint)
-    return begun(run), found, read_state(found)
+    config = begun(run)
+    while True:
+        with suppress(FileNotFoundError):  # training has just removed it: choose again
+            found = chosen(run / "checkpoints", checkpoint)
+            return config, found, read_state(found)
 
 
 def load_generator(run: Path, checkpoint: Wanted = "newest") -> tuple[nn.Module, Config, State]:
     """G_ema of a run's checkpoint, on the CPU, in eval mode, with pooled BatchNorm statistics.
 
-    Raises UserError as `load_run` does, or if training has just deleted the checkpoint.
+    Raises UserError as `load_run` does, or if the checkpoint cannot be read.
     """
-    config, found, state = load_run(run, checkpoint)
-    try:
-        return load_network("G_ema", config, found, state), config, state
-    except OSError as error:
-        raise UserError(f"{found} is no longer there, or cannot be read: {error}. Try again.") from None
+    networks, config, state = _load_networks(run, checkpoint, ["G_ema"])
+    return networks["G_ema"], config, state
+
+
+def _load_networks(
+    run: Path, checkpoint: Wanted, names: Sequence[Network]
+) -> tuple[dict[Network, nn.Module], Config, State]:
+    """Networks of one checkpoint; of a newer one, if training removes that while it is read."""
+    while True:
+        config, found, state = load_run(run, checkpoint)
+        try:
+            return {name: load_network(name, config, found, state) for name in names}, config, state
+        except OSError as error:
+            if found.exists():
+                raise UserError(f"{found} cannot be read: {error}. Try again.") from None
 
 
 def load_exported(folder: Path) -> tuple[nn.Module, Config, Exported]:
@@ -96,13 +110,12 @@ def export(
     earlier export there are replaced. Raises UserError as `load_run` does, if `out` holds anything else or
     cannot be written, or without the packages of `onnx`.
     """
-    config, found, state = load_run(run, checkpoint)
+    networks, config, state = _load_networks(run, checkpoint, NETWORKS)
     if onnx:
         programs.onnx_runtime()  # refused before anything is written
     _refuse_taken(out)
     if complete:  # someone asked for it
         _refuse_loss(out, config)
-    networks = {name: load_network(name, config, found, state) for name in NETWORKS}
     facts, files, remarks = facts_of(run, config, state), list[str](), list[str]()
     try:
         _begin(out)
@@ -199,7 +212,19 @@ def _public_settings(config: Config) -> str:
 
 
 def load_network(name: Network, config: Config, found: Path, state: State) -> nn.Module:
-    """A network of the checkpoint `found`, whole on the CPU, in eval mode, BatchNorm's statistics pooled."""
+    """A network of the checkpoint `found`, whole on the CPU, in eval mode, BatchNorm's statistics pooled.
+
+    Raises FileNotFoundError if training has removed the checkpoint meanwhile, UserError if it is of another
+    network.
+    """
+    try:
+        return _filled(name, config, found, state)
+    finally:
+        if not found.exists():  # what was read of it may not be all
+            raise FileNotFoundError(f"{found} was removed while it was read")
+
+
+def _filled(name: Network, config: Config, found: Path, state: State) -> nn.Module:
     player, kind = name[0], "ema" if name == "G_ema" else "weights"
     network = (build_D if player == "D" else build_G)(config, state.num_classes)
     pieces = Pieces(found, player)

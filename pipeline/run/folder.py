@@ -78,6 +78,9 @@ def claim_folder(
             if config.run.resume:
                 raise _running(folder, error) from None
             continue  # another process has just taken this name: try the next
+        if not config.run.resume and (folder / "config.yaml").exists():  # … and has ended
+            lock.release()
+            continue
         try:  # again: another process may have trained in it meanwhile
             check_same(resolved, folder)
         except UserError:

@@ -66,10 +66,12 @@ def name_of(seed: int, label: int | None, several: bool) -> str:
 def _claim(folder: Path, made_by: dict[str, Any], run: str) -> None:
     """Make the folder, or find that its images are of the same kind."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Before it is read: of another process of the same job, images come after it.
+    others = any(not path.name.lstrip(".").startswith(MADE_BY) for path in folder.iterdir())
     try:
         before = json.loads((folder / MADE_BY).read_text("utf-8"))
     except FileNotFoundError:
-        if any(folder.iterdir()):
+        if others:
             raise UserError(f"{folder} holds other files: give a new or an empty folder.") from None
         write(folder / MADE_BY, json.dumps({"run": run, **made_by}, indent=1) + "\n")
         return

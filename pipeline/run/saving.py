@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class Saver:
         self.failures = 0  # in a row
         self.best: Best = None, None  # of the newest checkpoint on disk: its state's best and best_of
         if ranks.main:
-            for left in folder.glob(".partial-*"):  # by a job that was killed while writing
+            for left in (*folder.glob(".partial-*"), *folder.glob(".removed-*")):  # by a job that was killed
                 shutil.rmtree(left, ignore_errors=True)
         ranks.barrier()
 
@@ -154,7 +155,7 @@ class Saver:
         upto = [nimg for nimg in find(self._folder) if nimg <= self._state.cur_nimg]
         for old in upto[self._keep :]:
             if old != best:
-                shutil.rmtree(self._folder / str(old), ignore_errors=True)
+                _remove(self._folder / str(old))
 
     def _give_up(self, error: BaseException | None) -> str:
         """Delete the partial checkpoint; returns what failed on which ranks, the same text on all."""
@@ -169,6 +170,14 @@ class Saver:
         named = [f"rank {rank}: {text}" if world > 1 else text for rank, text in enumerate(reasons) if text]
         checkpoint = self._folder / str(self._state.cur_nimg)
         return f"Checkpoint {checkpoint} could not be written: {'; '.join(named)}."
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint by one rename first: nobody who reads it finds some of its files and not others."""
+    removed = checkpoint.with_name(f".removed-{checkpoint.name}")
+    with suppress(OSError):
+        checkpoint.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 class NotFiniteError(Exception):

@@ -18,7 +18,7 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
 from pipeline.gan.draws import Draws
-from pipeline.lock import take
+from pipeline.lock import turn
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import Wanted
@@ -117,16 +117,13 @@ def _scores(
 
 def _append(file: Path, entry: dict[str, object]) -> None:
     """Add to the JSON list in `file`, atomically, one process at a time; warn if that fails."""
-    turn = file.with_name(".scores")
     try:
-        with take(turn, say, wait=True):
+        with turn(file.with_name(".scores"), say):
             write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
     except OSError as error:  # a full disk
         _warn(f"these scores are not kept: {file} cannot be written to: {error.strerror or error}.")
     except UserError as error:  # another person's run, or one on a read-only disk
         _warn(f"these scores are not kept: {error}")
-    with suppress(OSError):  # it is not there, or the next one is in it
-        turn.rmdir()
 
 
 def _entries(file: Path) -> list[object]:

@@ -20,7 +20,8 @@ from tiny_shards import MakeShards, contents, png
 from pipeline import lock
 from pipeline.config import UserError
 from pipeline.data import sidecar
-from pipeline.data.prepare import staging
+from pipeline.data.prepare import staging, writer
+from pipeline.data.prepare.source import Resolved, Source
 from pipeline.data.prepare.writer import Options, prepare
 from pipeline.data.record import Shard
 
@@ -69,7 +70,7 @@ def test_killed_and_started_again(pictures: Path, tmp_path: Path) -> None:
     for i in range(200):
         shutil.copy(pictures / "dogs" / "0.png", pictures / "dogs" / f"more-{i}.png")
     (pictures / "cats" / "bad.png").write_bytes(b"no image")
-    partial, options = tmp_path / ".out.partial", Options(size=32, per_shard=5)
+    partial, options = tmp_path / ".out.partial", Options(size=32, per_shard=1)
     for wanted in (3, 12):
         process = FORK.Process(
             target=prepare, args=(str(pictures), str(tmp_path / "out"), options), kwargs={"workers": 2}
@@ -91,6 +92,29 @@ def test_killed_and_started_again(pictures: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     after = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("shard-*.tar")}
     assert sum(before[name] == after[name] for name in before) >= 11
+
+
+@pytest.mark.parametrize("size", [8, 4])
+def test_another_that_ends_while_this_one_lists_its_images(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """The same command finds its shards there; one of other options is refused."""
+    out, resolve, others = tmp_path / "out", writer.resolve, [Options(size=8)]
+
+    def made_before(images: Source, options: Options) -> Resolved:
+        if others:
+            prepare(str(pictures), str(out), others.pop(), workers=1)
+        return resolve(images, options)
+
+    monkeypatch.setattr(writer, "resolve", made_before)
+    said: list[str] = []
+    if size == 8:
+        prepare(str(pictures), str(out), Options(size=8), workers=1, announce=said.append)
+        assert said == [f"{out} is there already, made by the same command; remove it to make it again."]
+    else:
+        with pytest.raises(UserError, match=r"is there already\. Give the name of a new"):
+            prepare(str(pictures), str(out), Options(size=4), workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pictures"]
 
 
 def test_other_images_or_options_start_anew(pictures: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from remote_shards import NAMES, QUICK, SOON, consumed, shards_kept
 
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Index, load_index
+from pipeline.data.prepare import reindex
 from pipeline.data.prepare.reindex import build_index
 from pipeline.data.reader import Reader
 from pipeline.data.record import sidecar_path
@@ -283,3 +286,32 @@ def test_no_file_is_written_for_an_unfit_name(tmp_path: Path, cache: Path, name:
     with pytest.raises(UserError, match="cannot be the name of a shard"):
         sidecar_path(tmp_path, name)
     assert not list(cache.glob("*"))
+
+
+def test_two_parts_of_a_folder_that_are_indexed_at_once(
+    local: Index, server: FaultyServer, monkeypatch
+) -> None:
+    """By two jobs of an array: each adds its part to what the other has found."""
+    (local.root / "index.json").unlink()
+    read, other = reindex.read_record, ThreadPoolExecutor(1)
+    began = threading.Event()
+    waiting: list[Future[Index]] = []
+
+    def second() -> Index:
+        began.set()
+        return build_index(f"{server.url}/s-{{0002..0004}}.tar", remote=QUICK)
+
+    def read_while_the_other_indexes(home: Path) -> dict[str, object]:
+        before = read(home)
+        if not waiting:
+            waiting.append(other.submit(second))
+            assert began.wait(30)
+            wait(waiting, timeout=2)  # without turns it would be ready before this one writes
+        return before
+
+    monkeypatch.setattr(reindex, "read_record", read_while_the_other_indexes)
+    build_index(f"{server.url}/s-{{0000..0001}}.tar", remote=QUICK)
+    assert len(waiting[0].result(60).shards) == 3
+    index = load_index(f"{server.url}/s-{{0000..0004}}.tar", remote=QUICK)
+    assert index.num_samples == local.num_samples
+    assert [p.name for p in index.root.parent.iterdir()] == [index.root.name]

@@ -132,6 +132,26 @@ def test_a_shard_that_another_process_finishes_at_this_moment_is_not_fetched_aga
     assert whole.exists() and server.asked[NAMES[2]] == 1
 
 
+def test_a_damaged_copy_that_another_process_replaces_at_this_moment_stays(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = load_index(server.url, remote=QUICK)
+    os.close(index.open(2))
+    [copy] = shards_kept(cache)
+    whole = copy.read_bytes()
+    copy.write_bytes(whole[:512])
+    remove = shard_cache._remove_damaged
+
+    def replaced_before(path: Path, size: int) -> None:
+        path.with_suffix(".new").write_bytes(whole)
+        path.with_suffix(".new").replace(path)
+        remove(path, size)
+
+    monkeypatch.setattr(shard_cache, "_remove_damaged", replaced_before)
+    os.close(index.open(2))
+    assert copy.read_bytes() == whole and server.asked[NAMES[2]] == 1
+
+
 def test_a_copy_that_goes_while_room_is_made(
     server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

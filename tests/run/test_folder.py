@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import UserError, dump, load
+from pipeline.run import folder
 from pipeline.run.folder import check_same, find_folder
 
 SCHEDULED = ("run.burn_in_kimg=40", "optim.D.lr=[2e-4,5e-5]")
@@ -86,3 +87,21 @@ def test_an_older_run_has_one_on_for_both_players(tmp_path):
     check_same(settings("penalty.G.l2=1"), tmp_path)
     with pytest.raises(UserError, match=r"penalty\.D\.on: 'all' → 'weights'"):
         check_same(settings("penalty.G.l2=1", "penalty.D.on=weights"), tmp_path)
+
+
+def test_a_new_run_does_not_go_on_where_another_has_just_ended(tmp_path, monkeypatch):
+    """An array of jobs with run.resume=false, one of which fails at once."""
+    hold, ended = folder.take, []
+
+    def ended_before(place, *args, **more):
+        if not ended:
+            ended.append(place)
+            place.mkdir(parents=True)
+            (place / "config.yaml").write_text(dump(settings()))
+        return hold(place, *args, **more)
+
+    monkeypatch.setattr(folder, "take", ended_before)
+    asked = settings("run.name=x", f"run.out={tmp_path}", "run.resume=false")
+    _, place, lock = folder.claim_folder(asked, lambda _: None, lambda: False)
+    assert lock is not None and (ended, place) == ([tmp_path / "x"], tmp_path / "x-2")
+    lock.release()

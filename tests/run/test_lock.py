@@ -17,7 +17,7 @@ from no_flock import ERRORS
 from pipeline import holder, lock
 from pipeline.config import UserError
 from pipeline.errors import StoppedError
-from pipeline.lock import LOCK, HeldError, LockLostError, take
+from pipeline.lock import LOCK, HeldError, LockLostError, take, turn
 
 FORK = multiprocessing.get_context("fork")
 NEVER_S = 1e6  # of heartbeats, where what is tested must not need them
@@ -281,8 +281,9 @@ def test_waiting_can_be_given_up(tmp_path, other):
 def test_who_was_slow_does_not_displace_who_came_meanwhile(tmp_path):
     """It saw lock 1 of one that had gone; since then the folder was free, and is held anew."""
     with take(tmp_path, silent) as held:
-        assert lock._create(tmp_path, [7]) is None
-        assert lock._create(tmp_path, []) is None
+        assert lock._create(tmp_path, [7], b"") is None
+        assert lock._create(tmp_path, [], b"") is None
+        assert lock._create(tmp_path, [1], b"of one that was killed") is None  # numbers come again
         held.check()
         assert [path.name for path in (tmp_path / LOCK).iterdir()] == ["1"]
 
@@ -292,6 +293,27 @@ def test_a_lock_that_a_person_removed_is_lost(tmp_path):
         (tmp_path / LOCK / "1").unlink()
         with pytest.raises(LockLostError, match=r"The lock of .* was removed"):
             held.check()
+
+
+def test_a_folder_that_its_last_holder_removes_at_this_moment_is_made_again(tmp_path, monkeypatch):
+    make, removed = os.mkdir, []
+
+    def then_removed(path, *args) -> None:
+        if str(path).endswith(LOCK) and not removed:
+            removed.append(Path(path).parent.rmdir())
+        make(path, *args)
+
+    (tmp_path / "turn").mkdir()
+    monkeypatch.setattr(os, "mkdir", then_removed)
+    with turn(tmp_path / "turn", silent):
+        assert removed and (tmp_path / "turn" / LOCK / "1").exists()
+    assert not (tmp_path / "turn").exists()
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "purged" / "run")
+    with pytest.raises(UserError, match="cannot be written to: it is a link that leads nowhere"):
+        take(tmp_path / "run", silent, wait=True)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

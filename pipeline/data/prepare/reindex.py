@@ -14,6 +14,7 @@ from pipeline.data.record import WHOLE, entry_shard, is_complete, read_record, w
 from pipeline.data.remote.fetch import RemoteShards
 from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import describe
+from pipeline.lock import turn
 
 _TRANSFERS = 8  # at once
 
@@ -49,13 +50,14 @@ def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
     found = tuple(in_threads(lambda name: shards.index(name, announce), names, _TRANSFERS))
     published = _published(shards, announce)
     index = not_empty(index_of(shards.home, published, found, shards))
-    before = {} if listed is None else read_record(shards.home)
-    others = {e["url"]: entry_shard(e) for e in before.get("shardlist", ()) if is_complete(e)}
-    every = others | {shard.url: shard for shard in found}
-    whole = listed is None or (bool(before) and before.get(WHOLE, True))
-    extra = {} if whole else {WHOLE: False}
-    every_shard = [every[name] for name in sorted(every)]
-    write_record(index.root, index.name, every_shard, _of_the_whole(published) | extra)
+    with turn(shards.home.with_name(f".{shards.home.name}"), announce):  # others may add theirs
+        before = {} if listed is None else read_record(shards.home)
+        others = {e["url"]: entry_shard(e) for e in before.get("shardlist", ()) if is_complete(e)}
+        every = others | {shard.url: shard for shard in found}
+        whole = listed is None or (bool(before) and before.get(WHOLE, True))
+        extra = {} if whole else {WHOLE: False}
+        every_shard = [every[name] for name in sorted(every)]
+        write_record(index.root, index.name, every_shard, _of_the_whole(published) | extra)
     return index
 
 

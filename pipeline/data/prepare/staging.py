@@ -48,12 +48,15 @@ class Written:
 def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda _: None) -> Iterator[Path]:
     """The folder to write to, locked for this process. `publish` renames it to `target` when all is there.
 
-    It holds what an earlier call with the same `recipe` has finished, and nothing else.
+    It holds what an earlier call with the same `recipe` has finished, and nothing else. Raises
+    MadeMeanwhileError if `target` holds something.
     """
     global _lock
     folder = target.with_name(f".{target.name}.partial")
     _lock = _take(folder, target, announce)
     try:
+        if target.is_dir() and any(target.iterdir()):
+            raise MadeMeanwhileError(f"Another `shardgan prepare` has just made {target}.")
         _clear(folder, recipe)
         yield folder
         shutil.rmtree(target / _RECORDS)
@@ -99,6 +102,10 @@ def discard(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+class MadeMeanwhileError(UserError):
+    """The target, which was not there when the caller looked, is there."""
 
 
 class _NotPublishedError(UserError):

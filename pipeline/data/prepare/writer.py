@@ -15,6 +15,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,7 @@ from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.prepare.source import Options as Options  # is part of this module
 from pipeline.data.prepare.source import Resolved, Source
 from pipeline.data.prepare.staging import (
+    MadeMeanwhileError,
     Skipped,
     Written,
     discard,
@@ -77,6 +79,20 @@ def prepare(
     (leaving nothing behind), or the disk is full.
     """
     options = replace(options, background=_colour(options.background))
+    while True:
+        with suppress(MadeMeanwhileError):  # then look whether it is what is wanted here
+            return _prepare(source, out, options, workers, announce, progress, report)
+
+
+def _prepare(
+    source: str,
+    out: str,
+    options: Options,
+    workers: int | None,
+    announce: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    report: Callable[[Summary], None],
+) -> Index:
     with readable(out):
         target = _target(out)
     place = {"source": source} if source in KNOWN else where_from(source)

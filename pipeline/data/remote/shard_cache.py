@@ -102,13 +102,12 @@ class ShardCache:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        if _lock(file, fcntl.LOCK_SH) and _is_at(file, path):
-            if os.fstat(file).st_size == shard.filesize:
-                with suppress(PermissionError):  # another user's, in a common cache
-                    os.utime(file)
-                return file
-            path.unlink(missing_ok=True)  # cut by a crash of the machine or a full disk
+        if _lock(file, fcntl.LOCK_SH) and _is_at(file, path) and os.fstat(file).st_size == shard.filesize:
+            with suppress(PermissionError):  # another user's, in a common cache
+                os.utime(file)
+            return file
         os.close(file)
+        _remove_damaged(path, shard.filesize)
         return None
 
     def _claim(
@@ -245,6 +244,17 @@ def _remove_unused(path: Path) -> bool:
         return True
     finally:
         os.close(file)
+
+
+def _remove_damaged(path: Path, size: int) -> None:
+    """Remove a file of another size, cut by a crash of the machine or a full disk, that no process reads."""
+    with suppress(FileNotFoundError):
+        file = _opened(path)
+        try:
+            if os.fstat(file).st_size != size and _lock(file, fcntl.LOCK_EX) and _is_at(file, path):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(file)
 
 
 def _removed(path: Path) -> bool:
