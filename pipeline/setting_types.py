@@ -70,10 +70,16 @@ OneIn = Annotated[float, BeforeValidator(_one_in)]
 def plain_name(name: str | None) -> str | None:
     if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")
-    if name is not None and len(os.fsencode(name)) > _LONGEST_NAME:
+    try:
+        size = len(os.fsencode(name or ""))
+    except UnicodeEncodeError:
+        size = 0
+    if size > _LONGEST_NAME:
         raise ValueError(f"must be shorter: file names have at most {_LONGEST_NAME} bytes")
-    if name is not None and not name.isprintable():
-        raise ValueError("has characters that cannot be printed, or are not in this shell's locale")
+    if name is not None and not (size and name.isprintable()):
+        raise ValueError(
+            "has characters that cannot be printed, or are not in this shell's locale (C.UTF-8 has all)"
+        )
     return name
 
 

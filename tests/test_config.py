@@ -217,6 +217,7 @@ def test_null_is_no_value_where_there_may_be_none(setting):
         ("penalty.r1.fraction=1e-320", "another 1/k"),
         ("run.name=a\nb", "cannot be printed"),
         ("run.name=\udcce\udca9", "cannot be printed"),
+        ("run.name=\ud800", "cannot be printed"),
         ("run.timeout_s=1:30", "should be a valid number"),
         ("data.batch_size=6 4", "should be a valid integer"),
         ("G.norm=off", "(found 'off')"),

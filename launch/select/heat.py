@@ -12,7 +12,7 @@ from launch.select.choice import Row, ScoreTable
 from launch.select.curve import MARK, new_figure
 from launch.select.verdict import with_error
 from pipeline.run.curves import wrapped
-from pipeline.run.panels import far_apart
+from pipeline.run.panels import far_apart, label_log
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,8 +55,9 @@ def heat(table: ScoreTable) -> Figure:
                 axes.add_patch(frame)
     if axes.patches:
         figure.legend(handles=[*axes.patches], loc="outside upper right", fontsize=8, frameon=False)
-    bar = figure.colorbar(image, ax=axes, label=f"{table.score} on held-out images", format="{x:g}")
-    bar.ax.yaxis.set_minor_formatter("{x:g}")
+    bar = figure.colorbar(image, ax=axes, label=f"{table.score} on held-out images")
+    if scale is LogNorm:
+        label_log(bar.ax)
     return figure
 
 

@@ -156,6 +156,11 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     if finite and min(finite) > 0 and max(finite) > 8 * min(finite):
         axes.set_yscale("log")
         label_log(axes)
+    else:  # an axis that says values whole, not what to add to its numbers; rounding does not fill it
+        if finite and max(finite) - min(finite) < 1e-3 * abs(max(finite)):
+            middle = (min(finite) + max(finite)) / 2
+            axes.set_ylim(middle - 0.02 * abs(middle), middle + 0.02 * abs(middle))
+        axes.ticklabel_format(axis="y", useOffset=False)
 
 
 def _add_legend(figure: Figure, histories: Sequence[History], colours: dict[str, Any]) -> None:

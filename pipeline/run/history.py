@@ -172,9 +172,10 @@ def read_histories(folders: Iterable[Path]) -> list[History]:
 
 
 def _has_not_begun(folder: Path) -> bool:
-    """Of a run that has its settings and no results: runs/* names it beside the others."""
+    """Of a run that has no results, and perhaps no settings: runs/* names it beside the others."""
     try:
-        return (folder / "config.yaml").is_file() and not any(True for _ in rows(folder / "metrics.jsonl"))
+        is_run = (folder / "config.yaml").is_file() or all(p.name[0] == "." for p in folder.iterdir())
+        return is_run and not any(True for _ in rows(folder / "metrics.jsonl"))
     except OSError:
         return False  # read_history says why
 

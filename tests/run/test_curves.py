@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from PIL import Image
 
 from launch.plot import plot as command
 from pipeline.config import UserError
-from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, draw_run, plot, save
+from pipeline.run.curves import COLOURS, CURVES, FEWEST, Curves, _scale, draw_run, plot, save
 from pipeline.run.history import read_histories
 from pipeline.run.panels import panels_of
 from pipeline.run.report import MainReport, Report
@@ -176,3 +178,25 @@ def test_names_in_letters_that_the_font_lacks_are_drawn_without_warnings(tmp_pat
     (run,) = read_histories([a_run(tmp_path / "試験")])
     save(plot([run], panels_of([run])), tmp_path / "a.png")
     assert (tmp_path / "a.png").exists() and not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_an_axis_says_its_values_whole():
+    """Matplotlib would write 1e-9+9.9999e-4 above an axis from 5 to 9."""
+    figure = Figure()
+    axes = figure.subplots()
+    rates = [9.99995e-4, 9.99999e-4]
+    axes.plot(rates)
+    _scale(axes, rates)
+    FigureCanvasAgg(figure).draw()
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    low, high = axes.get_ylim()
+    assert low < 0.99 * rates[0] and high > 1.01 * rates[1]
+
+
+def test_runs_that_have_not_begun_are_passed_over(tmp_path, capfd):
+    a_run(tmp_path / "begun")
+    (tmp_path / "soon" / ".lock").mkdir(parents=True)
+    assert [h.name for h in read_histories([tmp_path / "begun", tmp_path / "soon"])] == ["begun"]
+    assert capfd.readouterr().err == f"note: {tmp_path}/soon is left out: it has no results yet.\n"
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        read_histories([tmp_path / "soon"])
