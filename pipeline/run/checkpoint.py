@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -77,7 +78,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
             problem = _problem(checkpoint)
             if problem is None:
                 return checkpoint, complaints
-            if checkpoint.exists():  # else training has just removed it
+            if os.path.lexists(checkpoint):  # else training has just removed it
                 complaints.append(f"checkpoint {checkpoint} is damaged ({problem})")
         if find(folder) == kept:
             return None, complaints
