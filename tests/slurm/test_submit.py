@@ -24,10 +24,11 @@ TINY = ("configs/tiny.yaml", "--nodes", "2", "--gpus", "2")
 def submitted(project):
     """ZeRO 2 on two nodes of two (pretended) GPUs, under a name that a shell would trip over."""
     line = ("submit", *TINY, "--strategy", "zero2", "--time", "20", f"run.name={ODD}", SHORT)
-    ended = project.shardgan(*line, WANDB_API_KEY=KEY)
+    ended = project.shardgan(*line, "--", "--hold", WANDB_API_KEY=KEY)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     job = ended.stdout.split()[1].rstrip(":")
-    twice = project.shardgan(*line)
+    twice = project.shardgan(*line)  # on a busy machine it may take as long as the job would
+    project.cluster.run("scontrol", "release", job)
     local = project.locally(4, "zero2", "zero2-4", SHORT)  # meanwhile
     seen = project.cluster.ended(job)
     again = project.shardgan(*line)
