@@ -58,10 +58,8 @@ def _copy(source: Path, target: Path, remedy: str) -> None:
     """Copy files that are missing or older there. They keep their times, as the newest index counts; other
     jobs may do the same at once, and others write here: what begins with a dot is not whole yet."""
     try:
-        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        for file in sorted(p for p in source.rglob("*") if p.is_file() and p.name[0] != "."):
             copy = target / file.relative_to(source)
-            if file.name.startswith("."):
-                continue
             if copy.exists() and copy.stat().st_mtime_ns >= file.stat().st_mtime_ns:
                 continue
             with durable.whole(copy) as partial:

@@ -112,7 +112,7 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
     if len(matching) != 1:
         raise UserError(f"checkpoint {wanted}: {'several fit' if matching else 'none is kept'}. {there}.")
     found = folder / str(matching[0])
-    if (problem := _problem(found)) and found.exists():
+    if (problem := _problem(found)) and os.path.lexists(found):
         raise UserError(f"checkpoint {wanted}: {found} is damaged ({problem}). {there}.")
     return found
 

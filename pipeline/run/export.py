@@ -23,7 +23,7 @@ from pipeline.parallel.batch_norm import pooled
 from pipeline.parallel.buffers import fill_buffers
 from pipeline.run import programs
 from pipeline.run.card import card
-from pipeline.run.checkpoint import Pieces, Wanted, chosen, read_buffers, read_state
+from pipeline.run.checkpoint import Pieces, Wanted, chosen, find, read_buffers, read_state
 from pipeline.run.exported import CARD, FILE, Exported, digest, facts_of, read, save
 from pipeline.run.folder import begun
 from pipeline.run.portable import write_portable
@@ -48,11 +48,15 @@ def load_run(run: Path, checkpoint: Wanted = "newest") -> tuple[Config, Path, St
         raise UserError(f"{run} is not a run folder: it has no config.yaml. Runs are in runs/<name>/.")
     if (run / FILE).is_file() and not (run / "checkpoints").exists():
         raise UserError(f"{run} is an export, not a run folder. In Python, shardgan.load reads it.")
-    config = begun(run)
+    config, folder = begun(run), run / "checkpoints"
     while True:
-        with suppress(FileNotFoundError):  # training has just removed it: choose again
-            found = chosen(run / "checkpoints", checkpoint)
+        kept = find(folder)
+        try:
+            found = chosen(folder, checkpoint)
             return config, found, read_state(found)
+        except FileNotFoundError as error:
+            if find(folder) == kept:  # else training has just removed it: choose again
+                raise UserError(f"{error.filename} is not there: the checkpoint is no whole one.") from None
 
 
 def load_generator(run: Path, checkpoint: Wanted = "newest") -> tuple[nn.Module, Config, State]:

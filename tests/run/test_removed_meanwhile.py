@@ -84,3 +84,18 @@ def test_of_one_that_is_being_removed_nothing_is_found(run, monkeypatch):
     saving._remove(run / "checkpoints" / "120")
     assert checkpoint.find(run / "checkpoints") == []
     assert [p.name for p in (run / "checkpoints").iterdir()] == [".removed-120"]
+
+
+def test_one_that_was_never_whole_is_refused(run):
+    """By whoever made it: its manifest lists no state. And one that is a link to a disk that is gone."""
+    folder = run / "checkpoints" / "120"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["state.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "state.json").unlink()
+    with pytest.raises(export.UserError, match=r"state\.json is not there: the checkpoint is no whole one"):
+        export.load_generator(run)
+    shutil.rmtree(folder)
+    folder.symlink_to("/purged/120")
+    with pytest.raises(export.UserError, match=r"holds no intact checkpoint yet\.\n.*120 is damaged"):
+        export.load_generator(run)
