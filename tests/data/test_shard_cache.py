@@ -113,12 +113,18 @@ def test_the_cache_keeps_to_its_bound_and_to_what_is_read(
     assert sum(path.stat().st_size for path in shards_kept(cache)) <= limit
 
 
+def with_one(server: FaultyServer, cache: Path) -> tuple[Index, Path]:
+    """An index, and the one shard of it, number 2, that is kept."""
+    index = load_index(server.url, remote=QUICK)
+    os.close(index.open(2))
+    [kept] = shards_kept(cache)
+    return index, kept
+
+
 def test_a_shard_that_another_process_finishes_at_this_moment_is_not_fetched_again(
     server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = load_index(server.url, remote=QUICK)
-    os.close(index.open(2))
-    [whole] = shards_kept(cache)
+    index, whole = with_one(server, cache)
     part = whole.rename(whole.with_name(f"{whole.stem}.{index.shards[2].filesize}.part"))
     looked = shard_cache._remove_unused
 
@@ -135,9 +141,7 @@ def test_a_shard_that_another_process_finishes_at_this_moment_is_not_fetched_aga
 def test_a_damaged_copy_that_another_process_replaces_at_this_moment_stays(
     server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = load_index(server.url, remote=QUICK)
-    os.close(index.open(2))
-    [copy] = shards_kept(cache)
+    index, copy = with_one(server, cache)
     whole = copy.read_bytes()
     copy.write_bytes(whole[:512])
     remove = shard_cache._remove_damaged
@@ -155,9 +159,7 @@ def test_a_damaged_copy_that_another_process_replaces_at_this_moment_stays(
 def test_a_copy_that_goes_while_room_is_made(
     server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    index = load_index(server.url, remote=QUICK)
-    os.close(index.open(2))
-    [gone] = shards_kept(cache)
+    index, gone = with_one(server, cache)
     listed = Path.iterdir
 
     def then_gone(folder: Path) -> Iterator[Path]:
