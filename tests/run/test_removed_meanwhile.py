@@ -51,6 +51,7 @@ def then_saved(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object, 
     return before
 
 
+@pytest.mark.parametrize("read", ["load_generator", "export"])
 @pytest.mark.parametrize(
     ("module", "name"),
     [
@@ -61,15 +62,20 @@ def then_saved(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object, 
         (export, "pooled"),
     ],
 )
-def test_the_newer_one_is_read(run, tmp_path, then_saved, capsys, module, name):
+def test_the_newer_one_is_read(run, tmp_path, then_saved, capsys, module, name, read):
     z = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     expected = export.load_generator(run)[0](z)
     then_saved(module, name)
-    G, _, state = export.load_generator(run)
-    assert state.cur_nimg == 240 and torch.equal(G(z), expected)
+    if read == "export":
+        export.export(run, tmp_path / "out")
+        G, _, facts = export.load_exported(tmp_path / "out")
+        assert facts.cur_nimg == 240
+    else:
+        G, _, state = export.load_generator(run)
+        assert state.cur_nimg == 240
+    assert torch.equal(G(z), expected)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["240"]
     assert capsys.readouterr() == ("", "")
-    assert export.export(run, tmp_path / "out").files
 
 
 def test_one_that_a_person_asked_for_and_is_gone_is_named(run, then_saved):
