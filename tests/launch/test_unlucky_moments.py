@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.doctor import place
-from launch.select import queue, start, table
+from launch.select import local, queue, start, table
 from launch.select.candidates import grid
 from launch.select.selection import Selection
 from launch.select.trials import LaunchOptions, trials
@@ -77,6 +77,7 @@ def test_select_beside_another_that_was_faster(cluster, monkeypatch, here):
     others = [submits]
     monkeypatch.setattr(start, "check", lambda *_: others and others.pop()())
     monkeypatch.setattr(table, "check_scored", lambda *_: None)
+    monkeypatch.setattr(local, "train", lambda *_: pytest.fail("trains what is in the queue"))
     monkeypatch.setattr(queue.slurm, "check", lambda _: None)
     monkeypatch.setattr("sys.argv", ["shardgan", "select", "c.yaml"])
     with pytest.raises(UserError, match="Job 101 of this selection is PENDING"):
