@@ -150,7 +150,7 @@ MADE = {
     "fsdp2-2": (*EVERYWHERE, "gradients-not-reduced", "norm-not-reduced", LAST),
     "hsdp-4": ("none", "copies-not-reduced", "copies-counted"),
     "zero2-2": (*EVERYWHERE, "norm-not-reduced", LAST),
-    "zero3-3": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
+    "zero3-2": (*EVERYWHERE, "norm-not-reduced", "padding-counted", LAST),
 }
 
 
