@@ -41,7 +41,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For several workers: what takes longest comes first."""
+    """What is `long` may take an hour. For several workers: what takes longest comes first."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(3600))
     if hasattr(config, "workerinput"):
         order = {folder: place for place, (folder, _) in enumerate(SHARED)}
         items.sort(key=lambda item: order.get(group_of(item.nodeid.partition("::")[0]), len(order)))

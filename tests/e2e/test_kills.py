@@ -122,7 +122,6 @@ def test_killed_in_the_middle(worlds):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("strategy", "world", "kills", "networks"),
     [

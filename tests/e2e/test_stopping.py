@@ -75,7 +75,6 @@ def test_pairs_of_signals(place, world, pairs):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("world", "pairs"), [(1, 120), (2, 80)])
 def test_many_pairs_of_signals(place, world, pairs):
     stop_in_pairs(place, world, pairs, seed=2)
@@ -173,7 +172,6 @@ def test_stopped_while_it_starts(place, world, signals):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
 def test_pairs_of_signals_to_whole_commands(place):
     """To the command or its ranks, in whatever state they are; each continues what the one before
     has left."""

@@ -77,7 +77,6 @@ def test_asked_to_end_it_saves_and_is_not_requeued(project):
     assert "ends as asked" in job.log
 
 
-@pytest.mark.timeout(3600)
 def test_pairs_of_signals_to_all_processes_and_to_the_script(project):
     """At once and in any order: to every process of the steps, to the batch script, to both."""
     total = "run.total_kimg=12"
