@@ -7,7 +7,11 @@ rank W - 1 messages of all together.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import socket
+import struct
+import time
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -15,6 +19,7 @@ from statistics import mean
 
 import pytest
 from launches import run
+from traffic import connections
 
 from pipeline.parallel import theory
 
@@ -29,6 +34,7 @@ score: {{metrics: []}}
 RUN = ("run.name=r", "run.total_kimg=0.48", "run.tick_kimg=9", "run.snapshot_kimg=9", "run.checkpoint_kimg=9")
 UPDATES = 20
 PARAMETERS = 31_041  # of both players
+BPF_RETURN, SO_ATTACH_FILTER, SO_DETACH_FILTER, SENT_AGAIN = 6, 26, 27, 100  # Linux's
 WORLDS = [2, 4, *(pytest.param(world, marks=pytest.mark.long) for world in (8, 16))]
 
 
@@ -71,6 +77,25 @@ def of_phase(ranks, phase, kind="peers"):
     """Bytes and messages of a phase, per rank."""
     counts = [rank["phases"][phase][kind] for rank in ranks]
     return mean(count[0] for count in counts), mean(count[1] for count in counts) / 3
+
+
+def test_what_the_kernel_sends_again_counts_once():
+    """A filter drops all that reaches the other end, as a machine does that is too busy to acknowledge."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = socket.create_connection(server.getsockname())
+        receiver, _ = server.accept()
+    with sender, receiver:
+        here = sender.getsockname()[1]
+        drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RETURN, 0, 0, 0))
+        program = struct.pack("HL", 1, ctypes.addressof(drop_all))
+        receiver.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+        sender.sendall(bytes(112))
+        while not sender.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[SENT_AGAIN]:
+            time.sleep(0.01)
+        receiver.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        assert len(receiver.recv(1000)) == 112
+        counts = {port: (sent, segments) for port, _, sent, segments in connections()}
+        assert counts[here] == (112, 1)
 
 
 @pytest.mark.parametrize("world", WORLDS)
