@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, expanded
 
 _FOR_SOCKETS = ("/tmp", "/var/tmp", "/dev/shm")  # if the folder for temporary files cannot hold them
 _NAME = "pymp-12345678/listener-12345678"  # of multiprocessing's sockets, in that folder
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
     """Where what can be fetched or built again is kept: SHARDGAN_CACHE, else the user's cache folder."""
     import platformdirs
 
-    return Path(os.environ.get("SHARDGAN_CACHE") or platformdirs.user_cache_dir("shardgan")).absolute()
+    return expanded(os.environ.get("SHARDGAN_CACHE") or platformdirs.user_cache_dir("shardgan")).absolute()
 
 
 def socket_folder() -> str:

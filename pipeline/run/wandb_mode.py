@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -83,7 +82,8 @@ def _in_netrc(url: str) -> bool:
     """Whether `wandb login` has stored a key for the server at `url`."""
     for path in filter(None, (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")):
         with suppress(OSError, netrc.NetrcParseError):
-            if netrc.netrc(Path(path).expanduser()).authenticators(urlsplit(url).netloc):
+            path = os.path.expanduser(path)  # noqa: PTH111, which raises for the home of nobody
+            if netrc.netrc(path).authenticators(urlsplit(url).netloc):
                 return True
     return False
 

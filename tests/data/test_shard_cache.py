@@ -287,6 +287,8 @@ def test_a_folder_of_the_cache_by_a_variable_that_is_not_set(
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match=r"data.remote.folder=.* the variable (NOSUCH|EMPTY) is not set"):
         load_index(server.url, remote=Remote(folder=folder)).open(0)
+    with pytest.raises(UserError, match=r"~nobody-here/kept: there is no such home folder"):
+        load_index(server.url, remote=Remote(folder="~nobody-here/kept")).open(0)
     assert sorted(tmp_path.iterdir()) == before
 
 

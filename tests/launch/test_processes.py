@@ -23,7 +23,7 @@ from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
 from pipeline import config
 from pipeline.config import UserError
-from pipeline.folders import provide_home
+from pipeline.folders import cache_folder, provide_home
 from pipeline.run import stop
 
 ROOT = Path(__file__).parents[2]
@@ -175,6 +175,16 @@ def test_a_usable_home_changes_nothing(temporary: Path, monkeypatch: pytest.Monk
     before = dict(os.environ)
     provide_home()
     assert dict(os.environ) == before and not list(temporary.iterdir())
+
+
+def test_the_cache_may_be_named_from_the_home(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As quotation marks in a job script leave it."""
+    monkeypatch.setenv("HOME", str(temporary))
+    monkeypatch.setenv("SHARDGAN_CACHE", "~/cache")
+    assert cache_folder() == temporary / "cache"
+    monkeypatch.setenv("SHARDGAN_CACHE", "~nobody-here/cache")
+    with pytest.raises(UserError, match="there is no such home folder"):
+        cache_folder()
 
 
 # What doctor says of it

@@ -113,6 +113,8 @@ def test_a_key_is_found_in_netrc(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert choose_mode() == ("offline", "http://127.0.0.1:9 does not answer")
+    monkeypatch.setenv("NETRC", "~nobody-here/netrc")
+    assert "no API key" in choose_mode()[1]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Remote, UserError
+from pipeline.config import Remote, UserError, expanded
 from pipeline.data import sidecar
 from pipeline.data.record import (
     INDEX,
@@ -174,7 +174,7 @@ def is_verifiable(entry: Mapping[str, Any]) -> bool:
 
 
 def _shards_folder(remote: Remote) -> Path:
-    """Raises UserError if data.remote.folder names a variable that is not set."""
+    """Raises UserError if data.remote.folder names a variable that is not set, or the home of nobody."""
     chosen = remote.folder
     if not chosen:
         return cache_folder() / "shards"
@@ -184,7 +184,7 @@ def _shards_folder(remote: Remote) -> Path:
                 f"data.remote.folder={chosen}: the variable {name.strip('{}')} is not set on this machine. "
                 "Set it, or name a folder on one of its disks."
             )
-    return Path(os.path.expandvars(chosen)).expanduser().absolute()
+    return expanded(os.path.expandvars(chosen)).absolute()
 
 
 def _check(shard: Shard, path: Path) -> None:
