@@ -46,7 +46,7 @@ class Row:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean over folds; nan if no seed has two."""
+        """Standard error of the mean; nan if no seed has two folds."""
         return _error((o.trial.seed, o.score) for o in self.outcomes)
 
     @property
@@ -65,8 +65,7 @@ class Row:
         return fmean(values) if values else math.nan
 
     def against(self, other: Row) -> tuple[float, float]:
-        """Mean difference to another arm over the trials both have finished, and its standard error over
-        folds."""
+        """Mean difference to another arm over the trials both have finished, and its standard error."""
         theirs = {o.place: o.score for o in other.outcomes}
         both = [o for o in self.outcomes if o.place in theirs]
         differences = [(o.trial.seed, o.score - theirs[o.place]) for o in both]
@@ -168,13 +167,22 @@ class ScoreTable:
 
     @property
     def within(self) -> list[Row]:
-        """The arms other than the best whose distance from it is at most one standard error.
+        """The arms other than the best whose distance from it is at most one standard error."""
+        best = self.minimum
+        others = [row for row in self.comparable if best and row.arm != best.arm]
+        return [row for row in others if best and row.mean - best.mean <= self.allowed(row)]
 
-        By the paired rule that is the error of the difference over pairs of the same fold and seed; by the
-        unpaired one, that of the best one's own mean.
+    def allowed(self, row: Row) -> float:
+        """How far an arm's mean may be above the best one's: by one standard error, 0 if there is none.
+
+        By the unpaired rule it is that of the best one's mean, in which folds that differ hide a loss in each
+        of them. By the paired rule it may not exceed that of the difference, over pairs of the same fold and
+        seed, either. That one alone would not do: a failure in one fold makes it as large as the loss.
         """
         best = self.minimum
-        return [row for row in self.comparable if best and row.arm != best.arm and self._is_within(row, best)]
+        if best is None or math.isnan(best.error):
+            return 0
+        return best.error if self.rule == UNPAIRED else min(best.error, row.against(best)[1])
 
     @property
     def penalty(self) -> str | None:
@@ -187,13 +195,6 @@ class ScoreTable:
         numbers = all(row.arm.number(key) is not None for row in self.rows) if key else False
         return key if numbers and LAMBDA.fullmatch(key) else None
 
-    def _is_within(self, row: Row, best: Row) -> bool:
-        if self.rule == UNPAIRED:
-            difference, error = row.mean - best.mean, best.error
-        else:
-            difference, error = row.against(best)
-        return difference <= (0 if math.isnan(error) else error)
-
     def _lambda(self, row: Row) -> float:
         return (row.arm.number(self.penalty) if self.penalty else None) or 0
 
@@ -205,11 +206,17 @@ def _in_order(key: str, arms: Sequence[Arm]) -> list[str]:
 
 
 def _error(values: Iterable[tuple[int, float]]) -> float:
-    """Standard error of the mean of (seed, value), a value for each fold: that of the folds of one seed, as a
-    root mean square over seeds. Each seed cuts the data into folds of its own, and all trainings share most
-    of their images, so more seeds are not taken for more observations."""
+    """Standard error of the mean of (seed, value), a value for each fold.
+
+    That of the folds of one seed, as a root mean square over seeds: each seed cuts the data into folds of its
+    own, and all trainings share most of their images, so more seeds are not taken for more observations. Or
+    that of the seeds' means if it is larger: all folds of a seed start from the same weights, so only other
+    seeds show what these do.
+    """
     by_seed: dict[int, list[float]] = {}
     for seed, value in values:
         by_seed.setdefault(seed, []).append(value)
-    squared = [variance(of_seed) / len(of_seed) for of_seed in by_seed.values() if len(of_seed) > 1]
-    return math.sqrt(fmean(squared)) if squared else math.nan
+    within = [variance(of_seed) / len(of_seed) for of_seed in by_seed.values() if len(of_seed) > 1]
+    means = [fmean(of_seed) for of_seed in by_seed.values()]
+    between = variance(means) / len(means) if len(means) > 1 else 0.0
+    return math.sqrt(max(fmean(within), between)) if within else math.nan

@@ -119,9 +119,9 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
         label = "mean ± standard error" if row.arm in compared else "not compared: trials are missing"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
         if best and table.penalty and paired and row.arm in compared and row.arm != best.arm:
-            label = "± standard error of the difference\nfrom the best mean, in pairs"
+            label = "± one standard error by the paired rule"
             look = {"elinewidth": 6, "alpha": 0.5, "color": MARK, "zorder": 2}
-            bar(place, row, row.against(best)[1], label=label, **look)
+            bar(place, row, table.allowed(row), label=label, **look)
         if choice and row.arm == choice.arm:
             points([place], [row.mean], "o", ms=13, mfc="none", mec=MARK, zorder=4, label="chosen")
     if best and table.penalty and not math.isnan(best.error):

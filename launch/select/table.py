@@ -85,6 +85,7 @@ def as_json(table: ScoreTable, base: Config, trials: Sequence[Trial]) -> dict[st
                 "arm": row.arm.name,
                 "settings": list(row.arm.settings),
                 "finished": len(row.outcomes),
+                "mean_over": len(seen[row.arm].outcomes),  # trials
                 "mean": _number(seen[row.arm].mean),
                 "standard_error": _number(seen[row.arm].error),
                 f"minus {first.arm.name}": [*map(_number, seen[row.arm].against(first))],
@@ -109,10 +110,10 @@ def write(folder: Path, table: ScoreTable, base: Config, trials: Sequence[Trial]
     files.write(folder / "table.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
-    writer.writerow(["arm", "trials", table.score, "standard error", "seconds", "failed"])
+    writer.writerow(["arm", "trials", table.score, "standard error", "seconds", "failed", "mean over"])
     for row in content["rows"]:
         numbers = (row[key] for key in ("arm", "finished", "mean", "standard_error", "seconds"))
-        writer.writerow([*numbers, len(row["failed"])])
+        writer.writerow([*numbers, len(row["failed"]), row["mean_over"]])
     files.write(folder / "table.csv", lines.getvalue())
 
 

@@ -233,7 +233,8 @@ def _rule(table: ScoreTable) -> str:
     if table.rule == PAIRED:
         return (
             "The paired rule: of the candidates whose mean difference from the best, over trials of the same "
-            "fold and seed, is at most one standard error of that difference, the largest λ is chosen."
+            "fold and seed, is at most one standard error, both of that difference and of the best one's own "
+            "mean, the largest λ is chosen."
         )
     return (
         "The unpaired rule: of the candidates whose mean is above the best one by at most the standard error "
@@ -256,8 +257,8 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         f"`{command}`: {done} of {counted(len(trials), 'trial')} finished, each of "
         f"{config.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
         f"but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the standard "
-        "error over the folds of a seed, and `minus` the mean difference over trials of the same fold and "
-        "seed.",
+        "error over the folds of a seed, or over seeds if it is larger, and `minus` the mean difference over "
+        "trials of the same fold and seed.",
         "",
         *conclusion(table),
         "",

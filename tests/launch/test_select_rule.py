@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -41,6 +42,19 @@ def test_what_folds_have_in_common_is_no_error(tmp_path):
     assert chosen(choose(tmp_path, FOOLED)) == ("0", "0")
 
 
+@pytest.mark.parametrize("folds", [3, 5, 10])
+@pytest.mark.parametrize("depth", [1, 8, 1000])
+def test_a_collapse_in_one_fold_excuses_nothing(tmp_path, folds, depth):
+    """It makes the mean difference and the error of that equally large, depth / folds, however deep; and where
+    other folds are a hair better, the error is the larger one."""
+    best = [1 + 0.01 * fold for fold in range(folds)]
+    collapsed = [*(score - 0.005 for score in best[1:]), best[0] + depth]
+    collapsed = [collapsed[-1], *collapsed[:-1]]
+    found = choose(tmp_path, {"0": best, "0.001": [score + 0.001 for score in best], "0.01": collapsed})
+    difference, error = found.rows[2].against(found.rows[0])
+    assert difference < error and chosen(found) == ("0", "0")
+
+
 def test_differences_are_taken_within_folds(tmp_path):
     first, second = choose(tmp_path, {"0": [1.0, 5, 9], "1": [1.1, 5.1, 9.1]}).rows
     assert second.against(first) == (pytest.approx(0.1), pytest.approx(0, abs=1e-9))
@@ -65,6 +79,15 @@ def test_more_seeds_are_not_more_observations(tmp_path):
         assert second.against(first) == (pytest.approx(-0.2), pytest.approx(error(gains)))
     twice, _ = table_of(trials, [[*np.tile(scores[0], 2)], []]).rows
     assert twice.error == pytest.approx(scores[0].std(ddof=1) / 3**0.5)
+
+
+def test_seeds_that_disagree_are_not_overlooked(tmp_path):
+    """All folds of a seed start from the same weights, and may all gain or all lose by them."""
+    _, trials = selection(tmp_path, folds=3, seeds=3)
+    base, gains = np.arange(9.0).reshape(3, 3) % 3, np.array([[-0.3], [0.1], [0.25]])
+    first, second = table_of(trials, [[*base.ravel()], [*(base - gains).ravel()]]).rows
+    assert second.against(first) == (pytest.approx(-gains.mean()), pytest.approx(gains.std(ddof=1) / 3**0.5))
+    assert first.error == pytest.approx(1 / 3**0.5), "of the folds: the seeds' means are equal"
 
 
 def test_without_two_folds_of_a_seed_there_is_no_error(tmp_path):
@@ -218,7 +241,9 @@ def test_what_is_written_of_a_candidate_is_what_is_compared(tmp_path):
     assert [row["mean"] for row in written] == pytest.approx([1.5, 1.4])
     assert [row["charts"]["Metrics/kid_efflite0"] for row in written] == pytest.approx([1.5, 1.4])
     assert [row["finished"] for row in written] == [3, 2] and len(written[0]["by_trial"]) == 3
-    assert "penalty.l2=0,3,1.5,0.5," in (tmp_path / "mine" / "table.csv").read_text()
+    rows = [*csv.DictReader((tmp_path / "mine" / "table.csv").open())]
+    assert [row["trials"] for row in rows] == ["3", "2"] and [row["mean over"] for row in rows] == ["2", "2"]
+    assert [row["kid_efflite0"] for row in rows] == [str(row["mean"]) for row in written]
     said = " ".join(select_verdict.conclusion(found))
     assert Selection(tmp_path / "mine").conclusion == said and "The paired rule: " in said
     assert "Not done: 1 trial, which may change the choice." in said
