@@ -45,7 +45,7 @@ def test_what_folds_have_in_common_is_no_error(tmp_path):
 @pytest.mark.parametrize("folds", [3, 5, 10])
 @pytest.mark.parametrize("depth", [1, 8, 1000])
 def test_a_collapse_in_one_fold_excuses_nothing(tmp_path, folds, depth):
-    """It makes the mean difference and the error of that equally large, depth / folds, however deep; and where
+    """It makes the mean difference and the error of that equally large, depth / folds, however deep; and if
     other folds are a hair better, the error is the larger one."""
     best = [1 + 0.01 * fold for fold in range(folds)]
     collapsed = [*(score - 0.005 for score in best[1:]), best[0] + depth]
