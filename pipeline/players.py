@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Config, WeightPenalty
-from pipeline.gan import second_order
 from pipeline.gan.adaptive import AdaptiveP
 from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Drawn, Draws, Samples
@@ -85,7 +84,6 @@ def build(
     each player's name and whole network on the CPU, to change its weights before they are sharded."""
     num_classes = len(label_frequencies or ())
     ranks.progress.doing = "building the networks"
-    second_order.begin(ranks.device)
     networks = {"G": build_G(config, num_classes), "D": build_D(config, num_classes)}
     for name, network in networks.items():
         fill(name, network)

@@ -111,11 +111,20 @@ class Fsdp2Engine(MasterEngine):
             module.set_requires_gradient_sync(now, recurse=False)
 
     def collect_gradients(self) -> None:
+        if self.twice:
+            self._check_reduced()
         for name, parameter in self._sharded.items():
             gradient = parameter.grad
             self._masters[name].grad = (
                 torch.zeros_like(self._masters[name]) if gradient is None else _local(gradient)
             )
+
+    def _check_reduced(self) -> None:
+        """FSDP2 reduces a block at the end of its forward pass's nodes, and keeps what comes later without a
+        word. They are the last ones (gan/second_order.py)."""
+        gathered = (one for one in self.module.named_parameters() if not isinstance(one[1], DTensor))
+        left = [name for name, parameter in gathered if parameter.grad is not None]
+        assert not left, f"FSDP2 has not reduced the gradients of {', '.join(left)}"
 
     def zero_grad(self) -> None:
         super().zero_grad()

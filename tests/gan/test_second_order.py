@@ -1,4 +1,4 @@
-"""What has happened in a process before does not decide in which order a GPU differentiates.
+"""A GPU differentiates in the order of a CPU, whatever has happened in the process before.
 
 There a thread of the device's makes the nodes of a gradient and numbers them by itself. Here another thread
 takes its part.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import Any
 
 import pytest
 import torch
+from device_thread import device_thread
 from torch import Tensor, nn
 
 from pipeline.config import load
@@ -29,24 +28,6 @@ STYLEGAN2 = (
     "G.width=4",
     "G.max_width=16",
 )
-
-
-class Device:
-    """Differentiates in a thread of its own, as torch does on each GPU."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1)
-        self._grad = torch.autograd.grad
-
-    def grad(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = self._thread.submit(self._grad, *args, **kwargs).result()
-        return found
-
-    def backward(self, loss: Tensor) -> None:
-        self._thread.submit(loss.backward).result()
-
-    def close(self) -> None:
-        self._thread.shutdown()
 
 
 def of_D() -> tuple[nn.Module, Tensor]:
@@ -69,51 +50,57 @@ def of_G() -> tuple[nn.Module, Tensor]:
     return G, images.mean() + path_lengths(images, G.latent).square().mean()
 
 
-def orders(turn: Callable[[], tuple[nn.Module, Tensor]], before: int, device: Device) -> list[list[str]]:
+def orders(turn: Callable[[], tuple[nn.Module, Tensor]], before: int) -> list[list[str]]:
     """In which order the parameters' gradients are complete, in each of three turns."""
     found = []
     for _ in range(before):
         torch._C._functions.UndefinedGrad()
-    second_order.begin(torch.device("cpu"))
     torch.manual_seed(0)
     for _ in range(3):
         order: list[str] = []
         module, loss = turn()
         for name, parameter in module.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
-        device.backward(loss)
+        loss.backward()
         found.append(order)
     return found
 
 
-@pytest.fixture
-def each_start(monkeypatch):
-    """What a turn is like in processes that have made other numbers of nodes before."""
-
-    def run(turn: Callable[[], tuple[nn.Module, Tensor]]) -> list[list[list[str]]]:
-        results = []
-        for before in BEFORE:
-            with (
-                closing(Device()) as device,
-                monkeypatch.context() as patched,
-                ThreadPoolExecutor(1) as trains,
-            ):
-                patched.setattr(torch.autograd, "grad", device.grad)
-                results.append(trains.submit(orders, turn, before, device).result())
-        return results
-
-    return run
+def after_each_start(turn: Callable[[], tuple[nn.Module, Tensor]], known: bool) -> list[list[list[str]]]:
+    """What the turns are like in processes that have made other numbers of nodes before."""
+    found = []
+    for before in BEFORE:
+        with device_thread(known), ThreadPoolExecutor(1) as trains:
+            found.append(trains.submit(orders, turn, before).result())
+    return found
 
 
 @pytest.mark.parametrize("turn", [of_D, of_G])
-def test_a_backward_runs_in_one_order_whatever_the_process_has_done(monkeypatch, each_start, turn):
-    monkeypatch.setattr(second_order, "_is_numbered_by_the_device", lambda found: True)
-    found = each_start(turn)
-    assert all(other == found[0] for other in found)
-    assert found[0][0] and found[0][0] == found[0][1] == found[0][2]
+def test_a_backward_runs_in_the_order_of_a_cpu_whatever_the_process_has_done(turn):
+    on_a_cpu = orders(turn, 0)
+    assert on_a_cpu[0] and on_a_cpu[0] == on_a_cpu[1] == on_a_cpu[2]
+    assert after_each_start(turn, known=True) == [on_a_cpu] * len(BEFORE)
 
 
 @pytest.mark.parametrize("turn", [of_D, of_G])
-def test_it_would_not_by_itself(each_start, turn):
-    found = each_start(turn)
+def test_it_would_not_by_itself(turn):
+    found = after_each_start(turn, known=False)
     assert any(other != found[0] for other in found)
+
+
+def test_the_devices_numbers_stay_ahead_of_a_long_training():
+    """Many updates' worth of nodes later, and without taking numbers each time."""
+    with device_thread():
+        taken = []
+        for _ in range(8):
+            orders(of_D, before=2**15)
+            taken.append(second_order._reached[torch.device("cpu")])
+        assert taken == sorted(taken) and 1 < len(set(taken)) < 8
+        assert orders(of_D, 0) == orders(of_D, 2**16)
+
+
+def test_on_a_cpu_no_numbers_are_taken():
+    of_D()
+    before = torch._C._autograd._get_sequence_nr()
+    of_D()
+    assert torch._C._autograd._get_sequence_nr() - before < 1000 and not second_order._reached

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import compiled_pair
@@ -23,11 +24,14 @@ import skips
 import starts
 import sync_norm
 import wire
+from device_thread import device_thread
 from safetensors.torch import save_file
 
 from launch.selfcheck import parity
 from pipeline.console import end_process
 
+# Where a thread of its own differentiates, as on a GPU; in the others the one that trains does, as on a CPU.
+DEVICE_THREAD = ("fsdp2-2", "zero2-2", "zero3-2", "ddp-3")
 # Moments, steps; buffers that training moves; every family.
 CONTINUED = ("adam-l2-clipped-2", "spectral", *sorted(parity.FAMILIES))
 
@@ -36,13 +40,14 @@ def main(out: Path, earlier: Path | None, chosen: list[str]) -> None:
     ranks = parity.join()
     cases = parity.cases(ranks.world, ranks.strategy, thorough=True)
     cases = [case for case in cases if case.name in chosen]
-    parity.train_all(cases, ranks, out)
-    for case in cases if earlier else ():
-        left = earlier / "checkpoints" / case.name
-        if case.name in CONTINUED and left.exists():
-            tensors = parity.resume(case, ranks, left)
-            if ranks.main:
-                save_file(tensors, out / f"continued-{case.name}.safetensors")
+    with device_thread() if f"{ranks.strategy}-{ranks.world}" in DEVICE_THREAD else nullcontext():
+        parity.train_all(cases, ranks, out)
+        for case in cases if earlier else ():
+            left = earlier / "checkpoints" / case.name
+            if case.name in CONTINUED and left.exists():
+                tensors = parity.resume(case, ranks, left)
+                if ranks.main:
+                    save_file(tensors, out / f"continued-{case.name}.safetensors")
     found = {f"dirac-{game}.json": dirac.train(ranks, game) for game in dirac.SHRINKS}
     found["wire.json"], found["sync_norm.json"] = wire.record(ranks), sync_norm.record(ranks)
     found["starts.json"] = starts.record(ranks, out)

@@ -51,7 +51,7 @@ def before(name: str) -> str | None:
 def run(name: str, module: list[str], deepspeed: Path | None = None) -> None:
     """Run a module of this folder, or one of the package, under "strategy-world"."""
     strategy, world = name.rsplit("-", 1)
-    path = f"{HERE.parents[1]}:{HERE}"
+    path = f"{HERE.parents[1]}:{HERE.parent}:{HERE}"
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     deepspeed = deepspeed or selfcheck.PARTITION_ALL.get(strategy)
     ended = processes.launch(

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from device_thread import device_thread
 from test_devices import alone as alone  # a world of one
 from torch import Tensor, nn
 
 from pipeline.config import Optimizer, WeightPenalty
+from pipeline.gan import second_order
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fsdp2 import Fsdp2Engine
@@ -54,3 +56,49 @@ def test_what_ran_in_some_rounds_only_has_its_gradient(alone, runs, passes):
             )
         engine.zero_grad()
         engine.end_turn()
+
+
+@pytest.fixture
+def differentiate(alone):
+    """A D with R1. No nonlinearity is behind its last layer, which only the double backward completes."""
+
+    def run(rounds: int) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 1))
+        plain, x = copy.deepcopy(network), torch.randn(rounds, 5, 3)
+
+        def loss(D, images: Tensor) -> Tensor:
+            logits = D(images.requires_grad_())
+            return logits.exp().mean() + second_order.gradient(logits.sum(), images).square().sum()
+
+        player = PlayerSettings("D", Optimizer(), WeightPenalty(), {})
+        engine = Fsdp2Engine(network, player, alone, BatchShape(1, rounds, 5))
+        other = Fsdp2Engine(nn.Linear(1, 1), player, alone, BatchShape(1, rounds, 5))
+        for update in range(2):
+            with engine.updating(other, twice=True):
+                for number, images in enumerate(x.clone()):
+                    with engine.accumulating(last=number == rounds - 1):
+                        engine.backward(loss(engine, images))
+                engine.collect_gradients()
+                plain.zero_grad()
+                sum(loss(plain, images) for images in x.clone()).div(rounds).backward()
+                for name, parameter in plain.named_parameters():
+                    found = engine._masters[name].grad
+                    torch.testing.assert_close(found, parameter.grad, msg=f"{name} in update {update}")
+
+    return run
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_double_backward_ends_before_blocks_reduce(differentiate, rounds):
+    """On a CPU, and where a device's thread makes the nodes of the gradient."""
+    differentiate(rounds)
+    with device_thread():
+        differentiate(rounds)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_gradient_that_is_not_reduced_ends_the_training(differentiate, rounds):
+    """As it would be on a GPU by itself."""
+    with device_thread(known=False), pytest.raises(AssertionError, match=r"not reduced .* 4.weight"):
+        differentiate(rounds)
