@@ -19,6 +19,7 @@ from pipeline.run.features import Extractor
 from pipeline.run.metrics import METRICS
 from pipeline.run.references import training_images
 from pipeline.run.score_run import score_run
+from pipeline.wording import in_kimg
 
 
 @click.command()
@@ -65,7 +66,7 @@ def evaluate(
         checkpoint=checkpoint,
         shown=_progress,
     )
-    _show(f"{run.absolute().name} after {cur_nimg / 1000:g} kimg", scores)
+    _show(f"{run.absolute().name} after {in_kimg(cur_nimg / 1000)} kimg", scores)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import click
 
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
+from pipeline.wording import in_kimg
 
 
 @click.command()
@@ -28,7 +29,7 @@ def export(run: Path, out: Path, checkpoint: str, onnx: bool) -> None:
     files, remarks = write(run, out, checkpoint, complete=True, onnx=onnx)
     for file in files:
         click.echo(f"{file}  {file.stat().st_size:,} bytes")
-    click.echo(f"G_ema, G and D after {read(out).cur_nimg / 1000:g} kimg: {out}/")
+    click.echo(f"G_ema, G and D after {in_kimg(read(out).cur_nimg / 1000)} kimg: {out}/")
     for remark in remarks:
         click.echo(remark)
     if decoder := load(run / "config.yaml").data.decoder:

@@ -16,7 +16,7 @@ from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import UserError
 from pipeline.run.saved_grids import MOST_PIXELS
-from pipeline.wording import counted, why
+from pipeline.wording import counted, in_kimg, why
 
 if TYPE_CHECKING:
     from pipeline.run.sampling import Sampler
@@ -161,7 +161,7 @@ def sample(run: Path, checkpoint: str, **options: Any) -> None:
 
     G, config, state = load_generator(run, checkpoint)
     sampler = Sampler(G, config, state.label_frequencies, state.classes)
-    classes, after = wanted.numbers(sampler, state.classes), f"after {state.cur_nimg / 1000:g} kimg"
+    classes, after = wanted.numbers(sampler, state.classes), f"after {in_kimg(state.cur_nimg / 1000)} kimg"
     wanted.refuse_too_many(len(classes), config.data.size)
     if wanted.images is not None:
         files = _separate(sampler, wanted, classes, wanted.images, f"{config.run.name} {after}")

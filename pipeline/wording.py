@@ -39,6 +39,11 @@ def in_bytes(number: float) -> str:
     return f"{number:,.1f} GiB"
 
 
+def in_kimg(kimg: float) -> str:
+    """0, 37.5, 1050.048: to an image."""
+    return f"{kimg:.3f}".rstrip("0").rstrip(".")
+
+
 def columns() -> int:
     """Of the terminal ($COLUMNS, if set)."""
     return shutil.get_terminal_size((NO_TERMINAL, 24)).columns

@@ -21,7 +21,7 @@ from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.run.folder import check_same, finished
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
 
@@ -69,7 +69,7 @@ def _config(job: Job) -> Iterator[Finding]:
     config = job.config
     folder = Path(config.run.out) / str(config.run.name)
     if not config.run.resume or not folder.exists():
-        yield ok("config", f"valid; a new run of {config.run.total_kimg:g} kimg in {folder}")
+        yield ok("config", f"valid; a new run of {in_kimg(config.run.total_kimg)} kimg in {folder}")
         return
     try:
         check_same(config, folder)

@@ -23,7 +23,7 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
 from pipeline.run.folder import under_a_free_name
 from pipeline.run.source import check_init
-from pipeline.wording import counted, in_bytes
+from pipeline.wording import counted, in_bytes, in_kimg
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 
@@ -172,20 +172,20 @@ def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
     """How much does a failing node lose, and how much of a run goes into reports and scores?"""
     run, score = job.config.run, job.config.score
     if run.checkpoint_kimg > run.total_kimg / 4:
-        text = f"a checkpoint every {run.checkpoint_kimg:g} of {run.total_kimg:g} kimg"
+        text = f"a checkpoint every {in_kimg(run.checkpoint_kimg)} of {in_kimg(run.total_kimg)} kimg"
         text += ": a node that fails loses up to that much (a signal saves first)"
         yield warning("checkpoints", text, "Lower run.checkpoint_kimg.")
     if (ticks := run.total_kimg / run.tick_kimg) > _MANY_TICKS:
         text = (
-            f"{ticks:,.0f} ticks of {run.tick_kimg:g} kimg: each is a line in metrics.jsonl and a look of D "
-            "at held-out images"
+            f"{ticks:,.0f} ticks of {in_kimg(run.tick_kimg)} kimg: each is a line in metrics.jsonl and a "
+            "look of D at held-out images"
         )
         enough = math.ceil(run.total_kimg / _MANY_TICKS)
         yield warning("ticks", text, f"Set run.tick_kimg={enough} or more.")
     if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
         share = score.images / (run.eval_kimg * 1000)
         text = (
-            f"{score.images:,} images are generated and compared after every {run.eval_kimg:g} kimg, "
+            f"{score.images:,} images are generated and compared after every {in_kimg(run.eval_kimg)} kimg, "
             f"{share:.0%} on top of those trained on"
         )
         yield warning("scores", text, "Raise run.eval_kimg or lower score.images.")

@@ -18,7 +18,7 @@ from launch.slurm.jobs import Resources
 from pipeline.config import Config, UserError
 from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.stop import INTERRUPTED
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 
 @dataclass
@@ -138,7 +138,7 @@ class Selection:
             self.say(f"A search for {counted(self.search.count, 'candidate')}, {len(arms)} of them proposed:")
         self.say(
             f"{self.base.run.name}: {counted(len(arms), 'candidate')} x {self._places} folds and seeds = "
-            f"{counted(len(self.trials), 'trial')} of {self.base.run.total_kimg:g} kimg, "
+            f"{counted(len(self.trials), 'trial')} of {in_kimg(self.base.run.total_kimg)} kimg, "
             f"{len(self.trials) - len(self.todo)} of them done"
         )
 

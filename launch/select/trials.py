@@ -13,6 +13,7 @@ from launch.select.candidates import Arm
 from pipeline.config import Config, UserError, dump, load
 from pipeline.run import checkpoint
 from pipeline.run.folder import as_begun, check_same, finished, finished_at
+from pipeline.wording import in_kimg
 
 # Settings that decide what scores are against, and those that select itself sets in each trial.
 _FIXED = (
@@ -218,13 +219,13 @@ def _check_folder(trial: Trial) -> None:
     due, saved = _length(trial.config), checkpoint.find(trial.folder / "checkpoints")
     if trial.done:
         found = finished_at(trial.folder)
-        changes = [f"run.total_kimg: {found / 1000:g} → {due / 1000:g}"] if found != due else []
+        changes = [f"run.total_kimg: {in_kimg(found / 1000)} → {in_kimg(due / 1000)}"] if found != due else []
         refuse(f"{trial.name} is finished, at another length", changes)
     elif saved and saved[0] > due:  # it would be resumed, end at once and be scored there
-        kimg = f"{saved[0] / 1000:g}"
+        kimg = in_kimg(saved[0] / 1000)
         refuse(
             f"{trial.name} is already at kimg {kimg}",
-            [f"run.total_kimg: {due / 1000:g}"],
+            [f"run.total_kimg: {in_kimg(due / 1000)}"],
             f"Set run.total_kimg to at least {kimg}",
         )
 

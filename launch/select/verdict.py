@@ -17,7 +17,7 @@ from launch.select.choice import PAIRED, SEARCHED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import dump, load
 from pipeline.credentials import redacted
-from pipeline.wording import NO_TERMINAL, columns, counted
+from pipeline.wording import NO_TERMINAL, columns, counted, in_kimg
 
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
 _NAME = 24  # letters of the first column until others are left out
@@ -255,10 +255,10 @@ def markdown(table: ScoreTable, trials: Sequence[Trial]) -> str:
         f"# Selection {config.track.group}",
         "",
         f"`{command}`: {done} of {counted(len(trials), 'trial')} finished, each of "
-        f"{config.run.total_kimg:g} kimg; {hours:.2f} hours of training in all. A trial is trained on all "
-        f"but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the standard "
-        "error over the folds of a seed, or over seeds if it is larger, and `minus` the mean difference over "
-        "trials of the same fold and seed.",
+        f"{in_kimg(config.run.total_kimg)} kimg; {hours:.2f} hours of training in all. A trial is trained on "
+        f"all but one of {counted(config.data.folds or 0, 'fold')} and scored on that one; `±` is the "
+        "standard error over the folds of a seed, or over seeds if it is larger, and `minus` the mean "
+        "difference over trials of the same fold and seed.",
         "",
         *conclusion(table),
         "",
@@ -297,7 +297,7 @@ def _pictured(table: ScoreTable) -> list[str]:
         lines += ["## The grid", "", f"![Mean {table.score} of each pair of values](grid.png)", ""]
     if len(table.by_budget) > 1:
         budgets = [
-            [f"{kimg:g}", row.arm.name, with_error(row.mean, row.error), str(len(row.outcomes))]
+            [in_kimg(kimg), row.arm.name, with_error(row.mean, row.error), str(len(row.outcomes))]
             for kimg, row in table.by_budget
         ]
         lines += [

@@ -34,6 +34,7 @@ from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.state import State
+from pipeline.wording import in_kimg
 
 FORMAT = 2
 _LACKING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # of a file that should be there
@@ -97,11 +98,11 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
         raise UserError("\n".join([f"{folder.parent} holds no intact checkpoint yet.", *complaints]))
     if wanted == "newest":
         for complaint in complaints:
-            older = f"the older one of kimg {int(newest.name) / 1000:g} is used instead"
+            older = f"the older one of kimg {in_kimg(int(newest.name) / 1000)} is used instead"
             print(f"warning: {complaint}; {older}.", file=sys.stderr, flush=True)
         return newest
     kept = find(folder)
-    there = f"{folder.parent} keeps kimg {', '.join(f'{nimg / 1000:g}' for nimg in reversed(kept))}"
+    there = f"{folder.parent} keeps kimg {', '.join(in_kimg(nimg / 1000) for nimg in reversed(kept))}"
     if wanted == "best":
         best = read_state(newest).best
         if best is None or not math.isfinite(best[0]):

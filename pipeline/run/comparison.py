@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.run.history import History, Score
 from pipeline.run.metrics import METRICS, leading_chart, metric_of
-from pipeline.wording import setting
+from pipeline.wording import in_kimg, setting
 
 NOTHING = "–"
 _OF_ITSELF = {"run.name", "run.out", "run.resume", "run.new_data", "run.new_settings"}  # of any two runs
@@ -49,7 +49,7 @@ def compare(histories: Sequence[History]) -> Comparison:
     """
     groups, notes = _groups(histories)
     leading, others, more = _score_columns(histories, groups)
-    kimg = tuple(f"{history.rows[-1]['cur_nimg'] / 1000:g}" for history in histories)
+    kimg = tuple(in_kimg(history.rows[-1]["cur_nimg"] / 1000) for history in histories)
     columns = [Column("kimg", kimg)]
     if notes and (leading or others):
         columns.append(Column("scored against", tuple(_letter(group) for group in groups)))
@@ -169,7 +169,7 @@ def _score_column(
     groups: Sequence[int],
 ) -> Column:
     found = [read(history, chart) for history in histories]
-    cells = tuple(f"{s.value:.4g} ({s.cur_nimg / 1000:g})" if s else NOTHING for s in found)
+    cells = tuple(f"{s.value:.4g} ({in_kimg(s.cur_nimg / 1000)})" if s else NOTHING for s in found)
     best = set()
     for group in set(groups):
         members = [(s.value, i) for i, s in enumerate(found) if s and groups[i] == group]

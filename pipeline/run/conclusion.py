@@ -15,7 +15,7 @@ from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.report import Report
 from pipeline.run.spectrum import draw, record
 from pipeline.run.state import State
-from pipeline.wording import why
+from pipeline.wording import in_kimg, why
 
 
 def conclude(
@@ -35,7 +35,7 @@ def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
     report.still_ours()
     _mark(folder / STOPPED, state)
     events.record(folder, "stop", state.cur_nimg, reason=reason)
-    kimg = f"{state.cur_nimg / 1000:g}"
+    kimg = in_kimg(state.cur_nimg / 1000)
     report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
 
 

@@ -14,7 +14,7 @@ from pipeline.durable import whole
 from pipeline.run.history import History, read_history
 from pipeline.run.panels import Panel, is_news, label_log, panels_of
 from pipeline.run.report import Report
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,7 +191,7 @@ def _colours(count: int) -> list[Any]:
 def _summary(history: History) -> str:
     """The run, and what changed in it where the panels have a dotted line."""
     changes = [
-        f"kimg {change['cur_nimg'] / 1000:g}: {change['key']} {change['old']} → {change['new']}"
+        f"kimg {in_kimg(change['cur_nimg'] / 1000)}: {change['key']} {change['old']} → {change['new']}"
         for change in history.changes
     ]
     return "; ".join([history.name, *changes])

@@ -18,6 +18,7 @@ from pipeline.run.changes import CHANGES, DATA
 from pipeline.run.report import say
 from pipeline.run.rows import append, rows
 from pipeline.run.saved_grids import reals_of
+from pipeline.wording import in_kimg
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -236,7 +237,7 @@ def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
         row = {"cur_nimg": cur_nimg, "key": key, "old": old, "new": new}
         if row != last.get(key):  # else a start that was killed before it could write config.yaml has
             append(file, row)
-        say(f"{key}: {old!r} → {new!r} from kimg {cur_nimg / 1000:g} on")
+        say(f"{key}: {old!r} → {new!r} from kimg {in_kimg(cur_nimg / 1000)} on")
 
 
 def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:

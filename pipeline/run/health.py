@@ -11,7 +11,7 @@ from pipeline.errors import CommonError, RunError, UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.report import Report, say
 from pipeline.run.stats import Reduced
-from pipeline.wording import counted, ranks_named
+from pipeline.wording import counted, in_kimg, ranks_named
 
 BITS, FORWARD, ORDER = "bits/", "forward", "order/"  # each rank's own figures: see session.of_this_rank
 _PATIENCE = 25  # ticks in a row before a warning …
@@ -69,7 +69,7 @@ class Health:
             patience=1,
         )
         worse = best is not None and best[0] > 0 and score > _WORSE * best[0]
-        was = f"{best[0]:.4g} at kimg {best[1] / 1000:g}" if best else ""
+        was = f"{best[0]:.4g} at kimg {in_kimg(best[1] / 1000)}" if best else ""
         self._suspect(
             "Training has got worse",
             worse,
@@ -93,8 +93,8 @@ class Health:
             "Storage is slow",
             waited > max(_NOTICED_S, _WAITING * between),
             f"Training waited {waited:.0f} s of the last {between:.0f} s for a checkpoint to be written: "
-            f"storage is slower than run.checkpoint_kimg = {self._run.checkpoint_kimg:g} asks for. Save less "
-            "often, or to a faster disk (run.out).",
+            f"storage is slower than run.checkpoint_kimg = {in_kimg(self._run.checkpoint_kimg)} asks for. "
+            "Save less often, or to a faster disk (run.out).",
             patience=1,
         )
 

@@ -22,6 +22,7 @@ from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.rows import Row, rows
 from pipeline.run.terminal import is_score
 from pipeline.run.wandb_mode import public
+from pipeline.wording import in_kimg
 
 _TRIAL = re.compile(r"(.*),seed=\d+,fold=\d+")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
@@ -35,7 +36,7 @@ class Score:
     value: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} at kimg {self.cur_nimg / 1000:g}"
+        return f"{self.value:.4g} at kimg {in_kimg(self.cur_nimg / 1000)}"
 
 
 @dataclass(frozen=True)

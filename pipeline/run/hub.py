@@ -12,7 +12,7 @@ from pipeline.config import UserError
 from pipeline.credentials import scrubbed, shareable
 from pipeline.plugins import require
 from pipeline.run.exported import FILE, NAMES, read
-from pipeline.wording import one_line
+from pipeline.wording import in_kimg, one_line
 
 _NAME = r"[\w.-]+/[\w.-]+"
 _TEXTS = (".md", ".yaml", ".json")
@@ -48,7 +48,7 @@ def push(export: Path, repository: str, *, public: bool = False, replace: bool =
         additions = [hub.CommitOperationAdd(name, _content(export / name)) for name in facts.files]
         stale = (there & {*NAMES}) - {*facts.files}
         removals = [hub.CommitOperationDelete(name) for name in sorted(stale)]
-        message = f"{facts.name} at kimg {facts.cur_nimg / 1000:g}"
+        message = f"{facts.name} at kimg {in_kimg(facts.cur_nimg / 1000)}"
         # parent_commit: refused if somebody else has changed it since.
         done = api.create_commit(
             repository, [*removals, *additions], commit_message=message, parent_commit=before

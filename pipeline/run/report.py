@@ -18,11 +18,12 @@ from pipeline.run import events
 from pipeline.run.changes import CHANGES, data_since
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
+from pipeline.run.saved_grids import newest, reals_of
 from pipeline.run.state import State
 from pipeline.run.tensorboard import TensorBoard, check_tensorboard
 from pipeline.run.terminal import Bar, Lines, is_score
 from pipeline.run.tracker import Tracker, open_tracker
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
@@ -195,9 +196,9 @@ class MainReport(Report):
             tracker.summary(values)
 
     def conclude(self, cur_nimg: int) -> None:
-        grids = sorted((self._folder / "samples").glob("fakes*.png"))
+        grid = newest(self._folder)
         found = {
-            "images": f"{grids[-1]}   (real ones: {grids[-1].with_name('reals.png')})" if grids else "",
+            "images": f"{grid}   (real ones: {reals_of(self._folder)})" if grid else "",
             "page": str(page) if (page := self._folder / "report.html").exists() else "",
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",
@@ -206,7 +207,7 @@ class MainReport(Report):
         }
         self._terminal.close()
         lines = [f"  {label:9} {text}" for label, text in found.items() if text]
-        self.say("\n".join([f"Finished at kimg {cur_nimg / 1000:g}: {self._folder}", *lines]))
+        self.say("\n".join([f"Finished at kimg {in_kimg(cur_nimg / 1000)}: {self._folder}", *lines]))
 
     def close(self) -> None:
         self._terminal.close()
@@ -237,7 +238,7 @@ class MainReport(Report):
         """Which rows the disk did not take, if any."""
         if not self._unwritten:
             return ""
-        kimgs = ", ".join(f"{row['cur_nimg'] / 1000:g}" for row in self._unwritten)
+        kimgs = ", ".join(in_kimg(row["cur_nimg"] / 1000) for row in self._unwritten)
         return f", without {counted(len(self._unwritten), 'row')} that could not be written (kimg {kimgs})"
 
     def _forget_after(self, reported: int) -> None:
@@ -262,7 +263,7 @@ class MainReport(Report):
         for key in dict.fromkeys(key for row in found for key in row if is_score(key)):
             scored = [row for row in found if key in row]
             first, last = scored[0], scored[-1]
-            texts = (f"{row[key]:.3f} at kimg {row['cur_nimg'] / 1000:g}" for row in (first, last))
+            texts = (f"{row[key]:.3f} at kimg {in_kimg(row['cur_nimg'] / 1000)}" for row in (first, last))
             yield f"{key.removeprefix('Metrics/')} {', '.join(dict.fromkeys(texts))}"
 
 

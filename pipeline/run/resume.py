@@ -23,7 +23,7 @@ from pipeline.run.resend import catch_up
 from pipeline.run.source import Source
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 
 def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
@@ -125,7 +125,7 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     if ranks.main:
         other = (by.strategy, by.world) != (ranks.strategy, ranks.world)
         writer = f", saved by {counted(by.world, 'process')} under {by.strategy}" if other else ""
-        say(f"Resuming from kimg {saved.cur_nimg / 1000:g} ({found}{writer})")
+        say(f"Resuming from kimg {in_kimg(saved.cur_nimg / 1000)} ({found}{writer})")
     return saved, stats
 
 

@@ -22,7 +22,7 @@ from pipeline.players import Gan
 from pipeline.run import checkpoint
 from pipeline.run.export import NETWORKS, Network, load_network, load_run
 from pipeline.run.state import State
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 # A network is read from the first of these that the source has.
 _INSTEAD: Mapping[str, tuple[Network, ...]] = {
@@ -66,7 +66,7 @@ def open_source(init: str) -> Source:
     path = Path(init)
     if (path / "checkpoints").is_dir():
         config, found, state = load_run(path)
-        return Source(f"{path} at kimg {state.cur_nimg / 1000:g}", {}, (config, found, state))
+        return Source(f"{path} at kimg {in_kimg(state.cur_nimg / 1000)}", {}, (config, found, state))
     files: dict[str, Path] = {name: path / f"{name}.safetensors" for name in NETWORKS}
     if path.stem in NETWORKS and path.suffix == ".safetensors":
         files = {path.stem: path}

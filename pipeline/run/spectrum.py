@@ -21,6 +21,7 @@ from pipeline.run.checkpoint import Pieces, find, read_state
 from pipeline.run.folder import begun
 from pipeline.run.panels import label_log
 from pipeline.run.rows import append, rows
+from pipeline.wording import in_kimg
 
 _LARGEST = 3  # kernels of each player, by elements
 
@@ -73,7 +74,7 @@ def _draw_kernel(panel: Any, name: str, lines: Sequence[Mapping[str, Any]]) -> N
     from matplotlib.ticker import MaxNLocator
 
     for number, row in enumerate(lines, start=1):
-        label = f"{row['cur_nimg'] / 1000:g} kimg" if number in (1, len(lines)) else None
+        label = f"{in_kimg(row['cur_nimg'] / 1000)} kimg" if number in (1, len(lines)) else None
         values, shade = row.get(name, []), str(0.8 * (1 - number / len(lines)))
         panel.plot(range(1, len(values) + 1), values, color=shade, label=label, marker=".", markersize=3)
     panel.set(title=name, xlabel="number", ylabel="singular value", yscale="log")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.wording import in_kimg
+
 _WIDE = 90  # columns of a terminal with room for a long bar
 
 
@@ -28,7 +30,7 @@ class Lines:
         now, (then, before) = time.monotonic(), self._last
         self._last = now, cur_nimg
         status = "  ".join(_status(values).values())
-        text = f"kimg {cur_nimg / 1000:8.{self._decimals}f} / {self._total / 1000:g}  {status}"
+        text = f"kimg {cur_nimg / 1000:8.{self._decimals}f} / {in_kimg(self._total / 1000)}  {status}"
         if cur_nimg > before:
             left = max(self._total - cur_nimg, 0) * (now - then) / (cur_nimg - before)
             text += f"  left {int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
@@ -69,7 +71,7 @@ class Bar(Lines):
         self._console.print(text, highlight=False, markup=False, soft_wrap=True, style=style)
 
     def row(self, cur_nimg: int, values: Mapping[str, float]) -> None:
-        kimg = 2 * len(f"{self._total / 1000:g}") + self._decimals + len("./ kimg 0:00:00 ")
+        kimg = 2 * len(in_kimg(self._total / 1000)) + self._decimals + len("./ kimg 0:00:00 ")
         self._scores |= {key: value for key, value in values.items() if is_score(key)}
         status = _status({**values, **self._scores})
         self._row = _fitting(status, self._console.width - self._width - kimg - 3)

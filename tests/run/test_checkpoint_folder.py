@@ -80,6 +80,18 @@ def test_a_person_chooses_a_checkpoint(tmp_path):
         checkpoint.chosen(folder, "best")
 
 
+def test_a_kimg_is_taken_as_it_is_printed(tmp_path):
+    """Whole batches seldom end at a whole kimg, and long trainings have many digits."""
+    nimgs = [999, 1_050_048, 1_050_112, 998_003_712, 1_000_000_000]
+    for nimg in nimgs:
+        kept(tmp_path, nimg)
+    with pytest.raises(UserError, match=r"none is kept") as error:
+        checkpoint.chosen(tmp_path, "7")
+    printed = str(error.value).partition("keeps kimg ")[2].rstrip(".").split(", ")
+    assert printed == ["0.999", "1050.048", "1050.112", "998003.712", "1000000"]
+    assert [int(checkpoint.chosen(tmp_path, text).name) for text in printed] == nimgs
+
+
 def test_a_disk_that_does_not_answer_damages_no_checkpoint(tmp_path, monkeypatch):
     for nimg in (1_024, 1_536):
         kept(tmp_path, nimg, best=(0.5, 512))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch._C._distributed_c10d import Store
 
 from pipeline.holder import pid_namespace, state_of
+from pipeline.wording import in_kimg
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"at kimg {self.cur_nimg / 1000:g}, {self.at}"
+        return f"at kimg {in_kimg(self.cur_nimg / 1000)}, {self.at}"
 
     def described(self, what: str) -> str:
         return f"{self.name} {what}. Last seen {self.place}."

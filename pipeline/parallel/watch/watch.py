@@ -36,6 +36,7 @@ from pipeline.parallel.launched import Launch, launcher_store
 from pipeline.parallel.watch.beats import Beat, Process, Verdict, read_beat, read_verdict
 from pipeline.parallel.watch.ends import Ends
 from pipeline.parallel.watch.whereabouts import Progress, Whereabouts, look
+from pipeline.wording import in_kimg
 
 BACKSTOP = timedelta(hours=24)  # of collectives: a verdict ends them, not slow work on another rank
 _PATIENCE_S = 10.0  # for the main rank to finish its reports before the job ends
@@ -115,7 +116,8 @@ class Watch:
                 traceback.print_exception(error)
                 reason = "".join(traceback.format_exception_only(error)).strip()
                 kimg = self.progress.cur_nimg / 1000
-                self._say_goodbye(self._verdict(f"{self._mine.name} failed at kimg {kimg:g}: {reason}"))
+                failed = f"{self._mine.name} failed at kimg {in_kimg(kimg)}"
+                self._say_goodbye(self._verdict(f"{failed}: {reason}"))
             self._linger()
             raise JobEndedError from None
         return False

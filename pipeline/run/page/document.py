@@ -29,6 +29,7 @@ from pipeline.run.page.charts import Line, colours, of_one, of_several
 from pipeline.run.page.facts import Facts, Score
 from pipeline.run.page.pictures import MOST, Picture, history, plotted, reals
 from pipeline.run.page.selection import TABLE, Selection
+from pipeline.wording import in_kimg
 
 PAGE = "report.html"  # in a run folder, or a selection's
 _HERE = Path(__file__).parent
@@ -153,7 +154,9 @@ def _conclusion(runs: Sequence[Facts]) -> str:
 
 def _last_scores(order: Sequence[tuple[Score, Facts]]) -> str:
     """The best first; with their kimg if a run has trained on after its last score."""
-    each = [(f"{facts.name} {score.last[1]:.4g}", f"at kimg {score.last[0]:g}") for score, facts in order]
+    each = [
+        (f"{facts.name} {score.last[1]:.4g}", f"at kimg {in_kimg(score.last[0])}") for score, facts in order
+    ]
     when = "when last scored"
     if all(score.last[0] == facts.kimg for score, facts in order):
         when = "at the end"

@@ -18,7 +18,7 @@ from pipeline.run.page.charts import Chart, Line, colours, of_several
 from pipeline.run.page.facts import Facts, Setting
 from pipeline.run.page.pictures import Picture, plotted, strip
 from pipeline.run.panels import far_apart, label_of
-from pipeline.wording import counted
+from pipeline.wording import counted, in_kimg
 
 TABLE = "table.json"
 _WIDE = 12  # letters of a candidate's name that fit under a point
@@ -56,7 +56,7 @@ class Selection:
         held = f"{config.data.folds} folds" if config.data.folds else "cross-validation"
         return (
             f"{counted(len(self.rows), 'candidate')} for {self.key}, compared by {held}: "
-            f"{counted(each, 'training')} of each, of {config.run.total_kimg:g} kimg, scored on "
+            f"{counted(each, 'training')} of each, of {in_kimg(config.run.total_kimg)} kimg, scored on "
             "images that were held out."
         )
 
