@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,26 +14,32 @@ from PIL import Image
 from pipeline.config import Config, UserError
 from pipeline.lock import take
 from pipeline.run.grid import LATEST
-from pipeline.run.rows import Row, rows
+from pipeline.run.rows import Row, each_row
 from pipeline.run.saved_grids import UNREADABLE
 from pipeline.run.tracker import Announce, Tracker, open_tracker
 from pipeline.run.wandb_files import recall
+from pipeline.wording import in_kimg
 
 _AT_ONCE = 1000  # calls; far more, as a run of many ticks has, would look as if W&B did not take them
 
 
 def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
     """Send all of metrics.jsonl and samples/ up to cur_nimg, in the order in which it was first sent."""
-    calls = [(nimg, partial(tracker.log, values, nimg, at)) for nimg, at, values in _rows(folder)]
-    calls += [
+    if not tracker.tracks:
+        return
+    charts = ((nimg, partial(tracker.log, values, nimg, at)) for nimg, at, values in _rows(folder))
+    pictures = [
         (nimg, partial(tracker.image, chart, path, nimg, caption(nimg)))
         for nimg, chart, path in _pictures(folder)
     ]
-    calls = sorted((c for c in calls if c[0] <= cur_nimg), key=itemgetter(0))  # rows before their pictures
-    for number, (_, call) in enumerate(calls, 1):
-        call()
-        if number % _AT_ONCE == 0:
-            tracker.pause()
+    pictures.sort(key=itemgetter(0))
+    number = 0
+    for nimg, call in heapq.merge(charts, pictures, key=itemgetter(0)):  # rows before their pictures
+        if nimg <= cur_nimg:
+            call()
+            number += 1
+            if number % _AT_ONCE == 0:
+                tracker.pause()
 
 
 def catch_up(config: Config, folder: Path, announce: Announce) -> None:
@@ -52,18 +59,16 @@ def catch_up(config: Config, folder: Path, announce: Announce) -> None:
 
 
 def caption(cur_nimg: int) -> str:
-    return f"{cur_nimg / 1000:g} kimg"
+    return f"{in_kimg(cur_nimg / 1000)} kimg"
 
 
 def _rows(folder: Path, announce: Announce = lambda _: None) -> Iterator[tuple[int, float | None, Row]]:
     """cur_nimg, time and charts of each row of metrics.jsonl."""
     try:
-        found = rows(folder / "metrics.jsonl", announce)
+        for row in each_row(folder / "metrics.jsonl", announce):
+            yield row.pop("cur_nimg"), row.pop("time", None), row
     except OSError as error:
         announce(f"W&B may lack rows, as metrics.jsonl cannot be read: {error}")
-        return
-    for row in found:
-        yield row.pop("cur_nimg"), row.pop("time", None), row
 
 
 def _pictures(folder: Path) -> Iterator[tuple[int, str, Path]]:

@@ -7,7 +7,6 @@ readers skip that row.
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import sys
@@ -32,7 +31,12 @@ def rows(file: Path, complain: Complain = lambda _: None) -> list[Row]:
     complain: gets a line for each row that is not a JSON object with `cur_nimg`. Raises OSError if the file
     cannot be read.
     """
-    return [row for _, row in _parsed(file, _content(file), complain)]
+    return list(each_row(file, complain))
+
+
+def each_row(file: Path, complain: Complain = lambda _: None) -> Iterator[Row]:
+    """`rows`, one at a time: many weigh a gigabyte."""
+    return (row for _, row in _parsed(file, complain) if row is not None)
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:
@@ -56,15 +60,19 @@ def append(file: Path, row: Mapping[str, Any]) -> None:
 
 def keep(file: Path, wanted: Callable[[Row], bool], complain: Complain = lambda _: None) -> None:
     """Keep only whole rows that are wanted. complain: as for `rows`. Raises OSError."""
-    content = _content(file)
-    lines = _parsed(file, content, complain)
-    kept = b"".join(line for line, row in lines if line.endswith(b"\n") and wanted(row))
-    if kept == content:
+    size, first, good = 0, 0, list[tuple[int, int]]()  # first: up to where every line is kept
+    for line, row in _parsed(file, complain):
+        if row is not None and line.endswith(b"\n") and wanted(row):
+            good.append((size, size + len(line)))
+            first += len(line) if first == size else 0
+        size += len(line)
+    if first == size:
         return
-    if content.startswith(kept):  # needs no space, of which a full disk has none
-        os.truncate(file, len(kept))
+    if first == sum(end - start for start, end in good):  # needs no space, of which a full disk has none
+        os.truncate(file, first)
     else:
-        write(file, kept)
+        content = file.read_bytes()
+        write(file, b"".join(content[start:end] for start, end in good))
 
 
 def _lock(file_number: int) -> None:
@@ -108,21 +116,14 @@ def _cut_back(file_number: int) -> int:
     return end
 
 
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def _parsed(file: Path, content: bytes, complain: Complain) -> Iterator[tuple[bytes, Row]]:
-    """Each line of the file's content that is a row, and the row."""
-    for number, line in enumerate(io.BytesIO(content), 1):
-        row = _parse(line)
-        if row is not None:
+def _parsed(file: Path, complain: Complain) -> Iterator[tuple[bytes, Row | None]]:
+    """Each line of the file, and the row that it is; none without a file."""
+    with suppress(FileNotFoundError), file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = _parse(line)
+            if row is None and line != b"\n":
+                complain(f"{file}, line {number} is damaged and is skipped: {_shown(line)}")
             yield line, row
-        elif line != b"\n":
-            complain(f"{file}, line {number} is damaged and is skipped: {_shown(line)}")
 
 
 def _parse(line: bytes) -> Row | None:

@@ -118,6 +118,25 @@ def test_what_went_wrong_is_counted_and_listed(run):
     assert "Nothing: no warning" not in words and "Not recorded" not in words
 
 
+def test_what_has_often_been_stopped_and_resumed_is_one_trouble(run):
+    """As every night by a cluster, which would hide the warning."""
+    often: list[dict[str, object]] = [{"event": "start", "cur_nimg": 0}]
+    for kimg in range(1, 8):
+        often += [
+            {"event": "stop", "cur_nimg": 1000 * kimg, "reason": "by SIGTERM"},
+            {"event": "start", "cur_nimg": 1000 * kimg},
+        ]
+    often.insert(6, {"event": "warning", "cur_nimg": 2500, "title": "D has won", "text": "See it."})
+    write_events(run, *often)
+    words = Parsed(page([run])).words
+    assert "kimg 7 Stopped and started again 7 times, the last time here" in words
+    assert "kimg 2.5 D has won: See it." in words
+    assert "Stopped by" not in words and "Started again, and" not in words
+    assert "Some things went wrong, or were changed: 3, listed below." in words  # D's updates skipped, too
+    write_events(run, *often, {"event": "stop", "cur_nimg": 7500, "reason": "by SIGINT"})
+    assert "kimg 7.5 Stopped by SIGINT" in Parsed(page([run])).words
+
+
 def test_nothing_of_this_machine_leaves_it(run, tmp_path, monkeypatch):
     """Neither folders nor credentials, wherever they stand."""
     text = (run / "config.yaml").read_text()

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,24 @@ from launch.select.trials import Trial
 from pipeline.config import load
 from pipeline.run import score_run
 from pipeline.run.report import MainReport
-from pipeline.run.resend import catch_up
+from pipeline.run.resend import catch_up, resend
 from pipeline.run.rows import append, keep, rows
+from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
+
+
+class Noting(Tracker):
+    """Remembers of which steps it is given charts."""
+
+    tracks = True
+
+    def __init__(self) -> None:
+        super().__init__("abc")
+        self.steps: list[int] = []
+
+    def log(self, values, step, at=None):
+        self.steps.append(step)
 
 
 @contextmanager
@@ -201,6 +216,24 @@ def test_what_is_forgotten_for_damage_is_said_in_one_reading(tmp_path):
         f'{file}, line 3 is damaged and is skipped: {{"cur_n',
         f'{file}, line 6 is damaged and is skipped: {{"cur_nimg": 1',
     ]
+
+
+def test_a_long_file_is_not_held_in_memory(tmp_path):
+    """Neither to forget its end nor to send it; a process keeps what it has once held."""
+    file = tmp_path / "metrics.jsonl"
+    values = {f"Weights/G/norm/{layer}": layer / 7 for layer in range(50)}
+    file.write_text("".join(json.dumps({"cur_nimg": n, **values}) + "\n" for n in range(3000)))
+    size, sent = file.stat().st_size, Noting()
+    tracemalloc.start()
+    try:
+        keep(file, lambda row: row["cur_nimg"] < 2900)
+        resend(tmp_path, sent, 2899)
+        assert tracemalloc.get_traced_memory()[1] < size / 5
+    finally:
+        tracemalloc.stop()
+    assert nimgs(tmp_path) == sent.steps == list(range(2900))
+    with patch.object(json, "loads", side_effect=AssertionError("read for nobody")):
+        resend(tmp_path, Tracker(), 2899)
 
 
 def test_a_row_that_another_process_is_writing_is_left_whole(tmp_path, monkeypatch):

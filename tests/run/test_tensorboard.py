@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 from pathlib import Path
@@ -9,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.config import Config, UserError, load
 from pipeline.run.grid import save_grid
 from pipeline.run.report import MainReport
-from pipeline.run.tensorboard import TensorBoard, check_tensorboard
+from pipeline.run.tensorboard import TensorBoard, check_tensorboard, record
 from pipeline.run.tracker import Tracker
 
 
 class Noting(Tracker):
     """Remembers what it is given."""
+
+    tracks = True
 
     def __init__(self) -> None:
         super().__init__("abc")
@@ -80,6 +84,13 @@ def test_every_step_is_there_once_after_a_kill(tmp_path):
     assert [(p.step, p.value) for p in open_one.Scalars("Loss/D/loss")] == [(p.step, p.value) for p in points]
     start(tmp_path, 4000, said).close()
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "files do not pile up"
+
+
+@pytest.mark.parametrize("size", [0, 1, 12, 100_000])
+def test_records_are_those_that_tensorboard_writes(size):
+    data, theirs = torch.randint(256, (size,), dtype=torch.uint8).numpy().tobytes(), io.BytesIO()
+    RecordWriter(theirs).write(data)
+    assert b"".join(record(data)) == theirs.getvalue()
 
 
 def test_it_is_complete_if_switched_on_late_and_w_and_b_gets_everything(tmp_path):

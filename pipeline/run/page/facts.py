@@ -19,9 +19,10 @@ from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
 from pipeline.run.rows import rows
 from pipeline.run.wandb_mode import public
-from pipeline.wording import counted, in_time, setting
+from pipeline.wording import counted, in_kimg, in_time, setting
 
 _HOST = re.compile(r"(?<=\d) \([^(),]+, pid \d+\)")  # behind the number of a rank
+_FEW = 5  # starts that are listed one by one
 _UNSAID = {
     "run.name",
     "run.out",
@@ -103,8 +104,8 @@ class Facts:
 
     @property
     def state(self) -> str:
-        total = f"{self.config.run.total_kimg:g}"
-        return f"Finished at kimg {self.kimg:g}" if self.finished else f"At kimg {self.kimg:g} of {total}"
+        kimg, total = in_kimg(self.kimg), in_kimg(self.config.run.total_kimg)
+        return f"Finished at kimg {kimg}" if self.finished else f"At kimg {kimg} of {total}"
 
     @cached_property
     def scores(self) -> list[Score]:
@@ -129,9 +130,9 @@ class Facts:
             return ""
         (start, first), (best_at, best), (_, last) = score.first, score.best, score.last
         if start == score.last[0]:
-            return f"{score.label} is {last:.4g} at kimg {start:g}{self.against}."
+            return f"{score.label} is {last:.4g} at kimg {in_kimg(start)}{self.against}."
         moved = "fell" if best < first else "did not fall"
-        to = f" to {best:.4g} (kimg {best_at:g})" if best < first else ""
+        to = f" to {best:.4g} (kimg {in_kimg(best_at)})" if best < first else ""
         end = "" if best == last else f", and ended at {last:.4g}"
         return f"{score.label} {moved} from {first:.4g}{to}{end}{self.against}."
 
@@ -186,21 +187,25 @@ class Facts:
     def troubles(self) -> list[tuple[str, str]]:
         """(when, what) of everything that a reader should know of, in order."""
         found = sorted([*self._happened(), *self._changed()], key=lambda pair: pair[0])
-        return [*((f"kimg {at / 1000:g}", anonymous(text)) for at, text in found), *self._counts()]
+        return [*((f"kimg {in_kimg(at / 1000)}", anonymous(text)) for at, text in found), *self._counts()]
 
     def _happened(self) -> Iterator[tuple[int, str]]:
-        begun_before = False
-        for row in self.events:
-            if row.get("event") == "warning":
+        starts = [number for number, row in enumerate(self.events) if row.get("event") == "start"]
+        again = starts[1:]
+        few = len(again) <= _FEW
+        if not few:
+            text = f"Stopped and started again {len(again)} times, the last time here"
+            yield self.events[again[-1]]["cur_nimg"], text
+        for number, row in enumerate(self.events):
+            event = row.get("event")
+            if event == "warning":
                 yield row["cur_nimg"], f"{row.get('title')}: {row.get('text')}"
-            elif row.get("event") == "stop":
-                yield row["cur_nimg"], f"Stopped {row.get('reason')}"
-            elif row.get("event") == "error":
+            elif event == "error":
                 yield row["cur_nimg"], f"Failed: {_HOST.sub('', str(row.get('text')))}"
-            elif row.get("event") == "start":
-                if begun_before:
-                    yield row["cur_nimg"], "Started again, and resumed from here"
-                begun_before = True
+            elif event == "stop" and (few or number > starts[-1]):
+                yield row["cur_nimg"], f"Stopped {row.get('reason')}"
+            elif few and number in again:
+                yield row["cur_nimg"], "Started again, and resumed from here"
 
     def _changed(self) -> Iterator[tuple[int, str]]:
         for row in self.history.changes:
