@@ -6,10 +6,11 @@ store, shard or send. Beyond the border there are zeros.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -17,6 +18,21 @@ def enlarge(x: Tensor) -> Tensor:
     """[N,C,H,W] → [N,C,2H,2W]: zeros in between, then [1, 3, 3, 1]/4. Bilinear, but for the border."""
     larger: Tensor = _Enlarged.apply(x)  # type: ignore[no-untyped-call]
     return larger
+
+
+class Doubled(nn.Module):
+    """[N,C,H,W] → [N,C,2H,2W]: every pixel four times, in its own dtype, which is exact. On GPUs autocast
+    would widen it to float32, and with it all that is added to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _doubled(x)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device)  # meta has none
+    with torch.autocast(device, enabled=False) if known else nullcontext():
+        return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def shrink(x: Tensor) -> Tensor:
@@ -39,7 +55,7 @@ def smooth(x: Tensor, border: int) -> Tensor:
 class _Enlarged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        doubled = F.interpolate(_channels_last(x), scale_factor=2, mode="nearest")
+        doubled = _doubled(_channels_last(x))
         return F.avg_pool2d(F.avg_pool2d(doubled, 2, stride=1, padding=1), 2, stride=1)
 
     @staticmethod

@@ -24,6 +24,7 @@ from pipeline.gan.layers import (
     refuse_size,
     run_all,
 )
+from pipeline.gan.resample import Doubled
 
 SIZES = (32, 64, 128, 256)
 _START = 4  # pixels of the smallest features
@@ -166,7 +167,7 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(hidden, outputs, 3, padding=1, bias=bias)
         self.match = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.enlarge = nn.Upsample(scale_factor=2) if resample == "up" else nn.Identity()
+        self.enlarge = Doubled() if resample == "up" else nn.Identity()
         self.shrink = nn.AvgPool2d(2) if resample == "down" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

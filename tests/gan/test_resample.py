@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from pipeline.gan.grouped_conv import GroupedConv2d
-from pipeline.gan.resample import enlarge, shrink, smooth
+from pipeline.gan.resample import Doubled, enlarge, shrink, smooth
 
 AXIS = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
 KERNEL = (AXIS[:, None] * AXIS)[None, None]
@@ -120,3 +121,15 @@ def test_a_frozen_grouped_convolution_passes_gradients_on():
     x = images(1, 8, 5, 5).requires_grad_()
     layer.requires_grad_(False)(x).sum().backward()
     assert x.grad.abs().sum() > 0 and layer.weight.grad is None
+
+
+@pytest.mark.parametrize("doubled", [Doubled(), enlarge])
+def test_autocast_on_a_gpu_widens_nothing(monkeypatch, doubled):
+    """As it does what torch enlarges, on GPUs alone. The tensors have no memory."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    with FakeTensorMode(), torch.autocast("cuda", dtype=torch.bfloat16):
+        x = torch.empty((2, 4, 4, 4), device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+        assert F.interpolate(x, scale_factor=2).dtype == torch.float32
+        larger = doubled(x)
+        assert larger.dtype == torch.bfloat16 and larger.shape == (2, 4, 8, 8)
