@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.run.changes import CHANGES, data_since
 from pipeline.run.folder import begun, evaluated, flattened, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
-from pipeline.run.rows import Row, rows
+from pipeline.run.rows import Row, each_row
 from pipeline.run.terminal import is_score
 from pipeline.run.wandb_mode import public
 from pipeline.wording import in_kimg
@@ -142,9 +142,9 @@ def read_history(folder: Path) -> History:
     """The records of the run in `folder`. Raises UserError if there are none."""
     try:
         by_nimg: dict[int, Row] = {}
-        for row in rows(folder / "metrics.jsonl"):
+        for row in each_row(folder / "metrics.jsonl"):
             by_nimg[row["cur_nimg"]] = by_nimg.get(row["cur_nimg"], {}) | row
-        changes = tuple(row for row in rows(folder / CHANGES) if {"key", "old", "new"} <= row.keys())
+        changes = tuple(row for row in each_row(folder / CHANGES) if {"key", "old", "new"} <= row.keys())
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from None
     if not by_nimg:
@@ -176,7 +176,7 @@ def _has_not_begun(folder: Path) -> bool:
     """Of a run that has no results, and perhaps no settings: runs/* names it beside the others."""
     try:
         is_run = (folder / "config.yaml").is_file() or all(p.name[0] == "." for p in folder.iterdir())
-        return is_run and not any(True for _ in rows(folder / "metrics.jsonl"))
+        return is_run and not any(True for _ in each_row(folder / "metrics.jsonl"))
     except OSError:
         return False  # read_history says why
 
