@@ -192,7 +192,7 @@ class Session:
     # Pieces of the above
 
     def _reduce(self, gan: Gan, cur_nimg: int, stats: Stats) -> Reduced:
-        _catch_up(self._ranks.device)
+        _wait_for(self._ranks.device)
         mine = {"seconds": self.clock.seconds, "waited": self.clock.waited}
         self._heldout.score(gan, cur_nimg, stats)
         for engine in (gan.D, gan.G):
@@ -228,12 +228,12 @@ class Session:
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:
-        _catch_up(self._ranks.device)  # what updates are still to do there is training's time
+        _wait_for(self._ranks.device)  # what updates are still to do there is training's time
         with self.clock.stopped(), self._progress.during(doing), self._report.during(doing):
             yield
 
 
-def _catch_up(device: torch.device) -> None:
+def _wait_for(device: torch.device) -> None:
     """Wait until a GPU has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
