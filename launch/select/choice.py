@@ -170,9 +170,9 @@ class ScoreTable:
         """The arms other than the best whose distance from it is at most one standard error."""
         best = self.minimum
         others = [row for row in self.comparable if best and row.arm != best.arm]
-        return [row for row in others if best and row.mean - best.mean <= self.allowed(row)]
+        return [row for row in others if best and row.mean - best.mean <= self._allowed(row)]
 
-    def allowed(self, row: Row) -> float:
+    def _allowed(self, row: Row) -> float:
         """How far an arm's mean may be above the best one's: by one standard error, 0 if there is none.
 
         By the unpaired rule it is that of the best one's mean, in which folds that differ hide a loss in each

@@ -119,15 +119,16 @@ def _draw_scores(axes: Axes, table: ScoreTable, rows: list[Row], upright: bool) 
         label = "mean ± standard error" if row.arm in compared else "not compared: trials are missing"
         points([place], [row.mean], "o", ms=6, color=colour, zorder=3, label=label)
         if best and table.penalty and paired and row.arm in compared and row.arm != best.arm:
-            label = "± one standard error by the paired rule"
+            label = "± standard error of the difference\nfrom the best mean, in pairs"
             look = {"elinewidth": 6, "alpha": 0.5, "color": MARK, "zorder": 2}
-            bar(place, row, table.allowed(row), label=label, **look)
+            bar(place, row, row.against(best)[1], label=label, **look)
         if choice and row.arm == choice.arm:
             points([place], [row.mean], "o", ms=13, mfc="none", mec=MARK, zorder=4, label="chosen")
     if best and table.penalty and not math.isnan(best.error):
-        limit = best.mean if paired else best.mean + best.error
-        label = "best mean" if paired else "best mean + its standard error"
-        (axes.axhline if upright else axes.axvline)(limit, color=MARK, lw=0.8, ls="--", label=label)
+        line, span = (axes.axhline, axes.axhspan) if upright else (axes.axvline, axes.axvspan)
+        line(best.mean, color=MARK, lw=0.8, ls="--", label="best mean")
+        label = "best mean + its standard error"
+        span(best.mean, best.mean + best.error, color=MARK, alpha=0.12, lw=0, zorder=0, label=label)
 
 
 def _label(axes: Axes, table: ScoreTable, rows: list[Row], names: list[str], upright: bool) -> None:
