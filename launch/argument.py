@@ -25,7 +25,7 @@ def training_of(argument: str, settings: Sequence[str], *, gpu: bool) -> Trainin
     Only looks. Raises UserError for what can be none of it, or could be several.
     """
     if not argument:
-        raise UserError("What to train on is empty. (Is a shell variable unset?)")
+        raise UserError("The argument for what to train on is empty. (Is a shell variable unset?)")
     if "://" in argument:
         raise UserError(
             f"{redacted(argument)} is not on this machine. Give a config, with the shards as data.train: "

@@ -8,5 +8,5 @@ checkpoint_option = click.option(
     "--checkpoint",
     default="newest",
     metavar="best|KIMG",
-    help="The one with the best score, or of this kimg, of those that the run keeps; default: the newest.",
+    help="Of the checkpoints kept, the one with the best score or at this kimg; default: the newest.",
 )

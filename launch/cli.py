@@ -29,7 +29,7 @@ COMMANDS = {
     "export": ("launch.export:export", "Write the networks for others to use, with a model card."),
     "push": ("launch.push:push", "Publish an export on the Hugging Face Hub."),
     "selfcheck": ("launch.selfcheck:selfcheck", "Compare every strategy with plain torch, on this machine."),
-    "bench": ("launch.bench:bench", "Measure ratios, side by side in one run."),
+    "bench": ("launch.bench:bench", "Compare cost with simpler code and with theory."),
 }
 
 

@@ -34,7 +34,9 @@ from pipeline.wording import in_kimg
     "--features", metavar="NAME", help="efflite0, inception:PATH, module:Class; default: the run's."
 )
 @click.option(
-    "--images", type=click.IntRange(min=2), help="How many, generated and held out. Default: score.images."
+    "--images",
+    type=click.IntRange(min=2),
+    help="The number of images, generated and held out alike. Default: score.images.",
 )
 @click.option(
     "--train-images", type=click.IntRange(min=2), help="Compare with this many training images too."
@@ -52,9 +54,9 @@ def evaluate(
 ) -> None:
     """Score the moving average of G in the run folder RUN against held-out (and training) images.
 
-    Uses the latents and images of training: with the run's own settings the number equals that in
-    metrics.jsonl. The result is added to scores.json in the run folder, with fingerprints of the real images:
-    only scores of equal fingerprints can be compared.
+    Uses the same latents and images as scores during training: with the run's own settings the result
+    equals that in metrics.jsonl. It is added to scores.json in the run folder, with fingerprints of the
+    real images: only scores with equal fingerprints can be compared.
     """
     scores, cur_nimg = score_run(
         run,

@@ -33,4 +33,4 @@ def export(run: Path, out: Path, checkpoint: str, onnx: bool) -> None:
     for remark in remarks:
         click.echo(remark)
     if decoder := load(run / "config.yaml").data.decoder:
-        click.echo(f"G makes latents; what makes images of them, {decoder}, is not among these files.")
+        click.echo(f"G makes latents; their decoder into images, {decoder}, is not among these files.")

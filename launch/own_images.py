@@ -157,13 +157,13 @@ def _notes(
     if seen.classes > 1 and not _gives("data.conditional", settings) and not data.conditional:
         why = "not all are labelled" if seen.labelled < seen.images else "so few images each"
         why = preset.why_not_conditional if seen.conditional else why
-        yield f"classes are ignored, {why}: data.conditional=true trains on them all the same"
+        yield f"classes are ignored ({why}): data.conditional=true uses them anyway"
     if _gives("augment.", settings):
         return
     if seen.images < presets.FEW:
         yield (
-            f"augmentation is on ({preset.few_about}): of fewer than {presets.FEW:,} images D soon knows "
-            "every one"
+            f"augmentation is on ({preset.few_about}): D soon memorises a data set of fewer than "
+            f"{presets.FEW:,} images"
         )
     elif preset.many_about:
         yield f"augmentation is on ({preset.many_about})"

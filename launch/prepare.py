@@ -77,8 +77,9 @@ def prepare(
     WebDataset shards (one, or a folder of them, as img2dataset makes it), or one of the known data sets
     fashion-mnist and cifar10, which are downloaded. Latents, .npy of floats [channels, size, size], in place
     of images are written as they are. Images are shuffled once. The same command writes the
-    same bytes; after a kill it makes only what is missing. Files that are no images or cannot be read are
-    left out, counted, and listed in OUT/skipped.txt; OUT/sources.txt lists the file of each sample.
+    same bytes; after an interruption it makes only what is missing. Files that are not images or cannot
+    be read are left out, counted, and listed in OUT/skipped.txt; OUT/sources.txt lists the file of each
+    sample.
 
     With --index-only SOURCE is a folder of shards. At an https://, s3:// or gs:// URL they are fetched once,
     and the index is kept on this machine.

@@ -18,7 +18,8 @@ def push(export: Path, repository: str, public: bool, replace: bool) -> None:
     """Publish EXPORT, a folder that `shardgan export` wrote, as USER/NAME on the Hugging Face Hub.
 
     Needs `pip install 'shardgan[hub]'` and a login (`hf auth login`, or HF_TOKEN). It sends the files that
-    export.json lists, and no others. Edit README.md before, the card that the Hub shows, as you like.
+    export.json lists, and no others. Before you push, you may edit README.md, the card that the Hub
+    shows.
     """
     from pipeline.run.hub import push as publish
 

@@ -15,8 +15,8 @@ from launch.paths import UserPath
 def report(runs: tuple[Path, ...], out: Path | None) -> None:
     """Write a page of the run folder RUN, of several to compare, or of a selection's folder.
 
-    It is one HTML file without network: images and their history, scores, curves, settings, environment, and
-    what went wrong.
+    It is one HTML file that loads nothing from the network: images and their history, scores, curves,
+    settings, environment, and what went wrong.
     """
     from pipeline.config import UserError
     from pipeline.run.page.document import PAGE, write

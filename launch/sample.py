@@ -113,7 +113,7 @@ def _parts(text: str) -> list[str]:
     "--seeds",
     metavar="0-31",
     callback=lambda _context, _option, text: None if text is None else seeds_of(text),
-    help="An image for each, also 3,7,10-12: the same image whatever the others.",
+    help="One image per seed, as in 0-31 or 3,7,10-12; an image does not depend on the other seeds.",
 )
 @click.option(
     "--count",
@@ -128,20 +128,20 @@ def _parts(text: str) -> list[str]:
 @click.option(
     "--interpolate",
     is_flag=True,
-    help="Rows of images, each from one latent to another; animations always are.",
+    help="Rows of images, each row moving from one latent to another; animations always interpolate.",
 )
 @click.option(
     "--classes",
     metavar="0,shirt,…",
     multiple=True,
-    help="Only these classes, by number or name, a column each; a name with a comma: --classes again.",
+    help="Only these classes, by number or name, a column each; repeat it for a name with a comma.",
 )
 @click.option(
     "--truncation",
     metavar="ψ",
     type=click.FloatRange(min=0),
     default=1.0,
-    help="Less variety for better images, below 1; for a G with a latent w, such as stylegan2's.",
+    help="Below 1, better images with less variety; needs a G with a latent w, such as stylegan2's.",
 )
 @checkpoint_option
 def sample(run: Path, checkpoint: str, **options: Any) -> None:

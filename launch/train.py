@@ -99,7 +99,7 @@ def _default_procs(strategy: str | None, batch_size: int) -> int:
     procs = processes.default_procs(strategy, batch_size)
     if strategy != "single" and procs < (found := gpus()):
         why = f"data.batch_size={batch_size} cannot be divided equally over more"
-        click.echo(f"note: {procs} of {found} GPUs train: {why}", err=True)
+        click.echo(f"note: only {procs} of {found} GPUs are used: {why}", err=True)
     return procs
 
 

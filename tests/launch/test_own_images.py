@@ -193,7 +193,7 @@ def test_size_channels_and_classes_follow_from_the_images():
     config = config_of(training_of("digits", [], gpu=True))
     assert (config.data.size, config.data.channels, config.data.conditional) == (28, 1, True)
     small = training_of("digits", [], gpu=False)
-    assert not config_of(small).data.conditional and "one image for each: data.cond" in small.notes[2]
+    assert not config_of(small).data.conditional and "one image for each): data.cond" in small.notes[2]
     assert len(training_of("digits", ["data.conditional=false"], gpu=False).notes) == 3
 
 
