@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from test_tensorboard import Noting
 
 from launch.select.candidates import Arm
 from launch.select.table import _read
@@ -28,19 +29,6 @@ from pipeline.run.rows import append, keep, rows
 from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
-
-
-class Noting(Tracker):
-    """Remembers of which steps it is given charts."""
-
-    tracks = True
-
-    def __init__(self) -> None:
-        super().__init__("abc")
-        self.steps: list[int] = []
-
-    def log(self, values, step, at=None):
-        self.steps.append(step)
 
 
 @contextmanager
@@ -231,7 +219,7 @@ def test_a_long_file_is_not_held_in_memory(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < size / 5
     finally:
         tracemalloc.stop()
-    assert nimgs(tmp_path) == sent.steps == list(range(2900))
+    assert nimgs(tmp_path) == sent.calls == list(range(2900))
     with patch.object(json, "loads", side_effect=AssertionError("read for nobody")):
         resend(tmp_path, Tracker(), 2899)
 
