@@ -210,7 +210,7 @@ def test_latents_are_decoded_for_samples_and_scores(of_three, monkeypatch, tmp_p
     (entry,) = json.loads((run.path / "scores.json").read_text())
     assert entry["Metrics/kid_efflite0"] == pytest.approx(run.rows[-1]["Metrics/kid_efflite0"], abs=1e-5)
     assert json.loads((run.path / "reference.json").read_text())["heldout"]["pixels"].startswith(MINE)
-    assert "makes images of them, networks_of_mine:Decoder, is not among" in call(
+    assert "decoder into images, networks_of_mine:Decoder, is not among these files" in call(
         export, run.path, "--out", tmp_path / "out"
     )
 
