@@ -7,8 +7,10 @@ import multiprocessing
 import resource
 import shutil
 import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -177,12 +179,17 @@ def try_to_prepare(pictures: Path, out: Path, said: multiprocessing.Queue) -> No
         said.put("made")
 
 
-def begun(pictures: Path, out: Path, said: multiprocessing.Queue) -> list[psutil.Process]:
-    """The processes of one that is at work."""
-    for i in range(200):
-        shutil.copy(pictures / "dogs" / "0.png", pictures / "dogs" / f"more-{i}.png")
+def begun(pictures: Path, out: Path, said: multiprocessing.Queue, go: Event) -> list[psutil.Process]:
+    """The processes of one that has recorded a shard and writes no other until `go` is set."""
+
+    def record(*arguments: Any) -> None:
+        staging.record(*arguments)
+        go.wait()
+
     process = FORK.Process(target=try_to_prepare, args=(pictures, out, said))
-    process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "record", record)
+        process.start()
     while not list(out.with_name(f".{out.name}.partial").glob(".progress/*.json")):
         assert process.is_alive()
         time.sleep(0.001)
@@ -191,18 +198,23 @@ def begun(pictures: Path, out: Path, said: multiprocessing.Queue) -> list[psutil
 
 
 def test_of_two_one_is_refused_and_the_other_goes_on(pictures: Path, tmp_path: Path) -> None:
-    said = FORK.Queue()
-    first, *_ = begun(pictures, tmp_path / "out", said)
-    with pytest.raises(UserError, match=rf"Another `shardgan prepare` is writing .*/out .* pid {first.pid} "):
-        prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
+    said, go = FORK.Queue(), FORK.Event()
+    first, *_ = begun(pictures, tmp_path / "out", said, go)
+    try:
+        with pytest.raises(
+            UserError, match=rf"Another `shardgan prepare` is writing .*/out .* pid {first.pid} "
+        ):
+            prepare(str(pictures), str(tmp_path / "out"), Options(size=32, per_shard=1), workers=1)
+    finally:
+        go.set()
     assert said.get(timeout=60) == "made"
     assert not list(tmp_path.glob(".*")) and not list((tmp_path / "out").glob(".lock*"))
 
 
 def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_S", 0.5)
-    said = FORK.Queue()
-    processes = begun(pictures, tmp_path / "out", said)
+    said, go = FORK.Queue(), FORK.Event()
+    processes = begun(pictures, tmp_path / "out", said, go)
     for process in processes:
         process.suspend()
         while process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):  # not at once, if busy
@@ -213,6 +225,7 @@ def test_one_that_was_suspended_leaves_the_shards_to_the_other(pictures, tmp_pat
     finally:
         for process in processes:
             process.resume()
+        go.set()
     assert ".out.partial was removed" in said.get(timeout=60)
     assert contents(tmp_path / "out") == made and not list(tmp_path.glob(".*"))
 
