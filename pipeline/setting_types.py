@@ -67,6 +67,12 @@ def _one_in(value: Any) -> float:
 OneIn = Annotated[float, BeforeValidator(_one_in)]
 
 
+def none_or_several(count: int) -> int:
+    if count == 1:
+        raise ValueError("must be 0, for none, or at least 2")
+    return count
+
+
 def plain_name(name: str | None) -> str | None:
     if name is not None and (not name.strip() or name.startswith(".") or Path(name).name != name):
         raise ValueError("must be a plain folder name, without '/' and not starting with '.'")

@@ -24,6 +24,7 @@ from pipeline.setting_types import (
     ScheduledPositive,
     ScheduledShare,
     Signal,
+    none_or_several,
     plain_name,
 )
 
@@ -247,7 +248,8 @@ class Score:
     metrics: tuple[Literal["kid", "fd", "pr", "dc", "nn"], ...] = ("kid",)  # pipeline/run/scores.py
     features: str = "efflite0"  # or inception:PATH, or package.module:Class
     images: Annotated[int, Field(ge=2)] = 1000  # generated and real alike; fewer if fewer are held out
-    train_images: Annotated[int, Field(ge=0)] = 0  # compared with too; 0: only for nn, as many as `images`
+    # training images compared with too; 0: only for nn, as many as `images`
+    train_images: Annotated[int, Field(ge=0), AfterValidator(none_or_several)] = 0
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -186,6 +186,7 @@ def test_on_is_that_of_both_players_unless_one_has_its_own(tmp_path):
         (["augment.p=0.1"], "augment.p: nothing to apply. Set augment.ops"),
         (["augment.target=0.6"], "augment.target: nothing to apply. Set augment.ops"),
         (["augment.ops=[flip]", "augment.p=0.1", "augment.target=0.6"], "augment.p and augment.target:"),
+        (["score.train_images=1"], "score.train_images: must be 0, for none, or at least 2 (found 1)"),
         (["penalty.r1.fraction=0.3"], "penalty.r1.fraction: must be 1, 1/2, 1/3 or another 1/k (found 0.3)"),
     ],
 )

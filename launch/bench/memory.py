@@ -39,7 +39,7 @@ def command(settings: tuple[str, ...], **options: Any) -> None:
     """
     found = pair.measure("launch.bench.memory", more=settings, **options)
     table.show(
-        f"MiB per rank; {pair.title(found)} in fp32, Adam",
+        f"MiB per rank; {pair.title(found)} in fp32",
         (*_HELD, "held in all", "sent per update"),
         map(_row, found),
         "Measured (theory). Held while a player steps, activations gone; gradients: with buckets and "
@@ -59,13 +59,17 @@ def held(found: Found) -> dict[str, float]:
 
 def in_theory(found: Found) -> tuple[dict[str, float], float]:
     """Bytes held and sent by one rank, by theory."""
-    job = found["strategy"], found["world"], found["parameters_G"], found["parameters_D"]
+    strategy, world, shards = found["strategy"], found["world"], found["shards"]
+    trained = found["parameters_G"], found["parameters_D"]
     config = pair.config_of(found["settings"])
     with FakeTensorMode():
         _, frozen = sizes(build_D(config, 0))
-    rounds = batch_shape(config.data, found["world"]).rounds
-    update, shards = theory.update_of(config, rounds, frozen), found["shards"]
-    return theory.held(*job, shards), theory.sent(*job, update, shards)
+    rounds = batch_shape(config.data, world).rounds
+    update = theory.update_of(config, rounds, frozen)
+    moments = theory.moments_of(config.optim.G), theory.moments_of(config.optim.D)
+    due = theory.held(strategy, world, *trained, shards, moments)
+    due["weights"] += theory.frozen(strategy, world, frozen, shards)
+    return due, theory.sent(strategy, world, *trained, update, shards)
 
 
 def _row(found: Found) -> list[str]:
@@ -87,12 +91,12 @@ def main(out: Path, settings: list[str]) -> None:
     stats = Stats(ranks.device)
     for update in range(_UPDATES - 1):
         train_step(gan, reals, update * gan.batch_size, stats)
-    at_step: list[dict[str, int]] = []  # of D, then of G
+    at_step: list[dict[str, int]] = []  # of D, once or more, then of G
     hook = register_optimizer_step_pre_hook(lambda *_: at_step.append(footprint(gan)))
     with Traffic() as traffic:
         train_step(gan, reals, (_UPDATES - 1) * gan.batch_size, stats)
     hook.remove()
-    found |= {"at_rest": footprint(gan), "at_step_D": at_step[0], "at_step_G": at_step[1]}
+    found |= {"at_rest": footprint(gan), "at_step_D": at_step[0], "at_step_G": at_step[-1]}
     found |= {"sent": traffic.sent, "calls": traffic.calls, "losses": stats.reduce(ranks, {}).values}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     found["peak"] = torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else peak

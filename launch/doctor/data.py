@@ -29,7 +29,8 @@ from pipeline.data.remote.urls import is_url
 from pipeline.data.samples import REPAIR, PassedOver
 from pipeline.data.stages import Decode, apply, load_stages
 from pipeline.gan.networks import check_reach
-from pipeline.wording import counted, in_bytes
+from pipeline.run.references import check_held_out, more_held_out
+from pipeline.wording import counted, in_bytes, in_kimg
 
 _DECODED = 256  # images, evenly over all of them
 _COMPARED = 50_000  # pairs of samples with equal CRC and size that are read and compared
@@ -189,13 +190,33 @@ def split(job: Job, index: Index) -> Iterator[Finding]:
         yield ok("split", text)
     if odd := unlike(index, parts):
         yield warning("hold-out", odd, SHUFFLE)
-    if config.score.metrics and heldout < config.score.images:
+    if config.score.metrics:
+        yield from _scored_with(config, heldout)
+
+
+def _scored_with(config: Config, heldout: int) -> Iterator[Finding]:
+    """Are `heldout` images enough for scores, and how much of a run goes into these?"""
+    wanted, kimg = config.score.images, config.run.eval_kimg
+    if heldout:
+        try:
+            check_held_out(config.data, heldout)
+        except UserError as error:
+            yield would_fail("hold-out", str(error))
+            return
+    if heldout < wanted:
         text = (
-            f"{heldout:,} images are held out, score.images={config.score.images:,}"
+            f"{heldout:,} images are held out, score.images={wanted:,}"
             if heldout
             else "nothing is held out: there will be no score"
         )
-        yield warning("hold-out", text, "Scores of few images are noisy: raise data.holdout.")
+        yield warning("hold-out", text, f"Scores of few images are noisy: {more_held_out(config.data)}.")
+    images = min(wanted, heldout)
+    if 0 < kimg * 1000 < 20 * images:
+        text = (
+            f"{images:,} images are generated and compared after every {in_kimg(kimg)} kimg, "
+            f"{images / (kimg * 1000):.0%} on top of those trained on"
+        )
+        yield warning("scores", text, "Raise run.eval_kimg or lower score.images.")
 
 
 def _to_vary(config: Config) -> list[str]:

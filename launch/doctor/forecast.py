@@ -118,7 +118,8 @@ def _network(job: Job, shards: int, within: float, over: float) -> float | None:
     """
     if not within + over:
         return 0.0
-    bandwidth, network = job.machine.bandwidth, job.machine.network
+    network = job.machine.network
+    bandwidth = job.machine.bandwidth if _has_neighbours(job) else network
     if not bandwidth or (job.nodes > 1 and not network):
         return None
     slowest = min(bandwidth, network or bandwidth) if job.nodes > 1 else bandwidth
@@ -126,6 +127,11 @@ def _network(job: Job, shards: int, within: float, over: float) -> float | None:
     rings = min(shards, job.gpus)
     outside = slowest if job.nodes == 1 else (network or slowest) / rings
     return within / inside + over / outside
+
+
+def _has_neighbours(job: Job) -> bool:
+    """Does a rank send anything within its node?"""
+    return job.gpus > 1 or job.nodes == 1
 
 
 def choose(found: Sequence[Forecast], there: int | None) -> Forecast | None:
@@ -193,7 +199,8 @@ def _missing(job: Job, chosen: Forecast) -> str:
     """The options that would make times known, or why none does."""
     if not chosen.countable:
         return "Times are not known, as the FLOPs of these networks cannot be counted"
-    given = {"--tflops": job.machine.flops, "--bandwidth": job.machine.bandwidth}
+    given = {"--tflops": job.machine.flops}
+    given |= {"--bandwidth": job.machine.bandwidth} if _has_neighbours(job) else {}
     given |= {"--network": job.machine.network} if job.nodes > 1 else {}
     return f"For times: {', '.join(name for name, value in given.items() if not value)}, or --live"
 

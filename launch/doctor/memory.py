@@ -16,12 +16,12 @@ from launch.bench.meter import LivePeak
 from launch.doctor.alone import second_update
 from launch.doctor.finding import Finding, Job, ok, warning, would_fail
 from launch.doctor.networks import Players
-from launch.doctor.place import moments_of
 from pipeline.config import Config, UserError
 from pipeline.gan.frozen import sizes
 from pipeline.parallel import theory
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.gpus import on_gpu
+from pipeline.parallel.theory import moments_of
 from pipeline.wording import counted, in_bytes
 
 WORK_SPACE = 1.6  # measured / traced on a CPU, at most: kernels allocate memory that tracing cannot see
@@ -98,14 +98,10 @@ def states(job: Job, players: Players) -> dict[str, int]:
     """Bytes on one rank that do not depend on the number of images, as `shardgan bench memory` measures them;
     with what is gathered or kept in buckets for a while."""
     (G, frozen_G), (D, frozen_D) = map(sizes, players)
-    held = theory.held(job.strategy, job.world, G, D, job.shards)
-    moments = [moments_of(optimizer) for optimizer in (job.config.optim.G, job.config.optim.D)]
-    held["optimizer"] *= (G * moments[0] + D * moments[1]) / (2 * (G + D))
+    moments = moments_of(job.config.optim.G), moments_of(job.config.optim.D)
+    held = theory.held(job.strategy, job.world, G, D, job.shards, moments)
     if frozen := frozen_G + frozen_D:
-        # FSDP2 keeps them gathered for the turn, as all others, beside the rank's part.
-        whole = 0 if job.strategy == "zero3" else 1
-        parts = 1 / job.shards if job.strategy in ("fsdp2", "hsdp", "zero3") else 0
-        held["frozen weights"] = 4 * frozen * (whole + parts)
+        held["frozen weights"] = theory.frozen(job.strategy, job.world, frozen, job.shards)
     if job.strategy.startswith("zero"):
         buckets = [min(4 * n, _ZERO_BUCKET) for n in (G, D)]  # stages 1 and 2 free them after backward
         held["buckets"] = sum(buckets) if job.strategy == "zero3" else max(buckets)

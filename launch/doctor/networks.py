@@ -169,8 +169,8 @@ def learning_rate(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
 
 
 def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
-    """How much does a failing node lose, and how much of a run goes into reports and scores?"""
-    run, score = job.config.run, job.config.score
+    """How much does a failing node lose, and how much of a run goes into reports?"""
+    run = job.config.run
     if run.checkpoint_kimg > run.total_kimg / 4:
         text = f"a checkpoint every {in_kimg(run.checkpoint_kimg)} of {in_kimg(run.total_kimg)} kimg"
         text += ": a node that fails loses up to that much (a signal saves first)"
@@ -182,10 +182,3 @@ def cadence(job: Job, G: nn.Module, D: nn.Module) -> Iterator[Finding]:
         )
         enough = math.ceil(run.total_kimg / _MANY_TICKS)
         yield warning("ticks", text, f"Set run.tick_kimg={enough} or more.")
-    if score.metrics and 0 < run.eval_kimg * 1000 < 20 * score.images:
-        share = score.images / (run.eval_kimg * 1000)
-        text = (
-            f"{score.images:,} images are generated and compared after every {in_kimg(run.eval_kimg)} kimg, "
-            f"{share:.0%} on top of those trained on"
-        )
-        yield warning("scores", text, "Raise run.eval_kimg or lower score.images.")

@@ -19,10 +19,11 @@ from packaging.requirements import Requirement
 from launch.doctor.finding import Finding, Job, ok, some, warning, would_fail
 from launch.doctor.networks import Players
 from launch.processes import check_space, is_free
-from pipeline.config import Optimizer, UserError
+from pipeline.config import UserError
 from pipeline.data.index import Index
 from pipeline.folders import cache_folder
 from pipeline.gan.frozen import frozen_names, sizes
+from pipeline.parallel.theory import moments_of
 from pipeline.run.features import load_features
 from pipeline.run.images import images_of
 from pipeline.run.wandb_mode import choose_mode, names
@@ -128,11 +129,6 @@ def _cache(job: Job, index: Index | None) -> Iterator[Finding]:
         state = f"has {in_bytes(free)} free" if writable else "is not writable"
         remedy = "Set SHARDGAN_CACHE to a folder with space, or every run rebuilds indices and features."
         yield warning("cache", f"{cache_folder()} {state}; {in_bytes(needed)} may be needed", remedy)
-
-
-def moments_of(optimizer: Optimizer) -> int:
-    """Numbers that an optimizer keeps per parameter."""
-    return int(optimizer.momentum > 0) if optimizer.kind == "sgd" else 2
 
 
 def rendezvous(job: Job) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""What each strategy holds on a rank and sends, by theory: fp32 weights and gradients, Adam.
+"""What each strategy holds on a rank and sends, by theory: fp32 weights and gradients.
 
 G and D are numbers of parameters that train, world the number of ranks, shards that of the ranks that share
 one copy of a player under hsdp (default: all).
@@ -9,18 +9,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config import Config
+from pipeline.config import Config, Optimizer
 from pipeline.gan.schedules import is_used
 
 MESSAGE = 144  # bytes beside the payload that a rank sends for a message of gloo, in three segments
 
 
-def held(strategy: str, world: int, G: int, D: int, shards: int | None = None) -> dict[str, float]:
+def held(
+    strategy: str,
+    world: int,
+    G: int,
+    D: int,
+    shards: int | None = None,
+    moments: tuple[int, int] = (2, 2),
+) -> dict[str, float]:
     """Bytes on one rank while a player steps: Rajbhandari et al. 2020 (ZeRO), section 5, and G_ema.
 
-    Adam has two moments. Gradients are those of the player that steps, but DDP's buckets and ZeRO 3's flat
-    gradients hold both players'. ZeRO's masters are a copy of its parameters even where both are fp32. FSDP2
-    keeps both players gathered in a turn, and so does hsdp, with a part of 1/shards for 1/world.
+    moments: per parameter of G and of D (`moments_of`).
+
+    Gradients are those of the player that steps, but DDP's buckets and ZeRO 3's flat gradients hold both
+    players'. ZeRO's masters are a copy of its parameters even where both are fp32. FSDP2 keeps both players
+    gathered in a turn, and so does hsdp, with a part of 1/shards for 1/world.
     """
     both, larger = 4 * (G + D), 4 * max(G, D)
     part = 1 if strategy in ("single", "ddp") else 1 / (shards or world)
@@ -32,10 +41,23 @@ def held(strategy: str, world: int, G: int, D: int, shards: int | None = None) -
         gradients = both * part
     return {
         "weights": both * weights,
-        "optimizer": 2 * both * part,
+        "optimizer": 4 * (moments[0] * G + moments[1] * D) * part,
         "G_ema": 4 * G * part,
         "gradients": gradients,
     }
+
+
+def frozen(strategy: str, world: int, parameters: int, shards: int | None = None) -> float:
+    """Bytes on one rank of weights that do not train. FSDP2 keeps them gathered for the turn, as all others,
+    beside the rank's part."""
+    whole = 0 if strategy == "zero3" else 1
+    part = 1 / (shards or world) if strategy in ("fsdp2", "hsdp", "zero3") else 0
+    return 4 * parameters * (whole + part)
+
+
+def moments_of(optimizer: Optimizer) -> int:
+    """Numbers that an optimizer keeps per parameter."""
+    return int(optimizer.momentum > 0) if optimizer.kind == "sgd" else 2
 
 
 def flags(world: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from pipeline.errors import CommonError
 from pipeline.gan.networks import check_networks, check_reach
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.ranks import Ranks
+from pipeline.run.references import check_held_out
 from pipeline.run.report import Report, say
 from pipeline.run.state import State
 
@@ -26,6 +27,8 @@ def checked_index(config: Config, announce: bool, device: torch.device | None = 
     index = load_index(config.data.train, say if announce else lambda _: None, config.data.remote)
     check_networks(config, index.num_classes if config.data.conditional else 0, device)
     check_reach(config, check_images(index, config.data))
+    if (held_out := split_of(config, index).heldout().size) and config.score.metrics:
+        check_held_out(config.data, held_out)
     return index
 
 

@@ -63,6 +63,7 @@ def references(
     """
     data, score = config.data, config.score
     split = split_of(config, index)
+    check_held_out(data, split.heldout().size)
     real = partial(_real_features, extractor, index, ranks, data, images)
     heldout, about = real(split.heldout(), score.images)
     wanted = training_images(score)
@@ -71,6 +72,23 @@ def references(
     plan = split.trained_once()
     train, about_train = real(plan, wanted)
     return References(heldout, train, len(train) == plan.size, {"heldout": about, "train": about_train})
+
+
+def check_held_out(data: Data, count: int) -> None:
+    """Raises CommonError if `count` held-out images are too few for a score."""
+    if count < 2:
+        more = more_held_out(data).capitalize()
+        raise CommonError(
+            f"{counted(count, 'image')} held out: too few to compare with. {more}, use more images, or set "
+            "score.metrics=[] for no scores."
+        )
+
+
+def more_held_out(data: Data) -> str:
+    """What to set for more held-out images."""
+    return (
+        f"lower data.folds (now {data.folds})" if data.folds else f"raise data.holdout (now {data.holdout:g})"
+    )
 
 
 def training_images(score: Score) -> int:
@@ -104,18 +122,9 @@ def _real_features(
     everything they depend on, which is their key in the cache folder.
 
     All ranks compute them together. The result is the same on every rank and in any world, in the plan's
-    order. Raises UserError if there are fewer than two images, or if a shard cannot be read.
+    order. Raises UserError if a shard cannot be read.
     """
-    if plan.size < 2:
-        raise CommonError(
-            f"{counted(plan.size, 'image')} held out: too few to compare with. Raise data.holdout (now "
-            f"{data.holdout:g}) or use more images."
-        )
     count = min(count, plan.size)
-    if count < 2:
-        raise CommonError(
-            f"score.train_images={count} is too few to compare with: set 0 for none, or at least 2."
-        )
     key: dict[str, object] = {
         "index": index.fingerprint,
         "plan": plan.fingerprint,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _BLOCK = 2048  # rows of the kernel matrix at once: 2048 x 2048 in float64 is 32 MiB
 _ROUNDING = 1e-12  # relative to |x|² + |y|²: below it, |x − y|² from a matrix product is rounding
+_SAME = 1e-4  # of features' length: nearer are those of one image, computed in batches of other sizes
 _CLOSEST = 0.01  # of held-out images; a fake that is nearer to a training image than they are is a copy
 
 
@@ -81,7 +82,7 @@ def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, f
     """
     train = train.double()
     of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
-    apart = of_heldout[of_heldout > 0]
+    apart = of_heldout[of_heldout > _SAME * train.square().sum(dim=1).mean().sqrt()]
     copies = (of_fakes < apart.quantile(_CLOSEST)).double().mean() if len(apart) else torch.nan
     return float(of_fakes.median() / of_heldout.median()), float(copies)
 

@@ -71,6 +71,7 @@ SETTINGS = {
     "no such class": (["D.kind=torch.nn:Critic"], ["D.kind=torch.nn:Critic", "cannot be imported"]),
     "not a network": (["D.kind=pathlib:Path"], ["pathlib:Path", "torch.nn.Module"]),
     "decay and penalty": (["optim.G.kind=adamw", "optim.G.decoupled_decay=0.1"], ["optim.G", "Set one"]),
+    "one to score with": (["score.metrics=[kid]", "data.holdout=0.002"], ["1 image held", "Raise data.hold"]),
     "no such fold": (["data.folds=3", "data.fold=3"], ["data.fold", "0 to 2"]),
 }  # fmt: skip
 

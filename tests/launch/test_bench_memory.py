@@ -72,6 +72,7 @@ def test_theory():
         return tuple(theory.held(*job, shards=shards).values()), theory.sent(*job, shards=shards)
 
     assert per_rank("single", 1) == ((2, 4, 1, 1), 0)
+    assert theory.held("ddp", 2, 0.25, 0.5, moments=(0, 1))["optimizer"] == 2
     assert per_rank("ddp", 2) == ((2, 4, 1, 2), 2)
     assert per_rank("zero2", 2) == ((3, 2, 0.5, 0.5), 2)
     assert per_rank("zero3", 2) == ((2, 2, 0.5, 1), 5.5)

@@ -60,7 +60,6 @@ def test_tied_weights_fail_under_fsdp2_only() -> None:
         (["penalty.G.l2=1e-4"], "ddp", "weight penalty", ["λ_G on weights", "2 of 3 kernels"]),
         (["D.spectral_norm=true", "penalty.D.l1=1e-4"], "ddp", "weight penalty", ["λ_D on", "3 of 3"]),
         (["run.checkpoint_kimg=500"], "ddp", "checkpoints", ["every 500 of 1000 kimg"]),
-        (["run.eval_kimg=0.5"], "ddp", "scores", ["10%"]),
         (["run.tick_kimg=0.04"], "ddp", "ticks", ["25,000 ticks of 0.04 kimg"]),
     ],
 )  # fmt: skip
