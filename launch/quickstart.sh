@@ -12,13 +12,15 @@ shardgan=$venv/bin/shardgan
 data=data/fashion-mnist
 [ -f "$data/index.json" ] || "$shardgan" prepare fashion-mnist "$data"
 
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-procs=  # one per GPU
-((gpus > 0)) || procs=2
-precision=no  # a CPU without instructions for bf16 is slow in it
-if ((gpus > 0)) || grep -qwE 'amx_bf16|avx512_bf16|bf16' /proc/cpuinfo; then precision=bf16; fi
+# One process per GPU, or two on CPUs; bf16 where there are instructions for it, as it is slow without.
+read -r procs precision < <("$venv/bin/python" -c '
+import torch
+from pipeline.parallel.gpus import gpus
+from pipeline.parallel.launched import emulated
+device = torch.device("cuda" if gpus() else "cpu")
+print(gpus() or 2, "no" if emulated("bf16", device) else "bf16")')
 train() {
-    "$shardgan" train configs/fashion-mnist.yaml ${procs:+--procs "$procs"} --mixed_precision $precision "$@"
+    "$shardgan" train configs/fashion-mnist.yaml --procs "$procs" --mixed_precision $precision "$@"
 }
 run=runs/fashion-mnist without=runs/fashion-mnist-without-l2
 train "$@"

@@ -21,6 +21,8 @@ def provide_home() -> None:
     Without an account or a home folder, as in containers that run under any number, HOME is set. If the home
     cannot be written, only the folders that libraries write to are set.
     """
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # a notebook's own, as its shell commands
+        del os.environ["MPLBACKEND"]  # inherit it, is not installed here
     if not hasattr(os, "getuid"):
         return
     if not _has_account():

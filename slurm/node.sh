@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs once per node: sets up the node's environment, then becomes its share of the training. Called by train.sbatch,
 # which documents the variables.   node.sh plan|check|train CONFIG [key=value …]   or   node.sh python MODULE [argument …]
-set -eo pipefail
+set -eo pipefail +u
+unset OMP_PROC_BIND OMP_PLACES GOMP_CPU_AFFINITY # by which torch binds all processes to one core
 node=${SLURMD_NODENAME:-$(hostname)}
 fail() {
     echo "error: $node: $*" >&2
@@ -21,6 +22,7 @@ private() { # a folder in one that is ours alone
     (umask 077 && mkdir -p "$1") 2>/dev/null && [ -O "${1%/*}" ] && [ -w "$1" ]
 }
 local=${SHARDGAN_LOCAL:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardgan-$(id -u)}
+[ ! -d "$local" ] || [ -O "$local" ] || local=$local/shardgan-$(id -u) # a disk that all users share
 temporary=$local/tmp
 private "$temporary" || fail "$local cannot be written. Set SHARDGAN_LOCAL to a folder of yours on the nodes' own disks"
 # The path of a socket may have 107 letters, and Python's worker processes need 34 of them below TMPDIR.

@@ -6,6 +6,7 @@ A job is a folder: `job.sbatch`, the code and the config as they were when it wa
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import shlex
 import shutil
@@ -15,7 +16,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from launch.installed import ROOT, slurm_scripts
@@ -24,6 +24,7 @@ from pipeline import STOP_SIGNALS, durable
 from pipeline.config import Data, UserError
 from pipeline.credentials import redacted, scrubbed
 from pipeline.parallel.compilation import check_compiled
+from pipeline.version import own_version
 from pipeline.wording import one_line, why
 
 _INDEX = "index"  # the index of the data, if it does not lie beside them
@@ -32,6 +33,11 @@ _INDEX = "index"  # the index of the data, if it does not lie beside them
 _OURS = {
     "array", "chdir", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "signal",
     "wrap",
+}
+# What Slurm does not take beside an option of ours: if the user gives one of these, ours is left out.
+_INSTEAD = {
+    "gpus-per-node": {"gpus", "gpus-per-socket", "gpus-per-task", "gres", "tres-per-node", "tres-per-task"},
+    "cpus-per-task": {"cpus-per-gpu"},
 }
 _LONG = {
     "a": "array", "A": "account", "C": "constraint", "c": "cpus-per-task", "D": "chdir", "d": "dependency",
@@ -112,28 +118,32 @@ def render(
                 f"{path!r}: Slurm gives % and \\ in the path of a log another meaning. Choose another "
                 "run.name or run.out, or call from another folder."
             )
+    if ":" in str(folder):
+        raise UserError(f"{folder}: Python finds no code in a path with a colon. Choose another run.name.")
+    user = user or {}
+    ours = resources.directives().items()
     options: dict[str, str | None] = {
         "job-name": re.sub(r"[^\w.+=-]", "_", name, flags=re.ASCII),
-        **resources.directives(),
+        **{name: value for name, value in ours if not _INSTEAD.get(name, set()) & {*user}},
         **more,
         "chdir": str(Path.cwd()),
         "output": f"{folder}/{'%A_%a' if 'array' in more else '%j'}.log",
         "open-mode": "append",
         "signal": "B:USR1@120",
-        **({} if "no-requeue" in (user or {}) else {"requeue": None}),
-        **(user or {}),
+        **({} if "no-requeue" in user else {"requeue": None}),
+        **user,
     }
     variables = {"SHARDGAN_CODE": f"{folder}/code", "SHARDGAN_INDEX": f"{folder}/{_INDEX}"}
     # The Python of this process, unless SHARDGAN_VENV or a container brings another.
     variables |= {"VIRTUAL_ENV": sys.prefix, "SHARDGAN_PYTHON": sys.executable, **resources.environment()}
     script, *arguments = line
     # As in train.sbatch: all variables reach the step, and CPUs are counted in one way.
-    step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK\n"
+    step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
     step += "exec ${SHARDGAN_SRUN:+srun --ntasks=1 $SHARDGAN_SRUN}" if script == "node.sh" else "exec"
     text = "\n".join(
         [
             "#!/usr/bin/env bash",
-            f"# Made by shardgan {version('shardgan')} for {getpass.getuser()}: {_this_command()}",
+            f"# Made by shardgan {own_version()} for {getpass.getuser()}: {_this_command()}",
             *(f"#SBATCH {_option(key, value, _quoted)}" for key, value in options.items()),
             *(f"export {key}={_exported(value)}" for key, value in variables.items()),
             f'{step} bash "$SHARDGAN_CODE/slurm/{script}" {shlex.join(arguments)}',
@@ -216,7 +226,8 @@ def submit(folder: Path, batch: BatchJob, *options: str, name: str = "job.sbatch
     Raises UserError with Slurm's reason if it refuses the job.
     """
     write(folder / name, batch.text)
-    return _sbatch("--parsable", *batch.options, *options, str(folder / name)).strip().split(";")[0]
+    said = _sbatch("--parsable", *batch.options, *options, str(folder / name))
+    return said.split()[-1].split(";")[0]  # after a site's greeting, before the cluster's name
 
 
 def refuse_credentials(texts: Sequence[str]) -> None:
@@ -310,7 +321,14 @@ def _sbatch(*arguments: str, text: str = "") -> str:
 
 
 def _call(*command: str, text: str = "") -> subprocess.CompletedProcess[str]:
-    # Ctrl-C in a terminal reaches all processes of its session.
+    # Ctrl-C in a terminal reaches all processes of its session. A user's SQUEUE_STATES would hide jobs.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, input=text, start_new_session=True
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        input=text,
+        start_new_session=True,
+        env=environment,
     )

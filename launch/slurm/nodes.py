@@ -165,7 +165,7 @@ def _port() -> int:
     from launch.processes import is_free
 
     asked = os.environ.get("SHARDGAN_PORT")
-    if asked is not None:
+    if asked:
         if not (asked.isdecimal() and 0 < int(asked) < 65536):
             raise UserError(f"SHARDGAN_PORT={asked} is not a port.")
         if not is_free(int(asked)):

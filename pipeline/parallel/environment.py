@@ -6,8 +6,11 @@ those of the launcher that started this process; the others are removed before a
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Mapping, MutableMapping
+
+import psutil
 
 from pipeline.errors import UserError
 
@@ -33,6 +36,7 @@ _PLUGINS = tuple(
 _SETTINGS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "DS_ACCELERATOR", "SHARDGAN_NODE")
 UNMEANT = ("OMPI_", "PMI_", "PMIX_", "MV2_", "SHARDGAN_")  # which MPI and Slurm set in all their shells
 _NCCL_ERRORS, _NCCL_SILENCE = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
+_ELSEWHERE = "192.0.2.1"  # an address of no machine (RFC 5737): the way to it is the default route
 _MEANT = "ACCELERATE_USE_CPU"  # the user's choice, whoever starts the processes
 
 
@@ -64,6 +68,44 @@ def settle_nccl(environ: MutableMapping[str, str], timeout_s: float) -> None:
     if environ.get(_NCCL_ERRORS, "1") == "1":  # which torch's launcher sets in all its processes
         environ[_NCCL_ERRORS] = "2"  # end communicators, not the process
     environ.setdefault(_NCCL_SILENCE, str(max(480, round(timeout_s))))
+
+
+def settle_gloo(environ: MutableMapping[str, str]) -> None:
+    """Name the network interface that leads to the main rank, unless the user has named one or this machine's
+    name has an address that others can reach.
+
+    gloo tells other machines to look for it at its own name's address, which Debian's /etc/hosts says is
+    127.0.1.1, on the main rank's machine too.
+    """
+    if environ.get("GLOO_SOCKET_IFNAME") or not all(map(_is_loopback, _addresses(socket.gethostname()))):
+        return
+    ways = (_source(host) for host in (environ.get("MASTER_ADDR"), _ELSEWHERE) if host)
+    own = next((address for address in ways if address and not _is_loopback(address)), None)
+    for name, found in psutil.net_if_addrs().items():
+        if own in [each.address.partition("%")[0] for each in found]:
+            environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        return [str(found[4][0]).partition("%")[0] for found in socket.getaddrinfo(host, None)]
+    except OSError:
+        return []
+
+
+def _source(host: str) -> str | None:
+    """The address of this machine from which packets would leave for `host`; none is sent."""
+    try:
+        family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(there)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
 
 
 def place_of(environ: Mapping[str, str]) -> tuple[int, int]:

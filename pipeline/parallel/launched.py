@@ -13,7 +13,15 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipeline.errors import UserError
 from pipeline.parallel.compilation import Compilation, check_compilation, read_compilation
-from pipeline.parallel.environment import clear_for, flag, place_of, settle_nccl, started_alone
+from pipeline.parallel.environment import (
+    clear_for,
+    flag,
+    place_of,
+    settle_gloo,
+    settle_nccl,
+    started_alone,
+    whole_number,
+)
 from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.hybrid import read_shards
 from pipeline.parallel.zero_settings import read_settings, settle_deepspeed
@@ -53,6 +61,8 @@ class Launch:
         """
         clear_for(environ, alone=self.strategy == "single")
         settle_nccl(environ, timeout_s)
+        if whole_number(environ, "LOCAL_WORLD_SIZE", self.world) < self.world:
+            settle_gloo(environ)
         if self.world == 1:  # which talks to no other GPU; Accelerate insists on some pairs of cards
             environ.setdefault("NCCL_P2P_DISABLE", "1")
             environ.setdefault("NCCL_IB_DISABLE", "1")

@@ -177,7 +177,7 @@ class MainReport(Report):
     def picture(self, key: str, draw: Callable[[], Path | None], cur_nimg: int) -> None:
         try:
             path = draw() if any(tracker.tracks for tracker in self._trackers) else None
-        except OSError as error:  # no reason to stop
+        except Exception as error:  # no reason to stop
             self.warn("Picture not written", f"The picture {key} could not be written: {error}.")
         else:
             if path is not None:

@@ -122,6 +122,21 @@ def test_hidden_gpus_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
         assert any(f"CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs" in note for note in notes())
 
 
+@pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0"])
+def test_no_variable_binds_all_processes_to_one_core(tmp_path: Path, variable: str) -> None:
+    """As torch would do to this one when it is imported, from which the others are started."""
+    name, _, value = variable.partition("=")
+    code = "import sys, os, launch.cli; sys.argv = ['shardgan', '--help']\n"
+    code += "try: launch.cli.main()\nexcept SystemExit: pass\n"
+    code += "cores = os.sched_getaffinity(0); import torch; torch.ones(9).sum()\n"
+    code += "print(cores == os.sched_getaffinity(0))"
+    environment = os.environ | {name: value, "OMP_NUM_THREADS": "2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    )
+    assert ended.stdout.splitlines()[-1] == "True"
+
+
 # Homes and accounts
 
 
@@ -146,7 +161,9 @@ def test_a_home_where_there_is_none(
     monkeypatch.setenv("HOME", home or "")
     if home is None:
         monkeypatch.delenv("HOME")
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # of a notebook
     provide_home()
+    assert "MPLBACKEND" not in os.environ
     assert Path("~").expanduser() == temporary / f"shardgan-{os.getuid()}" and os.environ["USER"]
     assert Path("~").expanduser().stat().st_mode & 0o777 == 0o700
 

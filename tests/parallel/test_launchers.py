@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import mutant
 import pytest
@@ -11,6 +12,7 @@ from launches import run
 from launch import selfcheck
 from launch.selfcheck import parity
 from pipeline.config import Optimizer, UserError
+from pipeline.parallel import environment as joining
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.zero_settings import deepspeed_config
@@ -87,6 +89,31 @@ def test_a_copy_is_shared_by_a_nodes_ranks_or_as_many_as_accelerate_is_told(envi
 def test_copies_that_do_not_make_up_the_world_are_refused(environment, message):
     with pytest.raises(UserError, match=message):
         read_launch(environment)
+
+
+def test_gloo_is_told_the_way_where_a_name_leads_to_this_machine_alone(monkeypatch):
+    """As Debian's /etc/hosts has it, also for the main rank's own."""
+    sources = {"10.0.0.1": "10.0.0.5", "main": "127.0.0.1", joining._ELSEWHERE: "10.0.0.5"}
+    cards = {"lo": ["127.0.0.1"], "eth0": ["172.17.0.2", "fe80::1%eth0"], "ib0": ["10.0.0.5"]}
+    found = {name: [SimpleNamespace(address=a) for a in addresses] for name, addresses in cards.items()}
+    own: list[str] = []
+    monkeypatch.setattr(joining, "_addresses", lambda _: own)
+    monkeypatch.setattr(joining, "_source", sources.get)
+    monkeypatch.setattr(joining.psutil, "net_if_addrs", lambda: found)
+
+    def settled(**variables: str) -> str | None:
+        joining.settle_gloo(variables)
+        return variables.get("GLOO_SOCKET_IFNAME")
+
+    for address in (None, "127.0.1.1", "::1"):
+        own += [address] if address else []
+        assert settled(MASTER_ADDR="10.0.0.1") == settled(MASTER_ADDR="main") == "ib0"
+        assert settled(MASTER_ADDR="main", GLOO_SOCKET_IFNAME="eth0") == "eth0"
+    sources.clear()
+    assert settled(MASTER_ADDR="main") is None
+    sources["main"] = "10.0.0.5"
+    own.append("10.0.0.5")
+    assert settled(MASTER_ADDR="main") is None
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,15 @@ def said(monkeypatch: pytest.MonkeyPatch) -> queue.Queue[str]:
     return texts
 
 
+def test_machines_may_share_a_name() -> None:
+    """All containers of a machine have its kernel; on another machine a pid is somebody else's."""
+    assert Process().is_near() and not Process().is_gone()
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert Process(pid=child.pid).is_gone()
+    assert not Process(kernel="another", pid=child.pid).is_gone()
+
+
 def test_a_survivor_that_aborts_is_not_the_one_who_is_named(
     monkeypatch: pytest.MonkeyPatch,
     others: dict[int, subprocess.Popen[bytes]],

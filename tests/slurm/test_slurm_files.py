@@ -140,6 +140,11 @@ def test_the_log_of_an_array_names_the_run_and_tells_no_secret(tmp_path: Path) -
 
     assert element(1).stdout == "runs.txt, line 1: of mine\n"
     assert (tmp_path / "arguments").read_text() == f"<tiny.yaml><run.name=of mine><data.train={URL}>"
+    written = (tmp_path / "runs.txt").read_bytes()
+    (tmp_path / "runs.txt").write_bytes(b"tiny.yaml\r\n" + written)  # the first line by an editor on Windows
+    element(1)
+    assert (tmp_path / "arguments").read_text() == "<tiny.yaml>"
+    (tmp_path / "runs.txt").write_bytes(written)
     assert (element(2).returncode, element(2).stderr) == (
         2,
         "error: runs.txt, line 2: a quote is not closed\n",
@@ -203,6 +208,42 @@ def test_what_follows_two_dashes_goes_to_sbatch(said, monkeypatch) -> None:
     made = text.splitlines()[1]
     assert re.fullmatch(r"# Made by shardgan \S+ for \S+: shardgan submit \S+ \S+", made), made
     assert "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [("gres", "gpus-per-node"), ("gpus-per-task", "gpus-per-node"), ("cpus-per-gpu", "cpus-per-task")],
+)
+def test_what_slurm_takes_one_of_is_given_once(said, given: str, left_out: str) -> None:
+    resources = slurm.Resources(gpus=2, cpus=4)
+    plain = slurm.render("a", Path("runs"), ["train.sbatch"], resources)
+    batch = slurm.render("a", Path("runs"), ["train.sbatch"], resources, {given: "x"})
+    names = [option.partition("=")[0].removeprefix("--") for option in batch.options]
+    assert given in names and left_out not in names and len(names) == len(plain.options)
+
+
+def test_a_job_is_known_by_its_number_alone(said, monkeypatch) -> None:
+    """Some sites greet in every answer, and a federation adds the cluster's name."""
+    monkeypatch.setenv("REPLY_OF_SBATCH", "Welcome to the cluster 2!\n--> OK\n519605;east")
+    (Path(os.environ["PATH"].split(":")[0]) / "sbatch").write_text(
+        '#!/bin/bash\nprintf "$REPLY_OF_SBATCH\\n"\n'
+    )
+    batch = slurm.render("a", Path("runs"), ["train.sbatch"], slurm.Resources())
+    assert slurm.submit(Path("runs"), batch) == "519605"
+
+
+def test_a_users_filter_hides_no_job(said, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("SQUEUE_STATES", "COMPLETED")
+    squeue = Path(os.environ["PATH"].split(":")[0]) / "squeue"
+    squeue.write_text('#!/bin/bash\necho "${SQUEUE_STATES:-RUNNING}"\n')
+    squeue.chmod(0o755)
+    assert slurm.state("17") == "RUNNING"
+
+
+def test_code_in_a_path_with_a_colon_is_refused(said) -> None:
+    """Where PYTHONPATH has its next folder."""
+    with pytest.raises(UserError, match="with a colon"):
+        slurm.render("a", Path("runs/12:30"), ["train.sbatch"], slurm.Resources())
 
 
 @pytest.mark.parametrize(

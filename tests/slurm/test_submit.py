@@ -22,9 +22,12 @@ TINY = ("configs/tiny.yaml", "--nodes", "2", "--gpus", "2")
 
 @pytest.fixture(scope="module")
 def submitted(project):
-    """ZeRO 2 on two nodes of two (pretended) GPUs, under a name that a shell would trip over."""
+    """ZeRO 2 on two nodes of two (pretended) GPUs, under a name that a shell would trip over, from another
+    job's shell, with GPUs asked for in the user's own way."""
     line = ("submit", *TINY, "--strategy", "zero2", "--time", "20", f"run.name={ODD}", SHORT)
-    ended = project.shardgan(*line, "--", "--hold", WANDB_API_KEY=KEY)
+    of_another_job = {"SLURM_MEM_PER_CPU": "50", "SLURM_GPUS": "1", "SLURM_NTASKS_PER_GPU": "1"}
+    options = ("--hold", "--mem=500", "--gres=gpu:2")
+    ended = project.shardgan(*line, "--", *options, WANDB_API_KEY=KEY, **of_another_job)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     job = ended.stdout.split()[1].rstrip(":")
     twice = project.shardgan(*line)  # on a busy machine it may take as long as the job would

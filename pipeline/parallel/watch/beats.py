@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch._C._distributed_c10d import Store
 
-from pipeline.holder import pid_namespace, state_of
+from pipeline.holder import kernel, pid_namespace, state_of
 from pipeline.wording import in_kimg
 
 
@@ -19,12 +19,13 @@ class Process:
     """One process among those of all hosts and containers."""
 
     host: str = field(default_factory=socket.gethostname)
+    kernel: str = field(default_factory=kernel)  # machines may share a name
     pids: str = field(default_factory=pid_namespace)  # in which its pid means something
     pid: int = field(default_factory=os.getpid)
 
     def is_near(self) -> bool:
         """Whether its pid means something here."""
-        return (self.host, self.pids) == (socket.gethostname(), pid_namespace())
+        return (self.kernel, self.pids) == (kernel(), pid_namespace())
 
     def is_gone(self) -> bool:
         """Whether it has certainly ended."""

@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from pipeline.run.page.charts import Line, colours, of_one, of_several
 from pipeline.run.page.facts import Facts, Score
 from pipeline.run.page.pictures import MOST, Picture, history, plotted, reals
 from pipeline.run.page.selection import TABLE, Selection
+from pipeline.version import own_version
 from pipeline.wording import in_kimg
 
 PAGE = "report.html"  # in a run folder, or a selection's
@@ -201,7 +201,7 @@ def _rendered(content: dict[str, Any]) -> str:
                 "javascript": Markup(javascript),
                 "plotly": base64.b64encode(packed).decode(),
                 "policy": policy,
-                "version": version("shardgan"),
+                "version": own_version(),
                 "date": time.strftime("%Y-%m-%d"),
             }
         )
