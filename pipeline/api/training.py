@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pipeline.config import load
 from pipeline.errors import RunError, UserError
 from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import Precision, Strategy
+from pipeline.run.features import check_features
 from pipeline.run.folder import under_a_free_name
 from pipeline.run.stop import INTERRUPTED
 from pipeline.train import in_this_process
@@ -40,6 +42,7 @@ def train(
     if procs == 1 and strategy in (None, "single"):
         training.explain()
         training.prepare()
+        check_features(load(training.config, training.settings).score)  # before training, as the command does
         return in_this_process(training.config, training.settings, precision)
     run = under_a_free_name(load(training.config, training.settings)).run
     overrides += [f"run.name={run.name}", f"run.resume={_text(run.resume)}"]
@@ -90,6 +93,8 @@ def _text(value: object, quoted: bool = False) -> str:
     """As settings are written on the command line. quoted: also a text, for an option of a user's class,
     whose type nothing else tells."""
     value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")  # YAML's spelling, not JSON's
     return value if isinstance(value, str) and not quoted else json.dumps(value, default=_plain)
 
 

@@ -19,7 +19,7 @@ from pipeline.data.plan import Plan
 from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample, image_of
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.samples import LABEL, parse_label
-from pipeline.plugins import import_named
+from pipeline.plugins import import_named, reason
 
 Decoded = tuple[NDArray[Any], int]  # see Decode
 Stage = Callable[[Iterable[Sample]], Iterable[Sample]]
@@ -58,11 +58,16 @@ def load_stages(names: Sequence[str]) -> tuple[Stage, ...]:
 
 
 def apply(stages: Sequence[Stage], sample: Sample) -> Sample:
-    """One sample sent through the stages by itself."""
+    """One sample sent through the stages by itself. Raises UserError if one of them fails."""
     samples: Iterable[Sample] = iter([sample])
-    for stage in stages:
-        samples = stage(samples)
-    changed = next(iter(samples), None)
+    try:
+        for stage in stages:
+            samples = stage(samples)
+        changed = next(iter(samples), None)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data.stages: sample {sample['__key__']!r}: {reason(error)}") from error
     if changed is None:
         raise UserError(
             f"data.stages gave nothing for sample {sample['__key__']!r}; they must give one for each."

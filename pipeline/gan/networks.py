@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 
 from pipeline.config import Config, Discriminator, Generator, UserError
@@ -120,6 +121,13 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
     def make(**arguments: Any) -> nn.Module:
         module = network(**arguments)
         _unfold_buffers(module)
+        for name, p in module.named_parameters():
+            if isinstance(p, UninitializedParameter):
+                raise UserError(
+                    f"{_title(config, player)}: its parameter {name} has no shape yet (a lazy layer's). Give "
+                    "the layer the size of its input."
+                )
+            p.data = p.data.contiguous()  # FSDP2 and DeepSpeed take no others
         if player == "D":
             freeze(module, config.D.freeze)
             if not is_channels_last(module):

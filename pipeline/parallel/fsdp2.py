@@ -188,7 +188,7 @@ def refuse_unshardable(module: nn.Module) -> None:
         if p.ndim == 0:
             raise UserError(
                 f"The parameter {name} of {type(module).__name__} is a single number, which FSDP2 cannot "
-                "shard. Give it the shape [1], or train it under ddp, or under zero1, zero2 or zero3."
+                "shard. Give it the shape [1], or train it under ddp."
             )
         if first.setdefault(id(p), name) != name:
             raise UserError(

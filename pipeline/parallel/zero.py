@@ -40,6 +40,7 @@ class ZeroEngine(Engine):
 
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         super().__init__(module, player, ranks, batch)
+        refuse_single_numbers(module)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
         twin = whole_copy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin
@@ -233,3 +234,12 @@ def _mapped(p: Any) -> tuple[int, int, int]:
         mapping.lp_fragment_address.start,
         mapping.lp_fragment_address.numel,
     )
+
+
+def refuse_single_numbers(module: nn.Module) -> None:
+    """Raise UserError for a parameter without dimensions, whose bytes DeepSpeed cannot broadcast."""
+    if single := [name for name, p in module.named_parameters() if not p.ndim]:
+        raise UserError(
+            f"The parameter {single[0]} of {type(module).__name__} is a single number, which "
+            "DeepSpeed cannot send. Give it the shape [1], or train it under ddp."
+        )

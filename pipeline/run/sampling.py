@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class Sampler:
         own scripts use); the class is drawn by its frequency in the training set. Raises UserError for a seed
         outside [0, 2³²).
         """
-        if isinstance(seeds, int):
+        if hasattr(seeds, "__index__") and not np.ndim(seeds):
             raise UserError(f"seeds={seeds}: give several, as in range({seeds}), or [{seeds}] for one.")
         if wrong := [s for s in seeds if not (hasattr(s, "__index__") and 0 <= s <= LARGEST_SEED)]:
             raise UserError(f"seed {wrong[0]}: seeds are whole numbers from 0 to {LARGEST_SEED}.")
@@ -109,7 +110,8 @@ class Sampler:
         """
         z, c = self.latents(seeds)
         if classes is not None:
-            each = [classes] * len(z) if isinstance(classes, int | str) else list(classes)
+            given: Any = classes
+            each = list(given) if np.ndim(given) else [given] * len(z)  # a number of numpy's or torch's too
             if len(each) != len(z):
                 raise UserError(f"{len(each)} classes for {len(z)} seeds: give one for all, or one for each.")
             c = torch.tensor(self.classes(each), dtype=torch.int64)

@@ -15,6 +15,7 @@ from streams import BATCH, batches, data_of, named, open_all
 from tiny_shards import SIZE, MakeShards, png, sample_of
 
 from pipeline.config import Data, UserError
+from pipeline.data.index import load_index
 from pipeline.data.plan import Split
 from pipeline.data.stages import Decode, PlannedSamples, load_stages
 from pipeline.data.stream import (
@@ -53,6 +54,8 @@ def invert(sample):
 inverted = webdataset.map(invert)
 few = webdataset.select(lambda sample: sample["__key__"].endswith("3"))
 none = webdataset.select(lambda sample: False)
+
+failing = webdataset.map(lambda sample: sample["nothing"])
 
 def shuffled(samples):
     return webdataset.shuffle(5)(samples)
@@ -155,6 +158,14 @@ def test_stages_that_are_none(own_stages: None, make_shards: MakeShards) -> None
         with pytest.raises(UserError, match=f"^data.stages: {name} .*{reason}"):
             load_stages([name])
     assert load_stages([]) == ()
+
+
+def test_a_stage_that_fails_is_named_with_its_line(own_stages: None, make_shards: MakeShards) -> None:
+    index = load_index(str(make_shards([4])))
+    with pytest.raises(
+        UserError, match=r"sample '0-0': KeyError: 'nothing' \(.*stages_of_mine.py, line \d+\)"
+    ):
+        check_images(index, Data(size=SIZE, channels=1, stages=("stages_of_mine:failing",)))
 
 
 def test_stages_and_a_cache_do_not_go_together(make_shards: MakeShards) -> None:

@@ -168,6 +168,24 @@ class Raises(nn.Module):
 
 def function(**arguments):
     return None
+
+class Transposed(G):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.out.weight = nn.Parameter(torch.randn(self.out.weight.shape[::-1]).t())
+
+class ChannelsLast(nn.Module):
+    def __init__(self, size, channels, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 3)
+        self.to(memory_format=torch.channels_last)
+    def forward(self, x, c):
+        return self.conv(x).mean((1, 2, 3))
+
+class Lazy(G):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.linear = nn.LazyLinear(8)
 """
 
 
@@ -220,6 +238,17 @@ def test_a_network_for_gpus_alone_is_left_to_the_ranks_that_have_them(users, mon
         check_networks(mistaken, 0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # what would run there is not known here
     check_networks(mistaken, 0)
+
+
+def test_parameters_are_laid_out_as_every_strategy_takes_them(users):
+    """FSDP2 and DeepSpeed refuse others: a class that converts itself, or starts from a transposed matrix."""
+    for build, key in (
+        (build_G, "G.kind=mynets.nets:Transposed"),
+        (build_D, "D.kind=mynets.nets:ChannelsLast"),
+    ):
+        assert all(p.is_contiguous() for p in build(config(key), 0).parameters()), key
+    with pytest.raises(UserError, match=r"linear\.weight has no shape yet \(a lazy layer's\)"):
+        check_networks(config("G.kind=mynets.nets:Lazy"), 0)
 
 
 def test_images_are_contiguous_for_a_class_that_does_not_ask_for_channels_last(users):

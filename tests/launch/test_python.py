@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -203,8 +205,20 @@ def test_texts_stay_texts_as_options_of_a_network(config: Path, monkeypatch: pyt
 
     monkeypatch.setattr(training, "training_of", shown)
     given = {"G.options.mode": "off", "G.options.n": 7, "D.options.p": Path("a"), "run.name": "007"}
-    with pytest.raises(UserError, match=r'^G.options.mode="off" G.options.n=7 D.options.p="a" run.name=007$'):
+    given |= {"G.options.low": -math.inf, "G.options.high": math.inf, "G.options.x": math.nan}
+    shown_as = (
+        'G.options.mode="off" G.options.n=7 D.options.p="a" run.name=007 G.options.low=-.inf '
+        "G.options.high=.inf G.options.x=.nan"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(shown_as)}$"):
         training.train(config, given, 1, None, "no")
+
+
+def test_features_that_there_are_not_are_refused_before_training(config: Path) -> None:
+    settings = SETTINGS | {"score.features": "nowhere:Nope", "score.metrics": ["kid"], "run.eval_kimg": 100}
+    with pytest.raises(UserError, match="features=nowhere:Nope cannot be imported"):
+        shardgan.train(config, settings)
+    assert not (config.parent / "tiny").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pipeline.parallel.fsdp2 import refuse_unshardable
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.order import Order, gathered_alone
 from pipeline.parallel.weight_penalty import LocalPenalty
+from pipeline.parallel.zero import refuse_single_numbers
 from pipeline.parallel.zero_settings import deepspeed_config
 from pipeline.run.health import FORWARD
 from pipeline.run.session import _peak_memory_gb, of_this_rank
@@ -73,8 +74,11 @@ def test_fsdp2_refuses_what_it_cannot_shard():
         refuse_unshardable(module)
     module = nn.Sequential(nn.Linear(2, 2))
     module.scale = nn.Parameter(torch.ones(()))
-    with pytest.raises(UserError, match=r"parameter scale of Sequential is a single number.* shape \[1\]"):
-        refuse_unshardable(module)
+    for refuse in (refuse_unshardable, refuse_single_numbers):
+        with pytest.raises(
+            UserError, match=r"parameter scale of Sequential is a single number.* shape \[1\]"
+        ):
+            refuse(module)
 
 
 def test_forward_times_are_cleared_at_every_tick_by_a_single_rank_too():

@@ -62,6 +62,11 @@ def test_classes_by_number_and_name(tmp_path):
     boots = makes.sample([5, 6], "boot")
     assert torch.equal(boots, makes.sample([5, 6], ["boot", 0]))
     assert not torch.equal(boots, makes.sample([5, 6], ["boot", "Dress"]))
+    for one in (np.int64(2), torch.tensor(2)):
+        assert torch.equal(makes.sample([5, 6], one), makes.sample([5, 6], 2))
+    assert torch.equal(makes.sample(np.array([5, 6]), np.array([2, 2])), makes.sample([5, 6], 2))
+    with pytest.raises(UserError, match=r"seeds=3: give several, as in range\(3\)"):
+        makes.sample(np.int64(3))
     number, name = makes.sample([5], 2), makes.sample([5], "10")
     assert torch.equal(number, name) and torch.equal(number, makes.sample([5], [np.int64(2)]))
     for wrong, message in [("boots", "did you mean 'boot'"), ("xyz", "they are boot"), (3, "from 0 to 2")]:
