@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -58,6 +59,14 @@ def require(module: str, extra: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{what} needs {module}: pip install 'shardgan[{extra}]'") from None
+
+
+def own_version() -> str:
+    """Of this package; "unknown" for a source folder that is not installed, as in a container's image."""
+    try:
+        return importlib.metadata.version("shardgan")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def reason(error: Exception) -> str:

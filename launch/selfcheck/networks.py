@@ -36,8 +36,8 @@ class OwnGenerator(dcgan.Generator):
 class OwnDiscriminator(nn.Module):
     """What networks of users do: it looks at images through features that another training has made, in eval
     mode with their statistics (Projected GANs), has constants drawn by NumPy, a mask with infinities, a
-    kernel of five axes, a buffer that each pass replaces and one that comes in the first, and takes images
-    apart with `view`."""
+    kernel of five axes that is not contiguous, a buffer that each pass replaces and one that comes in the
+    first, and takes images apart with `view`."""
 
     scale: Tensor
     mask: Tensor
@@ -50,7 +50,7 @@ class OwnDiscriminator(nn.Module):
         norm.running_mean, norm.running_var = torch.full((channels,), 0.3), torch.full((channels,), 2.0)
         self.features = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU())
         self.features.requires_grad_(False).eval()
-        self.kernel = nn.Parameter(0.2 * torch.randn(1, 5, channels, 4, 4))
+        self.kernel = nn.Parameter(0.2 * torch.randn(1, 5, channels, 4, 4).mT)  # not contiguous
         self.to_logit = nn.Linear(5 * 7 * 7, 1)
         self.register_buffer("scale", torch.tensor(0.5))
         self.register_buffer("constants", torch.from_numpy(numpy.random.randn(5 * 7 * 7)).float())

@@ -24,7 +24,7 @@ from pipeline import STOP_SIGNALS, durable
 from pipeline.config import Data, UserError
 from pipeline.credentials import redacted, scrubbed
 from pipeline.parallel.compilation import check_compiled
-from pipeline.version import own_version
+from pipeline.plugins import own_version
 from pipeline.wording import one_line, why
 
 _INDEX = "index"  # the index of the data, if it does not lie beside them

@@ -121,13 +121,11 @@ def _made(config: Config, player: Player) -> Callable[..., nn.Module]:
     def make(**arguments: Any) -> nn.Module:
         module = network(**arguments)
         _unfold_buffers(module)
-        for name, p in module.named_parameters():
-            if isinstance(p, UninitializedParameter):
-                raise UserError(
-                    f"{_title(config, player)}: its parameter {name} has no shape yet (a lazy layer's). Give "
-                    "the layer the size of its input."
-                )
-            p.data = p.data.contiguous()  # FSDP2 and DeepSpeed take no others
+        if lazy := [n for n, p in module.named_parameters() if isinstance(p, UninitializedParameter)]:
+            raise UserError(
+                f"{_title(config, player)}: its parameter {lazy[0]} has no shape yet (a lazy layer's). Give "
+                "the layer the size of its input."
+            )
         if player == "D":
             freeze(module, config.D.freeze)
             if not is_channels_last(module):

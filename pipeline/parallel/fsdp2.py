@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.config import UserError
 from pipeline.parallel.batch import BatchShape
 from pipeline.parallel.blocks import blocks_of
+from pipeline.parallel.copying import lay_out
 from pipeline.parallel.engine import PlayerSettings
 from pipeline.parallel.fragments import Fragment
 from pipeline.parallel.masters import MasterEngine
@@ -140,6 +141,7 @@ def _shard(module: nn.Module, ranks: Ranks) -> list[FSDPModule]:
     statistics.
     """
     refuse_unshardable(module)
+    lay_out(module)
     mesh = _mesh(ranks)
     # By default the root stays gathered, and a pass without gradients would leave stale weights in it.
     for part in (*blocks_of(module), module):

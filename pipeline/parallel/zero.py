@@ -20,7 +20,7 @@ from torch import nn
 from pipeline.config import UserError
 from pipeline.gan.schedules import Rates
 from pipeline.parallel.batch import BatchShape
-from pipeline.parallel.copying import whole_copy
+from pipeline.parallel.copying import lay_out, whole_copy
 from pipeline.parallel.engine import Contribution, Engine, PlayerSettings, latent_of
 from pipeline.parallel.fragments import Fragment, sum_of_squares
 from pipeline.parallel.masters import make_optimizer, set_rates, start_momentum
@@ -41,6 +41,7 @@ class ZeroEngine(Engine):
     def __init__(self, module: nn.Module, player: PlayerSettings, ranks: Ranks, batch: BatchShape) -> None:
         super().__init__(module, player, ranks, batch)
         refuse_single_numbers(module)
+        lay_out(module)
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
         shapes = {name: p.shape for name, p in named.items()}
         twin = whole_copy(module).to("meta")  # has none of DeepSpeed's hooks: see _through_twin

@@ -169,19 +169,6 @@ class Raises(nn.Module):
 def function(**arguments):
     return None
 
-class Transposed(G):
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.out.weight = nn.Parameter(torch.randn(self.out.weight.shape[::-1]).t())
-
-class ChannelsLast(nn.Module):
-    def __init__(self, size, channels, num_classes):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 8, 3)
-        self.to(memory_format=torch.channels_last)
-    def forward(self, x, c):
-        return self.conv(x).mean((1, 2, 3))
-
 class Lazy(G):
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -240,13 +227,7 @@ def test_a_network_for_gpus_alone_is_left_to_the_ranks_that_have_them(users, mon
     check_networks(mistaken, 0)
 
 
-def test_parameters_are_laid_out_as_every_strategy_takes_them(users):
-    """FSDP2 and DeepSpeed refuse others: a class that converts itself, or starts from a transposed matrix."""
-    for build, key in (
-        (build_G, "G.kind=mynets.nets:Transposed"),
-        (build_D, "D.kind=mynets.nets:ChannelsLast"),
-    ):
-        assert all(p.is_contiguous() for p in build(config(key), 0).parameters()), key
+def test_a_lazy_layer_is_refused(users):
     with pytest.raises(UserError, match=r"linear\.weight has no shape yet \(a lazy layer's\)"):
         check_networks(config("G.kind=mynets.nets:Lazy"), 0)
 

@@ -21,14 +21,13 @@ from typing import Any
 from pipeline.config import UserError
 from pipeline.durable import write as write_whole
 from pipeline.folders import cache_folder
-from pipeline.plugins import require
+from pipeline.plugins import own_version, require
 from pipeline.run.comparison import differing, of_both_players
 from pipeline.run.history import read_histories
 from pipeline.run.page.charts import Line, colours, of_one, of_several
 from pipeline.run.page.facts import Facts, Score
 from pipeline.run.page.pictures import MOST, Picture, history, plotted, reals
 from pipeline.run.page.selection import TABLE, Selection
-from pipeline.version import own_version
 from pipeline.wording import in_kimg
 
 PAGE = "report.html"  # in a run folder, or a selection's
