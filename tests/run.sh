@@ -7,7 +7,7 @@ export SHARDGAN_CACHE=${SHARDGAN_CACHE:-$(mktemp -d)} WANDB_MODE=${WANDB_MODE:-o
 source launch/venv.sh
 python=$venv/bin/python
 "$python" -m compileall -q pipeline launch tests  # which hundreds of processes import
-[ $# -gt 0 ] || set -- -n 2 --dist loadscope --no-loadscope-reorder  # the whole suite, by two workers
+[ $# -gt 0 ] || set -- -n 3 --dist loadscope --no-loadscope-reorder  # the whole suite, by three workers, as some wait
 case " $* " in
     *" -m "*) exec "$python" -m pytest "$@" ;;
     *) exec "$python" -m pytest -m "not long" "$@" ;;

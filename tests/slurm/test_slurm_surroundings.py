@@ -134,3 +134,18 @@ def test_a_runtime_that_forgets_which_signals_are_ignored(project, image) -> Non
     project.preempt(job)
     project.cluster.until(job, lambda seen: seen["Restarts"] == "1")
     assert run.stopped_at > 0 and "User defined signal" not in project.log(job), "a launcher died of it"
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        (("--exclusive", "--nodes=1", "--gpus-per-node=1"), "1 nodes x 4 processes"),
+        (("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"), "2 nodes x 2 processes"),
+    ],
+)
+def test_all_gpus_that_a_job_has_of_a_node_are_used(project, options, shape):
+    """More than it asked for; its steps have as many."""
+    line = ("slurm/train.sbatch", "configs/tiny.yaml", f"run.name=gpus-{options[-1][2:]}", SHORT)
+    job = project.sbatch(*options, *line)
+    assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
+    assert shape in project.log(job)

@@ -25,8 +25,8 @@ def submitted(project):
     """ZeRO 2 on two nodes of two (pretended) GPUs, under a name that a shell would trip over, from another
     job's shell, with GPUs asked for in the user's own way."""
     line = ("submit", *TINY, "--strategy", "zero2", "--time", "20", f"run.name={ODD}", SHORT)
-    of_another_job = {"SLURM_MEM_PER_CPU": "50", "SLURM_GPUS": "1", "SLURM_NTASKS_PER_GPU": "1"}
-    options = ("--hold", "--mem=500", "--gres=gpu:2")
+    of_another_job = {"SLURM_MEM_PER_CPU": "50", "SLURM_MEM_PER_NODE": "500", "SLURM_GPUS_PER_TASK": "1"}
+    options = ("--hold", "--gres=gpu:2")
     ended = project.shardgan(*line, "--", *options, WANDB_API_KEY=KEY, **of_another_job)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     job = ended.stdout.split()[1].rstrip(":")
