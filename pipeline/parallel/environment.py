@@ -99,7 +99,7 @@ def _source(host: str) -> str | None:
         family, kind, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(there)
-            return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0]).partition("%")[0]
     except OSError:
         return None
 
