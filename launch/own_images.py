@@ -33,6 +33,8 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
         raise UserError(
             f"{argument}: in settings $ begins the name of a variable. Give the data another name."
         )
+    if not path.absolute().name:
+        raise UserError(f"{argument} is a whole file system. Give the folder that the images are in.")
     source = open_own(argument, path)
     run, data = _wanted(path, settings)
     folder = Path(run.out) / str(run.name)

@@ -259,8 +259,8 @@ class Pieces:
         if wrong:
             raise UserError(
                 f"The checkpoint holds another {engine.player.name} than the config describes "
-                f"(at {', '.join(sorted(wrong)[:3])}). Resume with its own config, or start "
-                "over with run.resume=false."
+                f"(at {', '.join(sorted(wrong)[:3])}). Resume with its own config, and a class "
+                "of yours as it was, or start over with run.resume=false."
             )
 
 

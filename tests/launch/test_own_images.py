@@ -137,6 +137,7 @@ def test_what_is_none_of_it(here):
     assert refusal("nothing") == "There is no config, folder, zip or run called nothing."
     pictures("A$AP", (9, 9))
     assert refusal("A$AP").startswith("A$AP: in settings $ begins the name of a variable.")
+    assert refusal("/").startswith("/ is a whole file system.")
     assert "u:p" not in (said := refusal("s3://u:p@bucket/faces")) and "data.train=URL" in said
     Path("a.tar.gz").write_bytes(b"")
     assert refusal("a.tar.gz").startswith("a.tar.gz is neither a config nor a zip.")
