@@ -16,7 +16,7 @@ from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.changes import CHANGES, DATA
 from pipeline.run.report import say
-from pipeline.run.rows import append, rows
+from pipeline.run.rows import append, each_row, rows
 from pipeline.run.saved_grids import reals_of
 from pipeline.wording import in_kimg
 
@@ -265,10 +265,19 @@ def finished_at(folder: Path) -> float:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether checkpoints were there: the run has ended, or the folder is a link to what is gone."""
+    """Whether checkpoints were there: the run has ended, or trained for twice as long as between two of them,
+    or the folder is a link to what is gone."""
     checkpoints = folder / "checkpoints"
     lost = checkpoints.is_symlink() and not checkpoints.exists()
-    return lost or any(_marked(folder / name) > 0 for name in (DONE, STOPPED))
+    return lost or any(_marked(folder / name) > 0 for name in (DONE, STOPPED)) or _is_past_a_save(folder)
+
+
+def _is_past_a_save(folder: Path) -> bool:
+    config = folder / "config.yaml"
+    if not config.is_file():
+        return False
+    later = 2000 * load(config).run.checkpoint_kimg
+    return any(row["cur_nimg"] > later for row in each_row(folder / "metrics.jsonl"))
 
 
 def _marked(file: Path) -> float:
