@@ -95,7 +95,7 @@ def select(
     """Choose λ (or anything else) by cross-validation.
 
     The data are cut into folds. Each candidate is trained on all but one of them and scored on that one, for
-    every fold and seed. In a grid over one λ, the largest within one standard error of the best is chosen;
+    every fold and seed. In a grid over one λ, the largest close enough to the best is chosen (--rule);
     otherwise the best mean. Each trial is a run of its own under OUT/NAME/trials, scored up to five times, of
     which the last counts. The same command again resumes. The results are in OUT/NAME: report.md, pictures,
     table.json, table.csv, and best.yaml, ready to train.
