@@ -3,6 +3,7 @@ after training in it."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,4 +47,7 @@ def borrowed() -> Iterator[None]:
     finally:
         _is_borrowed.reset(token)
         cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()  # a session and its flags name each other
+            torch.cuda.empty_cache()  # for other processes, as those that train next
         return_freed_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -138,6 +139,16 @@ def test_a_callers_settings_of_cudnn_are_theirs_again(monkeypatch, alone):
         Ranks(read_launch({}), timedelta(seconds=10))
         assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
     assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+
+
+def test_a_callers_gpu_is_free_again(monkeypatch):
+    """For the processes that train next; once cycles, which hold tensors, are collected."""
+    collected: list[str] = []
+    for module, name in ((gc, "collect"), (torch.cuda, "empty_cache")):
+        monkeypatch.setattr(module, name, lambda name=name: collected.append(name))
+    with borrowed():
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # by the training
+    assert collected == ["collect", "empty_cache"]
 
 
 @pytest.mark.parametrize(("world", "copies"), [(1, 1), (2, 2)])
