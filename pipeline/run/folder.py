@@ -199,7 +199,9 @@ def begun(folder: Path) -> Config:
 
 
 def check_same(config: Config, folder: Path) -> None:
-    """Raises UserError when resuming the run in `folder` with this config would make it another run."""
+    """Raises UserError when resuming the run in `folder` with this config would make it another run, or its
+    new scores ones that do not compare with earlier ones."""
+    _check_scores(config, folder)
     changed = changes(config, folder)
     may = {key for key in changed if key in _changeable(config)}
     refused = changed.keys() - (may if config.run.new_settings else ())
@@ -212,6 +214,29 @@ def check_same(config: Config, folder: Path) -> None:
         remedy += f" run.new_settings=true changes {', '.join(sorted(_changeable(config)))} only."
     lines = [f"  {key}: {old!r} → {new!r}" for key, (old, new) in changed.items() if key in refused]
     raise UserError("\n".join([f"{folder} holds a run with other settings:", *lines, remedy]))
+
+
+def _check_scores(config: Config, folder: Path) -> None:
+    """Early, as far as the configs tell: `references.keep_to` checks the rest with the first score."""
+    against = reference_of(folder)
+    if not against or not config.score.metrics or config.run.new_data:  # which begins with other scores
+        return
+    before, now = begun(folder).score, config.score
+    changed = [
+        f"  score.{key}: {old:,} → {new:,}"
+        for part, key in (("heldout", "images"), ("train", "train_images"))
+        for old, new in [(getattr(before, key), getattr(now, key))]
+        # fewer may be there than both ask for
+        if old != new and old and new and min(old, new) <= against.get(part, {}).get("images", 0)
+    ]
+    with_name, kind = against.get("heldout", {}).get("features", ["?"])[0], now.features.partition(":")[0]
+    if with_name != kind and not {with_name, kind}.isdisjoint(("efflite0", "inception")):
+        changed.append(f"  score.features: {with_name} → {now.features}")
+    if changed:
+        raise UserError(
+            "\n".join([f"{folder} has scores, with which new ones would not compare:", *changed])
+            + "\nLeave score as it was, or set run.resume=false to start over under a new name."
+        )
 
 
 def changes(config: Config, folder: Path) -> dict[str, tuple[Any, Any]]:

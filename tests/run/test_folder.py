@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from pipeline.config import UserError, dump, load
@@ -42,6 +44,31 @@ def test_what_is_trained_stays(tmp_path, began, changed, said):
     assert told is not None and f"  {said}\n" in told
     assert told.count("→") == 1 + (changed[0] == "augment.ops=[flip]")
     assert "another run.name" in told and "run.resume=false" in told
+
+
+SCORED = {"heldout": {"features": ["efflite0", "1"], "images": 700}, "train": {"images": 300}}
+
+
+@pytest.mark.parametrize(
+    ("began", "changed", "said"),
+    [
+        (["score.images=700"], ["score.images=500"], "score.images: 700 → 500"),
+        (["score.images=700"], ["score.images=5000"], "score.images: 700 → 5,000"),
+        (["score.images=900"], ["score.images=699"], "score.images: 900 → 699"),
+        (["score.train_images=300"], ["score.train_images=200"], "score.train_images: 300 → 200"),
+        ([], ["score.features=inception:x.pt"], "score.features: efflite0 → inception:x.pt"),
+        ([], ["score.features=mine:Own"], "score.features: efflite0 → mine:Own"),
+        (["score.images=900"], ["score.images=5000"], None),  # 700 are there
+        (["score.images=700"], ["score.images=500", "score.metrics=[]"], None),
+        (["score.images=700"], ["score.images=500", "run.new_data=true"], None),  # with scores of its own
+        (["score.train_images=300"], ["score.train_images=0"], None),  # not compared with
+    ],
+)
+def test_scores_compare_with_earlier_ones(tmp_path, began, changed, said):
+    assert refusal(tmp_path, began, changed) is None  # no score yet
+    (tmp_path / "reference.json").write_text(json.dumps(SCORED))
+    told = refusal(tmp_path, began, changed)
+    assert told is None if said is None else told is not None and f"  {said}\n" in told
 
 
 @pytest.mark.parametrize("began", [(), SCHEDULED, (*ADAPTIVE[:1], "augment.p=0.2")])
