@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UserError
+from pipeline.cores import cores
 from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.environment import UNMEANT, check_interfaces, flag, left_over, threads
 from pipeline.parallel.gpus import gpus, on_gpu
@@ -176,10 +177,6 @@ def check_space(out: Path, needed_mb: int = 64) -> None:
             f"No space left for the run: {place} has {free} MiB free. Make room, or set run.out to another "
             "disk."
         )
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_free(port: int) -> bool:

@@ -15,6 +15,7 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
+    "pipeline.cores": (),
     "pipeline.credentials": (),
     "pipeline.durable": (),
     "pipeline.errors": (),
@@ -44,6 +45,7 @@ ARROWS = {
         "pipeline.borrowed",
         "pipeline.config",
         "pipeline.console",
+        "pipeline.cores",
         "pipeline.credentials",
         "pipeline.durable",
         "pipeline.folders",
@@ -69,6 +71,7 @@ ARROWS = {
     "pipeline.run": (
         "pipeline.STOP_SIGNALS",
         "pipeline.config",
+        "pipeline.cores",
         "pipeline.credentials",
         "pipeline.durable",
         "pipeline.errors",

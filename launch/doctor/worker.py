@@ -17,9 +17,10 @@ import torch
 from launch.bench.meter import clocked
 from launch.doctor import alone
 from launch.fingerprint import Fingerprint, fingerprint, node_name
-from launch.processes import cores, free_port
+from launch.processes import free_port
 from pipeline.config import UserError, load
 from pipeline.console import end_process
+from pipeline.cores import cores
 from pipeline.data.index import load_index
 from pipeline.parallel.environment import flag
 from pipeline.parallel.launched import read_launch

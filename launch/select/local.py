@@ -11,9 +11,10 @@ from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 
-from launch.processes import ask_to_stop, cores, kill, start, training
+from launch.processes import ask_to_stop, kill, start, training
 from launch.select.trials import LaunchOptions, Trial
 from pipeline.config import UserError
+from pipeline.cores import cores
 from pipeline.lock import LOCK, Lock, take
 from pipeline.parallel.environment import threads
 from pipeline.parallel.gpus import gpus

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import click
 
 from launch import processes
-from launch.processes import STRATEGIES, cores
+from launch.processes import STRATEGIES
+from pipeline.cores import cores
 from pipeline.parallel.gpus import gpus
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.config import UserError
+from pipeline.cores import cores
 from pipeline.durable import write
 from pipeline.run.plain_png import END, bytes_of, plain_pngs
 from pipeline.run.sampling import BATCH, Sampler, refuse_truncation
@@ -105,7 +106,7 @@ def _write_missing(
     if labels[0] is not None:
         c = torch.tensor(labels)
     names = list(missing)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     waiting: deque[Future[int]] = deque()
     with ThreadPoolExecutor(threads, "png") as pool:
         try:

@@ -25,6 +25,7 @@ import webdataset
 from numpy.typing import NDArray
 
 from pipeline.config import UserError, expanded, readable
+from pipeline.cores import cores
 from pipeline.data import sidecar
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import permutation
@@ -112,7 +113,7 @@ def _prepare(
     resolved = resolve(images, options)
     extra = {"prepared": recipe, "source": files_of(len(images), fingerprint)}
     with staging(target, json.dumps([recipe, fingerprint]), announce) as folder:
-        workers = workers or _cores()
+        workers = workers or cores()
         rows, copies = np.arange(len(images)), list[LeftOut]()
         if options.dedupe:
             announce("Looking for copies …")
@@ -181,10 +182,6 @@ def _colour(background: str | None) -> str | None:
     if not re.fullmatch("#[0-9a-f]{6}", colour):
         raise UserError(f"{background!r} is no background: give white, black or #rrggbb.")
     return next((name for name, code in _COLOURS.items() if code == colour), colour)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _jobs(rows: NDArray[np.int64], per_shard: int) -> Jobs:

@@ -1,0 +1,45 @@
+"""How many CPU cores this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def cores() -> int:
+    """Those that the process is bound to, or as few as a container's quota allows (`docker run --cpus`, a
+    Kubernetes limit): threads beyond it would make each other wait."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = ""
+    with suppress(OSError):
+        groups = Path("/proc/self/cgroup").read_text()
+    return min([bound, *_quotas(groups)])
+
+
+def _quotas(groups: str, root: Path = _CGROUPS) -> Iterator[int]:
+    """The cores that each control group of this process allows, and each group around it.
+
+    groups: /proc/self/cgroup, `number:controllers:path` each. Of cgroup v2 there are no controllers in it.
+    """
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = root / controllers
+        group = mounted / path.lstrip("/")  # a container sees its own as the root, wherever the host has it
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError, ZeroDivisionError):
+                if controllers:
+                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                    quota, period = (int((folder / name).read_text()) for name in names)
+                else:
+                    quota, period = map(int, (folder / "cpu.max").read_text().split())  # or "max 100000"
+                if quota > 0:  # -1: none
+                    yield max(1, math.ceil(quota / period))
+            if folder == mounted:
+                break
