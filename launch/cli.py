@@ -10,6 +10,7 @@ import click
 
 from launch.lazy import LazyGroup
 from pipeline import console
+from pipeline.cores import BINDING
 
 # webdataset reads it when imported: it then decodes no pickles and runs no shell commands in shard names.
 os.environ.setdefault("WDS_SECURE", "1")
@@ -48,8 +49,8 @@ def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # in children: no file in the current folder hides a module
     if not os.environ.get("OMP_NUM_THREADS", "unset").strip():  # libgomp would complain of an empty one
         del os.environ["OMP_NUM_THREADS"]
-    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"):
-        os.environ.pop(name, None)  # by these torch binds this process, and all that it starts, to one core
+    for name in BINDING:
+        os.environ.pop(name, None)
     try:
         _call()
     except (click.Abort, KeyboardInterrupt):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+
+BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
+"""By these, torch binds the process that imports it to one core, and all that it starts later too."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -19,6 +22,17 @@ def cores() -> int:
     with suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text()
     return min([bound, *_quotas(groups)])
+
+
+def bound_by(environ: Mapping[str, str], every: int | None = os.cpu_count()) -> str | None:
+    """What to say if a variable has bound this process to one core of `every`; our own commands remove it."""
+    found = [name for name in BINDING if name in environ]
+    if not found or not every or every == 1 or cores() > 1:
+        return None
+    return (
+        f"{found[0]} has bound this process, and others of this machine, to one core of {every}: "
+        f"`unset {' '.join(found)}` before `accelerate launch`"
+    )
 
 
 def _quotas(groups: str, root: Path = _CGROUPS) -> Iterator[int]:

@@ -33,3 +33,14 @@ def test_the_least_counts(monkeypatch):
     assert cores.cores() == 8
     monkeypatch.setattr(cores, "_quotas", lambda _: iter((3, 5)))
     assert cores.cores() == 3
+
+
+def test_a_process_bound_to_one_core_is_told(monkeypatch):
+    """As by torch in `accelerate launch` where a cluster's modules set the variable."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    said = cores.bound_by({"OMP_PROC_BIND": "true"}, 8)
+    assert said is not None and "one core of 8: `unset OMP_PROC_BIND`" in said
+    assert cores.bound_by({}, 8) is None  # its own core of a scheduler's
+    assert cores.bound_by({"OMP_PROC_BIND": "true"}, 1) is None
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 4}, raising=False)
+    assert cores.bound_by({"OMP_PROC_BIND": "false"}, 8) is None

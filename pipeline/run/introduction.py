@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from pipeline.config import Config, Data
+from pipeline.cores import bound_by
 from pipeline.data.check import SHUFFLE, remarks, unlike
 from pipeline.data.index import Index
 from pipeline.data.plan import Split
@@ -37,6 +40,7 @@ def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ra
         f"precision {arithmetic(ranks.precision, ranks.device)}; "
         f"a batch of {gan.D.batch}",
         *([f"  note: {slow}"] if (slow := emulated(ranks.precision, ranks.device)) else ()),
+        *([f"  warning: {bound}"] if (bound := bound_by(os.environ)) else ()),
         *([f"  {ranks.compilation}: first updates take longer"] if ranks.compilation else ()),
         *(f"  {line}" for line in remarks(index, data)),
         *([f"  warning: {odd}. {SHUFFLE}"] if (odd := unlike(index, split)) else ()),
