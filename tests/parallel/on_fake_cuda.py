@@ -2,7 +2,8 @@
 
 Tensors have shapes and a device but no memory. Writes to OUT, as JSON: for each case the operations of one
 update on the device, ours and those of the bare maths (launch/bench/rivals.py), and the places in ours where
-the host waits for the device; and the same, or the error, for each planted mistake.
+the host waits for the device; the same, or the error, for each planted mistake; and the order in which the
+nodes of a gradient that is differentiated again run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 
 from launch.doctor.memory import convert_without_memory
 from pipeline.data.stream import Batch
+from pipeline.gan import second_order
+from pipeline.gan.r3gan import Discriminator
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Contribution
 from pipeline.parallel.watch.whereabouts import Progress
@@ -103,6 +107,9 @@ def main(out: Path) -> None:
                 found[mistake] = training(COMPARED["fp32, no norm"], made)
             except Exception as error:
                 found[mistake] = {"error": f"{type(error).__name__}: {error}"}
+    found["order"] = {"cpu": order(torch.device("cpu"))}
+    with pretending():
+        found["order"]["device's thread"] = order(GPU)
     out.write_text(json.dumps(found))
 
 
@@ -220,6 +227,35 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
         "gathers": device.gathers,
         "waits": device.waits + adding.waits,
     }
+
+
+def order(device: torch.device) -> dict[str, Any]:
+    """Of R1 + R2 on R3GAN's D, after hundreds of updates: the nodes' names as the last backward pass runs them,
+    and whether it does so in another thread, as each device has one."""
+    for _ in range(2**18):
+        torch._C._functions.UndefinedGrad()  # takes one of this thread's numbers
+    D = Discriminator(size=32, channels=3, width=8).to(device)
+    images = [torch.zeros(4, 3, 32, 32, device=device).requires_grad_() for _ in ("real", "fake")]
+    real, fake = logits = [D(image) for image in images]
+    loss = nn.functional.softplus(fake - real).mean()
+    for logit, image in zip(logits, images, strict=True):
+        loss = loss + second_order.gradient(logit.sum(), image).square().sum()
+    names: list[str] = []
+    threads: set[int] = set()
+
+    def note(node: Any) -> Callable[[Any], None]:
+        return lambda _: (names.append(node.name()), threads.add(threading.get_ident()))[0]
+
+    found, seen = [loss.grad_fn], set()
+    while found:
+        if (node := found.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        found += [next_node for next_node, _ in node.next_functions]
+        if "AccumulateGrad" not in node.name():
+            node.register_prehook(note(node))
+    loss.backward()
+    return {"names": names, "elsewhere": threading.get_ident() not in threads}
 
 
 def bare_maths(case: Case) -> int:

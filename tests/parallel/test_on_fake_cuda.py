@@ -66,6 +66,13 @@ def test_an_update_launches_little_besides_the_maths(recorded, case, capsys):
     assert gathers == (0 if "fsdp2" not in case else 20 if "no norm" in case else 43)
 
 
+def test_a_device_thread_differentiates_in_the_order_of_a_cpu(recorded):
+    """Else a parameter's gradient may be complete only after FSDP2 has reduced it (gan/second_order.py)."""
+    cpu, device = recorded["order"]["cpu"], recorded["order"]["device's thread"]
+    assert device["elsewhere"] and not cpu["elsewhere"]
+    assert len(cpu["names"]) > 100 and device["names"] == cpu["names"]
+
+
 def test_mistakes_are_seen(recorded):
     assert "_local_scalar_dense" in recorded["a value that is read"]["error"]
     assert "same device" in recorded["a tensor on the CPU"]["error"]
