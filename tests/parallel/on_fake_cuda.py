@@ -230,8 +230,8 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
 
 
 def order(device: torch.device) -> dict[str, Any]:
-    """Of R1 + R2 on R3GAN's D, after hundreds of updates: the nodes' names as the last backward pass runs them,
-    and whether it does so in another thread, as each device has one."""
+    """Of R1 + R2 on R3GAN's D, after hundreds of updates: the nodes' names as the last backward pass runs
+    them, and whether it does so in another thread, as each device has one."""
     for _ in range(2**18):
         torch._C._functions.UndefinedGrad()  # takes one of this thread's numbers
     D = Discriminator(size=32, channels=3, width=8).to(device)
