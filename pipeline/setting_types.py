@@ -99,6 +99,10 @@ def _place(text: str) -> str:
     if secret := re.search(r"\$\{?(\w*(KEY|TOKEN|SECRET|PASSW)\w*)", text):
         raise ValueError(f"the variable {secret[1]} seems to be a secret, which no path may hold")
     path = os.path.expandvars(text)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not text in UTF-8, which config.yaml is. Rename the folder") from None
     if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
         raise ValueError(f"the variable {unset[0]} is not set")
     try:

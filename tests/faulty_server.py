@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 ALWAYS = 10**9
+MOVED = "sig=a%2Fb%2ac%7E%27"  # the query of where a file is that has "moved"
 
 
 class FaultyServer(ThreadingHTTPServer):
@@ -24,6 +25,7 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.asked: Counter[str] = Counter()  # requests by path, hurt or not
+        self.paths: list[str] = []  # of all requests, with their queries, as they came
         self.faults: defaultdict[str, list[str]] = defaultdict(list)
         self.always: dict[str, str] = {}
         self.login: str | None = None  # user:password that must be given
@@ -56,6 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
+        self.server.paths.append(self.path)
         name = unquote(url.path).lstrip("/")
         fault = self.server.fault(name)
         if not self._let_in(url.query):
@@ -63,6 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault.isdigit():
             self._answer(int(fault), b"")
+            return
+        if fault == "moved":
+            self._answer(302, b"", moved=f"{url.path}?{MOVED}")
             return
         path = self.server.folder / name
         if path.is_dir():
@@ -109,9 +115,16 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _answer(
-        self, status: int, body: bytes, kind: str = "application/x-tar", length: int | None = -1
+        self,
+        status: int,
+        body: bytes,
+        kind: str = "application/x-tar",
+        length: int | None = -1,
+        moved: str | None = None,
     ) -> None:
         self.send_response(status)
+        if moved:
+            self.send_header("Location", moved)
         self.send_header("Content-Type", kind)
         if length is None:
             self.send_header("Connection", "close")

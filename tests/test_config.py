@@ -236,6 +236,14 @@ def test_what_cannot_be_meant_is_refused_in_one_line(setting, said):
     assert "Value error" not in str(refused.value)
 
 
+def test_names_that_are_not_utf8_are_refused_in_one_line():
+    for setting in ("data.train=caf\udce9/faces", "run.out=caf\udce9"):
+        with pytest.raises(UserError, match="is not text in UTF-8") as refused:
+            load(setting)
+        str(refused.value).encode()  # can be shown
+    assert load("data.train=café/faces").data.train == "café/faces"
+
+
 @pytest.mark.parametrize(
     "setting",
     [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import warnings
 import zlib
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ def decode(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
 
 
 def _pillow(data: bytes, size: int, channels: int) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        warnings.simplefilter("ignore")  # of damaged metadata
         if image.size != (size, size):
             raise WrongSizeError(*image.size)
         image.load()  # a PNG's orientation may follow its pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,7 +20,7 @@ from pipeline.wording import did_you_mean
 
 _MOST_SHARDS = 1_000_000
 _SUFFIX = ".tar"  # .TAR likewise, except beside an index.json that does not list it
-_COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4?|z|br|lzma)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
 
 
@@ -83,6 +83,7 @@ def _look(train: str) -> Location:
     if train.startswith("pipe:"):
         raise UserError(f"{train} is a command, not a place; shards are never read by running one.")
     root = expanded(train).absolute()
+    root = root.parent if root.name == INDEX else root
     if root.is_dir():
         with os.scandir(root) as entries:  # which know what is a file without a look at each
             return Location(root, tuple(sorted(e.name for e in entries if _is_shard(e))), whole=True)
@@ -111,20 +112,35 @@ def refuse_unlisted(location: Location) -> None:
 
 def refuse_none(found: Location) -> None:
     """Raises UserError if a folder holds no shards, or a broken link instead of one."""
-    paths = sorted(found.root.iterdir())
-    for path in paths:
+    for path in sorted(found.root.iterdir()):
         if path.name.lower().endswith(_SUFFIX) and path.is_symlink() and not path.exists():
             raise UserError(
                 f"shard {path} is a link to {path.readlink()}, which is not there. Remove it or mend it."
             )
     if found.urls:
         return
-    if packed := [path.name for path in paths if _COMPRESSED.search(path.name)]:
+    if names := packed(found):
         raise UserError(
-            f"There are no shards (*.tar) in {found.root}, but {packed[0]}: shards are not compressed. "
+            f"There are no shards (*.tar) in {found.root}, but {names[0]}: shards are not compressed. "
             "Unpack it to a .tar (gunzip, unxz or the like)."
         )
     raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
+
+
+def packed(found: Location) -> list[str]:
+    """The names of compressed tars in the folder that are not there unpacked too."""
+    names = [path.name for path in sorted(found.root.iterdir())]
+    return [n for n in names if _COMPRESSED.search(n) and _COMPRESSED.sub(_SUFFIX, n) not in names]
+
+
+def warn_of_packed(found: Location, announce: Callable[[str], None]) -> None:
+    """Where other shards are not compressed."""
+    if found.urls and found.whole and (names := packed(found)):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        announce(
+            f"warning: {names[0]}{more} in {found.root} left out: shards are not compressed. What belongs to "
+            "the data has to be unpacked to .tar (gunzip, unxz or the like)"
+        )
 
 
 def is_file(path: Path) -> bool:

@@ -70,6 +70,7 @@ class Sample:
     others: list[str] = field(default_factory=list)
     label: int = -1
     labels: int = 0
+    dotted: dict[str, int] | None = None  # of members such as 1.cls, which belongs to 1.png
 
     def add(self, extension: str, member: Member) -> None:
         if _is_image(extension):
@@ -79,6 +80,9 @@ class Sample:
             label = parse_label(member.data or b"")
             self.labels += not self.labels or label != self.label
             self.label = label
+        elif extension.endswith(".cls"):
+            label = parse_label(member.data or b"")
+            self.dotted = {**(self.dotted or {}), extension.removesuffix("cls"): label}
         if extension and len(self.others) <= _NAMED:
             self.others.append(extension)
 
@@ -89,6 +93,14 @@ class Sample:
             self.images = [extension]
         elif _rank(extension) == _rank(self.image.extension):
             self.images.append(extension)
+
+    def settle(self) -> None:
+        """When all members are added: `photo.1.png` has the label in `photo.1.cls`."""
+        if self.dotted and self.image and not self.labels:
+            stem = self.image.extension.rpartition(".")[0] + "."
+            if stem in self.dotted:
+                self.label, self.labels = self.dotted[stem], 1
+        self.dotted = None
 
     def problem(self) -> str:
         """Why the image cannot be used, or is not a single one; "" if there is one, or none."""

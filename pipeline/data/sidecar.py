@@ -141,6 +141,8 @@ def _walk(
                 if len(samples) > most:
                     break
             samples[key].add(extension, member)
+    for sample in samples.values():
+        sample.settle()
     return tar, samples.values(), PassedOver(count, tuple(strays))
 
 

@@ -18,6 +18,7 @@ from pipeline.config import UserError
 BLOCK = 512
 LARGEST_MEMBER = 64 << 20  # bytes held in memory at once; larger members are skipped, images refused
 _LARGEST_EXTENSION = 1 << 20  # bytes of a member that describes the next one (long names)
+_MOST_ZEROS = 1 << 20  # at the end: the largest records that tars are written in
 MOST_HEADERS = 1_000_000  # of one file: what is stored of its members stays below a gigabyte
 _NO_SIZE = "damaged: the member's size is not a number."
 _REGULAR = (b"0", b"\0", b"7")
@@ -191,6 +192,12 @@ class TarReader:
                 raise self.error(self.size, "there is something after the end of the archive.")
             self.size += len(chunk)
             self._hash.update(chunk)
+            if self.size - start > _MOST_ZEROS:
+                raise self.error(
+                    start,
+                    f"more than {_MOST_ZEROS:,} bytes of zeros from here on: the file was probably made at "
+                    "its full size and never filled, as by a download that broke off. Fetch it again.",
+                )
         if self.size % BLOCK:
             raise self.error(self.size, "truncated: the size is not a multiple of 512 bytes.")
 

@@ -66,6 +66,24 @@ def test_unlabelled(make_shards: MakeShards) -> None:
     assert index.num_classes == 0 and index.classes == () and index.shards[0].labels == {}
 
 
+def test_compressed_shards_beside_others_are_told(make_shards: MakeShards) -> None:
+    root = make_shards([3, 5])
+    for name in ("s-0000.tar.gz", "s-0002.tar.gz", "s-0003.tgz", "notes.txt"):  # the first is there unpacked
+        (root / name).write_bytes(b"x")
+    said: list[str] = []
+    assert load_index(str(root), said.append).sizes == (3, 5)
+    assert [line for line in said if line.startswith("warning: s-0002.tar.gz and 1 more in ")]
+    said.clear()
+    assert build_index(str(root), said.append).sizes == (3, 5)
+    assert [line for line in said if line.startswith("warning: s-0002.tar.gz and 1 more in ")]
+
+
+def test_index_json_stands_for_its_folder(make_shards: MakeShards) -> None:
+    root = make_shards([3, 5])
+    whole = load_index(str(root))
+    assert load_index(str(root / "index.json")).shards == whole.shards
+
+
 def test_fingerprint_is_of_the_contents(make_shards: MakeShards, tmp_path: Path) -> None:
     a = load_index(str(make_shards([3, 5])))
     shutil.copytree(a.root, tmp_path / "copy")

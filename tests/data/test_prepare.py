@@ -52,6 +52,20 @@ def test_the_same_bytes_each_time(pictures: Path, tmp_path: Path) -> None:
     )
 
 
+def test_colour_profiles_are_left_out(pictures: Path, tmp_path: Path) -> None:
+    """They may be larger than the pixels, and than training reads."""
+    plain, profiled = tmp_path / "plain", tmp_path / "profiled"
+    for folder, profile in [(plain, None), (profiled, os.urandom(1 << 21))]:
+        folder.mkdir()
+        for path in sorted(pictures.rglob("*.png")):
+            image = Image.open(path).convert("RGB")
+            image.save(folder / f"{path.parent.name}-{path.stem}.jpg", icc_profile=profile)
+    made = [
+        prepare(str(s), str(tmp_path / f"of-{s.name}"), Options(size=8), workers=1) for s in (plain, profiled)
+    ]
+    assert made[0].num_samples and made[0].shards == made[1].shards
+
+
 def test_folders_are_classes(pictures: Path, tmp_path: Path) -> None:
     index = prepare(str(pictures), str(tmp_path / "out"), Options(size=8, per_shard=5), workers=1)
     assert index.classes == ("cats", "dogs") and index.sizes == (5, 5, 2)

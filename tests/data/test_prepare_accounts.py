@@ -44,6 +44,7 @@ KINDS = [
     "j2k",
     "ppm",
 ]
+SAME = ("grey.pgm", "little.tif", "big.tif", "deep.png", "twelve.tif")  # one grey image
 
 
 def run(*arguments: object) -> Result:
@@ -76,6 +77,17 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
 
+def twelve_bits(grey: np.ndarray) -> bytes:
+    """A TIFF of 12 bits per pixel, packed, as of scientific cameras."""
+    values = -(-grey.astype(int) * 4095 // 255)
+    bits = "".join(f"{value:012b}" for value in values.flat)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    side, start = len(grey), 8 + 2 + 9 * 12 + 4
+    tags = {256: side, 257: side, 258: 12, 259: 1, 262: 1, 273: start, 277: 1, 278: side, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 def test_formats_that_people_have(tmp_path: Path) -> None:
     """All are taken, whatever their case; what of them is 16-bit, grey, in palettes or CMYK is converted."""
     source, out = tmp_path / "in", tmp_path / "out"
@@ -95,6 +107,7 @@ def test_formats_that_people_have(tmp_path: Path) -> None:
     Image.fromarray(grey).save(source / "grey.pgm")
     for name, order in [("little.tif", "<u2"), ("big.tif", ">u2"), ("deep.png", "<u2")]:
         Image.fromarray((grey.astype(np.uint16) * 257).astype(order)).save(source / name)
+    (source / "twelve.tif").write_bytes(twelve_bits(grey))
     for mode in ("CMYK", "YCbCr", "LAB"):
         image.convert(mode).save(source / f"{mode}.tif")
     for name in ("x.heic", "x.svg", "noend"):
@@ -103,19 +116,15 @@ def test_formats_that_people_have(tmp_path: Path) -> None:
     found = pixels(out)
     assert sorted(found) == sorted(
         [f"{k}.{k}" for k in KINDS]
-        + [
-            p.name
-            for p in source.iterdir()
-            if p.name in ("grey.pgm", "little.tif", "big.tif", "deep.png", "CMYK.tif", "YCbCr.tif", "LAB.tif")
-        ]
+        + [p.name for p in source.iterdir() if p.name in (*SAME, "CMYK.tif", "YCbCr.tif", "LAB.tif")]
     )
     for lossless in ("png.png", "bmp.bmp", "tif.tif", "TIFF.TIFF", "ppm.ppm"):
         assert (found[lossless] == PIXELS).all(), lossless
-    for same in ("grey.pgm", "little.tif", "big.tif", "deep.png"):
+    for same in SAME:
         assert (found[same] == grey).all(), same
     assert all(np.abs(image.astype(int) - PIXELS).mean() < 60 for image in found.values() if image.ndim == 3)
     assert "left out: 3 (.heic 1, .svg 1, no suffix 1), listed in skipped.txt" in output
-    assert "17 in colour, 4 in grey" in output
+    assert "17 in colour, 5 in grey" in output
     assert "in/x.heic: not the name of an image" in (out / "skipped.txt").read_text()
 
 

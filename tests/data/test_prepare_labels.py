@@ -86,6 +86,13 @@ def test_files_that_dataset_json_does_not_list(tmp_path: Path) -> None:
     assert "2 files that dataset.json lists are not among the images" in summary.lines()
 
 
+def test_a_file_that_dataset_json_lists_with_two_labels(tmp_path: Path) -> None:
+    twice = [[name, 1] for name in (*BAGS, BAGS[3])]
+    assert set(prepared(write(tmp_path / "x.zip", stylegan(twice)))[2].values()) == {1}
+    with pytest.raises(UserError, match=f"dataset.json of .*: {BAGS[3]} is there with two labels"):
+        prepared(write(tmp_path / "y.zip", stylegan([*twice, [BAGS[3], 2]])))
+
+
 def test_labels_far_apart_are_numbered_anew(tmp_path: Path) -> None:
     """A million classes of which four have images would be no use; in shards as well."""
     numbers = [7, 20_000, 999_999, 31]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
-from faulty_server import FaultyServer, serving
+from faulty_server import MOVED, FaultyServer, serving
 from remote_shards import NAMES, QUICK, SOON, consumed, shards_kept
 
 from pipeline.config import Remote, UserError
@@ -227,6 +228,28 @@ def test_urls_that_are_none(train: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         load_index(train)
     assert "pa/ss" not in str(caught.value) and "me:" not in str(caught.value)
+
+
+def test_index_json_stands_for_its_folder(local: Index, server: FaultyServer) -> None:
+    assert load_index(f"{server.url}/index.json").shards == local.shards
+
+
+def test_a_redirect_is_followed_to_the_letter(local: Index, server: FaultyServer) -> None:
+    """A signature counts bytes, whatever stands for them."""
+    index = load_index(server.url, remote=QUICK)
+    server.hurt(NAMES[1], "moved")
+    os.close(index.open(1))
+    assert f"/{NAMES[1]}?{MOVED}" in server.paths
+
+
+def test_a_sidecar_that_cannot_be_fetched_makes_nobody_wait(local: Index, server: FaultyServer) -> None:
+    """The shard is here, and others may be waiting for it."""
+    index = load_index(server.url, remote=QUICK)
+    name = str(sidecar_path(Path(), NAMES[1]))
+    server.hurt(name, "503", always=True)
+    os.close(index.open(1))
+    assert server.asked[name] == 1
+    assert index.table(1).label.tolist() == local.table(1).label.tolist()
 
 
 def test_credentials_open_doors_and_are_never_shown(

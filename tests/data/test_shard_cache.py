@@ -263,6 +263,23 @@ def test_a_full_disk(server: FaultyServer, cache: Path, monkeypatch: pytest.Monk
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_a_cache_that_is_removed_during_a_transfer(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by who frees a disk, or a cleaner of /tmp. The shard is fetched again."""
+    index, times = load_index(server.url, remote=QUICK), []
+
+    def removed(*args: object, **kwargs: object) -> None:
+        if not times:
+            shutil.rmtree(cache / "shards")
+        times.append(1)
+        transfer.download(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.data.remote.fetch.download", removed)
+    os.close(index.open(1))
+    assert len(times) == 2 and [path.stem for path in shards_kept(cache)] == [index.shards[1].sha256]
+
+
 def test_a_cache_that_cannot_be_written(server: FaultyServer, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     index = load_index(server.url, remote=Remote(folder=str(tmp_path / "file")))

@@ -132,6 +132,9 @@ def test_one_odd_sample_is_passed_over(
         ([("a.input.png", PNG), ("a.output.txt", b"x")], "input.png", -1),
         ([("a.Image.PNG", PNG), ("a.cls", b"3")], "image.png", 3),
         ([("22.05.png", PNG), ("22.05.json", b"{}")], "05.png", -1),
+        ([("22.05.png", PNG), ("22.05.cls", b"4")], "05.png", 4),
+        ([("22.05.png", PNG), ("22.06.cls", b"4")], "05.png", -1),
+        ([("22.05.cls", b"4"), ("22.05.png", PNG), ("22.cls", b"2")], "05.png", 2),
         ([("a.mask.png", b"mask"), ("a.edges.png", b"edges"), ("a.png", PNG)], "png", -1),
         ([("a.png", PNG), ("a.mask.npy", b"mask")], "png", -1),
         ([("a.emb.npy", b"embedding"), ("a.photo.png", PNG)], "photo.png", -1),
@@ -165,6 +168,7 @@ def test_files_that_are_not_tars(tmp_path: Path, shard: bytes) -> None:
         (b"\x28\xb5\x2f\xfd" + bytes(1000), "compressed with zstd"),
         (PNG * 20, "not a tar file"),
         (shard + shard, "something after the end"),
+        (shard + bytes(2 << 20), "bytes of zeros from here on"),
         (shard[: len(shard.rstrip(b"\0")) // 512 * 512 + 1024] + b"x" * 512, "two"),
     ]:
         with pytest.raises(UserError, match=rf"shard x\.tar, byte \d+: .*{message}"):

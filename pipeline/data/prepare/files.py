@@ -120,7 +120,8 @@ def _open_folder(
     path: Path, source: str, classes: Classes, announce: Callable[[str], None], without: Path | None
 ) -> Stored:
     root = path.absolute()
-    tars, listed = any(path.glob("*.tar")), (path / INDEX).exists()
+    tars = any(name.lower().endswith(".tar") for name in os.listdir(path))  # noqa: PTH208  names alone
+    listed = (path / INDEX).exists()
     if tars and listed:
         return Shards(all_images(source, announce), classes)
     listing = list_folder(root, without)

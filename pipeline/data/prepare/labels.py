@@ -172,7 +172,7 @@ def _entries(labels: object, what: str, way_out: str) -> dict[str, int]:
     pairs = list(labels.items()) if isinstance(labels, dict) else labels
     if not isinstance(pairs, list):
         raise UserError(f"{what}: `labels` is not a list of [name, label]. {way_out}")
-    given = {}
+    given = dict[str, int]()
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
             raise UserError(f"{what}: `labels` is not a list of [name, label]. {way_out}")
@@ -182,7 +182,9 @@ def _entries(labels: object, what: str, way_out: str) -> dict[str, int]:
                 f"{what}: the label of {one_line(name)} is no number of a class (0 to {LARGEST_LABEL:,}): "
                 f"{repr(value)[:40]}. {way_out}"
             )
-        given["/".join(parts(name.replace("\\", "/")))] = -1 if value is None else value
+        file, label = "/".join(parts(name.replace("\\", "/"))), -1 if value is None else value
+        if given.setdefault(file, label) != label:
+            raise UserError(f"{what}: {one_line(name)} is there with two labels. {way_out}")
     return given
 
 

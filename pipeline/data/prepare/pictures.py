@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image, ImageColor, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pipeline.data.decode import (
@@ -26,7 +27,7 @@ Fit = Literal["crop", "pad", "stretch"]
 # More than training reads: decoders in Pillow or its wheels that run and load nothing.
 _FORMATS = (*FORMATS, "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 _MOST = {"JPEG2000": LARGEST // 4, "AVIF": LARGEST // 2}  # pixels; their decoders take far more memory
-_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+_BITS, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323  # tags of TIFF
 SIDE = "side "
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -119,7 +120,12 @@ def _opened(data: bytes) -> Picture | Latent:
         )
     if image.mode == "LAB":  # which Pillow converts to nothing else
         return Picture(image.convert("RGB"), first)
-    return Picture(ImageOps.exif_transpose(image), first)
+    bits = image.tag_v2.get(_BITS, (16,))[0] if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") and bits < 16:  # as scientific cameras have; Pillow leaves the values
+        values = np.asarray(image, np.int64) * 65535 // (2**bits - 1)
+        image = Image.fromarray(values.clip(0, 65535).astype(np.uint16))
+    return Picture(image, first)
 
 
 def _header(data: bytes) -> Image.Image:
@@ -209,6 +215,7 @@ def _padded(image: Image.Image, size: int, background: str) -> Image.Image:
 
 
 def png(image: Image.Image) -> bytes:
+    """Without the colour profile of the file it was made of, which may be larger than the pixels."""
     data = io.BytesIO()
-    image.save(data, "PNG", compress_level=6)
+    image.save(data, "PNG", compress_level=6, icc_profile=None)
     return data.getvalue()

@@ -14,8 +14,8 @@ from pipeline.config import UserError
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-class FullDiskError(UserError):
-    """A disk of this machine is full, perhaps only for now."""
+class PassingError(UserError):
+    """A disk of this machine is full, or the file was removed from it: perhaps only for now."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def disk_named(what: str, advice: str) -> Iterator[None]:
         here = isinstance(error, (FileNotFoundError, PermissionError)) and error.filename is not None
         if not here and error.errno not in _REFUSALS:
             raise
-        kind = FullDiskError if error.errno == errno.ENOSPC else UserError
+        kind = PassingError if error.errno in (errno.ENOSPC, errno.ENOENT) else UserError
         file = f" ({error.filename})" if here else ""
         raise kind(f"{what} cannot be fetched: {error.strerror} on this machine{file}; {advice}.") from None
 

@@ -135,7 +135,7 @@ class RemoteShards:
             download(self.folder, shard.url, part, patience, most=shard.filesize, check=check)
         except FileNotFoundError as error:
             raise UserError(f"{error}, although {INDEX} lists it.") from None
-        if self._sidecar(shard, patience) is None:
+        if self._sidecar(shard, patience.brief()) is None:  # others wait for the shard, which is here
             self._scan(part, shard.url)
 
     def _sidecar(self, shard: Shard, patience: Patience) -> sidecar.SampleTable | None:

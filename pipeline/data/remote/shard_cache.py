@@ -21,11 +21,11 @@ from uuid import uuid4
 
 from pipeline.config import UserError
 from pipeline.data.record import Shard
-from pipeline.data.remote.disk import FullDiskError
+from pipeline.data.remote.disk import PassingError
 from pipeline.data.remote.transfer import Patience
 
 _POLL_S = 0.05
-_FULL_S = 1.0  # how often a full disk is looked at
+_PASSING_S = 1.0  # how often a disk is looked at that was full, or had lost the file
 # Names of this cache's own files. All others in the folder stay.
 _WHOLE = re.compile(r"[0-9a-f]{64}\.tar")
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW  # in a common cache another user's link may lead to a file of ours
@@ -44,26 +44,26 @@ class ShardCache:
         """A file descriptor of the shard, fetched if need be. The file is not removed while it is open.
 
         Fetches even if the cache is full of shards that are being read. If the disk is full it waits for
-        room: other processes may give some back. Raises UserError, also if another process takes too long to
-        fetch the shard.
+        room: other processes may give some back. If the file is removed meanwhile it is fetched again. Raises
+        UserError, also if another process takes too long to fetch the shard.
         """
-        full: FullDiskError | None = None
+        passing: PassingError | None = None
         while True:
             with self._complaints():
-                file, room = self._held(shard), full is not None
+                file, room = self._held(shard), passing is not None
                 if file is None and (part := self._claim(shard, patience, bounded=False, room=room)):
                     try:
                         file = self._fill(part, shard, fetch)
-                    except FullDiskError as error:
-                        full = error
+                    except PassingError as error:
+                        passing = error
             if file is not None:
                 return file
             if patience.over:
-                raise full or UserError(
+                raise passing or UserError(
                     f"shard {shard.url}: another process has been fetching it into {self.folder} for "
                     f"{patience.timeout_s:g} s (data.remote.timeout_s)."
                 )
-            patience.pause(_FULL_S if full else _POLL_S)
+            patience.pause(_PASSING_S if passing else _POLL_S)
 
     def ahead(self, shard: Shard, fetch: Fetch, patience: Patience, keep: Collection[str]) -> None:
         """Fetch a shard for later, unless another process does, or there is no room without removing one of

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from copy import copy
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from pipeline.data.remote.urls import RemoteFolder
 _T = TypeVar("_T")
 
 _LOOK_S = 0.1  # how often a transfer is looked at
+_BRIEF_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
 _CACHE = "see data.remote.folder and data.remote.gb"
@@ -62,6 +64,12 @@ class Patience:
         self.stall_s, self.timeout_s = settings.stall_s, settings.timeout_s
         self.deadline = time.monotonic() + settings.timeout_s
         self._stop = stop or threading.Event()
+
+    def brief(self) -> Patience:
+        """For what one can do without: one attempt of a few seconds."""
+        other = copy(self)
+        other.attempts, other.deadline = 1, min(self.deadline, time.monotonic() + _BRIEF_S)
+        return other
 
     @property
     def over(self) -> bool:
@@ -267,9 +275,13 @@ def _filesystem(scheme: str) -> Any:
         import aiohttp
 
         # No limit to a whole transfer, which is watched; proxies and ~/.netrc as for curl; URLs as they
-        # are, since a signature may hold any character.
+        # are, those of redirects too, since a signature may hold any character.
         options["encoded"] = True
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None), "trust_env": True}
+        options["client_kwargs"] = {
+            "timeout": aiohttp.ClientTimeout(total=None),
+            "trust_env": True,
+            "requote_redirect_url": False,
+        }
     if scheme == "s3":
         options["max_concurrency"] = 1  # else a file comes in parts of 50 MB, and looks stalled in between
     try:

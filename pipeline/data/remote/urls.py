@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 from pipeline.config import UserError
 from pipeline.credentials import redacted
 from pipeline.data.locate import expand_braces
-from pipeline.data.record import is_name
+from pipeline.data.record import INDEX, is_name
 
 SCHEMES = ("http", "https", "s3", "gs")
 
@@ -66,11 +66,11 @@ def locate_url(train: str) -> tuple[RemoteFolder, tuple[str, ...] | None]:
             "the shards into a local folder."
         )
     rest, login, query = _split(scheme, rest, redacted(train))
-    paths = expand_braces(rest)
+    paths = expand_braces(rest.removesuffix(f"/{INDEX}"))
     if not paths[0].endswith(".tar"):
         if len(paths) > 1:
             raise UserError(f"{redacted(train)}: a brace list names shards (*.tar) of one folder.")
-        return RemoteFolder(scheme, rest.rstrip("/") + "/", login, query), None
+        return RemoteFolder(scheme, paths[0].rstrip("/") + "/", login, query), None
     folder = posixpath.commonpath([posixpath.dirname(path) for path in paths]) if len(paths) > 1 else ""
     folder = folder or posixpath.dirname(paths[0])
     if "/" not in rest or any(
