@@ -73,4 +73,6 @@ def _chosen(patterns: str, histories: list[History]) -> list[Panel]:
         if not charts:
             raise UserError(f"--charts: no chart {pattern}. There are: {', '.join(known)}.")
         found |= {chart: Panel(chart, ((chart, chart),)) for chart in charts}
+    if not found:
+        raise UserError(f"--charts {patterns!r} names no chart. There are: {', '.join(known)}.")
     return list(found.values())

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ def check_strategy(strategy: str, procs: int) -> None:
     """Raises UserError if a strategy cannot have so many processes."""
     if strategy == "single" and procs > 1:
         raise UserError(f"--strategy single is one process; for --procs {procs} choose another.")
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+        raise UserError(
+            f"--strategy {strategy} needs DeepSpeed, which is not installed (launch/setup.sh does that). "
+            "fsdp2 shards too."
+        )
     shards(strategy, procs, procs)
 
 

@@ -194,7 +194,10 @@ def _still(sampler: Sampler, wanted: _Wanted, classes: list[int], out: Path) -> 
     save_grid(layout.images(sampler, wanted.truncation), out, layout.columns, layout.titles)
     made = len(layout.z)
     if wanted.interpolate and wanted.count is not None and made != wanted.count:
-        return f"{made} ({made // layout.columns} rows of {layout.columns}) of {wanted.count} images"
+        rows = f"{counted(made // layout.columns, 'row')} of {layout.columns}"
+        return (
+            f"{made} ({rows}) of {wanted.count} images" if made < wanted.count else f"{made} images ({rows})"
+        )
     return counted(made, "image")
 
 

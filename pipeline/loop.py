@@ -28,6 +28,7 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
         if state.reported == before:  # else a stop came before its reports: they come first
             with session.updating():
                 state.cur_nimg = train_step(gan, reals, before, stats)
+        session.advance(state.cur_nimg)
         finished = state.cur_nimg >= total
         stopping = asked_to_stop()
         if not stopping:
@@ -35,7 +36,6 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
             stopping = not report(gan, state, stats, run, session, due)
         if stopping or session.new_best or _due(before, state.cur_nimg, finished)(run.checkpoint_kimg):
             session.save(gan, state, stats)
-        session.advance(state.cur_nimg)
     session.finish_saves()
     return not stopping
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -67,6 +68,11 @@ def did_you_mean(path: str | Path, known: Iterable[str] = ()) -> str:
         names.update(os.listdir(folder or "."))  # noqa: PTH208  names alone
     near = difflib.get_close_matches(name, sorted(names), n=1)
     return printable(f" Did you mean {Path(folder, near[0])}?") if near else ""
+
+
+def in_table(text: str) -> str:
+    """In a cell of a table in Markdown: shown as it is, without becoming HTML, emphasis, a link or maths."""
+    return re.sub(r"([\\`*<|$~]|\](?=\()|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
 
 
 def one_line(text: str) -> str:

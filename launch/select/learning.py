@@ -10,6 +10,7 @@ import numpy as np
 from launch.select.choice import ScoreTable
 from launch.select.curve import MARK, MOST, new_figure, numbers, readable
 from launch.select.legend import height, legend_below, styles
+from pipeline.run.curves import wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +59,8 @@ def _rings(axes: Axes, table: ScoreTable) -> list[Line2D]:
     for number, (kimg, row) in enumerate(chosen):
         if row.arm != before:
             side = "left" if number == 0 else "right" if number == len(chosen) - 1 else "center"
-            name = row.arm.label if len(row.arm.label) <= _RING else ""  # the colour says it too
+            # The colour says it too.
+            name = wrapped(row.arm.label, _RING) if len(row.arm.label) <= _RING else ""
             look: dict[str, Any] = {"ha": side, "va": "top", "fontsize": 8, "color": MARK}
             axes.annotate(name, (kimg, row.mean), (0, -9), textcoords="offset points", **look)
         before = row.arm

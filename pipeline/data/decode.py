@@ -23,7 +23,7 @@ from pipeline.config import Data
 
 try:  # twice as fast on JPEGs as Pillow, with the same library and the same pixels
     import simplejpeg
-except ImportError:
+except (ImportError, ValueError):  # the latter: an old one, built for another numpy
     simplejpeg = None
 
 FORMATS = ("PNG", "JPEG", "WEBP")

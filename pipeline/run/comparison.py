@@ -12,6 +12,7 @@ from pipeline.run.metrics import METRICS, leading_chart, metric_of
 from pipeline.wording import in_kimg, setting
 
 NOTHING = "–"
+_NONE = -1
 _OF_ITSELF = {"run.name", "run.out", "run.resume", "run.new_data", "run.new_settings"}  # of any two runs
 _BOTH = ("l2", "l1")  # `penalty.l2` sets those of both players
 _MEANING = {  # of the keys of a reference
@@ -84,12 +85,15 @@ def settings_apart(histories: Sequence[History]) -> dict[str, tuple[str, ...]]:
         {key: setting(value) for key, value in history.settings.items() if key not in _OF_ITSELF}
         for history in histories
     ]
-    return of_both_players(differing(each))
+    found = of_both_players(differing([settings for settings in each if settings]))
+    values = {key: iter(cells) for key, cells in found.items()}  # of runs whose settings can be read
+    return {key: tuple(next(cells) if of else NOTHING for of in each) for key, cells in values.items()}
 
 
 def references_apart(histories: Sequence[History]) -> str:
-    """That runs were scored against different references, and in which respect; empty if they were not."""
-    each = [history.reference.get("heldout", {}) for history in histories]
+    """That runs were scored against different references, and in which respect; empty if they were not. Runs
+    without scores do not count."""
+    each = [about for history in histories if (about := history.reference.get("heldout"))]
     keys = dict.fromkeys(key for about in each for key in about)
     differing = [key for key in keys if any(about.get(key) != each[0].get(key) for about in each)]
     which = ", ".join(_MEANING.get(key, key) for key in differing)
@@ -97,18 +101,21 @@ def references_apart(histories: Sequence[History]) -> str:
 
 
 def _groups(histories: Sequence[History]) -> tuple[list[int], list[str]]:
-    """The number of each run's group, within which scores compare; and in which respect groups differ."""
+    """The number of each run's group, within which scores compare, _NONE of those without scores; and in
+    which respect groups differ."""
     seen: list[dict[str, Any]] = []
     groups = []
     for history in histories:
         about = history.reference.get("heldout", {})
-        seen += [] if about in seen else [about]
-        groups.append(seen.index(about))
+        seen += [about] if about and about not in seen else []
+        groups.append(seen.index(about) if about else _NONE)
     letters, apart = ", ".join(map(_letter, range(len(seen)))), references_apart(histories)
     return groups, [f"{letters}: {apart}"] if apart else []
 
 
 def _letter(group: int) -> str:
+    if group == _NONE:
+        return NOTHING
     return chr(ord("A") + group) if group < 26 else str(group)
 
 

@@ -20,7 +20,8 @@ from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
 from pipeline.run.changes import CHANGES, data_since
-from pipeline.run.folder import evaluated, reference_of
+from pipeline.run.evaluations import evaluated
+from pipeline.run.folder import reference_of
 from pipeline.run.references import fingerprints
 from pipeline.run.rows import Row, rows
 from pipeline.run.state import State

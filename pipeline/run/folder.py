@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,15 +160,6 @@ def reference_of(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     parts = found.items() if isinstance(found, dict) else ()
     return {part: about for part, about in parts if isinstance(about, dict)}
-
-
-def evaluated(folder: Path) -> list[dict[str, Any]]:
-    """What `shardgan evaluate` has added to scores.json, newest first; none if it is not there or damaged."""
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / "scores.json").read_bytes())
-        if isinstance(found, list):
-            return [entry for entry in reversed(found) if isinstance(entry, dict)]
-    return []
 
 
 def as_begun(config: Config, folder: Path) -> Config:

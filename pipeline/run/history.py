@@ -17,7 +17,8 @@ import yaml
 from pipeline.credentials import all_redacted
 from pipeline.errors import UserError
 from pipeline.run.changes import CHANGES, data_since
-from pipeline.run.folder import begun, evaluated, flattened, reference_of
+from pipeline.run.evaluations import evaluated
+from pipeline.run.folder import begun, flattened, reference_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.rows import Row, each_row
 from pipeline.run.terminal import is_score

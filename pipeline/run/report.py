@@ -14,11 +14,11 @@ from pipeline.config import Config, UserError
 from pipeline.durable import sync
 from pipeline.errors import CommonError
 from pipeline.lock import LockLostError
-from pipeline.run import events
+from pipeline.run import evaluations, events
 from pipeline.run.changes import CHANGES, data_since
 from pipeline.run.resend import caption, resend
 from pipeline.run.rows import Row, append, keep, rows
-from pipeline.run.saved_grids import newest, reals_of
+from pipeline.run.saved_grids import grids_of, newest, reals_of
 from pipeline.run.state import State
 from pipeline.run.tensorboard import TensorBoard, check_tensorboard
 from pipeline.run.terminal import Bar, Lines, is_score
@@ -242,15 +242,19 @@ class MainReport(Report):
         return f", without {counted(len(self._unwritten), 'row')} that could not be written (kimg {kimgs})"
 
     def _forget_after(self, reported: int) -> None:
-        """Drop rows from after the checkpoint: the resumed run writes them again."""
+        """Drop rows, sample grids and scores from after the checkpoint: the resumed run makes them again."""
         try:
             keep(
                 self._metrics,
                 lambda row: row["cur_nimg"] <= reported,
                 complain=lambda text: self.say(f"warning: {text}"),
             )
+            for cur_nimg, grid in grids_of(self._folder):
+                if cur_nimg > reported:
+                    grid.unlink(missing_ok=True)
+            evaluations.forget_after(self._folder, reported, self.say)
         except OSError as error:
-            raise UserError(f"{self._metrics} cannot be read or written: {error}") from None
+            raise UserError(f"{error.filename or self._metrics} cannot be read or written: {error}") from None
 
     def _score_changes(self) -> Iterator[str]:
         """Each score, first and last on the present data."""

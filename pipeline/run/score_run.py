@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +15,12 @@ from torch import nn
 from pipeline.config import Config, Score, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
-from pipeline.durable import write
 from pipeline.gan.draws import Draws
-from pipeline.lock import turn
 from pipeline.parallel.launched import Launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import Wanted
 from pipeline.run.evaluate import evaluate_generator
+from pipeline.run.evaluations import add
 from pipeline.run.export import load_generator
 from pipeline.run.features import Extractor, load_features
 from pipeline.run.images import images_of, made_at_once
@@ -84,7 +82,7 @@ def score_run(
     scores, fingerprints = _scores(G, config, state, index, shown)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"cur_nimg": state.cur_nimg, "time": now, **scores, "against": fingerprints}
-    _append(run / "scores.json", entry)
+    add(run, entry, say, _warn)
     return scores, state.cur_nimg
 
 
@@ -113,29 +111,6 @@ def _scores(
         scored = G.to(ranks.device), draws, real, extractor, ranks, score.metrics, images
         found = evaluate_generator(*scored, made_at_once(data.size, data.batch_gpu))
         return found, real.fingerprints
-
-
-def _append(file: Path, entry: dict[str, object]) -> None:
-    """Add to the JSON list in `file`, atomically, one process at a time; warn if that fails."""
-    try:
-        with turn(file.with_name(".scores"), say):
-            write(file, json.dumps([*_entries(file), entry], indent=1) + "\n")
-    except OSError as error:  # a full disk
-        _warn(f"these scores are not kept: {file} cannot be written to: {error.strerror or error}.")
-    except UserError as error:  # another person's run, or one on a read-only disk
-        _warn(f"these scores are not kept: {error}")
-
-
-def _entries(file: Path) -> list[object]:
-    """The list in `file`. A damaged file is kept under another name. Raises OSError."""
-    with suppress(ValueError):
-        entries = json.loads(file.read_bytes()) if file.exists() else []
-        if isinstance(entries, list):
-            return entries
-    aside = file.with_name(f"{file.stem}.damaged.json")
-    file.replace(aside)
-    _warn(f"{file} is damaged. It is kept as {aside}; a new one is written.")
-    return []
 
 
 def _warn(text: str) -> None:

@@ -42,7 +42,8 @@ def draw(histories: Sequence[History]) -> Figure:
     titles, scores = _titles(histories), [""] * len(histories)
     panels = []
     if not references_apart(histories):
-        panels.append((_images(histories[0], reals_of(histories[0].folder)), "real images", ""))
+        scored = next((history for history in histories if history.reference), histories[0])
+        panels.append((_images(scored, reals_of(scored.folder)), "real images", ""))
         scores = [_scores(history) for history in histories]
     panels += zip(images, titles, scores, strict=True)
     rows = -(-len(panels) // _ACROSS)

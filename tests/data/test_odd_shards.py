@@ -168,6 +168,13 @@ def test_prepare_takes_every_image_of_samples_with_several(tmp_path: Path) -> No
     assert made.num_samples == 6 and remarks(made, DATA) == []
 
 
+def test_prepare_takes_shards_in_capitals(make_shards: MakeShards, tmp_path: Path) -> None:
+    root = make_shards([2, 3])
+    for shard in sorted(root.glob("*.tar")):
+        shard.rename(shard.with_suffix(".TAR"))
+    assert prepare(str(root), str(tmp_path / "out"), Options(size=SIZE), workers=1).num_samples == 5
+
+
 def test_an_image_of_another_size_has_a_stand_in(tmp_path: Path) -> None:
     rows = [(f"{row}.png", PICTURE if row == 0 else image_of(0, row)) for row in range(8)]
     write_tar(tmp_path / "d" / "x.tar", rows)

@@ -179,6 +179,7 @@ def test_everything_that_can_lie_about(tmp_path: Path, recwarn: pytest.WarningsR
     ):
         assert kind in said, kind
     assert "not read: labels.csv, metadata.jsonl" in output
+    assert "warning: links to folders are not followed: etc, self" in output
     assert "larger.png: more than 67,108,864 pixels" in output and "9500x9500 pixels are too many" in output
     assert (
         not [str(warning) for warning in recwarn.list]

@@ -18,7 +18,7 @@ import torch
 from launch import launcher, processes
 from launch.doctor import surroundings
 from launch.doctor.finding import Machine
-from launch.processes import environment_of, notes
+from launch.processes import check_strategy, environment_of, notes
 from launch.select import local as select_local
 from launch.select.trials import LaunchOptions
 from pipeline import config
@@ -120,6 +120,13 @@ def test_hidden_gpus_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert any(f"CUDA_VISIBLE_DEVICES='{hidden}' hides all GPUs" in note for note in notes())
+
+
+def test_zero_without_deepspeed_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.processes.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--strategy zero2 needs DeepSpeed, which is not installed"):
+        check_strategy("zero2", 2)
+    check_strategy("fsdp2", 2)
 
 
 @pytest.mark.parametrize("variable", ["OMP_PROC_BIND=true", "OMP_PLACES=cores", "GOMP_CPU_AFFINITY=0"])

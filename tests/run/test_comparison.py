@@ -59,6 +59,22 @@ def test_what_evaluate_has_added_is_shown(tmp_path):
     assert table.notes == ("kid_efflite0: evaluated against different images, so these do not compare.",)
 
 
+def test_runs_without_scores_or_settings_take_nothing_from_others(tmp_path):
+    same = {"plan": "a", "images": 1000}
+    runs = [a_run(tmp_path / name, [4.0, value], **same) for name, value in (("a", 2.0), ("b", 1.0))]
+    unscored, unread = a_run(tmp_path / "unscored", []), a_run(tmp_path / "unread", [3.0], **same)
+    (unread / "config.yaml").unlink()
+    (unscored / "metrics.jsonl").write_text('{"cur_nimg": 1000}\n')
+    table = comparison.compare(read_histories([*runs, unscored, unread]))
+    assert table.notes == () and set(columns(table)) == {"kimg", "kid_efflite0 (kimg)", "precision_efflite0"}
+    scores = table.columns[1]
+    assert scores.cells == ("2 (2)", "1 (2)", "–", "3 (1)") and scores.best == {1}
+    (tmp_path / "c").mkdir()
+    other = a_run(tmp_path / "c" / "other", [1.0], plan="b")
+    apart = comparison.compare(read_histories([*runs, unscored, other]))
+    assert columns(apart)["scored against"] == ("A", "A", "–", "B")
+
+
 def test_only_settings_that_differ_are_shown_and_the_best_is_marked(tmp_path):
     same = {"plan": "a", "images": 1000}
     a_run(tmp_path / "none", [4.0, 3.0], "penalty: {l2: 0}", **same)

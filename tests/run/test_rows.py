@@ -16,16 +16,19 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from runs_on_paper import write_run
 from test_tensorboard import Noting
 
 from launch.select.candidates import Arm
 from launch.select.table import _read
 from launch.select.trials import Trial
 from pipeline.config import load
-from pipeline.run import score_run
+from pipeline.run import evaluations
 from pipeline.run.report import MainReport
 from pipeline.run.resend import catch_up, resend
 from pipeline.run.rows import append, keep, rows
+from pipeline.run.saved_grids import grids_of
+from pipeline.run.score_run import _warn as warn
 from pipeline.run.tracker import Tracker
 
 VALUES = {f"chart{k}": float(k) for k in range(60)}
@@ -158,11 +161,21 @@ def test_a_finished_run_and_select_survive_it(torn):
 def test_a_damaged_list_of_scores_is_kept_and_a_new_one_begun(tmp_path, capsys, content):
     file = tmp_path / "scores.json"
     file.write_bytes(content)
-    score_run._append(file, {"c": 1})
-    score_run._append(file, {"d": 2})
+    evaluations.add(file.parent, {"c": 1}, print, warn)
+    evaluations.add(file.parent, {"d": 2}, print, warn)
     assert json.loads(file.read_text()) == [{"c": 1}, {"d": 2}]
     assert (tmp_path / "scores.damaged.json").read_bytes() == content
     assert capsys.readouterr().err.count("is damaged") == 1
+
+
+def test_what_is_trained_again_is_forgotten(tmp_path):
+    """It may become something else, as after a change of settings at an older checkpoint."""
+    run = write_run(tmp_path / "run")
+    (run / "scores.json").write_text(json.dumps([{"cur_nimg": at} for at in (40, 80, 40)]))
+    report(run, cur_nimg=40)
+    assert nimgs(run) == [0]
+    assert [cur_nimg for cur_nimg, _ in grids_of(run)] == [0, 40]
+    assert json.loads((run / "scores.json").read_text()) == [{"cur_nimg": 40}] * 2
 
 
 def test_scores_of_processes_that_end_together_are_all_kept(tmp_path):
@@ -180,7 +193,7 @@ def test_scores_of_processes_that_end_together_are_all_kept(tmp_path):
 def _append_together(together, file, number):
     for _ in range(5):
         together.wait()
-        score_run._append(file, {"n": number})
+        evaluations.add(file.parent, {"n": number}, print, print)
 
 
 def test_forgetting_needs_no_room(tmp_path):

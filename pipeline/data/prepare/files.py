@@ -14,8 +14,16 @@ from pathlib import Path
 from pipeline.config import UserError, expanded
 from pipeline.credentials import redacted
 from pipeline.data.prepare.known import KNOWN
-from pipeline.data.prepare.labels import Classes, Labels, label
-from pipeline.data.prepare.listing import ARRAY, EXTENSIONS, Listing, by_kind, list_folder, list_zip
+from pipeline.data.prepare.labels import Classes, Labels, label, some
+from pipeline.data.prepare.listing import (
+    ARRAY,
+    EXTENSIONS,
+    LINKED,
+    Listing,
+    by_kind,
+    list_folder,
+    list_zip,
+)
 from pipeline.data.prepare.pictures import LeftOutError
 from pipeline.data.prepare.shards import Shards, all_images
 from pipeline.data.prepare.source import Stored
@@ -128,6 +136,8 @@ def _open_folder(
     if (tars or listed) and all(name.lower().endswith(ARRAY) for name in listing.images):
         return Shards(all_images(source, announce), classes)
     _refuse_none(listing, source)
+    if links := sorted(left.name for left in listing.left_out if left.kind == LINKED):
+        announce(f"warning: links to folders are not followed: {some(links)}")
     most = _largest_labels(listing)
     labels = label(listing, classes, source, lambda name: _read_file(root / name, most))
     return Folder(root, listing, labels)

@@ -18,6 +18,7 @@ EXTENSIONS = frozenset(
         *(".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm"),
     )
 )
+LINKED = "links to folders"  # a kind of what is left out
 ARRAY = ".npy"  # a latent; an image's array is read as well
 LABELS = "dataset.json"  # StyleGAN's
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
@@ -106,7 +107,7 @@ def _enter(folder: str, name: str, above: str, without: Path | None, listing: Li
         listing.leave_out(f"{above}{name}/", "hidden folders", "a hidden folder")
         return False
     if Path(path).is_symlink():
-        listing.leave_out(f"{above}{name}", "links to folders", "a link to a folder, which is not followed")
+        listing.leave_out(f"{above}{name}", LINKED, "a link to a folder, which is not followed")
         return False
     return True
 

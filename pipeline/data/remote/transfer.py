@@ -35,7 +35,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
 _CACHE = "see data.remote.folder and data.remote.gb"
 _REMOVING = ("gs",)  # whose library removes what it fails to fetch
-_PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+_PACKAGES = {"s3": "'shardgan[s3]'", "gs": "'shardgan[gcs]'"}
 
 
 class StoppedError(Exception):

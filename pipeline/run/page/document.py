@@ -144,11 +144,17 @@ def _conclusion(runs: Sequence[Facts]) -> str:
     scored = [score for facts in runs if (score := facts.leading_score)]
     if len(scored) < len(runs) or len({score.chart for score in scored}) > 1:
         return "These runs have no score in common to be compared by."
-    ends = _last_scores(sorted(zip(scored, runs, strict=True), key=lambda pair: pair[0].last[1]))
+    order = sorted(zip(scored, runs, strict=True), key=lambda pair: _place_of(pair[0].last[1]))
+    ends = _last_scores(order)
     about = [facts.history.reference.get("heldout") for facts in runs]
     if any(other != about[0] for other in about):
         return f"{ends}. They were scored against different images, and do not compare."
     return f"{ends}{runs[0].against}."
+
+
+def _place_of(value: float) -> tuple[bool, float]:
+    """What is no finite number comes last."""
+    return (False, value) if math.isfinite(value) else (True, 0.0)
 
 
 def _last_scores(order: Sequence[tuple[Score, Facts]]) -> str:

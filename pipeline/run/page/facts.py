@@ -114,6 +114,12 @@ class Facts:
         return sorted(found, key=lambda score: score.chart != self.leading)
 
     @cached_property
+    def evaluated(self) -> list[tuple[str, float, float]]:
+        """Label, value and kimg of what `shardgan evaluate` has found."""
+        found = self.history.evaluated.items()
+        return [(label_of(chart), score.value, score.cur_nimg / 1000) for chart, (score, _) in found]
+
+    @cached_property
     def leading(self) -> str | None:
         """The chart by which runs are compared; None if there is none."""
         return leading_chart(self.config.score.metrics, self.history.scores)
@@ -241,7 +247,9 @@ class Facts:
         best = None
         if metric.lower_is_better is not None:
             best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
-        return Score(chart, label_of(chart), values[0], best, values[-1], metric.lower_is_better)
+        last = self.history.last(chart)  # which may not be finite
+        end = (last.cur_nimg / 1000, last.value) if last else values[-1]
+        return Score(chart, label_of(chart), values[0], best, end, metric.lower_is_better)
 
 
 def _place(value: str) -> str:

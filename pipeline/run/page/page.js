@@ -64,10 +64,10 @@ function curves(chart) {
 }
 
 function candidates(chart) {
-  const found = chart.candidates, labels = found.map((c) => c.label);
+  const found = chart.candidates, labels = found.map((c) => plain(c.label));
   const axes = (at, scores) => (chart.upright ? { x: at, y: scores } : { x: scores, y: at });
   const error = { type: "data", array: found.map((c) => c.error), color: colour("--accent"), thickness: 1.6, width: 5 };
-  const trials = found.flatMap((c) => c.scores.map((score) => [c.label, score]));
+  const trials = found.flatMap((c) => c.scores.map((score) => [plain(c.label), score]));
   const chosen = found.filter((c) => chart.chosen.includes(c.label));
   const score = chart.upright ? "%{y:.4g}" : "%{x:.4g}";
   return [
@@ -76,7 +76,7 @@ function candidates(chart) {
       marker: { size: 8, color: colour("--accent") }, hovertemplate: `mean ${score}<extra></extra>` },
     { ...axes(trials.map((t) => t[0]), trials.map((t) => t[1])), name: "a training", mode: "markers",
       marker: { size: 6, color: colour("--quiet"), opacity: 0.65 }, hovertemplate: `${score}<extra></extra>` },
-    { ...axes(chosen.map((c) => c.label), chosen.map((c) => c.mean)), name: "chosen", mode: "markers", hoverinfo: "skip",
+    { ...axes(chosen.map((c) => plain(c.label)), chosen.map((c) => c.mean)), name: "chosen", mode: "markers", hoverinfo: "skip",
       marker: { size: 18, symbol: "circle-open", color: "#d9822b", line: { width: 2.5 } } },
   ];
 }
