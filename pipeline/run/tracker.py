@@ -101,6 +101,8 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
     except Exception as error:
         announce(f"W&B is off: {_one_line(error)}")
         return Tracker(run_id)
+    if new and known.replaces:
+        announce(f"W&B: {folder} is a copy of another run's folder, and gets a W&B run of its own.")
     run_id = None if new else known.run_id
     for attempt in (mode, "offline") if mode == "online" else (mode,):
         if attempt == "offline" and known.online:

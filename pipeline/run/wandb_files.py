@@ -23,7 +23,8 @@ class Tracked:
     project: str | None = None
     entity: str | None = None
     complete: list[str] = field(default_factory=list)  # offline folders that a job closed
-    replaces: list[str] = field(default_factory=list)  # ids that W&B deleted, which older checkpoints have
+    replaces: list[str] = field(default_factory=list)  # earlier ids, which older checkpoints have
+    of: str | None = None  # the run folder's name; None in files of an older version
 
 
 def remember(folder: Path, tracked: Tracked) -> None:
@@ -39,13 +40,18 @@ def recall(folder: Path) -> Tracked | None:
 
 
 def find_run(folder: Path, run_id: str | None) -> tuple[Tracked, bool]:
-    """The W&B run of the run in `folder`, of this id if it has one; and whether it is new.
+    """The W&B run of the run in `folder`, of this id if it has one; and whether it is new, as that of a copy
+    of another run's folder is.
 
     Deletes offline files that no job closed: their rows are written again. A file that `wandb sync` has begun
     to upload stays, and the run counts as online: only the server knows how much it got. Raises OSError.
     """
     known = recall(folder)
     new = known is None and run_id is None
+    if known is not None and _is_copy(folder, known):
+        leave_to_the_server(folder, known.run_id)  # these files are the other's
+        new, before = True, [*known.replaces, known.run_id]
+        known = Tracked(_new_id(folder), online=False, has=-1, replaces=before)
     if known is None or run_id not in (None, known.run_id, *known.replaces):
         known = Tracked(run_id or _new_id(folder), online=False, has=-1)
     online = known.online
@@ -58,7 +64,7 @@ def find_run(folder: Path, run_id: str | None) -> tuple[Tracked, bool]:
             aside = run.rename(run.with_name(f".{run.name}"))
             shutil.rmtree(aside, ignore_errors=True)
     counted = online or bool(known.complete)  # a run.json of an older version counts other files too
-    settled = replace(known, online=online, has=known.has if counted else -1)
+    settled = replace(known, online=online, has=known.has if counted else -1, of=folder.name)
     if settled != known:
         remember(folder, settled)
     return settled, new
@@ -68,6 +74,14 @@ def leave_to_the_server(folder: Path, run_id: str) -> None:
     """Mark offline files as `wandb sync` does, or it would upload their steps a second time."""
     for run in _offline(folder, run_id):
         (run / f"run-{run_id}.wandb.synced").touch()
+
+
+def _is_copy(folder: Path, known: Tracked) -> bool:
+    """Whether the folder was copied from one beside it, rather than renamed."""
+    if known.of in (None, folder.name):
+        return False
+    other = recall(folder.with_name(known.of))
+    return other is not None and (other.run_id, other.of) == (known.run_id, known.of)
 
 
 def _offline(folder: Path, run_id: str) -> list[Path]:

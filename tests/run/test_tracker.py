@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import textwrap
 import threading
 import time
 from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -23,7 +25,7 @@ from pipeline.run import tracker as tracker_module
 from pipeline.run.report import MainReport
 from pipeline.run.resend import resend
 from pipeline.run.tracker import Tracker, WandbTracker, open_tracker
-from pipeline.run.wandb_files import Tracked
+from pipeline.run.wandb_files import Tracked, find_run, recall
 from pipeline.run.wandb_mode import choose_mode, public
 from tests.wandb_offline import offline_runs
 
@@ -77,6 +79,27 @@ def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, 
     assert len(said) == 2 and "offline" in said[0] and "API key" in said[0]
     assert f"wandb sync {tmp_path}/wandb/offline-run-*" in said[0]
     assert capfd.readouterr() == ("", ""), "W&B must not write to the terminal itself"
+
+
+def test_a_copied_run_folder_has_a_run_of_its_own_and_a_renamed_one_keeps_its(tmp_path):
+    (tmp_path / "first").mkdir()
+    first = open_tracker(config(), tmp_path / "first", None, print)
+    first.log({"Loss/G/loss": 1.5}, 64)
+    first.finish()
+    shutil.copytree(tmp_path / "first", tmp_path / "copy")
+    said: list[str] = []
+    copy = open_tracker(config(), tmp_path / "copy", first.run_id, said.append)
+    copy.log({"Loss/G/loss": 1.5}, 64)
+    copy.finish()
+    assert copy.run_id != first.run_id and "is a copy of another run's folder" in said[0]
+    assert find_run(tmp_path / "copy", first.run_id)[0].run_id == copy.run_id
+    assert [run.name for run in (tmp_path / "copy").glob(f"wandb/offline-run-*-{first.run_id}/*.synced")]
+    (tmp_path / "copy").rename(tmp_path / "renamed")
+    assert find_run(tmp_path / "renamed", copy.run_id) == (
+        replace(recall(tmp_path / "renamed"), of="renamed"),
+        False,
+    )
+    assert find_run(tmp_path / "first", first.run_id)[0].run_id == first.run_id
 
 
 def test_nothing_but_a_file_is_needed_where_tracking_is_not_wanted(tmp_path, monkeypatch):
