@@ -216,13 +216,16 @@ def _check_scores(config: Config, folder: Path) -> None:
     changed = [
         f"  score.{key}: {old:,} → {new:,}"
         for part, key in (("heldout", "images"), ("train", "train_images"))
-        for old, new in [(getattr(before, key), getattr(now, key))]
+        for old, new, there in [
+            (getattr(before, key), getattr(now, key), against.get(part, {}).get("images"))
+        ]
         # fewer may be there than both ask for
-        if old != new and old and new and min(old, new) <= against.get(part, {}).get("images", 0)
+        if old != new and old and new and isinstance(there, int) and min(old, new) <= there
     ]
-    with_name, kind = against.get("heldout", {}).get("features", ["?"])[0], now.features.partition(":")[0]
-    if with_name != kind and not {with_name, kind}.isdisjoint(("efflite0", "inception")):
-        changed.append(f"  score.features: {with_name} → {now.features}")
+    features, kind = against.get("heldout", {}).get("features"), now.features.partition(":")[0]
+    of = features[0] if isinstance(features, list) and features else kind
+    if of != kind and not {of, kind}.isdisjoint(("efflite0", "inception")):
+        changed.append(f"  score.features: {of} → {now.features}")
     if changed:
         raise UserError(
             "\n".join([f"{folder} has scores, with which new ones would not compare:", *changed])

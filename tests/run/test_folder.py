@@ -69,6 +69,8 @@ def test_scores_compare_with_earlier_ones(tmp_path, began, changed, said):
     (tmp_path / "reference.json").write_text(json.dumps(SCORED))
     told = refusal(tmp_path, began, changed)
     assert told is None if said is None else told is not None and f"  {said}\n" in told
+    (tmp_path / "reference.json").write_text('{"heldout": {"images": "many", "features": 3}}')
+    assert refusal(tmp_path, began, changed) is None, "damaged: the next score refuses it"
 
 
 @pytest.mark.parametrize("began", [(), SCHEDULED, (*ADAPTIVE[:1], "augment.p=0.2")])
