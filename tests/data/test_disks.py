@@ -80,7 +80,7 @@ def test_a_shard_that_is_needed_waits_for_room_on_a_full_disk(
     server: FaultyServer, monkeypatch: pytest.MonkeyPatch, full: Callable[[str, float], list[str]]
 ) -> None:
     """Without asking the server again before there is some."""
-    monkeypatch.setattr(shard_cache, "_FULL_S", 0.01)
+    monkeypatch.setattr(shard_cache, "_PASSING_S", 0.01)
     index = load_index(server.url, remote=QUICK)
     asked, left = full("s-0002.tar", 1), free(monkeypatch, PLENTY, 0, 0, PLENTY, -1)
     os.close(index.open(2))
@@ -90,7 +90,7 @@ def test_a_shard_that_is_needed_waits_for_room_on_a_full_disk(
 def test_a_disk_that_stays_full_ends_the_wait_in_time(
     server: FaultyServer, monkeypatch: pytest.MonkeyPatch, full: Callable[[str, float], list[str]]
 ) -> None:
-    monkeypatch.setattr(shard_cache, "_FULL_S", 0.01)
+    monkeypatch.setattr(shard_cache, "_PASSING_S", 0.01)
     index = load_index(server.url, remote=SOON)
     asked, left = full("s-0002.tar", 10**9), free(monkeypatch, PLENTY, 0, 0, 0)
     with pytest.raises(UserError, match=r"s-0002.tar cannot be fetched: No space .*; see data.remote.folder"):
