@@ -144,13 +144,13 @@ def test_a_full_folder_for_temporary_files(
 def test_a_cache_that_is_removed_while_a_shard_comes(
     server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server is not said to lack the shard."""
+    """Again and again: the server is not said to lack the shard."""
 
     async def get(self: HTTPFileSystem, url: str, to: str, **options: object) -> None:
         await GET(self, url, to, **options)
         shutil.rmtree(cache / "shards")
 
-    index = load_index(server.url, remote=QUICK)
+    index = load_index(server.url, remote=SOON)
     monkeypatch.setattr(HTTPFileSystem, "_get_file", get)
     message = r"s-0002.tar cannot be fetched: No such file .* on this machine \(\S+\.part\); see data.remote"
     with pytest.raises(UserError, match=message):

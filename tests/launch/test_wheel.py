@@ -95,5 +95,5 @@ def test_from_images_to_a_job_for_slurm_without_a_checkout(python: Path, tmp_pat
     assert kept >= {*wanted}
     settings = [*SETTINGS.split(), "run.total_kimg=1", "run.name=photos"]
     submit = [python.parent / "shardgan", "submit", "fashion-mnist", *settings]
-    batch = run(*submit, "track.wandb=false", "--nodes", "1", "--gpus", "0", "--dry-run")
+    batch = run(*submit, "score.images=8", "track.wandb=false", "--nodes", "1", "--gpus", "0", "--dry-run")
     assert batch.startswith("#!/usr/bin/env bash\n") and "slurm/train.sbatch" in batch

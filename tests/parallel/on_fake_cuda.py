@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import traceback
@@ -272,3 +273,4 @@ def bare_maths(case: Case) -> int:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    os._exit(0)  # Python's own end would end the device's thread while it lets go of what `order` noted
