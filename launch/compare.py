@@ -12,7 +12,7 @@ import click
 from launch.paths import DrawingPath, UserPath
 from launch.plot import write
 from pipeline.run.comparison import Column, Comparison
-from pipeline.wording import in_table
+from pipeline.wording import in_markdown
 
 _GAP = 2  # columns of the terminal between two of the table
 _LONG = 24  # letters of a value that are shown, if these tell it from the others
@@ -51,7 +51,7 @@ def markdown(table: Comparison) -> str:
     named = [Column("run", table.names), *table.columns]
     rows = [[column.title for column in named], ["---"] * len(named)]
     for place in range(len(table.names)):
-        cells = [in_table(column.cells[place]) for column in named]
+        cells = [in_markdown(column.cells[place]) for column in named]
         best = [place in column.best for column in named]
         rows.append([f"**{cell}**" if bold else cell for cell, bold in zip(cells, best, strict=True)])
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -70,9 +70,9 @@ def did_you_mean(path: str | Path, known: Iterable[str] = ()) -> str:
     return printable(f" Did you mean {Path(folder, near[0])}?") if near else ""
 
 
-def in_table(text: str) -> str:
-    """In a cell of a table in Markdown: shown as it is, without becoming HTML, emphasis, a link or maths."""
-    return re.sub(r"([\\`*<|$~]|\](?=\()|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
+def in_markdown(text: str) -> str:
+    """A text of others, shown as it is, in a table too: not as HTML, emphasis, a link, a picture or maths."""
+    return re.sub(r"([\\`*<|$~&]|\](?=\()|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
 
 
 def one_line(text: str) -> str:

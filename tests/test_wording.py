@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.wording import in_table
+from pipeline.wording import in_markdown
 
 
 @pytest.mark.parametrize(
@@ -14,9 +14,10 @@ from pipeline.wording import in_table
         ("optim.G.betas=[0.5, 0.99]", "optim.G.betas=[0.5, 0.99]"),
         ("_b <b>x</b> *i*", r"\_b \<b>x\</b> \*i\*"),
         ("$x_{1}$ | `c`", r"\$x\_{1}\$ \| \`c\`"),
+        ("&lt; ![a](b)", r"\&lt; ![a\](b)"),
         ("[a](http://b)", r"[a\](http://b)"),
         ("a\nb", r"a\\nb"),
     ],
 )
-def test_a_text_in_a_table_is_shown_as_it_is(text, written):
-    assert in_table(text) == written
+def test_a_text_in_markdown_is_shown_as_it_is(text, written):
+    assert in_markdown(text) == written

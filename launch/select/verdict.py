@@ -17,7 +17,7 @@ from launch.select.choice import PAIRED, SEARCHED, Row, ScoreTable
 from launch.select.trials import Trial
 from pipeline.config import dump, load
 from pipeline.credentials import redacted
-from pipeline.wording import NO_TERMINAL, columns, counted, in_kimg, in_table
+from pipeline.wording import NO_TERMINAL, columns, counted, in_kimg, in_markdown
 
 _DIFFERENCE, _TIME = 3, 4  # columns that are left out first on a narrow terminal
 _NAME = 24  # letters of the first column until others are left out
@@ -318,7 +318,7 @@ def _pictured(table: ScoreTable) -> list[str]:
 
 def _line(cells: Sequence[str]) -> str:
     """Of a table in Markdown."""
-    return f"| {' | '.join(map(in_table, cells))} |"
+    return f"| {' | '.join(map(in_markdown, cells))} |"
 
 
 def _weight_cells(row: Row) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline.config import Config
 from pipeline.credentials import public
 from pipeline.run.exported import Exported
 from pipeline.run.metrics import Metric, metric_of
-from pipeline.wording import counted, in_time, one_line
+from pipeline.wording import counted, in_markdown, in_time, one_line
 
 _MOST_NAMED = 100  # classes in a table; with more, export.json has their names
 
@@ -82,7 +82,7 @@ Networks: G {_code(config.G.kind)}, D {_code(config.D.kind)}. Loss: {_code(confi
 
 
 def _classes(facts: Exported) -> Iterator[str]:
-    names = [_escaped(name) for name in facts.classes]
+    names = [in_markdown(name) for name in facts.classes]
     if not names or names == [str(label) for label in range(len(names))]:
         return
     if len(names) > _MOST_NAMED:
@@ -90,11 +90,6 @@ def _classes(facts: Exported) -> Iterator[str]:
         return
     rows = "\n".join(f"| {label} | {name} |" for label, name in enumerate(names))
     yield f"| c | class |\n|---:|---|\n{rows}"
-
-
-def _escaped(text: str) -> str:
-    """Words of a data set's maker: shown as they are, without becoming HTML, a link or a picture."""
-    return re.sub(r"([\\`*_\[\]()!<>&|~])", r"\\\1", one_line(text))
 
 
 def _code(text: str) -> str:
@@ -236,7 +231,7 @@ to 1, white.{latents * config.data.latents}"""
 
 def _licence(config: Config, facts: Exported) -> str:
     of_data = (
-        f"The training images' licence, according to their index: {_escaped(facts.license)}."
+        f"The training images' licence, according to their index: {in_markdown(facts.license)}."
         if facts.license
         else "The licence of the training images is not known here."
     )
