@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from pipeline.config import Remote, UserError
 from pipeline.credentials import redacted
-from pipeline.data.locate import Location, locate, refuse_unlisted, warn_of_packed
+from pipeline.data.locate import Location, locate, refuse_unlisted, warn_of_others
 from pipeline.data.record import (
     INDEX,
     REBUILD,
@@ -185,7 +185,7 @@ def local_index(train: str, announce: Announce) -> Index:
     refuse_unlisted(location)
     index = index_of(location.root, location.record, _shards(location, announce))
     if location.whole and not location.entries:
-        warn_of_packed(location, announce)
+        warn_of_others(location, announce)
         write_record(index.root, index.name, index.shards, {})
     return index
 

@@ -21,6 +21,8 @@ from pipeline.wording import did_you_mean
 _MOST_SHARDS = 1_000_000
 _SUFFIX = ".tar"  # .TAR likewise, except beside an index.json that does not list it
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4?|z|br|lzma)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+_LOOKED_INTO = 100  # folders, in search of shards that nobody named
+_LOOKED_AT = 1_000  # files of each
 _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
 
 
@@ -124,6 +126,11 @@ def refuse_none(found: Location) -> None:
             f"There are no shards (*.tar) in {found.root}, but {names[0]}: shards are not compressed. "
             "Unpack it to a .tar (gunzip, unxz or the like)."
         )
+    if names := deeper(found):
+        raise UserError(
+            f"There are no shards (*.tar) in {found.root} itself, but in {_and_more(names)}: name that "
+            f"folder, or, for those of several, '{found.root}/*/*{_SUFFIX}'."
+        )
     raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
 
 
@@ -133,14 +140,41 @@ def packed(found: Location) -> list[str]:
     return [n for n in names if _COMPRESSED.search(n) and _COMPRESSED.sub(_SUFFIX, n) not in names]
 
 
-def warn_of_packed(found: Location, announce: Callable[[str], None]) -> None:
-    """Where other shards are not compressed."""
-    if found.urls and found.whole and (names := packed(found)):
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+def deeper(found: Location) -> list[str]:
+    """The names of folders in the folder that hold shards, of which index.json lists none."""
+    listed = {PurePosixPath(url).parts[0] for url in found.entries}
+    with os.scandir(found.root) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    return [name for name in names[:_LOOKED_INTO] if name not in listed and _holds_shards(found.root / name)]
+
+
+def warn_of_others(found: Location, announce: Callable[[str], None]) -> None:
+    """Of what may have been meant to be read beside the shards of a whole folder."""
+    if not (found.urls and found.whole):
+        return
+    if names := packed(found):
         announce(
-            f"warning: {names[0]}{more} in {found.root} left out: shards are not compressed. What belongs to "
-            "the data has to be unpacked to .tar (gunzip, unxz or the like)"
+            f"warning: {_and_more(names)} in {found.root} left out: shards are not compressed. What belongs "
+            "to the data has to be unpacked to .tar (gunzip, unxz or the like)"
         )
+    if names := deeper(found):
+        announce(
+            f"warning: the shards of {_and_more(names)} in {found.root} left out: a folder stands for the "
+            f"shards in it. All together are '{found.root}/**/*{_SUFFIX}'"
+        )
+
+
+def _and_more(names: list[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Among its first files: a folder of images may have a million."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(_is_shard(entry) for entry in islice(entries, _LOOKED_AT))
+    except OSError:
+        return False
 
 
 def is_file(path: Path) -> bool:

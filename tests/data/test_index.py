@@ -78,6 +78,28 @@ def test_compressed_shards_beside_others_are_told(make_shards: MakeShards) -> No
     assert [line for line in said if line.startswith("warning: s-0002.tar.gz and 1 more in ")]
 
 
+def test_shards_in_folders_below_are_told(make_shards: MakeShards) -> None:
+    """A folder stands for the shards in it, and a pattern for those below, which index.json may list."""
+    root = make_shards([3, 5])
+    for folder in ("val", "train"):
+        (root / folder).mkdir()
+        shutil.copy(root / "s-0000.tar", root / folder / "s-0009.tar")
+    (root / "images").mkdir()
+    said: list[str] = []
+    assert load_index(str(root), said.append).sizes == (3, 5)
+    assert [line for line in said if line.startswith("warning: the shards of train and 1 more in ")]
+    assert load_index(f"{root}/**/*.tar").sizes == (3, 5, 3, 3)
+    for name in ("s-0000.tar", "s-0001.tar", "index.json"):
+        (root / name).unlink()
+    with pytest.raises(UserError, match=r"no shards \(\*\.tar\) in \S+ itself, but in train and 1 more"):
+        load_index(str(root))
+    record = {"wids_version": 1, "shardlist": [{"url": "train/s-0009.tar"}, {"url": "val/s-0009.tar"}]}
+    (root / "index.json").write_text(json.dumps(record))
+    said.clear()
+    assert build_index(str(root), said.append).sizes == (3, 3)
+    assert not [line for line in said if line.startswith("warning")]
+
+
 def test_index_json_stands_for_its_folder(make_shards: MakeShards) -> None:
     root = make_shards([3, 5])
     whole = load_index(str(root))

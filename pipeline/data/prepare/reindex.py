@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import Remote, UserError
 from pipeline.data.index import Announce, Index, in_threads, index_of, index_shards, not_empty
-from pipeline.data.locate import Location, is_file, look, refuse_none, warn_of_packed
+from pipeline.data.locate import Location, is_file, look, refuse_none, warn_of_others
 from pipeline.data.record import WHOLE, entry_shard, is_complete, read_record, write_record
 from pipeline.data.remote.fetch import RemoteShards
 from pipeline.data.remote.urls import is_url, locate_url
@@ -91,5 +91,5 @@ def _locate(train: str, announce: Announce) -> Location:
     urls = {*found.urls, *(url for url in listed if is_file(found.root / url))}
     found = replace(found, urls=tuple(sorted(urls)))
     refuse_none(found)
-    warn_of_packed(found, announce)
+    warn_of_others(found, announce)
     return found
