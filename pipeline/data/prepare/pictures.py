@@ -21,6 +21,7 @@ from pipeline.data.decode import (
     read_npy_header,
     to_channels,
 )
+from pipeline.data.prepare.colours import in_srgb
 
 _T = TypeVar("_T")
 Fit = Literal["crop", "pad", "stretch"]
@@ -183,6 +184,9 @@ def fitted(
         facts.append("transparent")
     if first:
         facts.append("first of several")
+    image, converted = in_srgb(image)
+    if converted:
+        facts.append("converted")
     try:
         image = to_channels(image, 1 if grey else 3, background or "white")
     except ValueError as error:

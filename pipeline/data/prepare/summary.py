@@ -70,6 +70,7 @@ class Summary:
             "colour": "in colour",
             "grey": "in grey",
             "transparent": f"with transparency, laid on {self.options.background or 'white'}",
+            "converted": "with a colour profile, converted to sRGB",
             "padded": f"padded with {self.options.background or 'black'}",
             "cropped": "cropped to a square",
             "stretched": "stretched to a square",
