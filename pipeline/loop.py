@@ -15,14 +15,17 @@ from pipeline.step import train_step
 
 
 def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run, session: Session) -> bool:
-    """Train from where `state` stands to run.total_kimg; False if asked to stop before, state saved."""
+    """Train from where `state` stands to run.total_kimg; False if asked to stop before, state saved.
+
+    A run that is beyond it already, because it was lowered, makes one more update, to end as all do.
+    """
     total = math.ceil(run.total_kimg * 1000)
     if not session.begin(gan, state.cur_nimg, evaluate=run.eval_kimg <= run.total_kimg):
         return False
     session.clock.start(state.cur_nimg)
     reals = session.timed(reals)
     stopping = False
-    while not stopping and min(state.cur_nimg, state.reported) < total:
+    while not stopping and (state.reported < total or state.ended != state.cur_nimg):
         asked_to_stop = session.exchange()
         before = state.cur_nimg
         if state.reported == before:  # else a stop came before its reports: they come first
@@ -34,6 +37,7 @@ def train(gan: Gan, reals: Iterator[Batch], state: State, stats: Stats, run: Run
         if not stopping:
             due = _due(state.reported, state.cur_nimg, finished)
             stopping = not report(gan, state, stats, run, session, due)
+            state.ended = state.cur_nimg if finished and not stopping else state.ended
         if stopping or session.new_best or _due(before, state.cur_nimg, finished)(run.checkpoint_kimg):
             session.save(gan, state, stats)
     session.finish_saves()

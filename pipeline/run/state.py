@@ -18,6 +18,7 @@ class State:
     class_names: list[str] | None = None  # as the index of the data has them; None of older runs too
     wandb_id: str | None = None
     reported: int = 0  # cur_nimg up to which all due ticks, scores and sample grids are done
+    ended: int = 0  # cur_nimg when all that ends a run was done last
     best: tuple[float, int] | None = None  # the best score so far and its cur_nimg
     best_of: str | None = None  # the chart of that score; None of older runs
     bad: list[str] = field(default_factory=list)  # unusable training images, on any rank, and why

@@ -51,13 +51,16 @@ class Around:
     def finish_saves(self) -> None: ...
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, stop_in: int) -> tuple[list[str], bool]:
-    """Three updates, each of them scored, with a save at the end."""
+def trained(
+    monkeypatch: pytest.MonkeyPatch, stop_in: int, start: State | None = None
+) -> tuple[list[str], bool]:
+    """Up to three updates, each of them scored, with a save at the end."""
     monkeypatch.setattr(loop, "train_step", lambda _gan, _reals, before, _stats: before + BATCH)
     every = BATCH / 1000
     kimgs = {"eval_kimg": every, "tick_kimg": every, "snapshot_kimg": every, "checkpoint_kimg": 1000.0}
     run: Any = SimpleNamespace(total_kimg=3 * every, **kimgs)
     around: Any = Around(stop_in)
+    around.state = start or around.state
     nothing: Any = None
     return around.events, loop.train(nothing, nothing, around.state, nothing, run, around)
 
@@ -72,3 +75,17 @@ def test_a_stop_in_a_score_is_heard_at_once(monkeypatch: pytest.MonkeyPatch, upd
     events, completed = trained(monkeypatch, updates * BATCH)
     scores = [f"score {BATCH * update}" for update in range(1, updates + 1)]
     assert (events, completed) == ([*scores, f"save {updates * BATCH}"], False)
+
+
+def test_a_run_whose_total_was_lowered_ends_as_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stopped where nothing was due, behind what is now its end: one update more, scored and saved."""
+    state = State(cur_nimg=10 * BATCH, reported=10 * BATCH)
+    assert trained(monkeypatch, 0, state) == ([f"score {11 * BATCH}", f"save {11 * BATCH}"], True)
+    assert state.ended == 11 * BATCH
+    assert trained(monkeypatch, 0, state) == ([], True), "once"
+
+
+def test_a_run_may_be_stopped_in_its_last_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State()
+    assert not trained(monkeypatch, 3 * BATCH, state)[1]
+    assert trained(monkeypatch, 0, state) == ([f"score {3 * BATCH}", f"save {3 * BATCH}"], True)
