@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import click
 
@@ -63,6 +64,11 @@ def _call() -> None:
     from pipeline.config import UserError
     from pipeline.folders import provide_home
 
+    try:
+        Path.cwd()
+    except OSError as error:  # torch's libraries would say that they cannot be loaded
+        console.show_error(f"The current folder is not there any more ({error.strerror}). Enter another one.")
+        sys.exit(2)
     provide_home()
     try:
         cli.main(standalone_mode=False)

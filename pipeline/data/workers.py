@@ -30,6 +30,7 @@ from pipeline import console
 from pipeline.borrowed import is_borrowed
 from pipeline.config import UserError
 from pipeline.folders import socket_folder
+from pipeline.interrupts import interrupts_held
 
 _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT_S = 600.0  # without a batch: an error
@@ -72,7 +73,7 @@ class Loader(Iterator[Any]):
             generator=torch.Generator(),  # or it would draw from, and so change, the global random state
         )
         before = set(multiprocessing.active_children())
-        with _signals_blocked(), _no_main_module(method), _sigchld_as_before(), _refusal():
+        with interrupts_held(), _signals_blocked(), _no_main_module(method), _sigchld_as_before(), _refusal():
             if method is not None:
                 multiprocessing.get_context(method).Lock()  # fails here without torch's traceback
             if method == "forkserver":

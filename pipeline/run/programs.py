@@ -6,6 +6,7 @@ this machine.
 
 from __future__ import annotations
 
+import io
 import logging
 import operator
 import warnings
@@ -70,8 +71,9 @@ def record(G: nn.Module, draw: Draw) -> ExportedProgram:
 def write_pt2(program: ExportedProgram, G: nn.Module, draw: Draw, file: Path) -> None:
     """Write the program to `file`, and read it back to compare it with G. Raises UnfitError, OSError."""
     with _quiet():
-        with file.open("wb") as opened:
-            torch.export.save(program, opened)
+        written = io.BytesIO()  # on a full disk, torch's own writer ends the process
+        torch.export.save(program, written)
+        file.write_bytes(written.getbuffer())
         with file.open("rb") as opened:
             read = torch.export.load(opened).module()
     _compare(lambda inputs: read(*inputs), G, draw)

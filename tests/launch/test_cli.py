@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from PIL import Image
 
 from launch import cli
 
@@ -72,3 +73,33 @@ def test_a_reader_that_has_had_enough_is_no_failure():
     with os.fdopen(write, "w") as closed:
         ended = subprocess.run([SHARDGAN, "--version"], check=False, stdout=closed, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_ctrl_c_in_the_middle_of_a_fork(tmp_path):
+    """Python prints what is raised just then, and goes on: `prepare` forks workers."""
+    script = """
+import os, signal, sys
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))
+sys.argv[0] = "shardgan"
+from launch.cli import main
+main()
+"""
+    for number in range(4):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    command = [sys.executable, "-c", script, "prepare", tmp_path, tmp_path / "out", "--per-shard", "2"]
+    command += ["--workers", "2"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr.splitlines()[-1:]) == (130, ["stopped"])
+    assert "Traceback" not in ended.stderr and not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_current_folder_that_was_removed_is_said(tmp_path):
+    """Not what torch's libraries say of it."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"rmdir {gone}; exec {SHARDGAN} compare {tmp_path}"
+    ended = subprocess.run(
+        ["bash", "-c", command], check=False, cwd=gone, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: The current folder is not there any more (No such file")

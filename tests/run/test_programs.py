@@ -244,6 +244,14 @@ def test_a_program_that_is_not_the_module_is_refused(tmp_path):
         write_pt2(record(counting, DRAW), counting, DRAW, tmp_path / "G.pt2")
 
 
+def test_a_full_disk_is_an_error_like_others(tmp_path):
+    """Not the end of the process, as it is in torch's own writer."""
+    G = mine(Mine)
+    (tmp_path / "G.pt2").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_pt2(record(G, DRAW), G, DRAW, tmp_path / "G.pt2")
+
+
 def test_without_the_packages_one_line_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     G = mine(Mine)

@@ -53,6 +53,7 @@ from pipeline.data.prepare.staging import (
 from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
 from pipeline.data.record import Shard, shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
+from pipeline.interrupts import interrupts_held
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _COLOURS = {"white": "#ffffff", "black": "#000000"}
@@ -203,7 +204,8 @@ def _write_all(
     progress(done, total)
     pool = _pool(images, options, folder, min(workers, len(jobs)))
     try:
-        futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
+        with interrupts_held():
+            futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
         for future in as_completed(futures):
             number, count = futures[future]
             results[number] = future.result()
@@ -221,7 +223,9 @@ def _digests(
     total = len(images)
     pool = _pool(images, options, folder, workers)
     try:
-        for number, digest in enumerate(pool.map(_digest, range(total), chunksize=64)):
+        with interrupts_held():
+            digests = pool.map(_digest, range(total), chunksize=64)
+        for number, digest in enumerate(digests):
             yield number, digest
             progress(number + 1, total)
     finally:
