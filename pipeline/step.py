@@ -42,7 +42,7 @@ def update_D(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
             fake = seen(G(drawn.z, fake_c).detach(), fake_c, differentiate=now.differentiates("fake"))
             loss = adversarial = gan.losses.d(real.logits, fake.logits)
             for penalty in now.gradient_penalties:
-                value = penalty(real, fake, drawn.mix)
+                value = penalty(real, fake, drawn.mix, drawn.key)
                 loss = loss + value
                 stats.mean(f"Loss/D/{penalty.name}_penalty", value)
             D.backward(loss)
@@ -66,7 +66,7 @@ def update_G(gan: Gan, batch: Batch, cur_nimg: int, stats: Stats) -> None:
             fake_logits = D(gan.augment(fakes, drawn.augmentation), fake_c)
             loss = adversarial = gan.losses.g(fake_logits, real_logits)
             if now.path is not None:
-                value = now.path(fakes, G.latent, G.moving_mean)
+                value = now.path(fakes, G.latent, G.moving_mean, drawn.key)
                 loss = loss + value
                 stats.mean("Loss/G/path_penalty", value)
                 stats.mean("Progress/path_length", G.moving_mean.value)

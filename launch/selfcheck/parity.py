@@ -16,7 +16,6 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -26,7 +25,6 @@ from pipeline.config import Config, load
 from pipeline.console import end_process
 from pipeline.data.stream import Batch
 from pipeline.durable import save_tensors
-from pipeline.gan import gradient_penalty
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
@@ -112,12 +110,6 @@ _SCHEDULES = (  # They end after update 4 of 5.
 _AUGMENTED = ("augment.ops=[flip,shift,scale,rotate,colour,cutout]", "run.burn_in_kimg=0.048")
 _ADAPTIVE = ("augment.target=0.1", "augment.speed_kimg=0.03", "run.tick_kimg=0.012")
 _EFFECTIVE = ("penalty.l2=0.5", "penalty.D.l1=0.05")
-
-
-def known_noise(images: torch.Tensor) -> torch.Tensor:
-    """In place of the finite difference's ε, which other worlds draw otherwise: a function of the image."""
-    phases = torch.arange(images[0].numel(), device=images.device).view(images.shape[1:])
-    return 2**0.5 * torch.sin(7 * images + phases)
 
 
 def shared_batch(world: int) -> int:
@@ -244,7 +236,6 @@ def train_all(chosen: list[Case], ranks: Ranks, out: Path) -> None:
             (out / f"{case.name}.json").write_text(json.dumps(rows))
 
 
-@patch.object(gradient_penalty, "noise", known_noise)
 def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[str, float]]]:
     """Train unbroken, and from a checkpoint in the middle if the case is resumed: weights and averages of
     both, and the charts of the first."""
@@ -269,7 +260,6 @@ def _train(case: Case, ranks: Ranks, folder: Path) -> tuple[Tensors, list[dict[s
     return tensors, rows
 
 
-@patch.object(gradient_penalty, "noise", known_noise)
 def resume(case: Case, ranks: Ranks, folder: Path) -> Tensors:
     """The end of the same training, by new engines that resume from the checkpoint in `folder`."""
     found, _ = ranks.broadcast_from_main(lambda: checkpoint.newest_intact(folder))

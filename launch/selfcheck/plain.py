@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, known_noise, reals
+from launch.selfcheck.parity import UPDATES, Case, Tensors, initial_state, reals
 from pipeline.config import Config, Optimizer, Schedulable, WeightPenalty
 from pipeline.gan.augment import Augmentation
 from pipeline.gan.draws import Draws, Samples
 from pipeline.gan.networks import build_D, build_G
+from pipeline.gan.noise import Stream, keys_of, noise_like
 
 
 def untrained(case: Case) -> Tensors:
@@ -50,20 +51,21 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
             batch = next(batches)
             images, c = _on(device, batch.images, batch.labels)
             z, fake_c = _on(device, *_latents(draws, G, "D", nimg, case.batch))
-            assert images is not None
+            assert images is not None and z is not None
             fake_c = c if config.loss.kind == "relativistic" else fake_c
             x, y = (images.float() / 127.5 - 1).requires_grad_(), G(z, fake_c).detach().requires_grad_()
             see = _seeing(config, D, draws, "D", nimg, adapted)
             real, fake = see(x, c), see(y, fake_c)
             signs = (real - fake if config.loss.kind == "relativistic" else real).sign()
             parts = {"adversarial": _d_loss(config.loss.kind, real, fake)}
-            parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, nimg)
+            parts |= _slopes(config, D, {"r1": (x, c, real), "r2": (y, fake_c, fake)}, z, nimg)
             parts |= _between(config, see, x, y, c, draws.uniform("mix", nimg, every).to(device))
             parts |= _penalties(config, "D", D, nimg)
             _set_rates(config, "D", D_optimizer, nimg)
             D_rows.append(_update("D", D, D_optimizer, parts, config.optim.D.clip))
             nimg += case.batch
         z, fake_c = _on(device, *_latents(draws, G, "G", nimg, case.batch))
+        assert z is not None
         fake_c = c if config.loss.kind == "relativistic" else fake_c
         see = _seeing(config, D, draws, "G", nimg, adapted)
         real = see(x, c).detach() if config.loss.kind == "relativistic" else x.new_zeros(())
@@ -72,7 +74,7 @@ def train(case: Case, device: str = "cpu") -> tuple[Tensors, list[dict[str, floa
         charts = {}
         if config.penalty.path.weight:
             charts["Progress/path_length"] = path_length
-            parts["path_penalty"], path_length = _path(config, G, fakes, len(rows), path_length)
+            parts["path_penalty"], path_length = _path(config, G, fakes, z, len(rows), path_length)
         parts |= _penalties(config, "G", G, nimg)
         _set_rates(config, "G", G_optimizer, nimg)
         rows.append(_mean(D_rows) | _update("G", G, G_optimizer, parts, config.optim.G.clip) | charts)
@@ -157,7 +159,7 @@ def _update(
 Seen = tuple[Tensor, Tensor | None, Tensor]  # images, labels, logits
 
 
-def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], nimg: int) -> Tensors:
+def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], z: Tensor, nimg: int) -> Tensors:
     """R1 and R2, as far as they are due: of the logits there are, or by a pass of their own."""
     parts: Tensors = {}
     for name, (images, c, logits) in seen.items():
@@ -171,7 +173,8 @@ def _slopes(config: Config, D: nn.Module, seen: dict[str, Seen], nimg: int) -> T
                 images, c = images.detach()[chosen].requires_grad_(), None if c is None else c[chosen]
                 logits = D(images, c)
             if given.sigma:
-                step = given.sigma * known_noise(images.detach())
+                stream = {"r1": Stream.REAL, "r2": Stream.FAKE}[name]
+                step = given.sigma * noise_like(images.detach(), keys_of(z)[chosen], stream)
                 behind = D(images - step, c) if given.sided == 2 else logits
                 slopes = (D(images + step, c) - behind) / (given.sigma * given.sided)
             else:
@@ -192,12 +195,14 @@ def _between(config: Config, D: Seeing, x: Tensor, y: Tensor, c: Tensor | None, 
     return {"wgan_gp_penalty": config.penalty.wgan_gp.weight * ((norms - 1) ** 2).mean()}
 
 
-def _path(config: Config, G: nn.Module, fakes: Tensor, update: int, mean: float) -> tuple[Tensor, float]:
+def _path(
+    config: Config, G: nn.Module, fakes: Tensor, z: Tensor, update: int, mean: float
+) -> tuple[Tensor, float]:
     """Path length regularisation, and the moving mean after it."""
     given = config.penalty.path
     if update % given.interval:
         return fakes.new_zeros(()), mean
-    y = known_noise(fakes.detach()) / fakes[0, 0].numel() ** 0.5
+    y = noise_like(fakes.detach(), keys_of(z), Stream.LENGTHS) / fakes[0, 0].numel() ** 0.5
     w = G.latent  # [N, w_dim] or [N, layers, w_dim]
     assert isinstance(w, Tensor)
     (J,) = torch.autograd.grad((fakes * y).sum(), w, create_graph=True)

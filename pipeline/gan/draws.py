@@ -20,8 +20,10 @@ from torch import Tensor
 
 from pipeline.gan.augment import Augmentation
 
-VERSION = 2  # of what training draws. 1: the whole batch as one block. A run keeps that which it began with
-BLOCK = 64  # samples; a part of version 2
+# Of what training draws; a run keeps that which it began with. 1: the whole batch as one block. 2: noise of
+# finite differences and path lengths by each rank.
+VERSION = 3
+BLOCK = 64  # samples; a part of version 2 and later ones
 _MOST_COLUMNS = 16  # with more, a grid with a column per class is hard to read
 
 
@@ -39,6 +41,12 @@ class Drawn(NamedTuple):
     seed: int  # for dropout inside the networks; callers add their rank and round
     augmentation: Tensor | None = None  # float32 [n, columns]: gan/augment.py
     mix: Tensor | None = None  # float32 [n], uniform in [0, 1): where WGAN-GP looks
+    keyed: bool = True  # since version 3
+
+    @property
+    def key(self) -> Tensor | None:
+        """z, if the noise that penalties add is a function of it; None if each rank draws its own."""
+        return self.z if self.keyed else None
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,11 @@ class Draws:
         A draw for a batch of another size is another draw. labels: False leaves them out.
         """
         z = samples.among(self._drawn(samples, (self._z_dim,), _normal, "latents", purpose, cur_nimg))
-        seed = derive_seed(self._seed, "networks", purpose, cur_nimg)
+        seed, keyed = derive_seed(self._seed, "networks", purpose, cur_nimg), self.version > 2
         if self._frequencies is None or not labels:
-            return Drawn(z, None, seed)
+            return Drawn(z, None, seed, keyed=keyed)
         u = self._drawn(samples, (), _uniform, "labels", purpose, cur_nimg, dtype=torch.float64)
-        return Drawn(z, samples.among(self.classes_at(u)), seed)
+        return Drawn(z, samples.among(self.classes_at(u)), seed, keyed=keyed)
 
     def mixed(self, z: Tensor, share: float, purpose: str, cur_nimg: int, samples: Samples) -> Tensor:
         """z [n, z_dim] for style mixing (Karras et al. 2019, section 3.1): columns [n, 2·z_dim + 1] of z, a

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gan import second_order
+from pipeline.gan.noise import Stream, keys_of, noise_like
 from pipeline.gan.precision import wide
 
 _TINY = 1e-12
@@ -72,9 +73,9 @@ class GradientPenalty(Protocol):
     def needs(self) -> Literal["real", "fake"] | None:
         """The images whose first pass it differentiates, which must require a gradient before it."""
 
-    def __call__(self, real: Judged, fake: Judged, mix: Tensor | None) -> Tensor:
+    def __call__(self, real: Judged, fake: Judged, mix: Tensor | None, z: Tensor | None) -> Tensor:
         """Its part of D's loss, a scalar of at least float32. mix [N]: where between the i-th fake (0) and
-        the i-th real image (1) WGAN-GP looks."""
+        the i-th real image (1) WGAN-GP looks. z: see `noise`."""
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,14 @@ class Slope:
     def needs(self) -> Literal["real", "fake"] | None:
         return self.on if self.twice and self.every == 1 else None
 
-    def __call__(self, real: Judged, fake: Judged, mix: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, real: Judged, fake: Judged, mix: Tensor | None = None, z: Tensor | None = None
+    ) -> Tensor:
         judged = real if self.on == "real" else fake
         if not self.factor:
             return torch.zeros((), device=judged.logits.device)
         if self.sigma:
-            squares = self._difference(judged).square()
+            squares = self._difference(judged, z).square()
         elif self.every == 1:
             squares = _squared_norms(judged.logits, judged.images)
         else:
@@ -123,10 +126,11 @@ class Slope:
             squares = _squared_norms(judged.again(images, self.every), images)
         return (0.5 * self.factor * self.gamma) * squares.mean()
 
-    def _difference(self, judged: Judged) -> Tensor:
+    def _difference(self, judged: Judged, z: Tensor | None) -> Tensor:
         """The slope along a random direction, [N/every]."""
         images = judged.images.detach()[:: self.every]
-        step = self.sigma * noise(images)
+        z = z if z is None else z[:: self.every]
+        step = self.sigma * noise(images, z, Stream.REAL if self.on == "real" else Stream.FAKE)
         other = images - step if self.sided == 2 else images
         ahead, behind = wide(judged.again(torch.cat([images + step, other]), self.every)).chunk(2)
         return (ahead - behind) / (self.sided * self.sigma)
@@ -142,7 +146,7 @@ class Interpolated:
     twice: bool = True
     needs: None = None
 
-    def __call__(self, real: Judged, fake: Judged, mix: Tensor | None) -> Tensor:
+    def __call__(self, real: Judged, fake: Judged, mix: Tensor | None, z: Tensor | None = None) -> Tensor:
         assert mix is not None
         x = real.images.detach()
         y = fake.images.detach().to(x.dtype)  # G's are bf16 under autocast
@@ -151,10 +155,13 @@ class Interpolated:
         return self.gamma * (norms - 1).square().mean()
 
 
-def noise(images: Tensor) -> Tensor:
-    """ε of the finite difference, standard normal, as images. Of the device's generator, which each rank and
-    round seeds on its own: other worlds draw other noise."""
-    return torch.randn_like(images)
+def noise(images: Tensor, z: Tensor | None, stream: Stream) -> Tensor:
+    """ε of the finite difference, standard normal, as images [N, …], and a function of z [N, z_dim].
+
+    Without z, of the device's generator, which each rank and round seeds on its own: other worlds draw other
+    noise.
+    """
+    return torch.randn_like(images) if z is None else noise_like(images, keys_of(z), stream)
 
 
 def root(squares: Tensor) -> Tensor:

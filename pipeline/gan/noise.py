@@ -7,6 +7,7 @@ value is a hash of the image's key, the layer and the pixel.
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ _BITS = 23  # so many bits, and a half, are exact in float32
 _GOLDEN, _ROOT_3 = 0x4F1BBCDD, 0x5DB3D743
 
 
+class Stream(IntEnum):
+    """What noise of images is for, besides that of G's layers."""
+
+    LENGTHS = 0
+    REAL = 1
+    FAKE = 2
+
+
 def keys_of(z: Tensor) -> Tensor:
     """Latents [N, z_dim] → int64 [N] in [0, 2³²): the bits of their first elements, in float32."""
     return z[:, 0].detach().float().view(torch.int32).long() & 0xFFFFFFFF
@@ -23,12 +32,21 @@ def keys_of(z: Tensor) -> Tensor:
 
 def white_noise(keys: Tensor, layer: int, size: int) -> Tensor:
     """Standard normal float32 [N, 1, size, size], a function of each key (int64 [N] in [0, 2³²)) and of the
-    layer."""
-    pixels = torch.arange(size * size, device=keys.device)
-    streams = _hash((keys + _GOLDEN * (layer + 1)) & 0xFFFFFFFF)
-    bits = _hash(streams[:, None] ^ pixels) >> (32 - _BITS)
+    layer: 0 or more."""
+    return _normal(keys, layer, size * size).view(-1, 1, size, size)
+
+
+def noise_like(images: Tensor, keys: Tensor, stream: Stream) -> Tensor:
+    """Standard normal, as images [N, …], a function of each key and of what it is for."""
+    return _normal(keys, -1 - stream, images[0].numel()).view_as(images).to(images.dtype)
+
+
+def _normal(keys: Tensor, stream: int, count: int) -> Tensor:
+    """float32 [N, count]."""
+    streams = _hash((keys + _GOLDEN * (stream + 1)) & 0xFFFFFFFF)
+    bits = _hash(streams[:, None] ^ torch.arange(count, device=keys.device)) >> (32 - _BITS)
     uniform = (bits.float() + 0.5) * 2.0 ** (1 - _BITS) - 1  # in (−1, 1), exactly
-    return (math.sqrt(2) * torch.erfinv(uniform)).view(-1, 1, size, size)
+    return math.sqrt(2) * torch.erfinv(uniform)
 
 
 def _hash(x: Tensor) -> Tensor:

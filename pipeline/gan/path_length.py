@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline.gan import gradient_penalty, second_order
+from pipeline.gan.noise import Stream
 from pipeline.gan.precision import wide
 
 
@@ -35,8 +36,8 @@ class PathLength:
 
     y is standard normal over √(HW), drawn for each image; a is the moving mean of ‖J‖. Of w with several
     layers, ‖J‖² is the mean over layers, as in the authors' code. There a has moved before it is compared
-    with, on each GPU and round by its own images; here it moves after the update by all of the batch, so that
-    the training depends on neither.
+    with, on each GPU and round by its own images; here it moves after the update by all of the batch, and y
+    is a function of z, so that the training depends on neither.
     """
 
     weight: float
@@ -48,17 +49,18 @@ class PathLength:
         """Whether G's passes are differentiated twice for it in this turn."""
         return self.factor > 0
 
-    def __call__(self, images: Tensor, latent: Tensor, mean: Mean) -> Tensor:
-        """Its part of G's loss, a scalar of at least float32. images [N,C,H,W], computed from the latent."""
+    def __call__(self, images: Tensor, latent: Tensor, mean: Mean, z: Tensor | None = None) -> Tensor:
+        """Its part of G's loss, a scalar of at least float32. images [N,C,H,W], computed from the latent.
+        z: see gradient_penalty.noise."""
         if not self.factor:
             return torch.zeros((), device=images.device)
-        lengths = path_lengths(images, latent)
+        lengths = path_lengths(images, latent, z)
         mean.observe(lengths, self.decay)
         return (self.factor * self.weight) * (lengths - mean.value).square().mean()
 
 
-def path_lengths(images: Tensor, latent: Tensor) -> Tensor:
+def path_lengths(images: Tensor, latent: Tensor, z: Tensor | None = None) -> Tensor:
     """‖J‖ [N] along random directions y, to be differentiated again."""
-    y = gradient_penalty.noise(images.detach()) / math.sqrt(images[0, 0].numel())
+    y = gradient_penalty.noise(images.detach(), z, Stream.LENGTHS) / math.sqrt(images[0, 0].numel())
     J = second_order.gradient(images, latent, y)
     return gradient_penalty.root(wide(J).square().sum(-1).view(len(J), -1).mean(1))

@@ -212,7 +212,7 @@ class Engine(abc.ABC):
             )
             assert z is not None
             with self.accumulating(last=number == self.batch.rounds - 1):
-                yield Drawn(z, c, seed, augmentation, mix), *rest
+                yield drawn._replace(z=z, c=c, seed=seed, augmentation=augmentation, mix=mix), *rest
 
     @property
     def in_first_copy(self) -> bool:

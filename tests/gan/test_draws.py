@@ -67,7 +67,7 @@ def all_of(draws: Draws, samples: Samples) -> list[torch.Tensor]:
     return [z, c, mixed, draws.uniform("mix", 128, samples), augmentation]
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize(("world", "rounds"), [(1, 1), (1, 5), (2, 1), (2, 3), (3, 2), (6, 5), (300, 1)])
 def test_ranks_and_rounds_partition_one_draw(version, world, rounds):
     """However many ranks draw it, the global batch is the same, bit for bit; its last block is not full."""
@@ -99,7 +99,9 @@ def test_numbers_of_a_version_are_fixed_for_ever():
     def source(*parts):
         return torch.Generator().manual_seed(derive_seed(7, *parts))
 
-    for version, block in ((1, ()), (2, (1,))):
+    for version, block in ((1, ()), (2, (1,)), (3, (1,))):
+        drawn = Draws(7, 8, None, version).latents("G", 128, every(100))
+        assert drawn.key is (drawn.z if version == 3 else None)
         first, count = (0, 100) if version == 1 else (64, 36)
         z, c, mixed, mix, augmentation = (t[first:] for t in all_of(Draws(7, 8, [3, 1], version), every(100)))
         assert torch.equal(z, torch.randn(count, 8, generator=source("latents", "G", 128, *block)))
@@ -116,7 +118,7 @@ def test_numbers_of_a_version_are_fixed_for_ever():
 
 
 def test_grids_and_scores_have_the_same_latents_in_every_version():
-    for version in (1, 2):
+    for version in (1, 2, 3):
         z, c, *_ = Draws(7, 8, [3, 1], version).fixed("score", 100)
         first, labels, *_ = Draws(7, 8, [3, 1], 1).latents("score", 0, every(100))
         assert torch.equal(z, first) and torch.equal(c, labels)

@@ -86,7 +86,7 @@ def test_the_finite_difference_of_a_linear_discriminator_is_exact_for_each_noise
     torch.manual_seed(0)
     w, real = torch.randn(48, dtype=torch.float64, requires_grad=True), torch.randn(6, 3, 4, 4).double()
     drawn = torch.randn(6 // every, 3, 4, 4).double()
-    monkeypatch.setattr(gradient_penalty, "noise", lambda images: drawn)
+    monkeypatch.setattr(gradient_penalty, "noise", lambda *_: drawn)
     seen = judged(lambda x: x.flatten(1) @ w, real, differentiate=False)
     penalty = Slope("r1", "real", GAMMA, every=every, sigma=0.3, sided=sided)(seen, seen)
     torch.testing.assert_close(penalty, GAMMA / 2 * (drawn.flatten(1) @ w).square().mean())
@@ -102,6 +102,22 @@ def test_the_finite_difference_estimates_the_exact_penalty():
     seen = judged(lambda x: x.flatten(1) @ w, images, differentiate=False)
     estimate = Slope("r2", "fake", GAMMA, sigma=0.1)(seen, seen)
     assert estimate.item() == pytest.approx(GAMMA / 2 * w.square().sum().item(), rel=0.01)
+
+
+def test_the_finite_difference_of_an_image_is_of_its_z_alone():
+    """Whatever ranks and rounds it is in; runs from before have noise of the generator's."""
+    torch.manual_seed(0)
+    D = Discriminator(size=28, channels=1, width=4, norm="none")
+    images, z = torch.randn(8, 1, 28, 28), torch.randn(8, 5)
+    penalty = Slope("r1", "real", 1.0, every=2, sigma=0.1)
+    seen = [judged(D, images[part], differentiate=False) for part in (slice(8), slice(4), slice(4, 8))]
+    whole, first, last = (
+        penalty(each, each, None, z[part]).item()
+        for each, part in zip(seen, (slice(8), slice(4), slice(4, 8)), strict=True)
+    )
+    assert whole == pytest.approx((first + last) / 2, rel=1e-5)
+    assert penalty(seen[0], seen[0], None, z).item() == pytest.approx(whole, rel=1e-5)
+    assert len({penalty(seen[0], seen[0]).item() for _ in range(2)}) == 2
 
 
 def test_two_sides_cancel_curvature_and_one_side_does_not():

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from pipeline.gan.noise import _hash, keys_of, white_noise
+from pipeline.gan.noise import Stream, _hash, keys_of, noise_like, white_noise
 
 
 def test_noise_is_white_and_normal():
@@ -36,6 +37,19 @@ def test_noise_is_of_the_image_alone():
     whole = white_noise(keys, 0, 8)
     torch.manual_seed(1)
     assert torch.equal(whole[2:5], white_noise(keys[2:5], 0, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_noise_of_images_is_of_their_keys_and_of_what_it_is_for(dtype):
+    keys, images = keys_of(torch.randn(200, 4)), torch.zeros(200, 3, 16, 16, dtype=dtype)
+    found = {stream: noise_like(images, keys, stream) for stream in Stream}
+    for noise in found.values():
+        assert noise.shape == images.shape and noise.dtype == dtype
+        assert noise.double().square().mean().item() == pytest.approx(1, abs=5 * math.sqrt(2 / noise.numel()))
+    assert torch.equal(found[Stream.REAL][3:7], noise_like(images[3:7], keys[3:7], Stream.REAL))
+    others = [*found.values(), white_noise(keys, 0, 16).expand(-1, 3, -1, -1)]
+    for a, b in itertools.combinations(others, 2):
+        assert abs((a.double() * b.double()).mean().item()) < 5 / math.sqrt(200 * 256)
 
 
 def test_every_bit_of_a_key_moves_every_bit_of_its_hash():

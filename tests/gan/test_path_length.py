@@ -30,7 +30,7 @@ def mean(value: float = 0.0) -> MovingMean:
 
 def known(monkeypatch: pytest.MonkeyPatch, y: Tensor) -> Tensor:
     """y as it enters ⟨G(w), y⟩, from noise that is drawn as `y`."""
-    monkeypatch.setattr(gradient_penalty, "noise", y.view_as)
+    monkeypatch.setattr(gradient_penalty, "noise", lambda images, *_: y.view_as(images))
     return y.flatten(1) / math.sqrt(y[0, 0].numel())
 
 
