@@ -188,7 +188,8 @@ class MainReport(Report):
         try:
             make()
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split()).removesuffix(".")
             self.warn("File not written", f"{name} could not be written: {reason}.")
 
     def summary(self, values: Mapping[str, float]) -> None:

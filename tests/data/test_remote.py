@@ -208,6 +208,7 @@ def test_brace_lists_and_single_shards(local: Index, server: FaultyServer) -> No
 @pytest.mark.parametrize(
     ("train", "message"),
     [
+        ("file:///data/faces", "without file://"),
         ("ftp://host/x.tar", "not at an http"),
         ("https://", "no URL to fetch from|give the URL"),
         ("https://host:port/x", "write / .* as %2F"),

@@ -60,6 +60,10 @@ def is_url(train: str) -> bool:
 def locate_url(train: str) -> tuple[RemoteFolder, tuple[str, ...] | None]:
     """The folder, and the names of the shards relative to it (None: all there are). Raises UserError."""
     scheme, _, rest = train.partition("://")
+    if scheme == "file":
+        raise UserError(
+            f"{redacted(train)}: a folder on this machine is named by its path alone, without file://."
+        )
     if scheme not in SCHEMES:
         raise UserError(
             f"{redacted(train)} is not on this machine, and not at an http(s)://, s3:// or gs:// URL; copy "
