@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
-from pipeline.run.wandb_mode import Mode, choose_mode, names, public
+from pipeline.run.wandb_mode import Mode, choose_mode, names, public, set_up
 
 if TYPE_CHECKING:
     import wandb
@@ -279,6 +279,7 @@ def _init(
 ) -> wandb.Run:
     import wandb
 
+    set_up()
     run = wandb.init(
         **vars(names(config, known.project, known.entity)),
         dir=folder.absolute(),

@@ -1,7 +1,7 @@
 """Whether a W&B run is online, and its names and config there: from our config and W&B's variables.
 
 It is online if a key is configured and the server answers, else it is kept in the run folder. WANDB_MODE, if
-set, decides.
+set, decides; but without a key nothing is online.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
 
 from pipeline.config import Config, dump
 from pipeline.credentials import all_redacted
+
+if TYPE_CHECKING:
+    import wandb
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -54,22 +57,26 @@ def names(config: Config, project: str | None = None, entity: str | None = None)
 
 def choose_mode() -> tuple[Mode, str]:
     """Online or not, and why not, within some `_ANSWER_S` seconds. Requests one page."""
-    import wandb
-
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
         del os.environ[name]  # W&B takes an empty one for a value, and refuses many
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return "disabled", "as configured"
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    settings = set_up()
     if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or an earlier `wandb offline`
         return ("disabled" if settings.mode == "disabled" else "offline"), "as configured"
-    if os.environ.get("WANDB_MODE"):
-        return "online", ""
     if not (settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url)):
         return "offline", "no API key is configured (`wandb login`)"
-    if not _answers(settings.base_url):
+    if not os.environ.get("WANDB_MODE") and not _answers(settings.base_url):
         return "offline", f"{settings.base_url} does not answer"
     return "online", ""
+
+
+def set_up() -> wandb.Settings:
+    """W&B's settings. It is told to be silent, and so never asks for a key at a terminal, where a training
+    would wait for the answer. `wandb.teardown` forgets that."""
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True, relogin=False)).settings
 
 
 def public(config: Config) -> dict[str, Any]:

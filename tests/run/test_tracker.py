@@ -187,6 +187,7 @@ def test_a_server_that_refuses_leaves_an_offline_run(tmp_path, monkeypatch, refu
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_mode_decides_if_set(mode, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert choose_mode()[0] == mode
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from tests.wandb_offline import offline_runs
 from tests.wandb_server import WandbServer, wandb_server
 
 pytestmark = pytest.mark.usefixtures("no_account")
+ROOT = Path(__file__).parents[2]
 KEY = "fedcba9876543210" * 2 + "fedcba98"
 VARIABLES = {"WANDB_PROJECT": "faces", "WANDB_NAME": "nice", "WANDB_TAGS": "a, b", "WANDB_ENTITY": "lab"}
 
@@ -103,3 +107,41 @@ def test_an_id_that_the_server_knows_from_elsewhere_is_left_alone(tmp_path, monk
     assert server.url in said[0] and "another run's" in said[1]
     track(tmp_path / "here" / "demo", 2)
     assert server.runs["abcd"].steps == [1, 2]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.run.test_wandb_variables import track
+print(*track(Path(sys.argv[1]), 1), sep="\\n")
+"""
+
+
+def at_a_terminal(folder: Path) -> tuple[str, str]:
+    """A start in a process of its own: its output, and what the terminal shows beside it."""
+    terminal, end = os.openpty()
+    line = [sys.executable, "-c", SCRIPT, str(folder)]
+    pipes: dict[str, Any] = {"stdin": end, "stderr": end, "stdout": subprocess.PIPE, "text": True}
+    ended = subprocess.run(line, check=False, cwd=ROOT, timeout=100, **pipes)
+    os.set_blocking(terminal, False)
+    try:
+        shown = os.read(terminal, 10_000).decode()
+    except BlockingIOError:
+        shown = ""
+    os.close(end)
+    os.close(terminal)
+    assert ended.returncode == 0, shown
+    return ended.stdout, shown
+
+
+def test_nobody_is_asked_for_a_key_at_a_terminal(tmp_path, monkeypatch):
+    """Nor where W&B does not look for the key that there is."""
+    given(monkeypatch, WANDB_MODE="online", WANDB_RELOGIN="true")
+    said, shown = at_a_terminal(tmp_path / "none")
+    assert "offline" in said and "no API key is configured" in said and not shown
+    (tmp_path / "home" / ".netrc").write_text(f"machine 127.0.0.1:9 login user password {KEY}\n")
+    said, shown = at_a_terminal(tmp_path / "elsewhere")
+    assert "offline" in said and "API key" in said and not shown
+    assert [run.finished for name in ("none", "elsewhere") for run in offline_runs(tmp_path / name)] == [
+        True
+    ] * 2
