@@ -26,7 +26,7 @@ from pipeline.gan.frozen import frozen_names, sizes
 from pipeline.parallel.theory import moments_of
 from pipeline.run.features import load_features
 from pipeline.run.images import images_of
-from pipeline.run.wandb_mode import choose_mode, names
+from pipeline.run.wandb_mode import choose_mode, in_a_line, names, refusals
 from pipeline.wording import counted, in_bytes
 
 _CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
@@ -208,8 +208,14 @@ def tracker(job: Job) -> Iterator[Finding]:
     if not job.config.track.wandb:
         yield ok("W&B", "off (track.wandb=false)")
         return
-    (mode, reason), called = choose_mode(), names(job.config)
-    if mode == "online":
+    try:
+        refused, (mode, reason), called = refusals(), choose_mode(), names(job.config)
+    except Exception as error:  # the run does without
+        yield warning("W&B", f"off: {in_a_line(error)}", "Mend this, or set track.wandb=false.")
+        return
+    if refused and mode != "disabled":
+        yield warning("W&B", f"offline: {reason}", f"Mend or unset {', '.join(refused)}.")
+    elif mode == "online":
         yield ok("W&B", f"online: a key is configured and the server answers; {called}")
     elif mode == "disabled":
         yield ok("W&B", "off (WANDB_MODE)")

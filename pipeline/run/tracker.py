@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
-from pipeline.run.wandb_mode import Mode, choose_mode, names, public, set_up
+from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, names, public, set_up
 
 if TYPE_CHECKING:
     import wandb
@@ -99,7 +99,7 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
         known, new = find_run(folder, run_id)
     except Exception as error:
-        announce(f"W&B is off: {_one_line(error)}")
+        announce(f"W&B is off: {in_a_line(error)}")
         return Tracker(run_id)
     if new and known.replaces:
         announce(f"W&B: {folder} is a copy of another run's folder, and gets a W&B run of its own.")
@@ -113,7 +113,7 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
             run, opened = _open(config, folder, known, attempt, new)
             tracked = _opened(run, folder, opened)
         except Exception as error:
-            reason = _one_line(error)
+            reason = in_a_line(error)
             with suppress(Exception):
                 _end_service()  # which keeps the run's id in use
             continue
@@ -218,7 +218,7 @@ class WandbTracker(Tracker):
     def _fail(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            self._announce(f"W&B has stopped, training continues without it: {_one_line(error)}. {_LATER}")
+            self._announce(f"W&B has stopped, training continues without it: {in_a_line(error)}. {_LATER}")
 
 
 def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> tuple[wandb.Run, Tracked]:
@@ -315,10 +315,3 @@ def _end_service() -> None:
         wandb.teardown()
     except SystemExit as error:  # would end the training
         raise ChildProcessError(f"its service ended with status {error.code}") from None
-
-
-def _one_line(error: Exception) -> str:
-    """The error in one line, without the API key."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    key = os.environ.get("WANDB_API_KEY")
-    return text.replace(key, "…") if key else text

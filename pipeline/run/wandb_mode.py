@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
+from pydantic import ValidationError
 
 from pipeline.config import Config, dump
 from pipeline.credentials import all_redacted
+from pipeline.wording import one_line
 
 if TYPE_CHECKING:
     import wandb
@@ -57,11 +59,14 @@ def names(config: Config, project: str | None = None, entity: str | None = None)
 
 def choose_mode() -> tuple[Mode, str]:
     """Online or not, and why not, within some `_ANSWER_S` seconds. Requests one page."""
-    for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value]:
-        del os.environ[name]  # W&B takes an empty one for a value, and refuses many
+    refused = refusals()
+    for name in refused:
+        del os.environ[name]
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
         return "disabled", "as configured"
     settings = set_up()
+    if refused and settings.mode != "disabled":  # a server could get what is not meant for it
+        return "offline", "; ".join(f"W&B refuses {name}: {why}" for name, why in refused.items())
     if settings.mode in ("disabled", "offline", "dryrun"):  # WANDB_MODE, or an earlier `wandb offline`
         return ("disabled" if settings.mode == "disabled" else "offline"), "as configured"
     if not (settings.api_key or settings.identity_token_file or _in_netrc(settings.base_url)):
@@ -69,6 +74,38 @@ def choose_mode() -> tuple[Mode, str]:
     if not os.environ.get("WANDB_MODE") and not _answers(settings.base_url):
         return "offline", f"{settings.base_url} does not answer"
     return "online", ""
+
+
+def refusals() -> dict[str, str]:
+    """Which of its variables W&B refuses, and why. A mistake in one would end all that is done with W&B.
+
+    Takes blanks and line ends off all of them, which a secret often ends in, and leaves out empty ones: W&B
+    takes these for a value.
+    """
+    import wandb
+
+    refused = dict[str, str]()
+    for name, given in [(name, given) for name, given in os.environ.items() if name.startswith("WANDB_")]:
+        os.environ[name] = value = given.strip()
+        if not value:
+            del os.environ[name]
+            continue
+        try:
+            wandb.Settings(resume="allow").update_from_env_vars(
+                {name: value}
+            )  # runs are resumed: excludes some
+        except Exception as error:
+            refused[name] = in_a_line(error)
+    return refused
+
+
+def in_a_line(error: Exception) -> str:
+    """Of an error of W&B's, without the API key."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ValidationError):  # of W&B's settings, over several lines
+        text = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+    key = os.environ.get("WANDB_API_KEY")
+    return one_line(" ".join(text.replace(key, "…").split() if key else text.split()))
 
 
 def set_up() -> wandb.Settings:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import wandb
 
 from launch.doctor.place import tracker as tracker_findings
 from pipeline.config import Config, load
@@ -66,6 +67,41 @@ def test_nothing_given_is_our_project_under_the_runs_name(monkeypatch):
     assert choose_mode()[0] == "offline" and "WANDB_MODE" not in os.environ
 
 
+REFUSED = {
+    "WANDB_PROJECT": ("a/b", "UsageError: Invalid project name 'a/b'"),
+    "WANDB_RUN_ID": ("a/b", "Run ID cannot contain"),
+    "WANDB_TAGS": ("ok," + "b" * 80, "Tags must be between 1 and 64 characters"),
+    "WANDB_MODE": ("bogus", "Input should be 'online', 'offline'"),
+    "WANDB_BASE_URL": ("not a url", "should be a valid URL"),
+    "WANDB_RESUME_FROM": ("other?_step=3", "mutually exclusive"),
+}
+
+
+def test_what_wandb_refuses_is_told_of_and_the_run_is_offline(tmp_path, monkeypatch):
+    """By doctor too, which ends in no traceback."""
+    given(monkeypatch, **{name: value for name, (value, _) in REFUSED.items()}, WANDB_API_KEY=f" {KEY}\n")
+    (finding,) = tracker_findings(SimpleNamespace(config=config("demo")))  # type: ignore[arg-type]
+    given(monkeypatch, **{name: value for name, (value, _) in REFUSED.items()})
+    wandb.teardown()  # doctor is a process of its own
+    said = track(tmp_path / "demo", 1)
+    (run,) = offline_runs(tmp_path / "demo")
+    assert run.finished and run.project == "shardgan" and len(said) == 1
+    assert (finding.verdict, KEY in finding.text + said[0]) == ("warning", False)
+    for name, (_, why) in REFUSED.items():
+        assert f"W&B refuses {name}: " in finding.text and why in finding.text
+        assert why in said[0] and name in finding.remedy
+
+
+def test_what_else_wandb_refuses_is_told_of_by_doctor(monkeypatch):
+    def broken(_: object) -> None:
+        raise OSError(f"no space\nleft, key {KEY}")
+
+    given(monkeypatch, WANDB_API_KEY=KEY)
+    monkeypatch.setattr(wandb, "setup", broken)
+    (finding,) = tracker_findings(SimpleNamespace(config=config("demo")))  # type: ignore[arg-type]
+    assert (finding.verdict, finding.text) == ("warning", "off: OSError: no space left, key …")
+
+
 @pytest.mark.parametrize("value", ["true", "1"])
 def test_disabled_is_disabled(monkeypatch, value):
     given(monkeypatch, WANDB_DISABLED=value)
@@ -107,6 +143,13 @@ def test_an_id_that_the_server_knows_from_elsewhere_is_left_alone(tmp_path, monk
     assert server.url in said[0] and "another run's" in said[1]
     track(tmp_path / "here" / "demo", 2)
     assert server.runs["abcd"].steps == [1, 2]
+
+
+def test_blanks_around_a_value_are_no_part_of_it(tmp_path, monkeypatch, server: WandbServer):
+    """A secret of a container or a cluster often ends in a line end."""
+    given(monkeypatch, WANDB_API_KEY=f" {KEY}\n", WANDB_PROJECT="faces \n", WANDB_TAGS=" \n")
+    said = track(tmp_path / "demo", 1)
+    assert said == [f"W&B: {server.url}/me/faces/runs/{next(iter(server.runs))}"]
 
 
 SCRIPT = """
