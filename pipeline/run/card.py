@@ -34,7 +34,7 @@ def card(config: Config, facts: Exported) -> str:
     """Markdown, with the Hub's YAML in front. It says nothing of the machine."""
     parts = [
         _front_matter(config, facts),
-        f"# {one_line(facts.name)}",
+        f"# {in_markdown(facts.name)}",
         *([f"![{_picture(config)}](samples.png)"] if "samples.png" in facts.files else []),
         _what(config, facts),
         *_classes(facts),

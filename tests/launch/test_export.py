@@ -167,10 +167,13 @@ def test_names_in_a_card_are_words_and_nothing_else():
         "<img src=x onerror=alert(1)>",
         "![t](https://h/x.png) [click](javascript:alert(1)) `c` _d_ *e*\n",
     ]
-    text = card(settings, replace(FACTS, classes=names, license="MIT\n\n[login](https://h) <b>"))
+    text = card(
+        settings, replace(FACTS, name=names[1], classes=names, license="MIT\n\n[login](https://h) <b>")
+    )
     shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(text.split("---", 2)[2])
     for name in names:
         assert f"<td>{html.escape(one_line(name))}</td>" in shown
+    assert f"<h1>{html.escape(one_line(names[1]))}</h1>" in shown
     assert f"index: MIT\\n\\n[login](https://h) {html.escape('<b>')}." in shown
     assert "of `` a`b ``" in text and "my photos" not in text
 
