@@ -113,6 +113,7 @@ def set_up() -> wandb.Settings:
     would wait for the answer. `wandb.teardown` forgets that."""
     import wandb
 
+    os.environ.pop("WANDB_SERVICE", None)  # of who started this process, and may have ended since
     return wandb.setup(wandb.Settings(silent=True, relogin=False)).settings
 
 

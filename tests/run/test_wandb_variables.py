@@ -152,6 +152,15 @@ def test_blanks_around_a_value_are_no_part_of_it(tmp_path, monkeypatch, server: 
     assert said == [f"W&B: {server.url}/me/faces/runs/{next(iter(server.runs))}"]
 
 
+@pytest.mark.parametrize("service", ["3-1-unix-/tmp/gone/socket", "garbage"])
+def test_a_run_has_a_service_of_its_own(tmp_path, monkeypatch, service):
+    """Not that of a notebook or a script that it was started from, which may have ended."""
+    given(monkeypatch, WANDB_SERVICE=service)
+    said = track(tmp_path / "demo", 1)
+    (run,) = offline_runs(tmp_path / "demo")
+    assert run.finished and len(said) == 1 and "offline" in said[0]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
