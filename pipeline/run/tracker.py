@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
-from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, names, public, set_up
+from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, leave_sweep, names, public, set_up
 
 if TYPE_CHECKING:
     import wandb
@@ -104,6 +104,7 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
     if new and known.replaces:
         announce(f"W&B: {folder} is a copy of another run's folder, and gets a W&B run of its own.")
     run_id = None if new else known.run_id
+    trial, wanted = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     for attempt in (mode, "offline") if mode == "online" else (mode,):
         if attempt == "offline" and known.online:
             # Only the server knows which steps it has: an offline file would repeat some or leave a gap.
@@ -121,9 +122,10 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         if tracked.replaces != known.replaces:
             announce(f"W&B: run {known.run_id} was deleted there; a new run gets everything.")
         announce(f"W&B: {tracker.where}{f' ({reason})' if reason else ''}")
-        wanted = os.environ.get("WANDB_RUN_ID", tracked.run_id)
-        if wanted not in (tracked.run_id, *tracked.replaces):
+        if wanted and wanted not in (tracked.run_id, *tracked.replaces):
             announce(f"W&B: WANDB_RUN_ID={wanted} is another run's; this one is {tracked.run_id}.")
+        if trial and "WANDB_SWEEP_ID" not in os.environ:
+            announce(f"W&B: run {tracked.run_id} is no part of sweep {trial}.")
         return tracker
     announce(f"W&B is off: {reason}")
     return Tracker(run_id)
@@ -258,6 +260,8 @@ def _of_this_id(config: Config, folder: Path, known: Tracked, mode: Mode, new: b
 
 def _opened(run: wandb.Run, folder: Path, known: Tracked) -> Tracked:
     """What is known of the run that was just opened, remembered."""
+    if run.id != known.run_id:  # as W&B's own launcher decides
+        known = replace(known, run_id=run.id, has=-1, complete=[])
     tracked = replace(known, project=run.project, entity=run.entity or None)
     if not run.offline:
         leave_to_the_server(folder, known.run_id)
@@ -279,6 +283,9 @@ def _init(
 ) -> wandb.Run:
     import wandb
 
+    if leave_sweep(known.run_id):
+        with suppress(Exception):
+            _end_service()  # which has read the variables
     set_up()
     run = wandb.init(
         **vars(names(config, known.project, known.entity)),

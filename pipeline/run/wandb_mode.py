@@ -117,6 +117,17 @@ def set_up() -> wandb.Settings:
     return wandb.setup(wandb.Settings(silent=True, relogin=False)).settings
 
 
+def leave_sweep(run_id: str) -> bool:
+    """Whether this process is a sweep's trial of another run than `run_id`: then it forgets the trial, whose
+    id W&B would take, and not ours."""
+    trial = os.environ.get("WANDB_SWEEP_ID")
+    if not trial or os.environ.get("WANDB_RUN_ID") == run_id:
+        return False
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+        os.environ.pop(name, None)
+    return True
+
+
 def public(config: Config) -> dict[str, Any]:
     """The resolved config, without passwords and signatures in URLs."""
     values: dict[str, Any] = all_redacted(yaml.safe_load(dump(config)))

@@ -15,6 +15,7 @@ import wandb
 from launch.doctor.place import tracker as tracker_findings
 from pipeline.config import Config, load
 from pipeline.run.tracker import open_tracker
+from pipeline.run.wandb_files import Tracked, recall, remember
 from pipeline.run.wandb_mode import choose_mode, names
 from tests.wandb_offline import offline_runs
 from tests.wandb_server import WandbServer, wandb_server
@@ -143,6 +144,35 @@ def test_an_id_that_the_server_knows_from_elsewhere_is_left_alone(tmp_path, monk
     assert server.url in said[0] and "another run's" in said[1]
     track(tmp_path / "here" / "demo", 2)
     assert server.runs["abcd"].steps == [1, 2]
+
+
+SWEEP = {"WANDB_SWEEP_ID": "sw", "WANDB_RUN_ID": "trial", "WANDB_PROJECT": "p"}
+
+
+def test_two_runs_of_one_trial_of_a_sweep_are_two_runs(tmp_path, monkeypatch, server: WandbServer):
+    """W&B gives whatever runs in a trial the trial's id. A run that begins there has it, and keeps it."""
+    for folder, step in (("first", 1), ("second", 1), ("second", 2), ("first", 2)):
+        wandb.teardown()  # each is a process of its own
+        given(monkeypatch, **SWEEP)
+        said = track(tmp_path / folder, step)
+        known = recall(tmp_path / folder)
+        assert known is not None and said[0].endswith(f"/p/runs/{known.run_id}")
+        if folder == "first":
+            assert known.run_id == "trial" and len(said) == 1
+        else:
+            assert known.run_id != "trial" and "WANDB_RUN_ID=trial is another run's" in said[1]
+            assert said[2:] == [f"W&B: run {known.run_id} is no part of sweep sw."]
+    assert [run.steps for run in server.runs.values()] == [[1, 2], [1, 2]] and "trial" in server.runs
+
+
+def test_what_wandb_opened_is_what_a_folder_remembers(tmp_path, monkeypatch):
+    """W&B's launcher decides the id."""
+    given(monkeypatch, WANDB_LAUNCH="true", WANDB_RUN_ID="theirs")
+    (tmp_path / "first" / "wandb").mkdir(parents=True)
+    remember(tmp_path / "first", Tracked("other", online=False, has=-1, of="first"))
+    track(tmp_path / "first", 1)
+    (run,), known = offline_runs(tmp_path / "first"), recall(tmp_path / "first")
+    assert known is not None and (run.run_id, known.run_id, known.has) == ("theirs", "theirs", 1)
 
 
 def test_blanks_around_a_value_are_no_part_of_it(tmp_path, monkeypatch, server: WandbServer):
