@@ -109,8 +109,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def set_up() -> wandb.Settings:
-    """W&B's settings. It is told to be silent, and so never asks for a key at a terminal, where a training
-    would wait for the answer. `wandb.teardown` forgets that."""
+    """W&B's settings. Being silent, it never asks for a key at a terminal, where a training would wait for the
+    answer. `wandb.teardown` forgets that."""
     import wandb
 
     os.environ.pop("WANDB_SERVICE", None)  # of who started this process, and may have ended since
