@@ -91,9 +91,7 @@ def refusals() -> dict[str, str]:
             del os.environ[name]
             continue
         try:
-            wandb.Settings(resume="allow").update_from_env_vars(
-                {name: value}
-            )  # runs are resumed: excludes some
+            wandb.Settings(resume="allow").update_from_env_vars({name: value})  # "allow" excludes some
         except Exception as error:
             refused[name] = in_a_line(error)
     return refused
@@ -109,8 +107,8 @@ def in_a_line(error: Exception) -> str:
 
 
 def set_up() -> wandb.Settings:
-    """W&B's settings. Being silent, it never asks for a key at a terminal, where a training would wait for the
-    answer. `wandb.teardown` forgets that."""
+    """W&B's settings. Being silent, it never asks for a key at a terminal, where a training would wait for
+    the answer. `wandb.teardown` forgets that."""
     import wandb
 
     os.environ.pop("WANDB_SERVICE", None)  # of who started this process, and may have ended since
