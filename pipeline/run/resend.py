@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from operator import itemgetter
@@ -42,18 +42,24 @@ def resend(folder: Path, tracker: Tracker, cur_nimg: int) -> None:
                 tracker.pause()
 
 
-def catch_up(config: Config, folder: Path, announce: Announce) -> None:
-    """Send what W&B lacks of a finished run, if anything."""
+def catch_up(
+    config: Config, folder: Path, announce: Announce, others: Iterable[Callable[[], Tracker]] = ()
+) -> None:
+    """Send what W&B lacks of a finished run, if anything; and all of it to the others, which these open."""
     last = max((nimg for nimg, _, _ in _rows(folder, announce)), default=-1)
-    known = recall(folder)
+    known, trackers = recall(folder), [*others]
     if config.track.wandb and (known is None or known.has < last):
-        try:
-            lock = take(folder, announce)
-        except UserError as error:
-            announce(f"W&B may lack something of this run, which is not sent now: {error}")
-            return
-        with lock:
-            tracker = open_tracker(config, folder, None, announce)
+        trackers.append(partial(open_tracker, config, folder, None, announce))
+    if not trackers:
+        return
+    try:
+        lock = take(folder, announce)
+    except UserError as error:
+        announce(f"W&B or TensorBoard may lack something of this run, which is not sent now: {error}")
+        return
+    with lock:
+        for opened in trackers:
+            tracker = opened()
             resend(folder, tracker, last)
             tracker.finish()
 

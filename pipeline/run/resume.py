@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -23,14 +24,16 @@ from pipeline.run.resend import catch_up
 from pipeline.run.source import Source
 from pipeline.run.state import State
 from pipeline.run.stats import Stats
+from pipeline.run.tensorboard import TensorBoard
 from pipeline.wording import counted, in_kimg
 
 
 def is_finished(config: Config, folder: Path, ranks: Ranks) -> bool:
-    """Whether the run has trained as far as the config asks; says so, and sends W&B what it lacks."""
+    """Whether the run has trained as far as the config asks; says so, and gives its trackers the rest."""
     if not ranks.broadcast_from_main(lambda: finished(folder, config)):
         return False
-    ranks.broadcast_from_main(lambda: catch_up(config, folder, say))
+    others = [partial(TensorBoard, folder, say)] if config.track.tensorboard else []
+    ranks.broadcast_from_main(lambda: catch_up(config, folder, say, others))
     ranks.broadcast_from_main(
         lambda: say(f"{folder} is finished. Nothing to do; raise run.total_kimg to train longer.")
     )

@@ -6,6 +6,7 @@ import io
 import json
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pipeline.config import Config, UserError, load
+from pipeline.run import resume
 from pipeline.run.grid import save_grid
 from pipeline.run.report import MainReport
 from pipeline.run.tensorboard import TensorBoard, check_tensorboard, record
@@ -104,6 +106,22 @@ def test_it_is_complete_if_switched_on_late_and_w_and_b_gets_everything(tmp_path
     report.close()
     assert [point.step for point in shown(tmp_path).Scalars("Loss/D/loss")] == [1000, 2000]
     assert other.calls == [1000, 2000, "Samples/fakes", "finish"]
+
+
+def test_a_finished_run_gets_its_file_too(tmp_path, monkeypatch, capsys):
+    finished = MainReport(tmp_path, [], 8000, 0)
+    finished.row(8000, {"Loss/D/loss": 1.0})
+    grid(tmp_path, finished, 8000)
+    finished.close()
+    monkeypatch.setattr(resume, "finished", lambda *_: True)
+    ranks = SimpleNamespace(broadcast_from_main=lambda call: call())
+    for _ in range(2):  # the same command again
+        config = load(None, ["data.train=x", "track.wandb=false", "track.tensorboard=true"])
+        assert resume.is_finished(config, tmp_path, ranks)
+        after = shown(tmp_path)
+        assert [point.step for point in after.Scalars("Loss/D/loss")] == [8000]
+        assert [picture.step for picture in after.Images("Samples/fakes")] == [8000]
+    assert f"tensorboard --logdir {tmp_path}" in capsys.readouterr().out
 
 
 def test_what_is_drawn_for_trackers_is_drawn_for_it_alone(tmp_path):
