@@ -21,7 +21,6 @@ Norm = Literal["batch", "sync_batch", "group", "instance", "none"]
 PenaltyOn = Literal["auto", "weights", "all", "effective"]
 
 _LONGEST_NAME = 255  # bytes, of a file's name
-_LONGEST_PROJECT, _NOT_IN_PROJECTS, _LONGEST_TAG = 128, "/\\#?%:", 64  # at W&B
 
 Schedulable = float | tuple[float, float]  # a constant, or [from, to] along the cosine of run.burn_in_kimg
 
@@ -88,26 +87,6 @@ def plain_name(name: str | None) -> str | None:
             "has characters that cannot be printed, or are not in this shell's locale (C.UTF-8 has all)"
         )
     return name
-
-
-def _project(name: str) -> str:
-    """As W&B takes it: it would refuse others, and a run with them, when training starts."""
-    if len(name) > _LONGEST_PROJECT or set(name) & set(_NOT_IN_PROJECTS):
-        raise ValueError(
-            f"W&B takes at most {_LONGEST_PROJECT} characters for a project's name, and none of "
-            f"{' '.join(_NOT_IN_PROJECTS)}"
-        )
-    return name
-
-
-def _tag(text: str) -> str:
-    if not 1 <= len(text) <= _LONGEST_TAG:
-        raise ValueError(f"W&B takes tags of 1 to {_LONGEST_TAG} characters")
-    return text
-
-
-Project = Annotated[str, AfterValidator(_project)]
-Tag = Annotated[str, AfterValidator(_tag)]
 
 
 def _place(text: str) -> str:

@@ -18,14 +18,12 @@ from pipeline.setting_types import (
     PenaltyOn,
     Place,
     Positive,
-    Project,
     Schedulable,
     ScheduledBelowOne,
     ScheduledNonNegative,
     ScheduledPositive,
     ScheduledShare,
     Signal,
-    Tag,
     none_or_several,
     plain_name,
 )
@@ -260,10 +258,10 @@ class Track:
 
     wandb: bool = True
     tensorboard: bool = False  # event files in the run folder; needs shardgan[tensorboard]
-    project: Project | None = None  # None: WANDB_PROJECT, or else shardgan
+    project: str | None = None  # None: WANDB_PROJECT, or else shardgan
     entity: str | None = None
     group: str | None = None
-    tags: tuple[Tag, ...] = ()
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=_STRICT)
