@@ -11,7 +11,7 @@ from contextlib import contextmanager
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Around forks: a KeyboardInterrupt is raised at the end. In the middle of a fork, Python prints it and
-    goes on. To block the signal would not do: another thread, such as a library's, would take it.
+    goes on. Blocking the signal does not help: another thread, such as a library's, takes it.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import netrc
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 
 _ANSWER_S = 4.0  # for the server to answer
+_PROJECT, _TAG = 128, 64  # characters at most
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,16 @@ class Names:
 
 
 def names(config: Config, project: str | None = None, entity: str | None = None) -> Names:
-    """From the config; else as earlier jobs of the run had them; else from W&B's variables."""
+    """From the config; else as earlier jobs of the run had them; else from W&B's variables. Fitted to what
+    W&B takes, which would refuse the run with others."""
     track, given = config.track, os.environ.get
-    tags = track.tags or tuple(tag.strip() for tag in given("WANDB_TAGS", "").split(",") if tag.strip())
+    tags = dict.fromkeys(t.strip()[:_TAG] for t in track.tags or given("WANDB_TAGS", "").split(","))
+    chosen = track.project or project or given("WANDB_PROJECT") or "shardgan"
     return Names(
-        project=track.project or project or given("WANDB_PROJECT") or "shardgan",
+        project=re.sub(r"[/\\#?%:]", "-", chosen)[:_PROJECT],
         entity=track.entity or entity or given("WANDB_ENTITY") or None,
         name=given("WANDB_NAME") or str(config.run.name),
-        tags=tags,
+        tags=tuple(filter(None, tags)),
     )
 
 

@@ -56,6 +56,14 @@ def test_a_variable_counts_where_the_config_says_nothing(tmp_path, monkeypatch):
     assert str(names(config("demo"))) == "nice in project lab/faces"
 
 
+def test_names_are_fitted_to_what_wandb_takes(tmp_path):
+    """It refuses the run with others, and nothing of it would be kept."""
+    odd = (f"track.project=lab/faces?{'é' * 200}", f"track.tags=[{'b' * 65},' a ','',a]")
+    track(tmp_path / "demo", 1, *odd)
+    (run,) = offline_runs(tmp_path / "demo")
+    assert (run.project, run.tags) == (f"lab-faces-{'é' * 118}", ["b" * 64, "a"])
+
+
 def test_doctor_shows_what_counts(monkeypatch):
     given(monkeypatch, **VARIABLES)
     (finding,) = tracker_findings(SimpleNamespace(config=config("demo")))  # type: ignore[arg-type]
