@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Around forks: a KeyboardInterrupt is raised at the end. In the middle of a fork, Python prints it and
-    goes on. Blocking the signal does not help: another thread, such as a library's, takes it.
+    """Around forks: a KeyboardInterrupt is raised at the end. In the middle of a fork, Python prints and
+    ignores it. Blocking the signal does not help: another thread, such as a library's, takes it.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
