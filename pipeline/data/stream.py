@@ -27,6 +27,7 @@ from pipeline.data.reader import BadSampleError, Reader, Replacements, Sample
 from pipeline.data.remote.prefetch import Prefetch
 from pipeline.data.stages import Decode, Decoded, PlannedSamples, apply, load_stages
 from pipeline.data.workers import Loader
+from pipeline.wording import counted
 
 
 class TrainingBatches(Iterator[Batch]):
@@ -120,13 +121,19 @@ def heldout_batches(
             images = np.zeros((batch, data.channels, data.size, data.size), dtype_of(data))
             labels = np.zeros(batch, np.int64)
             for i, (shard, row) in enumerate(pairs.tolist()):
-                sample = reader.read(shard, row)
+                try:
+                    sample = reader.read(shard, row)
+                except BadSampleError as error:
+                    raise UserError(f"A held-out image cannot be used: {error}") from None
                 try:
                     images[i], labels[i] = use(sample)
                 except BadSampleError as error:
                     replaced += 1
                     if replaced > data.max_bad:
-                        raise
+                        count = counted(replaced, "held-out image")
+                        raise UserError(
+                            f"{count} cannot be used, more than data.max_bad={data.max_bad}. The last: {error}"
+                        ) from None
                     images[i], labels[i] = replacements.replace((shard + row) % plan.size, error, use)
             tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None
             yield Batch(*tensors, replacements.found()), valid

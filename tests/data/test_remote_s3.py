@@ -86,6 +86,8 @@ def test_what_is_not_there_or_not_right(make_shards: MakeShards, bucket: str) ->
     boto3.client("s3").put_object(Bucket=bucket, Key="faces/s-0002.tar", Body=bytes(data))
     with pytest.raises(UserError, match=rf"{url}/s-0002.tar cannot be fetched: its SHA-256 is"):
         index.open(2)
+    with pytest.raises(UserError, match=r"s3://no-such/faces/index.json cannot be fetched: .*no such bucket"):
+        load_index("s3://no-such/faces")
 
 
 def test_without_a_key(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,11 @@ def test_a_last_score_that_is_no_number_is_the_last(tmp_path, value):
     assert f"KID fell from 3 to 0.5 (kimg 1), and ended at {value:g}, " in document.page(runs[1:])
 
 
+def test_a_run_whose_only_score_is_no_number_was_scored(tmp_path):
+    text = document.page([write_run(tmp_path / "lost", scores=(float("nan"),))])
+    assert "was not scored" not in text and '<td class="n">nan</td>' in text
+
+
 def test_a_run_that_was_scored_afterwards(tmp_path):
     run = write_run(tmp_path / "run", scores=())
     assert "This run was not scored while it was trained.</p>" in document.page([run])

@@ -169,7 +169,9 @@ def _persist(
             return result
         except (StoppedError, UserError):
             raise
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "bucket does not exist" in str(error):  # S3's words
+                raise UserError(f"{what} cannot be fetched: there is no such bucket.") from None
             raise FileNotFoundError(f"{what} does not exist") from None
         except _OverError:
             problem, again = problem or "not all of it had come", True

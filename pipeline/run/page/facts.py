@@ -241,15 +241,15 @@ class Facts:
 
     def _score(self, chart: str) -> Score | None:
         metric = metric_of(chart)
-        values = [(score.cur_nimg / 1000, score.value) for score in self.history.finite(chart)]
-        if metric is None or not values:
-            return None
-        best = None
-        if metric.lower_is_better is not None:
-            best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
         last = self.history.last(chart)  # which may not be finite
-        end = (last.cur_nimg / 1000, last.value) if last else values[-1]
-        return Score(chart, label_of(chart), values[0], best, end, metric.lower_is_better)
+        if metric is None or last is None:
+            return None
+        end = (last.cur_nimg / 1000, last.value)
+        values = [(score.cur_nimg / 1000, score.value) for score in self.history.finite(chart)]
+        best = None
+        if values and metric.lower_is_better is not None:
+            best = (min if metric.lower_is_better else max)(values, key=lambda point: point[1])
+        return Score(chart, label_of(chart), values[0] if values else end, best, end, metric.lower_is_better)
 
 
 def _place(value: str) -> str:
