@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job from scratch: set up, fetch Fashion-MNIST, train G and D over two processes with the L2 penalty and
-# once more without, score both on held-out images and draw them side by side. About ten minutes of two CPU
+# once more without, score both on held-out images and draw them side by side. About eleven minutes of two CPU
 # cores that have bf16, set-up included; GPUs are used if there are any. Run it again to resume. Further settings
 # (key=value) go to both trainings.
 set -euo pipefail
