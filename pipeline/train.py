@@ -72,7 +72,7 @@ def in_this_process(path: str, overrides: Sequence[str] = (), precision: Precisi
 def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
     rank = int(text) if (text := os.environ.get("RANK", "")).isdecimal() else 0
     provide_home()
-    path, *overrides = sys.argv[1:] if arguments is None else arguments or [""]
+    path, *overrides = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
         config, launch, batch = _read(path, overrides, signals)
     except ValueError as error:
@@ -95,6 +95,8 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
 
 
 def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Config, Launch, BatchShape]:
+    if not path:
+        raise UserError("Train on what? `python -m pipeline.train CONFIG [KEY=VALUE]…`")
     launch, config = read_launch(), load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)

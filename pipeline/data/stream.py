@@ -132,7 +132,7 @@ def heldout_batches(
                     if replaced > data.max_bad:
                         count = counted(replaced, "held-out image")
                         raise UserError(
-                            f"{count} cannot be used, more than data.max_bad={data.max_bad}. The last: {error}"
+                            f"{count} cannot be used, more than data.max_bad={data.max_bad}: {error}"
                         ) from None
                     images[i], labels[i] = replacements.replace((shard + row) % plan.size, error, use)
             tensors = torch.from_numpy(images), torch.from_numpy(labels) if conditional else None

@@ -181,16 +181,19 @@ def _compute(
     """Features [count, d] of the plan's first images, each once, in the plan's order."""
     parts, valid = [], []
     batch = min(64, -(-count // ranks.world))
-    with ranks.raise_together():  # else ranks would wait for one that cannot read a shard
-        for reals, there in heldout_batches(
-            index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=count
-        ):
-            for problem in reals.bad:
-                say(f"warning: {problem} Another held-out image replaces it.")
-            features = torch.zeros(batch, extractor.dim, device=ranks.device)
-            features[:there] = extractor(images(reals.images[:there].to(ranks.device)))
-            parts.append(features)
-            valid.append(torch.arange(batch, device=ranks.device) < there)
+    batches = heldout_batches(index, plan, data, batch=batch, rank=ranks.rank, world=ranks.world, limit=count)
+    while True:
+        with ranks.raise_together():  # only reading: the extractor may ask the ranks something too
+            following = next(batches, None)
+        if following is None:  # on all ranks
+            break
+        reals, there = following
+        for problem in reals.bad:
+            say(f"warning: {problem} Another held-out image replaces it.")
+        features = torch.zeros(batch, extractor.dim, device=ranks.device)
+        features[:there] = extractor(images(reals.images[:there].to(ranks.device)))
+        parts.append(features)
+        valid.append(torch.arange(batch, device=ranks.device) < there)
     by_rank = (ranks.world, len(parts), batch)
     features = ranks.gather(torch.cat(parts)).view(*by_rank, -1).transpose(0, 1)  # ranks share each chunk
     return features[ranks.gather(torch.cat(valid)).view(by_rank).transpose(0, 1)]

@@ -220,7 +220,7 @@ def test_held_out_stand_ins_are_the_same_in_any_world(tmp_path: Path) -> None:
     shard = bytearray((tmp_path / "d" / "s-2.tar").read_bytes())
     shard[int(index.table(2).offset[planned[0][1] if planned[0][0] == 2 else 3]) + 20] ^= 4
     (tmp_path / "d" / "s-2.tar").write_bytes(shard)
-    with pytest.raises(UserError, match="A held-out image cannot be used: .*wrong CRC"):
+    with pytest.raises(UserError, match=r"A held-out image cannot be used: .*wrong CRC"):
         read(1, 2)
 
 

@@ -10,8 +10,11 @@ import os
 import socket
 import sys
 import tarfile
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ from PIL import Image
 from pipeline import config
 from pipeline.config import Score, UserError
 from pipeline.data.index import load_index
+from pipeline.data.stream import heldout_batches
+from pipeline.errors import CommonError
 from pipeline.folders import cache_folder
 from pipeline.gan.draws import Draws
 from pipeline.parallel.launched import read_launch
@@ -29,6 +34,8 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.run import evaluate, references, scores
 from pipeline.run import tensor_cache as cache
 from pipeline.run.features import Extractor, Inception, check_features, load_features
+from pipeline.run.images import PLAIN
+from pipeline.run.scorer import Scorer
 
 SHARDS = Path(__file__).parents[1] / "assets" / "fashion-mnist-500"
 TRAIN = 205  # more than three ranks take in one batch, and more than are held out
@@ -145,12 +152,30 @@ def score(ranks: Ranks, limit: int = 12, metrics: str = "kid") -> dict[str, floa
     return found
 
 
+def score_without_a_shard(ranks: Ranks, folder: str) -> None:
+    """During a training, which looks for stop signals before each batch. Rank 1 cannot read its own."""
+
+    def cut_short(*arguments: object, **options: object) -> Iterator[object]:
+        if ranks.rank == 1:
+            raise UserError("shard x cannot be read")
+        yield from heldout_batches(*arguments, **options)
+
+    signals, report = SimpleNamespace(received=None), Mock()
+    index = load_index(str(SHARDS))
+    scorer = Scorer(config_for(40), Path(folder), index, ranks, report, signals, Mock(), PLAIN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "heldout_batches", cut_short)
+        scorer.evaluate(Mock())
+
+
 def run_rank(rank: int, world: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     torch.set_num_threads(1)
     ranks = Ranks(read_launch(), timedelta(seconds=60))
     found = ranks.gather_objects([score(ranks, 26, "kid,fd,pr,dc,nn"), score(ranks, 2)])
+    with pytest.raises(CommonError, match=r"^rank 1: shard x cannot be read$"):
+        score_without_a_shard(ranks, folder)
     if ranks.main:
         Path(folder, "scores.json").write_text(json.dumps(found))
     ranks.leave()
