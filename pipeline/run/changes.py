@@ -13,4 +13,13 @@ DATA = "data"  # the key of a move to other data, or to another split of them
 def data_since(recorded: Iterable[Row]) -> int:
     """The cur_nimg after which a run has its present data, by the lines of changes.jsonl; −1 if it always
     had. Earlier scores do not compare."""
-    return max((int(row["cur_nimg"]) for row in recorded if row.get("key") == DATA), default=-1)
+    moves = list[Row]()
+    for row in recorded:
+        if row.get("key") != DATA:
+            continue
+        before = row["old"]
+        while moves and moves[-1]["cur_nimg"] >= row["cur_nimg"]:  # it has fallen back, and trains that again
+            before = moves.pop()["old"]
+        if row["new"] != before:  # else it has returned before it trained on others
+            moves.append({**row, "old": before})
+    return int(moves[-1]["cur_nimg"]) if moves else -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,15 +259,25 @@ def _record_changes(config: Config, folder: Path, cur_nimg: int) -> None:
         say(f"{key}: {old!r} → {new!r} from kimg {in_kimg(cur_nimg / 1000)} on")
 
 
-def leave_data(folder: Path, cur_nimg: int, old: str, new: str) -> None:
+def record_data(folder: Path, cur_nimg: int, before: Sequence[str], now: Sequence[str]) -> None:
     """Scores of a run that continues on other data are against other images from cur_nimg on: a line in
-    changes.jsonl, and none of what they are against, nor of what samples compare with. old, new:
-    fingerprints. Raises UserError."""
-    row = {"cur_nimg": cur_nimg, "key": DATA, "old": old[:_SHOWN], "new": new[:_SHOWN]}
+    changes.jsonl, and none of what they are against, nor of what samples compare with.
+
+    before, now: fingerprints of its last checkpoint's data and plan, and of the present ones. If these are
+    equal, a start that has trained nothing may have left for others. Raises UserError.
+    """
+    before, now = [each[:_SHOWN] for each in before], [each[:_SHOWN] for each in now]
+    old, new = next(((old, new) for old, new in zip(before, now, strict=True) if old != new), ("", ""))
     try:
+        last = next((row for row in reversed(rows(folder / CHANGES)) if row.get("key") == DATA), None)
+        if not new:
+            if last is None or last["new"] in now:
+                return
+            old, new = last["new"], last["old"]
         (folder / REFERENCE).unlink(missing_ok=True)
         reals_of(folder).unlink(missing_ok=True)
-        if row not in rows(folder / CHANGES)[-1:]:  # else the last start did no more than that
+        row = {"cur_nimg": cur_nimg, "key": DATA, "old": old, "new": new}
+        if row != last:  # else the last start did no more than that
             append(folder / CHANGES, row)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from None

@@ -18,7 +18,7 @@ from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
 from pipeline.run import checkpoint, events, source
 from pipeline.run.checkpoint import SavedBy
-from pipeline.run.folder import finished, has_saved, leave_data
+from pipeline.run.folder import finished, has_saved, record_data
 from pipeline.run.report import say
 from pipeline.run.resend import catch_up
 from pipeline.run.source import Source
@@ -113,12 +113,12 @@ def resume(start: Start, folder: Path, gan: Gan, state: State) -> tuple[State, S
     refuse_other_rounds(folder, by, gan)
     gan.draws.version = by.draws
     saved = checkpoint.read_state(found)
-    if (saved.plan, saved.data) != (state.plan, state.data):
-        before, saved = saved, on_other_data(folder, saved, state, start.config.run.new_data)
-        moved = (before.data, saved.data) if before.data != saved.data else (before.plan, saved.plan)
-        ranks.broadcast_from_main(lambda: leave_data(folder, before.cur_nimg, *moved))
+    before, now = (saved.data, saved.plan), (state.data, state.plan)
+    if before != now:
+        saved = on_other_data(folder, saved, state, start.config.run.new_data)
         if ranks.main:
             say("warning: resumes on other data: new scores do not compare with earlier ones")
+    ranks.broadcast_from_main(lambda: record_data(folder, saved.cur_nimg, before, now))
     saved.class_names = state.class_names  # older checkpoints have none
     checkpoint.load(found, [gan.G, gan.D], gan.G_ema, ranks)
     stats.load(ranks, saved.stats)

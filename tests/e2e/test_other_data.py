@@ -10,6 +10,8 @@ import pytest
 from launching import ADAM, FASHION, RunFolder
 
 import pipeline.train
+from pipeline.errors import UserError
+from pipeline.run.history import read_history
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,11 @@ def test_the_same_data_elsewhere_are_the_same_data(place, signals_kept):
     assert RunFolder(place / "runs" / "adam").done
 
 
-def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
+def refuse(*_: object) -> None:
+    raise UserError("ends before it trains")
+
+
+def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd, monkeypatch):
     other = f"data.train={place / 'other'}"
     found = RunFolder(place / "runs" / "adam")
     rows, config = found.rows, (found.path / "config.yaml").read_text()
@@ -58,3 +64,12 @@ def test_other_data_are_refused_unless_asked_for(place, signals_kept, capfd):
     assert moved["old"] != moved["new"]
     assert (found.path / "samples" / "reals.png").read_bytes() != reals, "what new samples compare with"
     assert train(place, 0.72, other) == 0  # from here on they are the run's
+    since = read_history(found.path).data_since
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.train.loop, "train", refuse)
+        assert train(place, 0.84, f"data.train={place / 'copy'}", "run.new_data=true") == 2
+    assert read_history(found.path).data_since == 720
+    assert train(place, 0.84, other) == 0
+    assert read_history(found.path).data_since == since == rows[-1]["cur_nimg"], (
+        "it has not trained on the copy again"
+    )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, UserError
+from pipeline.run.changes import data_since
 from pipeline.run.history import read_histories, read_history, trials_of
 from pipeline.run.panels import panels_of
 
@@ -128,3 +129,20 @@ def test_a_run_without_results_is_left_out_beside_others(tmp_path, capsys):
     a_run(tmp_path / "a", '{"cur_nimg": 5}')
     assert [run.name for run in read_histories(sorted(tmp_path.iterdir()))] == ["a"]
     assert f"{waiting} is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("moves", "since"),
+    [
+        ([], -1),
+        ([(200, "a", "b")], 200),
+        ([(200, "a", "b"), (300, "b", "c")], 300),
+        ([(200, "a", "b"), (200, "b", "a")], -1),  # it left for b, and returned before it trained on it
+        ([(100, "a", "b"), (200, "b", "c"), (200, "c", "b")], 100),
+        ([(200, "a", "b"), (100, "a", "b")], 100),  # it fell back to an older checkpoint
+        ([(200, "a", "b"), (300, "b", "a"), (150, "b", "a")], -1),
+    ],
+)
+def test_since_when_a_run_has_its_present_data(moves, since):
+    rows = [{"cur_nimg": at, "key": "data", "old": old, "new": new} for at, old, new in moves]
+    assert data_since([{"cur_nimg": 50, "key": "optim.G.lr", "old": 1, "new": 2}, *rows]) == since
