@@ -197,7 +197,7 @@ def _record(train: str) -> dict[str, Any]:
 def _beside(argument: str, path: Path, size: int) -> str:
     """Where the shards of images are: photos-64px beside photos, or photos.zip."""
     name = path.absolute().name if path.is_dir() else path.stem
-    parent = Path(argument).parent if path.name else path.absolute().parent
+    parent = expanded(argument).parent if path.name else path.absolute().parent
     return str(parent / f"{name}-{size}px")
 
 

@@ -34,7 +34,7 @@ def ranks_named(ranks: Iterable[int]) -> str:
 def in_bytes(number: float) -> str:
     """980 B, 1.5 KiB, 12 MiB, 1,234.0 GiB."""
     for unit in ("B", "KiB", "MiB"):
-        if number < 1000:
+        if number < 999.5:  # else it would be rounded to 1e+03
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:,.1f} GiB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.wording import in_markdown
+from pipeline.wording import in_bytes, in_markdown
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,10 @@ from pipeline.wording import in_markdown
 )
 def test_a_text_in_markdown_is_shown_as_it_is(text, written):
     assert in_markdown(text) == written
+
+
+def test_no_number_of_bytes_is_written_with_an_exponent():
+    sizes = [0, 980, 999, 1000, 1023, 1023 * 1024, 999.6 * 1024**2, 1234 * 1024**3]
+    assert list(map(in_bytes, sizes)) == [
+        "0 B", "980 B", "999 B", "0.977 KiB", "0.999 KiB", "0.999 MiB", "1.0 GiB", "1,234.0 GiB"
+    ]  # fmt: skip

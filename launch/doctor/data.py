@@ -21,6 +21,7 @@ from pipeline.data.check import SHUFFLE, check_passed_over, odd_labels, refuse_o
 from pipeline.data.decode import FORMATS, dtype_of
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
+from pipeline.data.prepare.pictures import is_grey
 from pipeline.data.prepare.summary import read_origins
 from pipeline.data.prepare.verify import Verified, verify
 from pipeline.data.reader import BadSampleError, Reader, Sample, image_of
@@ -340,8 +341,7 @@ def _what(sample: Sample) -> str:
         return "npy arrays"
     try:
         with Image.open(io.BytesIO(image_of(sample)), formats=FORMATS) as image:
-            grey = image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-            colours = "grey" if grey else image.mode
+            colours = "grey" if is_grey(image) else image.mode
             return f"{image.width}x{image.height} {colours} {image.format}"
     except (OSError, ValueError, SyntaxError):
         return "not images"

@@ -9,7 +9,7 @@ import numpy as np
 
 from launch.select.choice import Row
 from launch.select.curve import numbers
-from pipeline.run.curves import wrapped
+from pipeline.run.curves import columns_of, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,8 +38,7 @@ def names(rows: Sequence[Row]) -> list[str]:
 
 def columns(rows: Sequence[Row], letters: int) -> int:
     """Names beside each other in a legend with room for so many letters."""
-    longest = max(len(line) for name in names(rows) for line in name.splitlines())
-    return max(1, min(len(rows), letters // (longest + 8)))
+    return columns_of(names(rows), letters)
 
 
 def height(rows: Sequence[Row], letters: int) -> float:

@@ -16,6 +16,7 @@ from launch.select.trials import Trial
 from launch.select.verdict import conclusion
 from pipeline.config import Config, UserError
 from pipeline.run.folder import finished_at, reference_of
+from pipeline.run.history import seconds_of
 from pipeline.run.metrics import METRICS, leading_chart
 from pipeline.run.references import differences
 from pipeline.run.report import say
@@ -142,13 +143,8 @@ def _read(trial: Trial, metric: str) -> Outcome | None:
     scored = [(row, chart) for row in lines if (chart := leading_chart([metric], row))]
     if not scored or scored[-1][0]["cur_nimg"] < finished_at(trial.folder):
         return None
-    seconds, before = 0.0, 0
-    for row in lines:
-        if row.get("Timing/img_per_sec"):
-            seconds += (row["cur_nimg"] - before) / row["Timing/img_per_sec"]
-            before = row["cur_nimg"]
     row, chart = scored[-1]
-    return Outcome(trial, row[chart], row, seconds, _by_kimg(trial.config, scored))
+    return Outcome(trial, row[chart], row, seconds_of(lines), _by_kimg(trial.config, scored))
 
 
 def _by_kimg(config: Config, scored: Sequence[tuple[Mapping[str, Any], str]]) -> dict[float, float]:

@@ -132,18 +132,17 @@ def prepare(
         dedupe: leave copies out.
         workers: processes. Default: one per core.
 
-    Returns `out`. Raises UserError (a ValueError) as the command does.
+    Returns `out`, `~` expanded. Raises UserError (a ValueError) as the command does.
     """
     shadows.refuse_import()
-    from pathlib import Path
-
     from launch.prepare import show
     from pipeline.data.prepare.source import Options, refuse_count
+    from pipeline.errors import expanded
 
     refuse_count("workers", workers)
     options = Options(size, fit, channels, per_shard, classes, background, dedupe)
     show(str(source), str(out), options, workers)
-    return Path(out)
+    return expanded(out)
 
 
 def evaluate(
@@ -172,15 +171,14 @@ def evaluate(
     command does.
     """
     shadows.refuse_import()
-    from pathlib import Path
-
     from pipeline.borrowed import borrowed
+    from pipeline.errors import expanded
     from pipeline.run.score_run import score_run
 
     names = metrics.split(",") if isinstance(metrics, str) else metrics
     with borrowed():
         scores, _ = score_run(
-            Path(run),
+            expanded(run),
             names,
             features=features,
             images=images,

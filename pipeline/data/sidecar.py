@@ -74,6 +74,11 @@ class SampleTable:
         start = int(self.name_ends[row - 1]) if row else 0
         return self.names[start : int(self.name_ends[row])].decode()
 
+    @property
+    def crc_and_size(self) -> NDArray[np.uint64]:
+        """In one number of each image; equal ones are probably copies."""
+        return self.crc.astype(np.uint64) << np.uint64(32) | self.size.astype(np.uint32)
+
     def label_counts(self) -> dict[int, int]:
         labels, counts = np.unique(self.label[self.label >= 0], return_counts=True)
         return dict(zip(labels.tolist(), counts.tolist(), strict=True))

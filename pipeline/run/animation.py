@@ -13,7 +13,6 @@ from pipeline.durable import whole
 from pipeline.plugins import require
 
 FPS = 25  # 40 ms a frame: GIF counts hundredths of a second
-ANIMATIONS = (".gif", ".webp", ".mp4")
 Frame = npt.NDArray[np.uint8]
 
 

@@ -100,6 +100,12 @@ def wrapped(name: str, letters: int) -> str:
     return _shown("\n".join(lines))
 
 
+def columns_of(names: Sequence[str], letters: int) -> int:
+    """How many of these names, of a line or more each, fit beside each other in so many letters."""
+    longest = max(len(line) for name in names for line in name.splitlines())
+    return max(1, min(len(names), letters // (longest + 8)))
+
+
 def _draw(axes: Axes, panel: Panel, histories: Sequence[History], colours: dict[str, Any]) -> None:
     several, values = len(histories) > 1, []
     for number, (_, chart) in enumerate(panel.lines):
@@ -171,8 +177,7 @@ def _add_legend(figure: Figure, histories: Sequence[History], colours: dict[str,
         wrapped(f"{name} ({counted(runs.count(name), 'trial')})" if runs.count(name) > 1 else name, _NAME)
         for name in colours
     ]
-    longest = max(len(line) for name in names for line in name.splitlines())
-    beside = max(1, min(len(names), _LETTERS // (longest + 8)))
+    beside = columns_of(names, _LETTERS)
     lines = sum(name.count("\n") + 1 for name in names) / beside
     figure.set_figheight(figure.get_figheight() + 0.2 * lines)
     handles = [Line2D([], [], lw=2, color=c, label=n) for n, c in zip(names, colours.values(), strict=True)]

@@ -29,6 +29,16 @@ _TRIAL = re.compile(r"(.*),seed=\d+,fold=\d+")
 _NUMBER = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)")
 
 
+def seconds_of(recorded: Iterable[Row]) -> float:
+    """Spent in training by the lines of metrics.jsonl, without scoring and saving."""
+    before, seconds = 0, 0.0
+    for row in recorded:
+        if speed := row.get("Timing/img_per_sec"):
+            seconds += (row["cur_nimg"] - before) / speed
+        before = row["cur_nimg"]
+    return seconds
+
+
 @dataclass(frozen=True)
 class Score:
     """A value of a score. cur_nimg: how many images had been shown."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _SETTINGS = "Progress/"  # charts of what applies: news only if it changes
-# How many times its lower end an axis' upper end is less than → digits that are labelled.
+# Of an axis whose upper end is less than so many times its lower end: the digits that are labelled.
 _LABELLED = ((4, (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)), (30, (1, 2, 3, 5, 7)), (300, (1, 2, 5)))
 _SCORES = (("real", "Loss/scores/real"), ("fake", "Loss/scores/fake"), ("held-out", "Loss/scores/heldout"))
 

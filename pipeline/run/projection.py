@@ -201,9 +201,10 @@ def _in_w(
     parts = cast(Mapped, G)
     z = torch.randn(_MEAN_OF, z_dim, generator=generator).to(device)
     each = [None] if labels is None else [label.expand(len(z)) for label in labels]
-    ws = [parts.mapping(z, c) for c in each]
-    means = torch.stack([w.mean(0) for w in ws])
-    deviation = math.sqrt(sum(float(w.var(0).mean()) for w in ws) / len(ws))
+    ws = (parts.mapping(z, c) for c in each)  # of one class at a time in memory
+    found = [(w.mean(0), float(w.var(0).mean())) for w in ws]
+    means = torch.stack([mean for mean, _ in found])
+    deviation = math.sqrt(sum(variance for _, variance in found) / len(found))
     noise = _NOISE * deviation * math.sqrt(means.shape[1])
     return _Space("w", lambda w, c: parts.synthesis(w), means, labels, deviation, noise)
 

@@ -232,6 +232,17 @@ def test_whether_images_are_augmented_is_said(monkeypatch):
     assert (gpu.G.kind, gpu.G.width, gpu.D.width) == ("r3gan", 64, 384)
 
 
+def test_shards_of_images_at_home_are_found_again(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    pictures("photos", *[(40, 40, 3)] * 3)
+    first = training_of("~/photos", [], gpu=False)
+    assert not first.prepared and first.preparation.out == str(here / "photos-32px")
+    first.prepare()
+    again = training_of("~/photos", [], gpu=False)
+    assert again.prepared and "their shards, at 32x32, are in" in again.notes[0]
+    assert config_of(again) == config_of(first)
+
+
 def test_shards_are_trained_on_as_they_are():
     pictures("photos", *[(48, 48)] * 3)
     write_shards("photos", "odd", Options(), workers=1)

@@ -104,9 +104,10 @@ def test_sample_makes_an_image_of_each_seed(run: Path) -> None:
         shardgan.sample(G, [5], truncation=0.7)
 
 
-def test_evaluate_gives_the_score_of_training(run: Path) -> None:
+def test_evaluate_gives_the_score_of_training(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(run.parent))
     environment = dict(os.environ)
-    scores = shardgan.evaluate(run)
+    scores = shardgan.evaluate(f"~/{run.name}")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], rel=1e-6)
     assert scores["efflite0_fake_images"] == 20 and environment == dict(os.environ)
@@ -253,6 +254,13 @@ def test_prepare_refuses_what_there_is_not_in_words(tmp_path: Path, options: Any
     with pytest.raises(UserError) as refused:
         shardgan.prepare(tmp_path / "in", tmp_path / "out", **options)
     assert str(refused.value) == said and not (tmp_path / "out").exists()
+
+
+def test_prepare_returns_where_the_shards_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "in").mkdir()
+    Image.new("L", (9, 9)).save(tmp_path / "in" / "a.png")
+    assert shardgan.prepare("~/in", "~/out") == tmp_path / "out" and (tmp_path / "out/index.json").exists()
 
 
 def test_sample_wants_what_load_returns() -> None:

@@ -22,8 +22,7 @@ def count_copies(index: Index) -> int:
     Those of equal CRC and size are read and compared: PNGs hold CRCs of their own, so two of one size have
     the same with a probability of 2^-16, not 2^-32.
     """
-    tables = (index.table(shard) for shard in range(len(index.shards)))
-    images = [table.crc.astype(np.uint64) << np.uint64(32) | table.size.astype(np.uint64) for table in tables]
+    images = [index.table(shard).crc_and_size for shard in range(len(index.shards))]
     _, kinds, counts = np.unique(np.concatenate(images), return_inverse=True, return_counts=True)
     alike = np.flatnonzero(counts[kinds] > 1).tolist()
     reader = Reader(index, window=1)

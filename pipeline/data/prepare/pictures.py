@@ -103,9 +103,9 @@ def _tried(data: bytes, read: Callable[[bytes], _T]) -> _T:
 def _looked(data: bytes) -> Look | Latent:
     if not data.startswith(NPY_MAGIC):
         image = _header(data)
-        return Look(image.width, image.height, _is_grey(image))
+        return Look(image.width, image.height, is_grey(image))
     found = _array(data)
-    return found if isinstance(found, Latent) else Look(*found.image.size, _is_grey(found.image))
+    return found if isinstance(found, Latent) else Look(*found.image.size, is_grey(found.image))
 
 
 def _opened(data: bytes) -> Picture | Latent:
@@ -140,7 +140,7 @@ def _header(data: bytes) -> Image.Image:
     return image
 
 
-def _is_grey(image: Image.Image) -> bool:
+def is_grey(image: Image.Image) -> bool:
     return image.mode in ("L", "1", "LA") or image.mode[0] == "I"
 
 
@@ -178,7 +178,7 @@ def fitted(
     that cannot be converted.
     """
     image, first = picture
-    grey = channels == 1 or (channels is None and _is_grey(image))
+    grey = channels == 1 or (channels is None and is_grey(image))
     facts = ["grey" if grey else "colour", f"{SIDE}{min(image.size)}"]
     if image.mode in _ALPHA or ("transparency" in image.info and image.mode[0] != "I"):
         facts.append("transparent")

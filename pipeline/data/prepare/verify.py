@@ -81,12 +81,9 @@ def _verify(location: Location, known: Mapping[str, Entry], url: str) -> Verifie
     problems += _against_index(table, entry, where)
     for old in indexed[:1]:
         problems += _against_sidecar(table, old, url)
-    images = table.crc.astype(np.uint64) << np.uint64(32) | table.size.astype(np.uint64) & np.uint64(
-        2**32 - 1
-    )
     against = ((INDEX,) if "sha256" in entry else ()) + (("sidecar",) if indexed else ())
     unlabelled = int((table.label < 0).sum())
-    return Verified(url, tuple(problems), table.filesize, against, images, unlabelled)
+    return Verified(url, tuple(problems), table.filesize, against, table.crc_and_size, unlabelled)
 
 
 def _against_index(table: SampleTable, entry: Entry, where: str) -> Iterator[str]:

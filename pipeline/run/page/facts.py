@@ -14,7 +14,7 @@ from pipeline.credentials import anonymous
 from pipeline.run.changes import DATA
 from pipeline.run.events import EVENTS
 from pipeline.run.folder import DONE, begun, flattened
-from pipeline.run.history import History
+from pipeline.run.history import History, seconds_of
 from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
 from pipeline.run.rows import rows
@@ -79,12 +79,7 @@ class Facts:
     @property
     def seconds(self) -> float:
         """Spent in training, without scoring and saving."""
-        before, seconds = 0, 0.0
-        for row in self.rows:
-            if speed := row.get("Timing/img_per_sec"):
-                seconds += (row["cur_nimg"] - before) / speed
-            before = row["cur_nimg"]
-        return seconds
+        return seconds_of(self.rows)
 
     @property
     def what(self) -> str:
