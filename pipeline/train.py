@@ -95,8 +95,6 @@ def _main(arguments: Sequence[str] | None, signals: StopSignals) -> int:
 
 
 def _read(path: str, overrides: Sequence[str], signals: StopSignals) -> tuple[Config, Launch, BatchShape]:
-    if not path:
-        raise UserError("Train on what? `python -m pipeline.train CONFIG [KEY=VALUE]…`")
     launch, config = read_launch(), load(path, overrides)
     batch = batch_shape(config.data, launch.world)
     check_objective(config, batch.images, launch.precision)
