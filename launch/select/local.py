@@ -155,5 +155,7 @@ class _Crew:
 def _complaint(log: Path, status: int) -> str:
     """The error of a failed trial, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["without a word"]
-    return f"exit status {status}: {said[0]} ({log})"
+    errors = (number for number, line in enumerate(lines) if line.startswith("error:"))
+    said = next((lines[number:] for number in errors), lines[-1:]) or ["without a word"]
+    text = " ".join(said[: 2 if said[0].endswith(":") else 1])  # what follows a colon is the reason
+    return f"exit status {status}: {text} ({log})"

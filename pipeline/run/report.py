@@ -197,9 +197,9 @@ class MainReport(Report):
             tracker.summary(values)
 
     def conclude(self, cur_nimg: int) -> None:
-        grid = newest(self._folder)
+        grid, reals = newest(self._folder), reals_of(self._folder)
         found = {
-            "images": f"{grid}   (real ones: {reals_of(self._folder)})" if grid else "",
+            "images": f"{grid}{f'   (real ones: {reals})' * reals.exists()}" if grid else "",
             "page": str(page) if (page := self._folder / "report.html").exists() else "",
             "metrics": f"{self._metrics}{self._missing()}",
             "networks": f"{self._folder / 'export'}{os.sep}",

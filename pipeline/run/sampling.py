@@ -1,7 +1,6 @@
 """Images of a trained G by seed: an image is a function of its seed, its class and the truncation alone.
 
-Unlike the latents of a grid (`Draws.grid`, one draw for the whole grid, by `--seed`), which stay as they are:
-a grid of another size is of other latents.
+Unlike the latents of a grid (`Draws.grid`), which are one draw for the whole grid, by `--seed`.
 """
 
 from __future__ import annotations

@@ -172,6 +172,24 @@ def test_a_trial_that_says_nothing_has_failed(tmp_path, monkeypatch):
     assert all("exit status 3: without a word" in problem for problem in problems.values())
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("error: no disk\nmore", "exit status 2: error: no disk"),
+        (
+            "error: this cannot be trained:\n  D has batch norm",
+            "exit status 2: error: this cannot be trained: D has",
+        ),
+    ],
+)
+def test_why_a_trial_has_failed_is_said(tmp_path, monkeypatch, printed, said):
+    _, trials = selection(tmp_path)
+    problems = []
+    code = f"import sys; print({printed!r}); sys.exit(2)"
+    train(tmp_path, trials[:1], lambda _, problem: problems.append(problem), monkeypatch, code, 1, [])
+    assert problems[0].startswith(said) and "more" not in problems[0]
+
+
 def test_it_waits_for_another_selection_and_for_trials_that_outlived_one(tmp_path):
     _, trials = selection(tmp_path)
     held = {folder: take(folder, print) for folder in (tmp_path / "mine", *(t.folder for t in trials[1:]))}
