@@ -156,8 +156,8 @@ def on_other_data(folder: Path, saved: State, state: State, new_data: bool) -> S
     if not new_data:
         raise CommonError(
             f"{folder} was trained on other data, or on another split of them: resuming would mix the two. "
-            "Point data.train at the same shards, with run.seed and data.holdout as they were; start over with "
-            "run.resume=false; or, to change the data of this run, set run.new_data=true."
+            "Point data.train at the same shards, with run.seed and data.holdout as they were; start over "
+            "with run.resume=false; or, to change the data of this run, set run.new_data=true."
         )
     if saved.num_classes != state.num_classes:
         raise CommonError(
