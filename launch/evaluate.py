@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
@@ -83,7 +84,7 @@ def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
 
 
 def _show(title: str, scores: dict[str, float]) -> None:
-    table = Table(title=title)
+    table = Table(title=Text(title))
     table.add_column("score")
     table.add_column("value", justify="right")
     for name, value in scores.items():

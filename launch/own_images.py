@@ -16,6 +16,7 @@ from launch.installed import configs
 from launch.presets import Preset
 from launch.training import Preparation, Training, of_run
 from pipeline.config import Config, Data, Run, UserError, load
+from pipeline.config_layers import as_override
 from pipeline.data.prepare.earlier import where_from
 from pipeline.data.prepare.known import KNOWN
 from pipeline.data.prepare.shards import Shards
@@ -54,10 +55,11 @@ def of_data(argument: str, path: Path, settings: Sequence[str], gpu: bool) -> Tr
         preparation = _preparation(argument, _beside(argument, path, size), _options(argument, path, size))
         train = preparation.out
     if begun is not None:
-        training = of_run(folder, [f"data.train={train}", *settings])
+        training = of_run(folder, [as_override("data.train", train), *settings])
         return dataclasses.replace(training, preparation=preparation)
     file = str(configs() / preset.config)
-    chosen = (f"run.name={run.name}", f"data.train={train}", *_choose(preset, seen, size), *settings)
+    named = as_override("run.name", str(run.name)), as_override("data.train", train)
+    chosen = (*named, *_choose(preset, seen, size), *settings)
     notes = _notes(argument, seen, preset, load(file, chosen).data, preparation, settings)
     return Training(file, chosen, tuple(notes), preparation)
 
@@ -75,7 +77,7 @@ def _refuse_inside(path: Path, run: Path) -> None:
 def _wanted(path: Path, settings: Sequence[str]) -> tuple[Run, Data]:
     """What the settings say of run and data; a run without a name has that of its data."""
     name = path.absolute().name if path.is_dir() else path.stem
-    named = [] if _gives("run.name", settings) else [f"run.name={name}"]
+    named = [] if _gives("run.name", settings) else [as_override("run.name", name)]
     # those of score too, as some data are refused without score.metrics=[]
     ours = [text for text in settings if text.startswith(("run.", "data.", "score."))]
     config = load(None, [*named, "data.train=.", *ours])
@@ -94,7 +96,7 @@ def _resumed(argument: str, source: Stored, folder: Path, begun: Config, setting
     if isinstance(source, Shards):
         if not _same_place(train, argument) and source.fingerprint() != _data_of(folder):
             raise other
-        return of_run(folder, [f"data.train={argument}", *settings], notes)
+        return of_run(folder, [as_override("data.train", argument), *settings], notes)
     record = _record(train)
     same_files = (record.get("source") or {}).get("fingerprint") == source.fingerprint()
     path = expanded(argument)

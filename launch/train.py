@@ -92,6 +92,7 @@ def train(
         stop.hold()
         os.execve(sys.executable, command, environment)
     status = launch_from_here(command, environment, resolved.run.stop_signal)
+    stop.ignore()
     sys.exit(0 if status == stop.INTERRUPTED and finished(folder, resolved) else status)
 
 

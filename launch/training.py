@@ -55,7 +55,10 @@ class Training:
 
 def of_run(path: Path, settings: Sequence[str], notes: Sequence[str] = ()) -> Training:
     """To resume the run in a folder, as its config.yaml says wherever it was moved to."""
+    from pipeline.config_layers import as_override
+
     path = path if path.name else path.absolute()
     # A run that once moved to other data must not move again by itself.
-    where = (f"run.out={path.parent}", f"run.name={path.name}", "run.new_data=false")
+    named = as_override("run.out", str(path.parent)), as_override("run.name", path.name)
+    where = (*named, "run.new_data=false")
     return Training(str(path / "config.yaml"), (*where, *settings), tuple(notes))

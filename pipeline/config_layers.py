@@ -125,6 +125,14 @@ def read_override(text: str, section: type) -> Layer:
     return layer
 
 
+def as_override(key: str, text: str) -> str:
+    """`key=text` that is read back as this text, whatever blanks or quotes it begins and ends with."""
+    if _unquoted(text.strip()) == text:
+        return f"{key}={text}"
+    quoted = text.replace("'", "''")
+    return f"{key}='{quoted}'"
+
+
 def is_setting(key: str, section: type) -> bool:
     """Whether section, a dataclass, has this setting; not so for options of a user's class."""
     return _hint(section, key.split(".")) is not None

@@ -54,7 +54,9 @@ class Run:
     new_settings: bool = False  # resume with another λ, lr, betas or γ (whatever may be [from, to])
     init: Place | None = None  # begin with the weights of another run, an export or .safetensors files
     init_optimizer: bool = False  # … and with that run's moments
-    timeout_s: Positive = 600.0  # a rank without a sign of life for this long ends the job
+    timeout_s: Annotated[float, Field(gt=0, le=1e9)] = (
+        600.0  # a rank without a sign of life for this long ends the job
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -21,6 +21,7 @@ from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.run.folder import check_same, finished
+from pipeline.run.resume import to_continue_from
 from pipeline.wording import counted, in_kimg
 
 Progress = Callable[[int, int], None]  # (bytes read, bytes to read)
@@ -73,9 +74,12 @@ def _config(job: Job) -> Iterator[Finding]:
         return
     try:
         check_same(config, folder)
+        _, damaged = to_continue_from(folder)
     except UserError as error:
         yield would_fail("config", str(error))
         return
+    for complaint in damaged:
+        yield warning("checkpoints", complaint, "An older one would be used.")
     if finished(folder, config):
         yield warning("config", f"{folder} is finished", "Raise run.total_kimg, or give another run.name.")
     else:

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from launch import processes
 from launch.argument import training_of
 from pipeline.config import load
+from pipeline.config_layers import as_override
 from pipeline.errors import RunError, UserError
 from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import Precision, Strategy
@@ -45,7 +46,7 @@ def train(
         check_features(load(training.config, training.settings).score)  # before training, as the command does
         return in_this_process(training.config, training.settings, precision)
     run = under_a_free_name(load(training.config, training.settings)).run
-    overrides += [f"run.name={run.name}", f"run.resume={_text(run.resume)}"]
+    overrides += [as_override("run.name", str(run.name)), f"run.resume={_text(run.resume)}"]
     options = ["--procs", str(procs), "--mixed_precision", precision]
     _command(
         ["train", str(config), *overrides, *options, *(["--strategy", strategy] if strategy else [])], procs

@@ -159,9 +159,10 @@ class Plan:
     """
 
     def __init__(self, split: Split, part: int) -> None:
-        self._split, self._part, self.seed, self.window = split, part, split.seed, split.window
+        self._split, self._part, self.seed = split, part, split.seed
         self.counts = split.counts(part)
         self._present = np.flatnonzero(self.counts)
+        self.window = max(1, min(split.window, len(self._present)))
         self.size = int(self.counts.sum())
         self.fingerprint = split.fingerprint(part)
         # Caches, not state: a batch may span two epochs, and any batch two windows.

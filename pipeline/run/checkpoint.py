@@ -208,7 +208,7 @@ class Pieces:
         self.checkpoint, self.player = checkpoint, player
         self._pieces: dict[tuple[str, str], list[tuple[int, int, Any]]] = {}
         self._scalars: dict[tuple[str, str], Any] = {}
-        for path in sorted(checkpoint.glob(f"{player}-*.safetensors")):
+        for path in _written(checkpoint, player):
             file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118
                 kind, _, rest = key.partition("/")
@@ -266,7 +266,13 @@ class Pieces:
 
 def read_buffers(checkpoint: Path, player: str) -> list[dict[str, torch.Tensor]]:
     """A player's buffers as each rank saved them, by rank."""
-    return [_buffers_in(path, player) for path in sorted(checkpoint.glob("buffers-*.safetensors"))]
+    return [_buffers_in(path, player) for path in _written(checkpoint, "buffers")]
+
+
+def _written(checkpoint: Path, what: str) -> list[Path]:
+    """The files of this kind that its manifest lists, by rank: others may have been copied beside them."""
+    names = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return [checkpoint / name for name in sorted(names) if re.fullmatch(rf"{what}-\d+\.safetensors", name)]
 
 
 def _buffers_in(path: Path, player: str) -> dict[str, torch.Tensor]:
@@ -277,7 +283,7 @@ def _buffers_in(path: Path, player: str) -> dict[str, torch.Tensor]:
 
 def _read_buffers(checkpoint: Path, engine: Engine, ranks: Ranks) -> dict[str, torch.Tensor]:
     """This rank's own buffers; if another world saved them, all ranks' pooled."""
-    paths, player = sorted(checkpoint.glob("buffers-*.safetensors")), engine.player.name
+    paths, player = _written(checkpoint, "buffers"), engine.player.name
     if len(paths) == ranks.world:
         return _buffers_in(paths[ranks.rank], player)
     return pooled(engine.module, read_buffers(checkpoint, player))
@@ -295,12 +301,14 @@ def _problem(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, not {FORMAT}"
+        if not manifest["files"]:
+            return "its manifest lists no files"
         for name, line in manifest["files"].items():
             if not re.fullmatch(r"[\w.-]+", name):
                 return f"file name {name!r}"
             if describe(checkpoint / name) != line:
                 return f"{name} is not what was written"
-    except (*_LACKING, ValueError, KeyError, TypeError) as error:
+    except (*_LACKING, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     except OSError as error:
         raise UserError(

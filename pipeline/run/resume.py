@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,12 +71,13 @@ class Start:
                 say(text)
 
 
-def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Start:
-    """state: that of a new run. Raises CommonError if the run has or had checkpoints, but no intact one, or
-    if it is new and run.init cannot be used."""
-    ranks.progress.doing = "looking for a checkpoint"
-    found, complaints = ranks.broadcast_from_main(lambda: checkpoint.recover(folder / "checkpoints"))
-    if found is None and not complaints and ranks.broadcast_from_main(lambda: has_saved(folder)):
+def to_continue_from(
+    folder: Path, look: Callable[[Path], tuple[Path | None, list[str]]] = checkpoint.newest_intact
+) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a run, None if it has not saved yet, and a complaint about each newer
+    one. Raises CommonError if the run has or had checkpoints, but no intact one."""
+    found, complaints = look(folder / "checkpoints")
+    if found is None and not complaints and has_saved(folder):
         complaints = [
             f"{folder / 'checkpoints'} is empty or gone, although the run has saved. Is a disk missing?"
         ]
@@ -84,6 +86,14 @@ def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Star
             "\n".join([f"{folder} holds no intact checkpoint to continue from:", *complaints])
             + "\nBring one back, or start over under a new name with run.resume=false."
         )
+    return found, complaints
+
+
+def find_start(config: Config, folder: Path, state: State, ranks: Ranks) -> Start:
+    """state: that of a new run. Raises CommonError if the run has or had checkpoints, but no intact one, or
+    if it is new and run.init cannot be used."""
+    ranks.progress.doing = "looking for a checkpoint"
+    found, complaints = ranks.broadcast_from_main(lambda: to_continue_from(folder, checkpoint.recover))
     for complaint in complaints if ranks.main else ():
         at = 0 if found is None else int(found.name)
         _warn(folder, at, "Damaged checkpoint", f"{complaint}; falling back")

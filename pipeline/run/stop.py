@@ -38,6 +38,12 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
+def ignore() -> None:
+    """Ignore stop signals, once all is done: else one would end this process in Python's own exit."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Listens for SIGTERM, SIGINT, SIGHUP and further signals, and watches the launcher, in one thread.
 

@@ -67,6 +67,12 @@ def test_a_window_keeps_its_shards_together() -> None:
         assert len(set(window[:10].tolist())) > 1, "samples of a window are mixed"
 
 
+def test_a_window_may_be_larger_than_the_data() -> None:
+    whole, larger = (Split([4, 7, 3], 0, window, 0.0).training() for window in (3, 10**30))
+    assert larger.window == 3
+    assert np.array_equal(whole.samples(0, 40), larger.samples(0, 40))
+
+
 def test_order_is_pinned() -> None:
     """The same on every machine and every numpy. Whoever must change it raises _VERSION."""
     assert permutation(10, 1, 2, 3).tolist() == [8, 1, 9, 3, 7, 5, 2, 0, 4, 6]

@@ -10,7 +10,7 @@ from launching import AFTER_20, BATCH, largest_difference, train
 from launching import accelerate as launch
 
 import pipeline.train
-from pipeline.run.checkpoint import newest_intact
+from pipeline.run.checkpoint import Pieces, newest_intact, read_buffers
 from pipeline.run.rows import rows
 
 FILES = [
@@ -69,6 +69,24 @@ def test_every_file_is_in_the_manifest(checkpoints):
     names = {p.name for p in (checkpoints / str(AFTER_20)).iterdir()}
     assert names == {*FILES, "state.json", "manifest.json"}
     assert newest_intact(checkpoints) == (checkpoints / str(AFTER_20), [])
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(checkpoints):
+    """Such as one of more ranks, copied over it."""
+    newest, older = checkpoints / str(AFTER_20), checkpoints / str(AFTER_20 - BATCH)
+    weights = Pieces(newest, "G")
+    shutil.copy(older / "G-00000.safetensors", newest / "G-00001.safetensors")
+    shutil.copy(older / "buffers-00000.safetensors", newest / "buffers-00002.safetensors")
+    assert newest_intact(checkpoints) == (newest, []) and len(read_buffers(newest, "G")) == 2
+    assert Pieces(newest, "G")._pieces.keys() == weights._pieces.keys()
+    assert all(len(found) == 1 for found in Pieces(newest, "G")._pieces.values())
+
+
+@pytest.mark.parametrize("manifest", ["null", '"x"', "[" * 5000, '{"format": 2, "files": []}', "{}"])
+def test_a_manifest_of_another_form_is_damaged(checkpoints, manifest):
+    (checkpoints / str(AFTER_20) / "manifest.json").write_text(manifest)
+    found, complaints = newest_intact(checkpoints)
+    assert found == checkpoints / str(AFTER_20 - BATCH) and len(complaints) == 1
 
 
 def test_nothing_is_taken_if_nothing_is_sound(checkpoints):

@@ -56,6 +56,18 @@ def test_a_sound_job(place: Path) -> None:
     assert not (place / "runs").exists()
 
 
+def test_a_run_without_an_intact_checkpoint_cannot_be_resumed(place: Path) -> None:
+    run = place / "runs" / "good"
+    (run / "checkpoints" / "400").mkdir(parents=True)
+    (run / "config.yaml").write_text(config.dump(config.load("good.yaml", ["run.name=good"])))
+    found = call("good.yaml", "--gpus", "1")
+    assert found.exit_code == 2, found.output
+    assert "holds no intact checkpoint to continue from" in found.output and "is damaged" in found.output
+    (run / "checkpoints" / "400").rmdir()
+    (run / "STOPPED").write_text("400")
+    assert "although the run has saved" in call("good.yaml", "--gpus", "1").output
+
+
 def test_what_would_fail_is_listed_at_once_with_status_2() -> None:
     settings = ["data.batch_size=13", "data.conditional=true", "data.size=48", "score.features=inception"]
     result = call("good.yaml", "--gpus", "2", *settings)

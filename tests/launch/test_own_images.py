@@ -16,8 +16,9 @@ from launch.argument import training_of
 from launch.contents import look_at
 from launch.installed import config_path, configs
 from launch.train import train
-from launch.training import Training
+from launch.training import Training, of_run
 from pipeline.config import Config, UserError, dump, load
+from pipeline.config_layers import as_override
 from pipeline.data.index import load_index
 from pipeline.data.prepare.files import open_source
 from pipeline.data.prepare.writer import Options
@@ -79,6 +80,15 @@ def test_configs_and_runs(here):
     assert (config.run.out, config.run.name, config.run.total_kimg) == ("elsewhere", "b", 7)
     assert config.penalty.G.l2 == 1e-3 and not config.run.new_data
     assert config_of(training_of(f"{moved}/", [], gpu=False)).run.name == "b"
+
+
+@pytest.mark.parametrize("name", ["'q'", '"q"', " q", "q ", "null", "~", "it's", "'", "a=b"])
+def test_a_run_and_shards_keep_whatever_name_they_have(here, name):
+    run = Path("out ", name)
+    config = load(None, [*of_run(run, []).settings, as_override("data.train", f"data/{name}")])
+    assert (config.run.out, config.run.name, config.data.train) == ("out ", name, f"data/{name}")
+    if name != "~":  # which is home
+        assert load(None, [as_override("data.train", name)]).data.train == name
 
 
 @pytest.mark.parametrize("folder", ["runs", "runs/trials"])

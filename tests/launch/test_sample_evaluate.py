@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pipeline.train
+from launch.evaluate import _show as show_scores
 from launch.evaluate import evaluate
 from launch.export import export as export_command
 from launch.sample import sample
@@ -68,6 +69,11 @@ def test_evaluate_gives_the_number_of_training_and_keeps_it(run):
     assert "Metrics/kid_efflite0_train" in second
     assert first["against"]["heldout"] != second["against"]["heldout"]  # 20 images and 10 do not compare
     assert json.loads((run / "reference.json").read_text())["heldout"]["images"] == 20
+
+
+def test_a_name_is_no_markup(capsys):
+    show_scores("[bold]a[old] after 2 kimg", {"Metrics/kid": 0.5})
+    assert "[bold]a[old] after 2 kimg" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_checkpoint_is_named_and_those_there_are_listed(run, tmp_path):

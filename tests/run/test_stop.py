@@ -351,3 +351,21 @@ def test_handlers_are_as_before_when_it_is_closed():
     assert [signal.getsignal(number) for number in ALL] != before
     signals.close()
     assert [signal.getsignal(number) for number in ALL] == before
+
+
+_ENDS = """
+import subprocess, sys, threading
+from pipeline.run import stop
+heard = threading.Event()
+stop.StopSignals(on_stop=lambda _: heard.set())
+bomb = "import os; us = os.getppid()\\nwhile os.getppid() == us: os.kill(us, 15)"
+subprocess.Popen([sys.executable, "-S", "-c", bomb])
+heard.wait()
+stop.ignore()
+sys.exit(7)
+"""
+
+
+def test_signals_do_not_change_the_status_of_a_process_that_is_done():
+    line = [sys.executable, "-c", _ENDS]
+    assert [subprocess.run(line, check=False, timeout=60).returncode for _ in range(3)] == [7, 7, 7]
