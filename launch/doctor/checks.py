@@ -74,16 +74,18 @@ def _config(job: Job) -> Iterator[Finding]:
         return
     try:
         check_same(config, folder)
+        if finished(folder, config):
+            yield warning(
+                "config", f"{folder} is finished", "Raise run.total_kimg, or give another run.name."
+            )
+            return
         _, damaged = to_continue_from(folder)
     except UserError as error:
         yield would_fail("config", str(error))
         return
+    yield ok("config", f"valid; the run in {folder} would be resumed")
     for complaint in damaged:
         yield warning("checkpoints", complaint, "An older one would be used.")
-    if finished(folder, config):
-        yield warning("config", f"{folder} is finished", "Raise run.total_kimg, or give another run.name.")
-    else:
-        yield ok("config", f"valid; the run in {folder} would be resumed")
 
 
 def launcher(job: Job) -> Iterator[Finding]:
