@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.select.candidates import Arm
 from pipeline.config import Config, UserError, dump, load
+from pipeline.config_layers import as_override
 from pipeline.run import checkpoint
 from pipeline.run.folder import as_begun, check_same, finished, finished_at
 from pipeline.wording import in_kimg
@@ -140,9 +141,9 @@ def _trials(
             f"run.seed={seed}",
             f"data.folds={folds}",
             f"data.fold={fold}",
-            f"run.out={_quoted(folder / 'trials')}",
-            f"run.name={_quoted(f'{arm.slug},seed={seed},fold={fold}')}",
-            f"track.group={_quoted(base.track.group or base.run.name)}",
+            as_override("run.out", str(folder / "trials")),
+            as_override("run.name", f"{arm.slug},seed={seed},fold={fold}"),
+            as_override("track.group", str(base.track.group or base.run.name)),
         )
         trial = Trial(arm, seed, fold, load(path, arguments), (path, *arguments))
         _check_folder(trial)
@@ -161,11 +162,6 @@ def _rhythm(base: Config) -> tuple[str, ...]:
     eval_kimg = base.run.tick_kimg * math.ceil(apart / base.run.tick_kimg - 1e-9)
     eval_kimg = eval_kimg if eval_kimg < base.run.total_kimg else 1e9  # at the end alone
     return "run.snapshot_kimg=1e9", f"run.eval_kimg={eval_kimg:.9g}", "run.keep=1"
-
-
-def _quoted(text: object) -> str:
-    """As YAML reads it back."""
-    return "'" + str(text).replace("'", "''") + "'"
 
 
 def _check_effective(candidates: Sequence[Arm], overrides: Sequence[str]) -> None:
