@@ -6,22 +6,18 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from pathlib import Path
+
+from pipeline import cgroups
 
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 """By these, torch binds the process that imports it to one core, and all that it starts later too."""
-
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cores() -> int:
     """Those that the process is bound to, or as few as a container's quota allows (`docker run --cpus`, a
     Kubernetes limit): threads beyond it would make each other wait."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    groups = ""
-    with suppress(OSError):
-        groups = Path("/proc/self/cgroup").read_text()
-    return min([bound, *_quotas(groups)])
+    return min([bound, *_quotas()])
 
 
 def bound_by(environ: Mapping[str, str], every: int | None = os.cpu_count()) -> str | None:
@@ -35,25 +31,14 @@ def bound_by(environ: Mapping[str, str], every: int | None = os.cpu_count()) -> 
     )
 
 
-def _quotas(groups: str, root: Path = _CGROUPS) -> Iterator[int]:
-    """The cores that each control group of this process allows, and each group around it.
-
-    groups: /proc/self/cgroup, `number:controllers:path` each. Of cgroup v2 there are no controllers in it.
-    """
-    for line in groups.splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounted = root / controllers
-        group = mounted / path.lstrip("/")  # a container sees its own as the root, wherever the host has it
-        for folder in (group, *group.parents):
-            with suppress(OSError, ValueError, ZeroDivisionError):
-                if controllers:
-                    names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-                    quota, period = (int((folder / name).read_text()) for name in names)
-                else:
-                    quota, period = map(int, (folder / "cpu.max").read_text().split())  # or "max 100000"
-                if quota > 0:  # -1: none
-                    yield max(1, math.ceil(quota / period))
-            if folder == mounted:
-                break
+def _quotas() -> Iterator[int]:
+    """The cores that each control group of this process allows."""
+    for folder, is_v1 in cgroups.folders("cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            if is_v1:
+                names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                quota, period = (int((folder / name).read_text()) for name in names)
+            else:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())  # or "max 100000"
+            if quota > 0:  # -1: none
+                yield max(1, math.ceil(quota / period))

@@ -15,7 +15,8 @@ FILES = sorted(p.relative_to(ROOT) for top in ("pipeline", "launch") for p in (R
 
 # What a file may import of ours. The longest prefix that fits a module decides; its own package is allowed.
 ARROWS = {
-    "pipeline.cores": (),
+    "pipeline.cgroups": (),
+    "pipeline.cores": ("pipeline.cgroups",),
     "pipeline.credentials": (),
     "pipeline.durable": (),
     "pipeline.errors": (),
@@ -44,6 +45,7 @@ ARROWS = {
     "pipeline.gan": ("pipeline.config", "pipeline.plugins"),
     "pipeline.data": (
         "pipeline.borrowed",
+        "pipeline.cgroups",
         "pipeline.config",
         "pipeline.console",
         "pipeline.cores",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline import cores
+from pipeline import cgroups, cores
 
 
 @pytest.mark.parametrize(
@@ -20,18 +20,26 @@ from pipeline import cores
         ("3:cpuset:/\n", {"cpuset/cpu.cfs_quota_us": "100000\n", "cpuset/cpu.cfs_period_us": "100000\n"}, []),
     ],
 )  # fmt: skip
-def test_quotas(tmp_path, groups, files, allowed):
+def test_quotas(tmp_path, monkeypatch, groups, files, allowed):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert list(cores._quotas(groups, tmp_path)) == allowed
+    (tmp_path / "self").write_text(groups)
+    monkeypatch.setattr(cgroups, "_OWN", tmp_path / "self")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    assert list(cores._quotas()) == allowed
+
+
+def test_where_there_are_no_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(cgroups, "_OWN", tmp_path / "missing")  # no Linux
+    assert list(cores._quotas()) == []
 
 
 def test_the_least_counts(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(cores, "_quotas", lambda _: iter(()))
+    monkeypatch.setattr(cores, "_quotas", lambda: iter(()))
     assert cores.cores() == 8
-    monkeypatch.setattr(cores, "_quotas", lambda _: iter((3, 5)))
+    monkeypatch.setattr(cores, "_quotas", lambda: iter((3, 5)))
     assert cores.cores() == 3
 
 

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline import cgroups
 from pipeline.config import UserError
 from pipeline.wording import in_bytes
 
@@ -25,7 +27,6 @@ _LABEL, _FLAG = 8, 1  # bytes per sample besides its pixels
 _UINT8: np.dtype[Any] = np.dtype(np.uint8)
 _SHARE = 0.75  # of the free memory: training needs some as well
 _reserved: dict[str, int] = {}  # paths of memory that this process keeps → file descriptors
-_OWN_GROUPS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class Cache:
@@ -112,20 +113,12 @@ def free_memory() -> int:
 
 
 def _free_in_groups() -> Iterator[int]:
-    for line in _OWN_GROUPS.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        root, most, used, idle = _CGROUPS, "memory.max", "memory.current", "inactive_file"
-        if controllers == "memory":
-            root, most, used = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            idle = "total_inactive_file"
-        elif controllers:
-            continue
-        group = root / path.lstrip("/")
-        for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
-            try:
-                limit = int((folder / most).read_text())  # "max" where there is none
-                counts = dict(text.split() for text in (folder / "memory.stat").read_text().splitlines())
-                # Cached files count as used, but are dropped when memory is needed.
-                yield limit - int((folder / used).read_text()) + int(counts.get(idle, 0))
-            except (OSError, ValueError):
-                continue
+    for folder, is_v1 in cgroups.folders("memory"):
+        most, used, idle = "memory.max", "memory.current", "inactive_file"
+        if is_v1:
+            most, used, idle = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        with suppress(OSError, ValueError):
+            limit = int((folder / most).read_text())  # "max" where there is none
+            counts = dict(text.split() for text in (folder / "memory.stat").read_text().splitlines())
+            # Cached files count as used, but are dropped when memory is needed.
+            yield limit - int((folder / used).read_text()) + int(counts.get(idle, 0))

@@ -12,8 +12,8 @@ import torch
 from streams import batches
 from tiny_shards import SIZE, MakeShards, image_of, write_tar
 
+from pipeline import cgroups
 from pipeline.config import UserError
-from pipeline.data import cache as memory
 from pipeline.data.cache import Cache, free_memory, reserve
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import Plan, Split
@@ -170,6 +170,6 @@ def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.Monke
         (folder / "memory.stat").write_text(f"cache 3\n{idle} {files}\n")
     own = tmp_path / "self"
     own.write_text(f"4:{'memory' if version == 1 else ''}:/slurm/job_7\n3:cpu:/slurm\n")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(memory, "_OWN_GROUPS", own)
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "_OWN", own)
     assert free_memory() == 7_000
