@@ -84,13 +84,15 @@ def _validated(layers: Iterable[Layer]) -> Config:
     refuse_resolvers(layers := [*layers])
     plain = [expand_shorthands(layer) for layer in layers]
     values: Any = deepcopy(reduce(_replacing, plain, Layer()))  # layers are read once and kept
-    if any(mark in repr(plain) for mark in ("${", "???")):  # else nothing is left to OmegaConf, which is slow
+    if "???" in repr(plain):  # merged by OmegaConf, it would leave what an earlier layer says
+        OmegaConf.to_container(OmegaConf.create(values), throw_on_missing=True)
+    if "${" in repr(plain):  # else nothing is left to OmegaConf, which is slow
         try:
             merged = OmegaConf.merge(*map(OmegaConf.create, plain))
         except TypeError:
             # A list for a section, or the other way round: the last one counts, and is judged below.
             merged = OmegaConf.create(values)
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(merged, resolve=True)
     return TypeAdapter(Config).validate_python(values)
 
 

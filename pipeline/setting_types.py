@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, Valida
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Kimg = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]  # as images it is an int64
+Kimg = Annotated[float, Field(ge=1e-3, le=1e12, allow_inf_nan=False)]  # an image or more; an int64 of them
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Signal = Literal["USR1", "USR2", "HUP", "CONT"]

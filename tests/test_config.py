@@ -336,7 +336,8 @@ def test_a_reference_to_nothing_is_named():
     [
         (["G.width=???"], r"G\.width", "width"),
         (["G=???"], "G", "G"),
-        (["G.width=${D.width}", "D.width=???"], r"G\.width", r"D\.width"),
+        (["G.width=${D.width}", "D.width=???"], r"D\.width", "width"),
+        (["G.width=8", "G.width=???"], r"G\.width", "width"),  # not what was given before
     ],
 )
 def test_a_value_that_is_yet_to_be_given_is_no_default(settings, key, missing):
@@ -350,6 +351,12 @@ def test_a_value_that_is_yet_to_be_given_is_no_default(settings, key, missing):
 def test_a_length_is_a_number_of_images_that_can_be_counted(key):
     with pytest.raises(UserError, match=rf"run\.{key}_kimg: Input should be less than or equal to"):
         load(f"run.{key}_kimg=1e306")
+
+
+@pytest.mark.parametrize("key", ["total", "tick", "snapshot", "checkpoint", "eval"])
+def test_a_length_is_an_image_or_more(key):
+    with pytest.raises(UserError, match=rf"run\.{key}_kimg: Input should be greater than or equal to 0\.001"):
+        load(f"run.{key}_kimg=5e-324")
 
 
 def test_a_folder_is_no_config_file(tmp_path):
