@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import Mock, patch
 
 import torch
@@ -33,8 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launch.doctor.memory import convert_without_memory
+from pipeline.config import Norm
 from pipeline.data.stream import Batch
 from pipeline.gan import second_order
+from pipeline.gan.layers import norm_layer
 from pipeline.gan.r3gan import Discriminator
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Contribution
@@ -111,6 +113,7 @@ def main(out: Path) -> None:
     found["order"] = {"cpu": order(torch.device("cpu"))}
     with pretending():
         found["order"]["device's thread"] = order(GPU)
+        found["norms"] = norms()
     out.write_text(json.dumps(found))
 
 
@@ -257,6 +260,14 @@ def order(device: torch.device) -> dict[str, Any]:
             node.register_prehook(note(node))
     loss.backward()
     return {"names": names, "elsewhere": threading.get_ident() not in threads}
+
+
+def norms() -> dict[str, str]:
+    """The dtype in which each norm gives its features under autocast to bf16."""
+    features = torch.zeros(4, 16, 8, 8, device=GPU, dtype=torch.bfloat16)
+    layers = {kind: norm_layer(kind, 16).to(GPU) for kind in get_args(Norm)}
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        return {kind: str(layer(features).dtype) for kind, layer in layers.items()}
 
 
 def bare_maths(case: Case) -> int:

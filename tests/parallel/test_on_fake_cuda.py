@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+
+from pipeline.config import Norm
 
 HERE = Path(__file__).parent
 
@@ -71,6 +74,12 @@ def test_a_device_thread_differentiates_in_the_order_of_a_cpu(recorded):
     cpu, device = recorded["order"]["cpu"], recorded["order"]["device's thread"]
     assert device["elsewhere"] and not cpu["elsewhere"]
     assert len(cpu["names"]) > 100 and device["names"] == cpu["names"]
+
+
+def test_norms_keep_bf16(recorded):
+    """Or all features after them would be fp32."""
+    assert set(recorded["norms"]) == set(get_args(Norm))
+    assert set(recorded["norms"].values()) == {"torch.bfloat16"}
 
 
 def test_mistakes_are_seen(recorded):
