@@ -8,7 +8,7 @@ from functools import partial
 from exact import killed_rank, parity, precision, resume, resume_ranks
 from files import loader, saves
 from machine import Outcome, surroundings
-from updates import compiled, compiled_exact, memory, no_waits, speed, step
+from updates import COMPILED, compiled, compiled_exact, memory, no_waits, speed, step
 
 Part = Callable[[], Outcome]
 
@@ -24,7 +24,7 @@ PARTS: dict[str, Part] = {
     "precision-fp16": partial(precision, "fp16"),
     **{f"parity-{s}": partial(parity, s) for s in ("ddp", "fsdp2", "zero3", "zero2", "zero1", "hsdp")},
     **{f"resume-{s}": partial(resume_ranks, s) for s in ("fsdp2", "zero2")},
-    "compiled": compiled,
+    **{f"compiled-{name}": partial(compiled, name) for name in COMPILED},
     "compiled-exact": compiled_exact,
     "killed-rank": killed_rank,
     "memory": memory,

@@ -22,10 +22,10 @@ import psutil
 import report
 from machine import Skipped
 from parts import PARTS
-from starting import Failed
+from starting import SECONDS, Failed
 
 MINUTES = 9.0  # for all parts of one call
-MOST_S = {"compiled": 150.0}  # for a part
+MOST_S = {"resume": 180.0, "speed": 180.0, "precision-bf16": 180.0, "precision-fp16": 180.0}  # for a part
 _MOST_S = 120.0  # for any other
 _LEAST_S = 20.0  # with less time left, no part begins
 _GRACE_S = 10.0  # for a part that is asked to end
@@ -80,7 +80,8 @@ def _run(name: str, out: Path, timeout: float) -> Result | None:
 
     start, answer, log = time.monotonic(), out / f"{name}.answer.json", out / f"{name}.log"
     answer.unlink(missing_ok=True)
-    status = run(_command(name, answer), log, timeout, {"SHARDGAN_GPU_OUT": str(out)})
+    variables = {"SHARDGAN_GPU_OUT": str(out), SECONDS: str(_most(name))}
+    status = run(_command(name, answer), log, timeout, variables)
     if status is None and timeout < _most(name):
         return None
     said = log.read_text(errors="replace")

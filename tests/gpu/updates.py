@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 SIZES = {  # published settings, at so many images per GPU
     "r3gan-cifar10": 64, "r3gan-ffhq64": 32, "r3gan-ffhq256": 8, "stylegan2-256": 8, "gat-b2": 32,
 }  # fmt: skip
-COMPILED = {"cifar10": 128, "resnet-64": 64, "stylegan2-256": 8, "gat-b2": 32}  # a family each
+COMPILED = (  # a family each
+    {"cifar10": 128, "resnet-64": 64, "stylegan2-256": 8, "gat-b2": 32}
+    if GPUS
+    else {"fashion-mnist": 16, "vit-small": 8}
+)
 EXACT = ("cifar10", "stylegan2-small")
 _BY_SGD = tuple(  # so that rounding is not enlarged to a step of Adam
     f"optim.{player}.{key}" for player in "GD" for key in ("kind=sgd", "lr=1e-3", "decoupled_decay=0")
@@ -167,9 +171,9 @@ def step() -> Outcome:
     return [], figures
 
 
-def compiled() -> Outcome:
-    """Updates as they are, compiled, and compiled with CUDA graphs, in turns: images per second, and times as
-    they are. Lazy penalties, in whose turns nothing is compiled, are due as often as in a run."""
+def compiled(name: str) -> Outcome:
+    """Updates of a config as they are, compiled, and compiled with CUDA graphs, in turns: images per second,
+    and times as they are. Lazy penalties, in whose turns nothing is compiled, are due as in a run."""
     from launch.bench.meter import clocked
     from pipeline.parallel.compilation import REDUCE_OVERHEAD, Compilation, check_compilation
 
@@ -178,30 +182,30 @@ def compiled() -> Outcome:
     for way in ways.values():
         check_compilation(way, "single", 1, bool(GPUS))
     kind, turns = ("bf16", 32) if GPUS else ("no", 9)
-    failures, figures = [], {}
-    for name, images in (COMPILED if GPUS else {"fashion-mnist": 16, "vit-small": 8}).items():
-        updates, taken = {}, {way: list[float]() for way in ways}
-        for way, how in ways.items():
-            try:
-                update = _update(name, kind, images, how)
-                for turn in range(_WARM_UP):
-                    with clocked(taken[way]):
-                        update(turn * images)
-            except RuntimeError as error:
-                failures.append(f"{name}, {way}: {str(error).splitlines()[0]}")
-            else:
-                updates[way] = update
-        for turn in range(_WARM_UP, _WARM_UP + turns):
-            for way, update in updates.items():
+    images = COMPILED[name]
+    failures, updates, taken = [], {}, {way: list[float]() for way in ways}
+    for way, how in ways.items():
+        try:
+            update = _update(name, kind, images, how)
+            for turn in range(_WARM_UP):
                 with clocked(taken[way]):
                     update(turn * images)
-        for way in updates:
-            first, slow, fast = taken[way][0], taken["as it is"][_WARM_UP:], taken[way][_WARM_UP:]
-            figures[f"{name}, {kind}, {images} images, {way}"] = {
-                "images/s": round(images * turns / sum(fast), 1),
-                "times as it is": round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2),
-                "first update, s": round(first, 1),
-            }
+        except RuntimeError as error:
+            failures.append(f"{way}: {str(error).splitlines()[0]}")
+        else:
+            updates[way] = update
+    for turn in range(_WARM_UP, _WARM_UP + turns):
+        for way, update in updates.items():
+            with clocked(taken[way]):
+                update(turn * images)
+    figures = {}
+    for way in updates:
+        first, slow, fast = taken[way][0], taken["as it is"][_WARM_UP:], taken[way][_WARM_UP:]
+        figures[f"{kind}, {images} images, {way}"] = {
+            "images/s": round(images * turns / sum(fast), 1),
+            "times as it is": round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 2),
+            "first update, s": round(first, 1),
+        }
     return failures, figures
 
 
