@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import struct
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wandb.proto.wandb_internal_pb2 import Record
 
-_HEADER = struct.pack("<4sHB", b":W&B", 0xBEE1, 0)
-_BLOCK = 32 * 1024
-_FRAGMENT = struct.Struct("<IHB")
-_FULL, _FIRST, _LAST = 1, 2, 4
+from pipeline.run.wandb_offline import records
 
 
 @dataclass
@@ -74,26 +68,3 @@ def _items(items: Any) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = json.loads(item.value_json)
     return row
-
-
-def records(data: bytes) -> Iterator[bytes]:
-    """The whole, intact records of a .wandb file: a header, then the framing of LevelDB's logs.
-
-    Blocks of 32 KiB hold fragments of records: checksum, length, kind (whole, first, middle or last), bytes.
-    """
-    at, parts = len(_HEADER), b""
-    while data.startswith(_HEADER) and at < len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _FRAGMENT.size:  # too little for a fragment: padding
-            at += left
-            continue
-        if at + _FRAGMENT.size > len(data):
-            return
-        checksum, length, kind = _FRAGMENT.unpack_from(data, at)
-        fragment = data[at + _FRAGMENT.size : at + _FRAGMENT.size + length]
-        if zlib.crc32(bytes([kind]) + fragment) != checksum:
-            return
-        at += _FRAGMENT.size + length
-        parts = fragment if kind in (_FULL, _FIRST) else parts + fragment
-        if kind in (_FULL, _LAST):
-            yield parts

@@ -21,8 +21,8 @@ SLOPE = 0.2  # of leaky ReLUs (Radford et al. 2016, section 3)
 
 class GroupNorm(nn.GroupNorm):
     """Torch's, with outputs in the dtype of x: under autocast a GPU computes it in fp32, and what follows
-    would stay so. Its backward on a CPU (2.13) ends the process by SIGSEGV where its weights need a gradient and
-    channels-last features do not: after layers that are frozen."""
+    would stay so. Its backward on a CPU (2.13) ends the process by SIGSEGV where its weights need a
+    gradient and channels-last features do not: after layers that are frozen."""
 
     def forward(self, x: Tensor) -> Tensor:
         only_weights = torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.durable import write
 from pipeline.errors import RunError, UserError
 from pipeline.parallel.ranks import Ranks
 from pipeline.run import events
 from pipeline.run.curves import CURVES, draw_run
 from pipeline.run.export import export
-from pipeline.run.folder import DONE, STOPPED
+from pipeline.run.markers import DONE, STOPPED, mark
 from pipeline.run.page.document import PAGE, write_beside
 from pipeline.run.report import Report
 from pipeline.run.spectrum import draw, record
@@ -33,7 +32,7 @@ def conclude(
 
 def _stop(folder: Path, state: State, report: Report, reason: str) -> None:
     report.still_ours()
-    _mark(folder / STOPPED, state)
+    _mark(folder, STOPPED, state)
     events.record(folder, "stop", state.cur_nimg, reason=reason)
     kimg = in_kimg(state.cur_nimg / 1000)
     report.say(f"Stopped at kimg {kimg} {reason}; the same command continues from there.")
@@ -48,13 +47,13 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     report.extra(CURVES, lambda: draw_run(folder))
-    _mark(folder / DONE, state)
+    _mark(folder, DONE, state)
     report.extra(PAGE, lambda: write_beside(folder))
     report.conclude(state.cur_nimg)
 
 
-def _mark(file: Path, state: State) -> None:
+def _mark(folder: Path, name: str, state: State) -> None:
     try:
-        write(file, f"{state.cur_nimg}\n")
+        mark(folder, name, state.cur_nimg)
     except OSError as error:
-        raise RunError(f"{file} could not be written: {why(error)}") from None
+        raise RunError(f"{folder / name} could not be written: {why(error)}") from None

@@ -15,8 +15,9 @@ from pipeline.config import Config, Ema, Run, UserError, dump, load, read_file, 
 from pipeline.durable import write
 from pipeline.lock import HeldError, Lock, refuse_held, take
 from pipeline.run.changes import CHANGES, DATA
+from pipeline.run.markers import DONE, SAVED, STOPPED, marked
 from pipeline.run.report import say
-from pipeline.run.rows import append, each_row, rows
+from pipeline.run.rows import append, rows
 from pipeline.run.saved_grids import reals_of
 from pipeline.wording import in_kimg
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from pipeline.parallel.ranks import Ranks
     from pipeline.run.stop import StopSignals
 
-DONE, STOPPED = "DONE", "STOPPED"  # how a run ended
 REFERENCE = "reference.json"  # what its scores are against
 
 _SHOWN = 16  # digits of a fingerprint
@@ -290,31 +290,15 @@ def finished(folder: Path, config: Config) -> bool:
 
 def finished_at(folder: Path) -> float:
     """cur_nimg at the end of a run that is finished; else 0."""
-    return _marked(folder / DONE)
+    return marked(folder, DONE)
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether checkpoints were there: the run has ended, or trained for twice as long as between two of them,
-    or the folder is a link to what is gone."""
+    """Whether there were checkpoints: the run has noted one, or has ended, or the folder is a link to what is
+    gone."""
     checkpoints = folder / "checkpoints"
     lost = checkpoints.is_symlink() and not checkpoints.exists()
-    return lost or any(_marked(folder / name) > 0 for name in (DONE, STOPPED)) or _is_past_a_save(folder)
-
-
-def _is_past_a_save(folder: Path) -> bool:
-    config = folder / "config.yaml"
-    if not config.is_file():
-        return False
-    later = 2000 * load(config).run.checkpoint_kimg
-    return any(row["cur_nimg"] > later for row in each_row(folder / "metrics.jsonl"))
-
-
-def _marked(file: Path) -> float:
-    """cur_nimg in a marker of a run's end; 0 if there is none."""
-    try:
-        return float(file.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    return lost or any(marked(folder, name) > 0 for name in (SAVED, STOPPED, DONE))
 
 
 def _fixed(config: Config) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipeline.run.images import PLAIN, Images
 from pipeline.run.metrics import METRICS
 from pipeline.run.report import say
 from pipeline.run.tensor_cache import read_tensor, write_tensor
-from pipeline.wording import counted
+from pipeline.wording import counted, why
 
 About = Mapping[str, Mapping[str, object]]
 """Of each part ("heldout", "train"): what scores against it depend on."""
@@ -145,20 +145,19 @@ def _real_features(
     return features, key
 
 
-def keep_to(file: Path, real: References) -> None:
+def keep_to(file: Path, real: References) -> str | None:
     """Record in `file`, once, what a run's scores are against; later scores must be against the same.
 
-    Raises UserError otherwise: numbers under one name would not compare.
+    Raises UserError otherwise: numbers under one name would not compare. Returns a complaint if the file
+    cannot be written now, which the next score does.
     """
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
-        changed = differences(before, real.about)
-        if not changed:
-            write(file, json.dumps(before | real.about, indent=1) + "\n")
+        changed, both = differences(before, real.about), before | real.about
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file} cannot be read or written: {error}. If it is damaged, remove it: new scores are then "
-            "assumed to compare with earlier ones."
+            f"{file} cannot be read: {error}. If it is damaged, remove it: new scores are then assumed to "
+            "compare with earlier ones."
         ) from None
     if changed:
         lines = [
@@ -167,6 +166,12 @@ def keep_to(file: Path, real: References) -> None:
             "Set score.images, score.train_images and score.features as before.",
         ]
         raise UserError("\n  ".join(lines))
+    if both != before:
+        try:
+            write(file, json.dumps(both, indent=1) + "\n")
+        except OSError as error:
+            return f"{file}, what scores are against, could not be written: {why(error)}."
+    return None
 
 
 def _compute(

@@ -26,6 +26,7 @@ from pipeline.parallel.ema import Ema
 from pipeline.parallel.engine import Engine
 from pipeline.parallel.ranks import Ranks
 from pipeline.run.checkpoint import FORMAT, describe, exchange, find, replaced
+from pipeline.run.markers import SAVED, mark, marked
 from pipeline.run.state import State
 
 Tensors = dict[str, torch.Tensor]
@@ -130,7 +131,8 @@ class Saver:
         self._job = self._thread.submit(work)
 
     def _finish(self, files: Lines) -> None:
-        """Add state and manifest, rename the folder, and delete checkpoints that are not kept."""
+        """Add state and manifest, rename the folder, and delete checkpoints that are not kept. In the run
+        folder is noted that it has saved."""
         partial, final = self._partial, self._folder / str(self._state.cur_nimg)
         self._still_ours()
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))
@@ -150,6 +152,9 @@ class Saver:
         self._still_ours()
         exchange(partial, final)
         sync(self._folder)
+        if not marked(self._folder.parent, SAVED):
+            with suppress(OSError):  # the next save does it
+                mark(self._folder.parent, SAVED, self._state.cur_nimg)
         shutil.rmtree(replaced(final), ignore_errors=True)
         best = self._state.best[1] if self._state.best else None
         upto = [nimg for nimg in find(self._folder) if nimg <= self._state.cur_nimg]

@@ -59,7 +59,8 @@ class Scorer:
                 self._extractor = load_features(self._config.score.features).to(self._ranks.device)
                 self._extractor.register_forward_pre_hook(self._interrupt)
             real = references(self._config, self._extractor, self._index, self._ranks, self._images)
-            self._ranks.broadcast_from_main(lambda: keep_to(self._reference, real))
+            if complaint := self._ranks.broadcast_from_main(lambda: keep_to(self._reference, real)):
+                self._report.warn("File not written", f"{complaint} The next score does it.")
             scores = evaluate_generator(
                 gan.G_ema.module(),
                 gan.draws,

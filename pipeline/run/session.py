@@ -37,6 +37,7 @@ from pipeline.run.health import BITS, FORWARD, ORDER, BadImages, Health, slowest
 from pipeline.run.heldout import HeldOutImages
 from pipeline.run.images import agreed_images, made_at_once
 from pipeline.run.report import Report
+from pipeline.run.resume import where_to_resume
 from pipeline.run.sample_grids import GRID, SampleGrids, spread
 from pipeline.run.saving import Saver
 from pipeline.run.scorer import Scorer
@@ -44,11 +45,6 @@ from pipeline.run.state import State
 from pipeline.run.stats import Reduced, Stats
 from pipeline.run.stop import StopSignals
 from pipeline.wording import counted
-
-_CONTINUE = (
-    "Make room, or mend what else the warnings name, and run the same command again: it continues from the "
-    "newest intact one."
-)
 
 
 class Session:
@@ -177,7 +173,7 @@ class Session:
         with self._off_the_clock("saving a checkpoint"):
             self._heed(self._saver.finish())
         if self._saver.failures:
-            raise RunError(f"The last checkpoint could not be written. {_CONTINUE}")
+            raise RunError(f"The last checkpoint could not be written. {self._how_to_continue}")
 
     def conclude(self, state: State, completed: bool) -> None:
         """Leave the marker that says how the run ended; export the networks of a completed one.
@@ -223,8 +219,13 @@ class Session:
         if self._saver.failures > self._config.run.max_failed_saves:
             raise RunError(
                 f"{counted(self._saver.failures, 'checkpoint')} in a row could not be written "
-                f"(run.max_failed_saves = {self._config.run.max_failed_saves}). {_CONTINUE}"
+                f"(run.max_failed_saves = {self._config.run.max_failed_saves}). "
+                f"{self._how_to_continue}"
             )
+
+    @property
+    def _how_to_continue(self) -> str:
+        return f"Make room, or mend what else the warnings name. {where_to_resume(self._folder)}"
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:

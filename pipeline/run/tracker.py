@@ -24,6 +24,7 @@ from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
 from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, leave_sweep, names, public, set_up
+from pipeline.run.wandb_offline import is_whole
 
 if TYPE_CHECKING:
     import wandb
@@ -219,7 +220,7 @@ class WandbTracker(Tracker):
 
     def _fail(self, error: Exception) -> None:
         if not self._failed:
-            self._failed = True
+            self._failed, self.where = True, f"incomplete. {_LATER}"
             self._announce(f"W&B has stopped, training continues without it: {in_a_line(error)}. {_LATER}")
 
 
@@ -313,6 +314,9 @@ def _finish(run: wandb.Run, status: int) -> None:
     run.finish(exit_code=status)
     if run.offline:  # finish() returns before the file is written; the service ends afterwards
         _end_service()
+        file = Path(run.dir).parent / f"run-{run.id}.wandb"
+        if not is_whole(file):
+            raise OSError(f"{file} could not be written whole (was the disk full?)")
 
 
 def _end_service() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import io
@@ -263,6 +264,26 @@ def test_scores_of_one_run_are_against_the_same_references(tmp_path):
     assert file.read_text() == kept and list(tmp_path.iterdir()) == [file]
     assert against(100).fingerprints == against(100).fingerprints
     assert against(100).fingerprints != against(99).fingerprints
+
+
+def test_what_scores_are_against_is_written_when_there_is_room(tmp_path, monkeypatch):
+    """A full disk costs no score, nor the run; one that has the file already costs nothing."""
+    file = tmp_path / "reference.json"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(references, "write", full)
+        said = references.keep_to(file, against(100))
+        assert said == f"{file}, what scores are against, could not be written: No space left on device."
+    assert references.keep_to(file, against(100)) is None and file.exists()
+    monkeypatch.setattr(references, "write", full)
+    assert references.keep_to(file, against(100)) is None
+    assert "could not be written" in str(references.keep_to(file, against(100, plan=7)))
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"cannot be read.*remove it"):
+        references.keep_to(file, against(100))
 
 
 # Other features

@@ -67,19 +67,16 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path, gone):
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "STOPPED").write_text("512\n")
     elif gone == "removed after a kill":
-        trained_until(tmp_path, 264)
+        (tmp_path / "SAVED").write_text("128\n")
     else:
         (tmp_path / "checkpoints").symlink_to(tmp_path / "disk" / "run")
     with pytest.raises(CommonError, match=r"(?s)holds no intact checkpoint .*checkpoints is empty or gone"):
         find_start(load(None, ["data.train=x"]), tmp_path, State(), RANKS)
 
 
-def trained_until(folder: Path, cur_nimg: int) -> None:
-    """With a save every 128 images."""
-    (folder / "config.yaml").write_text("data: {train: x}\nrun: {checkpoint_kimg: 0.128}\n")
-    (folder / "metrics.jsonl").write_text(f'{{"cur_nimg": 64}}\n{{"cur_nimg": {cur_nimg}}}\n')
-
-
-def test_a_run_that_has_not_saved_yet_starts(tmp_path):
-    trained_until(tmp_path, 192)  # where a save may have been under way
+def test_a_run_that_has_not_saved_yet_starts_over(tmp_path):
+    """However far it came: saves may have failed."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("data: {train: x}\nrun: {checkpoint_kimg: 0.128}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"cur_nimg": 64}\n{"cur_nimg": 1024}\n')
     assert find_start(load(None, ["data.train=x"]), tmp_path, State(), RANKS).checkpoint is None

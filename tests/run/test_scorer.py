@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -22,11 +23,16 @@ def is_best(state: State, metrics: list[str], **scores: float) -> tuple[bool, ob
 
 def test_all_ranks_go_by_the_scores_of_one(monkeypatch, tmp_path):
     """GPUs may differ in the last bits, and what is best is saved by all of them together."""
+
+    def from_main(make: Callable[[], dict[str, float] | None]) -> dict[str, object] | None:
+        made = make()
+        return made and {"from": "rank 0", **made}
+
     for name in ("load_features", "references", "keep_to", "made_at_once"):
         monkeypatch.setattr(scorer, name, Mock())
     monkeypatch.setattr(scorer, "evaluate_generator", lambda *_: {"Metrics/kid_efflite0": 0.3})
-    ranks = SimpleNamespace(device="cpu", broadcast_from_main=lambda make: {"from": "rank 0", **make()})
-    monkeypatch.setattr(scorer, "keep_to", lambda *_: {})
+    ranks = SimpleNamespace(device="cpu", broadcast_from_main=from_main)
+    monkeypatch.setattr(scorer, "keep_to", lambda *_: None)
     mine = Scorer(Mock(), tmp_path, Mock(), ranks, *[Mock()] * 4)  # type: ignore[arg-type]
     assert mine.evaluate(Mock()) == {"from": "rank 0", "Metrics/kid_efflite0": 0.3}
 

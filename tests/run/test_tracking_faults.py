@@ -303,6 +303,24 @@ def test_an_offline_file_cut_in_mid_record_does_not_keep_the_rest_from_wandb(tmp
     assert_whole(tmp_path, server.run)
 
 
+def test_an_offline_file_that_a_full_disk_cut_is_written_again(small_disk, monkeypatch):
+    """W&B's service does not tell of it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    job = Job(small_disk / "run").train(0, TOTAL)
+    job.tracker.pause()  # or it would see that a picture cannot be written
+    fill = small_disk / "fill"
+    with suppress(OSError), fill.open("wb", buffering=0) as file:
+        while file.write(bytes(2**16)):
+            pass
+    said = job.end()
+    assert len(said) == 2 and "could not be written whole (was the disk full?)" in said[1], said
+    assert "same command again" in job.tracker.where
+    fill.unlink()
+    again(small_disk / "run")
+    (run,) = offline_runs(small_disk / "run")
+    assert [row["_step"] for row in run.history] == [tick * 100 for tick in range(TOTAL)] and run.finished
+
+
 def test_what_was_synced_of_a_file_that_a_kill_cut_is_not_sent_twice(tmp_path, server, monkeypatch):
     """Only the server knows how much that was, so the run is completed there."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -6,7 +6,6 @@ disk, the same command makes only the shards that are missing.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
@@ -22,7 +21,6 @@ from pipeline.config import UserError
 from pipeline.data.record import Shard
 from pipeline.lock import LOCK, HeldError, Lock, LockLostError, take
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RECORDS, _RECIPE = ".progress", "recipe"
 
 
@@ -63,7 +61,7 @@ def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda 
         shutil.rmtree(target / LOCK)
     except OSError as error:
         _lock.check()  # the disk has not failed if another process removed the files
-        if error.errno not in FULL:
+        if error.errno not in durable.FULL:
             raise
         raise UserError(f"No space left for {target} ({error.strerror}). {_kept(folder)}") from None
     except BrokenProcessPool:

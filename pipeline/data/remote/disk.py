@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config import UserError
+from pipeline.durable import FULL
 
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_REFUSALS = (*FULL, errno.EROFS)
 
 
 class PassingError(UserError):

@@ -28,6 +28,7 @@ from pipeline.data.record import (
 from pipeline.data.remote.shard_cache import ShardCache
 from pipeline.data.remote.transfer import Patience, WrongBytesError, download, names_in, read
 from pipeline.data.remote.urls import RemoteFolder
+from pipeline.durable import FULL
 from pipeline.folders import cache_folder
 
 _LARGEST_INDEX = 1 << 30  # bytes
@@ -160,9 +161,12 @@ class RemoteShards:
         return table
 
     def _keep(self, table: sidecar.SampleTable, url: str) -> None:
+        """A full disk is no error: the sidecar is read again, or the shard walked."""
         try:
             sidecar.save(table, sidecar_path(self.home, url))
         except OSError as error:
+            if error.errno in FULL:
+                return
             raise UserError(
                 f"{self.home} cannot be written ({error.strerror}). Set SHARDGAN_CACHE to a folder with room."
             ) from None

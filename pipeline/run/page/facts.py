@@ -13,8 +13,9 @@ from pipeline.config import Config, UserError
 from pipeline.credentials import anonymous
 from pipeline.run.changes import DATA
 from pipeline.run.events import EVENTS
-from pipeline.run.folder import DONE, begun, flattened
+from pipeline.run.folder import begun, flattened
 from pipeline.run.history import History, seconds_of
+from pipeline.run.markers import DONE
 from pipeline.run.metrics import leading_chart, metric_of
 from pipeline.run.panels import label_of
 from pipeline.run.rows import rows
