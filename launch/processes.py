@@ -9,8 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -261,15 +262,31 @@ def reasons(output: str) -> list[str]:
 def run(command: list[str], environment: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
     """Run a launcher; its workers end with it, however this call ends."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
-    try:
-        out, err = started.communicate(timeout=timeout)
-    except BaseException:
-        os.killpg(started.pid, signal.SIGTERM)  # a launcher passes it on to workers in sessions of their own
+    with _signals_raised():
+        started = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         try:
-            started.communicate(timeout=_GRACE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
-            started.wait()
-        raise
+            out, err = started.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(started.pid, signal.SIGTERM)  # a launcher passes it on to workers in their own sessions
+            try:
+                started.communicate(timeout=_GRACE_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(started.pid, signal.SIGKILL)
+                started.wait()
+            raise
     return subprocess.CompletedProcess(command, started.returncode, out, err)
+
+
+@contextmanager
+def _signals_raised() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise SystemExit where they would end this process at once: what it started
+    would stay."""
+    ours = threading.current_thread() is threading.main_thread()
+    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(n) == signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)

@@ -20,7 +20,7 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.compilation import Compilation, check_compilation
 from pipeline.parallel.gpus import gpus, on_gpu
 from pipeline.parallel.launched import arithmetic, emulated
-from pipeline.run.folder import check_same, finished
+from pipeline.run.folder import check_same, finished, refuse_running
 from pipeline.run.resume import to_continue_from
 from pipeline.wording import counted, in_kimg
 
@@ -83,7 +83,12 @@ def _config(job: Job) -> Iterator[Finding]:
     except UserError as error:
         yield would_fail("config", str(error))
         return
-    yield ok("config", f"valid; the run in {folder} would be resumed")
+    try:
+        refuse_running(folder)
+    except UserError as error:
+        yield warning("config", str(error), "Until then it would be refused.")
+    else:
+        yield ok("config", f"valid; the run in {folder} would be resumed")
     for complaint in damaged:
         yield warning("checkpoints", complaint, "An older one would be used.")
 

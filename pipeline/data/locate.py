@@ -92,8 +92,9 @@ def _look(train: str) -> Location:
     paths = _expand(train)
     if not paths:
         near = did_you_mean(root)
+        seen = "" if Path(train).is_absolute() else f", seen from {Path.cwd()}"
         raise UserError(
-            f"There are no shards at {train}: no such folder, and no file it stands for.{near} {_MAKE}"
+            f"There are no shards at {train}{seen}: no such folder, and no file it stands for.{near} {_MAKE}"
         )
     folders = {str(path.parent) for path in paths}
     root = Path(os.path.commonpath(sorted(folders)))

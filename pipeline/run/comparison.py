@@ -179,9 +179,9 @@ def _score_column(
     cells = tuple(f"{s.value:.4g} ({in_kimg(s.cur_nimg / 1000)})" if s else NOTHING for s in found)
     best = set()
     for group in set(groups):
-        members = [(s.value, i) for i, s in enumerate(found) if s and groups[i] == group]
-        members = [member for member in members if math.isfinite(member[0])]
-        best |= {min(members)[1]} if len(members) > 1 else set()
+        members = {i: s.value for i, s in enumerate(found) if s and groups[i] == group}
+        members = {i: value for i, value in members.items() if math.isfinite(value)}
+        best |= {i for i, value in members.items() if len(members) > 1 and value == min(members.values())}
     return Column(title, cells, frozenset(best))
 
 

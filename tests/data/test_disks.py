@@ -18,6 +18,7 @@ from fsspec.implementations.http import HTTPFileSystem
 from remote_shards import QUICK, SOON, shards_kept
 
 from pipeline.config import UserError
+from pipeline.data import sidecar
 from pipeline.data.index import load_index
 from pipeline.data.remote import shard_cache, transfer
 from pipeline.data.remote.disk import linked
@@ -155,3 +156,22 @@ def test_a_cache_that_is_removed_while_a_shard_comes(
     message = r"s-0002.tar cannot be fetched: No such file .* on this machine \(\S+\.part\); see data.remote"
     with pytest.raises(UserError, match=message):
         index.open(2)
+
+
+def test_a_sidecar_that_does_not_fit_is_no_error(
+    server: FaultyServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody needs it: it says what a walk through the shard finds."""
+    index = load_index(server.url, remote=QUICK)
+    expected = index.table(1).label.tolist()
+    shutil.rmtree(cache)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(sidecar, "save", full)
+        again = load_index(server.url, remote=QUICK)
+        os.close(again.open(1))
+        assert len(shards_kept(cache)) == 1 and not list(cache.rglob("*.npz"))
+        assert again.table(1).label.tolist() == expected

@@ -25,6 +25,7 @@ from launch.doctor.checks import examine, job_of
 from launch.doctor.finding import Finding, Machine, fails
 from launch.processes import ACCELERATE_FILES, free_port
 from pipeline import config
+from pipeline.lock import take
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,18 @@ def test_a_run_without_an_intact_checkpoint_cannot_be_resumed(place: Path) -> No
     (run / "checkpoints" / "400").rmdir()
     (run / "STOPPED").write_text("400")
     assert "although the run has saved" in call("good.yaml", "--gpus", "1").output
+
+
+def test_a_run_that_is_being_trained_is_said_to_be(place: Path) -> None:
+    """A job that is submitted now may begin when that training has ended."""
+    run = place / "runs" / "good"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(config.dump(config.load("good.yaml", ["run.name=good"])))
+    with take(run, print):
+        found = call("good.yaml", "--gpus", "1")
+    assert found.exit_code == 0 and "would be resumed" not in found.output, found.output
+    assert "good is being trained by pid" in found.output and "Until then it would be refused" in found.output
+    assert "would be resumed" in call("good.yaml", "--gpus", "1").output
 
 
 def test_what_would_fail_is_listed_at_once_with_status_2() -> None:

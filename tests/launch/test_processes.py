@@ -291,6 +291,26 @@ def test_a_signal_that_waited_for_the_launcher_ends_it(monkeypatch, number, stat
     assert ended.value.code == status
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_a_command_started_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    """As of `selfcheck`, which starts launchers, if it is asked to end meanwhile."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    child = (
+        f"import time; pipe = open({str(pipe)!r}, 'w'); print('here', file=pipe, flush=True); time.sleep(600)"
+    )
+    script = (
+        "import os, sys; from launch import processes; "
+        f"processes.run([sys.executable, '-c', {child!r}], dict(os.environ), 600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=Path(launcher.__file__).parents[1]) as parent:
+        with pipe.open() as there:
+            assert there.readline() == "here\n"
+            parent.send_signal(number)
+            assert there.read() == ""  # until the child has ended
+        assert parent.wait() == 128 + number
+
+
 def test_a_launcher_lets_its_ranks_hold_many_connections():
     """Under a soft limit as shells have it, and never above the hard one."""
     script = (

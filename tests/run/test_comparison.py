@@ -69,6 +69,8 @@ def test_runs_without_scores_or_settings_take_nothing_from_others(tmp_path):
     assert table.notes == () and set(columns(table)) == {"kimg", "kid_efflite0 (kimg)", "precision_efflite0"}
     scores = table.columns[1]
     assert scores.cells == ("2 (2)", "1 (2)", "–", "3 (1)") and scores.best == {1}
+    equal = comparison.compare(read_histories([runs[1], a_run(tmp_path / "d", [4.0, 1.0], **same), runs[0]]))
+    assert equal.columns[1].best == {0, 1}
     (tmp_path / "c").mkdir()
     other = a_run(tmp_path / "c" / "other", [1.0], plan="b")
     apart = comparison.compare(read_histories([*runs, unscored, other]))
