@@ -36,6 +36,7 @@ _PREFETCH = 4  # batches ahead, per worker
 _TIMEOUT_S = 600.0  # without a batch: an error
 _LOOK_S = 5.0  # how often that is checked
 _SHARED_MEMORY = Path("/dev/shm")
+_FULL = f" Is {_SHARED_MEMORY} full? Make it larger (docker run --shm-size), or set data.workers=0."
 _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -116,7 +117,10 @@ class Loader(Iterator[Any]):
         if not (ready := wait(by_sentinel, timeout=1) if by_sentinel else []):
             return None
         if self._reasons.poll():
-            return f"A data worker could not hand over a batch: {self._reasons.recv()}."
+            reason = str(self._reasons.recv())
+            return (
+                f"A data worker could not hand over a batch: {reason}.{_FULL * ('shared memory' in reason)}"
+            )
         ended = by_sentinel[ready[0]]  # type: ignore[index]
         ended.join()  # its sentinel is ready a moment before its status is there
         return _ending(ended)
@@ -159,7 +163,7 @@ def _ending(process: multiprocessing.process.BaseProcess) -> str:
     if code >= 0:
         return f"A data worker (pid {process.pid}) ended by itself, with status {code}."
     name = signal.Signals(-code).name
-    why = {"SIGKILL": ": out of memory?", "SIGBUS": f": {_SHARED_MEMORY} is full?"}.get(name, "")
+    why = {"SIGKILL": ": out of memory? Fewer data.workers need less.", "SIGBUS": f".{_FULL}"}.get(name, ".")
     return f"A data worker (pid {process.pid}) was ended by {name}{why}"
 
 

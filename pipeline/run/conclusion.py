@@ -43,7 +43,7 @@ def _finish(folder: Path, state: State, report: Report) -> None:
     try:
         export(folder, folder / "export")
     except UserError as error:  # a run that began well
-        raise RunError(str(error)) from None
+        raise RunError(f"{error} All is trained and saved: the same command then only exports.") from None
     report.summary(record(folder))
     report.picture("Weights/spectra", lambda: draw(folder), state.cur_nimg)
     report.extra(CURVES, lambda: draw_run(folder))

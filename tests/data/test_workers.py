@@ -206,7 +206,17 @@ def test_a_worker_that_ends_by_itself() -> None:
 
 def test_an_item_that_cannot_be_handed_over() -> None:
     assert "could not hand over a batch: " in (text := told(Loader(Items(lambda: (lambda: 0,)), 1)))
-    assert "pickle" in text and "\n" not in text
+    assert "pickle" in text and "\n" not in text and "data.workers" not in text
+
+
+class Unshared:
+    def __reduce__(self) -> str:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left (28)")
+
+
+def test_shared_memory_that_is_full_is_named() -> None:
+    said = told(Loader(Items(lambda: (Unshared(),)), 1))
+    assert "No space left (28). Is /dev/shm full?" in said and "data.workers=0" in said
 
 
 def test_a_worker_that_makes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
