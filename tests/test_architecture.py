@@ -106,7 +106,9 @@ OWNERS = {  # who may import what is not for everyone above it
     "accelerate": ("pipeline.parallel",),
     "deepspeed": ("pipeline.parallel",),
     "tensorboard": ("pipeline.run.tensorboard",),
-    "wandb": ("pipeline.run.tracker", "pipeline.run.wandb_files", "pipeline.run.wandb_mode"),
+    "wandb": tuple(
+        f"pipeline.run.{name}" for name in ("tracker", "wandb_files", "wandb_mode", "wandb_offline")
+    ),
 }
 
 

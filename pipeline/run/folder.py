@@ -294,8 +294,8 @@ def finished_at(folder: Path) -> float:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether there were checkpoints: the run has noted one, or has ended, or the folder is a link to what is
-    gone."""
+    """Whether there were checkpoints: the run has recorded one, or has ended, or the folder is a link to
+    what is gone."""
     checkpoints = folder / "checkpoints"
     lost = checkpoints.is_symlink() and not checkpoints.exists()
     return lost or any(marked(folder, name) > 0 for name in (SAVED, STOPPED, DONE))

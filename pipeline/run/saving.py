@@ -131,8 +131,8 @@ class Saver:
         self._job = self._thread.submit(work)
 
     def _finish(self, files: Lines) -> None:
-        """Add state and manifest, rename the folder, and delete checkpoints that are not kept. In the run
-        folder is noted that it has saved."""
+        """Add state and manifest, rename the folder, and delete checkpoints that are not kept. The run
+        folder records that it has saved."""
         partial, final = self._partial, self._folder / str(self._state.cur_nimg)
         self._still_ours()
         (partial / "state.json").write_text(json.dumps(dataclasses.asdict(self._state), indent=1))

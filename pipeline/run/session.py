@@ -173,7 +173,7 @@ class Session:
         with self._off_the_clock("saving a checkpoint"):
             self._heed(self._saver.finish())
         if self._saver.failures:
-            raise RunError(f"The last checkpoint could not be written. {self._how_to_continue}")
+            raise RunError(f"The last checkpoint could not be written. {_how_to_continue(self._folder)}")
 
     def conclude(self, state: State, completed: bool) -> None:
         """Leave the marker that says how the run ended; export the networks of a completed one.
@@ -216,16 +216,11 @@ class Session:
             self._state.best, self._state.best_of = self._saver.best
         for complaint in complaints:
             self._report.warn("Checkpoint not written", f"{complaint} Training continues; earlier ones stay.")
-        if self._saver.failures > self._config.run.max_failed_saves:
+        if self._saver.failures > (most := self._config.run.max_failed_saves):
             raise RunError(
                 f"{counted(self._saver.failures, 'checkpoint')} in a row could not be written "
-                f"(run.max_failed_saves = {self._config.run.max_failed_saves}). "
-                f"{self._how_to_continue}"
+                f"(run.max_failed_saves = {most}). {_how_to_continue(self._folder)}"
             )
-
-    @property
-    def _how_to_continue(self) -> str:
-        return f"Make room, or mend what else the warnings name. {where_to_resume(self._folder)}"
 
     @contextmanager
     def _off_the_clock(self, doing: str) -> Iterator[None]:
@@ -265,3 +260,7 @@ def _peak_memory_gb(device: torch.device) -> float:
         return peak / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _how_to_continue(folder: Path) -> str:
+    return f"Make room, or mend what else the warnings name. {where_to_resume(folder)}"

@@ -19,7 +19,7 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 def is_whole(path: Path) -> bool:
     """Whether it was closed by the run's end. Raises OSError."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made on import
 
     return any(Record.FromString(data).HasField("exit") for data in records(path.read_bytes()))
 
