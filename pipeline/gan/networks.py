@@ -89,13 +89,20 @@ def check_reach(config: Config, largest: float) -> None:
 
 def _build(config: Config, player: Player, num_classes: int) -> nn.Module:
     network, arguments = _made(config, player), _arguments(config, player, num_classes)
-    with torch.device("cpu"), _seeded(derive_seed(config.run.seed, "weights", player)):
-        try:
-            return network(**arguments)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
+    seed = derive_seed(config.run.seed, "weights", player)
+    with torch.device("cpu"), _seeded(seed), _explaining(config, player):
+        return network(**arguments)
+
+
+@contextmanager
+def _explaining(config: Config, player: Player) -> Iterator[None]:
+    """Around a network's constructor."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_title(config, player)} cannot be built: {reason(error)}") from error
 
 
 @contextmanager
@@ -220,7 +227,12 @@ def _check_shape(
     network, arguments = _made(config, player), _arguments(config, player, num_classes)
     path = player == "G" and config.penalty.path.weight > 0
     if _section(config, player).kind in FAMILIES and not path:  # their constructors refuse what does not fit
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), _Unfilled():
+        with (
+            torch.device("meta"),
+            torch.random.fork_rng(devices=[]),
+            _Unfilled(),
+            _explaining(config, player),
+        ):
             module = network(**arguments)
         if player == "D":
             check_layers(config, module)

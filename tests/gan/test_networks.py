@@ -198,6 +198,14 @@ def test_a_users_class_is_found_beside_the_command(users, num_classes):
     assert D(G(torch.randn(2, 8), c), c).shape == (2,)
 
 
+@pytest.mark.parametrize("setting", ["G.z_dim", "D.width"])
+def test_what_torch_cannot_build_is_said_of_our_own_networks_too(setting):
+    with pytest.raises(
+        UserError, match=rf"^{setting[0]}\.kind=dcgan cannot be built: RuntimeError: Storage size"
+    ):
+        check_networks(config(f"{setting}={10**18}"), 0)
+
+
 def test_a_class_that_computes_in_its_constructor_is_tried_on_the_cpu(users):
     check_networks(config("D.kind=mynets.nets:NotOnMeta"), 0)
 
