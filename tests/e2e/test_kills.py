@@ -125,6 +125,7 @@ def test_killed_in_the_middle(worlds):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("strategy", "world", "kills", "networks"),
     [
