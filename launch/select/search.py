@@ -21,7 +21,7 @@ from launch.select import files
 from launch.select.candidates import Arm, arm_of
 from launch.select.choice import Row
 from launch.select.ranges import Axis, axes_of, own_value
-from launch.select.trials import Trial, trials
+from launch.select.trials import Trial, check_comparable, trials
 from pipeline.config import Config, UserError, load
 from pipeline.plugins import require
 
@@ -141,14 +141,17 @@ class Search:
                 yield values, score
 
 
-def _check_ends(config: str, settings: Sequence[str], axes: Sequence[Axis]) -> None:
-    """Raises UserError, before anything starts, for ends that the config does not take together."""
+def _check_ends(base: Config, config: str, settings: Sequence[str], axes: Sequence[Axis]) -> None:
+    """Raises UserError, before anything starts, for ends that the config does not take together, or whose
+    trials would not compare."""
+    resolved: dict[Arm, Config] = {}
     for combination in islice(product(*(axis.ends for axis in axes)), _COMBINATIONS):
         arm = arm_of({axis.key: end for axis, end in zip(axes, combination, strict=True)})
         try:
-            load(config, [*settings, *arm.settings])
+            resolved[arm] = load(config, [*settings, *arm.settings])
         except UserError as error:
             raise UserError(f"The search may propose {arm.name}. {error}") from None
+    check_comparable(base, resolved)
 
 
 def search(
@@ -156,12 +159,12 @@ def search(
 ) -> tuple[Config, Search]:
     """The base config, and a search in it. ranges: of --grid. count: candidates.
 
-    Raises UserError for ranges that cannot be read, or whose ends the config does not take.
+    Raises UserError for ranges that cannot be read, or whose ends the config does not take or do not compare.
     """
     require("optuna", "search", "--search tpe")
     base = load(config, settings)
     axes = axes_of(ranges, base)
-    _check_ends(config, settings, axes)
+    _check_ends(base, config, settings, axes)
     own = {axis.key: axis.spelled(own_value(axis.key, base) or axis.ends[0]) for axis in axes}
     folder = Path(base.run.out) / str(base.run.name)
 

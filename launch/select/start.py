@@ -36,7 +36,8 @@ _COMMON = "selection.json"
 def common(
     trials: Sequence[Trial], launch: LaunchOptions, searched: Sequence[Axis] | None = None
 ) -> dict[str, Any]:
-    """What all trials of a selection share besides the config, now and later. searched: axes of a search."""
+    """What all trials of a selection share besides the config, now and later. searched: axes of a search, in
+    their order, as proposals depend on it."""
     keys = [f"--grid {key}" for key in trials[0].arm.values] or ["--arms"]
     return {
         "candidates": keys if searched is None else [f"--search tpe {axis.text}" for axis in searched],
@@ -53,11 +54,17 @@ def check_common(folder: Path, now: dict[str, Any]) -> None:
     try:
         before = json.loads(file.read_text()) if file.exists() else {}
         changes = [
-            f"{key}: {before[key]} → {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+            f"{key}: {_text(before[key])} → {_text(now[key])}"
+            for key in now
+            if before.get(key, now[key]) != now[key]
         ]
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{file} cannot be read: {error}. Give the selection another run.name.") from None
     refuse(f"{folder} holds a selection made in another way", changes)
+
+
+def _text(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def write_common(folder: Path, now: dict[str, Any]) -> None:

@@ -107,7 +107,7 @@ def trials(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)
-    _check_comparable(base, {arm: load(path, [*overrides, *arm.settings]) for arm in candidates})
+    check_comparable(base, {arm: load(path, [*overrides, *arm.settings]) for arm in candidates})
     found = _trials(path, overrides, base, candidates, folds, seeds)
     if any(as_begun(trial.config, trial.folder).ema != trial.config.ema for trial in found):
         # The selection began without ema.rampup: trials with it would not compare with those.
@@ -188,7 +188,7 @@ def _both_players(key: str) -> set[str]:
     )
 
 
-def _check_comparable(base: Config, resolved: Mapping[Arm, Config]) -> None:
+def check_comparable(base: Config, resolved: Mapping[Arm, Config]) -> None:
     """Refuse arms that are one training or have one name, and those that change what scores are against."""
     seen: dict[str, Arm] = {}
     for arm, config in resolved.items():

@@ -73,12 +73,25 @@ def _what(config: Config, facts: Exported) -> str:
         trained = f"D was shown {now:,} of them, counting repeats, after {facts.data_since:,} of other data."
     if config.run.init is not None:
         trained += f" It began with the weights of {_code(public(Path(str(config.run.init)).name))}."
+    past = _changed(facts)
     return f"""
 A generator G and a discriminator D of {data.size}x{data.size} {colour}{classes}, trained by ShardGAN on
 {owned} of {_code(public(str(data.train)))}{apart}. {trained}
 
 Networks: G {_code(config.G.kind)}, D {_code(config.D.kind)}. Loss: {_code(config.loss.kind)}. L2 penalties:
-λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`."""
+λ_G = {in_time(penalty.G.l2)} on `{penalty.G.on}`, λ_D = {in_time(penalty.D.l2)} on `{penalty.D.on}`.{past}"""
+
+
+def _changed(facts: Exported) -> str:
+    rows = [
+        f"- {row['key']}: {row['old']} → {row['new']} after {row['cur_nimg']:,} images"
+        for row in facts.changes
+    ]
+    return (
+        "\n".join(["\n\nThese settings are those of the end. Some were others before:\n", *rows])
+        if rows
+        else ""
+    )
 
 
 def _classes(facts: Exported) -> Iterator[str]:
@@ -212,7 +225,10 @@ images = shardgan.sample(G, seeds=range(16))  # uint8 [16, {shape}]{classes}
 
 
 def _files(config: Config, facts: Exported) -> str:
-    rows = "\n".join(f"| `{name}` | {what} |" for name, what in _FILES.items() if name in facts.files)
+    whats = dict(_FILES)
+    if facts.changes:
+        whats["config.yaml"] = "the settings at its end, which were not the same in all of the training"
+    rows = "\n".join(f"| `{name}` | {what} |" for name, what in whats.items() if name in facts.files)
     decoder = config.data.decoder
     latents = (
         f"\n\nG makes latents, and what makes images of them is not among the files: "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pipeline.run.changes import settings_changed
 from pipeline.run.history import History, Score
 from pipeline.run.metrics import METRICS, leading_chart, metric_of
 from pipeline.wording import in_kimg, setting
@@ -58,7 +59,18 @@ def compare(histories: Sequence[History]) -> Comparison:
     of_evaluate, apart = _evaluated_columns(histories)
     settings = [Column(key, values) for key, values in settings_apart(histories).items()]
     columns += [*leading, *of_evaluate, *settings, *others]
+    more += _changed(histories)
     return Comparison(tuple(history.name for history in histories), tuple(columns), (*more, *apart))
+
+
+def _changed(histories: Sequence[History]) -> list[str]:
+    """A note for each run that did not have its present settings from the start."""
+    changes = {h.name: settings_changed(h.changes, h.rows[-1]["cur_nimg"]) for h in histories}
+    texts = {
+        name: [f"{row['key']} was {row['old']} up to kimg {in_kimg(row['cur_nimg'] / 1000)}" for row in rows]
+        for name, rows in changes.items()
+    }
+    return [f"{name}: {', '.join(found)}." for name, found in texts.items() if found]
 
 
 def differing(each: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:

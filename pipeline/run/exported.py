@@ -19,7 +19,7 @@ from pipeline.config import Config, UserError
 from pipeline.data.index import Index, load_index
 from pipeline.data.plan import split_of
 from pipeline.durable import write
-from pipeline.run.changes import CHANGES, data_since
+from pipeline.run.changes import CHANGES, data_since, settings_changed
 from pipeline.run.evaluations import evaluated
 from pipeline.run.folder import reference_of
 from pipeline.run.references import fingerprints
@@ -48,6 +48,7 @@ class Exported:
     scores: dict[str, float] | None = None  # of this very checkpoint, by chart name
     against: dict[str, str] | None = None  # fingerprints of the real images of these scores
     data_since: int = -1  # the cur_nimg after which it was trained on these data; −1: from the start
+    changes: tuple[dict[str, Any], ...] = ()  # settings that changed in mid-run: cur_nimg, key, old, new
     files: tuple[str, ...] = ()
     card: str = ""  # its SHA-256 as it was written
     format: Literal[1] = 1
@@ -89,7 +90,8 @@ def facts_of(run: Path, config: Config, state: State) -> Exported:
         list(state.classes),
         scores=scores,
         against=against,
-        data_since=_data_since(run),
+        data_since=data_since(_changes(run)),
+        changes=tuple(settings_changed(_changes(run), state.cur_nimg)),
     )
     index = _index(config, state)
     if index is None:
@@ -142,11 +144,11 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _rows(run: Path, more: Row) -> Iterator[Row]:
     """Those since the run has its present data."""
     with suppress(OSError):
-        since = _data_since(run)
+        since = data_since(_changes(run))
         yield from (row | more for row in reversed(rows(run / "metrics.jsonl")) if row["cur_nimg"] > since)
 
 
-def _data_since(run: Path) -> int:
+def _changes(run: Path) -> list[Row]:
     with suppress(OSError):
-        return data_since(rows(run / CHANGES))
-    return -1
+        return rows(run / CHANGES)
+    return []

@@ -191,7 +191,9 @@ def begun(folder: Path) -> Config:
 
 def check_same(config: Config, folder: Path) -> None:
     """Raises UserError when resuming the run in `folder` with this config would make it another run, or its
-    new scores ones that do not compare with earlier ones."""
+    new scores ones that do not compare with earlier ones; and for the folder of a selection."""
+    if (folder / "trials").is_dir() and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a selection. Give this run another run.name.")
     _check_scores(config, folder)
     changed = changes(config, folder)
     may = {key for key in changed if key in _changeable(config)}

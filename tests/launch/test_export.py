@@ -196,6 +196,16 @@ def test_a_card_of_weights_that_have_seen_other_images():
     assert "shown 600 of them, counting repeats, after 400 of other data." in words["moved"]
 
 
+def test_a_card_tells_of_settings_that_changed_in_mid_run():
+    change = {"cur_nimg": 400, "key": "penalty.G.l2", "old": 0.0, "new": 0.001}
+    plain = config.load(None, ["data.train=d", "penalty.G.l2=0.001"])
+    files = replace(FACTS, files=("config.yaml",))
+    always, changed = (" ".join(card(plain, f).split()) for f in (files, replace(files, changes=(change,))))
+    assert "Some were others before: - penalty.G.l2: 0.0 → 0.001 after 400 images" in changed
+    assert "| the settings at its end, which were not the same in all of the training |" in changed
+    assert "others before" not in always and "| the settings it was trained with;" in always
+
+
 def test_a_later_export_replaces_an_earlier_one_whole(run, tmp_path, monkeypatch):
     """Without what it does not write itself; nor anything else that lies there."""
     out = tmp_path / "out"

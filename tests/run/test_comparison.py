@@ -98,6 +98,15 @@ def test_only_settings_that_differ_are_shown_and_the_best_is_marked(tmp_path):
     assert best == {"kid_efflite0 lowest (kimg)": {1}, "kid_efflite0 last (kimg)": {1}}
 
 
+def test_that_a_run_had_other_settings_before_is_said(tmp_path):
+    a_run(tmp_path / "a", [4.0], "penalty: {l2: 0}")
+    b = a_run(tmp_path / "b", [4.0, 3.0], "penalty: {l2: 1.0e-3}")
+    change = {"cur_nimg": 1000, "key": "penalty.G.l2", "old": 0.0, "new": 0.001}
+    (b / "changes.jsonl").write_text(json.dumps(change) + "\n")
+    table = comparison.compare(read_histories(sorted(tmp_path.iterdir())))
+    assert table.notes == ("b: penalty.G.l2 was 0.0 up to kimg 1.",)
+
+
 def test_players_with_different_penalties_have_a_column_each(tmp_path):
     for number, (G, D) in enumerate([(0.0, 0.0), (0.5, 0.25)]):
         a_run(tmp_path / str(number), [1.0], f"penalty: {{G: {{l2: {G}}}, D: {{l2: {D}}}}}")

@@ -134,3 +134,12 @@ def test_a_new_run_does_not_go_on_where_another_has_just_ended(tmp_path, monkeyp
     _, place, lock = folder.claim_folder(asked, lambda _: None, lambda: False)
     assert lock is not None and (ended, place) == ([tmp_path / "x"], tmp_path / "x-2")
     lock.release()
+
+
+def test_a_selection_is_not_trained_in(tmp_path):
+    """Both `select` and `train` call what they make after the config."""
+    (tmp_path / "mine" / "trials").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"mine is a selection\. Give this run another run\.name\."):
+        find_folder(settings(f"run.out={tmp_path}", "run.name=mine"), print)
+    found, folder = find_folder(settings(f"run.out={tmp_path}", "run.name=mine", "run.resume=false"), print)
+    assert folder.name == found.run.name == "mine-2"

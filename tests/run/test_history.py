@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Config, UserError
-from pipeline.run.changes import data_since
+from pipeline.run.changes import data_since, settings_changed
 from pipeline.run.history import read_histories, read_history, trials_of
 from pipeline.run.panels import panels_of
 
@@ -146,3 +146,21 @@ def test_a_run_without_results_is_left_out_beside_others(tmp_path, capsys):
 def test_since_when_a_run_has_its_present_data(moves, since):
     rows = [{"cur_nimg": at, "key": "data", "old": old, "new": new} for at, old, new in moves]
     assert data_since([{"cur_nimg": 50, "key": "optim.G.lr", "old": 1, "new": 2}, *rows]) == since
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ([], []),
+        ([(0, "lr", 1, 2)], []),  # before it had trained
+        ([(500, "lr", 1, 2)], []),  # after the checkpoint
+        ([(300, "l2", 0, 1), (200, "lr", 1, 2)], [(200, "lr", 1, 2), (300, "l2", 0, 1)]),
+        ([(200, "lr", 1, 2), (200, "lr", 2, 1)], []),  # it went back to 1 before it trained with 2
+        ([(300, "lr", 1, 2), (100, "lr", 1, 2)], [(100, "lr", 1, 2)]),  # it fell back to an older checkpoint
+        ([(200, "data", "a", "b")], []),
+    ],
+)
+def test_which_settings_were_others_before(changes, found):
+    keys = ("cur_nimg", "key", "old", "new")
+    rows = [dict(zip(keys, change, strict=True)) for change in changes]
+    assert [tuple(row[key] for key in keys) for row in settings_changed(rows, 500)] == found
