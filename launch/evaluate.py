@@ -61,7 +61,7 @@ def evaluate(
     """
     scores, cur_nimg = score_run(
         run,
-        [name.strip() for name in metrics.split(",")],
+        metrics.split(","),
         features=features,
         images=images,
         train_images=train_images,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from pipeline.errors import UserError
 
@@ -165,6 +166,18 @@ def make_again(source: str, out: str, options: Options) -> None:
 def _index_only(source: str, out: str | None) -> None:
     if out is not None:
         raise click.UsageError("With --index-only give one folder: the index is written beside its shards.")
+    context = click.get_current_context()
+    others = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in ("source", "out", "index_only")
+        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
+    if others:
+        raise click.UsageError(
+            f"--index-only lists shards as they are. Leave {' and '.join(others)} out; to make other shards "
+            "of these: shardgan prepare SHARDS OUT."
+        )
     from pipeline.data.prepare.reindex import build_index
 
     index = build_index(source, lambda text: click.echo(text, err=True))

@@ -73,7 +73,10 @@ def make_shards(folder: Path, size: int, channels: int, kind: str) -> Path:
     """Two indexed shards of the small image set, scaled; for colour, each grey image in three shades."""
     pictures = list(_pictures())
     if not pictures:
-        raise UserError(f"The small image set of the sources is missing: {_IMAGES}")
+        raise UserError(
+            "This measures with a few images that only a checkout of the sources has. Run it there, or give "
+            "`shardgan bench step` shards of yours: --data SHARDS."
+        )
     folder.mkdir()
     for shard in range(2):
         with (folder / f"shard-{shard}.tar").open("wb") as file, tar_writer(file) as tar:

@@ -47,7 +47,11 @@ def options(images: int) -> Callable[[Callable[..., None]], Callable[..., None]]
             help="Except for single; hsdp: as on two nodes.",
         ),
         click.option(
-            "--params", type=float, default=50e6, show_default=True, help="Of each player, at least."
+            "--params",
+            type=click.FloatRange(1, 1e12),
+            default=50e6,
+            show_default=True,
+            help="Of each player, at least.",
         ),
         click.option("--size", type=sizes, default="32", show_default=True),
         click.option(
@@ -81,7 +85,7 @@ def measure(
     if they fail.
     """
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", procs):
-        raise UserError(f"--procs {procs}: give numbers, with commas between them.")
+        raise UserError(f"--procs {procs}: give numbers from 1, with commas between them.")
     found = []
     for strategy, world in launches(strategies, [int(n) for n in procs.split(",")]):
         click.echo(f"{strategy} on {world} …", err=True)

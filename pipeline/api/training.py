@@ -32,8 +32,10 @@ def train(
     precision: Precision,
 ) -> Path:
     """See `shardgan.train`."""
-    if procs < 1:
-        raise UserError(f"procs={procs}: give 1 or more.")
+    if not isinstance(settings, Mapping):
+        raise UserError(f"settings={settings!r}: give a dictionary, as {{'penalty.l2': 0.001}}.")
+    if not isinstance(procs, int) or procs < 1:
+        raise UserError(f"procs={procs}: give a whole number, 1 or more.")
     if strategy not in (None, *get_args(Strategy)):
         raise UserError(f"strategy={strategy}: choose one of {', '.join(get_args(Strategy))}.")
     if precision not in get_args(Precision):

@@ -70,8 +70,8 @@ def batch_shape(data: Data, world: int) -> BatchShape:
     size = data.batch_size
     if world > size:
         raise UserError(
-            f"{world} processes cannot share a batch of {size} images. Use at most {size} processes "
-            f"(--procs), or raise data.batch_size to a multiple of {world}."
+            f"{world} processes cannot share a batch of {size} images. Use at most {size} processes in all, "
+            f"or raise data.batch_size to a multiple of {world}."
         )
     if size % world:
         below, above = size - size % world, size - size % world + world

@@ -59,6 +59,9 @@ def score_run(
     Raises UserError as `load_run` does, for counts below 2, and if the data are not there or others than
     those of training.
     """
+    metrics = [name.strip() for name in metrics]
+    if not metrics:
+        raise UserError(f"Which metrics? There are {', '.join(METRICS)}.")
     if unknown := [name for name in metrics if name not in METRICS]:
         raise UserError(f"There is no metric {unknown[0]!r}. Known: {', '.join(METRICS)}.")
     _check_counts(images, train_images)

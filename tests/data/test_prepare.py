@@ -321,6 +321,7 @@ def test_the_command(pictures: Path, tmp_path: Path, make_shards: MakeShards) ->
     for arguments in (
         [str(pictures)],
         [str(shards), "x", "--index-only"],
+        [str(shards), "--index-only", "--classes", "none"],  # which it would not do
         [str(pictures), "x", "--size", "0"],
     ):
         assert CliRunner().invoke(command, arguments).exit_code == 2

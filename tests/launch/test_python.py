@@ -111,8 +111,11 @@ def test_evaluate_gives_the_score_of_training(run: Path, monkeypatch: pytest.Mon
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert scores["kid_efflite0"] == pytest.approx(last["Metrics/kid_efflite0"], rel=1e-6)
     assert scores["efflite0_fake_images"] == 20 and environment == dict(os.environ)
+    assert shardgan.evaluate(run, " kid ") == scores
     with pytest.raises(UserError, match="There is no metric 'kit'"):
         shardgan.evaluate(run, ["kit"])
+    with pytest.raises(UserError, match=r"Which metrics\? There are kid, "):
+        shardgan.evaluate(run, [])
     for name, count in (("images", 1), ("images", 0), ("train_images", 1), ("train_images", -2)):
         with pytest.raises(UserError, match=rf"^{name}={count}: scores compare at least 2 images\."):
             shardgan.evaluate(run, **{name: count})
@@ -225,7 +228,9 @@ def test_features_that_there_are_not_are_refused_before_training(config: Path) -
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"procs": 0}, "procs=0: give 1 or more"),
+        ({"procs": 0}, "procs=0: give a whole number, 1 or more"),
+        ({"procs": 1.5}, "procs=1.5: give a whole number, 1 or more"),
+        ({"settings": "penalty.l2=1"}, "settings='penalty.l2=1': give a dictionary"),
         ({"strategy": "zero4"}, "strategy=zero4: choose one of single, ddp, "),
         ({"mixed_precision": "fp8", "procs": 2}, "mixed_precision=fp8: choose one of no, bf16, fp16"),
     ],

@@ -147,7 +147,7 @@ def test_a_node_dies_and_the_job_goes_on_when_it_is_back(project, whole):
     assert not job.run.done
     project.cluster.boot("n2")
     project.cluster.until_up()
-    assert job.ended()["JobState"] == "COMPLETED"
+    assert job.ended()["JobState"] == "COMPLETED", job.log
     assert_same_run(job.run, whole)
 
 
