@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launch.select.candidates import in_time
+from launch.select.candidates import Arm, in_time
 from launch.select.choice import Row, ScoreTable
 from launch.select.curve import DARK, GREY, MARK, new_figure, readable
 from pipeline.run.curves import wrapped
@@ -32,7 +32,7 @@ def searched(table: ScoreTable) -> Figure:
     figure = new_figure(0.6 + 4.2 * beside, 0.7 + 3.4 * lines)
     panels: list[Axes] = [*figure.subplots(lines, beside, squeeze=False, sharey=True).flat]
     for key, axes in zip(keys, panels, strict=False):
-        places = _places(axes, key, [*rows, *failed])
+        places = _places(axes, key, [*rows, *failed], table.rows[0].arm)
         _points(axes, table, rows, places[: len(rows)])
         _failures(axes, places[len(rows) :])
         axes.set_xlabel(key)
@@ -83,14 +83,14 @@ def _failures(axes: Axes, places: Sequence[float]) -> None:
         axes.plot(places, [1.0] * len(places), "x", transform=axes.get_xaxis_transform(), **look)
 
 
-def _places(axes: Axes, key: str, rows: Sequence[Row]) -> list[float]:
+def _places(axes: Axes, key: str, rows: Sequence[Row], first: Arm) -> list[float]:
     """Where the values of a key are drawn: numbers in log if they span a decade or more, with 0 on the left,
-    and null, which the first candidate may have, nowhere; anything else evenly."""
-    numbered = [row for row in rows if row.arm.values[key] != "null"]
-    if len(rows) - 1 == len(numbered) > 0 and all(row.arm.number(key) is not None for row in numbered):
-        places = iter(_places(axes, key, numbered))
-        return [math.nan if row.arm.values[key] == "null" else next(places) for row in rows]
+    and null or [from, to], which the `first` candidate may have, nowhere; anything else evenly."""
     values = [row.arm.number(key) for row in rows]
+    numbered = [row for row, value in zip(rows, values, strict=True) if value is not None]
+    if {row.arm for row in rows} - {row.arm for row in numbered} == {first} and numbered:
+        places = iter(_places(axes, key, numbered, first))
+        return [math.nan if value is None else next(places) for value in values]
     found = [value for value in values if value is not None]
     if len(found) < len(values):
         texts = list(dict.fromkeys(row.arm.values[key] for row in rows))

@@ -97,6 +97,7 @@ class Selection:
         if not self.folder.is_dir():
             raise UserError(f"There is nothing to collect: no selection has begun in {self.folder}.")
         now = self._common()
+        self._refuse_unknown()
         self._check_same({"candidates": now["candidates"]})  # however they are trained
         with local.hold(self.folder, (), self.say):
             waiting = {trial.name for trial in self.todo}
@@ -110,6 +111,17 @@ class Selection:
             found = self._conclude()
         if found.minimum is None and not any(row.pending for row in found.rows):
             raise click.ClickException(_nothing(found, self.folder))
+
+    def _refuse_unknown(self) -> None:
+        """A mistyped candidate would withdraw what was chosen among the true ones. (Those of a search are
+        written down.)"""
+        known = table.listed(self.folder)
+        strange = [t.name for t in self.trials if t.name not in known and not t.folder.exists()]
+        if known and strange and not self.search:
+            raise UserError(
+                f"--collect trains nothing, and {self.folder} has no {strange[0]}. Give the candidates, "
+                "--folds, --seeds and run.seed as before."
+            )
 
     def _common(self) -> dict[str, object]:
         return start.common(self.trials, self.launch, self.search.axes if self.search else None)

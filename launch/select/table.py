@@ -120,12 +120,26 @@ def write(folder: Path, table: ScoreTable, base: Config, trials: Sequence[Trial]
 
 def failures(folder: Path) -> dict[str, str]:
     """Trials that had failed when the table was last written → how."""
-    try:
-        rows = json.loads((folder / "table.json").read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError):
-        return {}
-    failed = {name: problem for row in rows for name, problem in row["failed"].items()}
+    failed = {name: problem for row in _rows(folder) for name, problem in row["failed"].items()}
     return {name: problem for name, problem in failed.items() if problem != "not done"}  # as once written
+
+
+def listed(folder: Path) -> set[str]:
+    """The trials of the table that was last written, done or not."""
+    return {
+        name
+        for row in _rows(folder)
+        for part in ("by_trial", "failed", "not_done")
+        for name in row.get(part, ())
+    }
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = json.loads((folder / "table.json").read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return []
+    return rows
 
 
 def _metric(base: Config) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST = 12  # runs in a picture
 _SETTINGS = 2  # that a title names
 _LETTERS = 36  # of a line of a title
+_LARGE = 30  # up to so many are written large
 _SIDE = 6  # images along a side of each panel
 _ACROSS = 4  # panels beside each other, at most
 _WIDTH, _HEIGHT, _DPI = 3.0, 3.5, 100  # inches of a panel
@@ -80,5 +81,6 @@ def _draw(axes: Axes, image: Image | None, title: str, scores: str) -> None:
         axes.text(0.5, 0.5, "no sample grid", ha="center", va="center", transform=axes.transAxes)
     else:
         axes.imshow(image)
-    axes.set_title(wrapped(title, _LETTERS), fontsize=11)
+    title = wrapped(title, _LETTERS)
+    axes.set_title(title, fontsize=11 if max(map(len, title.splitlines()), default=0) <= _LARGE else 9)
     axes.text(0.5, -0.03, scores, ha="center", va="top", fontsize=11, transform=axes.transAxes)

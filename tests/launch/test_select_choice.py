@@ -85,6 +85,20 @@ def test_an_outdated_choice_is_withdrawn(tmp_path):
     assert any("is withdrawn. Removed: best.yaml, report.md, " in line for line in said)
 
 
+def test_a_mistyped_candidate_withdraws_nothing(tmp_path):
+    given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", "run.name=mine"))
+    for grid in ("penalty.l2=0,1", "penalty.l2=0,2"):
+        base, trials = selection(tmp_path, grid=[grid])
+        mine = Selection(base, trials, LaunchOptions(), given, lambda _: None, PAIRED)
+        if grid.endswith("1"):
+            for trial in trials:
+                finish(trial)
+            mine.collect()
+    with pytest.raises(UserError, match=r"has no penalty\.l2=2,seed=0,fold=0\. Give the candidates"):
+        mine.collect()
+    assert {"best.yaml", "report.md"} <= {path.name for path in (tmp_path / "mine").iterdir()}
+
+
 def test_a_picture_of_what_is_no_longer_there_is_removed(tmp_path):
     """A page would show it."""
     for grid, pictures in ((("G.z_dim=16,32", "penalty.l2=0,1"), 3), (("G.z_dim=16", "penalty.l2=0,1"), 2)):

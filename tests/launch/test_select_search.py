@@ -146,6 +146,17 @@ def test_a_setting_that_is_null_is_so_in_the_first_candidate(searching):
     assert "null" not in [tick.get_text() for tick in ticks], "it makes no names of numbers"
 
 
+def test_a_schedule_of_the_config_leaves_numbers_in_log(tmp_path, searching):
+    """λ = 0 has the config's own rate, which falls; the others have one number."""
+    (tmp_path / "job.yaml").write_text(
+        f"{CONFIG}optim: {{D: {{lr: [1.0e-3, 1.0e-4]}}}}\n".replace("run: {", "run: {burn_in_kimg: 0.064, ")
+    )
+    found = searching((*RANGE, "optim.D.lr=1e-5..1e-2"), count=5, jobs=5, score=lambda trial: 1.0)
+    assert proposed(found)[0]["optim.D.lr"] == "[0.001, 0.0001]"
+    axes = searched(found._table()).axes[1]
+    assert axes.get_xlabel() == "optim.D.lr" and axes.get_xscale() == "log"
+
+
 def test_a_value_written_otherwise_is_not_tried_again(searching):
     """The config's own is false; and a search of an earlier version may have begun with it so written."""
     ranges = ("G.checkpoint=False,True", "penalty.l2=0,1", "G.width=8..9")
