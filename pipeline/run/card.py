@@ -83,15 +83,13 @@ Networks: G {_code(config.G.kind)}, D {_code(config.D.kind)}. Loss: {_code(confi
 
 
 def _changed(facts: Exported) -> str:
-    rows = [
+    if not facts.changes:
+        return ""
+    rows = (
         f"- {row['key']}: {row['old']} → {row['new']} after {row['cur_nimg']:,} images"
         for row in facts.changes
-    ]
-    return (
-        "\n".join(["\n\nThese settings are those of the end. Some were others before:\n", *rows])
-        if rows
-        else ""
     )
+    return "\n".join(["\n\nThese settings are those of the end. Some were others before:\n", *rows])
 
 
 def _classes(facts: Exported) -> Iterator[str]:

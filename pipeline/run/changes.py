@@ -20,7 +20,7 @@ def data_since(recorded: Iterable[Row]) -> int:
 
 def settings_changed(recorded: Iterable[Row], cur_nimg: int) -> list[Row]:
     """The settings that were not the same in all of a training up to cur_nimg: a row for each change."""
-    recorded = [row for row in recorded if row.get("key") not in (None, DATA)]
+    recorded = [row for row in recorded if {"key", "old", "new"} <= row.keys() and row["key"] != DATA]
     keys = dict.fromkeys(row["key"] for row in recorded)
     found = [row for key in keys for row in _changes(recorded, key) if 0 < row["cur_nimg"] < cur_nimg]
     return sorted(found, key=itemgetter("cur_nimg"))

@@ -65,12 +65,14 @@ def compare(histories: Sequence[History]) -> Comparison:
 
 def _changed(histories: Sequence[History]) -> list[str]:
     """A note for each run that did not have its present settings from the start."""
-    changes = {h.name: settings_changed(h.changes, h.rows[-1]["cur_nimg"]) for h in histories}
-    texts = {
-        name: [f"{row['key']} was {row['old']} up to kimg {in_kimg(row['cur_nimg'] / 1000)}" for row in rows]
-        for name, rows in changes.items()
-    }
-    return [f"{name}: {', '.join(found)}." for name, found in texts.items() if found]
+    found = []
+    for history in histories:
+        rows = settings_changed(history.changes, history.rows[-1]["cur_nimg"])
+        texts = [
+            f"{row['key']} was {row['old']} up to kimg {in_kimg(row['cur_nimg'] / 1000)}" for row in rows
+        ]
+        found += [f"{history.name}: {', '.join(texts)}."] if texts else []
+    return found
 
 
 def differing(each: Sequence[Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
