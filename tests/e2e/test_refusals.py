@@ -61,7 +61,7 @@ SETTINGS = {
     "negative λ": (["penalty.G.l2=-1"], ["penalty.G.l2", "greater than or equal to 0"]),
     "not a setting": (["fast"], ["`fast`", "section.key=value"]),
     "odd batch": (["--procs", "2", "data.batch_size=13"], ["13", "2 processes", "12 or 14"]),
-    "more ranks than images": (["--procs", "13"], ["13 processes", f"batch of {BATCH}", "--procs"]),
+    "more ranks than images": (["--procs", "13"], ["13 processes", f"batch of {BATCH}", "processes in all"]),
     "single of two": (["--strategy", "single", "--procs", "2"], ["--strategy single", "one process"]),
     "no place": (["data.train=nowhere"], ["nowhere", "shardgan prepare"]),
     "image size": (["data.size=32"], ["28x28", "data.size=32", "--size 32"]),
