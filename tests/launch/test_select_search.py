@@ -225,10 +225,8 @@ def test_a_range_of_a_decade_is_searched_in_log(tmp_path, text, log, whole):
         (("D.dropout=0.5..2",), "D.dropout"),
         (("run.total_kimg=1..9",), "run.total_kimg cannot differ"),
         ((*RANGE, "data.window=1..16"), "data.window cannot differ"),  # not of the first candidate, λ = 0
-        (
-            ("penalty.G.l2=1..2", "penalty.l2=1..2"),
-            "G.l2=2, penalty.l2=1 are the same settings",
-        ),  # the first counts for nothing
+        # The first counts for nothing.
+        (("penalty.G.l2=1..2", "penalty.l2=1..2"), "G.l2=2, penalty.l2=1 are the same settings"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tmp_path, ranges, message):
