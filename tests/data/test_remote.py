@@ -47,7 +47,9 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_costs_another_request(local: Index, server: FaultyServer, fault: str) -> None:
+def test_a_fault_that_passes_costs_another_request_and_is_said(
+    local: Index, server: FaultyServer, capfd: pytest.CaptureFixture[str], fault: str
+) -> None:
     index = load_index(server.url, remote=QUICK)
     server.hurt(NAMES[2], fault)
     reader, here = Reader(index, 2), Reader(local, 2)
@@ -55,6 +57,9 @@ def test_a_fault_that_passes_costs_another_request(local: Index, server: FaultyS
     reader.close()
     here.close()
     assert server.asked[NAMES[2]] == 2
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: {server.url}/{NAMES[2]}: ")
+    assert warnings[0].endswith("; trying again for up to 60 s …")
 
 
 def test_a_stream_through_all_faults(local: Index, server: FaultyServer) -> None:

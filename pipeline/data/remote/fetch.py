@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class RemoteShards:
     def open(self, shard: Shard) -> int:
         """A file descriptor of the whole shard, which is not removed while it is open."""
         patience = Patience(self.settings)
-        return self.cache.open(shard, lambda part: self._fetch(shard, part, patience), patience)
+        return self.cache.open(shard, lambda part: self._fetch(shard, part, patience, _warn), patience)
 
     def ahead(self, shard: Shard, keep: Collection[str], stop: threading.Event) -> None:
         """Fetch a shard for later if there is room without removing those in `keep` (SHA-256).
@@ -129,11 +130,13 @@ class RemoteShards:
 
         return self.cache.add(make, patience)
 
-    def _fetch(self, shard: Shard, part: Path, patience: Patience) -> None:
+    def _fetch(
+        self, shard: Shard, part: Path, patience: Patience, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
         """A shard into the file `part`, checked, with its sidecar."""
         try:
             check = partial(_check, shard, part)
-            download(self.folder, shard.url, part, patience, most=shard.filesize, check=check)
+            download(self.folder, shard.url, part, patience, most=shard.filesize, check=check, tell=tell)
         except FileNotFoundError as error:
             raise UserError(f"{error}, although {INDEX} lists it.") from None
         if self._sidecar(shard, patience.brief()) is None:  # others wait for the shard, which is here
@@ -175,6 +178,12 @@ class RemoteShards:
 def is_verifiable(entry: Mapping[str, Any]) -> bool:
     """Whether an entry of index.json says all that a remote shard is checked against."""
     return is_complete(entry) and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
+
+
+def _warn(problem: str) -> None:
+    """Of a shard that is needed now: the training waits. What is fetched ahead fails without a word."""
+    lead = "\n" if sys.stderr.isatty() else ""  # there may be a progress bar on this line
+    print(f"{lead}warning: {problem}", file=sys.stderr, flush=True)
 
 
 def _shards_folder(remote: Remote) -> Path:
