@@ -33,6 +33,7 @@ _LOOK_S = 0.1  # how often a transfer is looked at
 _BRIEF_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 30.0
 _PASSING = (400, 408, 425, 429)  # client errors worth another try; 400 is also an answer aiohttp cannot parse
+_BROKEN = ("ClientPayloadError", "ContentLengthError", "ServerDisconnectedError")  # aiohttp's
 _CACHE = "see data.remote.folder and data.remote.gb"
 _REMOVING = ("gs",)  # whose library removes what it fails to fetch
 _PACKAGES = {"s3": "'shardgan[s3]'", "gs": "'shardgan[gcs]'"}
@@ -296,15 +297,19 @@ def _filesystem(scheme: str) -> Any:
 
 def _problem(error: Exception) -> tuple[str, bool]:
     """What went wrong, without credentials, and whether to retry."""
-    text = scrubbed(" ".join(str(error).split()))
+    name, text = type(error).__name__, scrubbed(" ".join(str(error).split()))
     status = next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
     if isinstance(error, _StalledError):
         return text, True
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
         return (
             f"not allowed ({status or text}). Credentials come from the URL or ~/.netrc (https), or from "
             "where the tools of AWS and Google Cloud look for them"
         ), False
+    if name == "TooManyRedirects":  # aiohttp's, which may not be there
+        return "the server redirects without end", False
     if isinstance(status, int) and status >= 400:
         return f"the server answers with HTTP {status}", status >= 500 or status in _PASSING
-    return f"{type(error).__name__}{': ' * bool(text)}{text[:300]}", True
+    if name in _BROKEN:  # their own words are of HTTP's insides
+        return f"the transfer broke off ({name})", True
+    return f"{name}{': ' * bool(text)}{text[:300]}", True
