@@ -42,6 +42,7 @@ from pipeline.data.record import (
     write_record,
 )
 from pipeline.data.remote.fetch import RemoteShards, is_verifiable
+from pipeline.data.remote.transfer import DeniedError
 from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import MOST_REASONS, REPAIR, PassedOver
 from pipeline.data.sidecar import SampleTable
@@ -250,11 +251,16 @@ def in_threads(
 def _load_remote(train: str, announce: Announce, remote: Remote) -> Index:
     folder, names = locate_url(train)
     shards = RemoteShards(folder, remote)
-    record = shards.record(names, announce)
-    entries = {entry["url"]: entry for entry in record.get("shardlist", [])}
     build = (
         f"`shardgan prepare --index-only '{redacted(train)}'` fetches them once and builds it on this machine"
     )
+    try:
+        record = shards.record(names, announce)
+    except DeniedError as error:
+        raise UserError(
+            f"{error} Some servers say so too of an {INDEX} that is not there; then {build}."
+        ) from None
+    entries = {entry["url"]: entry for entry in record.get("shardlist", [])}
     if not entries:
         raise UserError(f"There is no {INDEX} that lists shards in {folder}; {build}.")
     wanted = sorted(entries) if names is None else names

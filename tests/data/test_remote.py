@@ -115,6 +115,19 @@ def test_what_no_patience_mends_is_said_at_once(
     assert not [path for path in (cache / "shards").iterdir() if path.name != ".lock"]
 
 
+def test_a_server_that_does_not_say_what_is_not_there(local: Index, server: FaultyServer) -> None:
+    """As S3 to those who may not list a bucket: 403 for any file that is not there."""
+    server.hurt("index.json", "403", always=True)
+    server.hurt("", "403", always=True)
+    with pytest.raises(UserError, match=r"not allowed \(403\).* not there; then .*--index-only"):
+        load_index(server.url)
+    with pytest.raises(UserError, match=rf"not allowed \(403\).* only listing .* list: {server.url}/\{{0"):
+        build_index(server.url)
+    listed = f"{server.url}/s-{{0000..{len(NAMES) - 1:04d}}}.tar"
+    build_index(listed)
+    assert load_index(listed).fingerprint == local.fingerprint
+
+
 def test_nobody_there(local: Index) -> None:
     with serving(local.root) as server:
         url = server.url

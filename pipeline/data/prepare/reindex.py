@@ -12,6 +12,7 @@ from pipeline.data.index import Announce, Index, in_threads, index_of, index_sha
 from pipeline.data.locate import Location, is_file, look, refuse_none, warn_of_others
 from pipeline.data.record import WHOLE, entry_shard, is_complete, read_record, write_record
 from pipeline.data.remote.fetch import RemoteShards
+from pipeline.data.remote.transfer import DeniedError
 from pipeline.data.remote.urls import is_url, locate_url
 from pipeline.data.samples import describe
 from pipeline.lock import turn
@@ -41,11 +42,13 @@ def _build_remote(train: str, announce: Announce, remote: Remote) -> Index:
     """Those of a brace list join the others in an index that was made here before."""
     folder, listed = locate_url(train)
     shards = RemoteShards(folder, remote)
-    names = listed or shards.list(announce)
+    braces = f"a brace list: {folder}{{000000..000099}}.tar"
+    try:
+        names = listed or shards.list(announce)
+    except DeniedError as error:
+        raise UserError(f"{error} Or, if only listing is not allowed, give {braces}") from None
     if not names:
-        raise UserError(
-            f"{folder} lists no shards (*.tar). Give a brace list: {folder}{{000000..000099}}.tar"
-        )
+        raise UserError(f"{folder} lists no shards (*.tar). Give {braces}")
     announce(f"Fetching and indexing {len(names)} shard{'s' * (len(names) > 1)} of {folder} …")
     found = tuple(in_threads(lambda name: shards.index(name, announce), names, _TRANSFERS))
     published = _published(shards, announce)

@@ -43,6 +43,10 @@ class StoppedError(Exception):
     """Nobody waits for this transfer any more."""
 
 
+class DeniedError(UserError):
+    """The server does not let us have a file. Some say so of a file that is not there."""
+
+
 class WrongBytesError(Exception):
     """What has arrived is not the wanted file."""
 
@@ -102,6 +106,7 @@ def download(
     """Fetch one file, of at most so many bytes, into `target`; `check` may raise WrongBytesError afterwards.
 
     Raises UserError, naming the file and what was wrong (with `advice` if that is the disk of `target`),
+    DeniedError if we may not have it,
     FileNotFoundError if the server has no such file, and StoppedError.
     """
     what = folder.show(name)
@@ -161,7 +166,7 @@ def _persist(
 ) -> _T:
     """Repeat until it succeeds, cannot succeed, or time is over."""
     what = folder.show(name)
-    problem = ""
+    problem, denied = "", False
     wrong: set[str] = set()
     for attempt in count(1):
         try:
@@ -181,8 +186,10 @@ def _persist(
             wrong.add(problem)
         except Exception as error:  # whatever a protocol's library raises
             problem, again = _problem(error)
+            denied = _is_denial(error)
         if not again:
-            raise UserError(f"{what} cannot be fetched: {problem}.")
+            kind = DeniedError if denied else UserError
+            raise kind(f"{what} cannot be fetched: {problem}.")
         if attempt == 1:
             tell(f"{what}: {problem}; trying again for up to {patience.timeout_s:g} s …")
         last = attempt == patience.attempts
@@ -295,13 +302,24 @@ def _filesystem(scheme: str) -> Any:
         ) from None
 
 
+def _status(error: Exception) -> Any:
+    return next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
+
+
+def _is_denial(error: Exception) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or _status(error) in (401, 403)
+        or "Credentials" in type(error).__name__
+    )
+
+
 def _problem(error: Exception) -> tuple[str, bool]:
     """What went wrong, without credentials, and whether to retry."""
-    name, text = type(error).__name__, scrubbed(" ".join(str(error).split()))
-    status = next((vars(error)[name] for name in ("status", "code") if name in vars(error)), None)
+    name, text, status = type(error).__name__, scrubbed(" ".join(str(error).split())), _status(error)
     if isinstance(error, _StalledError):
         return text, True
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in name:
+    if _is_denial(error):
         return (
             f"not allowed ({status or text}). Credentials come from the URL or ~/.netrc (https), or from "
             "where the tools of AWS and Google Cloud look for them"
