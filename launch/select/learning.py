@@ -11,6 +11,7 @@ from launch.select.choice import ScoreTable
 from launch.select.curve import MARK, MOST, new_figure, numbers, readable
 from launch.select.legend import height, legend_below, styles
 from pipeline.run.curves import wrapped
+from pipeline.run.panels import band_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,17 +34,18 @@ def learning(table: ScoreTable) -> Figure:
     lines = [all_lines[row.arm] for row in rows]
     figure = new_figure(9, 4.6 + height(rows, _LETTERS))
     axes = figure.subplots()
+    every = [at.mean for line in lines for at in line.values()]
+    floor = band_floor(every)
     drawn: list[Any] = []
     for line, style in zip(lines, styles(rows), strict=True):
         kimgs, means = [*line], [at.mean for at in line.values()]
         drawn += axes.plot(kimgs, means, marker="o", ms=3.5, lw=1.6, **style)
         errors = [0.0 if math.isnan(at.error) else at.error for at in line.values()]
-        low = [mean - error for mean, error in zip(means, errors, strict=True)]
+        low = [max(mean - error, floor) for mean, error in zip(means, errors, strict=True)]
         high = [mean + error for mean, error in zip(means, errors, strict=True)]
         axes.fill_between(kimgs, low, high, color=style["color"], alpha=0.25, lw=0)
     ring = _rings(axes, table)
-    means = [at.mean for line in lines for at in line.values()]
-    readable(axes, means)
+    readable(axes, every)
     axes.set(xlabel="kimg: thousands of real images shown to D", ylabel=f"{table.score} on held-out images")
     axes.grid(color="#dddddd", lw=0.6)
     axes.set_axisbelow(True)

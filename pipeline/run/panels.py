@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -32,6 +33,12 @@ def far_apart(scores: Sequence[float]) -> bool:
     """Whether candidates' scores differ so much that they are shown in log, or a hopeless one would hide how
     the others differ."""
     return min(scores, default=0) > 0 and max(scores) > 2 * min(scores)
+
+
+def band_floor(means: Sequence[float]) -> float:
+    """Below which no band of errors is drawn around any of the means: in log, one that comes near 0 would
+    leave no room for anything else."""
+    return min(means) / 2 if far_apart(means) else -math.inf
 
 
 def label_log(axes: Axes, upright: bool = True) -> None:

@@ -149,6 +149,21 @@ def test_pages_have_a_band_for_each_candidate(tmp_path):
     assert Selection(tmp_path / "mine").budgets == []
 
 
+def test_a_wide_band_leaves_room_for_the_rest(tmp_path):
+    """A mean of 4.5 ± 4.4 in log, by the page's script and in the picture."""
+    from pipeline.run.page.selection import Selection
+
+    base, trials = selection(tmp_path, RHYTHM)
+    for trial in trials:
+        score_along(trial, {32: 0.1 + 8.8 * trial.fold, 64: 1.0 + trial.fold})
+    found = read(base, trials)
+    select_table.write(tmp_path / "mine", found, base, trials)
+    (chart,) = Selection(tmp_path / "mine").budgets
+    assert chart["log"] and chart["traces"][0]["low"] == pytest.approx([0.75, 1.0])
+    axes = learning(found).axes[0]
+    assert axes.get_yscale() == "log" and 0.5 < axes.get_ylim()[0] < 0.75
+
+
 def test_a_band_around_what_is_below_0_has_two_sides(tmp_path):
     """As KID may be."""
     from pipeline.run.page.selection import Selection

@@ -17,7 +17,7 @@ from pipeline.run.history import read_history
 from pipeline.run.page.charts import Chart, Line, colours, of_several
 from pipeline.run.page.facts import Facts, Setting
 from pipeline.run.page.pictures import Picture, plotted, strip
-from pipeline.run.panels import far_apart, label_of
+from pipeline.run.panels import band_floor, far_apart, label_of
 from pipeline.wording import counted, in_kimg
 
 TABLE = "table.json"
@@ -128,7 +128,8 @@ class Selection:
             (row, shade, [(kimg, *point) for kimg in row.by_kimg if (point := row.point(kimg))])
             for row, shade in self._shaded
         ]
-        scale = _scale([mean for _, _, points in lines for _, mean, _ in points])
+        means = [mean for _, _, points in lines for _, mean, _ in points]
+        floor = band_floor(means)
         traces: list[dict[str, Any]] = []
         for row, shade, points in lines:
             mean = [value for _, value, _ in points]
@@ -139,16 +140,12 @@ class Selection:
                     "colour": shade,
                     "x": [kimg for kimg, _, _ in points],
                     "y": mean,
-                    # 0 has no logarithm.
-                    "low": [
-                        max(m - e, m / 99) if scale["log"] else m - e
-                        for m, e in zip(mean, error, strict=True)
-                    ],
+                    "low": [max(m - e, floor) for m, e in zip(mean, error, strict=True)],
                     "high": [m + e for m, e in zip(mean, error, strict=True)],
                 }
             )
         title = f"{self.score} on held-out images: mean over trainings, with its standard error"
-        return [{"title": title, "traces": traces, "x": "kimg", "wide": True} | scale]
+        return [{"title": title, "traces": traces, "x": "kimg", "wide": True} | _scale(means)]
 
     @property
     def _shaded(self) -> list[tuple[_Candidate, str]]:
