@@ -49,9 +49,15 @@ class LossScale:
 
     def state(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
-        return {"loss_scale": self._scale.clone(), "loss_scale_finite": self._finite.float()}
+        return {
+            "loss_scale": self._scale.clone(),
+            "loss_scale_finite": self._finite.float(),
+            "loss_scale_squares": torch.nan_to_num(self._squares, 0.0, 0.0, 0.0),
+        }
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore what `state` returned; without the squares, which only charts show, in older versions."""
         self._scale.copy_(state["loss_scale"])
         self._finite.copy_(state["loss_scale_finite"])
+        if "loss_scale_squares" in state:
+            self._squares = state["loss_scale_squares"].to(self._squares)

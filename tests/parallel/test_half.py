@@ -62,8 +62,12 @@ def test_the_scale_is_doubled_after_a_long_time_without_overflow_and_survives_a_
     assert resumed.state()["loss_scale"] == 2 * START
     assert float(resumed.up(torch.tensor(3.0))) == 6 * START
     assert resumed.update(overflown, yes) == 4.0  # no infinity in the charts
-    assert resumed.state() == {"loss_scale": START, "loss_scale_finite": 0}
+    assert resumed.state() == {"loss_scale": START, "loss_scale_finite": 0, "loss_scale_squares": 4.0}
+    again = LossScale(torch.device("cpu"))
+    again.load(resumed.state())
+    assert again.update(overflown, yes) == 4.0  # nor after a resume
     for _ in range(17):
         resumed.update(overflown, yes)
     assert resumed.state()["loss_scale"] == 1.0
     assert resumed.update(overflown, yes) == torch.inf  # which no smaller scale can help
+    assert resumed.state()["loss_scale_squares"].isfinite()  # or it could not be saved
