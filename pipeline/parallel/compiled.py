@@ -100,6 +100,8 @@ def _configure() -> None:
 
     torch._dynamo.config.recompile_limit = _MOST_VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = _MOST_VARIANTS
+    # Inside DDP torch would cut each block where DDP's messages end.
+    torch._dynamo.config.optimize_ddp = False
     # Backward passes are compiled with their forward pass, by the thread that the watch looks at.
     torch._functorch.config.force_non_lazy_backward_lowering = True
 

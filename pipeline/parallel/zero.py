@@ -168,12 +168,12 @@ class ZeroEngine(Engine):
         return self.outcome(self._penalties, now)
 
     def _forget_gradients(self) -> None:
-        """Stage 3 keeps a parameter's gradient until there is another, and would apply it again in an update
-        that the parameter takes no part in."""
+        """Stage 3, and any stage with offloading, keeps a parameter's gradient until there is another, and
+        would apply it again in an update that the parameter takes no part in."""
         if self._stage == 3:
             self._ds.optimizer.grad_partitions_flat_buffer.zero_()
-            if self._flat.grad is not None:  # with offloading
-                self._flat.grad.zero_()
+        if self._flat.grad is not None:  # with offloading
+            self._flat.grad.zero_()
 
     def _masters_written(self) -> None:
         """Stage 3 gathers on its own stream, which waits for no other: on a GPU the next gather could read a

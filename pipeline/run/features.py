@@ -187,8 +187,16 @@ def _own(kind: str) -> Extractor:
 
 
 def digest_of(module: nn.Module) -> str:
-    """Of a user's module: the file its class is in, and its weights."""
-    return _digest(Path(inspect.getfile(type(module))).read_bytes(), module)
+    """Of a user's module: the file its class is in, and its weights. Raises UserError if there is no file."""
+    try:
+        code = Path(inspect.getfile(type(module))).read_bytes()
+    except (OSError, TypeError):  # of a notebook or an interpreter
+        name = type(module).__name__
+        raise UserError(
+            f"{name} is in no file, and scores depend on its code: put it in one, mine.py, and name it as "
+            f"mine:{name}."
+        ) from None
+    return _digest(code, module)
 
 
 def digest_of_weights(module: nn.Module) -> str:

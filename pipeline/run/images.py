@@ -52,8 +52,11 @@ class Decoded(Images):
                 "images are floats in [-1, 1], [1, 3, H, W]."
             )
         self.version = f"{data.decoder}, {digest_of(self._decoder)}"
+        self._none = to_uint8(images[:0])
 
     def __call__(self, made: Tensor) -> Tensor:
+        if not len(made):  # a rank's share of a last batch, for which diffusers' decoder would fail
+            return self._none
         latents = made.to(self._device, torch.float32)
         return torch.cat([to_uint8(self._decode(part)) for part in torch.split(latents, _AT_ONCE)])
 

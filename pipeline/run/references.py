@@ -141,7 +141,7 @@ def _real_features(
         return kept.to(ranks.device), key
     features = _compute(extractor, index, ranks, data, images, plan, count)
     if not data.stages:
-        write_tensor("real-features", key, features)
+        ranks.broadcast_on_machine(lambda: write_tensor("real-features", key, features))  # once, not by all
     return features, key
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2048  # rows of the kernel matrix at once: 2048 x 2048 in float64 is 32 MiB
+_ROWS = 1 << 14  # of features in float64 at once: of 2048 each, 256 MiB
 _ROUNDING = 1e-12  # relative to |x|² + |y|²: below it, |x − y|² from a matrix product is rounding
 _SAME = 1e-4  # of features' length: nearer are those of one image, computed in batches of other sizes
 _CLOSEST = 0.01  # of held-out images; a fake that is nearer to a training image than they are is a copy
@@ -116,10 +117,12 @@ def _sum_of_pairs(features: Tensor) -> Tensor:
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d], and R [min(n, d), d] with RᵀR the unbiased covariance."""
-    features = features.double()
-    mean = features.mean(dim=0)
-    root = torch.linalg.qr(features - mean, mode="r").R
+    """Mean [d], and R [min(n, d), d] with RᵀR the unbiased covariance. By blocks: n may be a million."""
+    blocks = torch.split(features, _ROWS)
+    mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / len(features)
+    root = features.new_empty(0, features.shape[1], dtype=torch.float64)
+    for block in blocks:
+        root = torch.linalg.qr(torch.cat([root, block.double() - mean]), mode="r").R
     return mean, root / (len(features) - 1) ** 0.5
 
 

@@ -97,6 +97,12 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         mode, reason = choose_mode()
         if mode == "disabled":
             return Tracker(run_id)
+        if (other := _active()) is not None:
+            announce(
+                f"W&B is off: run {other.id} is active in this process, and would take this run's charts. "
+                "Finish it first (wandb.finish()) to track this one."
+            )
+            return Tracker(run_id)
         sys.argv[1:] = map(redacted, sys.argv[1:])  # W&B uploads them
         known, new = find_run(folder, run_id)
     except Exception as error:
@@ -222,6 +228,14 @@ class WandbTracker(Tracker):
         if not self._failed:
             self._failed, self.where = True, f"incomplete. {_LATER}"
             self._announce(f"W&B has stopped, training continues without it: {in_a_line(error)}. {_LATER}")
+
+
+def _active() -> wandb.Run | None:
+    """The run of a script that calls `shardgan.train`. wandb.init would return it as ours, and what ends ours
+    would end it."""
+    module = sys.modules.get("wandb")
+    run: wandb.Run | None = getattr(module, "run", None)
+    return run
 
 
 def _open(config: Config, folder: Path, known: Tracked, mode: Mode, new: bool) -> tuple[wandb.Run, Tracked]:

@@ -1,10 +1,11 @@
 """Trains cases of the parity matrix with a known mistake: the tests show that the comparison sees it.
 
-`python -m mutant OUT` trains them without one, in the ranks of a launch.
+`python -m mutant OUT` trains them without one, in the ranks of a launch, and tries a layer that is idle.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import skips
 import torch
 
 from launch.selfcheck import parity
@@ -171,5 +173,8 @@ def train(ranks: Ranks, mistakes: Sequence[str], out: Path) -> None:
 if __name__ == "__main__":
     together = parity.join()
     train(together, ["none"], Path(sys.argv[1]))
+    moved = skips.idle(together)
+    if together.main:
+        (Path(sys.argv[1]) / "idle.json").write_text(json.dumps(moved))
     together.leave()
     end_process(0)

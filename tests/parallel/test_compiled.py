@@ -96,6 +96,12 @@ class Doubled(nn.Module):
         return 2 * self.layers(x) + torch.compiler.is_compiling()
 
 
+def test_torch_does_not_cut_blocks_where_ddps_messages_end(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    CompiledBlocks(nn.Sequential(Doubled()), Compilation("eager"))
+    assert torch._dynamo.config.optimize_ddp is False
+
+
 def test_a_block_computes_by_compiled_code_in_a_turn_and_only_there():
     module = nn.Sequential()
     module.blocks = nn.Sequential(Doubled(), nn.SiLU())

@@ -192,4 +192,6 @@ def test_optimizer_state_on_the_cpu_changes_nothing_and_nothing_is_compiled(tmp_
             selfcheck.read(tmp_path / "none", name), selfcheck.expected(cases[name])
         )
         assert [(what, error) for column, what, error in found if error > selfcheck.tolerance(column)] == []
+    # A layer moves in an update that it takes part in, and not in the two after it.
+    assert json.loads((tmp_path / "idle.json").read_text()) == [True, False, False]
     assert not (tmp_path / "extensions").exists()

@@ -88,6 +88,20 @@ def test_a_decoder_sees_few_latents_at_a_time_in_eval_mode_without_gradients():
     assert torch.equal(found[9:12], images(latents[9:12])), "an image depends on its latent alone"
 
 
+def test_of_no_latents_a_decoder_is_not_asked():
+    """A rank may have none of a last batch; diffusers' attention fails for it."""
+    images = images_of(data_of("Decoder"), CPU)
+    SEEN.clear()
+    found = images(torch.empty(0, 4, 5, 5))
+    assert found.dtype == torch.uint8 and found.shape == (0, 3, 20, 20) and SEEN == []
+
+
+def test_a_decoder_of_a_notebook_needs_a_file(monkeypatch):
+    monkeypatch.setattr(Decoder, "__module__", "builtins")  # as __main__ there, which has no __file__
+    with pytest.raises(UserError, match=r"Decoder is in no file, .* put it in one, mine.py, .* mine:Decoder"):
+        images_of(data_of("Decoder"), CPU)
+
+
 def test_other_weights_are_another_version(monkeypatch):
     before = images_of(data_of("Decoder"), CPU).version
     assert before == images_of(data_of("Decoder"), CPU).version != PLAIN.version

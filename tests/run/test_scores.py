@@ -101,6 +101,13 @@ def test_frechet_equals_torchmetrics_and_numpy(narrow):
     assert scores.frechet(real, fake) == pytest.approx(direct, rel=1e-9)
 
 
+def test_frechet_by_blocks_is_that_of_the_whole(narrow, monkeypatch):
+    real, fake = narrow
+    whole = scores.frechet(real, fake)
+    monkeypatch.setattr(scores, "_ROWS", 7)  # fewer than dimensions; the last block has 3
+    assert scores.frechet(real, fake) == pytest.approx(whole, rel=1e-9)
+
+
 def test_frechet_of_fewer_images_than_dimensions(features):
     """Against a matrix square root from symmetric eigenvalues of Gram matrices."""
     real, fake = (features[name][:40].double().numpy() for name in ("one half", "noisy"))

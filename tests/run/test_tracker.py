@@ -45,6 +45,24 @@ def picture(path: Path) -> Path:
     return path
 
 
+def test_a_script_s_own_run_stays_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    mine = wandb.init(project="mine", dir=tmp_path, id="abcd1234")
+    said: list[str] = []
+    tracker = open_tracker(config(), tmp_path / "run", "of-before", said.append)
+    assert not tracker.tracks and tracker.run_id == "of-before" and not (tmp_path / "run/wandb").exists()
+    assert said == [
+        "W&B is off: run abcd1234 is active in this process, and would take this run's charts. Finish it "
+        "first (wandb.finish()) to track this one."
+    ]
+    tracker.finish()
+    mine.log({"still": 1.0})
+    mine.finish()
+    again = open_tracker(config(), tmp_path / "run", None, said.append)
+    assert again.tracks
+    again.finish()
+
+
 def test_an_offline_run_holds_config_charts_pictures_and_keeps_its_id(tmp_path, capfd):
     said: list[str] = []
     first = open_tracker(config(), tmp_path, None, said.append)
