@@ -163,7 +163,8 @@ def labels(job: Job, index: Index) -> Iterator[Finding]:
         yield warning("labels", text, "Nothing is learnt of them; number the classes without gaps.")
         return
     low, high = min(counts.values()), max(counts.values())
-    yield ok("labels", f"{index.num_classes} classes of {low:,} to {high:,} images")
+    sizes = f"{low:,} images each" if low == high else f"{low:,} to {high:,} images"
+    yield ok("labels", f"{index.num_classes} classes of {sizes}")
 
 
 def split(job: Job, index: Index) -> Iterator[Finding]:

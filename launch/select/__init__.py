@@ -111,6 +111,9 @@ def select(
     check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
+    of_slurm = {"--gpus": gpus, "--time": limit, "--partition": partition, "--account": account}
+    if (given := [option for option, value in of_slurm.items() if value]) and not (slurm or collect):
+        raise UserError(f"{' and '.join(given)}: for jobs. Add --slurm to submit them, or leave it out.")
     launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
     candidates = [] if search else _candidates(grid, arms)

@@ -95,15 +95,12 @@ def arms(file: Path) -> list[Arm]:
         raise UserError(f"--arms {file} cannot be read: {error.strerror or error}.") from None
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"--arms {file} cannot be read: {why_not_yaml(error, text)}") from None
-    listed = content.items() if isinstance(content, dict) else ()
-    found = [
-        Arm(" ".join(str(name).split()), tuple(settings), {})
-        for name, settings in listed
-        if _is_settings(settings)
-    ]
-    if len(found) < max(1, len(listed)):
+    if not isinstance(content, dict) or not content:
         raise UserError(f"--arms {file}: not a list of arms, each as `name: [key=value, …]`.")
-    return found
+    for name, settings in content.items():
+        if not _is_settings(settings):
+            raise UserError(f"--arms {file}: {name} has no list of settings, as `{name}: [key=value, …]`.")
+    return [Arm(" ".join(str(name).split()), tuple(settings), {}) for name, settings in content.items()]
 
 
 def _axis(text: str) -> tuple[str, list[str]]:

@@ -107,12 +107,19 @@ def trials(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is a run; give the selection another run.name.")
     _check_effective(candidates, overrides)
-    check_comparable(base, {arm: load(path, [*overrides, *arm.settings]) for arm in candidates})
+    check_comparable(base, {arm: _loaded(path, overrides, arm) for arm in candidates})
     found = _trials(path, overrides, base, candidates, folds, seeds)
     if any(as_begun(trial.config, trial.folder).ema != trial.config.ema for trial in found):
         # The selection began without ema.rampup: trials with it would not compare with those.
         found = _trials(path, [*overrides, "ema.rampup=0"], base, candidates, folds, seeds)
     return base, found
+
+
+def _loaded(path: str, overrides: Sequence[str], arm: Arm) -> Config:
+    try:
+        return load(path, [*overrides, *arm.settings])
+    except UserError as error:
+        raise UserError(f"{arm.name}: {error}") from None
 
 
 def load_base(path: str, overrides: Sequence[str], candidates: Sequence[Arm]) -> Config:

@@ -32,7 +32,7 @@ _INDEX = "index"  # the index of the data, if it does not lie beside them
 # fmt: off
 _OURS = {
     "array", "chdir", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "signal",
-    "wrap",
+    "test-only", "wrap", "help", "usage", "version",
 }
 # What Slurm does not take beside an option of ours: if the user gives one of these, ours is left out.
 _INSTEAD = {
@@ -137,9 +137,16 @@ def render(
     # The Python of this process, unless SHARDGAN_VENV or a container brings another.
     variables |= {"VIRTUAL_ENV": sys.prefix, "SHARDGAN_PYTHON": sys.executable, **resources.environment()}
     script, *arguments = line
-    # As in train.sbatch: all variables reach the step, and CPUs are counted in one way.
-    step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
-    step += "exec ${SHARDGAN_SRUN:+srun --ntasks=1 $SHARDGAN_SRUN}" if script == "node.sh" else "exec"
+    # As in train.sbatch: all variables reach the step, CPUs are counted in one way, and what a shell within
+    # another job has left does not count.
+    step = (
+        "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_{GPU,TASK} SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
+    )
+    if script == "node.sh":
+        step += "unset SLURM_CPU_BIND{,_LIST,_TYPE,_VERBOSE}\n"
+        step += "exec ${SHARDGAN_SRUN:+srun --ntasks=1 $SHARDGAN_SRUN}"
+    else:
+        step += "exec"
     text = "\n".join(
         [
             "#!/usr/bin/env bash",
@@ -171,8 +178,9 @@ def parse_options(words: Sequence[str]) -> dict[str, str | None]:
             found[name] = word
         else:
             raise UserError(f"{word!r}, after --, is no option of sbatch, as --mem=64G.")
-    if ours := sorted({*found} & _OURS):
-        raise UserError(f"--{ours[0]}, after --, would break the job: it is set by shardgan.")
+    for name in found:  # sbatch takes beginnings of options too
+        if len(name) > 1 and any(option.startswith(name) for option in _OURS):
+            raise UserError(f"--{name}, after --, would break the job: it is set by shardgan.")
     if short := [name for name in found if len(name) == 1]:
         raise UserError(f"-{short[0]}, after --: write sbatch's long option instead.")
     return found
@@ -227,6 +235,8 @@ def submit(folder: Path, batch: BatchJob, *options: str, name: str = "job.sbatch
     """
     write(folder / name, batch.text)
     said = _sbatch("--parsable", *batch.options, *options, str(folder / name))
+    if not said.split():
+        raise UserError(f"sbatch named no job. Was it submitted (squeue --me)? It is {folder / name}.")
     return said.split()[-1].split(";")[0]  # after a site's greeting, before the cluster's name
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def plan(config: Config, world: int) -> tuple[Path, Path, str, int, str, str]:
     except OSError as error:
         raise UserError(f"{file.parent} cannot be written ({error.strerror}). Set run.out.") from None
     state = "finished" if finished(folder, config) else "unfinished"
-    return folder, file, node_name(), _port(), config.run.stop_signal, state
+    return folder, file, _host_name(), _port(), config.run.stop_signal, state
 
 
 def check(config: Config, first: Path) -> None:
@@ -77,6 +78,11 @@ def check(config: Config, first: Path) -> None:
 
     Brings the index of the data that the login node knew.
     """
+    if (head := os.environ.get("SHARDGAN_HEAD")) and not _is_known(head):
+        raise UserError(
+            f"no address of {head} is known here, the first node, where all nodes meet. Ask the cluster's "
+            "administrators for its entry in the DNS or in /etc/hosts."
+        )
     there = _read(first)
     index_copies.bring(config.data)
     here = _fingerprint(config)
@@ -154,6 +160,20 @@ def _shards(config: Config) -> str:
         return digest([[url, (found.root / url).stat().st_size] for url in found.urls])
     except (UserError, OSError) as error:
         raise UserError(f"{error} {REMEDIES['data']}") from None
+
+
+def _host_name() -> str:
+    """What other nodes call this one: Slurm's name, or the machine's own if that is no host name."""
+    name = node_name()
+    return name if _is_known(name) else socket.gethostname()
+
+
+def _is_known(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def _restarts() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4?|z|br|lzma)|tgz|tbz2?|txz|
 _LOOKED_INTO = 100  # folders, in search of shards that nobody named
 _LOOKED_AT = 1_000  # files of each
 _MAKE = "`shardgan prepare SOURCE OUT` makes such a folder from images."
+FETCHED = ("cifar10", "fashion-mnist")  # known to pipeline.data.prepare
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def _look(train: str) -> Location:
         near = did_you_mean(root)
         seen = "" if Path(train).is_absolute() else f", seen from {Path.cwd()}"
         raise UserError(
-            f"There are no shards at {train}{seen}: no such folder, and no file it stands for.{near} {_MAKE}"
+            f"There are no shards at {train}{seen}: no such folder, and no file it stands for.{near} "
+            + _how(train)
         )
     folders = {str(path.parent) for path in paths}
     root = Path(os.path.commonpath(sorted(folders)))
@@ -133,6 +136,12 @@ def refuse_none(found: Location) -> None:
             f"folder, or, for those of several, '{found.root}/*/*{_SUFFIX}'."
         )
     raise UserError(f"There are no shards (*.tar) in {found.root}. {_MAKE}")
+
+
+def _how(train: str) -> str:
+    """To make what is not there."""
+    known = Path(train).name in FETCHED
+    return f"Fetch it: shardgan prepare {Path(train).name} {shlex.quote(train)}" if known else _MAKE
 
 
 def packed(found: Location) -> list[str]:

@@ -106,7 +106,10 @@ def chosen(folder: Path, wanted: Wanted = "newest") -> Path:
     if wanted == "best":
         best = read_state(newest).best
         if best is None or not math.isfinite(best[0]):
-            raise UserError(f"checkpoint best: this run has no score (run.eval_kimg, data.holdout). {there}.")
+            raise UserError(
+                "checkpoint best: this run has no score (run.eval_kimg, data.holdout, score.metrics). "
+                f"{there}."
+            )
         matching = [best[1]] if best[1] in kept else []
     else:
         matching = _of_kimg(kept, wanted)

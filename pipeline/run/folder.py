@@ -36,7 +36,7 @@ _FREE = {
     "run": {field.name for field in dataclasses.fields(Run)} - _OF_TRAINING,
     "track": None,
     "score": None,
-    "data": {"train", "decoder", "workers", "batch_gpu", "cache", "max_bad"},
+    "data": {"train", "decoder", "workers", "batch_gpu", "cache", "max_bad", "remote"},
     "G": {"checkpoint"},
     "D": {"checkpoint"},
 }

@@ -14,6 +14,7 @@ from pipeline.run.stats import Reduced
 from pipeline.wording import counted, in_kimg, ranks_named
 
 BITS, FORWARD, ORDER = "bits/", "forward", "order/"  # each rank's own figures: see session.of_this_rank
+_NAMED = 3  # charts in a message
 _PATIENCE = 25  # ticks in a row before a warning …
 _SOONEST = 5  # … or a quarter of a short run's, but at least these
 _SLOW = 1.5  # times the median rank
@@ -117,9 +118,7 @@ class Health:
                 self._in_a_row |= {f"skipped/{player}": 0, f"updates/{player}": 0}
             if not skipped:
                 continue
-            where = "; ".join(
-                f"{chart} on {_ranks(ranks, self._ranks.world)}" for chart, ranks in tick.broken.items()
-            )
+            where = _where(tick.broken, self._ranks.world)
             text = (
                 f"{skipped} of the {counted(updates, 'update')} of {player} {when} were not finite, and were "
                 f"skipped on all ranks{f' ({where})' if where else ''}."
@@ -145,7 +144,7 @@ class Health:
                 name = key.removeprefix(BITS)
                 one = different[0]
                 two = f"one of the ranks {one % shards} and {one}"  # no third says which is right
-                at = _ranks(different, len(bits)) if len(bits) > 2 * shards else two
+                at = ranks_named(different) if len(bits) > 2 * shards else two
                 raise RunError(
                     f"The copy of {name} on {at} differs from the others. A device or its memory fails, or "
                     "ranks run on unlike hardware. The same command continues from the newest checkpoint, "
@@ -239,10 +238,17 @@ def slowest(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _ranks(ranks: list[int], world: int) -> str:
-    if len(ranks) == world:
-        return "all ranks" if world > 1 else "the only rank"
-    return ranks_named(ranks)
+def _where(broken: Mapping[str, list[int]], world: int) -> str:
+    """The charts that are not finite, a few of them, by the ranks on which they are not."""
+    charts: dict[str, list[str]] = {}
+    for chart, ranks in broken.items():
+        charts.setdefault("all ranks" if len(ranks) == world else ranks_named(ranks), []).append(chart)
+    return "; ".join(
+        ", ".join(each[:_NAMED])
+        + f" and {len(each) - _NAMED} more" * (len(each) > _NAMED)
+        + f" on {ranks}" * (world > 1)
+        for ranks, each in charts.items()
+    )
 
 
 def _has_won(values: Mapping[str, float]) -> bool:

@@ -15,6 +15,8 @@ import webdataset
 from tiny_shards import png
 
 from pipeline.config import UserError
+from pipeline.data.index import load_index
+from pipeline.data.locate import FETCHED
 from pipeline.data.prepare import known
 from pipeline.data.prepare.writer import Options, prepare
 
@@ -114,3 +116,9 @@ def test_of_two_that_fetch_at_once_the_slower_one_takes_what_is_there(tmp_path, 
     found = known._fetched("Faces", "faces", (fetch,), print)
     assert found == tmp_path / "faces" and (found / "data").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["faces"]
+
+
+def test_a_missing_folder_of_a_known_data_set_is_to_be_fetched(tmp_path: Path) -> None:
+    assert set(FETCHED) == set(known.KNOWN)
+    with pytest.raises(UserError, match=r"Fetch it: shardgan prepare fashion-mnist \S+/fashion-mnist$"):
+        load_index(str(tmp_path / "fashion-mnist"))

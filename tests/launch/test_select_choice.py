@@ -333,7 +333,7 @@ def assert_apart(boxes, within):
         ("[none, L2]\n", "not a list of arms"),
         ("just text\n", "not a list of arms"),
         ("320\n", "not a list of arms"),
-        ("none: []\nL2: penalty.l2=1\n", "not a list of arms"),
+        ("none: []\nL2: penalty.l2=1\n", "L2 has no list of settings, as `L2: "),
         ("none: []\nL2: [penalty.l2=1]\nL2: [penalty.l2=2]\n", "duplicate key L2"),
         ("none: []\nL2:\n\t- penalty.l2=1\n", "line 3, column 1: there is a tab"),
     ],

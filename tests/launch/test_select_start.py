@@ -200,6 +200,19 @@ def test_what_no_trial_could_do_is_refused_once(tmp_path, setting, launch, messa
         select_start.check(base, trials, launch, 1)
 
 
+def test_an_arm_with_a_setting_that_there_is_none_of_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"^optim\.D\.lrr=1: (.|\n)*optim\.D\.lrr: no such key"):
+        selection(tmp_path, grid=["optim.D.lrr=1,2"])
+
+
+def test_what_is_asked_of_slurm_needs_slurm(tmp_path):
+    (tmp_path / "job.yaml").write_text(CONFIG)
+    asked = ["--grid", "penalty.l2=0,1", "--gpus", "2", "--time", "1:00"]
+    ended = CliRunner().invoke(select, [str(tmp_path / "job.yaml"), *asked, f"run.out={tmp_path}"])
+    assert isinstance(ended.exception, UserError)
+    assert str(ended.exception).startswith("--gpus and --time: for jobs. Add --slurm")
+
+
 def test_one_candidate_that_cannot_be_built_does_not_stop_the_others(tmp_path):
     base, trials = selection(tmp_path, grid=["D.kind=nowhere:Nothing,dcgan"])
     select_start.check(base, trials, LaunchOptions(), 1)

@@ -81,6 +81,7 @@ def test_how_long_and_how_often_may_change(tmp_path, began):
         "run.keep=9",
         "run.grace=1",
         "data.workers=3",
+        "data.remote.gb=7",
         "D.checkpoint=true",
     ]
     assert refusal(tmp_path, began, [*began, *free]) is None

@@ -111,6 +111,13 @@ def test_a_few_skipped_updates_are_told_and_many_end_the_run(warnings):
         judge.check(tick({"Gradients/G/skipped": 0.3}, updates, broken=broken))
 
 
+def test_of_many_broken_charts_few_are_named(warnings):
+    everywhere = {f"Loss/{number}": [0, 1, 2] for number in range(5)}
+    told = tick({"Gradients/G/skipped": 0.2}, {"Gradients/G/skipped": 10.0}, broken=everywhere | {"A": [2]})
+    health(warnings, max_skipped=2).check(told)
+    assert "(Loss/0, Loss/1, Loss/2 and 2 more on all ranks; A on rank 2)" in warnings.told[0]
+
+
 @pytest.mark.parametrize("updates", [1, 3, 8])
 def test_ticks_of_fewer_updates_than_may_be_skipped_add_up_over_restarts(warnings, updates):
     counted: dict[str, int] = {}

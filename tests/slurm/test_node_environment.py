@@ -104,6 +104,14 @@ def test_the_python_of_an_image_is_used_unless_another_is_named(node: Node) -> N
     assert ended.returncode == 0 and "as it is found" in ended.stderr
 
 
+def test_an_environment_whose_python_is_not_on_the_node(node: Node) -> None:
+    (node.folder / "venv" / "bin").mkdir(parents=True)
+    (node.folder / "venv" / "bin" / "python").symlink_to("/opt/nowhere/python3")
+    refused = node.run("tell", SHARDGAN_VENV=f"{node.folder}/venv")
+    assert refused.returncode == 2
+    assert "venv/bin/python leads to /opt/nowhere/python3, which is not on this node." in refused.stderr
+
+
 def folder_of(length: int, parent: Path) -> Path:
     parent /= "x" * (length - len(str(parent)) - 1)
     parent.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -253,6 +254,8 @@ def test_code_in_a_path_with_a_colon_is_refused(said) -> None:
         (["--mem=64G", "too"], r"'too', after --, is no option"),
         (["--output=a.log"], "--output, after --, would break the job"),
         (["-N", "4"], "--nodes, after --, would break the job"),
+        (["--out=a.log"], "--out, after --, would break the job"),
+        (["--test-only"], "--test-only, after --, would break the job"),
         (["-Z"], "write sbatch's long option"),
     ],
 )
@@ -293,6 +296,21 @@ def test_few_cpus_give_a_warning(settings: Config, job: None, capsys: pytest.Cap
     assert description.name == "nodes-7-2.json", "what a node still sees of the start before is not this"
     assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (warned := capsys.readouterr().err)
     assert "Ask for --cpus-per-task=8." in warned
+
+
+def test_nodes_whose_names_in_slurm_are_no_host_names(
+    settings: Config, job: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "no-such-host.invalid")
+    assert nodes.plan(settings, 2)[2] == socket.gethostname()
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    _, description, host, *_ = nodes.plan(settings, 2)
+    assert host == "localhost"
+    monkeypatch.setenv("SHARDGAN_HEAD", host)
+    nodes.check(settings, description)
+    monkeypatch.setenv("SHARDGAN_HEAD", "no-such-host.invalid")
+    with pytest.raises(UserError, match=r"^no address of no-such-host\.invalid is known here, the first"):
+        nodes.check(settings, description)
 
 
 def test_a_file_system_that_lags(settings: Config, job: None, monkeypatch: pytest.MonkeyPatch) -> None:
