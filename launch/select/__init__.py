@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -111,9 +111,8 @@ def select(
     check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
-    of_slurm = {"--gpus": gpus, "--time": limit, "--partition": partition, "--account": account}
-    if (given := [option for option, value in of_slurm.items() if value]) and not (slurm or collect):
-        raise UserError(f"{' and '.join(given)}: for jobs. Add --slurm to submit them, or leave it out.")
+    if not (slurm or collect):
+        _refuse({"--gpus": gpus, "--time": limit, "--partition": partition, "--account": account})
     launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
     candidates = [] if search else _candidates(grid, arms)
@@ -132,6 +131,11 @@ def select(
             selection.submit(where, jobs, {typed: config} | ({arms: arms} if arms else {}))
         else:
             selection.train(jobs)
+
+
+def _refuse(of_slurm: Mapping[str, object]) -> None:
+    if given := [option for option, value in of_slurm.items() if value]:
+        raise UserError(f"{' and '.join(given)}: for jobs. Add --slurm to submit them, or leave it out.")
 
 
 def _candidates(grid: tuple[str, ...], arms: str | None) -> list[Arm]:
