@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +19,7 @@ from pipeline.errors import expanded
 
 if TYPE_CHECKING:
     from launch.select.candidates import Arm
+    from launch.slurm.jobs import Resources
 
 
 @click.command()
@@ -111,8 +112,8 @@ def select(
     check_strategy(strategy, procs)
     if (search is None) != (count is None) or (search and arms):
         raise UserError("A search needs --search tpe, --trials N, and --grid KEY=LOW..HIGH once or more.")
-    if not (slurm or collect):
-        _refuse({"--gpus": gpus, "--time": limit, "--partition": partition, "--account": account})
+    where = Resources(gpus=gpus, time=limit, partition=partition, account=account)
+    _check_used(where, slurm or collect)
     launch, typed = LaunchOptions(strategy, procs, mixed_precision, compiled), config
     config = config_path(config)
     candidates = [] if search else _candidates(grid, arms)
@@ -127,15 +128,16 @@ def select(
         if collect:
             selection.collect()
         elif slurm:
-            where = Resources(gpus=gpus, time=limit, partition=partition, account=account)
             selection.submit(where, jobs, {typed: config} | ({arms: arms} if arms else {}))
         else:
             selection.train(jobs)
 
 
-def _refuse(of_slurm: Mapping[str, object]) -> None:
-    if given := [option for option, value in of_slurm.items() if value]:
-        raise UserError(f"{' and '.join(given)}: for jobs. Add --slurm to submit them, or leave it out.")
+def _check_used(where: Resources, slurm: bool) -> None:
+    """Raises UserError for resources that nothing is asked for."""
+    given = {"gpus": where.gpus, "time": where.time, "partition": where.partition, "account": where.account}
+    if (options := [f"--{name}" for name, value in given.items() if value]) and not slurm:
+        raise UserError(f"{' and '.join(options)}: for jobs. Add --slurm to submit them, or leave it out.")
 
 
 def _candidates(grid: tuple[str, ...], arms: str | None) -> list[Arm]:
