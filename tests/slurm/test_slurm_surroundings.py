@@ -81,6 +81,18 @@ def test_whatever_sbatch_passes_on_and_however_cpus_were_asked_for(project, opti
     assert project.run(name).done
 
 
+def test_what_a_step_of_another_job_has_left_does_not_count(project) -> None:
+    """As in a shell of `srun --pty --cpus-per-task=1`."""
+    left = {"SLURM_CPUS_PER_TASK": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x2", "SLURM_CPU_BIND_LIST": "0x2"}
+    job = project.sbatch(
+        *("--nodes=2", "--exclusive", "slurm/train.sbatch", "configs/tiny.yaml", "run.name=within", SHORT),
+        **left,
+        SHARDGAN_PROCS="1",
+    )
+    assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
+    assert "6 CPUs per node" in project.log(job)  # the smaller one's
+
+
 def test_options_for_srun_reach_every_step(project) -> None:
     """As a plugin for containers needs them: also the checks before, and the job that collects."""
     mark, marks = project.path / "mark.sh", project.path / "marks"
