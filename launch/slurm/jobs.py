@@ -137,11 +137,9 @@ def render(
     # The Python of this process, unless SHARDGAN_VENV or a container brings another.
     variables |= {"VIRTUAL_ENV": sys.prefix, "SHARDGAN_PYTHON": sys.executable, **resources.environment()}
     script, *arguments = line
-    # As in train.sbatch: all variables reach the step, CPUs are counted in one way, and what a shell within
-    # another job has left does not count.
-    step = (
-        "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_{GPU,TASK} SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
-    )
+    # As in train.sbatch: all variables reach the step, and CPUs are counted in one way, and not as a shell
+    # within another job had them.
+    step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
     if script == "node.sh":
         step += "unset SLURM_CPU_BIND{,_LIST,_TYPE,_VERBOSE}\n"
         step += "exec ${SHARDGAN_SRUN:+srun --ntasks=1 $SHARDGAN_SRUN}"
