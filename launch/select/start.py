@@ -37,7 +37,7 @@ def common(
     trials: Sequence[Trial], launch: LaunchOptions, searched: Sequence[Axis] | None = None
 ) -> dict[str, Any]:
     """What all trials of a selection share besides the config, now and later. searched: axes of a search, in
-    their order, as proposals depend on it."""
+    their order, as proposals depend on it and on run.seed."""
     keys = [f"--grid {key}" for key in trials[0].arm.values] or ["--arms"]
     return {
         "candidates": keys if searched is None else [f"--search tpe {axis.text}" for axis in searched],
@@ -45,7 +45,7 @@ def common(
         "procs": launch.procs,
         "precision": launch.precision,
         "compiled": launch.compiled,
-    }
+    } | ({} if searched is None else {"run.seed": trials[0].config.run.seed})
 
 
 def check_common(folder: Path, now: dict[str, Any]) -> None:

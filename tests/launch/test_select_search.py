@@ -38,7 +38,7 @@ def searching(tmp_path, monkeypatch) -> Callable[..., Selection]:
     monkeypatch.setattr(select_start, "check", lambda *_: None)
     monkeypatch.setattr(Selection, "_conclude", lambda self: self._table())
 
-    def run(ranges=RANGE, count=5, jobs=2, lives=99, score=score_of, name="mine") -> Selection:
+    def run(ranges=RANGE, count=5, jobs=2, lives=99, score=score_of, name="mine", seed=0) -> Selection:
         left = [lives]
 
         def train(todo, launch, jobs, folder, say, ended):
@@ -51,7 +51,7 @@ def searching(tmp_path, monkeypatch) -> Callable[..., Selection]:
             return SimpleNamespace(received=None, interrupted=False)
 
         monkeypatch.setattr(select_local, "train", train)
-        given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", f"run.name={name}"))
+        given = (str(tmp_path / "job.yaml"), (f"run.out={tmp_path}", f"run.name={name}", f"run.seed={seed}"))
         base, found = search(*given, ranges, count, jobs, 2, 1)
         selection = Selection(base, found.read(), LaunchOptions(), given, lambda _: None, SEARCHED, found)
         selection.train(jobs)
@@ -90,6 +90,13 @@ def test_a_batch_that_was_not_written_down_is_proposed_again(searching):
     whole = searching(name="whole")
     assert proposed(searching(count=2)) == proposed(whole)[:2]
     assert proposed(searching()) == proposed(whole)  # the scores of the two are all it goes by
+
+
+def test_another_seed_is_refused(searching):
+    """Its trials would be others, and what was proposed went by the scores of the first."""
+    searching(count=2)
+    with pytest.raises(UserError, match=r"run\.seed: 0 → 1"):
+        searching(seed=1)
 
 
 def test_it_begins_without_penalty_and_comes_near_the_best(searching):
