@@ -57,7 +57,7 @@ esac
 if [[ -n $SHARDGAN_CONTAINER || $SHARDGAN_SRUN == *--container* ]]; then
     [ -n "${SHARDGAN_VENV-}" ] || python=python3
 elif [[ -L $python && ! -e $python ]]; then
-    fail "$python leads to $(readlink "$python"), which is not on this node. Make the environment from a Python that all" \
+    fail "$python leads to $(readlink -m "$python"), which is not on this node. Make the environment from a Python that all" \
         "nodes have, or name its module in SHARDGAN_MODULES"
 elif ! command -v "$python" >/dev/null; then
     fail "no virtual environment at $venv. Make one where all nodes see it (bash launch/setup.sh) and set SHARDGAN_VENV"

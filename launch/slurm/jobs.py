@@ -32,7 +32,7 @@ _INDEX = "index"  # the index of the data, if it does not lie beside them
 # fmt: off
 _OURS = {
     "array", "chdir", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable", "signal",
-    "test-only", "wrap", "help", "usage", "version",
+    "quiet", "test-only", "wrap", "help", "usage", "version",
 }
 # What Slurm does not take beside an option of ours: if the user gives one of these, ours is left out.
 _INSTEAD = {
@@ -141,7 +141,7 @@ def render(
     # within another job had them.
     step = "unset SLURM_EXPORT_ENV SLURM_CPUS_PER_GPU SLURM_TRES_PER_TASK SLURM_MEM_PER_{CPU,GPU,NODE}\n"
     if script == "node.sh":
-        step += "unset SLURM_CPU_BIND{,_LIST,_TYPE,_VERBOSE}\n"
+        step += "[[ ! ${SLURM_CPU_BIND-} =~ (mask|map)_ ]] || unset SLURM_CPU_BIND{,_LIST,_TYPE,_VERBOSE}\n"
         step += "exec ${SHARDGAN_SRUN:+srun --ntasks=1 $SHARDGAN_SRUN}"
     else:
         step += "exec"
@@ -178,7 +178,7 @@ def parse_options(words: Sequence[str]) -> dict[str, str | None]:
             raise UserError(f"{word!r}, after --, is no option of sbatch, as --mem=64G.")
     for name in found:  # sbatch takes beginnings of options too
         if len(name) > 1 and any(option.startswith(name) for option in _OURS):
-            raise UserError(f"--{name}, after --, would break the job: it is set by shardgan.")
+            raise UserError(f"--{name}, after --, would break the job. Leave it out.")
     if short := [name for name in found if len(name) == 1]:
         raise UserError(f"-{short[0]}, after --: write sbatch's long option instead.")
     return found

@@ -78,7 +78,8 @@ def check(config: Config, first: Path) -> None:
 
     Brings the index of the data that the login node knew.
     """
-    if (head := os.environ.get("SHARDGAN_HEAD")) and not _is_known(head):
+    head, several = os.environ.get("SHARDGAN_HEAD"), os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
+    if head and several and not _is_known(head):
         raise UserError(
             f"no address of {head} is known here, the first node, where all nodes meet. Ask the cluster's "
             "administrators for its entry in the DNS or in /etc/hosts."

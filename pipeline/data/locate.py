@@ -141,7 +141,7 @@ def refuse_none(found: Location) -> None:
 def _how(train: str) -> str:
     """To make what is not there."""
     known = Path(train).name in FETCHED
-    return f"Fetch it: shardgan prepare {Path(train).name} {shlex.quote(train)}" if known else _MAKE
+    return f"Fetch it: `shardgan prepare {Path(train).name} {shlex.quote(train)}`." if known else _MAKE
 
 
 def packed(found: Location) -> list[str]:

@@ -187,14 +187,14 @@ def _own(kind: str) -> Extractor:
 
 
 def digest_of(module: nn.Module) -> str:
-    """Of a user's module: the file its class is in, and its weights. Raises UserError if there is no file."""
+    """Of a user's module: the file its class is in, and its weights. Raises UserError without a file."""
     try:
         code = Path(inspect.getfile(type(module))).read_bytes()
-    except (OSError, TypeError):  # of a notebook or an interpreter
+    except (OSError, TypeError):  # of a notebook, an interpreter or an archive
         name = type(module).__name__
         raise UserError(
-            f"{name} is in no file, and scores depend on its code: put it in one, mine.py, and name it as "
-            f"mine:{name}."
+            f"The code of {name}, which scores depend on, is in no file that can be read: put it in one, "
+            f"mine.py, and name it as mine:{name}."
         ) from None
     return _digest(code, module)
 

@@ -81,9 +81,9 @@ def memorisation(train: Tensor, heldout: Tensor, fake: Tensor) -> tuple[float, f
     the nearest hundredth of held-out images (0.01: like new images; 1: copies). Held-out images that are
     among the training images too are not counted in that hundredth; NaN if all are.
     """
-    train = train.double()
     of_heldout, of_fakes = _nearest(heldout.double(), train), _nearest(fake.double(), train)
-    apart = of_heldout[of_heldout > _SAME * train.square().sum(dim=1).mean().sqrt()]
+    squares = torch.cat([part.double().square().sum(dim=1) for part in torch.split(train, _ROWS)])
+    apart = of_heldout[of_heldout > _SAME * squares.mean().sqrt()]
     copies = (of_fakes < apart.quantile(_CLOSEST)).double().mean() if len(apart) else torch.nan
     return float(of_fakes.median() / of_heldout.median()), float(copies)
 
@@ -152,5 +152,9 @@ def _share_among(x: Tensor, members: Tensor, k: int) -> float:
 
 
 def _nearest(x: Tensor, pool: Tensor) -> Tensor:
-    """The distance of each vector of x to the nearest of `pool` [len(x)]."""
-    return torch.cat([near.min(dim=1).values for _, near in _distances(x, pool)])
+    """The distance of each vector of x to the nearest of `pool` [len(x)]. By blocks, as _moments."""
+    nearest = x.new_full((len(x),), torch.inf)
+    for part in torch.split(pool, _ROWS):
+        for rows, near in _distances(x, part.double()):
+            nearest[rows] = torch.minimum(nearest[rows], near.min(dim=1).values)
+    return nearest

@@ -231,8 +231,8 @@ class WandbTracker(Tracker):
 
 
 def _active() -> wandb.Run | None:
-    """The run of a script that calls `shardgan.train`. wandb.init would return it as ours, and what ends ours
-    would end it."""
+    """The run of a script that calls `shardgan.train`, as ours are not wandb.run. To end ours may end W&B's
+    service, and that one's with it."""
     module = sys.modules.get("wandb")
     run: wandb.Run | None = getattr(module, "run", None)
     return run
@@ -317,6 +317,7 @@ def _init(
             init_timeout=patience or _INIT_S,
             finish_timeout=_FINISH_S,
             finish_timeout_raises=True,
+            reinit="create_new",  # one whose opening failed stays active, in an interpreter
         ),
     )
     run.define_metric(_X_AXIS)

@@ -120,5 +120,5 @@ def test_of_two_that_fetch_at_once_the_slower_one_takes_what_is_there(tmp_path, 
 
 def test_a_missing_folder_of_a_known_data_set_is_to_be_fetched(tmp_path: Path) -> None:
     assert set(FETCHED) == set(known.KNOWN)
-    with pytest.raises(UserError, match=r"Fetch it: shardgan prepare fashion-mnist \S+/fashion-mnist$"):
+    with pytest.raises(UserError, match=r"Fetch it: `shardgan prepare fashion-mnist \S+/fashion-mnist`\.$"):
         load_index(str(tmp_path / "fashion-mnist"))

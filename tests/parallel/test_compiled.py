@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import repeat
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import compiled_pair
 import pytest
 import torch
+import torch.distributed as dist
 from launches import run
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -98,8 +100,23 @@ class Doubled(nn.Module):
 
 def test_torch_does_not_cut_blocks_where_ddps_messages_end(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    CompiledBlocks(nn.Sequential(Doubled()), Compilation("eager"))
-    assert torch._dynamo.config.optimize_ddp is False
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    module = nn.Sequential(nn.Sequential(*[nn.Linear(600, 600) for _ in range(4)]))
+    blocks = CompiledBlocks(module, Compilation(backend))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(module, bucket_cap_mb=1)  # of 1.4 MB each
+        with computing(blocks):
+            model(torch.ones(2, 600)).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 1
 
 
 def test_a_block_computes_by_compiled_code_in_a_turn_and_only_there():

@@ -98,7 +98,9 @@ def test_of_no_latents_a_decoder_is_not_asked():
 
 def test_a_decoder_of_a_notebook_needs_a_file(monkeypatch):
     monkeypatch.setattr(Decoder, "__module__", "builtins")  # as __main__ there, which has no __file__
-    with pytest.raises(UserError, match=r"Decoder is in no file, .* put it in one, mine.py, .* mine:Decoder"):
+    with pytest.raises(
+        UserError, match=r"code of Decoder, .* in no file .*: put it in one, mine.py, .* mine:Decoder"
+    ):
         images_of(data_of("Decoder"), CPU)
 
 

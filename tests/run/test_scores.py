@@ -108,6 +108,13 @@ def test_frechet_by_blocks_is_that_of_the_whole(narrow, monkeypatch):
     assert scores.frechet(real, fake) == pytest.approx(whole, rel=1e-9)
 
 
+def test_memorisation_by_blocks_is_that_of_the_whole(features, monkeypatch):
+    train, heldout, fake = (features[name][:150] for name in ("one half", "other half", "noisy"))
+    whole = scores.memorisation(train, heldout, fake)
+    monkeypatch.setattr(scores, "_ROWS", 40)
+    assert scores.memorisation(train, heldout, fake) == pytest.approx(whole, rel=1e-9)
+
+
 def test_frechet_of_fewer_images_than_dimensions(features):
     """Against a matrix square root from symmetric eigenvalues of Gram matrices."""
     real, fake = (features[name][:40].double().numpy() for name in ("one half", "noisy"))

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import wandb
@@ -221,6 +221,21 @@ def test_any_failure_of_init_is_one_line(tmp_path, monkeypatch):
     tracker = open_tracker(config(), tmp_path, "id", said.append)
     assert type(tracker) is Tracker and tracker.run_id == "id"
     assert said == ["W&B is off: OSError: no space left, key …"]
+
+
+def test_after_an_opening_that_failed_the_next_training_is_tracked(tmp_path, monkeypatch):
+    """In one interpreter, where W&B's run of the first would be taken for a script's."""
+    said: list[str] = []
+    with monkeypatch.context() as full:
+        full.setattr(tracker_module, "remember", Mock(side_effect=OSError("no space left")))
+        assert not open_tracker(config(), tmp_path / "first", None, said.append).tracks
+    second = open_tracker(config(), tmp_path / "second", None, said.append)
+    assert second.tracks, said
+    second.abandon()
+    third = open_tracker(config(), tmp_path / "third", None, said.append)
+    assert third.tracks and third.run_id != second.run_id
+    third.finish()
+    assert [len(offline_runs(tmp_path / name)) for name in ("second", "third")] == [1, 1]
 
 
 def test_a_failure_later_on_is_one_line_and_then_silence(tmp_path):

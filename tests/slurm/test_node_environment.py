@@ -106,7 +106,8 @@ def test_the_python_of_an_image_is_used_unless_another_is_named(node: Node) -> N
 
 def test_an_environment_whose_python_is_not_on_the_node(node: Node) -> None:
     (node.folder / "venv" / "bin").mkdir(parents=True)
-    (node.folder / "venv" / "bin" / "python").symlink_to("/opt/nowhere/python3")
+    (node.folder / "venv" / "bin" / "python3").symlink_to("/opt/nowhere/python3")
+    (node.folder / "venv" / "bin" / "python").symlink_to("python3")
     refused = node.run("tell", SHARDGAN_VENV=f"{node.folder}/venv")
     assert refused.returncode == 2
     assert "venv/bin/python leads to /opt/nowhere/python3, which is not on this node." in refused.stderr

@@ -256,6 +256,7 @@ def test_code_in_a_path_with_a_colon_is_refused(said) -> None:
         (["-N", "4"], "--nodes, after --, would break the job"),
         (["--out=a.log"], "--out, after --, would break the job"),
         (["--test-only"], "--test-only, after --, would break the job"),
+        (["--quiet"], "--quiet, after --, would break the job"),
         (["-Z"], "write sbatch's long option"),
     ],
 )
@@ -309,6 +310,8 @@ def test_nodes_whose_names_in_slurm_are_no_host_names(
     monkeypatch.setenv("SHARDGAN_HEAD", host)
     nodes.check(settings, description)
     monkeypatch.setenv("SHARDGAN_HEAD", "no-such-host.invalid")
+    nodes.check(settings, description)  # one node has nobody to meet
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
     with pytest.raises(UserError, match=r"^no address of no-such-host\.invalid is known here, the first"):
         nodes.check(settings, description)
 

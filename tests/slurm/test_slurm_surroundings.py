@@ -91,6 +91,7 @@ def test_what_a_step_of_another_job_has_left_does_not_count(project) -> None:
     )
     assert project.cluster.ended(job)["JobState"] == "COMPLETED", project.log(job)
     assert "6 CPUs per node" in project.log(job)  # the smaller one's
+    assert "lacks support for cpu binding" not in project.log(job), "which srun says of SLURM_CPU_BIND"
 
 
 def test_options_for_srun_reach_every_step(project) -> None:

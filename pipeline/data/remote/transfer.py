@@ -166,7 +166,7 @@ def _persist(
 ) -> _T:
     """Repeat until it succeeds, cannot succeed, or time is over."""
     what = folder.show(name)
-    problem, denied = "", False
+    problem = ""
     wrong: set[str] = set()
     for attempt in count(1):
         try:
@@ -186,10 +186,10 @@ def _persist(
             wrong.add(problem)
         except Exception as error:  # whatever a protocol's library raises
             problem, again = _problem(error)
-            denied = _is_denial(error)
+            if _is_denial(error):
+                raise DeniedError(f"{what} cannot be fetched: {problem}.") from None
         if not again:
-            kind = DeniedError if denied else UserError
-            raise kind(f"{what} cannot be fetched: {problem}.")
+            raise UserError(f"{what} cannot be fetched: {problem}.")
         if attempt == 1:
             tell(f"{what}: {problem}; trying again for up to {patience.timeout_s:g} s …")
         last = attempt == patience.attempts
