@@ -232,10 +232,12 @@ def test_the_service_of_wandb_dies_or_hangs(tmp_path, server, monkeypatch, numbe
     monkeypatch.setattr(tracker_module, "_TEARDOWN_S", 0.5)
     (service,) = services()
     service.send_signal(number)
-    said = job.train(8, TOTAL).end()
+    try:
+        said = job.train(8, TOTAL).end()
+    finally:
+        service.kill()  # at its exit the client would wait for one that is stopped
     assert len(rows(tmp_path)) == TOTAL
     assert len(said) == 2 and "W&B has stopped" in said[1]
-    service.kill()
     with suppress(OSError):  # the client's state would leak into the next test
         tracker_module._end_service()
     again(tmp_path)
