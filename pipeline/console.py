@@ -124,7 +124,7 @@ class _Outlet(io.RawIOBase):
         return len(content)
 
     def write_now(self, data: bytes) -> None:
-        """In the writer's thread."""
+        """In the writer's thread, if there is one."""
         try:
             while data:
                 try:
@@ -149,8 +149,14 @@ class _Writer:
     def put(self, outlet: _Outlet, data: bytes) -> None:
         """Returns once the data are written, or after a moment; at once while earlier data are stuck."""
         if not self._started:
+            try:
+                threading.Thread(
+                    target=self._work, args=(self._waiting,), name="console", daemon=True
+                ).start()
+            except (RuntimeError, MemoryError):  # there may be no more threads
+                outlet.write_now(data)
+                return
             self._started = True
-            threading.Thread(target=self._work, args=(self._waiting,), name="console", daemon=True).start()
             util.Finalize(None, settle, exitpriority=0)
         if self._waiting.qsize() >= _MOST_WAITING:
             return

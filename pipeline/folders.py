@@ -28,6 +28,7 @@ def provide_home() -> None:
     if not _has_account():
         os.environ.setdefault("USER", str(os.getuid()))  # torch's compiler asks for it
     home = Path(os.path.expanduser("~"))  # noqa: PTH111, which raises where there is none
+    os.environ.setdefault("HOME", str(home))  # W&B's service does not ask for the account's
     if not home.is_absolute() or not home.is_dir() or home == Path("/"):
         os.environ["HOME"] = str(_folder_of_ours())
         return

@@ -60,6 +60,8 @@ class Ranks:
             first = self.rank - self.rank % self.shards
             self.within_copy = _group(range(first, first + self.shards), timeout)
             self.over_copies = _group(range(self.rank % self.shards, self.world, self.shards), timeout)
+        with self.progress.during("joining the other ranks"), _said_if_long(launch):
+            self.barrier()  # gloo connects when it first sends: until here the others need not be alive
 
     @property
     def main(self) -> bool:

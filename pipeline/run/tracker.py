@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
-from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, leave_sweep, names, public, set_up
+from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, in_time, leave_sweep, names, public, set_up
 from pipeline.run.wandb_offline import is_whole
 
 if TYPE_CHECKING:
@@ -120,12 +120,12 @@ def open_tracker(config: Config, folder: Path, run_id: str | None, announce: Ann
         try:
             run, opened = _open(config, folder, known, attempt, new)
             tracked = _opened(run, folder, opened)
+            tracker = WandbTracker(run, tracked, folder, announce)
         except Exception as error:
             reason = in_a_line(error)
             with suppress(Exception):
                 _end_service()  # which keeps the run's id in use
             continue
-        tracker = WandbTracker(run, tracked, folder, announce)
         if tracked.replaces != known.replaces:
             announce(f"W&B: run {known.run_id} was deleted there; a new run gets everything.")
         announce(f"W&B: {tracker.where}{f' ({reason})' if reason else ''}")
@@ -338,6 +338,6 @@ def _end_service() -> None:
     import wandb
 
     try:
-        wandb.teardown()
+        in_time(wandb.teardown)
     except SystemExit as error:  # would end the training
         raise ChildProcessError(f"its service ended with status {error.code}") from None

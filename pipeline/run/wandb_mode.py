@@ -13,9 +13,11 @@ import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -28,9 +30,12 @@ from pipeline.wording import one_line
 if TYPE_CHECKING:
     import wandb
 
+_T = TypeVar("_T")
 Mode = Literal["online", "offline", "disabled"]
 
 _ANSWER_S = 4.0  # for the server to answer
+_SERVICE_S = 40.0  # for W&B's service to start, which W&B itself gives 30
+_stuck = threading.Event()  # in W&B, for good
 _PROJECT, _TAG = 128, 64  # characters at most
 
 
@@ -103,7 +108,7 @@ def refusals() -> dict[str, str]:
 
 def in_a_line(error: Exception) -> str:
     """Of an error of W&B's, without the API key."""
-    text = f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
     if isinstance(error, ValidationError):  # of W&B's settings, over several lines
         text = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
     key = os.environ.get("WANDB_API_KEY")
@@ -116,7 +121,28 @@ def set_up() -> wandb.Settings:
     import wandb
 
     os.environ.pop("WANDB_SERVICE", None)  # of who started this process, and may have ended since
-    return wandb.setup(wandb.Settings(silent=True, relogin=False)).settings
+    return in_time(lambda: wandb.setup(wandb.Settings(silent=True, relogin=False)).settings)
+
+
+def in_time(call: Callable[[], _T]) -> _T:
+    """What `call` returns, which starts or ends W&B's service. Raises what it raises, and TimeoutError.
+
+    If the service does not start, wandb 0.31 waits for a lock that it holds, and so do all later calls.
+    """
+    ended: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            ended.set_result(call())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    if not _stuck.is_set():
+        threading.Thread(target=work, name="W&B", daemon=True).start()
+        if not wait([ended], _SERVICE_S).not_done:
+            return ended.result()
+        _stuck.set()
+    raise TimeoutError("its service, wandb-core, does not start or end")
 
 
 def leave_sweep(run_id: str) -> bool:

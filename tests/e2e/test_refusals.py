@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ADAM, BATCH, FASHION, accelerate, run, shardgan
+from launching import ADAM, BATCH, FASHION, ROOT, accelerate, run, shardgan
 
 import launch.cli
 from launch import processes
@@ -203,6 +203,18 @@ def test_a_bare_launcher_refuses_with_one_message(tmp_path):
     assert ended.status not in (0, None)
     assert ended.output.count("did you mean `width`?") == 1
     assert "SIGKILL" not in ended.output  # the other rank leaves when the launcher asks it to
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_rank_that_dies_before_it_has_joined_ends_the_job(tmp_path):
+    """The launcher asks the other one to leave, and need not kill it half a minute later."""
+    (tmp_path / "good.yaml").write_text(ADAM)
+    dies = "import os, signal\nif os.environ.get('RANK') == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+    (tmp_path / "sitecustomize.py").write_text(dies)
+    ended = run(accelerate(2, "good.yaml"), tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert ended.status not in (0, None)
+    assert "Signal 9 (SIGKILL) received" in ended.output  # by rank 1
+    assert "forcefully exiting" not in ended.output
     assert not (tmp_path / "runs").exists()
 
 

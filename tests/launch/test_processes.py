@@ -175,6 +175,16 @@ def test_a_home_where_there_is_none(
     assert Path("~").expanduser().stat().st_mode & 0o777 == 0o700
 
 
+def test_the_home_of_the_account_is_there_for_programs_that_ask_the_variable_alone(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As W&B's service."""
+    monkeypatch.setattr("pwd.getpwuid", lambda _: SimpleNamespace(pw_dir=str(temporary)))
+    monkeypatch.delenv("HOME")
+    provide_home()
+    assert os.environ["HOME"] == str(temporary)
+
+
 def test_a_home_that_cannot_be_written_is_left_where_it_is(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

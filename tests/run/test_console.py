@@ -54,6 +54,23 @@ def test_a_full_disk_does_not_matter():
         assert talk(stdout=full, stderr=full)[:2] == (b"done", 0)
 
 
+def test_a_process_that_may_start_no_thread_says_what_it_has_to_say(tmp_path):
+    script = """
+        import threading
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+        threading.Thread.start = refuse
+        from pipeline import console
+        console.take()
+        print("said")
+        console.show_error("wrong")
+        console.end_process(3)
+    """
+    with (tmp_path / "said").open("wb") as file:
+        assert talk(script, stdout=file, stderr=file)[1] == 3
+    assert (tmp_path / "said").read_text() == "said\nerror: wrong\n"
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_a_pipe_that_nobody_reads_does_not_matter(blocking):
     read, write = os.pipe()

@@ -238,6 +238,30 @@ def test_after_an_opening_that_failed_the_next_training_is_tracked(tmp_path, mon
     assert [len(offline_runs(tmp_path / name)) for name in ("second", "third")] == [1, 1]
 
 
+def test_a_service_that_does_not_start_keeps_nothing_waiting(tmp_path):
+    """W&B itself then waits for ever, which is why this is another process."""
+    script = f"""
+        from pathlib import Path
+        from pipeline.run import wandb_mode
+        from pipeline.run.tracker import open_tracker
+        from tests.run.test_tracker import config
+        wandb_mode._SERVICE_S = 3.0
+        for name in "ab":
+            tracker = open_tracker(config(), Path({str(tmp_path)!r}, name), None, print)
+            assert not tracker.tracks
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        env=os.environ | {"WANDB__SERVICE_WAIT": "0.001", "WANDB_MODE": "offline"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert [line.partition(":")[0] for line in ended.stdout.splitlines()] == 2 * ["W&B is off"], ended.stdout
+
+
 def test_a_failure_later_on_is_one_line_and_then_silence(tmp_path):
     said: list[str] = []
     tracker = open_tracker(config(), tmp_path, None, said.append)
