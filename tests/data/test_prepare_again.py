@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import time
@@ -11,6 +13,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -94,6 +97,39 @@ def test_killed_and_started_again(pictures: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     after = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("shard-*.tar")}
     assert sum(before[name] == after[name] for name in before) >= 11
+
+
+def test_where_processes_may_not_be_started(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    """Those that were started end, and what an earlier try has made is kept."""
+    partial, options = tmp_path / ".out.partial", Options(size=8, per_shard=5)
+    others = multiprocessing.active_children()
+    with monkeypatch.context() as broken:
+        broken.setattr(writer, "publish", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(pictures), str(tmp_path / "out"), options, workers=1)
+    before = {path.name: path.stat().st_ino for path in partial.glob("*.tar")}
+    for name in sorted(before)[:2]:
+        (partial / name).unlink()
+    fork, forks = os.fork, iter(range(9))
+
+    def first_alone() -> int:
+        if next(forks):
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return fork()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fork", first_alone)
+        with pytest.raises(
+            UserError, match=r"^2 processes cannot be started here \(.*unavailable\)\..* fewer"
+        ):
+            prepare(str(pictures), str(tmp_path / "out"), options, workers=2)
+    for child in multiprocessing.active_children():
+        child.join(None if child in others else 9)
+        assert child in others or child.exitcode == -9
+    prepare(str(pictures), str(tmp_path / "out"), options, workers=2)
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    assert len(after) > 2 and before.keys() == after.keys()
+    assert all(before[name] == after[name] for name in sorted(before)[2:])
 
 
 @pytest.mark.parametrize("size", [8, 4])

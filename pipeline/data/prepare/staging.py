@@ -69,7 +69,7 @@ def staging(target: Path, recipe: str, announce: Callable[[str], None] = lambda 
             "A process that prepares images was killed, most likely out of memory. Run the same command "
             "again with fewer --workers: it makes only what is missing."
         ) from None
-    except (LockLostError, _NotPublishedError):
+    except (LockLostError, _NotPublishedError, NotStartedError):
         raise
     except UserError:
         discard(folder)  # the images or options are wrong: nothing in it is of use
@@ -104,6 +104,10 @@ def discard(path: Path) -> None:
 
 class MadeMeanwhileError(UserError):
     """The target, which was not there when the caller looked, is there."""
+
+
+class NotStartedError(UserError):
+    """Processes could not be started; what earlier ones have made is kept."""
 
 
 class _NotPublishedError(UserError):

@@ -15,7 +15,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,7 @@ from pipeline.data.prepare.source import Options as Options  # is part of this m
 from pipeline.data.prepare.source import Resolved, Source
 from pipeline.data.prepare.staging import (
     MadeMeanwhileError,
+    NotStartedError,
     Skipped,
     Written,
     discard,
@@ -54,6 +55,7 @@ from pipeline.data.prepare.summary import Summary, list_left_out, write_origins
 from pipeline.data.record import Shard, shard_of, sidecar_path, write_record
 from pipeline.data.workers import end_with_parent
 from pipeline.interrupts import interrupts_held
+from pipeline.wording import counted
 
 _SHUFFLE_SEED = 20140610  # any fixed number; the day the GAN article appeared
 _COLOURS = {"white": "#ffffff", "black": "#000000"}
@@ -202,17 +204,13 @@ def _write_all(
     done, total = 0, sum(len(rows) for _, rows in jobs)
     results: dict[int, Written] = {}
     progress(done, total)
-    pool = _pool(images, options, folder, min(workers, len(jobs)))
-    try:
-        with interrupts_held():
-            futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
+    with _pool(images, options, folder, min(workers, len(jobs))) as pool:
+        futures = {pool.submit(_write_shard, number, rows): (number, len(rows)) for number, rows in jobs}
         for future in as_completed(futures):
             number, count = futures[future]
             results[number] = future.result()
             done += count
             progress(done, total)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
     return [results[number] for number in sorted(results)]
 
 
@@ -221,21 +219,34 @@ def _digests(
 ) -> Iterator[tuple[int, bytes | None]]:
     """The digest of each image as it would be written, in order; None for one that cannot be read."""
     total = len(images)
-    pool = _pool(images, options, folder, workers)
-    try:
-        with interrupts_held():
-            digests = pool.map(_digest, range(total), chunksize=64)
-        for number, digest in enumerate(digests):
+    with _pool(images, options, folder, workers) as pool:
+        for number, digest in enumerate(pool.map(_digest, range(total), chunksize=64)):
             yield number, digest
             progress(number + 1, total)
+
+
+@contextmanager
+def _pool(images: Source, options: Resolved, folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Forked processes, which have the source's arrays without a copy. Raises NotStartedError."""
+    others = multiprocessing.active_children()
+    try:
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), _adopt, (images, options, folder)
+        )
+        with interrupts_held():
+            pool.submit(int)  # starts all of them
+    except (OSError, RuntimeError) as error:  # RuntimeError: no thread
+        for child in multiprocessing.active_children():  # those that were started would wait for work
+            if child not in others:
+                child.kill()
+        raise NotStartedError(
+            f"{counted(workers, 'process')} cannot be started here ({error}). Run the same command "
+            "again with fewer --workers: it makes only what is missing."
+        ) from None
+    try:
+        yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _pool(images: Source, options: Resolved, folder: Path, workers: int) -> ProcessPoolExecutor:
-    # Forked: the workers have the source's arrays without a copy.
-    context = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(workers, context, _adopt, (images, options, folder))
 
 
 _job: tuple[Source, Resolved, Path]  # of a worker process
