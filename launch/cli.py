@@ -63,6 +63,7 @@ def main() -> None:
 def _call() -> None:
     from pipeline.config import UserError
     from pipeline.folders import provide_home
+    from pipeline.wording import one_line
 
     try:
         Path.cwd()
@@ -80,12 +81,23 @@ def _call() -> None:
     except PermissionError as error:  # of a look at a folder that is closed to this user
         console.show_error(f"{error.filename or 'A file'} cannot be read or written: {error.strerror}.")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        console.show_error(f"Memory is full: {one_line(str(error))}. Ask for less at a time, or free some.")
+        sys.exit(2)
     except click.UsageError as error:
         error.show()  # with the command's usage
         sys.exit(error.exit_code)
     except click.ClickException as error:
         console.show_error(error.format_message())
         sys.exit(error.exit_code)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether there was not enough memory: numpy, PyTorch on CPUs, on GPUs, and oneDNN, each in its way."""
+    words = ("allocate memory", "out of memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 if __name__ == "__main__":

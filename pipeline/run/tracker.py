@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.config import Config
 from pipeline.credentials import redacted
 from pipeline.run.wandb_files import Tracked, find_run, leave_to_the_server, remember
-from pipeline.run.wandb_mode import Mode, choose_mode, in_a_line, in_time, leave_sweep, names, public, set_up
+from pipeline.run.wandb_mode import Mode, bounded, choose_mode, in_a_line, leave_sweep, names, public, set_up
 from pipeline.run.wandb_offline import is_whole
 
 if TYPE_CHECKING:
@@ -338,6 +338,6 @@ def _end_service() -> None:
     import wandb
 
     try:
-        in_time(wandb.teardown)
+        bounded(wandb.teardown)
     except SystemExit as error:  # would end the training
         raise ChildProcessError(f"its service ended with status {error.code}") from None

@@ -121,10 +121,10 @@ def set_up() -> wandb.Settings:
     import wandb
 
     os.environ.pop("WANDB_SERVICE", None)  # of who started this process, and may have ended since
-    return in_time(lambda: wandb.setup(wandb.Settings(silent=True, relogin=False)).settings)
+    return bounded(lambda: wandb.setup(wandb.Settings(silent=True, relogin=False)).settings)
 
 
-def in_time(call: Callable[[], _T]) -> _T:
+def bounded(call: Callable[[], _T]) -> _T:
     """What `call` returns, which starts or ends W&B's service. Raises what it raises, and TimeoutError.
 
     If the service does not start, wandb 0.31 waits for a lock that it holds, and so do all later calls.

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from launch import cli
@@ -27,10 +29,19 @@ SHARDGAN = Path(sys.executable).parent / "shardgan"
             2,
             "error: /home/other/runs/x cannot be read or written: Permission denied.\n",
         ),
+        *(
+            (error, 2, f"error: Memory is full: {error}. Ask for less at a time, or free some.\n")
+            for error in (
+                np._core._exceptions._ArrayMemoryError((20001, 56), np.dtype("uint8")),
+                torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+                RuntimeError("could not create a primitive"),
+            )
+        ),
     ],
 )
 def test_what_ends_any_command_is_said_in_a_line(monkeypatch, capfd, raised, status, said):
-    """Ctrl-C, and a folder that is closed to this user."""
+    """Ctrl-C, a folder that is closed to this user, and memory that is full."""
 
     def ending(**_: object) -> None:
         raise raised
