@@ -228,13 +228,23 @@ def _digests(
 @contextmanager
 def _pool(images: Source, options: Resolved, folder: Path, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Forked processes, which have the source's arrays without a copy. Raises NotStartedError."""
+    context = multiprocessing.get_context("fork")
+    with _starting(workers):
+        pool = ProcessPoolExecutor(workers, context, _adopt, (images, options, folder))
+    try:
+        with _starting(workers), interrupts_held():
+            pool.submit(int)  # starts all of them
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _starting(workers: int) -> Iterator[None]:
+    """Raises NotStartedError if processes, or what they need, cannot be made; ends those that were."""
     others = multiprocessing.active_children()
     try:
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("fork"), _adopt, (images, options, folder)
-        )
-        with interrupts_held():
-            pool.submit(int)  # starts all of them
+        yield
     except (OSError, RuntimeError) as error:  # RuntimeError: no thread
         for child in multiprocessing.active_children():  # those that were started would wait for work
             if child not in others:
@@ -243,10 +253,6 @@ def _pool(images: Source, options: Resolved, folder: Path, workers: int) -> Iter
             f"{counted(workers, 'process')} cannot be started here ({error}). Run the same command "
             "again with fewer --workers: it makes only what is missing."
         ) from None
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _job: tuple[Source, Resolved, Path]  # of a worker process
