@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from launch.checkpoint import checkpoint_option
 from launch.paths import UserPath
 from pipeline.config import Score
+from pipeline.run.evaluate import FULL
 from pipeline.run.features import Extractor
 from pipeline.run.metrics import METRICS
 from pipeline.run.references import training_images
@@ -74,11 +76,20 @@ def evaluate(
 
 @contextmanager
 def _progress(extractor: Extractor, score: Score) -> Iterator[None]:
-    """A bar over the images that may pass through the extractor; cached features need not."""
+    """A bar over the images that may pass through the extractor; cached features need not.
+
+    Whether fid50k_full follows is known only once all others have passed.
+    """
     columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as progress:
         task = progress.add_task("", total=2 * score.images + training_images(score))
-        counting = extractor.register_forward_hook(lambda _m, _i, out: progress.advance(task, len(out)))
+
+        def count(_module: object, _inputs: object, features: Tensor) -> None:
+            progress.advance(task, len(features))
+            if progress.tasks[task].completed > (total := progress.tasks[task].total or 0):
+                progress.update(task, total=total + FULL)
+
+        counting = extractor.register_forward_hook(count)
         yield
         counting.remove()
 

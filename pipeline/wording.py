@@ -40,6 +40,11 @@ def in_bytes(number: float) -> str:
     return f"{number:,.1f} GiB"
 
 
+def in_millions(numbers: int) -> str:
+    """Of parameters: 640, 0.05 M, 12.34 M."""
+    return f"{numbers / 1e6:,.2f} M" if numbers >= 1e4 else f"{numbers:,}"
+
+
 def in_kimg(kimg: float) -> str:
     """0, 37.5, 1050.048: to an image."""
     return f"{kimg:.3f}".rstrip("0").rstrip(".")

@@ -116,7 +116,7 @@ if [ "$task" = python ]; then
 elif [ "$task" = plan ]; then
     [ -f "$SHARDGAN_CODE/launch/accelerate/$strategy.yaml" ] || fail "SHARDGAN_STRATEGY=$strategy: there is no such strategy"
     [ "$strategy" != single ] || [ $world = 1 ] || fail "SHARDGAN_STRATEGY=single is one process; here are $world"
-    echo "$strategy on $nodes nodes x $procs processes, $cpus CPUs per node: $SLURM_JOB_NODELIST" >&2
+    echo "$strategy; nodes: $nodes, processes on each: $procs, CPUs on each: $cpus ($SLURM_JOB_NODELIST)" >&2
     run launch.slurm.nodes plan "$world" "$@"
 elif [ "$task" = check ]; then
     run launch.slurm.nodes check "$SHARDGAN_NODES" "$@"

@@ -28,6 +28,7 @@ from pipeline.parallel.gpus import on_gpu
 from pipeline.parallel.launched import read_launch
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan, build
+from pipeline.wording import counted, in_millions
 
 Found = dict[str, Any]
 
@@ -131,7 +132,7 @@ def config_of(pair: Sequence[str]) -> Config:
 
 
 def title(found: list[Found]) -> str:
-    return " and ".join(f"{p} {found[0][f'parameters_{p}'] / 1e6:.1f} M" for p in "GD") + " parameters"
+    return " and ".join(f"{p} {in_millions(found[0][f'parameters_{p}'])}" for p in "GD") + " parameters"
 
 
 def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> Found:
@@ -141,7 +142,7 @@ def _measured(strategy: str, world: int, module: list[str], pair: list[str]) -> 
         ended = launch(strategy, world, line, on_cpu=not on_gpu())
         if ended.returncode or not out.exists():
             why = "\n".join(reasons(ended.stdout + ended.stderr))
-            raise UserError(f"{strategy} on {world} processes failed ({ended.returncode}):\n{why}")
+            raise UserError(f"{strategy} on {counted(world, 'process')} failed ({ended.returncode}):\n{why}")
         found: Found = json.loads(out.read_text())
         return found
 

@@ -102,7 +102,7 @@ def _found(
         if nodes and (ended.returncode or len(places) < len(nodes)):
             return _failed(f"{where}, asked for their GPUs,", ended)
         per_node, on_cpu = fitting(job.gpus, places)
-        where = f"{len(places)} x {per_node} processes"
+        where = f"{len(places)} x {counted(per_node, 'process')}"
         one = per_node * len(places) == 1
         strategy = "single" if one else job.strategy if job.strategy != "single" else "ddp"
         images = str(_images(job, flops, on_cpu))

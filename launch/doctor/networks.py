@@ -23,7 +23,7 @@ from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.batch_norm import has_batch_norm, has_sync_batch_norm
 from pipeline.run.folder import under_a_free_name
 from pipeline.run.source import check_init
-from pipeline.wording import counted, in_bytes, in_kimg
+from pipeline.wording import counted, in_bytes, in_kimg, in_millions
 
 Players = tuple[nn.Module, nn.Module]  # G and D
 
@@ -51,8 +51,8 @@ def examine(job: Job, index: Index | None) -> tuple[Players | None, Flops | None
 
 def measured(job: Job, num_classes: int, G: nn.Module, D: nn.Module) -> tuple[Flops | None, Finding]:
     """Parameters and FLOPs; also returns those of an image in G and D if they can be counted."""
-    in_G, in_D = (sum(sizes(player)) / 1e6 for player in (G, D))
-    text = f"G {in_G:.2f} M and D {in_D:.2f} M parameters"
+    in_G, in_D = (in_millions(sum(sizes(player))) for player in (G, D))
+    text = f"G {in_G} and D {in_D} parameters"
     try:
         flops = forward(job.config, num_classes)
     except Exception as error:  # a user's network may do anything

@@ -160,7 +160,10 @@ def processors(job: Job) -> Iterator[Finding]:
     cpus, workers = None if job.machine.remote else allocated_cpus(), job.config.data.workers
     needed = job.gpus * (1 + workers)
     if cpus is not None and cpus < needed:
-        text = f"{counted(cpus, 'CPU')} per node for {job.gpus} processes with {workers} loaders each"
+        text = (
+            f"{counted(cpus, 'CPU')} per node for {counted(job.gpus, 'process')} with "
+            f"{counted(workers, 'loader')} each"
+        )
         yield warning("processors", text, f"Ask for --cpus-per-task={needed}, or lower data.workers.")
 
 

@@ -17,6 +17,7 @@ from pipeline.config import WeightPenalty
 from pipeline.gan.networks import build_D, build_G
 from pipeline.gan.penalised import penalised, resolved
 from pipeline.gan.schedules import is_used
+from pipeline.wording import in_millions
 
 _LARGEST = 3e7  # parameters, and
 _LONGEST = 2e10  # FLOPs of an image, that are tried: a few seconds
@@ -87,12 +88,12 @@ def _finding(name: str, on: str, sizes: dict[str, int], free: list[str], normed:
     what = "parameters" if on == "all" else "kernels"
     if not free:
         return ok("weight penalty", f"λ_{name} on {on} acts on the function, through all of its {what}")
-    size, whole = sum(sizes[key] for key in free) / 1e6, sum(sizes.values()) / 1e6
+    size, whole = (in_millions(n) for n in (sum(sizes[key] for key in free), sum(sizes.values())))
     layers = [key.partition(".parametrizations")[0].removesuffix(".weight") for key in free]
     more = f" and {len(free) - 3} more" if len(free) > 3 else ""
     text = (
         f"λ_{name} on {on}: a norm or demodulation undoes the scale of {len(free)} of {len(sizes)} {what}, "
-        f"{size:.2f} of {whole:.2f} M numbers ({', '.join(layers[:3])}{more}). There it acts as a larger "
+        f"{size} of {whole} numbers ({', '.join(layers[:3])}{more}). There it acts as a larger "
         "learning rate, not as a simpler function"
     )
     remedy = f"If it is to regularise, set {name}.norm=none and {name}.spectral_norm=false."

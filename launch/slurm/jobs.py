@@ -324,7 +324,7 @@ def _sbatch(*arguments: str, text: str = "") -> str:
     ended = _call("sbatch", *arguments, text=text)
     if ended.returncode:
         reason = " ".join(re.sub(r"\b(sbatch|allocation failure): (error: )?", "", ended.stderr).split())
-        raise UserError(f"Slurm refused the job: {reason}.{_hint(reason)}")
+        raise UserError(f"Slurm did not take the job: {reason}.{_hint(reason)}")
     return ended.stdout
 
 

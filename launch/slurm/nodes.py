@@ -23,6 +23,7 @@ from pipeline.credentials import redacted
 from pipeline.durable import write
 from pipeline.parallel.environment import flag
 from pipeline.parallel.gpus import gpus
+from pipeline.wording import counted
 
 _SEEN_WITHIN = 5  # seconds for a shared file system to show one node what another wrote
 
@@ -92,8 +93,8 @@ def check(config: Config, first: Path) -> None:
             raise UserError(f"{text}. {remedy}")
     if here["procs"] != there["procs"]:
         raise UserError(
-            f"{here['procs']} processes here, {there['procs']} on {there['node']}, as they were given GPUs. "
-            "Ask for them by --gpus-per-node, or set SHARDGAN_PROCS."
+            f"{counted(int(here['procs']), 'process')} here, {there['procs']} on {there['node']}, as they "
+            "were given GPUs. Ask for them by --gpus-per-node, or set SHARDGAN_PROCS."
         )
     _check_gpus(int(here["procs"]))
 
@@ -132,9 +133,10 @@ def _check_gpus(procs: int) -> None:
 
     if (found := gpus()) < procs:
         raise UserError(
-            f"{procs} processes, but torch {torch.__version__} can use {found} GPUs here. Ask for as many by "
-            "--gpus-per-node, or lower SHARDGAN_PROCS; if they are there (`nvidia-smi -L`), install a torch "
-            "that fits the node's driver (bash launch/setup.sh). ACCELERATE_USE_CPU=1 trains on CPUs."
+            f"{counted(procs, 'process')}, but torch {torch.__version__} can use {counted(found, 'GPU')} "
+            "here. Ask for as many by --gpus-per-node, or lower SHARDGAN_PROCS; if they are there "
+            "(`nvidia-smi -L`), install a torch that fits the node's driver (bash launch/setup.sh). "
+            "ACCELERATE_USE_CPU=1 trains on CPUs."
         )
 
 
@@ -143,8 +145,9 @@ def _warn_of_few_cpus(config: Config) -> None:
     cpus, procs = (int(os.environ.get(name) or 0) for name in ("SHARDGAN_CPUS", "SHARDGAN_PROCS"))
     if cpus and (needed := procs * (1 + config.data.workers)) > cpus:
         print(
-            f"warning: {node_name()}: {cpus} CPUs for {procs} processes with {config.data.workers} loaders "
-            f"each (data.workers), which wait for each other. Ask for --cpus-per-task={needed}.",
+            f"warning: {node_name()}: {counted(cpus, 'CPU')} for {counted(procs, 'process')} with "
+            f"{counted(config.data.workers, 'loader')} each (data.workers), which wait for each other. Ask "
+            f"for --cpus-per-task={needed}.",
             file=sys.stderr,
         )
 

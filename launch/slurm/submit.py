@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from launch.processes import STRATEGIES, shards
+from pipeline.wording import counted
 
 if TYPE_CHECKING:
     from launch.slurm.jobs import BatchJob, Resources
@@ -146,7 +147,7 @@ def _announce(job: str, run: Path, log: Path, resources: Resources) -> None:
     nodes, procs = resources.nodes, resources.procs
     strategy = resources.strategy or ("single" if nodes * procs == 1 else "ddp")
     click.echo(
-        f"Job {job}: {run.name}, {strategy} on {nodes} nodes x {procs} processes\n"
+        f"Job {job}: {run.name}, {strategy} on {counted(nodes, 'node')} x {counted(procs, 'process')}\n"
         f"  run     {run}\n"
         f"  log     {log}\n"
         f"  follow  tail -F {shlex.quote(str(log))}\n"
@@ -160,8 +161,8 @@ def _enough(cpus: int | None, procs: int, workers: int) -> int:
     needed = procs * (1 + workers)
     if cpus is not None and cpus < needed:
         click.echo(
-            f"warning: --cpus {cpus} for {procs} processes with {workers} loaders each (data.workers), which "
-            f"wait for each other: {needed} are needed.",
+            f"warning: --cpus {cpus} for {counted(procs, 'process')} with {counted(workers, 'loader')} each "
+            f"(data.workers), which wait for each other: {needed} are needed.",
             err=True,
         )
     return cpus or needed

@@ -14,7 +14,7 @@ from pipeline.parallel.batch_norm import has_batch_norm
 from pipeline.parallel.launched import arithmetic, emulated
 from pipeline.parallel.ranks import Ranks
 from pipeline.players import Gan
-from pipeline.wording import counted, in_time
+from pipeline.wording import counted, in_millions, in_time
 
 
 def _of_latents(data: Data) -> list[str]:
@@ -28,12 +28,12 @@ def _of_latents(data: Data) -> list[str]:
 def introduction(config: Config, index: Index, split: Split, gan: Gan, ranks: Ranks) -> str:
     """A few lines: data, networks, penalties, ranks, batch, and what to know about them."""
     data, penalty = config.data, config.penalty
-    size = {e.player.name: sum(f.shape.numel() for f in e.fragments) / 1e6 for e in (gan.G, gan.D)}
+    size = {e.player.name: in_millions(sum(f.shape.numel() for f in e.fragments)) for e in (gan.G, gan.D)}
     lines = [
         f"{config.run.name}: {counted(split.training().size, 'training image')} in "
         f"{counted(len(index.shards), 'shard')}, {split.heldout().size:,} held out; "
         f"{data.channels}x{data.size}x{data.size}",
-        f"  G {size['G']:.2f} M and D {size['D']:.2f} M parameters; "
+        f"  G {size['G']} and D {size['D']} parameters; "
         f"λ_G‖W‖² {in_time(penalty.G.l2)} on {penalty.G.on}, "
         f"λ_D‖W‖² {in_time(penalty.D.l2)} on {penalty.D.on}",
         f"  {ranks.strategy} on {ranks.world} x {ranks.device.type}, "

@@ -181,11 +181,9 @@ def test_everything_that_can_lie_about(tmp_path: Path, recwarn: pytest.WarningsR
     assert "not read: labels.csv, metadata.jsonl" in output
     assert "warning: links to folders are not followed: etc, self" in output
     assert "larger.png: more than 67,108,864 pixels" in output and "9500x9500 pixels are too many" in output
-    assert (
-        not [str(warning) for warning in recwarn.list]
-        and "Warning" not in output
-        and str(tmp_path) not in "".join(skipped)
-    )
+    # Python 3.12 and newer warn of a fork beside threads: here torch's, and pytest's.
+    assert not [text for warning in recwarn.list if "use of fork()" not in (text := str(warning))]
+    assert "Warning" not in output and str(tmp_path) not in "".join(skipped)
 
 
 def test_files_that_nobody_may_read(tmp_path: Path) -> None:

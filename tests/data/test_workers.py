@@ -206,7 +206,7 @@ def test_a_worker_that_ends_by_itself() -> None:
 
 def test_an_item_that_cannot_be_handed_over() -> None:
     assert "could not hand over a batch: " in (text := told(Loader(Items(lambda: (lambda: 0,)), 1)))
-    assert "pickle" in text and "\n" not in text and "data.workers" not in text
+    assert "local object" in text and "\n" not in text and "data.workers" not in text
 
 
 class Unshared:

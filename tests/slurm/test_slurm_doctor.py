@@ -63,5 +63,5 @@ def test_one_node_that_was_asked_for_no_cpus(
     assert "n2: the processes meet" in said.stdout and "2 ranks add up 64 MiB" in said.stdout
     few = doctor(1, "--nodelist=n2")
     assert few.returncode == 0, few.stdout + few.stderr
-    assert "1 CPU per node for 2 processes with 1 loaders each" in few.stdout
+    assert "1 CPU per node for 2 processes with 1 loader each" in few.stdout
     assert "Ask for --cpus-per-task=4" in few.stdout

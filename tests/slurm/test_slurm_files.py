@@ -295,7 +295,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_few_cpus_give_a_warning(settings: Config, job: None, capsys: pytest.CaptureFixture[str]) -> None:
     _, description, *_ = nodes.plan(settings, 2)
     assert description.name == "nodes-7-2.json", "what a node still sees of the start before is not this"
-    assert "warning: n1: 1 CPUs for 2 processes with 3 loaders" in (warned := capsys.readouterr().err)
+    assert "warning: n1: 1 CPU for 2 processes with 3 loaders" in (warned := capsys.readouterr().err)
     assert "Ask for --cpus-per-task=8." in warned
 
 
@@ -335,7 +335,7 @@ def test_gpus_that_torch_cannot_use(settings: Config, job: None, gpus_here: Call
     _, description, *_ = nodes.plan(settings, 2)
     nodes.check(settings, description)  # on CPUs, as the environment of the tests asks for
     gpus_here(1)
-    with pytest.raises(UserError, match=r"2 processes, but torch \S+ can use 1 GPUs here\. Ask for as many"):
+    with pytest.raises(UserError, match=r"2 processes, but torch \S+ can use 1 GPU here\. Ask for as many"):
         nodes.check(settings, description)
 
 

@@ -50,7 +50,7 @@ def test_a_node_that_does_not_see_the_data(project, refused):
 def test_nodes_with_other_numbers_of_gpus(refused):
     """Slurm may spread --gpus as it likes: here 3 and 1."""
     log = refused(options=("--gpus=4",))
-    assert "error: n2: 1 processes here, 3 on n1" in log and "Ask for them by --gpus-per-node" in log
+    assert "error: n2: 1 process here, 3 on n1" in log and "Ask for them by --gpus-per-node" in log
 
 
 def test_a_run_folder_on_one_nodes_own_disk(project, refused):

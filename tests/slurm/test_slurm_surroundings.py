@@ -152,8 +152,8 @@ def test_a_runtime_that_forgets_which_signals_are_ignored(project, image) -> Non
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
-        (("--exclusive", "--nodes=1", "--gpus-per-node=1"), "1 nodes x 4 processes"),
-        (("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"), "2 nodes x 2 processes"),
+        (("--exclusive", "--nodes=1", "--gpus-per-node=1"), "nodes: 1, processes on each: 4"),
+        (("--nodes=2", "--ntasks-per-node=2", "--gpus-per-task=1"), "nodes: 2, processes on each: 2"),
     ],
 )
 def test_all_gpus_that_a_job_has_of_a_node_are_used(project, options, shape):

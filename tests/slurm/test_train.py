@@ -37,9 +37,9 @@ def test_preempted_saved_requeued_and_resumed_bit_identical(project, preempted):
 def test_the_log_tells_both_halves(project, preempted):
     job, _, stops, _ = preempted
     log, parts = project.log(job), len(stops) + 1
-    assert log.count("ddp on 2 nodes x 1 processes") == parts == log.count("ddp on 2 x cpu")
+    assert log.count("ddp; nodes: 2, processes on each: 1,") == parts == log.count("ddp on 2 x cpu")
     assert "Stopped at kimg" in log and "requeue 1 of at most 100" in log and "Finished at kimg 2.4" in log
-    assert "warning: n1: 1 CPUs for 1 processes with 1 loaders each" in log, "as Slurm has it if not asked"
+    assert "warning: n1: 1 CPU for 1 process with 1 loader each" in log, "as Slurm has it if not asked"
     assert "Traceback" not in log and "error" not in log.replace("slurmstepd-n1: error: ***", "")
 
 
