@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.garbage import uncollected
 from pipeline.parallel import ranks
 from pipeline.parallel.watch.whereabouts import COLLECTIVES, Progress, look
 
@@ -77,6 +80,19 @@ def test_it_is_forgotten_when_it_fails():
     with pytest.raises(ValueError), progress.during("in an update", updating=True):
         raise ValueError
     assert (progress.doing, progress.updating) == ("", False)
+
+
+def test_a_look_keeps_nothing_alive():
+    """Not even until garbage is collected: a frame has all of an update's tensors."""
+
+    def looked_at() -> weakref.ref[torch.Tensor]:
+        tensor = torch.zeros(1)
+        watching = threading.Thread(target=look, args=[Progress()])
+        watching.start(), watching.join()
+        return weakref.ref(tensor)
+
+    with uncollected():
+        assert looked_at()() is None
 
 
 def test_code_that_runs_on_while_garbage_is_collected_is_looked_at():
