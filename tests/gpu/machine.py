@@ -48,6 +48,7 @@ def surroundings() -> Outcome:
 
     names = ("torch", "accelerate", "deepspeed", "webdataset", "wandb", "numpy", "pillow")
     figures: dict[str, Any] = {name: _version(name) for name in names}
+    figures["torch"] = torch.__version__  # with its build, which PyPI's metadata leave out
     figures |= {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
     figures |= {"GPUs": GPUS, "CUDA": torch.version.cuda}
     if GPUS:

@@ -104,7 +104,7 @@ def _stacks(threads: Iterable[threading.Thread]) -> list[list[Spot]]:
         try:
             return [list(_outwards(frames.get(thread.ident or 0))) for thread in threads]
         finally:
-            frames.clear()  # this function's own is among them: a cycle that keeps alive what all of them hold
+            frames.clear()  # this function's own is among them: a cycle that would keep what all of them hold
 
 
 def _outwards(frame: FrameType | None) -> Iterator[Spot]:
