@@ -1,14 +1,15 @@
 """Training steps on a GPU that is not there: `LD_PRELOAD=fake_cuda.so python -m on_fake_cuda OUT`.
 
 Tensors have shapes and a device but no memory. Writes to OUT, as JSON: for each case the operations of one
-update on the device, ours and those of the bare maths (launch/bench/rivals.py), and the places in ours where
-the host waits for the device; the same, or the error, for each planted mistake; and the order in which the
-nodes of a gradient that is differentiated again run.
+update on the device, ours and those of the bare maths (launch/bench/rivals.py), the places in ours where the
+host waits for the device, and the tensors that ours leaves to the garbage collector; the same, or the error,
+for each planted mistake; and the order in which the nodes of a gradient that is differentiated again run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -38,6 +39,7 @@ from pipeline.data.stream import Batch
 from pipeline.gan import second_order
 from pipeline.gan.layers import norm_layer
 from pipeline.gan.r3gan import Discriminator
+from pipeline.garbage import uncollected
 from pipeline.parallel.batch import batch_shape
 from pipeline.parallel.engine import Contribution
 from pipeline.parallel.watch.whereabouts import Progress
@@ -56,11 +58,18 @@ def _read(images: Tensor) -> Tensor:
     return images * images.sum().item()
 
 
+def _cyclic(images: Tensor) -> Tensor:
+    cycle: list[Any] = [images * 1]
+    cycle.append(cycle)
+    return images
+
+
 MISTAKES: dict[str, Callable[[Tensor], Tensor]] = {  # made with every image that D sees
     "a value that is read": _read,
     "a tensor on the CPU": lambda images: images + torch.zeros(images.shape),
     "a copy that blocks": lambda images: images + torch.zeros(images.shape).to(GPU),
     "a copy of what is not pinned": lambda x: x + torch.zeros(x.shape).to(GPU, non_blocking=True),
+    "a cycle": _cyclic,
     "more operations": lambda images: images.mul(2).div(2).mul(2).div(2).mul(2).div(2),
 }
 
@@ -226,11 +235,26 @@ def training(case: Case, augment: Callable[[Tensor], Tensor] | None = None) -> d
     with Device() as adding:
         for shares in stats.reports * SPREAD:
             again.add(shares)
+    garbage = left(lambda: train_step(gan, iter([batch] * 2), cur_nimg, stats))
     return {
+        "garbage": garbage,
         "ours": sum(device.launches.values()) + sum(adding.launches.values()) / SPREAD,
         "gathers": device.gathers,
         "waits": device.waits + adding.waits,
     }
+
+
+def left(update: Callable[[], object]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that would stay on the device until Python looks for cyclic garbage."""
+    gc.collect()
+    with uncollected():
+        update()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        gc.set_debug(0)
+    found = [tuple(x.shape) for x in gc.garbage if isinstance(x, Tensor)]
+    gc.garbage.clear()
+    return found
 
 
 def order(device: torch.device) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def test_an_update_launches_little_besides_the_maths(recorded, case, capsys):
     assert gathers == (0 if "fsdp2" not in case else 20 if "no norm" in case else 43)
 
 
+@pytest.mark.parametrize("case", (*COMPARED, *OTHERS))
+def test_an_update_leaves_no_tensor_to_the_garbage_collector(recorded, case):
+    assert recorded[case]["garbage"] == []
+
+
 def test_a_device_thread_differentiates_in_the_order_of_a_cpu(recorded):
     """Else a parameter's gradient may be complete only after FSDP2 has reduced it (gan/second_order.py)."""
     cpu, device = recorded["order"]["cpu"], recorded["order"]["device's thread"]
@@ -92,6 +97,7 @@ def test_mistakes_are_seen(recorded):
             "aten::_to_copy at gradient_penalty.py", "aten::_to_copy at gradient_penalty.py",
             "aten::_to_copy at step.py",
         ]  # fmt: skip
+    assert len(recorded["a cycle"]["garbage"]) == 3
     more = recorded["more operations"]
     assert more["waits"] == []
     assert more["ours"] > BUDGET * recorded["fp32, no norm"]["bare"]
