@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,7 +123,9 @@ class Inception(Extractor):
                 "NVlabs/stylegan2-ada-pytorch has the address), or use efflite0, which needs no file."
             )
         super().__init__("inception", digest[:16], 2048)
-        self.net = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():  # torch 2.15 advises another format; this file has the one it has
+            warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated")
+            self.net = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
 
     def extract(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.net(pixels, return_features=True)
