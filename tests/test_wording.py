@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.wording import in_bytes, in_markdown
+from pipeline.wording import in_bytes, in_markdown, in_millions
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,7 @@ def test_no_number_of_bytes_is_written_with_an_exponent():
     assert list(map(in_bytes, sizes)) == [
         "0 B", "980 B", "999 B", "0.977 KiB", "0.999 KiB", "0.999 MiB", "1.0 GiB", "1,234.0 GiB"
     ]  # fmt: skip
+
+
+def test_few_parameters_are_not_0_million():
+    assert list(map(in_millions, (640, 9_999, 10_000, 12_344_000))) == ["640", "9,999", "0.01 M", "12.34 M"]

@@ -11,18 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from launching import fashion_images
 from PIL import Image
+from rich.progress import Progress
 from safetensors.torch import load_file
 
 import pipeline.train
+from launch.evaluate import _progress as scoring_bar
 from launch.evaluate import _show as show_scores
 from launch.evaluate import evaluate
 from launch.export import export as export_command
 from launch.sample import sample
-from pipeline.config import UserError
+from pipeline.config import Score, UserError
 from pipeline.run import spectrum
+from pipeline.run.evaluate import FULL
 
 ROOT = Path(__file__).parents[2]
 SHARDS = ROOT / "tests" / "assets" / "fashion-mnist-500"
@@ -214,3 +218,20 @@ def test_spectra_of_kept_checkpoints_are_recorded_once_and_drawn(run):
         assert 1 <= summary[f"Spectrum/{name}/stable_rank"] <= len(found)
     with Image.open(spectrum.draw(run)) as picture:
         assert picture.info["chart"] == "Weights/spectra" and picture.info["cur_nimg"] == "64"
+
+
+def test_the_bar_has_room_for_the_fid_of_papers(monkeypatch):
+    bars = []
+
+    class Kept(Progress):
+        def __init__(self, *columns, **options):
+            super().__init__(*columns, **options)
+            bars.append(self)
+
+    monkeypatch.setattr("launch.evaluate.Progress", Kept)
+    extractor = torch.nn.Identity()
+    with scoring_bar(extractor, Score(images=4, metrics=("fd",), train_images=8)):
+        extractor(torch.zeros(16, 1))
+        assert (bars[0].tasks[0].completed, bars[0].tasks[0].total) == (16, 16)
+        extractor(torch.zeros(5, 1))
+        assert (bars[0].tasks[0].completed, bars[0].tasks[0].total) == (21, 16 + FULL)
