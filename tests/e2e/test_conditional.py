@@ -27,6 +27,7 @@ from pipeline.gan.draws import Draws
 from pipeline.gan.images import to_uint8
 from pipeline.gan.networks import build_D, build_G
 from pipeline.run.grid import tile
+from tests.published import ARMS, PUBLISHED
 
 CONFIG = """
 data: {train: data, size: 32, channels: 3, conditional: true, batch_size: 24, batch_gpu: 6, holdout: 0.2}
@@ -122,12 +123,7 @@ def test_the_commands_work_on_it(there, tmp_path):
     assert entry[name] == pytest.approx(there.rows[-1][name], abs=1e-5)
 
 
-ARMS = {
-    "alternatives": "lambda",
-    "weights-or-effective": "stylegan2-small",
-}  # candidates, and for which config
 NARROW = {"r3gan": ("width=4", "max_width=8", "depth=1"), "vit": ("width=8", "depth=4", "heads=1")}
-PUBLISHED = sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem not in ARMS)
 
 
 @pytest.mark.parametrize("file", ARMS)

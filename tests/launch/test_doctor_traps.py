@@ -13,10 +13,10 @@ from torch import nn
 from launch.doctor import data as doctor_data
 from launch.doctor import networks as doctor_networks
 from launch.doctor.finding import Finding, Job
-from launch.installed import configs
 from pipeline import config
 from pipeline.data.index import load_index
 from pipeline.gan.networks import build_G
+from tests.published import PUBLISHED
 
 LATENT = ["G.kind=launch.selfcheck.networks:LatentGenerator", "G.options={width: 8, norm: none}"]
 
@@ -154,10 +154,6 @@ def test_no_trap_without_cause() -> None:
     assert "through all of its kernels" in found["weight penalty"].text
     assert set(networks(job())) == {"networks"}
     assert "BatchNorm" not in networks(job("G.norm=batch", procs=1))
-
-
-CANDIDATES = ("alternatives", "weights-or-effective")
-PUBLISHED = sorted(path for path in configs().glob("*.yaml") if path.stem not in CANDIDATES)
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
